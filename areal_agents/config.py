@@ -1,0 +1,216 @@
+"""The settings of a run: one frozen pydantic model, its fields documented where they stand.
+
+What each setting means is the string below it; the command line's ``--help`` is made from these strings.
+Loading (TOML, overrides, "did you mean") lives in ``settings.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: str = "smollm2"
+    """``smollm2`` (the embedded default), a local folder, or a hub id."""
+    max_context: Count = 2048
+    """Longest conversation in tokens; an episode that would pass it is truncated."""
+
+
+class EnvConfig(Section):
+    id: str = "areal/Arithmetic-v0"
+    """A registered environment id, or ``module:Class``."""
+    split: str = "train"
+    """The split that training draws its tasks from."""
+    difficulty: float | None = None
+    """Passed to the environment's ``tasks``; None is its default."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the environment's constructor."""
+    sandbox: str = "bubblewrap"
+    """The sandbox backend that tools run in."""
+    step_timeout: Positive = 60.0
+    """Seconds one ``reset`` or ``step`` may take before it counts as an infrastructure error."""
+
+
+class EngineConfig(Section):
+    kind: Literal["transformers"] = "transformers"
+    """The inference engine."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """``auto``: bf16 where the processor computes in it (AVX512-BF16, AMX), else fp32."""
+    max_batch: Count = 48
+    """Most sequences decoded at once."""
+    kv_tokens: Count = 65_536
+    """Bound on the tokens whose keys and values are kept, running and between turns together."""
+    threads: int = Field(default=0, ge=0)
+    """Cores of the engine while the learner works; 0: half of them (all but one when there are more than four)."""
+    request_timeout: Positive = 300.0
+    """Seconds one generation request may take before it counts as an infrastructure error."""
+    update_mode: Literal["inflight"] = "inflight"
+    """What happens to running requests at a weight update: ``inflight`` goes on, with mixed versions."""
+
+
+class RolloutConfig(Section):
+    mode: Literal["async", "sync"] = "async"
+    """``sync`` is the same code with a staleness bound of 0."""
+    groups: Count = 6
+    """B: groups a batch."""
+    group_size: int = Field(default=8, ge=2)
+    """G: episodes a group."""
+    max_staleness: int = Field(default=1, ge=0)
+    """η: how many versions a token may be older than the learner when it trains."""
+    on_exceed: Literal["wait", "mask", "drop"] = "wait"
+    """What to do with older tokens: hold the learner back so that none appear, mask the tokens, or drop the group."""
+    order: Literal["completion", "admission"] = "completion"
+    """``admission`` trains groups in the order they were started: no bias towards short episodes, more waiting."""
+    concurrency: Count = 48
+    """Most episodes at once; at least ``group_size``."""
+    temperature: Positive = 1.0
+    """Sampling temperature; policy ratios are computed at it too."""
+    max_turn_tokens: Count = 160
+    """Most tokens the model may sample in one turn."""
+    max_episode_tokens: Count = 2048
+    """Most tokens the model may sample in one episode."""
+    max_turns: Count = 16
+    """The runner's own limit on turns, beside the environment's."""
+    max_retries: int = Field(default=2, ge=0)
+    """How often an episode is started again after an infrastructure error."""
+    failure_window: Count = 64
+    """The failure budget counts over this many most recent episodes."""
+    failure_budget: Fraction = 0.25
+    """The run stops, with the first error attached, when more than this share of the window failed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutConfig:
+        if self.concurrency < self.group_size:
+            raise ValueError(
+                f"rollout.concurrency = {self.concurrency} cannot hold one group of rollout.group_size = "
+                f"{self.group_size}: raise concurrency"
+            )
+        return self
+
+    @property
+    def staleness(self) -> int:
+        """The bound in force."""
+        return 0 if self.mode == "sync" else self.max_staleness
+
+
+class AlgorithmConfig(Section):
+    advantage: Literal["grpo", "turn_return"] = "turn_return"
+    """How rewards become advantages."""
+    gamma: Fraction = 1.0
+    """Discount of ``turn_return``, per turn."""
+    normalize: bool = True
+    """``grpo``: divide by the group's standard deviation."""
+    clip_low: Positive = 0.2
+    """Lower clip range of the ratio."""
+    clip_high: Positive = 0.2
+    """Upper clip range of the ratio (clip-higher: larger than ``clip_low``)."""
+    dual_clip: float = Field(default=3.0, gt=1.0)
+    """Bound on the loss of negative advantages, as a multiple of |A|."""
+    correction: Literal["bypass", "decoupled"] = "bypass"
+    """``bypass``: the ratio is taken to the sampler. ``decoupled``: to a proximal policy, weighted by p/μ."""
+    truncate: float | None = Field(default=None, gt=0.0)
+    """Truncated importance sampling: the weight p/μ is capped at this (decoupled only; 2 is usual)."""
+    token_mask: tuple[float, float] | None = (0.5, 5.0)
+    """Tokens whose π/μ (bypass) or p/μ (decoupled) lies outside get no gradient."""
+    aggregation: Literal["token", "episode"] = "token"
+    """Mean over all sampled tokens, or over episodes of the mean over their tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AlgorithmConfig:
+        if self.correction == "bypass" and self.truncate is not None:
+            raise ValueError(
+                "algorithm.truncate caps p/μ, which correction = 'bypass' does not have: remove it or use 'decoupled'"
+            )
+        if self.token_mask is not None and not 0 <= self.token_mask[0] < 1 < self.token_mask[1]:
+            raise ValueError(f"algorithm.token_mask = {self.token_mask} must enclose 1, for example [0.5, 5.0]")
+        return self
+
+
+class LearnerConfig(Section):
+    lr: Positive = 5e-6
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """Decoupled weight decay; biases and norms have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decays."""
+    eps: Positive = 1e-8
+    """AdamW's denominator offset."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up, down to 0 at the last step where it falls."""
+    grad_clip: Positive = 1.0
+    """Largest gradient norm."""
+    minibatches: Count = 1
+    """Optimizer steps a batch."""
+    token_budget: Count = 4096
+    """Most tokens (padding included) in one micro-batch."""
+    logprob_chunk: Count = 512
+    """Sampled positions whose logits exist at once."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast precision; master weights and the optimizer are fp32 always."""
+    threads: int = Field(default=0, ge=0)
+    """Cores of the learner while the engine works; 0: those that the engine leaves."""
+
+
+class WarmStartConfig(Section):
+    demonstrations: int = Field(default=0, ge=0)
+    """Scripted demonstrations of the environment's expert to train on first; 0: none."""
+    lr: Positive = 2e-5
+    """Learning rate of the warm start."""
+    epochs: Count = 1
+    """Passes over the demonstrations."""
+    batch: Count = 8
+    """Demonstrations an optimizer step."""
+
+
+class EvalConfig(Section):
+    split: str = "test"
+    """The held-out split."""
+    n: Count = 128
+    """Tasks."""
+    k: Count = 1
+    """Attempts a task."""
+    temperature: float = Field(default=0.0, ge=0.0)
+    """0 is greedy."""
+    every: int = Field(default=0, ge=0)
+    """Evaluate after every so many steps; 0: only before and after training."""
+
+
+class TrainConfig(Section):
+    """A whole run."""
+
+    steps: Count = 10
+    """Learner steps (batches)."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds tasks, sampling and the learner."""
+    out: Path = Path("runs/run")
+    """The run's folder; made if absent, refused if it holds another run."""
+    model: ModelConfig = ModelConfig()
+    env: EnvConfig = EnvConfig()
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.rollout.max_turn_tokens >= self.model.max_context:
+            raise ValueError(
+                f"rollout.max_turn_tokens = {self.rollout.max_turn_tokens} must be under model.max_context = "
+                f"{self.model.max_context}"
+            )
+        return self

@@ -1,0 +1,126 @@
+"""The engine contract: token ids in, sampled token ids with their exact log-probabilities and versions out.
+
+Implementations: ``areal_agents.engines.transformers`` (its own process, for laptops and tests). Weights never
+travel through this interface; a ``WeightsRef`` says where they lie and how to prove that they arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from areal_agents.errors import ConfigError
+from areal_agents.tool import ToolSpec
+from areal_agents.types import AssistantMessage, Completion, Message, Prompt
+
+UpdateMode = Literal["inflight", "interrupt", "drain"]
+KVPolicy = Literal["recompute", "keep"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample. ``temperature`` 0 is greedy (its log-probabilities are those of temperature 1)."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    min_p: float = 0.0
+    stop_ids: tuple[int, ...] = ()
+    """A sampled id in this set ends the turn and is part of the completion."""
+    seed: int | None = None
+    """Seeds this request's own generator; None draws from the engine's."""
+
+    def require_trainable(self) -> None:
+        """Raise ConfigError where the sampled distribution would not be softmax(logits / T) (rule T8)."""
+        filters = {"top_p": self.top_p < 1.0, "top_k": self.top_k > 0, "min_p": self.min_p > 0.0}
+        used = [name for name, on in filters.items() if on]
+        if used:
+            raise ConfigError(
+                f"training samples from softmax(logits / temperature) alone, but {', '.join(used)} filters the "
+                "distribution: remove it from the rollout's sampling (evaluation may use it)"
+            )
+        if self.temperature <= 0:
+            raise ConfigError(f"training needs temperature > 0, got {self.temperature}: greedy turns have no gradient")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor inside a flat weights buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """A torch dtype's name, ``"bfloat16"``."""
+    offset: int
+    """Bytes from the start of the buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsRef:
+    """Where one version of the weights lies. Never holds tensors; picklable."""
+
+    version: int
+    locator: str
+    manifest: tuple[TensorEntry, ...]
+    checksum: str
+    nbytes: int
+    kind: Literal["full", "lora"] = "full"
+    transport: Literal["shm", "disk", "nccl"] = "shm"
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    version: int
+    seconds: float
+    """Time in which no token could be sampled."""
+    requests_in_flight: int
+    tokens_recomputed: int
+    """Tokens whose KV was thrown away by this update."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    ok: bool
+    version: int
+    running: int
+    waiting: int
+    kv_tokens: int
+    sampled_tokens: int
+    """Total since the start."""
+    detail: str = ""
+
+
+class Engine(Protocol):
+    @property
+    def version(self) -> int:
+        """The lowest version that any replica serves."""
+        ...
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, *, session: str, deadline: float) -> Completion:
+        """Sample one turn. ``deadline`` is in seconds from now; cancelling aborts the request and frees its KV.
+
+        Raises EngineError past the deadline, when the engine is dead, or when the prompt does not fit.
+        """
+        ...
+
+    async def release(self, session: str) -> None:
+        """Drop the session's KV. Unknown sessions are ignored."""
+        ...
+
+    async def update_weights(self, ref: WeightsRef, *, mode: UpdateMode, kv: KVPolicy) -> UpdateReport:
+        """Serve ``ref`` from now on; returns after the engine acknowledged it."""
+        ...
+
+    async def health(self) -> Health: ...
+    async def close(self) -> None: ...
+
+
+class ChatModel(Protocol):
+    """A model that is only talked to: judges, user simulators, evaluation of remote models."""
+
+    async def chat(
+        self, messages: Sequence[Message | AssistantMessage], tools: Sequence[ToolSpec], sampling: Sampling
+    ) -> AssistantMessage: ...

@@ -1,0 +1,1 @@
+"""Inference engines behind the ``Engine`` contract; import the module you need."""

@@ -1,0 +1,81 @@
+"""Every error this package raises on purpose.
+
+    ArealError
+    ├── ConfigError                  a setting is unknown, contradictory or out of range
+    ├── RegistryError                an id, "module:Class" or plug-in cannot be resolved
+    ├── ModelError                   a model folder, hub id or embedded model cannot be loaded
+    ├── TemplateError                a chat template breaks the token rules (T1-T4)
+    ├── RewardError                  a reward returned something that is not a finite number
+    ├── CheckError                   `areal-agents check` found a violation
+    ├── FailureBudgetError           too many episodes failed; carries the first failure
+    ├── SandboxUnavailable           a backend's self-probe failed; carries the remedy
+    └── InfraError                   not the policy's doing: retried, counted, never rewarded
+        ├── EngineError              the engine died, refused or missed its deadline
+        ├── SandboxError             the sandbox itself failed (not the code inside it)
+        └── EnvError                 the environment raised or hung
+
+A *policy* error (malformed call, failing code) is no exception: it is an observation and costs reward.
+"""
+
+from __future__ import annotations
+
+
+class ArealError(Exception):
+    """Base class of every deliberate error of this package."""
+
+
+class ConfigError(ArealError, ValueError):
+    """A setting is unknown, contradictory or out of range."""
+
+
+class RegistryError(ArealError, LookupError):
+    """An id, ``"module:Class"`` string or plug-in cannot be resolved."""
+
+
+class ModelError(ArealError):
+    """A model cannot be found, verified or loaded."""
+
+
+class TemplateError(ArealError):
+    """A chat template breaks the token rules; the message names the rule and the remedy."""
+
+
+class RewardError(ArealError):
+    """A reward returned NaN, an infinity or something that is not a number."""
+
+
+class CheckError(ArealError):
+    """A conformance check failed."""
+
+
+class FailureBudgetError(ArealError):
+    """More episodes failed in a window than the budget allows; ``__cause__`` is the first failure."""
+
+
+class SandboxUnavailable(ArealError):
+    """A sandbox backend refused to start: ``probe`` is the failed self-probe, ``remedy`` the next action."""
+
+    def __init__(self, backend: str, probe: str, remedy: str) -> None:
+        super().__init__(f"sandbox {backend!r} is unavailable: {probe}. {remedy}")
+        self.backend = backend
+        self.probe = probe
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type[SandboxUnavailable], tuple[str, str, str]]:
+        return type(self), (self.backend, self.probe, self.remedy)
+
+
+class InfraError(ArealError):
+    """Infrastructure failed, not the policy: retried, counted, never turned into a reward."""
+
+
+class EngineError(InfraError):
+    """The engine died, refused the request or missed its deadline."""
+
+
+class SandboxError(InfraError):
+    """The sandbox itself failed (the code inside it is an ``ExecResult``, not an error)."""
+
+
+class EnvError(InfraError):
+    """The environment raised, hung or broke its contract."""

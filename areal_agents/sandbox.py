@@ -1,0 +1,95 @@
+"""The sandbox contract: hostile code runs inside, and only bytes come out.
+
+A *backend* proves itself with ``probe`` and opens *sessions*; a session is one episode's private ``/work``.
+``exec`` never raises for what the code does (that is an ``ExecResult``); it raises ``SandboxError`` when the
+sandbox itself failed. Implementations live in ``areal_agents.sandboxes``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+ExecStatus = Literal["ok", "error", "timeout", "oom", "output_limit"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExecResult:
+    """What one process did. ``stdout`` and ``stderr`` hold what it printed until its end, however it ended."""
+
+    status: ExecStatus
+    exit_code: int | None
+    stdout: bytes
+    stderr: bytes
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSpec:
+    """What a session may use; sizes in bytes, times in seconds."""
+
+    memory: int = 512 << 20
+    """Bound on everything the session's processes and tmpfs hold together."""
+    cpu_seconds: int = 10
+    """CPU time of one process."""
+    processes: int = 64
+    disk: int = 64 << 20
+    """Size of /work, and separately of /tmp and /dev/shm."""
+    open_files: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One self-probe: what was asked, whether it held, what was seen."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    backend: str
+    probes: tuple[Probe, ...] = ()
+    memory_bound: str = ""
+    """How total memory is bounded: ``cgroup-v1``, ``cgroup-v2``, ``systemd-scope`` or ``rlimits``."""
+    notes: tuple[str, ...] = field(default=())
+
+
+class Process(Protocol):
+    """A process that lives across turns (a REPL, a shell)."""
+
+    async def send(self, data: bytes) -> None: ...
+    async def recv(self, max_bytes: int, *, timeout: float) -> bytes: ...
+    async def kill(self) -> None: ...
+
+
+class Sandbox(Protocol):
+    """One session. Processes die after each ``exec``; files in /work live until the session closes."""
+
+    async def exec(
+        self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float, max_output: int = 1 << 20
+    ) -> ExecResult: ...
+    async def spawn(self, argv: Sequence[str]) -> Process: ...
+    async def write_file(self, path: str, data: bytes) -> None: ...
+    async def read_file(self, path: str, max_bytes: int) -> bytes: ...
+    async def snapshot(self) -> bytes: ...
+    async def restore(self, data: bytes) -> None: ...
+
+
+class SandboxBackend(Protocol):
+    name: str
+
+    async def probe(self) -> ProbeReport:
+        """Prove the isolation from inside. Raises SandboxUnavailable with the failed probe and its remedy."""
+        ...
+
+    def session(self, spec: SandboxSpec) -> AbstractAsyncContextManager[Sandbox]:
+        """Open a session. Lazy: resources are taken at the first call that needs them."""
+        ...
+
+    async def aclose(self) -> None:
+        """Free pools and helper processes. Sessions still open are ended."""
+        ...

@@ -1,0 +1,228 @@
+"""The values that flow through the system: frozen, picklable, free of torch.
+
+    Task ─▶ Message* ─▶ Prompt ─▶ Completion ─▶ AssistantMessage ─▶ Turn* ─▶ Trajectory
+
+Token ids are plain ``tuple[int, ...]``; ``logprobs`` are natural logarithms at the sampler's temperature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+Finish = Literal["stop", "length"]
+CallStatus = Literal["ok", "invalid_json", "unclosed", "missing_name", "unknown_tool", "invalid_arguments"]
+StopReason = Literal[
+    "answer",  # the environment ended the task (answered, won, lost)
+    "max_turns",  # the environment's or runner's limit on turns
+    "context",  # the next prompt would not fit the model's context
+    "tokens",  # the episode's token budget is spent
+    "time_budget",  # a time limit the environment itself declares
+    "error",  # infrastructure failed; `Trajectory.error` says how
+]
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    ref: str
+    """A locator (path or URL); the pixels never travel inside a message."""
+
+
+Part = Text | Image
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call as it stood in the model's output. ``arguments`` is empty unless ``status`` is past JSON."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+    raw: str
+    status: CallStatus = "ok"
+    token_span: tuple[int, int] | None = None
+    """Half-open range of the block inside the completion's ids; None for text that was never tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message the environment shows the model (or, role ``assistant``, one that it showed as history)."""
+
+    role: Role
+    parts: tuple[Part, ...]
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined; images are left out."""
+        return "".join(p.text for p in self.parts if isinstance(p, Text))
+
+
+@dataclass(frozen=True, slots=True)
+class AssistantMessage:
+    """One turn of the model: the Gymnasium action."""
+
+    parts: tuple[Part, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
+    finish: Finish = "stop"
+
+    @property
+    def text(self) -> str:
+        """The whole text as sampled, tool-call blocks included."""
+        return "".join(p.text for p in self.parts if isinstance(p, Text))
+
+
+Observation = tuple[Message, ...]
+Info = dict[str, Any]
+
+
+def system(text: str) -> Message:
+    """A system message of one text part."""
+    return Message("system", (Text(text),))
+
+
+def user(text: str) -> Message:
+    """A user message of one text part."""
+    return Message("user", (Text(text),))
+
+
+def tool_result(text: str, *, call: ToolCall) -> Message:
+    """The result of one tool call, as the model will see it."""
+    return Message("tool", (Text(text),), tool_call_id=call.id, name=call.name or None)
+
+
+def content_hash(payload: Mapping[str, Any]) -> str:
+    """SHA-256 over canonical JSON: equal payloads hash equal in every process. Raises TypeError on non-JSON values."""
+    text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One thing to do. The gold answer stays inside ``payload`` and never reaches an observation."""
+
+    id: str
+    split: str
+    seed: int
+    payload: Mapping[str, Any]
+    content_hash: str
+
+    @classmethod
+    def make(cls, id: str, *, split: str, seed: int, payload: Mapping[str, Any]) -> Task:
+        """A task whose hash is computed from ``payload``."""
+        return cls(id, split, seed, dict(payload), content_hash(payload))
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    ids: Ids
+    media: tuple[Image, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine sampled: three parallel sequences, one entry a token."""
+
+    ids: Ids
+    logprobs: tuple[float, ...]
+    """log μ(token) under the distribution it was truly sampled from, at the sampler's temperature (T3, T8)."""
+    versions: tuple[int, ...]
+    """The policy version whose weights produced each token."""
+    finish: Finish
+
+    def __post_init__(self) -> None:
+        if not len(self.ids) == len(self.logprobs) == len(self.versions):
+            raise ValueError(
+                f"Completion: {len(self.ids)} ids, {len(self.logprobs)} logprobs and {len(self.versions)} versions "
+                "must be equally many"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One Gymnasium step: the tokens shown since the last turn, the tokens sampled, and what they earned."""
+
+    prompt_suffix: Ids
+    """Ids between the parent's last sampled token and this turn's first; the whole prompt where ``parent`` is None."""
+    completion: Completion
+    message: AssistantMessage
+    reward: float = 0.0
+    components: Mapping[str, float] = field(default_factory=dict)
+    parent: int | None = None
+    """Index of the turn whose context this one extends; None: ``prompt_suffix`` is a whole prompt (T5)."""
+    observation: Observation = ()
+    """The messages that were new in this turn's prompt; kept for people and for rescoring."""
+    state_key: str | None = None
+    """Equal keys mark equal environment states across a group (anchor states)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One finished episode."""
+
+    id: str
+    task: Task
+    group: str
+    turns: tuple[Turn, ...]
+    terminated: bool
+    truncated: bool
+    stop_reason: StopReason
+    final_observation: Observation = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Anything worth averaging (tool seconds, retries, …); never used for training."""
+    error: str | None = None
+
+    @property
+    def reward(self) -> float:
+        """The undiscounted sum over turns."""
+        return float(sum(t.reward for t in self.turns))
+
+    @property
+    def sampled_tokens(self) -> int:
+        return sum(len(t.completion.ids) for t in self.turns)
+
+    @property
+    def min_version(self) -> int:
+        """The oldest policy that sampled any of its tokens; 0 for an episode without tokens."""
+        return min((v for t in self.turns for v in t.completion.versions), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """G episodes of one task with one seed: the unit that advantages, admission and batches count in."""
+
+    id: str
+    task: Task
+    trajectories: tuple[Trajectory, ...]
+    admitted_version: int
+    order: int
+    """Position in the sequence of admissions."""
+
+
+def messages_to_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Plain dictionaries for files and chat templates; images become ``{"type": "image", "ref": …}`` parts."""
+    out: list[dict[str, Any]] = []
+    for message in messages:
+        only_text = all(isinstance(p, Text) for p in message.parts)
+        content: Any = message.text if only_text else [
+            {"type": "text", "text": p.text} if isinstance(p, Text) else {"type": "image", "ref": p.ref}
+            for p in message.parts
+        ]
+        row: dict[str, Any] = {"role": message.role, "content": content}
+        if message.tool_call_id is not None:
+            row["tool_call_id"] = message.tool_call_id
+        if message.name is not None:
+            row["name"] = message.name
+        out.append(row)
+    return out

@@ -1,0 +1,2 @@
+if __name__ != "areal_agents.tools":
+    raise ImportError("import areal_agents.tools, not tools")
