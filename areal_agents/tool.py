@@ -3,17 +3,271 @@
     @tool(timeout=5)
     async def python(code: str, *, sandbox: Sandbox) -> str:
         \"\"\"Run Python code and return what it prints.\"\"\"
+
+Keyword-only parameters named ``sandbox`` or ``models``, or annotated ``Sandbox`` or ``Mapping[str, ChatModel]``,
+are *injected* by the environment: they never appear in the schema and a model cannot set them.
 """
+
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import asyncio
+import importlib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from areal_agents.errors import EnvError, InfraError, RewardError, SandboxUnavailable
+from areal_agents.sandbox import Sandbox
+
+ToolFunction = Callable[..., Awaitable[object]]
+ToolStatus = Literal["ok", "error", "timeout", "sandbox_failed", "malformed", "unknown_tool", "invalid_arguments"]
+F = TypeVar("F", bound=ToolFunction)
+
+_INJECTED_NAMES = ("sandbox", "models")
+_JSON_KEYWORDS_DROPPED = ("title", "additionalProperties")
+
+
+class ToolError(Exception):
+    """Raised inside a tool: the message is shown to the model as the call's result. It is not a failure of the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What the model sees of one call, and how the call ended."""
+
+    text: str
+    status: ToolStatus = "ok"
+    truncated: bool = False
+    """Whether the middle of ``text`` was cut out."""
 
 
 @dataclass(frozen=True)
 class ToolSpec:
-    """placeholder signature: replaced by the env/tool author"""
+    """A tool: what the model is told about it, and the function behind it.
+
+    ``parameters`` is a JSON schema of an object, compact because it is part of every prompt. ``timeout`` is in
+    seconds of wall clock for one call. A spec pickles by reference: its function must be importable.
+    """
+
     name: str
     description: str
     parameters: Mapping[str, Any]
+    timeout: float = 5.0
+    parallel: bool = False
+    """Whether calls of one message may run at the same time."""
+    max_output_chars: int = 4000
+    injected: Mapping[str, Literal["sandbox", "models"]] = field(default_factory=dict)
+    """Injected parameters: the function's parameter name → what the environment passes."""
+    function: ToolFunction | None = field(default=None, repr=False, compare=False)
+    """None: a tool that is only described (a remote model's tool)."""
+    arguments_model: type[BaseModel] | None = field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Callable[..., ToolSpec], tuple[Any, ...]]:
+        if self.function is None:
+            return ToolSpec, (self.name, self.description, dict(self.parameters))
+        return _by_reference, (self.function.__module__, self.function.__qualname__)
+
+    def validate(self, arguments: Mapping[str, Any]) -> dict[str, Any] | str:
+        """The checked (and leniently converted, ``"3"`` → ``3``) arguments, or the error text for the model."""
+        if self.arguments_model is None:
+            return dict(arguments)
+        try:
+            checked = self.arguments_model.model_validate(dict(arguments))
+        except ValidationError as error:
+            problems = "; ".join(_problem(e) for e in error.errors(include_url=False))
+            return f"invalid arguments for {self.name!r}: {problems}. Expected: {self.signature()}"
+        return {name: getattr(checked, name) for name in type(checked).model_fields}
+
+    def signature(self) -> str:
+        """``python(code: string)``: what an error text shows."""
+        properties = self.parameters.get("properties", {})
+        required = self.parameters.get("required", [])
+        shown = (
+            f"{name}{'' if name in required else '?'}: {schema.get('type', 'any')}"
+            for name, schema in properties.items()
+        )
+        return f"{self.name}({', '.join(shown)})"
+
+    async def invoke(self, arguments: Mapping[str, Any], injected: Mapping[str, Any] | None = None) -> ToolResult:
+        """Run the function on checked arguments.
+
+        ``injected`` maps ``"sandbox"`` and ``"models"`` to what the environment passes. A timeout and a ToolError
+        are results. InfraError (SandboxError among them) passes through; any other exception is the author's bug
+        and becomes EnvError.
+        """
+        if self.function is None:
+            raise EnvError(f"tool {self.name!r} has no function: it can be described to a model but not called")
+        offered = injected or {}
+        missing = [kind for kind in self.injected.values() if kind not in offered]
+        if missing:
+            raise EnvError(f"tool {self.name!r} needs {', '.join(missing)}, which the environment does not provide")
+        extra = {parameter: offered[kind] for parameter, kind in self.injected.items()}
+        clock = asyncio.timeout(self.timeout)
+        try:
+            async with clock:
+                value = await self.function(**arguments, **extra)
+        except TimeoutError as error:
+            if not clock.expired():
+                raise EnvError(f"tool {self.name!r} raised {error!r}") from error
+            return ToolResult(f"the call ran longer than {self.timeout:g} s and was stopped", "timeout")
+        except ToolError as error:
+            return self._cut(ToolResult(str(error) or "the tool reported an error", "error"))
+        except (InfraError, SandboxUnavailable, RewardError):
+            raise
+        except Exception as error:  # noqa: BLE001  a boundary: the author's bug, recorded as EnvError
+            raise EnvError(f"tool {self.name!r} raised {error!r} on {_short(arguments)}") from error
+        return self._cut(value if isinstance(value, ToolResult) else ToolResult(_text(value)))
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> object:
+        """The undecorated function, so that tools can call each other."""
+        if self.function is None:
+            raise EnvError(f"tool {self.name!r} has no function: it can be described to a model but not called")
+        return await self.function(*args, **kwargs)
+
+    def _cut(self, result: ToolResult) -> ToolResult:
+        text, cut = cut_middle(result.text, self.max_output_chars)
+        return ToolResult(text, result.status, result.truncated or cut)
+
+
+def tool(
+    *,
+    timeout: float = 5.0,
+    parallel: bool = False,
+    max_output_chars: int = 4000,
+    name: str | None = None,
+) -> Callable[[ToolFunction], ToolSpec]:
+    """Turn an async function into a ToolSpec.
+
+    The schema comes from the type hints, the description from the docstring's first paragraph, a parameter's
+    description from its line in a Google-style ``Args:`` section. Raises TypeError where the function cannot be a
+    tool: not async, a positional-only or variadic parameter, a parameter without a type.
+    """
+    if timeout <= 0 or max_output_chars < 64:
+        raise ValueError(f"tool: timeout {timeout} must be positive and max_output_chars {max_output_chars} at least 64")
+
+    def decorate(function: ToolFunction) -> ToolSpec:
+        tool_name = name or function.__name__
+        if not inspect.iscoroutinefunction(function):
+            raise TypeError(f"tool {tool_name!r} must be an `async def`: a blocking tool would stop every episode")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", tool_name):
+            raise TypeError(f"tool name {tool_name!r} must match [A-Za-z0-9_-]{{1,64}}")
+        summary, notes = _docstring(function)
+        injected: dict[str, Literal["sandbox", "models"]] = {}
+        fields: dict[str, Any] = {}
+        for parameter in inspect.signature(function).parameters.values():
+            kind = _injected_kind(parameter, function)
+            if kind is not None:
+                injected[parameter.name] = kind
+                continue
+            default = ... if parameter.default is parameter.empty else parameter.default
+            annotation = _annotation(parameter, function, tool_name)
+            fields[parameter.name] = (annotation, Field(default, description=notes.get(parameter.name)))
+        model = create_model(tool_name, __config__=ConfigDict(extra="forbid"), **fields)
+        return ToolSpec(
+            tool_name, summary, _compact(model.model_json_schema()), timeout, parallel, max_output_chars, injected,
+            function, model,
+        )  # fmt: skip
+
+    return decorate
+
+
+def cut_middle(text: str, limit: int) -> tuple[str, bool]:
+    """``text`` of at most ``limit`` characters: head and tail stay, the middle becomes a marker."""
+    if len(text) <= limit:
+        return text, False
+    marker = f"\n[... {len(text) - limit} of {len(text)} characters cut ...]\n"
+    keep = max(limit - len(marker), 0)
+    head = keep - keep // 2
+    return text[:head] + marker + text[len(text) - keep // 2 :], True
+
+
+def _by_reference(module: str, qualname: str) -> ToolSpec:
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, ToolSpec):
+        raise TypeError(f"{module}:{qualname} is not a tool: only tools defined at a module's top level pickle")
+    return found
+
+
+def _injected_kind(parameter: inspect.Parameter, function: ToolFunction) -> Literal["sandbox", "models"] | None:
+    if parameter.kind is not parameter.KEYWORD_ONLY:
+        return None
+    if parameter.name in _INJECTED_NAMES:
+        return "sandbox" if parameter.name == "sandbox" else "models"
+    # The annotation may be a name imported under TYPE_CHECKING only: its text decides then.
+    text = parameter.annotation if isinstance(parameter.annotation, str) else ""
+    if parameter.annotation is Sandbox or text.rpartition(".")[2] == "Sandbox":
+        return "sandbox"
+    if re.fullmatch(r"(\w+\.)*(Mapping|dict)\[str, *(\w+\.)*ChatModel\]", text or str(parameter.annotation)):
+        return "models"
+    return None
+
+
+def _annotation(parameter: inspect.Parameter, function: ToolFunction, tool_name: str) -> Any:
+    if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        raise TypeError(f"tool {tool_name!r}: parameter {parameter} must be an ordinary named parameter")
+    if parameter.annotation is parameter.empty:
+        raise TypeError(f"tool {tool_name!r}: parameter {parameter.name!r} needs a type hint")
+    holder = SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
+    namespace = getattr(function, "__globals__", {})
+    return typing.get_type_hints(holder, globalns=namespace, include_extras=True)[parameter.name]
+
+
+def _docstring(function: ToolFunction) -> tuple[str, dict[str, str]]:
+    """The first paragraph, and the descriptions of an ``Args:`` section."""
+    text = inspect.cleandoc(function.__doc__ or "")
+    summary = " ".join(text.split("\n\n")[0].split())
+    if summary.startswith("Args:"):
+        summary = ""
+    notes: dict[str, str] = {}
+    section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", text, re.MULTILINE)
+    current = ""
+    for line in section.group(1).splitlines() if section else ():
+        entry = re.match(r"\s+(\w+)(?: \([^)]*\))?:\s*(.*)", line)
+        if entry:
+            current = entry.group(1)
+            notes[current] = entry.group(2).strip()
+        elif current and line.strip():
+            notes[current] += " " + line.strip()
+    return summary, notes
+
+
+def _compact(schema: Any, *, inside_properties: bool = False) -> Any:
+    """The schema without keywords that tell a model nothing; a *parameter* called ``title`` stays."""
+    if isinstance(schema, list):
+        return [_compact(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: _compact(value, inside_properties=key in ("properties", "$defs") and not inside_properties)
+        for key, value in schema.items()
+        if inside_properties or key not in _JSON_KEYWORDS_DROPPED or isinstance(value, dict)
+    }
+
+
+def _problem(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "arguments"
+    if error["type"] == "extra_forbidden":
+        return f"{where!r} is not a parameter"
+    if error["type"] == "missing":
+        return f"{where!r} is missing"
+    return f"{where!r}: {error['msg']}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "…"
