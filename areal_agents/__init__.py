@@ -1,0 +1,91 @@
+"""AReaL Agents: an agentic multi-turn RL gym and trainer for language models.
+
+The names below are the public interface. They are imported at first use, so that ``import areal_agents`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from areal_agents.env import AgentEnv, LazyTasks
+    from areal_agents.registry import EnvSpec, make, register, spec, specs
+    from areal_agents.reward import (
+        Episode,
+        Gate,
+        Reward,
+        Verdict,
+        WeightedSum,
+        boxed,
+        boxed_number,
+        number,
+        sole_boxed,
+    )
+    from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec
+    from areal_agents.spaces import ChatSpace, TextSpace
+    from areal_agents.tool import ToolError, ToolResult, ToolSpec, tool
+    from areal_agents.toolenv import ToolEnv
+    from areal_agents.types import AssistantMessage, Message, Task, ToolCall
+
+_HOMES = {
+    "areal_agents.env": ("AgentEnv", "LazyTasks"),
+    "areal_agents.registry": ("EnvSpec", "make", "register", "spec", "specs"),
+    "areal_agents.reward": (
+        "Episode", "Gate", "Reward", "Verdict", "WeightedSum", "boxed", "boxed_number", "number", "sole_boxed",
+    ),
+    "areal_agents.sandbox": ("Sandbox", "SandboxBackend", "SandboxSpec"),
+    "areal_agents.spaces": ("ChatSpace", "TextSpace"),
+    "areal_agents.toolenv": ("ToolEnv",),
+    "areal_agents.types": ("AssistantMessage", "Message", "Task", "ToolCall"),
+}  # fmt: skip
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+# The decorator shares its name with its module. Importing a submodule binds the module to that name here, after
+# which `__getattr__` would no longer be asked: this import is done at once and the name is bound to the decorator.
+from areal_agents.tool import ToolError, ToolResult, ToolSpec, tool  # noqa: E402
+
+__all__ = [
+    "AgentEnv",
+    "AssistantMessage",
+    "ChatSpace",
+    "EnvSpec",
+    "Episode",
+    "Gate",
+    "LazyTasks",
+    "Message",
+    "Reward",
+    "Sandbox",
+    "SandboxBackend",
+    "SandboxSpec",
+    "Task",
+    "TextSpace",
+    "ToolCall",
+    "ToolEnv",
+    "ToolError",
+    "ToolResult",
+    "ToolSpec",
+    "Verdict",
+    "WeightedSum",
+    "boxed",
+    "boxed_number",
+    "make",
+    "number",
+    "register",
+    "sole_boxed",
+    "spec",
+    "specs",
+    "tool",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'areal_agents' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -46,16 +46,17 @@ class Batch:
 
 def _paths(trajectory: Trajectory) -> list[list[int]]:
     """Root-to-leaf paths of turn indices, in order of their leaves."""
-    parents = {t.parent for t in trajectory.turns if t.parent is not None}
+    parents = [t.parent for t in trajectory.turns]
+    for k, parent in enumerate(parents):
+        if parent is not None and not 0 <= parent < k:
+            raise ValueError(f"turn {k} of {trajectory.id} has parent {parent}: a parent is an earlier turn")
     paths: list[list[int]] = []
-    for leaf in range(len(trajectory.turns)):
-        if leaf in parents:
-            continue
+    for leaf in sorted(set(range(len(parents))) - set(parents)):
         path: list[int] = []
         node: int | None = leaf
         while node is not None:
             path.append(node)
-            node = trajectory.turns[node].parent
+            node = parents[node]
         paths.append(path[::-1])
     return paths
 
@@ -63,34 +64,45 @@ def _paths(trajectory: Trajectory) -> list[list[int]]:
 def rows_of(trajectory: Trajectory, advantages: Sequence[float], *, episode: int) -> list[Row]:
     """The rows of one episode; ``advantages`` has one number a turn, broadcast to the turn's sampled tokens.
 
-    Raises ValueError where ``advantages`` does not have one entry a turn.
+    A turn that several paths share trains in the first of them. A path on which nothing trains gives no row.
+    Raises ValueError where ``advantages`` does not have one entry a turn, or a turn's parent is no earlier turn.
     """
     if len(advantages) != len(trajectory.turns):
         raise ValueError(f"{len(advantages)} advantages for {len(trajectory.turns)} turns of {trajectory.id}")
     trained: set[int] = set()
     rows: list[Row] = []
     for path in _paths(trajectory):
-        columns: list[tuple[int, bool, float, int, int, float]] = []
-        for k in path:
-            turn = trajectory.turns[k]
-            columns += [(i, False, 0.0, -1, -1, 0.0) for i in turn.prompt_suffix]
-            c = turn.completion
-            fresh = k not in trained
-            columns += [
-                (i, True, lp, v, k, float(advantages[k])) if fresh else (i, False, 0.0, -1, -1, 0.0)
-                for i, lp, v in zip(c.ids, c.logprobs, c.versions, strict=True)
-            ]
-            trained.add(k)
-        ids, mask, logprobs, versions, turns, adv = zip(*columns, strict=True)
-        rows.append(
-            Row(
-                ids=np.asarray(ids, np.int64),
-                mask=np.asarray(mask, np.bool_),
-                logprobs=np.asarray(logprobs, np.float32),
-                versions=np.asarray(versions, np.int64),
-                turns=np.asarray(turns, np.int64),
-                advantages=np.asarray(adv, np.float32),
-                episode=episode,
-            )
-        )
+        row = _row(trajectory, path, set(path) - trained, advantages, episode)
+        trained.update(path)
+        if row.mask.any():
+            rows.append(row)
     return rows
+
+
+def _row(trajectory: Trajectory, path: list[int], fresh: set[int], advantages: Sequence[float], episode: int) -> Row:
+    """One path as a row; the turns in ``fresh`` train."""
+    length = sum(len(trajectory.turns[k].prompt_suffix) + len(trajectory.turns[k].completion.ids) for k in path)
+    row = Row(
+        ids=np.zeros(length, np.int64),
+        mask=np.zeros(length, np.bool_),
+        logprobs=np.zeros(length, np.float32),
+        versions=np.full(length, -1, np.int64),
+        turns=np.full(length, -1, np.int64),
+        advantages=np.zeros(length, np.float32),
+        episode=episode,
+    )
+    start = 0
+    for k in path:
+        turn = trajectory.turns[k]
+        sampled = start + len(turn.prompt_suffix)
+        stop = sampled + len(turn.completion.ids)
+        row.ids[start:sampled] = turn.prompt_suffix
+        row.ids[sampled:stop] = turn.completion.ids
+        if k in fresh:
+            row.mask[sampled:stop] = True
+            row.logprobs[sampled:stop] = turn.completion.logprobs
+            row.versions[sampled:stop] = turn.completion.versions
+            row.turns[sampled:stop] = k
+            row.advantages[sampled:stop] = advantages[k]
+        start = stop
+    return row

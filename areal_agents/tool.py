@@ -121,7 +121,7 @@ class ToolSpec:
             return self._cut(ToolResult(str(error) or "the tool reported an error", "error"))
         except (InfraError, SandboxUnavailable, RewardError):
             raise
-        except Exception as error:  # noqa: BLE001  a boundary: the author's bug, recorded as EnvError
+        except Exception as error:
             raise EnvError(f"tool {self.name!r} raised {error!r} on {_short(arguments)}") from error
         return self._cut(value if isinstance(value, ToolResult) else ToolResult(_text(value)))
 
@@ -150,7 +150,7 @@ def tool(
     tool: not async, a positional-only or variadic parameter, a parameter without a type.
     """
     if timeout <= 0 or max_output_chars < 64:
-        raise ValueError(f"tool: timeout {timeout} must be positive and max_output_chars {max_output_chars} at least 64")
+        raise ValueError(f"tool: timeout = {timeout} must be > 0 and max_output_chars = {max_output_chars} >= 64")
 
     def decorate(function: ToolFunction) -> ToolSpec:
         tool_name = name or function.__name__
@@ -170,10 +170,10 @@ def tool(
             annotation = _annotation(parameter, function, tool_name)
             fields[parameter.name] = (annotation, Field(default, description=notes.get(parameter.name)))
         model = create_model(tool_name, __config__=ConfigDict(extra="forbid"), **fields)
+        parameters = {"type": "object", **_compact(model.model_json_schema())}
         return ToolSpec(
-            tool_name, summary, _compact(model.model_json_schema()), timeout, parallel, max_output_chars, injected,
-            function, model,
-        )  # fmt: skip
+            tool_name, summary, parameters, timeout, parallel, max_output_chars, injected, function, model
+        )
 
     return decorate
 

@@ -1,2 +1,10 @@
 if __name__ != "areal_agents.envs":
     raise ImportError("import areal_agents.envs, not envs")
+
+from areal_agents.registry import register
+
+register(
+    "areal/Arithmetic-v0",
+    "areal_agents.envs.arithmetic:Arithmetic",
+    description="multi-step word problems with large numbers, solved with a Python tool",
+)

@@ -1,0 +1,101 @@
+"""Advantages: from a group's rewards to one number a turn.
+
+Pure functions of rewards, one an estimator, registered by name in ``ADVANTAGES``. A group is G independent episodes
+of one task; a trajectory counts once in every mean, however many turns, tokens or training rows it became.
+
+Notation: r_{i,k} reward of turn k of trajectory i (k from 0, K_i turns), R_i = Σ_k r_{i,k},
+G_{i,k} = Σ_{j≥k} γ^{j−k} r_{i,j}. Sums run in float64, results are float32.
+
+Not covered: critics, and discounting inside a turn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from areal_agents.errors import RewardError
+
+STD_EPS = 1e-6
+"""Added to the group's standard deviation: equal rewards give advantage 0, not 0/0."""
+
+
+@dataclass(frozen=True)
+class EpisodeRewards:
+    """The rewards of one episode, one a turn: [K], K ≥ 1.
+
+    Raises ValueError without a turn, RewardError for a reward that is not finite.
+    """
+
+    rewards_K: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rewards_K:
+            raise ValueError("an episode without a turn has no advantage: leave it out of the group")
+        for k, reward in enumerate(self.rewards_K):
+            if not math.isfinite(reward):
+                raise RewardError(f"the reward of turn {k} is {reward}: rewards must be finite numbers")
+
+
+def grpo(group: Sequence[EpisodeRewards], *, normalize: bool = True) -> list[Tensor]:
+    """A_i = (R_i − mean(R)) / (std(R) + ε), the same for every turn of trajectory i.
+
+    GRPO (2402.03300, outcome supervision). mean and std (n − 1 in its denominator) are over the group's trajectories.
+    ``normalize=False`` leaves the division out (Dr. GRPO, 2503.20783).
+
+    Bias: R_i is part of its own baseline, which scales the expected gradient by (G − 1)/G; the division weights tasks
+    by the inverse spread of their rewards, so hard and easy tasks weigh more than the objective says.
+
+    Returns one float32 tensor [K_i] per episode. Raises ValueError for a group of fewer than two episodes.
+    """
+    if len(group) < 2:
+        raise ValueError(f"grpo compares the episodes of a group: it needs at least 2, got {len(group)}")
+    returns_G = torch.tensor([math.fsum(e.rewards_K) for e in group], dtype=torch.float64)
+    advantages_G = returns_G - returns_G.mean()
+    if normalize:
+        advantages_G = advantages_G / (returns_G.std(correction=1) + STD_EPS)
+    return [a.expand(len(e.rewards_K)).float() for a, e in zip(advantages_G, group, strict=True)]
+
+
+def turn_return(group: Sequence[EpisodeRewards], *, gamma: float = 1.0) -> list[Tensor]:
+    """A_{i,k} = G_{i,k} − mean of G_{j,k} over the *other* trajectories j ≠ i with K_j > k.
+
+    Leave-one-out REINFORCE (RLOO, 2402.14740) on turn returns. Without another trajectory alive at k the baseline is
+    0. Never A = 0 there: that shrinks the gradient of late turns. Never divided by a per-turn std.
+
+    Bias: none for γ = 1. The baseline of (i, k) depends on the other trajectories alone, which are independent of i's
+    actions given the task. γ < 1 trades bias for variance. Centring *rewards* per turn and then summing would be
+    biased when the policy chooses when to stop.
+
+    Returns one float32 tensor [K_i] per episode. Raises ValueError for an empty group or γ outside [0, 1].
+    """
+    if not group:
+        raise ValueError("turn_return needs a group of at least 1 episode, got 0")
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma = {gamma} must lie in [0, 1]")
+    longest = max(len(e.rewards_K) for e in group)
+    rewards_GK = torch.zeros(len(group), longest, dtype=torch.float64)
+    alive_GK = torch.zeros(len(group), longest, dtype=torch.bool)
+    for i, e in enumerate(group):
+        rewards_GK[i, : len(e.rewards_K)] = torch.tensor(e.rewards_K, dtype=torch.float64)
+        alive_GK[i, : len(e.rewards_K)] = True
+    returns_GK = torch.zeros_like(rewards_GK)
+    tail_G = torch.zeros(len(group), dtype=torch.float64)
+    for k in reversed(range(longest)):
+        tail_G = rewards_GK[:, k] + gamma * tail_G
+        returns_GK[:, k] = tail_G
+    # A finished trajectory has reward 0 from then on, so it adds nothing to the sums over those alive.
+    others_GK = alive_GK.sum(0, keepdim=True) - 1
+    baseline_GK = (returns_GK.sum(0, keepdim=True) - returns_GK) / others_GK.clamp(min=1)
+    baseline_GK = torch.where(others_GK > 0, baseline_GK, 0.0)
+    advantages_GK = (returns_GK - baseline_GK).float()
+    return [advantages_GK[i, : len(e.rewards_K)].clone() for i, e in enumerate(group)]
+
+
+ADVANTAGES: Mapping[str, Callable[..., list[Tensor]]] = MappingProxyType({"grpo": grpo, "turn_return": turn_return})
+"""Estimators by the name that ``algorithm.advantage`` selects them with."""

@@ -1,0 +1,137 @@
+"""Framing between the engine's client and its worker: length-prefixed pickles over two pipes.
+
+Both ends are one program (the worker is the client's own child), so pickles are safe here and nowhere else.
+
+    client → worker   Generate · Cancel · Release · Update · SetThreads · AskHealth · Close
+    worker → client   Ready · Fatal · Done · Failed · Updated · HealthReport
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from dataclasses import dataclass
+from typing import BinaryIO, Literal, cast
+
+from areal_agents.engine import Health, KVPolicy, Sampling, UpdateMode, UpdateReport, WeightsRef
+from areal_agents.types import Completion, Ids
+
+HEADER = struct.Struct("!Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the worker needs to start; the first message it reads."""
+
+    model: str
+    precision: Literal["bf16", "fp32"]
+    max_batch: int
+    kv_tokens: int
+    max_context: int
+    threads: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    id: int
+    session: str
+    ids: Ids
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    id: int
+    """The ``Generate`` to abort; unknown ids are ignored (it had finished)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    id: int
+    ref: WeightsRef
+    mode: UpdateMode
+    kv: KVPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class SetThreads:
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskHealth:
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    max_context: int
+    """The asked one, cut to what the model's positions allow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fatal:
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    id: int
+    completion: Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    id: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    id: int
+    report: UpdateReport
+
+
+@dataclass(frozen=True, slots=True)
+class HealthReport:
+    id: int
+    health: Health
+
+
+Command = Generate | Cancel | Release | Update | SetThreads | AskHealth | Close
+Reply = Ready | Fatal | Done | Failed | Updated | HealthReport
+
+
+def encode(message: Settings | Command | Reply) -> bytes:
+    """One frame: an 8-byte length and a pickle."""
+    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return HEADER.pack(len(body)) + body
+
+
+def decode(body: bytes) -> Reply:
+    """The reply inside one frame."""
+    return cast(Reply, pickle.loads(body))
+
+
+def read_frame(stream: BinaryIO) -> object | None:
+    """The next message of a blocking stream; None at its end (also in the middle of a frame)."""
+    head = stream.read(HEADER.size)
+    if len(head) < HEADER.size:
+        return None
+    (size,) = HEADER.unpack(head)
+    body = stream.read(size)
+    if len(body) < size:
+        return None
+    message: object = pickle.loads(body)
+    return message

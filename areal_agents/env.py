@@ -1,0 +1,136 @@
+"""The environment contract: a Gymnasium environment whose step is one turn of a conversation.
+
+    areset ─▶ (new messages, info)
+    astep(assistant message) ─▶ (new messages, reward, terminated, truncated, info)
+
+``terminated``: the task ended. ``truncated``: turns, tokens or context ran out. The trainer awaits areset, astep,
+afinish and aclose; ``reset``, ``step`` and ``close`` are Gymnasium's synchronous facade over them.
+
+Keys of ``info``: ``stop_reason``, ``components`` (of the reward), ``tool_results``, ``state_key`` (equal keys mark
+equal states) and, with the end of the episode only, ``turn_rewards``: one number a turn, in place of the rewards
+given before. No clock readings: an environment is deterministic, its info included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, ClassVar, SupportsFloat, overload
+
+import gymnasium
+
+from areal_agents.errors import EnvError
+from areal_agents.facade import run_sync
+from areal_agents.spaces import ChatSpace, TextSpace
+from areal_agents.tool import ToolSpec
+from areal_agents.types import AssistantMessage, Info, Observation, StopReason, Task
+
+Expert = Generator[str, Observation, None]
+
+
+class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
+    """Subclass this (or ``ToolEnv``, which most environments are) and implement areset, astep and ``tasks``.
+
+    One instance runs one episode at a time and lives on one event loop.
+    """
+
+    tools: Sequence[ToolSpec] = ()
+    """Rendered into the first prompt by the runner."""
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    chance: ClassVar[float] = 0.0
+    """The mean reward that a policy without any skill may reach; the reward audit allows 0.05 more."""
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
+
+    task: Task
+    """The current episode's task, from ``begin`` on."""
+
+    def __init__(self) -> None:
+        self.observation_space = ChatSpace()
+        self.action_space = TextSpace()
+
+    # What an author implements
+
+    async def areset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Observation, Info]:
+        """Start an episode on ``options["task"]``, else on a training task drawn by ``seed``. Call ``begin`` first."""
+        raise NotImplementedError(f"{type(self).__name__} must implement areset")
+
+    async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
+        """One turn. The observation holds only new messages; it is empty when the episode ended."""
+        raise NotImplementedError(f"{type(self).__name__} must implement astep")
+
+    async def afinish(self, reason: StopReason) -> tuple[float, Info]:
+        """The runner ended the episode: the reward of what exists, for the last turn. Default: 0."""
+        return 0.0, {"stop_reason": reason}
+
+    async def aclose(self) -> None:
+        """Free what the episode holds. Called at its end and on cancellation; may be called twice."""
+
+    @classmethod
+    def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
+        """The tasks of a split; ``difficulty`` is in [0, 1], None is the environment's default."""
+        raise NotImplementedError(f"{cls.__name__} must implement tasks")
+
+    @classmethod
+    def expert(cls, task: Task) -> Expert | None:
+        """A scripted demonstration: yields assistant texts, receives the next observation. None: there is none."""
+        return None
+
+    @classmethod
+    def gold(cls, task: Task) -> str | None:
+        """An assistant text that deserves the full reward at once. None: there is none, the audit says so."""
+        return None
+
+    # What an author calls
+
+    def begin(self, seed: int | None, options: Mapping[str, Any] | None) -> Task:
+        """Seed this environment's own generator (``np_random``) and choose the task: ``self.task``."""
+        super().reset(seed=seed)
+        chosen = (options or {}).get("task")
+        if chosen is None:
+            pool = self.tasks("train")
+            if not pool:
+                raise EnvError(f"{type(self).__name__}.tasks('train') is empty: there is nothing to draw a task from")
+            chosen = pool[int(self.np_random.integers(len(pool)))]
+        if not isinstance(chosen, Task):
+            raise EnvError(f"options['task'] must be a Task, got {type(chosen).__name__}")
+        self.task = chosen
+        return chosen
+
+    # Gymnasium's synchronous facade
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
+        return run_sync(self.areset(seed=seed, options=options))
+
+    def step(self, action: AssistantMessage | str) -> tuple[Observation, SupportsFloat, bool, bool, Info]:
+        if isinstance(action, str):
+            from areal_agents.toolcalls import parse_text  # late: only this facade needs it
+
+            action = parse_text(action)
+        return run_sync(self.astep(action))
+
+    def close(self) -> None:
+        run_sync(self.aclose())
+
+
+class LazyTasks(Sequence[Task]):
+    """Procedural tasks, made when they are looked at: ``make(index)`` must be deterministic."""
+
+    def __init__(self, length: int, make: Callable[[int], Task]) -> None:
+        self._length = length
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Task: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Task]: ...
+    def __getitem__(self, index: int | slice) -> Task | list[Task]:
+        if isinstance(index, slice):
+            return [self._make(i) for i in range(*index.indices(self._length))]
+        position = index + self._length if index < 0 else index
+        if not 0 <= position < self._length:
+            raise IndexError(f"task {index} of {self._length}")
+        return self._make(position)

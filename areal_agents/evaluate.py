@@ -1,0 +1,254 @@
+"""Evaluation on a held-out split: n tasks × k attempts, the statistics people trust, every trajectory saved."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from areal_agents import registry
+from areal_agents.chat import ChatFormat
+from areal_agents.engine import Sampling
+from areal_agents.episode import EnginePolicy, Limits
+from areal_agents.errors import ConfigError
+from areal_agents.models import resolve
+from areal_agents.registry import EnvSpec
+from areal_agents.rollout import EpisodeRunner, FailureBudget, Player, env_maker
+from areal_agents.statistics import clustered_interval, pass_at_k, pass_hat_k
+from areal_agents.track import Tracker, clock
+from areal_agents.types import Task, Trajectory
+
+PASS = 1.0 - 1e-9
+"""An episode passes when its reward reaches 1, whatever bonus components add."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport:
+    """One evaluation. Rates are over scored attempts; ``infra_rate`` is over all of them."""
+
+    env: str
+    split: str
+    model: str
+    version: int
+    """The policy version that every attempt was sampled from."""
+    temperature: float
+    seed: int
+    n: int
+    """Tasks with at least one scored attempt."""
+    k: int
+    attempts: int
+    pass_at_1: float
+    ci95: tuple[float, float]
+    """Clustered by task."""
+    pass_at_k: float
+    pass_hat_k: float
+    reward: float
+    valid_call_rate: float
+    """Attempts with at least one tool call, all of whose calls were valid."""
+    accuracy_given_valid: float | None
+    """pass@1 among those; None where there are none."""
+    malformed_call_rate: float
+    """Share of all tool calls that were not valid."""
+    truncation_rate: float
+    infra_rate: float
+    turns: float
+    tokens: float
+    """Sampled tokens an attempt."""
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def table(self) -> str:
+        """For people."""
+        return compare_table({f"{self.env}:{self.split}": self})
+
+
+def calls_of(trajectory: Trajectory) -> tuple[int, int]:
+    """How many tool calls an episode made, and how many of them were valid."""
+    calls = [call for turn in trajectory.turns for call in turn.message.tool_calls]
+    return len(calls), sum(call.status == "ok" for call in calls)
+
+
+def summarize(
+    results: Sequence[tuple[Task, Sequence[Trajectory | None]]],
+    *,
+    env: str,
+    split: str,
+    model: str,
+    version: int,
+    temperature: float,
+    seed: int,
+    seconds: float,
+) -> EvalReport:
+    """The report of ``results``: per task its attempts, None for one that infrastructure failed.
+
+    pass@k and pass^k are averaged over the tasks whose k attempts were all scored. Raises ConfigError where no attempt
+    was scored.
+    """
+    scored = [(task, [t for t in tries if t is not None]) for task, tries in results]
+    scored = [(task, tries) for task, tries in scored if tries]
+    if not scored:
+        raise ConfigError(f"evaluation of {env}: every attempt failed; events.jsonl holds the errors")
+    k = max(len(tries) for _, tries in results)
+    everything = [t for _, tries in scored for t in tries]
+    total = len(everything)
+    wins = [sum(t.reward >= PASS for t in tries) for _, tries in scored]
+    counts = [len(tries) for _, tries in scored]
+    full = [(c, w) for c, w in zip(counts, wins, strict=True) if c == k]
+    calls = [calls_of(t) for t in everything]
+    valid = [t for t, (made, ok) in zip(everything, calls, strict=True) if made and made == ok]
+    made = sum(m for m, _ in calls)
+    return EvalReport(
+        env, split, model, version, temperature, seed, len(scored), k, total,
+        pass_at_1=sum(wins) / total,
+        ci95=clustered_interval(wins, counts),
+        pass_at_k=sum(pass_at_k(c, w, k) for c, w in full) / len(full) if full else float("nan"),
+        pass_hat_k=sum(pass_hat_k(c, w, k) for c, w in full) / len(full) if full else float("nan"),
+        reward=sum(t.reward for t in everything) / total,
+        valid_call_rate=len(valid) / total,
+        accuracy_given_valid=sum(t.reward >= PASS for t in valid) / len(valid) if valid else None,
+        malformed_call_rate=sum(m - ok for m, ok in calls) / made if made else 0.0,
+        truncation_rate=sum(t.truncated for t in everything) / total,
+        infra_rate=1.0 - total / sum(len(tries) for _, tries in results),
+        turns=sum(len(t.turns) for t in everything) / total,
+        tokens=sum(t.sampled_tokens for t in everything) / total,
+        seconds=seconds,
+    )  # fmt: skip
+
+
+async def run_attempts(
+    runner: EpisodeRunner,
+    tasks: Sequence[Task],
+    *,
+    k: int,
+    concurrency: int,
+    seed: int,
+    label: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[tuple[Task, list[Trajectory | None]]]:
+    """Play every task ``k`` times, ``concurrency`` episodes at once; attempts differ in their seed."""
+    slots = asyncio.Semaphore(concurrency)
+    done = 0
+
+    async def attempt(index: int, i: int) -> Trajectory | None:
+        nonlocal done
+        async with slots:
+            task = tasks[index]
+            result = await runner.run(task, id=f"{label}/{index}/{i}", group=f"{label}/{index}", seed=seed + i)
+        done += 1
+        progress(done, len(tasks) * k)
+        return result
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [[group.create_task(attempt(i, j)) for j in range(k)] for i in range(len(tasks))]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors.exceptions[0].__cause__
+    return [(task, [r.result() for r in row]) for task, row in zip(tasks, running, strict=True)]
+
+
+def compare_table(reports: dict[str, EvalReport]) -> str:
+    """Named reports side by side, for people."""
+    head = ("", "pass@1", "95 % CI", "valid calls", "pass | valid", "truncated", "infra")
+    rows = [head]
+    for name, r in reports.items():
+        given = "–" if r.accuracy_given_valid is None else f"{r.accuracy_given_valid:.3f}"
+        rows.append((
+            name, f"{r.pass_at_1:.3f}", f"{r.ci95[0]:.3f}–{r.ci95[1]:.3f}", f"{r.valid_call_rate:.3f}", given,
+            f"{r.truncation_rate:.3f}", f"{r.infra_rate:.3f}",
+        ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+
+
+def held_out(spec: EnvSpec, split: str, n: int, *, difficulty: float | None) -> list[Task]:
+    """The first ``n`` tasks of a split. Raises ConfigError where it has fewer."""
+    tasks = spec.tasks(split, difficulty=difficulty)
+    if len(tasks) < n:
+        raise ConfigError(f"{spec.id}:{split} has {len(tasks)} tasks, but n = {n}: lower it")
+    return [tasks[i] for i in range(n)]
+
+
+async def evaluate(
+    env_id: str,
+    *,
+    model: str,
+    split: str = "test",
+    n: int = 128,
+    k: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    out: Path = Path("runs/eval"),
+    max_turn_tokens: int = 160,
+    max_turns: int = 16,
+    max_context: int = 2048,
+    sandbox: str = "bubblewrap",
+    difficulty: float | None = None,
+) -> EvalReport:
+    """Evaluate ``model`` (``smollm2``, a folder, a hub id) and write report.json and every trajectory to ``out``.
+
+    Raises ArealError subclasses: unknown environment or split, missing model, unavailable sandbox, no scored attempt.
+    """
+    from areal_agents.engines.transformers import TransformersEngine  # heavy: only evaluation and training need it
+
+    spec = registry.spec(env_id)
+    tasks = held_out(spec, split, n, difficulty=difficulty)
+    folder = resolve(model)
+    fmt = ChatFormat.load(folder)
+    threads = len(os.sched_getaffinity(0))
+    limits = Limits(max_context, max_turn_tokens, max_turn_tokens * max_turns, max_turns, 60.0, 300.0)
+    watch = Stopwatch()
+    with Tracker(out, tensorboard=False) as tracker:
+        async with await TransformersEngine.start(
+            folder, threads=threads, seed=seed, max_context=max_context
+        ) as engine:
+            policy = EnginePolicy(engine, Sampling(max_turn_tokens, temperature=temperature, stop_ids=fmt.stop_ids))
+            player = Player(env_maker(spec, sandbox=sandbox, kwargs={}), lambda task: policy, fmt, limits, 2)
+            runner = EpisodeRunner(player, FailureBudget(window=64, share=0.25), event=tracker.event)
+            progress = Progress(tracker.message)
+            try:
+                results = await run_attempts(
+                    runner, tasks, k=k, concurrency=48, seed=seed, label=split, progress=progress
+                )
+            finally:
+                await runner.close()
+        report = summarize(
+            results, env=env_id, split=split, model=model, version=0, temperature=temperature, seed=seed,
+            seconds=watch.seconds,
+        )  # fmt: skip
+        tracker.trajectories.write([t for _, tries in results for t in tries if t is not None], step=0, kind="eval")
+    (out / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    return report
+
+
+class Progress:
+    """Lines such as ``64/128 episodes, ETA 0:21``, at most one every few seconds."""
+
+    def __init__(self, show: Callable[[str], None], *, label: str = "evaluating", every: float = 5.0) -> None:
+        self._show, self._label, self._every = show, label, every
+        self._watch, self._last = Stopwatch(), 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        seconds = self._watch.seconds
+        if seconds - self._last >= self._every and done < total:
+            self._last = seconds
+            self._show(f"{self._label}: {done}/{total} episodes, ETA {clock(seconds / done * (total - done))}")
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start

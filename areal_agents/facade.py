@@ -1,0 +1,89 @@
+"""Running coroutines from synchronous code: one background event loop a process, in a daemon thread.
+
+    run_sync(coro) ──submits──▶ loop thread ──result──▶ the caller, which waits
+
+A forked child has the module's state but not the thread, so the loop knows the process it was started in. A call
+from the loop's own thread would wait for itself: it raises instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from areal_agents.errors import EnvError
+
+T = TypeVar("T")
+
+
+class _BackgroundLoop:
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self._run, name="areal-agents-facade", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def stop(self) -> None:
+        if self.pid != os.getpid():  # a forked child: thread and selector are the parent's
+            return
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(timeout=5)
+        if not self.thread.is_alive():
+            self.loop.close()
+
+
+_lock = threading.Lock()
+_current: _BackgroundLoop | None = None
+
+
+def _after_fork() -> None:
+    global _lock, _current
+    _lock = threading.Lock()  # the parent may have held it at the fork
+    if _current is not None:
+        # The selector is shared with the parent: closing it here would be seen there. Only forget it.
+        _inherited.append(_current)
+        _current = None
+
+
+_inherited: list[_BackgroundLoop] = []
+"""Loops of the parent, kept from the garbage collector, which would warn that they were never closed."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def background_loop() -> asyncio.AbstractEventLoop:
+    """This process's background loop, started at the first call."""
+    global _current
+    with _lock:
+        if _current is None or _current.pid != os.getpid():
+            _current = _BackgroundLoop()
+            atexit.register(_current.stop)
+        return _current.loop
+
+
+def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run ``coroutine`` on the background loop and wait for its result.
+
+    An interrupt of the caller cancels the coroutine. Raises EnvError when called from the background loop itself.
+    """
+    loop = background_loop()
+    if _current is not None and threading.current_thread() is _current.thread:
+        coroutine.close()
+        raise EnvError(
+            "the synchronous reset/step/close was called on the environments' own event loop, where it would wait "
+            "for itself: await areset/astep/aclose instead"
+        )
+    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise

@@ -1,0 +1,209 @@
+"""From packed tokens to log-probabilities, without [tokens × vocabulary] and without computing a shared prefix twice.
+
+    Pack ─▶ decoder (tree attention or padded) ─▶ hidden states ─▶ Scores, a chunk of positions at a time
+
+Not covered: models that normalise over experts or time across rows, image inputs, KV caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from areal_agents.errors import ModelError
+from areal_agents.packing import Ints, Pack, pack_rows
+
+TREE = "areal_tree"
+"""The name under which ``tree_attention`` is known to transformers."""
+
+
+class Tree:
+    """The segments of one pack and their additive masks (made once, read by every layer)."""
+
+    def __init__(self, pack: Pack, *, heads: int, dtype: torch.dtype) -> None:
+        """``heads``: query heads that share one key head."""
+        self.segments = pack.segments
+        self.sizes = [s.stop - s.start for s in pack.segments]
+        self.masks: list[Tensor] = []
+        for segment, n in zip(self.segments, self.sizes, strict=True):
+            before = sum(self.sizes[p] for p in segment.path)
+            causal = torch.full((n, n), float("-inf"), dtype=dtype).triu_(1)
+            self.masks.append(torch.cat([causal.new_zeros(n, before), causal], dim=1).repeat(heads, 1))
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    tree: Tree | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each segment to its path and causally to itself; transformers' attention interface.
+
+    query [1, H, N, D]; key, value [1, K, N, D] with H a multiple of K. Returns [1, N, H, D]. Written with batched
+    matrix products over [K, (H/K)·n, D]: grouped heads need no repeated keys, and on a CPU forward and backward take
+    less than half the time of scaled_dot_product_attention at these lengths.
+    """
+    if tree is None or sliding_window is not None or softcap is not None:
+        raise ModelError("tree attention computes plain causal attention only")
+    heads, width = query.shape[1], query.shape[3]
+    kv_heads = key.shape[1]
+    # split has one backward for all its pieces; slices would each fill a tensor of the whole length.
+    queries = torch.split(query[0] * scaling, tree.sizes, dim=1)
+    keys, values = torch.split(key[0], tree.sizes, dim=1), torch.split(value[0], tree.sizes, dim=1)
+    out: list[Tensor] = []
+    for i, segment in enumerate(tree.segments):
+        path = (*segment.path, i)
+        k = torch.cat([keys[p] for p in path], dim=1) if len(path) > 1 else keys[i]
+        v = torch.cat([values[p] for p in path], dim=1) if len(path) > 1 else values[i]
+        q = queries[i].reshape(kv_heads, -1, width)
+        weights = torch.softmax(torch.baddbmm(tree.masks[i], q, k.transpose(1, 2)), dim=-1)
+        out.append(torch.bmm(weights, v).view(heads, -1, width))
+    return torch.cat(out, dim=1).transpose(0, 1).unsqueeze(0), None
+
+
+AttentionInterface.register(TREE, tree_attention)
+
+
+class Decoder:
+    """Runs a causal language model over packs. ``shared`` says whether it takes the tree layout.
+
+    Raises ModelError where the model's logits are not hidden · Wᵀ (+ b) of its base model.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.base: nn.Module = model.base_model
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ModelError(
+                f"{type(model).__name__} has no linear output head: only causal language models are trained"
+            )
+        self.head = head
+        config = model.config
+        self.heads = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or 1)
+        self.shared = False
+        self._probe()
+
+    def autocast(self, enabled: bool = True) -> torch.autocast:
+        """bf16 autocast, or nothing in fp32. Its cache of cast weights lives until the outermost one exits."""
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled and self.dtype == torch.bfloat16)
+
+    def hidden(self, pack: Pack) -> Tensor:
+        """Hidden states [N, D] of the base model's last layer, normalised."""
+        ids = torch.from_numpy(pack.ids).view(pack.shape)
+        positions = torch.from_numpy(pack.positions).view(pack.shape)
+        if pack.segments:
+            tree = Tree(pack, heads=self.heads, dtype=self.dtype)
+            out = self.base(input_ids=ids, position_ids=positions, use_cache=False, tree=tree)
+        else:
+            lengths = torch.tensor([len(a) for a in pack.at])
+            mask = positions < lengths[:, None]
+            out = self.base(input_ids=ids, position_ids=positions, attention_mask=mask.long(), use_cache=False)
+        states: Tensor = out.last_hidden_state
+        return states.reshape(pack.tokens, -1)
+
+    def _probe(self) -> None:
+        """Prove on a few tokens that both layouts give the model's own log-probabilities; choose one."""
+        vocab = int(self.model.config.vocab_size)
+        rows: list[Ints] = [np.asarray(r, np.int64) % vocab for r in ([5, 6, 7, 8, 9], [5, 6, 7, 11, 3, 2], [5, 6, 7])]
+        expected = []
+        with torch.no_grad():
+            for row in rows:
+                logits = self.model(torch.from_numpy(row)[None], use_cache=False).logits[0].float()
+                expected.append(torch.log_softmax(logits, -1)[:-1].gather(1, torch.from_numpy(row[1:, None]))[:, 0])
+        if not self._agrees(rows, expected):
+            raise ModelError(
+                f"{type(self.model).__name__} computes its logits in a way this learner does not know (scaling, "
+                "soft-capping or a second head): use a plain causal decoder such as Llama, Qwen or SmolLM"
+            )
+        kinds = set(getattr(self.model.config, "layer_types", None) or ["full_attention"])
+        plain = self.model.config._attn_implementation
+        if kinds != {"full_attention"} or not self.model._can_set_attn_implementation():
+            return
+        self.model.set_attn_implementation(TREE)
+        self.shared = True
+        try:
+            self.shared = self._agrees(rows, expected)
+        except (ModelError, TypeError, RuntimeError):  # sliding windows, unknown arguments, other shapes
+            self.shared = False
+        if not self.shared:
+            self.model.set_attn_implementation(plain)
+
+    def _agrees(self, rows: Sequence[Ints], expected: Sequence[Tensor]) -> bool:
+        dtype, self.dtype = self.dtype, torch.float32
+        try:
+            for pack in pack_rows(rows, token_budget=64, shared=self.shared, min_shared=2):
+                hidden = self.hidden(pack)
+                for i, at in zip(pack.rows, pack.at, strict=True):
+                    scores = Scores(hidden[at[:-1]], self.head, torch.from_numpy(rows[i][1:]), 1.0, self.dtype)
+                    if not torch.allclose(scores.logprobs_T, expected[i], atol=1e-3):
+                        return False
+        finally:
+            self.dtype = dtype
+        return True
+
+
+class Scores:
+    """log π(target) = log softmax(h · Wᵀ / temperature)[target] for one chunk of positions, and its backward.
+
+    The softmax is kept until ``backward``, so that the logits are computed once; drop the object before making the
+    next chunk's. Outside autograd: the head's gradient is added to fp32 ``weight.grad`` straight from the product.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, hidden: Tensor, head: nn.Linear, targets: Tensor, temperature: float, dtype: torch.dtype,
+        weight: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """hidden [T, D], targets int [T]; ``weight``: the head's weight already cast to ``dtype``."""
+        self.hidden = hidden.detach().to(dtype)
+        self.head, self.targets, self.temperature = head, targets[:, None], temperature
+        self.weight = head.weight.detach().to(dtype) if weight is None else weight
+        bias = None if head.bias is None else head.bias.detach().to(dtype)
+        with torch.autocast("cpu", enabled=False):
+            logits = nn.functional.linear(self.hidden, self.weight, bias).float()
+            if dtype != torch.float32:
+                # A bf16 product rounds each logit to 8 bits. The target's own logit decides log π, so it is computed
+                # again in fp32: that removes a third of the mean error of log π for the price of one row a position.
+                exact = (self.hidden.float() * self.weight[targets].float()).sum(-1, keepdim=True)
+                logits.scatter_(1, self.targets, exact if bias is None else exact + bias[self.targets].float())
+        if temperature != 1.0:
+            logits.div_(temperature)
+        self.normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+        self.logits = logits
+        self.logprobs_T = (logits.gather(1, self.targets) - self.normaliser)[:, 0]
+
+    @torch.no_grad()
+    def backward(self, grad_T: Tensor) -> Tensor:
+        """Add to the head's gradients and return the gradient of ``hidden`` [T, D], given that of ``logprobs_T``.
+
+        Uses up the object. dL/dlogit_j = g/temperature · (1[j = target] − softmax_j).
+        """
+        g = (grad_T / self.temperature)[:, None]
+        grad = self.logits.sub_(self.normaliser).exp_().mul_(-g).scatter_add_(1, self.targets, g)
+        if self.head.bias is not None:
+            _accumulate(self.head.bias, grad.sum(0))
+        grad = grad.to(self.weight.dtype)
+        _accumulate(self.head.weight, grad.t() @ self.hidden)
+        return grad @ self.weight
+
+
+def _accumulate(parameter: Tensor, grad: Tensor) -> None:
+    if not parameter.requires_grad:
+        return
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad.add_(grad)

@@ -1,0 +1,130 @@
+"""Where environments run: an event loop on a thread of its own, so that a hanging environment cannot stop training.
+
+An ``await`` that never returns is cancelled at its deadline. Code that blocks the thread cannot be cancelled: the
+host is then *wedged*, is abandoned with its episodes (they are retried elsewhere, at no cost to their retries),
+and a fresh host takes over. The thread is a daemon: it does not keep the process alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import CancelledError as FutureCancelled
+from typing import Any, TypeVar
+
+from areal_agents.errors import EnvError, InfraError
+
+T = TypeVar("T")
+_HEARTBEAT_SECONDS = 5.0
+
+
+class HostLost(InfraError):
+    """Another environment blocked the shared loop; this episode is innocent and starts again."""
+
+
+class EnvHost:
+    """One background loop. ``call`` is used from the caller's own loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="areal-env-host", daemon=True)
+        self._lost = asyncio.Event()
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._culprit: asyncio.Task[Any] | None = None
+        self.wedged = False
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    async def call(self, make: Callable[[], Awaitable[T]], *, timeout: float, what: str) -> T:
+        """Run ``make()`` on the host, at most ``timeout`` seconds.
+
+        Raises EnvError where it did not return in time, HostLost where another call wedged the host, and whatever
+        the awaitable itself raises. Cancelling the caller cancels the call.
+        """
+        if self.wedged:
+            raise HostLost(f"{what}: the environments' loop is blocked by another environment")
+
+        mine: list[asyncio.Task[Any]] = []
+
+        async def run() -> T:
+            task = asyncio.current_task()
+            assert task is not None
+            mine.append(task)
+            self._calls.add(task)
+            try:
+                return await make()
+            finally:
+                self._calls.discard(task)
+
+        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        wrapped = asyncio.ensure_future(asyncio.wrap_future(future))
+        lost = asyncio.ensure_future(self._lost.wait())
+        try:
+            both: set[asyncio.Future[Any]] = {wrapped, lost}
+            await asyncio.wait(both, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if wrapped.done():
+                try:
+                    return wrapped.result()
+                except (FutureCancelled, asyncio.CancelledError) as error:
+                    raise EnvError(f"{what} was cancelled by its own environment") from error
+            if not self.wedged:
+                future.cancel()
+                if await self.alive():
+                    raise EnvError(f"{what} did not return within {timeout:g} s (env.step_timeout): it was cancelled")
+                self._abandon(mine)
+            if self._culprit in mine:
+                raise EnvError(
+                    f"{what} blocked its event loop for more than {timeout:g} s (env.step_timeout): use `await` or "
+                    "asyncio.to_thread for slow work"
+                )
+            raise HostLost(f"{what}: the environments' loop is blocked by another environment")
+        finally:
+            lost.cancel()
+            if not wrapped.done():
+                future.cancel()
+                wrapped.cancel()
+
+    def _abandon(self, mine: list[asyncio.Task[Any]]) -> None:
+        """Give the host up. The culprit is the call whose task holds the thread; else the one that found out."""
+        if self.wedged:
+            return
+        holder = asyncio.current_task(self._loop)
+        self._culprit = holder if holder in self._calls else mine[0] if mine else None
+        self.wedged = True
+        self._lost.set()
+
+    async def alive(self) -> bool:
+        """Whether the loop still answers."""
+        if not self._loop.is_running():
+            return False
+        beat = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop)
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(beat), _HEARTBEAT_SECONDS)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self, cleanup: Callable[[], Awaitable[Any]] | None = None, *, timeout: float = 20.0) -> None:
+        """Run ``cleanup`` on the loop, then stop it. A wedged host is left to its daemon thread."""
+        if self.wedged or not self._loop.is_running():
+            return
+        if cleanup is not None:
+            await self.call(cleanup, timeout=timeout, what="closing the environments")
+        await self.call(_cancel_others, timeout=timeout, what="cancelling what environments left running")
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        await asyncio.to_thread(self._thread.join, timeout)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+
+async def _cancel_others() -> None:
+    """Cancel every other task of the running loop and wait for their ends."""
+    others = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()

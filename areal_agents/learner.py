@@ -1,0 +1,394 @@
+"""The learner: batches of rows in, new weights out. PyTorch on one CPU process.
+
+    Batch ─▶ rows with a gradient ─▶ (decoupled: log p) ─▶ minibatches ─▶ packs ─▶ loss, backward ─▶ clip, AdamW
+                                                                                              │ version + 1
+                                          engines ◀─ WeightsRef ◀─ publish() ◀────────────────┘
+
+All work runs in the learner's one worker thread, so the event loop goes on and calls queue behind each other; a
+cancelled caller leaves its step running to the end. What waits: each call for the calls before it; ``publish`` also
+for one of two buffers, which is free again when an earlier ``publish`` context closes.
+
+Not covered: several processes, GPUs, LoRA, critics, a KL term, gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import resource
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from areal_agents import losses
+from areal_agents.batch import Batch, Row
+from areal_agents.checkpoint import atomic_folder, read_weights, write_model
+from areal_agents.config import AlgorithmConfig, LearnerConfig
+from areal_agents.engine import WeightsRef
+from areal_agents.errors import ModelError
+from areal_agents.forward import Decoder, Scores
+from areal_agents.objective import (
+    Denominators,
+    Tokens,
+    batch_counts,
+    check_batch,
+    has_gradient,
+    ppo_objective,
+    sources,
+    split_episodes,
+)
+from areal_agents.offpolicy import OffPolicyStats
+from areal_agents.optim import adamw, learning_rate
+from areal_agents.packing import pack_rows
+from areal_agents.precision import resolve_precision
+from areal_agents.weights import SharedWeights
+
+Metrics = dict[str, float]
+Logprobs = list[NDArray[np.float32]]
+"""For each row, [T]: log π where the row's mask is True, else 0."""
+T = TypeVar("T")
+Objective = Callable[[Tensor, Tokens], Tensor]
+STATE = "learner.pt"
+
+
+class Learner(Protocol):
+    """What the trainer needs of a learner."""
+
+    @property
+    def version(self) -> int:
+        """Batches consumed; advances even when an optimizer step was skipped."""
+        ...
+
+    async def step(self, batch: Batch) -> Metrics: ...
+    async def logprobs(self, batch: Batch) -> Logprobs: ...
+    def publish(self) -> AbstractAsyncContextManager[WeightsRef]:
+        """The current weights; the reference is valid until the context closes."""
+        ...
+
+    async def save(self, path: Path) -> None: ...
+    async def load(self, path: Path) -> None: ...
+
+
+class TorchLearner:
+    """PPO over a transformers causal language model; the ``Learner`` of one process.
+
+    Master weights, gradients and AdamW's moments are fp32; ``learner.precision`` is the format of matrix products.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        learner: LearnerConfig,
+        algorithm: AlgorithmConfig,
+        total_steps: int,
+        seed: int = 0,
+        publish_dtype: torch.dtype = torch.bfloat16,
+        max_staleness: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Load a local model folder.
+
+        Args:
+            total_steps: batches of the whole run, for the schedule.
+            max_staleness: tokens older than this many versions get no gradient (``on_exceed = "mask"``); None: any age.
+            threads: cores to compute with; None leaves PyTorch's choice.
+        Raises ModelError for a folder that is no causal language model this learner knows how to train.
+        """
+        self.source = Path(model)
+        self.config, self.algorithm = learner, algorithm
+        self.total_steps, self.seed, self.max_staleness = total_steps, seed, max_staleness
+        self.publish_dtype = publish_dtype
+        self._version = 0
+        self._threads = threads
+        self._model = _load(self.source)
+        self._decoder = Decoder(self._model, resolve_precision(learner.precision))
+        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        self._optimizer = self._new_optimizer(learner.lr)
+        self._warm: torch.optim.AdamW | None = None
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
+        self._buffers = [SharedWeights(self.tensors(), publish_dtype) for _ in range(2)]
+        self._free: asyncio.Queue[SharedWeights] = asyncio.Queue()
+        for buffer in self._buffers:
+            self._free.put_nowait(buffer)
+
+    @property
+    def version(self) -> int:
+        """Batches consumed; advances even when an optimizer step was skipped."""
+        return self._version
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fp32 master weights by state-dict name; of tied tensors the first name alone."""
+        seen: set[int] = set()
+        out: dict[str, Tensor] = {}
+        for name, tensor in self._model.state_dict().items():
+            if tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                out[name] = tensor
+        return out
+
+    def set_threads(self, n: int) -> None:
+        """Compute with ``n`` cores from the next call on. Raises ValueError for n < 1."""
+        if n < 1:
+            raise ValueError(f"threads = {n} must be at least 1")
+        self._threads = n
+
+    async def step(self, batch: Batch) -> Metrics:
+        """One optimizer step a minibatch; see ``Metrics`` in the class's module for what comes back.
+
+        Raises ValueError for a batch of another version, without episodes, or with a sampled token that has no
+        context.
+        """
+        return await self._run(lambda: self._step(batch))
+
+    async def logprobs(self, batch: Batch) -> Logprobs:
+        """log π of every sampled token at the batch's temperature, under the current weights."""
+        return await self._run(lambda: self._logprobs(batch.rows, batch.temperature)[0])
+
+    async def sft_step(self, rows: Sequence[Row], *, lr: float) -> Metrics:
+        """One optimizer step on the mean cross-entropy of the masked tokens (the warm start).
+
+        It has an optimizer of its own, dropped at the first ``step``: moments of imitation say nothing about rewards.
+        The version stays; publish afterwards to serve the weights.
+        """
+        return await self._run(lambda: self._sft_step(tuple(rows), lr))
+
+    @asynccontextmanager
+    async def publish(self) -> AsyncIterator[WeightsRef]:
+        """The current weights, cast, in one of two shared buffers; it is not refilled while the context is open.
+
+        Waits while both buffers are out; unblocked when one of those contexts closes.
+        """
+        buffer = await self._free.get()
+        try:
+            yield await self._run(lambda: buffer.fill(self.tensors(), self._version))
+        finally:
+            self._free.put_nowait(buffer)
+
+    async def export(self, path: Path) -> None:
+        """Write a transformers folder (weights in ``publish_dtype``, configuration, tokenizer), atomically."""
+        await self._run(lambda: self._write(path, self.publish_dtype, state=False))
+
+    async def save(self, path: Path) -> None:
+        """Write a checkpoint atomically: a transformers folder in fp32 plus optimizer, version and seed."""
+        await self._run(lambda: self._write(path, torch.float32, state=True))
+
+    async def load(self, path: Path) -> None:
+        """Go on from a checkpoint of ``save``. Raises ModelError where it is absent or of another model."""
+        await self._run(lambda: self._read(path))
+
+    async def close(self) -> None:
+        """Finish the running call and free the shared buffers."""
+        await asyncio.to_thread(self._executor.shutdown)
+        for buffer in self._buffers:
+            buffer.close()
+
+    async def _run(self, job: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._with_threads, job)
+
+    def _with_threads(self, job: Callable[[], T]) -> T:
+        # OpenMP counts threads per calling thread: it has to be said here. A CPU's backward runs in this thread too.
+        if self._threads and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        return job()
+
+    def _new_optimizer(self, lr: float) -> torch.optim.AdamW:
+        c = self.config
+        return adamw(self._model, lr=lr, weight_decay=c.weight_decay, betas=c.betas, eps=c.eps)
+
+    def _step(self, batch: Batch) -> Metrics:
+        start = time.perf_counter()
+        check_batch(batch, self._version)
+        self._warm = None
+        c, version = self.config, self._version
+        live = [
+            i for i, r in enumerate(batch.rows) if has_gradient(r, version=version, max_staleness=self.max_staleness)
+        ]
+        proximal: dict[int, NDArray[np.float32]] = {}
+        forwarded = 0
+        if self.algorithm.correction == "decoupled":
+            found, forwarded = self._logprobs([batch.rows[i] for i in live], batch.temperature)
+            proximal = dict(zip(live, found, strict=True))
+        lr = learning_rate(version, peak=c.lr, total=self.total_steps, warmup=c.warmup_steps, schedule=c.schedule)
+        stats = OffPolicyStats()
+        loss, norms, skipped, empty = 0.0, [], 0, 0
+        parts = split_episodes(batch.episodes, c.minibatches, seed=self.seed, version=version)
+        for part in parts:
+            inside = set(part.tolist())
+            rows = [i for i in live if batch.rows[i].episode in inside]
+            counts = Denominators.of(
+                [r for r in batch.rows if r.episode in inside], total_episodes=batch.episodes, episodes=len(part)
+            )
+            if not rows:  # no gradient at all: AdamW would move by its momentum alone
+                empty += 1
+                continue
+            chosen = [batch.rows[i] for i in rows]
+            old = [proximal[i] for i in rows] if proximal else None
+            value, tokens = self._backward(chosen, old, batch.temperature, self._objective(counts, stats))
+            norm = self._apply(self._optimizer, lr)
+            loss, forwarded, skipped = loss + value / len(parts), forwarded + tokens, skipped + (norm is None)
+            norms += [] if norm is None else [norm]
+        self._version += 1
+        seconds = time.perf_counter() - start
+        return {
+            "loss": loss,
+            "grad_norm": float(np.mean(norms)) if norms else 0.0,
+            "lr": lr,
+            "skipped": float(skipped),
+            "minibatches_empty": float(empty),
+            **batch_counts(batch, live, self.max_staleness),
+            "tokens_forward": float(forwarded),
+            "seconds": seconds,
+            "tokens_per_second": forwarded / seconds,
+            "memory_peak_mb": _memory_peak(),
+            **{f"off_policy/{name}": value for name, value in stats.result().items()},
+        }
+
+    def _objective(self, counts: Denominators, stats: OffPolicyStats) -> Objective:
+        a, version = self.algorithm, self._version
+
+        def objective(logprobs_T: Tensor, tokens: Tokens) -> Tensor:
+            return ppo_objective(
+                logprobs_T, tokens, counts, stats, correction=a.correction, clip_low=a.clip_low, clip_high=a.clip_high,
+                dual_clip=a.dual_clip, truncate=a.truncate, token_mask=a.token_mask, aggregation=a.aggregation,
+                version=version, max_staleness=self.max_staleness,
+            )  # fmt: skip
+
+        return objective
+
+    def _sft_step(self, rows: tuple[Row, ...], lr: float) -> Metrics:
+        start = time.perf_counter()
+        total = sum(int(r.mask.sum()) for r in rows)
+        if total == 0:
+            raise ValueError("the warm start got rows without a masked token: there is nothing to imitate")
+        if self._warm is None:
+            self._warm = self._new_optimizer(lr)
+
+        def objective(logprobs_T: Tensor, tokens: Tokens) -> Tensor:
+            loss_T = losses.cross_entropy(logprobs_T)
+            return losses.token_mean(loss_T, torch.ones_like(loss_T, dtype=torch.bool), tokens=total)
+
+        loss, forwarded = self._backward(rows, None, 1.0, objective)
+        norm = self._apply(self._warm, lr)
+        return {
+            "loss": loss,
+            "grad_norm": 0.0 if norm is None else norm,
+            "lr": lr,
+            "skipped": float(norm is None),
+            "tokens": float(total),
+            "rows": float(len(rows)),
+            "tokens_forward": float(forwarded),
+            "seconds": time.perf_counter() - start,
+            "memory_peak_mb": _memory_peak(),
+        }
+
+    def _backward(
+        self,
+        rows: Sequence[Row],
+        proximal: Sequence[NDArray[np.float32]] | None,
+        temperature: float,
+        objective: Objective,
+    ) -> tuple[float, int]:
+        """Add the gradient of ``objective`` over ``rows``; returns its value and the tokens that went through."""
+        loss, forwarded, d = 0.0, 0, self._decoder
+        packs = pack_rows([r.ids for r in rows], token_budget=self.config.token_budget, shared=d.shared)
+        # One autocast for all packs: it casts each weight once. It must end before the weights change.
+        with d.autocast():
+            weight = d.head.weight.detach().to(d.dtype)
+            for pack in packs:
+                chosen = [rows[i] for i in pack.rows]
+                tokens = Tokens.of(chosen, None if proximal is None else [proximal[i] for i in pack.rows])
+                states = d.hidden(pack).index_select(0, sources(chosen, pack.at))
+                grad = torch.empty_like(states)
+                for part in _chunks(len(tokens), self.config.logprob_chunk):
+                    scores = Scores(states[part], d.head, tokens.ids[part], temperature, d.dtype, weight)
+                    logprobs_T = scores.logprobs_T.requires_grad_()
+                    with d.autocast(False):
+                        value = objective(logprobs_T, tokens[part])
+                        value.backward()  # type: ignore[no-untyped-call]
+                    assert logprobs_T.grad is not None
+                    grad[part] = scores.backward(logprobs_T.grad)
+                    loss += float(value.detach())
+                    del scores  # before the next chunk's logits
+                with d.autocast(False):
+                    states.backward(grad)  # type: ignore[no-untyped-call]
+                forwarded += pack.tokens
+        return loss, forwarded
+
+    def _apply(self, optimizer: torch.optim.AdamW, lr: float) -> float | None:
+        """Clip and step; None, and no step, where the gradient is not finite. Frees the gradients."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.grad_clip))
+        if math.isfinite(norm):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm if math.isfinite(norm) else None
+
+    @torch.no_grad()
+    def _logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[Logprobs, int]:
+        d = self._decoder
+        out: Logprobs = [np.zeros(len(r), np.float32) for r in rows]
+        packs = pack_rows([r.ids for r in rows], token_budget=self.config.token_budget, shared=d.shared)
+        with d.autocast():  # its own context: weights cast without a graph must not serve a later backward
+            weight = d.head.weight.to(d.dtype)
+            for pack in packs:
+                chosen = [rows[i] for i in pack.rows]
+                states = d.hidden(pack).index_select(0, sources(chosen, pack.at))
+                ids = torch.from_numpy(np.concatenate([r.ids[r.mask] for r in chosen]))
+                parts = [
+                    Scores(states[p], d.head, ids[p], temperature, d.dtype, weight).logprobs_T
+                    for p in _chunks(len(ids), self.config.logprob_chunk)
+                ]
+                flat = torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
+                ends = np.cumsum([int(r.mask.sum()) for r in chosen])
+                for i, values in zip(pack.rows, np.split(flat, ends[:-1]), strict=True):
+                    out[i][rows[i].mask] = values
+        return out, sum(p.tokens for p in packs)
+
+    def _write(self, path: Path, dtype: torch.dtype, *, state: bool) -> None:
+        with atomic_folder(path) as folder:
+            write_model(folder, self.tensors(), source=self.source, dtype=dtype)
+            if state:
+                optimizer = self._optimizer.state_dict()
+                torch.save({"version": self._version, "seed": self.seed, "optimizer": optimizer}, folder / STATE)
+
+    def _read(self, path: Path) -> None:
+        if not (path / STATE).is_file():
+            raise ModelError(f"{path} holds no {STATE}: it is no checkpoint of this learner")
+        state = torch.load(path / STATE, weights_only=True)
+        read_weights(path, self.tensors())
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._version, self.seed, self._warm = int(state["version"]), int(state["seed"]), None
+
+
+def _load(source: Path) -> PreTrainedModel:
+    if not (source / "config.json").is_file():
+        raise ModelError(f"{source} is no model folder (no config.json): pull or name a local transformers model")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source} cannot be loaded as a causal language model: {error}") from error
+    model.eval()  # no dropout: π must be the policy that sampled
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _chunks(n: int, size: int) -> list[slice]:
+    return [slice(s, min(s + size, n)) for s in range(0, n, size)]
+
+
+def _memory_peak() -> float:
+    """The process's largest resident size so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,225 @@
+"""Environments by id: ``register``, ``spec``, ``make``, ``specs``.
+
+    areal_agents.register("acme/Shop-v0", entry_point="acme_envs.shop:Shop")
+    env = areal_agents.make("acme/Shop-v0")
+
+Nothing is imported before it is asked for. An id's namespace decides where it is looked up: what is registered
+already; then the built-in collection (``areal``); then the entry points of the group ``areal_agents.envs`` whose
+*name is the namespace* and whose value is a module that calls ``register`` when it is imported:
+
+    [project.entry-points."areal_agents.envs"]
+    acme = "acme_envs"
+
+A package that fails to import is kept in ``load_errors`` and warned about when its namespace is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from areal_agents.errors import ConfigError, RegistryError
+
+if TYPE_CHECKING:
+    from areal_agents.env import AgentEnv, Expert
+    from areal_agents.types import Task
+
+ENTRY_POINT_GROUP = "areal_agents.envs"
+_BUILTIN = {"areal": "areal_agents.envs"}
+_ID = re.compile(r"(?P<namespace>[A-Za-z0-9_.-]+)/(?P<name>[A-Za-z0-9_.-]+)-v(?P<version>[0-9]+)")
+_ENTRY_POINT = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<cls>[A-Za-z_]\w*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What the reward audit may assume of an environment."""
+
+    chance: float
+    """Mean reward allowed to a policy without skill (the audit adds 0.05)."""
+    gold: bool
+    """Whether the environment can state an answer that deserves reward 1; otherwise it is shown as unaudited."""
+    expert: bool
+    """Whether it scripts demonstrations."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnvSpec:
+    """How to find and make one environment."""
+
+    id: str
+    entry_point: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    declared_splits: tuple[str, ...] | None = None
+    description: str = ""
+
+    def env_class(self) -> type[AgentEnv]:
+        """Import the class. Raises RegistryError with the reason where that fails."""
+        from areal_agents.env import AgentEnv
+
+        module_name, _, class_name = self.entry_point.partition(":")
+        try:
+            found = getattr(importlib.import_module(module_name), class_name, None)
+        except Exception as error:
+            raise RegistryError(f"{self.id}: importing {module_name!r} failed: {error!r}") from error
+        if found is None:
+            raise RegistryError(f"{self.id}: module {module_name!r} has no class {class_name!r}")
+        if not (isinstance(found, type) and issubclass(found, AgentEnv)):
+            raise RegistryError(
+                f"{self.id}: {self.entry_point!r} is no AgentEnv; wrap a plain gymnasium.Env over text in "
+                "areal_agents.TextProcessEnv"
+            )
+        return found
+
+    def make(self, **kwargs: Any) -> AgentEnv:
+        """A new instance; ``kwargs`` override the registered ones. Raises RegistryError for a wrong argument."""
+        cls = self.env_class()
+        merged = {**self.kwargs, **kwargs}
+        try:
+            return cls(**merged)
+        except TypeError as error:
+            raise RegistryError(f"{self.id}: {cls.__name__}({', '.join(sorted(merged))}) failed: {error}") from error
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return self.declared_splits if self.declared_splits is not None else self.env_class().splits
+
+    def tasks(self, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
+        """The tasks of one split. Raises RegistryError for a split that the environment does not have."""
+        if split not in self.splits:
+            raise RegistryError(
+                f"{self.id} has no split {split!r}{_hint(split, self.splits)}; its splits are {', '.join(self.splits)}"
+            )
+        if difficulty is not None and not 0.0 <= difficulty <= 1.0:
+            raise ConfigError(f"difficulty {difficulty} of {self.id} must lie in [0, 1]")
+        return self.env_class().tasks(split, difficulty=difficulty)
+
+    def expert(self, task: Task) -> Expert | None:
+        """A fresh scripted demonstration of ``task``, or None."""
+        return self.env_class().expert(task)
+
+    def gold(self, task: Task) -> str | None:
+        return self.env_class().gold(task)
+
+    @property
+    def audit(self) -> Audit:
+        from areal_agents.env import AgentEnv
+
+        cls = self.env_class()
+        gold, expert = (getattr(cls, n).__func__ is not getattr(AgentEnv, n).__func__ for n in ("gold", "expert"))
+        return Audit(cls.chance, gold, expert)
+
+
+_specs: dict[str, EnvSpec] = {}
+_loaded: set[str] = set()
+_load_errors: dict[str, BaseException] = {}
+load_errors: Mapping[str, BaseException] = MappingProxyType(_load_errors)
+"""Entry points that failed to load: ``"name = module (distribution)"`` → the error."""
+
+
+def register(
+    id: str,
+    entry_point: str,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    splits: Sequence[str] | None = None,
+    description: str = "",
+) -> EnvSpec:
+    """Register an environment here and with Gymnasium, so that ``gymnasium.make(id)`` works too.
+
+    ``entry_point`` is ``"package.module:Class"``, imported at first use. ``splits`` default to the class's own.
+    Registering the same again does nothing; another environment under a taken id raises RegistryError.
+    """
+    if _ID.fullmatch(id) is None:
+        raise RegistryError(f'environment id {id!r} must read "namespace/Name-v0"')
+    if _ENTRY_POINT.fullmatch(entry_point) is None:
+        raise RegistryError(f'{id}: entry point {entry_point!r} must read "package.module:Class"')
+    new = EnvSpec(id, entry_point, dict(kwargs or {}), None if splits is None else tuple(splits), description)
+    if id in _specs:
+        if _specs[id] != new:
+            taken = _specs[id].entry_point
+            raise RegistryError(f"{id} is registered already, as {taken!r}: choose another name or version")
+        return new
+    import gymnasium
+
+    # Gymnasium's own wrappers expect array-like data; `check` runs its checker on purpose.
+    gymnasium.register(
+        id, entry_point=entry_point, kwargs=dict(new.kwargs), disable_env_checker=True, order_enforce=False
+    )
+    _specs[id] = new
+    return new
+
+
+def spec(id: str) -> EnvSpec:
+    """The environment called ``id``, or the class named by ``"module:Class"``. Raises RegistryError."""
+    if id in _specs:
+        return _specs[id]
+    if _ENTRY_POINT.fullmatch(id):
+        return EnvSpec(id, id)
+    match = _ID.fullmatch(id)
+    if match:
+        _load(match["namespace"], warn=True)
+        if id in _specs:
+            return _specs[id]
+    else:
+        _load_all()
+    known = [s.id for s in specs()]
+    raise RegistryError(
+        f"unknown environment {id!r}{_hint(id, known)}; `areal-agents envs` lists what there is "
+        '(or give "package.module:Class")'
+    )
+
+
+def make(id: str, **kwargs: Any) -> AgentEnv:
+    """A new instance of the environment ``id``; ``kwargs`` override the registered ones."""
+    return spec(id).make(**kwargs)
+
+
+def specs() -> list[EnvSpec]:
+    """Every environment that can be found, by id. Loads the built-in collection and all entry points."""
+    _load_all()
+    return [_specs[id] for id in sorted(_specs)]
+
+
+def _entry_points() -> Iterable[importlib.metadata.EntryPoint]:
+    return importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+
+
+def _load_all() -> None:
+    for namespace in [*_BUILTIN, *sorted({entry.name for entry in _entry_points()})]:
+        _load(namespace, warn=False)
+
+
+def _load(namespace: str, *, warn: bool) -> None:
+    if namespace not in _loaded:
+        _loaded.add(namespace)
+        if namespace in _BUILTIN:
+            importlib.import_module(_BUILTIN[namespace])
+        for entry in _entry_points():
+            if entry.name == namespace:
+                _load_entry_point(entry)
+    if warn:
+        for label, error in _load_errors.items():
+            if label.split(" = ")[0] == namespace:
+                warnings.warn(f"the environments of {label} could not be loaded: {error!r}", stacklevel=3)
+
+
+def _load_entry_point(entry: importlib.metadata.EntryPoint) -> None:
+    distribution = entry.dist.name if entry.dist is not None else "unknown distribution"
+    try:
+        entry.load()
+    except Exception as error:  # noqa: BLE001  a boundary: a broken package must not break the others
+        _load_errors[f"{entry.name} = {entry.value} ({distribution})"] = error
+
+
+def _hint(wrong: str, known: Iterable[str]) -> str:
+    """`` (did you mean …?)``, or nothing."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(wrong.lower(), by_lower, n=1, cutoff=0.5)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""

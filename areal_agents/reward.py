@@ -1,0 +1,242 @@
+"""The reward contract: a finished episode in, a checked verdict out; rubrics compose rewards.
+
+    def correct(episode: Episode) -> bool: ...
+    rubric = Gate({"correct": correct, "brief": (brief, 0.1)}, on="correct")
+
+A reward is an async callable that returns a Verdict, or any function, sync or async, that returns a number. Every
+number is checked: NaN, an infinity or a non-number raises RewardError and is never taken for zero. Answers are read
+only from a declared slot (``boxed``) and by a strict grammar (``number``): nothing of a model's text is evaluated.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+from areal_agents.errors import RewardError
+from areal_agents.types import AssistantMessage, Message, StopReason, Task
+
+if TYPE_CHECKING:
+    import sympy  # type: ignore[import-untyped]
+
+    from areal_agents.tool import ToolResult
+
+VerdictStatus = Literal["ok", "unverifiable", "timeout"]
+_WORST_FIRST: tuple[VerdictStatus, ...] = ("timeout", "unverifiable", "ok")
+MAX_NUMBER_CHARS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """What a reward may look at."""
+
+    task: Task
+    messages: tuple[Message | AssistantMessage, ...]
+    answer: str | None
+    """Text of the final answer without its reasoning; None when the episode ended without one."""
+    tool_results: tuple[ToolResult, ...]
+    stop_reason: StopReason
+
+    @property
+    def turns(self) -> int:
+        """Turns of the policy so far."""
+        return sum(isinstance(m, AssistantMessage) for m in self.messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``score`` is the episode's reward; ``components`` explain it and are logged, not trained on."""
+
+    score: float
+    components: Mapping[str, float] = field(default_factory=dict)
+    turn_rewards: tuple[float, ...] | None = None
+    """One number a turn, in place of ``score`` on the last turn."""
+    status: VerdictStatus = "ok"
+
+
+class Reward(Protocol):
+    async def __call__(self, episode: Episode) -> Verdict: ...
+
+
+Score: TypeAlias = "Verdict | float | bool"
+RewardLike: TypeAlias = "Reward | Callable[[Episode], Score | Awaitable[Score]]"
+
+
+async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verdict:
+    """Call any kind of reward and check every number of its verdict. Raises RewardError."""
+    label = name or getattr(reward, "__name__", type(reward).__name__)
+    value: Any = reward(episode)
+    if inspect.isawaitable(value):
+        value = await value
+    if not isinstance(value, Verdict):
+        score = _finite(value, label, episode)
+        return Verdict(score, {label: score})
+    turns = value.turn_rewards
+    if turns is not None and len(turns) != episode.turns:
+        raise RewardError(
+            f"reward {label!r} returned {len(turns)} turn rewards for {episode.turns} turns on task "
+            f"{episode.task.id!r}: return one number a turn, or None"
+        )
+    return Verdict(
+        _finite(value.score, label, episode),
+        {key: _finite(x, f"{label}.{key}", episode) for key, x in value.components.items()},
+        None if turns is None else tuple(_finite(x, f"{label}.turn_rewards", episode) for x in turns),
+        value.status,
+    )
+
+
+class WeightedSum:
+    """Σ weight · score over named rewards; a value is a reward (weight 1) or ``(reward, weight)``."""
+
+    def __init__(self, rewards: Mapping[str, RewardLike | tuple[RewardLike, float]]) -> None:
+        if not rewards:
+            raise ValueError("a rubric needs at least one reward")
+        self._parts: dict[str, tuple[RewardLike, float]] = {}
+        for name, entry in rewards.items():
+            reward, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of reward {name!r} must be finite, got {weight}")
+            self._parts[name] = (reward, float(weight))
+
+    async def __call__(self, episode: Episode) -> Verdict:
+        verdicts = {name: await judge(reward, episode, name=name) for name, (reward, _) in self._parts.items()}
+        return self._combine(verdicts, frozenset(verdicts), episode)
+
+    def _combine(self, verdicts: Mapping[str, Verdict], counted: frozenset[str], episode: Episode) -> Verdict:
+        """Add up the ``counted`` parts; components always show what every part scored."""
+        weighted = {name: (self._parts[name][1], v) for name, v in verdicts.items() if name in counted}
+        score = sum(weight * v.score for weight, v in weighted.values())
+        turn_rewards: list[float] | None = None
+        if episode.turns and any(v.turn_rewards is not None for _, v in weighted.values()):
+            turn_rewards = [0.0] * episode.turns
+            for weight, v in weighted.values():
+                if v.turn_rewards is None:  # an outcome belongs to the turn that produced it
+                    turn_rewards[-1] += weight * v.score
+                else:
+                    turn_rewards = [total + weight * x for total, x in zip(turn_rewards, v.turn_rewards, strict=True)]
+        components: dict[str, float] = {}
+        for name, v in verdicts.items():
+            components |= {key if key == name else f"{name}.{key}": x for key, x in v.components.items()}
+            components[name] = v.score
+        status = next(s for s in _WORST_FIRST if s == "ok" or any(v.status == s for v in verdicts.values()))
+        return Verdict(float(score), components, None if turn_rewards is None else tuple(turn_rewards), status)
+
+
+class Gate(WeightedSum):
+    """A WeightedSum whose other rewards count only where ``on`` scored at least ``threshold``.
+
+    This is the rubric for format and style rewards: without the gate a policy can collect them while every answer
+    is wrong.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, RewardLike | tuple[RewardLike, float]],
+        *,
+        on: str = "correct",
+        threshold: float = 1.0,
+    ) -> None:
+        super().__init__(rewards)
+        if on not in self._parts:
+            raise ValueError(f"Gate(on={on!r}): no such reward; there are {', '.join(map(repr, self._parts))}")
+        self._on = on
+        self._threshold = threshold
+
+    async def __call__(self, episode: Episode) -> Verdict:
+        verdicts = {name: await judge(reward, episode, name=name) for name, (reward, _) in self._parts.items()}
+        opened = verdicts[self._on].score >= self._threshold
+        return self._combine(verdicts, frozenset(verdicts) if opened else frozenset({self._on}), episode)
+
+
+Rubric: TypeAlias = WeightedSum | Gate
+
+
+def _finite(value: object, name: str, episode: Episode) -> float:
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return float(value)
+    raise RewardError(
+        f"reward {name!r} returned {value!r:.200} on task {episode.task.id!r}: a reward is a finite number; "
+        "raise an InfraError for a verifier that failed, or return Verdict(status='unverifiable')"
+    )
+
+
+def boxed_all(text: str) -> tuple[str, ...]:
+    r"""The contents of every balanced ``\boxed{…}``, in the order of their closing braces, in linear time.
+
+    ``\{`` and ``\}`` are literal braces. An inner box of a nested one is left out.
+    """
+    opened: list[int] = []  # per open brace: where a box's content starts, or -1
+    found: list[tuple[int, int]] = []
+    for match in re.finditer(r"\\boxed\s{0,8}\{|\\.|[{}]", text, re.DOTALL):
+        token = match.group()
+        if token == "}":
+            start = opened.pop() if opened else -1
+            if start >= 0:
+                while found and found[-1][0] > start:
+                    found.pop()
+                found.append((start, match.start()))
+        elif token.endswith("{") and token != r"\{":
+            opened.append(match.end() if token != "{" else -1)
+    return tuple(text[start:end] for start, end in found)
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last balanced ``\boxed{…}``, or None."""
+    found = boxed_all(text)
+    return found[-1] if found else None
+
+
+def sole_boxed(text: str) -> str | None:
+    r"""The content of the ``\boxed{…}``, or None where there is none or several differ: hedging is no answer."""
+    found = {content.strip() for content in boxed_all(text)}
+    return found.pop() if len(found) == 1 else None
+
+
+_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
+_NUMBER = re.compile(rf"([+-]?)(?:({_INTEGER})/({_INTEGER})|({_INTEGER})?(?:\.([0-9]+))?)")
+
+
+def number(text: str) -> sympy.Rational | None:
+    """The exact value of a strictly written number, or None.
+
+    Grammar: an optional sign; digits, with thousands commas where they are placed correctly; an optional decimal
+    part; or a fraction a/b of two integers with b ≠ 0. Surrounding spaces and dollar signs are dropped, nothing
+    else is. At most 256 characters.
+    """
+    if len(text) > MAX_NUMBER_CHARS:
+        return None
+    match = _NUMBER.fullmatch(text.strip(" \t\r\n$"))
+    if match is None:
+        return None
+    sign, above, below, whole, decimals = (group or "" for group in match.groups())
+    if not (above or whole or decimals):
+        return None
+    from sympy import Rational  # half a second to import, and only scoring needs it
+
+    if above:
+        denominator = int(below.replace(",", ""))
+        if denominator == 0:
+            return None
+        value = Rational(int(above.replace(",", "")), denominator)
+    else:
+        value = Rational(int((whole.replace(",", "") + decimals) or "0"), 10 ** len(decimals))
+    return -value if sign == "-" else value
+
+
+def boxed_number(key: str = "answer") -> Callable[[Episode], float]:
+    r"""A reward: 1 where the answer's only ``\boxed{…}`` equals the number in ``task.payload[key]``, else 0."""
+
+    def correct(episode: Episode) -> float:
+        gold = number(str(episode.task.payload[key]))
+        if gold is None:
+            value = episode.task.payload[key]
+            raise RewardError(f"task {episode.task.id!r}: payload[{key!r}] = {value!r:.200} is no number")
+        said = sole_boxed(episode.answer or "")
+        return float(said is not None and number(said) == gold)
+
+    return correct

@@ -1,0 +1,267 @@
+"""Many episodes at once: tasks in, whole groups out, failures counted.
+
+    TaskStream ─▶ admit (buffer.py) ─▶ G × run_episode ─▶ complete ─▶ next_batch ─▶ learner
+                     ▲                      │ InfraError: retried; too few left: discarded, task queued once more
+                     └──────────────────────┘
+
+Waits for / unblocked by: the producer waits for ``Buffer.can_admit`` and is unblocked by completions, discards,
+batches and acknowledgements; ``next_batch`` waits for ``Buffer.take`` and is unblocked by completions. Neither holds
+anything while it waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import math
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from areal_agents.buffer import Buffer, Ticket
+from areal_agents.chat import ChatFormat
+from areal_agents.env import AgentEnv
+from areal_agents.episode import Limits, Policy, run_episode
+from areal_agents.errors import ArealError, ConfigError, FailureBudgetError, InfraError, RewardError
+from areal_agents.host import EnvHost, HostLost
+from areal_agents.registry import EnvSpec
+from areal_agents.types import Group, Task, Trajectory
+
+EventSink = Callable[..., None]
+"""``event(kind, **fields)``: one line in the run's event log."""
+
+_MAX_HOSTS_LOST = 20
+
+
+def no_events(kind: str, **fields: object) -> None:
+    """An event sink for callers without a log."""
+
+
+class TaskStream:
+    """Tasks in a seeded random order, every task once an epoch, discarded tasks once more."""
+
+    def __init__(self, tasks: Sequence[Task], *, seed: int) -> None:
+        if not tasks:
+            raise ConfigError("the training split has no tasks")
+        self._tasks = tasks
+        self._rng = random.Random(seed)
+        self._order: list[int] = []
+        self._again: deque[Task] = deque()
+        self._requeued: set[str] = set()
+
+    def next(self) -> Task:
+        if self._again:
+            return self._again.popleft()
+        if not self._order:
+            self._order = list(range(len(self._tasks)))
+            self._rng.shuffle(self._order)
+        return self._tasks[self._order.pop()]
+
+    def requeue(self, task: Task) -> bool:
+        """Queue a discarded task again, once. False where it has had its second chance."""
+        if task.id in self._requeued:
+            return False
+        self._requeued.add(task.id)
+        self._again.append(task)
+        return True
+
+
+class FailureBudget:
+    """Failed attempts among the last ``window``; over ``share`` of the window the run stops."""
+
+    def __init__(self, *, window: int, share: float) -> None:
+        self._outcomes: deque[bool] = deque(maxlen=window)
+        self._limit = share * window
+        self._first: BaseException | None = None
+        self.kinds: Counter[str] = Counter()
+
+    def success(self) -> None:
+        self._outcomes.append(False)
+
+    def failure(self, error: ArealError) -> None:
+        """Count a failed attempt. Raises FailureBudgetError, caused by the first failure, when the budget is spent."""
+        self._outcomes.append(True)
+        self.kinds[type(error).__name__] += 1
+        self._first = self._first or error
+        failed = sum(self._outcomes)
+        if failed > self._limit:
+            raise FailureBudgetError(
+                f"{failed} of the last {len(self._outcomes)} episode attempts failed, the budget is "
+                f"{self._limit:g} (rollout.failure_budget × rollout.failure_window). First failure: {self._first}"
+            ) from self._first
+
+
+@dataclass(frozen=True, slots=True)
+class Player:
+    """Everything an episode needs besides its task."""
+
+    make_env: Callable[[], AgentEnv]
+    policy: Callable[[Task], Policy]
+    fmt: ChatFormat
+    limits: Limits
+    max_retries: int
+
+
+def env_maker(spec: EnvSpec, *, sandbox: str, kwargs: Mapping[str, Any]) -> Callable[[], AgentEnv]:
+    """A constructor of ``spec``'s environment; ``sandbox`` is passed where the environment takes one."""
+    given = dict(kwargs)
+    if "sandbox" in inspect.signature(spec.env_class()).parameters:
+        given.setdefault("sandbox", sandbox)
+    return lambda: spec.make(**given)
+
+
+class EpisodeRunner:
+    """Runs episodes on a host that is replaced when an environment wedges it; retries infrastructure failures."""
+
+    def __init__(self, player: Player, budget: FailureBudget, *, event: EventSink = no_events) -> None:
+        self.player = player
+        self.budget = budget
+        self._event = event
+        self._host = EnvHost()
+        self._hosts_lost = 0
+
+    async def run(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory | None:
+        """One trajectory, or None after ``max_retries`` retries. Raises FailureBudgetError."""
+        player, attempt = self.player, 0
+        while True:
+            host = self._healthy_host()
+            try:
+                trajectory = await run_episode(
+                    player.make_env, task, player.policy(task), player.fmt, player.limits,
+                    id=id if attempt == 0 else f"{id}~{attempt}", group=group, seed=seed, host=host,
+                )  # fmt: skip
+            except HostLost:
+                self._event("host_lost", episode=id, task=task.id)
+                continue
+            except (InfraError, RewardError) as error:
+                attempt += 1
+                retry = isinstance(error, InfraError) and attempt <= player.max_retries
+                self._event(
+                    "episode_failed", episode=id, task=task.id, error=type(error).__name__, detail=str(error),
+                    attempt=attempt, retried=retry,
+                )  # fmt: skip
+                self.budget.failure(error)
+                if not retry:
+                    return None
+            else:
+                self.budget.success()
+                return trajectory
+
+    def _healthy_host(self) -> EnvHost:
+        if self._host.wedged:
+            self._hosts_lost += 1
+            if self._hosts_lost > _MAX_HOSTS_LOST:
+                raise FailureBudgetError(
+                    f"environments blocked their event loop {self._hosts_lost} times: fix the environment's blocking "
+                    "calls (events.jsonl names the tasks)"
+                )
+            self._event("host_replaced", lost=self._hosts_lost)
+            self._host = EnvHost()
+        return self._host
+
+    async def close(self) -> None:
+        """End what environments share (sandbox pools) and stop the host."""
+        await self._host.close(_close_sandboxes)
+
+
+async def _close_sandboxes() -> None:
+    await importlib.import_module("areal_agents.sandboxes").close_shared()
+
+
+class Rollouts:
+    """The producer: keeps as many groups running as the buffer admits."""
+
+    def __init__(
+        self,
+        buffer: Buffer,
+        tasks: TaskStream,
+        runner: EpisodeRunner,
+        *,
+        seed: int,
+        event: EventSink = no_events,
+    ) -> None:
+        self.buffer = buffer
+        self.tasks = tasks
+        self.runner = runner
+        self.tasks_lost: list[str] = []
+        self._seed = seed
+        self._event = event
+        self._changed = asyncio.Event()
+        self._running: set[asyncio.Task[None]] = set()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def start(self) -> None:
+        """Admit whatever may start now."""
+        while self.buffer.can_admit():
+            ticket = self.buffer.admit()
+            task = asyncio.create_task(self._group(ticket, self.tasks.next()), name=f"group-{ticket.order}")
+            self._running.add(task)
+            task.add_done_callback(self._group_ended)
+
+    def _group_ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None and not self._failed.done():
+            self._failed.set_exception(error)
+        elif error is None:
+            self.start()
+        self._notify()
+
+    async def next_batch(self) -> list[Group]:
+        """The next B groups. Raises what stopped the producer (FailureBudgetError, or a defect)."""
+        while True:
+            if self._failed.done():
+                self._failed.result()
+            dropped = len(self.buffer.dropped)
+            batch = self.buffer.take()
+            if batch is not None or len(self.buffer.dropped) > dropped:
+                self.start()
+            if batch is not None:
+                return batch
+            if len(self.buffer.dropped) == dropped:
+                await self._changed.wait()
+
+    def acknowledge(self, version: int) -> None:
+        """Every engine serves ``version``: more groups may start."""
+        self.buffer.acknowledge(version)
+        self.start()
+
+    async def _group(self, ticket: Ticket, task: Task) -> None:
+        group, size = f"g{ticket.order}", self.buffer.group_size
+        seed = random.Random(f"{self._seed}/{ticket.order}").getrandbits(31)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                episodes = [
+                    tasks.create_task(self.runner.run(task, id=f"{group}/{i}", group=group, seed=seed))
+                    for i in range(size)
+                ]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors.exceptions[0].__cause__  # the first one; the rest were cancelled
+        done = tuple(t for e in episodes if (t := e.result()) is not None)
+        if len(done) >= max(2, math.ceil(size / 2)):
+            self.buffer.complete(Group(group, task, done, ticket.version, ticket.order))
+            return
+        self.buffer.discard(ticket)
+        again = self.tasks.requeue(task)
+        if not again:
+            self.tasks_lost.append(task.id)
+        self._event("group_discarded", group=group, task=task.id, finished=len(done), of=size, requeued=again)
+
+    async def close(self) -> None:
+        """Cancel what still runs and wait for its end."""
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        if self._failed.done() and not self._failed.cancelled():
+            self._failed.exception()  # retrieved: a failure seen by nobody must not warn at garbage collection
+        await self.runner.close()

@@ -1,0 +1,152 @@
+"""Environments made of a system prompt, tools and a rubric: what most authors subclass.
+
+    message without calls ─▶ the final answer ─▶ rubric ─▶ terminated
+    message with calls ────▶ check ─▶ run ─▶ one tool message a call ─▶ next turn
+
+A malformed call costs a turn and is answered with a text that says how to do it right. The sandbox session is opened
+at the first call that needs one and closed by ``aclose``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from areal_agents.dispatch import Dispatcher
+from areal_agents.env import AgentEnv
+from areal_agents.errors import EnvError
+from areal_agents.reward import Episode, RewardLike, judge
+from areal_agents.sandbox import SandboxBackend, SandboxSpec
+from areal_agents.tool import ToolResult
+from areal_agents.types import (
+    AssistantMessage,
+    Info,
+    Message,
+    Observation,
+    StopReason,
+    Task,
+    ToolCall,
+    system,
+    tool_result,
+    user,
+)
+
+if TYPE_CHECKING:
+    from areal_agents.engine import ChatModel
+
+
+class ToolEnv(AgentEnv):
+    """Implement ``prompt`` and ``tasks``; set ``tools`` and ``rubric``. ``gold`` and ``expert`` make it auditable."""
+
+    system_prompt: str = ""
+    rubric: ClassVar[RewardLike]
+    """Scores a finished episode: a Rubric, a Reward, or a function of an Episode that returns a number."""
+    max_turns: int = 8
+    turn_limit_stated: ClassVar[bool] = False
+    """Whether the prompt tells the model of ``max_turns``: reaching the limit then terminates, else it truncates."""
+    sandbox_spec: ClassVar[SandboxSpec] = SandboxSpec()
+
+    def __init__(
+        self,
+        *,
+        sandbox: SandboxBackend | str | None = "bubblewrap",
+        models: Mapping[str, ChatModel] | None = None,
+        max_turns: int | None = None,
+    ) -> None:
+        """``sandbox`` is a backend or the name of one; None where no tool needs it. ``models`` are judges and users."""
+        super().__init__()
+        self._rubric = getattr(type(self), "rubric", None)  # from the class: a function must not become a method
+        if self._rubric is None:
+            raise EnvError(f"{type(self).__name__} has no `rubric`: set it to a reward, for example boxed_number()")
+        if max_turns is not None:
+            self.max_turns = max_turns
+        if self.max_turns < 1:
+            raise EnvError(f"max_turns {self.max_turns} must be at least 1")
+        self._dispatcher = Dispatcher(self.tools, sandbox=sandbox, sandbox_spec=self.sandbox_spec, models=models or {})
+        self._messages: list[Message | AssistantMessage] = []
+        self._results: list[ToolResult] = []
+        self._running = False
+
+    # What an author implements or overrides
+
+    def prompt(self, task: Task) -> str:
+        """The first user message."""
+        raise NotImplementedError(f"{type(self).__name__} must implement prompt")
+
+    def is_final(self, action: AssistantMessage) -> bool:
+        """Whether this message ends the task. Default: it contains no tool call, not even a malformed one."""
+        return not action.tool_calls
+
+    def answer(self, action: AssistantMessage) -> str:
+        """What the rubric gets to see of the final message. Default: its text after the reasoning."""
+        return without_reasoning(action.text)
+
+    # The contract
+
+    async def areset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Observation, Info]:
+        await self._dispatcher.aclose()
+        task = self.begin(seed, options)
+        opening = (system(self.system_prompt),) if self.system_prompt else ()
+        observation = (*opening, user(self.prompt(task)))
+        self._messages, self._results, self._running = list(observation), [], True
+        return observation, {}
+
+    async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
+        """One turn. Raises EnvError after the end, RewardError for a broken reward, SandboxError (see Dispatcher)."""
+        self._require_running()
+        self._messages.append(action)
+        if self.is_final(action):
+            reward, info = await self._score("answer", self.answer(action))
+            return (), reward, True, False, info
+        results = await self._dispatcher.run(action.tool_calls)
+        self._results += results
+        observation = tuple(tool_result(r.text, call=c) for c, r in zip(action.tool_calls, results, strict=True))
+        self._messages += observation
+        info = {"tool_results": _records(action.tool_calls, results)}
+        if self._dispatcher.replays:
+            info["sandbox_replays"] = self._dispatcher.replays
+        if sum(isinstance(m, AssistantMessage) for m in self._messages) < self.max_turns:
+            return observation, 0.0, False, False, info
+        reward, scored = await self._score("max_turns", None)
+        return observation, reward, self.turn_limit_stated, not self.turn_limit_stated, info | scored
+
+    async def afinish(self, reason: StopReason) -> tuple[float, Info]:
+        self._require_running()
+        return await self._score(reason, None)
+
+    async def aclose(self) -> None:
+        self._running = False
+        await self._dispatcher.aclose()
+
+    def _require_running(self) -> None:
+        if not self._running:
+            raise EnvError(f"{type(self).__name__}: no episode is running; call reset first")
+
+    async def _score(self, reason: StopReason, answer: str | None) -> tuple[float, Info]:
+        """The reward of the last turn, and what explains it."""
+        self._running = False
+        episode = Episode(self.task, tuple(self._messages), answer, tuple(self._results), reason)
+        assert self._rubric is not None
+        verdict = await judge(self._rubric, episode)
+        info: Info = {"stop_reason": reason, "components": dict(verdict.components)}
+        if verdict.status != "ok":
+            info["verdict_status"] = verdict.status
+        if not verdict.turn_rewards:
+            return verdict.score, info
+        info["turn_rewards"] = list(verdict.turn_rewards)
+        return verdict.turn_rewards[-1], info
+
+
+def without_reasoning(text: str) -> str:
+    """``text`` after its last ``</think>``; nothing where a ``<think>`` is left open."""
+    rest = text.rpartition("</think>")[2]
+    return rest.partition("<think>")[0]
+
+
+def _records(calls: Sequence[ToolCall], results: Sequence[ToolResult]) -> list[dict[str, Any]]:
+    return [
+        {"name": call.name, "status": result.status, "truncated": result.truncated}
+        for call, result in zip(calls, results, strict=True)
+    ]

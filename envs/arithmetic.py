@@ -1,0 +1,176 @@
+"""``areal/Arithmetic-v0``: word problems whose numbers are too large to work out without the python tool.
+
+Tasks are procedural: task i of a split is a pure function of (split, difficulty, i). A problem belongs to the test
+split where its content hash falls into one bucket of eight, and to the train split otherwise, so no problem is in
+both, whatever the difficulties.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from areal_agents.env import Expert, LazyTasks
+from areal_agents.reward import boxed_number
+from areal_agents.toolenv import ToolEnv
+from areal_agents.tools.python import python
+from areal_agents.types import Task, content_hash
+
+DEFAULT_DIFFICULTY = 0.5
+SIZES = {"train": 4096, "test": 512}
+_TEST_BUCKETS = 8
+
+_NAMES = ("Ana", "Ben", "Eva", "Leo", "Mia", "Tom")
+_ITEMS = ("apples", "beads", "cards", "coins", "nails", "pens", "shells", "stamps")
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """Draws the numbers of one problem; bounds grow tenfold for factors and a hundredfold for sums with difficulty."""
+
+    rng: Random
+    difficulty: float
+
+    def small(self) -> int:
+        """A factor: 12 to 99 at difficulty 0, to 999 at 1."""
+        return self.rng.randint(12, int(10 ** (2 + self.difficulty)) - 1)
+
+    def big(self) -> int:
+        """A factor or summand: 101 to 999 at difficulty 0, to 99999 at 1."""
+        return self.rng.randint(101, int(10 ** (3 + 2 * self.difficulty)) - 1)
+
+    def below(self, limit: int) -> int:
+        """What can be taken away from ``limit``, at most a big number."""
+        return self.rng.randint(11, max(12, min(limit - 1, int(10 ** (3 + 2 * self.difficulty)) - 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Story:
+    """One problem: its text, the Python expression that solves it, and the solution."""
+
+    text: str
+    expression: str
+    answer: int
+
+
+Shape = Callable[[_Numbers, str, str], _Story]
+
+
+def _given_away(n: _Numbers, name: str, item: str) -> _Story:
+    a, b = n.small(), n.big()
+    c = n.below(a * b)
+    text = f"{name} buys {a} boxes of {b} {item} and gives away {c}. How many {item} are left?"
+    return _Story(text, f"{a}*{b}-{c}", a * b - c)
+
+
+def _per_day(n: _Numbers, name: str, item: str) -> _Story:
+    a, b, c = n.big(), n.small(), n.big()
+    text = f"{name} collects {a} {item} a day for {b} days, then {c} more. How many {item} in all?"
+    return _Story(text, f"{a}*{b}+{c}", a * b + c)
+
+
+def _bags(n: _Numbers, name: str, item: str) -> _Story:
+    a, b, c = n.big(), n.big(), n.small()
+    text = f"Each of {c} bags holds {a} red and {b} blue {item}. How many {item} are in the bags?"
+    return _Story(text, f"({a}+{b})*{c}", (a + b) * c)
+
+
+def _shared(n: _Numbers, name: str, item: str) -> _Story:
+    each, children, c = n.big(), n.small(), n.big()
+    total = each * children
+    shared = f"{total} {item} are shared equally by {children} children. {name}, one of them, had {c} before."
+    text = f"{shared} How many {item} has {name} now?"
+    return _Story(text, f"{total}//{children}+{c}", each + c)
+
+
+def _two_prices(n: _Numbers, name: str, item: str) -> _Story:
+    a, b, c, d = n.big(), n.small(), n.big(), n.small()
+    text = f"{name} sells {a} {item} at {b} dollars each and {c} books at {d} dollars each. How many dollars is that?"
+    return _Story(text, f"{a}*{b}+{c}*{d}", a * b + c * d)
+
+
+def _savings(n: _Numbers, name: str, item: str) -> _Story:
+    a, b, c = n.big(), n.big(), n.small()
+    d = n.below(a + b * c)
+    text = f"{name} has {a} dollars, earns {b} a week for {c} weeks and spends {d}. How many dollars are left?"
+    return _Story(text, f"{a}+{b}*{c}-{d}", a + b * c - d)
+
+
+def _trucks(n: _Numbers, name: str, item: str) -> _Story:
+    a, b, c = n.small(), n.small(), n.small()
+    d = n.below(a * b * c)
+    text = f"{a} trucks carry {b} crates each, with {c} {item} a crate. {d} {item} get lost. How many {item} arrive?"
+    return _Story(text, f"{a}*{b}*{c}-{d}", a * b * c - d)
+
+
+def _theatre(n: _Numbers, name: str, item: str) -> _Story:
+    a, b, c, d = n.small(), n.big(), n.small(), n.big()
+    e = n.below(a * b + c * d)
+    text = f"A hall has {a} rows of {b} seats and {c} rows of {d} seats. {e} seats are empty. How many are taken?"
+    return _Story(text, f"{a}*{b}+{c}*{d}-{e}", a * b + c * d - e)
+
+
+_SHAPES: tuple[tuple[int, Shape], ...] = (
+    (2, _given_away),
+    (2, _per_day),
+    (2, _bags),
+    (2, _shared),
+    (3, _two_prices),
+    (3, _savings),
+    (3, _trucks),
+    (4, _theatre),
+)
+"""(operations, shape)."""
+
+
+class Arithmetic(ToolEnv):
+    r"""Work out a word problem with python; the answer is read from ``\boxed{}`` and compared exactly.
+
+    ``difficulty`` scales the numbers' lengths and the operations: 2 at 0, 2 or 3 at 0.5 (the default), 2 to 4 at 1.
+    """
+
+    system_prompt = r"Compute with python, then answer \boxed{number}."
+    tools = (python,)
+    rubric = boxed_number()
+    max_turns = 4
+
+    @classmethod
+    def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
+        level = DEFAULT_DIFFICULTY if difficulty is None else float(difficulty)
+        return LazyTasks(SIZES[split], lambda index: _task(split, level, index))
+
+    def prompt(self, task: Task) -> str:
+        return str(task.payload["question"])
+
+    @classmethod
+    def expert(cls, task: Task) -> Expert:
+        call = {"name": "python", "arguments": {"code": f"print({task.payload['expression']})"}}
+        observation = yield f"<tool_call>{json.dumps(call)}</tool_call>"
+        yield rf"\boxed{{{observation[-1].text.strip()}}}"
+
+    @classmethod
+    def gold(cls, task: Task) -> str:
+        return rf"\boxed{{{task.payload['answer']}}}"
+
+
+def _task(split: str, difficulty: float, index: int) -> Task:
+    """Draw problems from a stream of this task's own until one belongs to ``split``."""
+    # A seed from a hash of text: the same in every process, which the built-in hash is not.
+    digest = hashlib.sha256(f"areal/Arithmetic-v0 {split} {difficulty!r} {index}".encode()).digest()
+    seed = int.from_bytes(digest[:8], "big") >> 1
+    rng = Random(seed)
+    shapes = [shape for operations, shape in _SHAPES if operations <= 2 + round(2 * difficulty)]
+    while True:
+        numbers = _Numbers(rng, difficulty)
+        story = rng.choice(shapes)(numbers, rng.choice(_NAMES), rng.choice(_ITEMS))
+        payload = {"question": story.text, "expression": story.expression, "answer": str(story.answer)}
+        if split_of(content_hash(payload)) == split:
+            return Task.make(f"{split}-{difficulty:g}-{index}", split=split, seed=seed, payload=payload)
+
+
+def split_of(hash: str) -> str:
+    """The split that a problem of this content hash belongs to."""
+    return "test" if int(hash[:8], 16) % _TEST_BUCKETS == 0 else "train"

@@ -1,0 +1,161 @@
+"""bubblewrap: namespaces, seccomp, rlimits and a memory bound, without a daemon or an image.
+
+    host                                          sandbox (own user, pid, net, ipc, uts, cgroup, mount namespaces)
+    BubblewrapBackend ─ pool of Holders
+      BubblewrapSession ─ Holder ── control socket ── supervisor, pid 1 ── forks the program of each call
+                             └───── stdin, stdout, stderr pipes ────────────────┘
+
+Not covered: side channels, bugs of the kernel itself, the kernel's own memory (inodes, socket buffers) where memory is
+bounded by rlimits, and fairness of CPU time between sessions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Final
+
+from areal_agents.errors import SandboxError, SandboxUnavailable
+from areal_agents.sandbox import ProbeReport, Sandbox, SandboxSpec
+from areal_agents.sandboxes import launch, memory, probes, seccomp
+from areal_agents.sandboxes.holder import Holder
+from areal_agents.sandboxes.session import BubblewrapSession
+
+MAX_POOLED_SPECS: Final = 2
+
+_reports: dict[tuple[int, str, int], tuple[ProbeReport, memory.MemoryBound]] = {}
+"""What this process has proved, by effective uid and settings."""
+
+
+class BubblewrapBackend:
+    """Sessions in bubblewrap. Belongs to one event loop.
+
+    ``pool``: sandboxes kept started for the next session, for each of the last two specs; taken, never reused.
+    ``python``: the interpreter inside, below /usr. ``uid_base``: a root host runs slot n as uid ``uid_base`` + n.
+    """
+
+    name = "bubblewrap"
+
+    def __init__(self, *, pool: int = 2, python: str = "/usr/bin/python3", uid_base: int = 200_000) -> None:
+        if pool < 0:
+            raise ValueError(f"pool must be 0 or more, got {pool}.")
+        if not python.startswith("/usr/"):
+            raise ValueError(f"python must lie below /usr, which is what the sandbox sees; got {python!r}.")
+        if uid_base < 1000:
+            raise ValueError(f"uid_base must be 1000 or more, got {uid_base}.")
+        self._pool, self._python, self._uid_base = pool, python, uid_base
+        self._warm: dict[SandboxSpec, list[asyncio.Task[Holder]]] = {}
+        self._sessions: set[BubblewrapSession] = set()
+        self._probing = asyncio.Lock()
+        self._discarding: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def probe(self) -> ProbeReport:
+        """Run real code inside and check what holds it; once a process and setting.
+
+        Raises SandboxUnavailable with the failed probe and its remedy.
+        """
+        return (await self._proved())[0]
+
+    async def _proved(self) -> tuple[ProbeReport, memory.MemoryBound]:
+        key = (os.geteuid(), self._python, self._uid_base)
+        async with self._probing:
+            if key not in _reports:
+                _reports[key] = await self._prove()
+            return _reports[key]
+
+    async def _prove(self) -> tuple[ProbeReport, memory.MemoryBound]:
+        if sys.platform != "linux":
+            raise SandboxUnavailable(self.name, f"the platform is {sys.platform}", "Use a Linux host.")
+        launch.find_tools(root=os.geteuid() == 0, python=self._python)
+        seccomp.program()
+        bound = await asyncio.to_thread(memory.detect)
+        try:
+            holder = await self._start(probes.SPEC, bound)
+        except SandboxError as error:
+            raise SandboxUnavailable(self.name, "a sandbox did not start", str(error)) from error
+        session = BubblewrapSession(probes.SPEC, _given(holder))
+        try:
+            report = await probes.run(self.name, session, bound, holder.host_uid())
+        except SandboxError as error:
+            raise SandboxUnavailable(self.name, "a sandbox died during its probes", str(error)) from error
+        finally:
+            await holder.close()
+        return report, bound
+
+    async def _start(self, spec: SandboxSpec, bound: memory.MemoryBound) -> Holder:
+        root = os.geteuid() == 0
+        tools = launch.find_tools(root=root, python=self._python)
+        return await Holder.start(tools, spec, bound, self._uid_base if root else None)
+
+    async def _acquire(self, spec: SandboxSpec) -> Holder:
+        _, bound = await self._proved()
+        if self._closed:
+            raise SandboxError("the bubblewrap backend is closed. Create a new one.")
+        warm = self._warm.pop(spec, [])
+        self._warm[spec] = warm  # the last key is the spec used last
+        while warm:
+            task = warm.pop(0)
+            try:
+                holder = await asyncio.shield(task)
+            except asyncio.CancelledError:
+                warm.append(task)
+                raise
+            except SandboxError:
+                break  # start one here, so that the error, if it stays, is this caller's
+            self._refill(bound)
+            if holder.alive:
+                return holder
+            await holder.close()
+        holder = await self._start(spec, bound)
+        self._refill(bound)
+        return holder
+
+    def _refill(self, bound: memory.MemoryBound) -> None:
+        if self._closed:
+            return
+        while len(self._warm) > MAX_POOLED_SPECS:
+            for task in self._warm.pop(next(iter(self._warm))):
+                discarding = asyncio.ensure_future(_discard(task))
+                self._discarding.add(discarding)
+                discarding.add_done_callback(self._discarding.discard)
+        spec, tasks = next(reversed(self._warm.items()))
+        while len(tasks) < self._pool:
+            tasks.append(asyncio.ensure_future(self._start(spec, bound)))
+
+    @contextlib.asynccontextmanager
+    async def session(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+        """A session; its sandbox is taken at the first call. The first session of a process runs the probes.
+
+        Its calls raise SandboxUnavailable when a probe fails and ConfigError for a spec that cannot be bounded.
+        """
+        session = BubblewrapSession(spec, self._acquire)
+        self._sessions.add(session)
+        try:
+            yield session
+        finally:
+            self._sessions.discard(session)
+            await session.close()
+
+    async def aclose(self) -> None:
+        """End open sessions and the pool. Idempotent."""
+        self._closed = True
+        tasks = [task for warm in self._warm.values() for task in warm]
+        self._warm.clear()
+        sessions = tuple(self._sessions)
+        await asyncio.gather(*map(_discard, tasks), *self._discarding, *(session.close() for session in sessions))
+
+
+def _given(holder: Holder) -> Callable[[SandboxSpec], Awaitable[Holder]]:
+    async def acquire(spec: SandboxSpec) -> Holder:
+        return holder
+
+    return acquire
+
+
+async def _discard(task: asyncio.Task[Holder]) -> None:
+    with contextlib.suppress(SandboxError):
+        await (await task).close()

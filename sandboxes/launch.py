@@ -1,0 +1,122 @@
+"""The bwrap command line, and what stands in its way on this host."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from areal_agents.errors import SandboxUnavailable
+from areal_agents.sandbox import SandboxSpec
+
+ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "HOME": "/work", "LANG": "C.UTF-8"}
+"""All that a sandboxed process finds in its environment."""
+
+_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+_INSIDE_ID: Final = "1000"
+
+APPARMOR_PROFILE: Final = """\
+abi <abi/4.0>,
+include <tunables/global>
+profile bwrap /usr/bin/bwrap flags=(unconfined) {
+  userns,
+  include if exists <local/bwrap>
+}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    bwrap: str
+    setpriv: str | None
+    python: str = "/usr/bin/python3"
+
+
+def find_tools(*, root: bool, python: str) -> Tools:
+    """Locate the programs. Raises SandboxUnavailable that names the package to install."""
+    bwrap, setpriv = (shutil.which(name, path=_PATH) for name in ("bwrap", "setpriv"))
+    if bwrap is None:
+        remedy = "Install it: apt-get install bubblewrap (Debian, Ubuntu) or dnf install bubblewrap (Fedora, RHEL)."
+        raise SandboxUnavailable("bubblewrap", "bwrap was not found", remedy)
+    if root and setpriv is None:
+        remedy = "Install it (apt-get or dnf install util-linux), or run as a plain user."
+        raise SandboxUnavailable("bubblewrap", "setpriv was not found", remedy)
+    if not Path(python).exists():
+        remedy = "Install it: apt-get install python3-minimal or dnf install python3."
+        raise SandboxUnavailable("bubblewrap", f"{python} was not found (it runs inside the sandbox)", remedy)
+    return Tools(bwrap, setpriv if root else None, python)
+
+
+@cache
+def supervisor_source() -> bytes:
+    """The program of pid 1, which it reads from its stdin."""
+    return Path(__file__).with_name("supervisor.py").read_bytes()
+
+
+def _system_folders() -> list[str]:
+    """Read-only /usr and, with it, what the host keeps beside it; links stay links."""
+    arguments = ["--ro-bind", "/usr", "/usr"]
+    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
+        path = Path("/", name)
+        if path.is_symlink():
+            arguments += ["--symlink", str(path.readlink()), str(path)]
+        elif path.is_dir():
+            arguments += ["--ro-bind", str(path), str(path)]
+    # Shared libraries and commands that Debian reaches through links kept in /etc.
+    for name in ("/etc/alternatives", "/etc/ld.so.cache"):
+        arguments += ["--ro-bind-try", name, name]
+    return arguments
+
+
+def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, seccomp: int, info: int) -> list[str]:
+    """bwrap around the supervisor (its source on stdin). ``uid``: drop to it first (a root host), None: keep the caller's."""
+    drop = []
+    if uid is not None:
+        assert tools.setpriv is not None
+        drop = [tools.setpriv, f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--inh-caps=-all", "--"]
+    # --unshare-all only tries user and cgroup namespaces, so each is named. A user namespace owned by host root would
+    # map to uid 0 and could write /proc/sys: hence the drop.
+    namespaces = [f"--unshare-{name}" for name in ("user", "pid", "net", "ipc", "uts", "cgroup")]
+    identity = ["--uid", _INSIDE_ID, "--gid", _INSIDE_ID, "--hostname", "sandbox", "--cap-drop", "ALL"]
+    life = ["--as-pid-1", "--new-session", "--die-with-parent", "--clearenv"]
+    for name, value in ENVIRONMENT.items():
+        life += ["--setenv", name, value]
+    mounts = [*_system_folders(), "--proc", "/proc", "--dev", "/dev"]
+    for path in ("/dev/shm", "/tmp", "/work"):
+        mounts += ["--size", str(spec.disk), "--tmpfs", path]
+    # Last, because bwrap makes mount points in both: they would be writable, shared and unbounded otherwise.
+    mounts += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/work"]
+    fds = ["--seccomp", str(seccomp), "--info-fd", str(info)]
+    inner = [tools.python, "-I", "-S", "-", str(control)]
+    return [*drop, tools.bwrap, *namespaces, *identity, *life, *mounts, *fds, "--", *inner]
+
+
+def explain(stderr: str) -> tuple[str, str]:
+    """(what failed, remedy) when bwrap did not start."""
+    problem = f"bwrap did not start: {stderr.strip()[-400:] or 'no message'}"
+    if _setting("kernel/apparmor_restrict_unprivileged_userns") == "1":
+        remedy = (
+            "AppArmor denies unprivileged user namespaces (Ubuntu 24.04). Write this to /etc/apparmor.d/bwrap and run "
+            f"`apparmor_parser -r /etc/apparmor.d/bwrap` as root:\n{APPARMOR_PROFILE}"
+        )
+    elif _setting("kernel/unprivileged_userns_clone") == "0":
+        remedy = "Allow user namespaces: sysctl -w kernel.unprivileged_userns_clone=1."
+    elif _setting("user/max_user_namespaces") == "0":
+        remedy = "Allow user namespaces: sysctl -w user.max_user_namespaces=15000."
+    elif "Unknown option" in stderr:
+        remedy = "Install bubblewrap 0.5 or later."
+    else:
+        remedy = (
+            "Check `bwrap --unshare-user --ro-bind / / true` as the same user. Inside a container, user namespaces "
+            "must be allowed (Docker: --security-opt seccomp=unconfined --security-opt systempaths=unconfined)."
+        )
+    return problem, remedy
+
+
+def _setting(name: str) -> str:
+    try:
+        return Path("/proc/sys", name).read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,75 @@
+"""A process that lives across turns, over pipes that the host owns."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+
+from areal_agents.errors import SandboxError
+from areal_agents.sandboxes import pipes
+
+SEND_TIMEOUT = 30.0
+
+
+class LiveProcess:
+    """Implements ``areal_agents.sandbox.Process``; stderr arrives interleaved with stdout.
+
+    ``recv`` returns b"" when nothing came within its timeout and when the process has ended (then ``ended`` is true).
+    """
+
+    def __init__(self, stdin: int, stdout: int, end: Callable[[], Awaitable[None]]) -> None:
+        self._stdin, self._stdout = stdin, stdout
+        self._end = end
+        self._sending, self._receiving = asyncio.Lock(), asyncio.Lock()
+        self.ended = False
+        for descriptor in (stdin, stdout):
+            os.set_blocking(descriptor, False)
+
+    async def send(self, data: bytes) -> None:
+        """Write to stdin. Raises BrokenPipeError when the process has ended, SandboxError when it does not read."""
+        view = memoryview(data)
+        async with self._sending:
+            while view:
+                if self._stdin < 0:
+                    raise BrokenPipeError("the process has been killed")
+                try:
+                    view = view[os.write(self._stdin, view) :]
+                except BlockingIOError:
+                    if not await pipes.writable(self._stdin, SEND_TIMEOUT):
+                        raise SandboxError(
+                            f"the process did not read its stdin for {SEND_TIMEOUT:.0f} s; kill it"
+                        ) from None
+
+    async def recv(self, max_bytes: int, *, timeout: float) -> bytes:
+        """What it printed next, 1 to ``max_bytes`` bytes; b"" after ``timeout`` seconds of silence or its end."""
+        async with self._receiving:
+            while self._stdout >= 0:
+                try:
+                    data = os.read(self._stdout, max_bytes)
+                except BlockingIOError:
+                    if not await pipes.readable(self._stdout, timeout):
+                        return b""
+                else:
+                    self.ended = not data
+                    return data
+            return b""
+
+    async def kill(self) -> None:
+        """End it and wait until it is gone. Safe to call twice."""
+        if self._stdout >= 0:
+            try:
+                await self._end()
+            finally:
+                self.close()
+
+    def close(self) -> None:
+        """Close the pipes without waiting for the process."""
+        loop = asyncio.get_running_loop()
+        if self._stdout >= 0:
+            loop.remove_reader(self._stdout)
+            loop.remove_writer(self._stdin)
+            os.close(self._stdin)
+            os.close(self._stdout)
+            self._stdin = self._stdout = -1
+        self.ended = True

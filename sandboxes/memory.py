@@ -1,0 +1,292 @@
+"""How the memory of a whole session is bounded, in order of preference: cgroup, systemd scope, rlimits.
+
+RLIMIT_AS bounds one process, and many small processes hold what one may not. A cgroup bounds them together. Without
+one, the number of processes times the address space of each, plus the tmpfs sizes, must stay below the limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, Protocol
+
+from areal_agents.errors import ConfigError, SandboxError
+from areal_agents.sandbox import SandboxSpec
+
+Kind = Literal["cgroup-v1", "cgroup-v2", "systemd-scope", "rlimits"]
+
+SUPERVISOR: Final = 24 << 20
+"""What pid 1 of a sandbox and bwrap itself hold, with slack (measured: 12 MB resident)."""
+MIN_ADDRESS_SPACE: Final = 96 << 20
+"""Address space that one process gets at least: system Python with a little room."""
+
+
+class Meter(Protocol):
+    """The running bound of one session."""
+
+    def attach(self, pid: int) -> None: ...
+    def oom_kills(self) -> int: ...
+    def close(self) -> None: ...
+
+
+class MemoryBound(Protocol):
+    """A way to bound sessions on this host."""
+
+    @property
+    def kind(self) -> Kind: ...
+    def wrap(self, command: list[str], spec: SandboxSpec) -> list[str]: ...
+    def environment(self) -> dict[str, str]: ...
+    def limits(self, spec: SandboxSpec) -> dict[str, int]: ...
+    def meter(self, name: str, spec: SandboxSpec) -> Meter: ...
+
+
+def _limits(spec: SandboxSpec, processes: int, address_space: int) -> dict[str, int]:
+    """RLIMIT values of one process; pid 1 of the sandbox takes one place of NPROC."""
+    return {
+        "CPU": spec.cpu_seconds,
+        "AS": address_space,
+        "NPROC": processes + 1,
+        "FSIZE": spec.disk,
+        "CORE": 0,
+        "NOFILE": spec.open_files,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupMeter:
+    folder: Path
+    version: Literal[1, 2]
+
+    def attach(self, pid: int) -> None:
+        (self.folder / "cgroup.procs").write_text(str(pid))
+
+    def oom_kills(self) -> int:
+        """How many processes the kernel killed here for memory."""
+        file = self.folder / ("memory.oom_control" if self.version == 1 else "memory.events")
+        try:
+            fields = dict(line.split() for line in file.read_text().splitlines())
+        except OSError:
+            return 0
+        return int(fields.get("oom_kill", 0))
+
+    def close(self) -> None:
+        """Remove the cgroup; the kernel may need a moment after the last process."""
+        for _ in range(50):
+            try:
+                self.folder.rmdir()
+            except FileNotFoundError:
+                return
+            except OSError:
+                time.sleep(0.002)
+            else:
+                return
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupBound:
+    """One child of ``parent`` a session. ``parent`` has the memory controller for its children."""
+
+    parent: Path
+    version: Literal[1, 2]
+
+    @property
+    def kind(self) -> Kind:
+        return "cgroup-v1" if self.version == 1 else "cgroup-v2"
+
+    def wrap(self, command: list[str], spec: SandboxSpec) -> list[str]:
+        return command
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def limits(self, spec: SandboxSpec) -> dict[str, int]:
+        # Address space is not memory: programs reserve more than they touch. The cgroup is the bound.
+        return _limits(spec, spec.processes, max(2 * spec.memory, 1 << 30))
+
+    def meter(self, name: str, spec: SandboxSpec) -> CgroupMeter:
+        """Create the cgroup ``name`` with the limit set. Raises SandboxError."""
+        meter = CgroupMeter(self.parent / name, self.version)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                meter.folder.rmdir()
+            meter.folder.mkdir()
+            if self.version == 1:
+                (meter.folder / "memory.limit_in_bytes").write_text(str(spec.memory))
+                swap = meter.folder / "memory.memsw.limit_in_bytes"
+            else:
+                (meter.folder / "memory.max").write_text(str(spec.memory))
+                swap = meter.folder / "memory.swap.max"
+            if swap.exists():
+                swap.write_text(str(spec.memory if self.version == 1 else 0))
+        except OSError as error:
+            raise SandboxError(f"cannot create the cgroup {meter.folder}: {error}") from error
+        return meter
+
+
+class NoMeter:
+    def attach(self, pid: int) -> None:
+        pass
+
+    def oom_kills(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
+class ScopeMeter:
+    """Counts in the cgroup that systemd made; systemd removes it with its last process."""
+
+    def __init__(self) -> None:
+        self._meter: CgroupMeter | None = None
+
+    def attach(self, pid: int) -> None:
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            number, _, path = line.split(":", 2)
+            if number == "0":
+                self._meter = CgroupMeter(Path("/sys/fs/cgroup") / path.lstrip("/"), 2)
+
+    def oom_kills(self) -> int:
+        return self._meter.oom_kills() if self._meter else 0
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeBound:
+    """A transient scope of the user's systemd a session."""
+
+    @property
+    def kind(self) -> Kind:
+        return "systemd-scope"
+
+    def wrap(self, command: list[str], spec: SandboxSpec) -> list[str]:
+        properties = (f"MemoryMax={spec.memory}", "MemorySwapMax=0", f"TasksMax={spec.processes + 8}")
+        options = [part for value in properties for part in ("-p", value)]
+        return ["systemd-run", "--user", "--scope", "--quiet", "--collect", *options, "--", *command]
+
+    def environment(self) -> dict[str, str]:
+        """What systemd-run needs to find the user's manager; bwrap's --clearenv keeps it out of the sandbox."""
+        names = ("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
+        return {name: os.environ[name] for name in names if name in os.environ}
+
+    def limits(self, spec: SandboxSpec) -> dict[str, int]:
+        return _limits(spec, spec.processes, max(2 * spec.memory, 1 << 30))
+
+    def meter(self, name: str, spec: SandboxSpec) -> ScopeMeter:
+        return ScopeMeter()
+
+
+@dataclass(frozen=True, slots=True)
+class RlimitBound:
+    """Fewer processes, each with a share of the memory that /work, /tmp and /dev/shm leave."""
+
+    @property
+    def kind(self) -> Kind:
+        return "rlimits"
+
+    def wrap(self, command: list[str], spec: SandboxSpec) -> list[str]:
+        return command
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def limits(self, spec: SandboxSpec) -> dict[str, int]:
+        """Raises ConfigError when not even one process fits."""
+        left = spec.memory - 3 * spec.disk - SUPERVISOR
+        processes = min(spec.processes, left // MIN_ADDRESS_SPACE)
+        if processes < 1:
+            need = 3 * spec.disk + SUPERVISOR + MIN_ADDRESS_SPACE
+            raise ConfigError(
+                f"SandboxSpec(memory={spec.memory}, disk={spec.disk}) leaves no room for a process when memory is "
+                f"bounded by rlimits. Set memory to {need} or more, or disk lower."
+            )
+        return _limits(spec, processes, left // processes)
+
+    def meter(self, name: str, spec: SandboxSpec) -> NoMeter:
+        return NoMeter()
+
+
+def detect(own: str | None = None, mounts: str | None = None) -> MemoryBound:
+    """The best bound this host allows. ``own`` and ``mounts`` default to /proc/self/cgroup and /proc/self/mountinfo."""
+    if os.geteuid() == 0:
+        own = Path("/proc/self/cgroup").read_text() if own is None else own
+        mounts = Path("/proc/self/mountinfo").read_text() if mounts is None else mounts
+        bound = find_cgroup(own, mounts)
+        if bound is not None:
+            return bound
+    elif _scope_works():
+        return ScopeBound()
+    return RlimitBound()
+
+
+def find_cgroup(own: str, mounts: str) -> CgroupBound | None:
+    """A cgroup under which this process may create children with a memory limit: v1, v2 or hybrid."""
+    paths = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in own.splitlines()}
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        root, mount = before.split()[3:5]
+        kind, _, options = after.split()[:3]
+        if kind == "cgroup" and "memory" in options.split(","):
+            path = next((path for names, path in paths.items() if "memory" in names.split(",")), None)
+            parent = _below(mount, root, path)
+            if parent and _can_create(parent, "memory.limit_in_bytes"):
+                return CgroupBound(parent, 1)
+        elif kind == "cgroup2" and (parent := _below(mount, root, paths.get(""))):
+            for folder in (parent, *parent.parents):
+                if not folder.is_relative_to(mount):
+                    break
+                if _enabled(folder) and _can_create(folder, "memory.max"):
+                    return CgroupBound(folder, 2)
+    return None
+
+
+def _below(mount: str, root: str, path: str | None) -> Path | None:
+    """Where the cgroup ``path`` is visible under ``mount``, which shows the hierarchy from ``root`` on."""
+    if path is None:
+        return None
+    inner = path.removeprefix(root.rstrip("/")) if path.startswith(root) else ""
+    return Path(mount) / inner.lstrip("/")
+
+
+def _enabled(folder: Path) -> bool:
+    """Whether children of a v2 cgroup get the memory controller; asks for it where the kernel allows."""
+    control = folder / "cgroup.subtree_control"
+    with contextlib.suppress(OSError):
+        if "memory" not in control.read_text().split():
+            control.write_text("+memory")
+        return "memory" in control.read_text().split()
+    return False
+
+
+def _can_create(parent: Path, limit: str) -> bool:
+    trial = parent / f"areal-agents-trial-{os.getpid()}"
+    try:
+        trial.mkdir()
+    except OSError:
+        return False
+    try:
+        (trial / limit).write_text(str(64 << 20))
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        with contextlib.suppress(OSError):
+            trial.rmdir()
+
+
+def _scope_works() -> bool:
+    environment = {"PATH": "/usr/bin:/bin", **ScopeBound().environment()}
+    command: Sequence[str] = ScopeBound().wrap(["true"], SandboxSpec(memory=64 << 20))
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0

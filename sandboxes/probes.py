@@ -1,0 +1,200 @@
+"""What a backend must prove from inside before it runs anything: real code tries, the host decides."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from areal_agents.errors import SandboxUnavailable
+from areal_agents.sandbox import Probe, ProbeReport, Sandbox, SandboxSpec
+from areal_agents.sandboxes.launch import ENVIRONMENT
+from areal_agents.sandboxes.memory import MemoryBound
+
+SPEC: Final = SandboxSpec(memory=256 << 20, disk=8 << 20, processes=32)
+"""Small, so that the memory probe is quick."""
+
+_TIMEOUT: Final = 60.0
+
+_LOOK: Final = r"""
+import json, os, socket, sys
+port, abstract = int(sys.argv[1]), sys.argv[2]
+def attempt(function, *args):
+    try:
+        function(*args)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+def connect(family, address):
+    with socket.socket(family) as s:
+        s.settimeout(2)
+        s.connect(address)
+def create(path):
+    with open(path, "w") as file:
+        file.write("x")
+def read(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+status = dict(line.split(":", 1) for line in read("/proc/self/status").splitlines())
+print(json.dumps({
+    "interfaces": [line.split(":")[0].strip() for line in read("/proc/net/dev").splitlines()[2:]],
+    "routes": read("/proc/net/route").splitlines()[1:],
+    "host_port": attempt(connect, socket.AF_INET, ("127.0.0.1", port)),
+    "host_abstract": attempt(connect, socket.AF_UNIX, "\0" + abstract),
+    "outside": attempt(connect, socket.AF_INET, ("1.1.1.1", 53)),
+    "writes": {p: attempt(create, p) for p in ("/probe", "/usr/probe", "/dev/probe", "/var/tmp/probe", "/etc/probe")},
+    "core_pattern": attempt(create, "/proc/sys/kernel/core_pattern"),
+    "hostname": attempt(create, "/proc/sys/kernel/hostname"),
+    "uids": [*os.getresuid(), *os.getresgid(), *os.getgroups()],
+    "caps": {name: int(status[name], 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapAmb")},
+    "seccomp": status["Seccomp"].strip(),
+    "no_new_privs": status["NoNewPrivs"].strip(),
+    "environment": sorted(os.environ),
+    "init_environment": read("/proc/1/environ"),
+    "pids": sorted(int(name) for name in os.listdir("/proc") if name.isdigit()),
+    "self": os.getpid(),
+}))
+"""
+
+# One process after the other touches its share and keeps it; what the living hold is printed as it grows.
+_HOLD: Final = r"""
+import os, sys, time
+count, size = int(sys.argv[1]), int(sys.argv[2])
+children = []
+for _ in range(count):
+    read, write = os.pipe()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        print("fork:", error.strerror)
+        break
+    if pid == 0:
+        try:
+            block = bytearray(size)
+            for i in range(0, size, 4096):
+                block[i] = 1
+        except MemoryError:
+            os._exit(1)
+        os.write(write, b"h")
+        time.sleep(600)
+    os.close(write)
+    children.append(pid)
+    os.read(read, 1)
+    dead = [child for child in children if os.waitpid(child, os.WNOHANG)[0]]
+    children = [child for child in children if child not in dead]
+    print(len(children) * size, flush=True)
+    if dead:
+        break
+"""
+
+
+@contextlib.contextmanager
+def _listeners() -> Iterator[tuple[int, str]]:
+    """A TCP port on the host's loopback and an abstract socket, which must be out of reach."""
+    with socket.socket() as tcp, socket.socket(socket.AF_UNIX) as unix:
+        tcp.bind(("127.0.0.1", 0))
+        tcp.listen()
+        unix.bind("")  # the kernel picks a free abstract name
+        unix.listen()
+        yield tcp.getsockname()[1], unix.getsockname()[1:].decode()
+
+
+_Check = tuple[str, str, Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], object]]
+
+_NETWORK: Final = ("host_port", "host_abstract", "outside")
+_USERNS: Final = "Check that user namespaces are allowed on this kernel and that bwrap is the distribution's own."
+_CHECKS: Final[tuple[_Check, ...]] = (
+    (
+        "no network",
+        "The network namespace is not private: check that bwrap supports --unshare-net here.",
+        lambda s: set(s["interfaces"]) <= {"lo"} and not s["routes"] and all(map(s.get, _NETWORK)),
+        lambda s: {name: s[name] for name in ("interfaces", "routes", *_NETWORK)},
+    ),
+    ("file system read-only", _USERNS, lambda s: all(s["writes"].values()), lambda s: s["writes"]),
+    (
+        "not host root",
+        "Run as a plain user, or as root of the host, which drops to an unprivileged uid.",
+        lambda s: s["host_uid"] != 0 and 0 not in s["uids"],
+        lambda s: {"uid on the host": s["host_uid"], "ids inside": s["uids"]},
+    ),
+    ("no capabilities", _USERNS, lambda s: not any(s["caps"].values()), lambda s: s["caps"]),
+    (
+        "seccomp on",
+        "The kernel must have CONFIG_SECCOMP_FILTER.",
+        lambda s: bool(s["seccomp"] == "2"),
+        lambda s: s["seccomp"],
+    ),
+    ("no new privileges", _USERNS, lambda s: bool(s["no_new_privs"] == "1"), lambda s: s["no_new_privs"]),
+    (
+        "environment empty",
+        "bwrap must support --clearenv (0.5 or later).",
+        lambda s: set(s["environment"]) <= {*ENVIRONMENT, "PWD", "LC_CTYPE"} and not s["init_environment"],
+        lambda s: {"variables": s["environment"], "pid 1": s["init_environment"][:200]},
+    ),
+    (
+        "host processes invisible",
+        "The pid namespace is not private, or /proc is the host's.",
+        lambda s: set(s["pids"]) <= {1, s["self"]},
+        lambda s: s["pids"],
+    ),
+    (
+        "/proc/sys read-only",
+        "A sandbox must not be owned by host root: check the uid map.",
+        lambda s: bool(s["core_pattern"] and s["hostname"]),
+        lambda s: {"core_pattern": s["core_pattern"], "hostname": s["hostname"]},
+    ),
+)
+
+
+async def run(backend: str, sandbox: Sandbox, bound: MemoryBound, host_uid: int) -> ProbeReport:
+    """Probe a session opened with ``SPEC``. Raises SandboxUnavailable at the first probe that fails.
+
+    ``host_uid``: whom the host sees running the sandbox. The uid map inside does not tell: bwrap nests two namespaces.
+    """
+    with _listeners() as (port, abstract):
+        argv = ["/usr/bin/python3", "-I", "-c", _LOOK, str(port), abstract]
+        result = await sandbox.exec(argv, timeout=_TIMEOUT)
+    try:
+        seen = {**json.loads(result.stdout), "host_uid": host_uid}
+    except ValueError as error:
+        detail = f"{result.status}: {result.stderr.decode('utf-8', 'replace')[-400:]}"
+        raise SandboxUnavailable(backend, f"code does not run inside ({detail})", _USERNS) from error
+    passed = []
+    for name, remedy, holds, detail_of in _CHECKS:
+        probe = Probe(name, holds(seen), str(detail_of(seen)))
+        if not probe.passed:
+            raise SandboxUnavailable(backend, f"probe {name!r} failed: {probe.detail}", remedy)
+        passed.append(probe)
+    passed.append(await _memory(backend, sandbox, bound))
+    return ProbeReport(backend, tuple(passed), bound.kind, _notes(bound))
+
+
+async def _memory(backend: str, sandbox: Sandbox, bound: MemoryBound) -> Probe:
+    """Eight processes try to hold 1.5 times the bound at one time."""
+    share = SPEC.memory * 3 // 2 // 8
+    argv = ["/usr/bin/python3", "-I", "-c", _HOLD, "8", str(share)]
+    result = await sandbox.exec(argv, timeout=_TIMEOUT)
+    held = max((int(line) for line in result.stdout.split() if line.isdigit()), default=0)
+    detail = f"{bound.kind}: status {result.status}, {held >> 20} MB held at most of {SPEC.memory >> 20} MB allowed"
+    if (result.status == "oom" or result.status in ("ok", "error")) and held <= SPEC.memory:
+        return Probe("memory bounded", True, detail)
+    remedy = (
+        "Run as root with a writable memory cgroup, or with a systemd user session that delegates the memory "
+        "controller (loginctl enable-linger), so that a limit on the whole session holds."
+    )
+    raise SandboxUnavailable(backend, f"probe 'memory bounded' failed: {detail}", remedy)
+
+
+def _notes(bound: MemoryBound) -> tuple[str, ...]:
+    if bound.kind != "rlimits":
+        return ()
+    limits = bound.limits(SandboxSpec())
+    return (
+        f"Memory is bounded by rlimits: a default session has {limits['NPROC'] - 1} processes of "
+        f"{limits['AS'] >> 20} MB address space each. Kernel memory (inodes, socket buffers) is not counted.",
+    )

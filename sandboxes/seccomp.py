@@ -1,0 +1,75 @@
+"""The seccomp filter of every sandboxed process: dangerous system calls fail, foreign architectures are killed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from functools import cache
+from typing import Final
+
+from areal_agents.errors import SandboxUnavailable
+
+_CLONE_NAMESPACES: Final = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
+"""CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET."""
+
+_DENIED: Final = (
+    # file systems and namespaces
+    *("mount", "umount", "umount2", "pivot_root", "chroot", "unshare", "setns", "open_tree", "move_mount", "fsopen"),
+    *("fsconfig", "fsmount", "fspick", "mount_setattr", "open_by_handle_at", "name_to_handle_at", "quotactl"),
+    *("quotactl_fd", "swapon", "swapoff", "fanotify_init", "lookup_dcookie", "acct", "nfsservctl"),
+    # other processes
+    *("ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "kcmp", "pidfd_getfd", "migrate_pages"),
+    *("move_pages", "mbind", "set_mempolicy", "personality"),
+    # the kernel
+    *("bpf", "perf_event_open", "keyctl", "add_key", "request_key", "userfaultfd", "io_uring_setup", "io_uring_enter"),
+    *("io_uring_register", "kexec_load", "kexec_file_load", "init_module", "finit_module", "delete_module"),
+    *("create_module", "reboot", "syslog", "vhangup", "iopl", "ioperm", "modify_ldt", "settimeofday", "adjtimex"),
+    *("clock_settime", "clock_adjtime", "sethostname", "setdomainname", "vmsplice", "uselib", "ustat", "sysfs"),
+    # memory that neither RLIMIT_AS nor a tmpfs size counts
+    *("memfd_create", "memfd_secret", "shmget", "shmat", "shmctl", "msgget", "semget", "mq_open"),
+)
+
+_ALLOWED_SOCKETS: Final = (1, 2, 10)
+"""AF_UNIX, AF_INET, AF_INET6. Others, AF_VSOCK among them, are not held by a network namespace or widen the attack
+surface."""
+
+_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
+
+
+@cache
+def program() -> bytes:
+    """The filter as BPF for ``bwrap --seccomp``.
+
+    Raises SandboxUnavailable when pyseccomp or libseccomp is missing.
+    """
+    try:
+        import pyseccomp
+    except (ImportError, RuntimeError, OSError) as error:
+        remedy = "Install it: pip install pyseccomp, and apt-get install libseccomp2 (or dnf install libseccomp)."
+        raise SandboxUnavailable("bubblewrap", f"seccomp: {error}", remedy) from error
+    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    rules.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
+    deny, arg = pyseccomp.ERRNO(errno.EPERM), pyseccomp.Arg
+    known = {name: pyseccomp.resolve_syscall(pyseccomp.system_arch(), name) for name in _DENIED}
+    for name, number in known.items():
+        # -1: libseccomp is older than the call. A negative number otherwise: this architecture lacks it.
+        if number >= 0:
+            rules.add_rule(deny, name)
+    # The flags of clone3 lie behind a pointer: ENOSYS makes libc fall back to clone.
+    rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
+    for flag in _CLONE_NAMESPACES:
+        rules.add_rule(deny, "clone", arg(0, pyseccomp.MASKED_EQ, flag, flag))
+    for request in (_TIOCSTI, _TIOCLINUX):
+        rules.add_rule(deny, "ioctl", arg(1, pyseccomp.MASKED_EQ, 0xFFFFFFFF, request))
+    # Setting another process's limits would reach pid 1, which has the same uid.
+    rules.add_rule(deny, "prlimit64", arg(0, pyseccomp.NE, 0), arg(2, pyseccomp.NE, 0))
+    unsupported = pyseccomp.ERRNO(errno.EAFNOSUPPORT)
+    for call in ("socket", "socketpair"):
+        rules.add_rule(unsupported, call, arg(0, pyseccomp.GT, max(_ALLOWED_SOCKETS)))
+        for family in sorted(set(range(max(_ALLOWED_SOCKETS))) - set(_ALLOWED_SOCKETS)):
+            rules.add_rule(unsupported, call, arg(0, pyseccomp.EQ, family))
+    descriptor = os.memfd_create("seccomp", os.MFD_CLOEXEC)
+    with open(descriptor, "rb+", buffering=0) as file:
+        rules.export_bpf(file)
+        file.seek(0)
+        return file.read()

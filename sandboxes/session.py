@@ -1,0 +1,164 @@
+"""One bubblewrap session: a private /work, opened at first use."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+from areal_agents.errors import SandboxError
+from areal_agents.sandbox import ExecResult, ExecStatus, Process, SandboxSpec
+from areal_agents.sandboxes import launch
+from areal_agents.sandboxes.holder import Finished, Holder
+from areal_agents.sandboxes.supervisor import BAD_ARCHIVE
+
+FILE_TIMEOUT: Final = 30.0
+MAX_PATH: Final = 4096
+
+
+def inside_work(path: str) -> str:
+    """``path`` relative to /work. Raises ValueError for ``..``, an absolute path elsewhere, or no file name."""
+    parts = path.split("/")
+    if path.startswith("/"):
+        if parts[1] != "work":
+            raise ValueError(f"{path!r} is outside /work; use a relative path or one below /work.")
+        parts = parts[2:]
+    if ".." in parts or "\0" in path or len(path) > MAX_PATH:
+        raise ValueError(f"{path[:200]!r} is not allowed: no '..', no NUL, at most {MAX_PATH} characters.")
+    relative = "/".join(part for part in parts if part not in ("", "."))
+    if not relative:
+        raise ValueError(f"{path!r} names /work itself, not a file in it.")
+    return relative
+
+
+class BubblewrapSession:
+    """Implements ``areal_agents.sandbox.Sandbox``. Calls of one session run one after the other.
+
+    A session whose sandbox died (code filled its memory until the kernel took pid 1) has lost its files: the call
+    under way reports ``oom``, later ones raise SandboxError.
+    """
+
+    def __init__(self, spec: SandboxSpec, acquire: Callable[[SandboxSpec], Awaitable[Holder]]) -> None:
+        self._spec = spec
+        self._acquire = acquire
+        self._opening = asyncio.Lock()
+        self._holder: Holder | None = None
+        self._closed = False
+
+    async def _open(self) -> Holder:
+        async with self._opening:
+            if self._closed:
+                raise SandboxError("the session is closed. Open a new one.")
+            if self._holder is None:
+                self._holder = await self._acquire(self._spec)
+            return self._holder
+
+    async def exec(
+        self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float, max_output: int = 1 << 20
+    ) -> ExecResult:
+        """Run a program in /work until it and all its descendants are gone.
+
+        ``max_output`` bounds stdout and stderr together. Status ``timeout`` also stands for the CPU limit, ``oom`` for
+        any process of the call that the kernel killed for memory. A program that cannot be started is an ``error`` with
+        exit code 126 or 127, as in a shell. Raises SandboxError when the sandbox failed.
+        """
+        holder = await self._open()
+        kills, start = holder.oom_kills(), time.monotonic()
+        request = self._request(holder, argv)
+        finished = await holder.run(request, stdin=stdin, timeout=timeout, max_output=max_output)
+        return ExecResult(
+            status=_status(finished, oom=holder.oom_kills() > kills),
+            exit_code=finished.code,
+            stdout=finished.stdout,
+            stderr=finished.stderr,
+            seconds=time.monotonic() - start,
+        )
+
+    async def spawn(self, argv: Sequence[str]) -> Process:
+        """Start a process that lives across ``exec`` calls, until it is killed or the session closes."""
+        holder = await self._open()
+        return await holder.spawn(self._request(holder, argv))
+
+    def _request(self, holder: Holder, argv: Sequence[str]) -> dict[str, Any]:
+        if not argv or isinstance(argv, str):
+            raise ValueError(f"argv must be a non-empty sequence of strings, got {argv!r}.")
+        return {"op": "exec", "argv": list(argv), "env": launch.ENVIRONMENT, "limits": dict(holder.limits)}
+
+    async def write_file(self, path: str, data: bytes) -> None:
+        """Write ``data`` to ``path`` below /work, making folders.
+
+        Raises ValueError for a path outside /work, OSError for what its file system says (ENOSPC, ELOOP for a symlink).
+        """
+        await self._files({"op": "write", "path": inside_work(path)}, path, stdin=data)
+
+    async def read_file(self, path: str, max_bytes: int) -> bytes:
+        """The content of a regular file below /work.
+
+        Raises ValueError for a path outside /work, FileNotFoundError, OSError: EFBIG above ``max_bytes``, ELOOP or
+        ENOTDIR for a symlink on the way, EINVAL for a pipe.
+        """
+        request = {"op": "read", "path": inside_work(path), "max_bytes": max_bytes}
+        return await self._files(request, path, max_output=max_bytes)
+
+    async def snapshot(self) -> bytes:
+        """A tar of the regular files and folders below /work. Links, pipes and sockets are left out."""
+        return await self._files({"op": "pack"}, "/work", max_output=self._archive_limit)
+
+    async def restore(self, data: bytes) -> None:
+        """Replace /work by a ``snapshot``. Raises ValueError for links, devices, ``..`` or no tar; OSError if full."""
+        if len(data) > self._archive_limit:
+            raise ValueError(f"a snapshot of {len(data)} bytes is over the limit of {self._archive_limit}.")
+        await self._files({"op": "unpack"}, "/work", stdin=data, seekable=True)
+
+    @property
+    def _archive_limit(self) -> int:
+        return 2 * self._spec.disk + (1 << 20)
+
+    async def _files(
+        self,
+        request: dict[str, Any],
+        path: str,
+        *,
+        stdin: bytes = b"",
+        max_output: int = 1 << 16,
+        seekable: bool = False,
+    ) -> bytes:
+        holder = await self._open()
+        slack = 1 << 12  # for the message of a refused archive
+        finished = await holder.run(
+            request, stdin=stdin, timeout=FILE_TIMEOUT, max_output=max_output + slack, seekable=seekable
+        )
+        if finished.cause != "exit" or finished.code is None:
+            raise SandboxError(f"{request['op']} of {path!r} failed: {finished.cause}. Open a new session.")
+        if finished.code == BAD_ARCHIVE:
+            raise ValueError(f"not a valid snapshot: {finished.stderr.decode('utf-8', 'replace')}")
+        if finished.code:
+            code = finished.code if finished.code > 0 else errno.ENOMEM
+            raise OSError(code, os.strerror(code), path)
+        if len(finished.stdout) > max_output:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+        return finished.stdout
+
+    async def close(self) -> None:
+        """End everything inside and forget /work. Idempotent."""
+        async with self._opening:
+            self._closed = True
+            holder, self._holder = self._holder, None
+        if holder is not None:
+            await holder.close()
+
+
+def _status(finished: Finished, *, oom: bool) -> ExecStatus:
+    if finished.cause in ("timeout", "output_limit"):
+        return "timeout" if finished.cause == "timeout" else "output_limit"
+    if oom:
+        return "oom"
+    if finished.cause == "lost":
+        raise SandboxError("the sandbox died during the call; its files are gone. Open a new session.")
+    if finished.code == -signal.SIGXCPU:
+        return "timeout"
+    return "ok" if finished.code == 0 else "error"

@@ -1,0 +1,207 @@
+"""Plain subprocesses in a temporary folder, for code you wrote yourself. NO ISOLATION.
+
+What it does: rlimits for each process, a scrubbed environment, a deadline, bounded output, a folder of its own that is
+removed at the end.
+
+What it does not do: it does not hide the host's files, processes, network or kernel; it does not bound the memory or
+the disk of a session; it does not stop a process that left its process group (a daemon outlives the call); the code runs
+with the rights of the caller. No backend falls back to this one: it must be named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from areal_agents.errors import SandboxError, SandboxUnavailable
+from areal_agents.sandbox import ExecResult, ExecStatus, Probe, ProbeReport, Process, Sandbox, SandboxSpec
+from areal_agents.sandboxes import pipes, supervisor
+from areal_agents.sandboxes.live import LiveProcess
+from areal_agents.sandboxes.session import inside_work
+
+_PRLIMIT: Final = "/usr/bin/prlimit"
+
+
+class UnsafeLocalBackend:
+    """No isolation: see the module's docstring. The name says so, and it is used only when it is named."""
+
+    name = "unsafe_local"
+
+    def __init__(self) -> None:
+        self._sessions: set[UnsafeLocalSession] = set()
+
+    async def probe(self) -> ProbeReport:
+        """Check that the limits can be set. Proves nothing about isolation, of which there is none."""
+        if not Path(_PRLIMIT).exists():
+            raise SandboxUnavailable(self.name, f"{_PRLIMIT} was not found", "Install it: apt-get install util-linux.")
+        return ProbeReport(self.name, (Probe("limits", True, _PRLIMIT),), "rlimits", ("No isolation of any kind.",))
+
+    @contextlib.asynccontextmanager
+    async def session(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+        """A temporary folder, made at the first call and removed at the end."""
+        session = UnsafeLocalSession(spec)
+        self._sessions.add(session)
+        try:
+            yield session
+        finally:
+            self._sessions.discard(session)
+            await session.close()
+
+    async def aclose(self) -> None:
+        """End open sessions."""
+        for session in tuple(self._sessions):
+            await session.close()
+
+
+class UnsafeLocalSession:
+    """Implements ``areal_agents.sandbox.Sandbox``; ``/work`` in a path of a file call names its folder."""
+
+    def __init__(self, spec: SandboxSpec) -> None:
+        self._spec = spec
+        self._lock = asyncio.Lock()
+        self._folder: Path | None = None
+        self._live: set[LiveProcess] = set()
+        self._closed = False
+
+    def _work(self) -> Path:
+        if self._closed:
+            raise SandboxError("the session is closed. Open a new one.")
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="areal-agents-unsafe-"))
+        return self._folder
+
+    def _start(self, argv: Sequence[str], stdin: int, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
+        if not argv or isinstance(argv, str):
+            raise ValueError(f"argv must be a non-empty sequence of strings, got {argv!r}.")
+        folder, spec = str(self._work()), self._spec
+        limits = [
+            f"--cpu={spec.cpu_seconds}:{spec.cpu_seconds + 1}",
+            f"--as={max(2 * spec.memory, 1 << 30)}",
+            f"--fsize={spec.disk}",
+            f"--nofile={spec.open_files}",
+            "--core=0",
+        ]
+        return subprocess.Popen(
+            [_PRLIMIT, *limits, "--", *argv],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            cwd=folder,
+            env={"PATH": "/usr/bin:/bin", "HOME": folder, "LANG": "C.UTF-8"},
+            start_new_session=True,
+        )
+
+    async def exec(
+        self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float, max_output: int = 1 << 20
+    ) -> ExecResult:
+        """Run a program in the session's folder; its process group is dead afterwards."""
+        async with self._lock:
+            start, fds = time.monotonic(), pipes.Fds()
+            try:
+                source, sink = fds.pipe()
+                out, err = fds.pipe(), fds.pipe()
+                process = self._start(argv, source, out[1], err[1])
+                for descriptor in (sink, out[0], err[0]):
+                    fds.take(descriptor)
+            except OSError as error:
+                raise SandboxError(f"cannot start a process: {error}") from error
+            finally:
+                fds.close()
+            pump = pipes.Pump((sink, stdin), out[0], err[0], max_output, lambda: _kill_group(process))
+            try:
+                timed_out = not await _exited(process, timeout)
+                _kill_group(process)
+                code = process.wait()
+                pump.drain()
+            finally:
+                _kill_group(process)
+                process.wait()
+                pump.close()
+            status: ExecStatus = "ok" if code == 0 else "timeout" if code == -signal.SIGXCPU else "error"
+            if pump.limited or timed_out:
+                status = "output_limit" if pump.limited else "timeout"
+            ended_here = pump.limited or timed_out
+            seconds = time.monotonic() - start
+            return ExecResult(status, None if ended_here else code, pump.stdout, pump.stderr, seconds)
+
+    async def spawn(self, argv: Sequence[str]) -> Process:
+        """Start a process that lives until it is killed or the session closes."""
+        fds = pipes.Fds()
+        try:
+            source, sink = fds.pipe()
+            out, write = fds.pipe()
+            process = self._start(argv, source, write, write)
+            fds.take(sink)
+            fds.take(out)
+        finally:
+            fds.close()
+
+        async def end() -> None:
+            _kill_group(process)
+            process.wait()
+            self._live.discard(live)
+
+        live = LiveProcess(sink, out, end)
+        self._live.add(live)
+        return live
+
+    async def write_file(self, path: str, data: bytes) -> None:
+        """Write a file below the folder; no symlink is followed. Raises ValueError and OSError."""
+        relative = inside_work(path)
+        await self._files(lambda root: supervisor.write_file(root, relative, io.BytesIO(data)))
+
+    async def read_file(self, path: str, max_bytes: int) -> bytes:
+        """Read a regular file below the folder. Raises ValueError and OSError (EFBIG, ELOOP, ENOTDIR, EINVAL)."""
+        relative, sink = inside_work(path), io.BytesIO()
+        await self._files(lambda root: supervisor.read_file(root, relative, max_bytes, sink))
+        return sink.getvalue()
+
+    async def snapshot(self) -> bytes:
+        """A tar of the regular files and folders."""
+        sink = io.BytesIO()
+        await self._files(lambda root: supervisor.pack(root, sink))
+        return sink.getvalue()
+
+    async def restore(self, data: bytes) -> None:
+        """Replace the folder's content by a ``snapshot``. Raises ValueError for links, devices, ``..`` or no tar."""
+        await self._files(lambda root: supervisor.unpack(root, io.BytesIO(data)))
+
+    async def _files(self, operation: Callable[[int], Any]) -> None:
+        async with self._lock:
+            root = os.open(self._work(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                await asyncio.to_thread(operation, root)
+            finally:
+                os.close(root)
+
+    async def close(self) -> None:
+        """Kill live processes and remove the folder."""
+        self._closed = True
+        for live in tuple(self._live):
+            await live.kill()
+        if self._folder is not None:
+            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+            self._folder = None
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+async def _exited(process: subprocess.Popen[bytes], timeout: float) -> bool:
+    descriptor = os.pidfd_open(process.pid)
+    try:
+        return await pipes.readable(descriptor, timeout)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,52 @@
+"""Shared fixtures. A missing dependency skips a test on a developer's machine and fails it in CI."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+CI = os.environ.get("CI", "").lower() in ("1", "true")
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def missing(reason: str) -> None:
+    """Skip the test, or fail it in CI, where everything must be installed."""
+    if CI:
+        pytest.fail(f"CI must have it: {reason}")
+    pytest.skip(reason)
+
+
+def require(*dependencies: str) -> None:
+    """Each is a command on PATH (``bwrap``) or an importable module (``module:psutil``)."""
+    for name in dependencies:
+        if name.startswith("module:"):
+            if importlib.util.find_spec(name.removeprefix("module:")) is None:
+                missing(f"{name.removeprefix('module:')} is not installed")
+        elif shutil.which(name) is None:
+            missing(f"{name} is not installed")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of the embedded model; `areal-agents model pull` puts it there."""
+    from areal_agents import models
+
+    folder = models.cache_dir() / "models" / "smollm2"
+    if not models.intact(folder):
+        if not CI:
+            pytest.skip("run `areal-agents model pull smollm2` first")
+        models.pull("smollm2", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """``../shared/data``, data for tests that lies beside the checkout."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        missing(f"{folder} is not there")
+    return folder

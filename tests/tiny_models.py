@@ -1,0 +1,62 @@
+"""Tiny random models of the supported families, saved as transformers folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+VOCABULARY = 96
+_SIZE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+
+
+def tiny_config(kind: str = "llama", **changes: Any) -> Any:
+    """A config of about 0.1M parameters; ``initializer_range`` is large so that distributions are peaked."""
+    classes = {
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }
+    size = _SIZE | ({"sliding_window": None} if kind == "mistral" else {})
+    if kind == "qwen2":
+        size = {name: value for name, value in size.items() if name != "head_dim"} | {"hidden_size": 96}
+    return classes[kind](**(size | {"tie_word_embeddings": False} | changes))
+
+
+def tiny_model(kind: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
+    """A random fp32 model in eval mode, biases and norms included."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(kind, **changes), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.2)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def save_tiny(folder: Path, model: Any) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def forward_logprobs(model: Any, ids: tuple[int, ...], temperature: float = 1.0) -> Tensor:
+    """[len(ids) - 1]: log-probability of each id after the first, from one full forward pass of transformers."""
+    logits = model(torch.tensor([ids])).logits[0, :-1].float() / temperature
+    return torch.log_softmax(logits, -1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
