@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from areal_agents import audit, conformance, registry
+from areal_agents import audit, conformance, isolation, registry
 from areal_agents.conformance import Subject
-from areal_agents.errors import ArealError, CheckError
+from areal_agents.errors import ArealError
 from areal_agents.scripted import close_sandboxes
 
 Status = Literal["passed", "failed", "unaudited", "skipped"]
@@ -59,10 +59,10 @@ CHECKS: Mapping[str, tuple[Check, tuple[str, ...]]] = {
     "gymnasium": (conformance.gymnasium_checker, ("contract",)),
     "tasks": (conformance.tasks, ("contract",)),
     "seeds": (conformance.seeds, ("contract",)),
-    "isolation": (conformance.isolation, ("contract", "seeds")),
-    "aliasing": (conformance.aliasing, ("contract", "seeds", "isolation")),
-    "rng": (conformance.global_rng, ("contract",)),
-    "cancellation": (conformance.cancellation, ("contract", "seeds", "isolation")),
+    "isolation": (isolation.isolation, ("contract", "seeds")),
+    "aliasing": (isolation.aliasing, ("contract", "seeds", "isolation")),
+    "rng": (isolation.global_rng, ("contract",)),
+    "cancellation": (isolation.cancellation, ("contract", "seeds", "isolation")),
     "tokens": (conformance.tokens, ("contract",)),
     "reward": (audit.reward, ("contract",)),
 }
@@ -86,31 +86,38 @@ def check(
     spec = registry.spec(env_id)
     subject = Subject(replace(spec, kwargs={**spec.kwargs, **(kwargs or {})}), timeout, tokenizer)
     found: queue.SimpleQueue[CheckResult] = queue.SimpleQueue()
-    worker = threading.Thread(target=_run_all, args=(subject, found), name="areal-agents-check", daemon=True)
+    abandoned = threading.Event()
+    worker = threading.Thread(target=_run_all, args=(subject, found, abandoned), name="areal-agents-check", daemon=True)
     worker.start()
     results: list[CheckResult] = []
+    blocked = ""
     for name in CHECKS:
-        try:
-            result = found.get(timeout=10 * timeout)
-        except queue.Empty:
-            result = CheckResult(name, "failed", f"blocked its thread for more than {10 * timeout:g} s: use `await`")
+        if blocked:
+            result = CheckResult(name, "skipped", f"{blocked} blocked the thread")
+        else:
+            try:
+                result = found.get(timeout=10 * timeout)
+            except queue.Empty:
+                blocked = name
+                abandoned.set()
+                detail = f"blocked its thread for more than {10 * timeout:g} s: use `await` instead of blocking calls"
+                result = CheckResult(name, "failed", detail)
         results.append(result)
         if report is not None:
             report(result)
-        if result.detail.startswith("blocked"):
-            rest = list(CHECKS)[len(results) :]
-            results += [CheckResult(n, "skipped", f"{name} blocked the thread") for n in rest]
-            return CheckReport(env_id, tuple(results))
-    worker.join(timeout)
+    if not blocked:
+        worker.join(timeout)
     return CheckReport(env_id, tuple(results))
 
 
-def _run_all(subject: Subject, found: queue.SimpleQueue[CheckResult]) -> None:
+def _run_all(subject: Subject, found: queue.SimpleQueue[CheckResult], abandoned: threading.Event) -> None:
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     statuses: dict[str, Status] = {}
     try:
         for name, (run, needs) in CHECKS.items():
+            if abandoned.is_set():
+                break
             broken = [n for n in needs if statuses[n] != "passed"]
             if broken:
                 result = CheckResult(name, "skipped", f"needs {broken[0]}")
@@ -131,9 +138,9 @@ async def _run(name: str, run: Check, subject: Subject) -> CheckResult:
         return CheckResult(name, "unaudited", str(reason))
     except conformance.Skipped as reason:
         return CheckResult(name, "skipped", str(reason))
-    except (CheckError, ArealError) as error:
+    except ArealError as error:
         return CheckResult(name, "failed", str(error))
-    except Exception as error:  # noqa: BLE001  the environment's own code: whatever it raises is the finding
+    except Exception as error:  # noqa: BLE001  the author's own code: whatever it raises is the finding
         return CheckResult(name, "failed", f"{type(error).__name__}: {error}")
 
 

@@ -8,10 +8,13 @@ Commands are parsed by tyro; ``train`` takes the dotted overrides of ``settings.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import math
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,13 +35,15 @@ class Train:
     """TOML file, or the name of a shipped configuration; left out: all defaults."""
 
     def run(self, overrides: Sequence[str]) -> int:
-        from areal_agents import settings
+        from areal_agents import registry, settings
 
         config = settings.load(self.config or None, overrides)
+        registry.spec(config.env.id)  # a typo is answered before torch is imported
         from areal_agents.train import train
 
-        out = asyncio.run(train(config))
-        print(f"the run's files are in {out}")
+        result = asyncio.run(train(config))
+        print(result.table())
+        print(f"files: {result.out}    trained model: {result.model}")
         return 0
 
 
@@ -62,15 +67,39 @@ class Eval:
     """Most tokens the model may sample in one turn."""
     max_turns: int = 16
     """The runner's own limit on turns, beside the environment's."""
-    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs/eval")
-    """Where every trajectory and the metrics go."""
+    max_context: int = 2048
+    """Longest conversation in tokens."""
+    difficulty: float | None = None
+    """Passed to the environment's tasks."""
+    sandbox: str = "bubblewrap"
+    """The sandbox backend that tools run in."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Where report and trajectories go; by default runs/eval-TIME."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Also write the report as JSON here; ``-`` is standard output, and the table then goes to standard error."""
+    """Also write the report as JSON here; ``-``: to standard output, and everything else to standard error."""
 
     def run(self, overrides: Sequence[str]) -> int:
-        from areal_agents.evaluate import evaluate
+        for name, value in (("--n", self.n), ("--k", self.k), ("--max-turn-tokens", self.max_turn_tokens)):
+            if value < 1:
+                raise UsageError(f"{name} is {value}: it must be at least 1")
+        if self.temperature < 0:
+            raise UsageError(f"--temperature is {self.temperature}: it must be at least 0 (0 is greedy)")
+        if str(self.json) != "-":
+            self._run()
+            return 0
+        with contextlib.redirect_stdout(sys.stderr):
+            report = self._run()
+        _write_json(report, None)
+        return 0
+
+    def _run(self) -> Any:
+        from areal_agents import registry
 
         env_id, split = split_of(self.env)
+        registry.spec(env_id)  # a typo is answered before torch is imported
+        from areal_agents.evaluate import evaluate
+
+        out = self.out or Path("runs") / f"eval-{time.strftime('%Y%m%d-%H%M%S')}"
         report = asyncio.run(
             evaluate(
                 env_id,
@@ -80,16 +109,19 @@ class Eval:
                 k=self.k,
                 temperature=self.temperature,
                 seed=self.seed,
-                out=self.out,
+                out=out,
                 max_turn_tokens=self.max_turn_tokens,
                 max_turns=self.max_turns,
+                max_context=self.max_context,
+                difficulty=self.difficulty,
+                sandbox=self.sandbox,
             )
         )
-        to_stdout = self.json is not None and str(self.json) == "-"
-        print(report.table(), file=sys.stderr if to_stdout else sys.stdout)
-        if self.json is not None:
-            _write_json(report.to_json(), None if to_stdout else self.json)
-        return 0
+        print(report.table())
+        print(f"files: {out}")
+        if self.json is not None and str(self.json) != "-":
+            _write_json(report.to_json(), self.json)
+        return report.to_json()
 
 
 @dataclass
@@ -125,7 +157,7 @@ class Check:
     all: bool = False
     """Check every registered environment."""
     tokenizer: str = "smollm2"
-    """Model whose tokenizer the prefix-exact token check uses."""
+    """Model whose tokenizer the prefix-exact token check uses; ``none`` skips that check."""
     json: bool = False
     """Print JSON."""
 
@@ -136,12 +168,15 @@ class Check:
         ids = [*self.env, *(s.id for s in registry.specs() if self.all and s.id not in self.env)]
         if not ids:
             raise UsageError("name an environment (`areal-agents envs` lists them), or use --all")
-        reports = [check(id, tokenizer=self.tokenizer) for id in ids]
+        tokenizer = None if self.tokenizer.lower() == "none" else self.tokenizer
+        reports = []
+        for id in ids:
+            reports.append(check(id, tokenizer=tokenizer))
+            if not self.json:
+                print(reports[-1], flush=True)
         if self.json:
             rows = [r.to_json() for r in reports]
             _write_json(rows[0] if len(rows) == 1 and not self.all else rows, None)
-        else:
-            print("\n".join(str(r) for r in reports))
         return 0 if all(r.passed for r in reports) else 1
 
 
@@ -209,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[:1] == ["--version"]:
         print(f"areal-agents {_version()}")
         return 0
+    usual = warnings.formatwarning
     warnings.formatwarning = _format_warning
     try:
         command, overrides = _parse(args)
@@ -230,6 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for message in dict.fromkeys(str(e) for e in deliberate):
             print(f"error: {message}", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = usual
 
 
 def _parse(args: list[str]) -> tuple[Any, list[str]]:
@@ -271,7 +309,7 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def _write_json(value: Any, path: Path | None) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
     if path is None:
         print(text)
         return
@@ -280,6 +318,15 @@ def _write_json(value: Any, path: Path | None) -> None:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise ArealError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _without_nan(value: Any) -> Any:
+    """``value`` with NaN and infinities, which JSON lacks, as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return [_without_nan(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _version() -> str:

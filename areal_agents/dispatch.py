@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from areal_agents.errors import EnvError, SandboxError
+from areal_agents.facade import on_exit
 from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec
 from areal_agents.tool import ToolResult, ToolSpec
 from areal_agents.types import ToolCall
@@ -158,7 +159,9 @@ class Dispatcher:
             backend = self._backend
             if isinstance(backend, str):
                 # By name and late: the core does not import a collection.
-                backend = importlib.import_module("areal_agents.sandboxes").shared(backend)
+                sandboxes = importlib.import_module("areal_agents.sandboxes")
+                backend = sandboxes.shared(backend)
+                on_exit(sandboxes.close_shared)  # a loop of the caller's own is closed by the caller
             if backend is None:
                 raise EnvError("a tool needs a sandbox, but the environment was made with sandbox=None")
             session: AbstractAsyncContextManager[Sandbox] = backend.session(self._sandbox_spec)

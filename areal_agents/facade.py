@@ -12,12 +12,17 @@ import asyncio
 import atexit
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from areal_agents.errors import EnvError
 
 T = TypeVar("T")
+
+_EXIT_SECONDS = 5.0
+_exit_hooks: dict[Callable[[], Coroutine[Any, Any, None]], None] = {}
+"""Awaited on the loop before it ends; a dict keeps their order and each once."""
 
 
 class _BackgroundLoop:
@@ -34,8 +39,11 @@ class _BackgroundLoop:
     def stop(self) -> None:
         if self.pid != os.getpid():  # a forked child: thread and selector are the parent's
             return
+        for hook in _exit_hooks:
+            with suppress(Exception):  # the interpreter is ending, and the next hook must still run
+                asyncio.run_coroutine_threadsafe(hook(), self.loop).result(_EXIT_SECONDS)
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(timeout=5)
+        self.thread.join(_EXIT_SECONDS)
         if not self.thread.is_alive():
             self.loop.close()
 
@@ -67,6 +75,11 @@ def background_loop() -> asyncio.AbstractEventLoop:
             _current = _BackgroundLoop()
             atexit.register(_current.stop)
         return _current.loop
+
+
+def on_exit(hook: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Await ``hook()`` on the background loop when the process ends, if there is such a loop by then."""
+    _exit_hooks[hook] = None
 
 
 def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -27,6 +27,7 @@ class Tree:
 
     def __init__(self, pack: Pack, *, heads: int, dtype: torch.dtype) -> None:
         """``heads``: query heads that share one key head."""
+        self.dtype = dtype
         self.segments = pack.segments
         self.sizes = [s.stop - s.start for s in pack.segments]
         self.masks: list[Tensor] = []
@@ -57,6 +58,8 @@ def tree_attention(
     """
     if tree is None or sliding_window is not None or softcap is not None:
         raise ModelError("tree attention computes plain causal attention only")
+    # Rotary embeddings leave fp32 under autocast: cast once here instead of in every product.
+    query, key, value = query.to(tree.dtype), key.to(tree.dtype), value.to(tree.dtype)
     heads, width = query.shape[1], query.shape[3]
     kv_heads = key.shape[1]
     # split has one backward for all its pieces; slices would each fill a tensor of the whole length.
@@ -95,6 +98,10 @@ class Decoder:
         config = model.config
         self.heads = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or 1)
         self.shared = False
+        # Three projections read what a norm wrote; autocast alone would cast it to bf16 for each of them.
+        for module in self.base.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.register_forward_hook(_cast_under_autocast)
         self._probe()
 
     def autocast(self, enabled: bool = True) -> torch.autocast:
@@ -154,6 +161,10 @@ class Decoder:
         finally:
             self.dtype = dtype
         return True
+
+
+def _cast_under_autocast(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else output
 
 
 class Scores:

@@ -198,9 +198,9 @@ def _load_all() -> None:
 
 def _load(namespace: str, *, warn: bool) -> None:
     if namespace not in _loaded:
-        _loaded.add(namespace)
         if namespace in _BUILTIN:
             importlib.import_module(_BUILTIN[namespace])
+        _loaded.add(namespace)
         for entry in _entry_points():
             if entry.name == namespace:
                 _load_entry_point(entry)

@@ -17,7 +17,7 @@ import json
 import math
 import pickle
 import sys
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,27 +39,41 @@ CLUMSY = (
 )
 
 
-def repeat(*texts: str) -> Expert:
-    """A script that says ``texts`` in order and then the last one for ever."""
-    yield from texts
-    while True:
-        yield texts[-1]
+Script = Callable[[Observation], Expert]
+"""Makes the player of one episode from its first observation; the player is then sent each new observation."""
 
 
-def script_for(spec: EnvSpec, task: Task, name: ScriptName) -> Expert:
+def repeat(*texts: str) -> Script:
+    """Say ``texts`` in order and then the last one for ever."""
+
+    def play() -> Expert:
+        for turn in itertools.count():
+            yield texts[min(turn, len(texts) - 1)]
+
+    return lambda first: play()
+
+
+def script_for(spec: EnvSpec, task: Task, name: ScriptName) -> Script:
     """``main`` is the environment's expert, else its gold answer, else small talk; ``clumsy`` makes mistakes."""
     if name == "clumsy":
         return repeat(*CLUMSY)
     expert = spec.expert(task)
     if expert is not None:
-        return expert
+        return lambda first: expert
     gold = spec.gold(task)
     return repeat("Let me think.", "I do not know.") if gold is None else repeat(gold)
 
 
 async def bounded(work: Coroutine[Any, Any, T], what: str, timeout: float) -> T:
-    """``await work``, at most ``timeout`` seconds. Raises CheckError where it hangs, even if it ignores cancellation."""
-    task = asyncio.ensure_future(work)
+    """``await work``. Raises CheckError after ``timeout`` seconds, even where ``work`` ignores its cancellation."""
+
+    async def guarded() -> T:
+        try:
+            return await work
+        except SystemExit as error:  # asyncio would end the whole loop with it
+            raise CheckError(f"{what} called sys.exit({error.code!r})") from error
+
+    task = asyncio.ensure_future(guarded())
     await asyncio.wait({task}, timeout=timeout)
     if not task.done():
         task.cancel()
@@ -77,7 +91,7 @@ async def bounded(work: Coroutine[Any, Any, T], what: str, timeout: float) -> T:
 class Episode:
     """One scripted episode, call by call. ``trace`` has one entry a call; ``returned`` the very objects."""
 
-    def __init__(self, make: Callable[[], AgentEnv], task: Task, seed: int, script: Expert, timeout: float) -> None:
+    def __init__(self, make: Callable[[], AgentEnv], task: Task, seed: int, script: Script, timeout: float) -> None:
         self.env = make()
         self.task = task
         self.seed = seed
@@ -86,9 +100,11 @@ class Episode:
         self.returned: list[Any] = []
         self.rewards: list[float] = []
         self.observations: list[Observation] = []
+        self.said = ""
+        """The last text."""
         self.done = False
-        self._script: Generator[str, Observation, None] = script
-        self._started = False
+        self._script = script
+        self._player: Expert | None = None
 
     async def open(self) -> None:
         result = await self.call(self.env.areset(seed=self.seed, options={"task": self.task}), "areset")
@@ -100,12 +116,16 @@ class Episode:
     def next_text(self) -> str:
         """What the script says now."""
         try:
-            if self._started:
-                return self._script.send(self.observations[-1])
-            self._started = True
-            return next(self._script)
+            if self._player is None:
+                self._player = self._script(self.observations[0])
+                self.said = next(self._player)
+            else:
+                self.said = self._player.send(self.observations[-1])
         except StopIteration as error:
             raise CheckError(f"the expert of task {self.task.id} stopped before the episode ended") from error
+        except Exception as error:  # the author's own code
+            raise CheckError(f"the expert of task {self.task.id} raised {type(error).__name__}: {error}") from error
+        return self.said
 
     async def step(self) -> None:
         """One turn; after the last one the episode is finished as a runner would finish it."""
@@ -113,9 +133,7 @@ class Episode:
         result = await self.call(self.env.astep(parse_text(text)), "astep")
         self._record("astep", result)
         if not isinstance(result, tuple) or len(result) != 5:
-            raise CheckError(
-                f"astep returned {_short(result)}, not (observation, reward, terminated, truncated, info)"
-            )
+            raise CheckError(f"astep returned {_short(result)}, not (observation, reward, terminated, truncated, info)")
         observation, reward, terminated, truncated, info = result
         self.observations.append(observation)
         self.rewards.append(finite(reward, "astep"))
@@ -145,7 +163,8 @@ class Episode:
         return self
 
     async def close(self) -> None:
-        self._script.close()
+        if self._player is not None:
+            self._player.close()
         await self.call(self.env.aclose(), "aclose")
 
     async def call(self, work: Coroutine[Any, Any, T], what: str) -> T:

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from areal_agents import __version__, registry, settings
+from areal_agents import registry, settings
 from areal_agents.advantages import ADVANTAGES, EpisodeRewards
 from areal_agents.batch import Batch, Row, rows_of
 from areal_agents.buffer import Buffer
@@ -82,7 +82,7 @@ def prepare_folder(config: TrainConfig) -> None:
     if (config.out / "config.toml").exists():
         raise ConfigError(f"{config.out} holds another run: choose another --out, or remove the folder")
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "config.toml").write_text(f"# areal-agents {__version__}\n{settings.dump(config)}")
+    (config.out / "config.toml").write_text(settings.dump(config))
 
 
 @contextlib.asynccontextmanager

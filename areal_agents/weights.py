@@ -96,6 +96,8 @@ class AttachedWeights:
             raise EngineError(f"weights v{ref.version} at {ref.locator} are gone: {error.strerror}") from error
         try:
             self._map = mmap.mmap(fd, ref.nbytes, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
+        except (ValueError, OSError) as error:
+            raise EngineError(f"weights v{ref.version}: {ref.nbytes} bytes cannot be mapped: {error}") from error
         finally:
             os.close(fd)
         if verify and (found := checksum(memoryview(self._map))) != ref.checksum:

@@ -18,7 +18,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final
 
-from areal_agents.errors import SandboxError, SandboxUnavailable
+from areal_agents.errors import ArealError, SandboxError, SandboxUnavailable
 from areal_agents.sandbox import ProbeReport, Sandbox, SandboxSpec
 from areal_agents.sandboxes import launch, memory, probes, seccomp
 from areal_agents.sandboxes.holder import Holder
@@ -95,36 +95,36 @@ class BubblewrapBackend:
         _, bound = await self._proved()
         if self._closed:
             raise SandboxError("the bubblewrap backend is closed. Create a new one.")
-        warm = self._warm.pop(spec, [])
-        self._warm[spec] = warm  # the last key is the spec used last
-        while warm:
-            task = warm.pop(0)
+        self._warm[spec] = self._warm.pop(spec, [])  # the last key is the spec used last
+        while tasks := self._warm.get(spec):
+            task = tasks.pop(0)
             try:
                 holder = await asyncio.shield(task)
             except asyncio.CancelledError:
-                warm.append(task)
+                self._discard_later(task)
                 raise
             except SandboxError:
                 break  # start one here, so that the error, if it stays, is this caller's
-            self._refill(bound)
+            self._refill(spec, bound)
             if holder.alive:
                 return holder
             await holder.close()
         holder = await self._start(spec, bound)
-        self._refill(bound)
+        self._refill(spec, bound)
         return holder
 
-    def _refill(self, bound: memory.MemoryBound) -> None:
-        if self._closed:
-            return
+    def _refill(self, spec: SandboxSpec, bound: memory.MemoryBound) -> None:
         while len(self._warm) > MAX_POOLED_SPECS:
             for task in self._warm.pop(next(iter(self._warm))):
-                discarding = asyncio.ensure_future(_discard(task))
-                self._discarding.add(discarding)
-                discarding.add_done_callback(self._discarding.discard)
-        spec, tasks = next(reversed(self._warm.items()))
-        while len(tasks) < self._pool:
+                self._discard_later(task)
+        tasks = self._warm.get(spec)  # None: evicted, or the backend is closed
+        while tasks is not None and len(tasks) < self._pool:
             tasks.append(asyncio.ensure_future(self._start(spec, bound)))
+
+    def _discard_later(self, task: asyncio.Task[Holder]) -> None:
+        discarding = asyncio.ensure_future(_discard(task))
+        self._discarding.add(discarding)
+        discarding.add_done_callback(self._discarding.discard)
 
     @contextlib.asynccontextmanager
     async def session(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
@@ -157,5 +157,5 @@ def _given(holder: Holder) -> Callable[[SandboxSpec], Awaitable[Holder]]:
 
 
 async def _discard(task: asyncio.Task[Holder]) -> None:
-    with contextlib.suppress(SandboxError):
+    with contextlib.suppress(ArealError):
         await (await task).close()

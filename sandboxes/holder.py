@@ -56,7 +56,6 @@ class Holder:
         self.spec = spec
         self.pid = 0
         """The supervisor's pid on the host."""
-        self.uid: int | None = None
         self.slot: slots.Slot | None = None
         self.meter: Meter | None = None
         self.limits: Mapping[str, int] = {}
@@ -71,40 +70,20 @@ class Holder:
     async def start(cls, tools: launch.Tools, spec: SandboxSpec, bound: MemoryBound, uid_base: int | None) -> Holder:
         """Start a sandbox. ``uid_base``: drop to ``uid_base`` + slot (a root host); None: stay the caller.
 
-        Raises SandboxError when bwrap does not come up, SandboxUnavailable without seccomp.
+        Raises SandboxError when bwrap does not come up, SandboxUnavailable without seccomp, ConfigError for a spec that
+        leaves no room.
         """
-        limits = bound.limits(spec)
+        limits, program = bound.limits(spec), seccomp.program()
         slot = slots.acquire(uid_base) if uid_base is not None else None
         meter: Meter | None = None
-        fds = Fds()
         holder: Holder | None = None
+        fds = Fds()
         try:
-            name = f"areal-agents-{slot.index if slot else f'u{os.getpid()}-{next(_names)}'}"
-            meter = bound.meter(name, spec)
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            source = fds.memfd("supervisor", launch.supervisor_source())
-            filter_fd, errors = fds.memfd("seccomp", seccomp.program()), fds.memfd("stderr")
+            meter = bound.meter(f"areal-agents-{slot.index if slot else f'u{os.getpid()}-{next(_names)}'}", spec)
             info_read, info_write = fds.pipe()
-            uid = slot.uid if slot else None
-            inner = launch.command(tools, spec, uid=uid, control=theirs.fileno(), seccomp=filter_fd, info=info_write)
-            with theirs:
-                try:
-                    # In the loop's thread: --die-with-parent means the thread that started it.
-                    process = subprocess.Popen(  # noqa: ASYNC220
-                        bound.wrap(inner, spec),
-                        stdin=source,
-                        stdout=subprocess.DEVNULL,
-                        stderr=errors,
-                        cwd="/",
-                        env={"PATH": "/usr/bin:/bin", **bound.environment()},
-                        pass_fds=(theirs.fileno(), filter_fd, info_write),
-                        start_new_session=True,
-                    )
-                except OSError as error:
-                    ours.close()
-                    raise SandboxError(f"cannot start bwrap: {error}") from error
-            holder = cls(ours, process, spec)
-            holder.slot, holder.meter, holder.limits, holder.uid = slot, meter, limits, uid
+            errors, filter_fd = fds.memfd("stderr"), fds.memfd("seccomp", program)
+            holder = cls(*_popen(tools, spec, bound, slot, filter_fd, info_write, errors), spec)
+            holder.slot, holder.meter, holder.limits = slot, meter, limits
             os.close(fds.take(info_write))
             await holder._wait_ready(errors)
             holder.pid = _inner_pid(info_read)
@@ -197,9 +176,9 @@ class Holder:
         self, ident: int, mode: int, request: dict[str, Any], streams: tuple[int, int, int], fds: Fds
     ) -> asyncio.Future[int]:
         """Hand a request and the child's ends of its pipes over. Raises SandboxError when the sandbox is dead."""
-        if self.uid is not None:
+        if self.slot is not None:
             for descriptor in streams:
-                os.fchown(descriptor, self.uid, self.uid)  # so that /dev/stdout and /dev/stdin can be opened
+                os.fchown(descriptor, self.slot.uid, self.slot.uid)  # so that /dev/stdout and /dev/stdin can be opened
         message = fds.memfd("request", json.dumps(request).encode())
         frame = supervisor.FRAME.pack(supervisor.START, ident, mode)
         if not self.alive:
@@ -284,8 +263,9 @@ class Holder:
 
     def kill(self) -> None:
         """Kill everything inside at once; ``close`` still has to collect it."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     async def close(self) -> None:
         """End the sandbox, wait until it is gone, free its uid and cgroup. Survives cancellation; idempotent."""
@@ -345,6 +325,46 @@ class Holder:
             await event.wait()
         finally:
             self._loop.remove_reader(descriptor)
+
+
+def _popen(
+    tools: launch.Tools,
+    spec: SandboxSpec,
+    bound: MemoryBound,
+    slot: slots.Slot | None,
+    filter_fd: int,
+    info: int,
+    errors: int,
+) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Start bwrap and return the host's end of the control socket. Raises OSError.
+
+    Call it in the loop's thread: --die-with-parent means the thread that started it.
+    """
+    fds = Fds()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        source = fds.memfd("supervisor", launch.supervisor_source())
+        control = theirs.fileno()
+        inner = launch.command(
+            tools, spec, uid=slot.uid if slot else None, control=control, seccomp=filter_fd, info=info
+        )
+        process = subprocess.Popen(
+            bound.wrap(inner, spec),
+            stdin=source,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            cwd="/",
+            env={"PATH": "/usr/bin:/bin", **bound.environment()},
+            pass_fds=(control, filter_fd, info),
+            start_new_session=True,
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+        fds.close()
+    return ours, process
 
 
 def _inner_pid(info: int) -> int:

@@ -71,7 +71,7 @@ def _system_folders() -> list[str]:
 
 
 def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, seccomp: int, info: int) -> list[str]:
-    """bwrap around the supervisor (its source on stdin). ``uid``: drop to it first (a root host), None: keep the caller's."""
+    """bwrap around the supervisor (its source on stdin). ``uid``: drop to it first (a root host)."""
     drop = []
     if uid is not None:
         assert tools.setpriv is not None

@@ -7,7 +7,6 @@ import os
 from collections.abc import Awaitable, Callable
 
 from areal_agents.errors import SandboxError
-from areal_agents.sandboxes import pipes
 
 SEND_TIMEOUT = 30.0
 
@@ -22,6 +21,7 @@ class LiveProcess:
         self._stdin, self._stdout = stdin, stdout
         self._end = end
         self._sending, self._receiving = asyncio.Lock(), asyncio.Lock()
+        self._waiting: set[asyncio.Future[None]] = set()
         self.ended = False
         for descriptor in (stdin, stdout):
             os.set_blocking(descriptor, False)
@@ -36,7 +36,7 @@ class LiveProcess:
                 try:
                     view = view[os.write(self._stdin, view) :]
                 except BlockingIOError:
-                    if not await pipes.writable(self._stdin, SEND_TIMEOUT):
+                    if not await self._ready(SEND_TIMEOUT, write=True):
                         raise SandboxError(
                             f"the process did not read its stdin for {SEND_TIMEOUT:.0f} s; kill it"
                         ) from None
@@ -48,7 +48,7 @@ class LiveProcess:
                 try:
                     data = os.read(self._stdout, max_bytes)
                 except BlockingIOError:
-                    if not await pipes.readable(self._stdout, timeout):
+                    if not await self._ready(timeout, write=False):
                         return b""
                 else:
                     self.ended = not data
@@ -63,6 +63,22 @@ class LiveProcess:
             finally:
                 self.close()
 
+    async def _ready(self, timeout: float, *, write: bool) -> bool:
+        """Wait for a pipe; False after ``timeout`` seconds. ``close`` ends the wait too, and then the pipe is -1."""
+        loop = asyncio.get_running_loop()
+        descriptor = self._stdin if write else self._stdout
+        add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
+        future: asyncio.Future[None] = loop.create_future()
+        self._waiting.add(future)
+        add(descriptor, _finish, future)
+        try:
+            done, _ = await asyncio.wait((future,), timeout=timeout)
+            return bool(done)
+        finally:
+            self._waiting.discard(future)
+            if self._stdout >= 0:  # else the number may be another pipe's by now
+                remove(descriptor)
+
     def close(self) -> None:
         """Close the pipes without waiting for the process."""
         loop = asyncio.get_running_loop()
@@ -72,4 +88,11 @@ class LiveProcess:
             os.close(self._stdin)
             os.close(self._stdout)
             self._stdin = self._stdout = -1
+        for future in self._waiting:
+            _finish(future)
         self.ended = True
+
+
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

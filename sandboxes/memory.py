@@ -10,7 +10,6 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Protocol
@@ -41,8 +40,26 @@ class MemoryBound(Protocol):
     def kind(self) -> Kind: ...
     def wrap(self, command: list[str], spec: SandboxSpec) -> list[str]: ...
     def environment(self) -> dict[str, str]: ...
-    def limits(self, spec: SandboxSpec) -> dict[str, int]: ...
+    def limits(self, spec: SandboxSpec) -> dict[str, int]:
+        """RLIMIT name to value for each process. Raises ConfigError for a spec without room for one."""
+        ...
+
     def meter(self, name: str, spec: SandboxSpec) -> Meter: ...
+
+
+def _left_by_disk(spec: SandboxSpec) -> int:
+    """Bytes for processes when /work, /tmp and /dev/shm are full. Raises ConfigError when no process fits.
+
+    The files count as memory. Without this room a full disk would leave nothing to kill but the sandbox itself.
+    """
+    left = spec.memory - 3 * spec.disk - SUPERVISOR
+    if left < MIN_ADDRESS_SPACE:
+        need = 3 * spec.disk + SUPERVISOR + MIN_ADDRESS_SPACE
+        raise ConfigError(
+            f"SandboxSpec(memory={spec.memory}, disk={spec.disk}) leaves no room for a process when /work, /tmp and "
+            f"/dev/shm are full. Set memory to {need} or more, or disk lower."
+        )
+    return left
 
 
 def _limits(spec: SandboxSpec, processes: int, address_space: int) -> dict[str, int]:
@@ -106,6 +123,7 @@ class CgroupBound:
 
     def limits(self, spec: SandboxSpec) -> dict[str, int]:
         # Address space is not memory: programs reserve more than they touch. The cgroup is the bound.
+        _left_by_disk(spec)
         return _limits(spec, spec.processes, max(2 * spec.memory, 1 << 30))
 
     def meter(self, name: str, spec: SandboxSpec) -> CgroupMeter:
@@ -177,6 +195,7 @@ class ScopeBound:
         return {name: os.environ[name] for name in names if name in os.environ}
 
     def limits(self, spec: SandboxSpec) -> dict[str, int]:
+        _left_by_disk(spec)
         return _limits(spec, spec.processes, max(2 * spec.memory, 1 << 30))
 
     def meter(self, name: str, spec: SandboxSpec) -> ScopeMeter:
@@ -198,15 +217,9 @@ class RlimitBound:
         return {}
 
     def limits(self, spec: SandboxSpec) -> dict[str, int]:
-        """Raises ConfigError when not even one process fits."""
-        left = spec.memory - 3 * spec.disk - SUPERVISOR
+        """Before Linux 5.14 NPROC counts every process of the user on the host, so that fewer may start."""
+        left = _left_by_disk(spec)
         processes = min(spec.processes, left // MIN_ADDRESS_SPACE)
-        if processes < 1:
-            need = 3 * spec.disk + SUPERVISOR + MIN_ADDRESS_SPACE
-            raise ConfigError(
-                f"SandboxSpec(memory={spec.memory}, disk={spec.disk}) leaves no room for a process when memory is "
-                f"bounded by rlimits. Set memory to {need} or more, or disk lower."
-            )
         return _limits(spec, processes, left // processes)
 
     def meter(self, name: str, spec: SandboxSpec) -> NoMeter:
@@ -283,10 +296,13 @@ def _can_create(parent: Path, limit: str) -> bool:
 
 
 def _scope_works() -> bool:
+    """Whether a scope really gets its limit: the user's manager accepts it also where it has no memory controller."""
+    look = 'read -r line < /proc/self/cgroup; cat "/sys/fs/cgroup${line#0::}/memory.max"'
+    spec = SandboxSpec(memory=64 << 20)
+    command = ScopeBound().wrap(["/bin/sh", "-c", look], spec)
     environment = {"PATH": "/usr/bin:/bin", **ScopeBound().environment()}
-    command: Sequence[str] = ScopeBound().wrap(["true"], SandboxSpec(memory=64 << 20))
     try:
         done = subprocess.run(command, env=environment, capture_output=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return done.returncode == 0
+    return done.stdout.strip() == str(spec.memory).encode()

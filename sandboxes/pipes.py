@@ -57,8 +57,6 @@ class Pump:
         self._readers = {stdout, stderr}
         self._stdin = -1
         self.limited = False
-        self.ended = asyncio.Event()
-        """Set when both streams have reached their end or the limit."""
         for descriptor in self._readers:
             os.set_blocking(descriptor, False)
             self._loop.add_reader(descriptor, self._read, descriptor)
@@ -112,8 +110,6 @@ class Pump:
             self._readers.discard(descriptor)
             self._loop.remove_reader(descriptor)
             os.close(descriptor)
-        if not self._readers:
-            self.ended.set()
 
     def _write(self) -> None:
         try:
@@ -134,20 +130,10 @@ class Pump:
 
 
 async def readable(descriptor: int, timeout: float) -> bool:
-    """Wait until a non-blocking descriptor can be read; False when ``timeout`` seconds have passed."""
-    return await _ready(descriptor, timeout, write=False)
-
-
-async def writable(descriptor: int, timeout: float) -> bool:
-    """Wait until a non-blocking descriptor can be written; False when ``timeout`` seconds have passed."""
-    return await _ready(descriptor, timeout, write=True)
-
-
-async def _ready(descriptor: int, timeout: float, *, write: bool) -> bool:
+    """Wait until a descriptor can be read; False when ``timeout`` seconds have passed. It must stay open meanwhile."""
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
-    add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
-    add(descriptor, event.set)
+    loop.add_reader(descriptor, event.set)
     try:
         async with asyncio.timeout(timeout):
             await event.wait()
@@ -156,4 +142,4 @@ async def _ready(descriptor: int, timeout: float, *, write: bool) -> bool:
     else:
         return True
     finally:
-        remove(descriptor)
+        loop.remove_reader(descriptor)

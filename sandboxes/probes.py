@@ -62,7 +62,7 @@ print(json.dumps({
 """
 
 # One process after the other touches its share and keeps it; what the living hold is printed as it grows.
-_HOLD: Final = r"""
+HOLD: Final = r"""
 import os, sys, time
 count, size = int(sys.argv[1]), int(sys.argv[2])
 children = []
@@ -108,7 +108,7 @@ _Check = tuple[str, str, Callable[[dict[str, Any]], bool], Callable[[dict[str, A
 
 _NETWORK: Final = ("host_port", "host_abstract", "outside")
 _USERNS: Final = "Check that user namespaces are allowed on this kernel and that bwrap is the distribution's own."
-_CHECKS: Final[tuple[_Check, ...]] = (
+CHECKS: Final[tuple[_Check, ...]] = (
     (
         "no network",
         "The network namespace is not private: check that bwrap supports --unshare-net here.",
@@ -165,7 +165,7 @@ async def run(backend: str, sandbox: Sandbox, bound: MemoryBound, host_uid: int)
         detail = f"{result.status}: {result.stderr.decode('utf-8', 'replace')[-400:]}"
         raise SandboxUnavailable(backend, f"code does not run inside ({detail})", _USERNS) from error
     passed = []
-    for name, remedy, holds, detail_of in _CHECKS:
+    for name, remedy, holds, detail_of in CHECKS:
         probe = Probe(name, holds(seen), str(detail_of(seen)))
         if not probe.passed:
             raise SandboxUnavailable(backend, f"probe {name!r} failed: {probe.detail}", remedy)
@@ -177,7 +177,7 @@ async def run(backend: str, sandbox: Sandbox, bound: MemoryBound, host_uid: int)
 async def _memory(backend: str, sandbox: Sandbox, bound: MemoryBound) -> Probe:
     """Eight processes try to hold 1.5 times the bound at one time."""
     share = SPEC.memory * 3 // 2 // 8
-    argv = ["/usr/bin/python3", "-I", "-c", _HOLD, "8", str(share)]
+    argv = ["/usr/bin/python3", "-I", "-c", HOLD, "8", str(share)]
     result = await sandbox.exec(argv, timeout=_TIMEOUT)
     held = max((int(line) for line in result.stdout.split() if line.isdigit()), default=0)
     detail = f"{bound.kind}: status {result.status}, {held >> 20} MB held at most of {SPEC.memory >> 20} MB allowed"

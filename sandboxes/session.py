@@ -22,6 +22,7 @@ MAX_PATH: Final = 4096
 
 def inside_work(path: str) -> str:
     """``path`` relative to /work. Raises ValueError for ``..``, an absolute path elsewhere, or no file name."""
+    path.encode()  # UnicodeEncodeError is a ValueError
     parts = path.split("/")
     if path.startswith("/"):
         if parts[1] != "work":
@@ -132,6 +133,8 @@ class BubblewrapSession:
         finished = await holder.run(
             request, stdin=stdin, timeout=FILE_TIMEOUT, max_output=max_output + slack, seekable=seekable
         )
+        if finished.cause == "output_limit":
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
         if finished.cause != "exit" or finished.code is None:
             raise SandboxError(f"{request['op']} of {path!r} failed: {finished.cause}. Open a new session.")
         if finished.code == BAD_ARCHIVE:

@@ -4,14 +4,15 @@ What it does: rlimits for each process, a scrubbed environment, a deadline, boun
 removed at the end.
 
 What it does not do: it does not hide the host's files, processes, network or kernel; it does not bound the memory or
-the disk of a session; it does not stop a process that left its process group (a daemon outlives the call); the code runs
-with the rights of the caller. No backend falls back to this one: it must be named.
+the disk of a session; it does not stop a process that left its process group (a daemon outlives the call); the code
+runs with the rights of the caller. No backend falls back to this one: it must be named.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -42,7 +43,7 @@ class UnsafeLocalBackend:
 
     async def probe(self) -> ProbeReport:
         """Check that the limits can be set. Proves nothing about isolation, of which there is none."""
-        if not Path(_PRLIMIT).exists():
+        if not os.access(_PRLIMIT, os.X_OK):
             raise SandboxUnavailable(self.name, f"{_PRLIMIT} was not found", "Install it: apt-get install util-linux.")
         return ProbeReport(self.name, (Probe("limits", True, _PRLIMIT),), "rlimits", ("No isolation of any kind.",))
 
@@ -81,8 +82,6 @@ class UnsafeLocalSession:
         return self._folder
 
     def _start(self, argv: Sequence[str], stdin: int, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
-        if not argv or isinstance(argv, str):
-            raise ValueError(f"argv must be a non-empty sequence of strings, got {argv!r}.")
         folder, spec = str(self._work()), self._spec
         limits = [
             f"--cpu={spec.cpu_seconds}:{spec.cpu_seconds + 1}",
@@ -105,6 +104,7 @@ class UnsafeLocalSession:
         self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float, max_output: int = 1 << 20
     ) -> ExecResult:
         """Run a program in the session's folder; its process group is dead afterwards."""
+        _check_argv(argv)
         async with self._lock:
             start, fds = time.monotonic(), pipes.Fds()
             try:
@@ -113,7 +113,11 @@ class UnsafeLocalSession:
                 process = self._start(argv, source, out[1], err[1])
                 for descriptor in (sink, out[0], err[0]):
                     fds.take(descriptor)
-            except OSError as error:
+            except (OSError, ValueError) as error:
+                # A NUL, a lone surrogate or too long an argument is the caller's program, not the host's failure.
+                if isinstance(error, ValueError) or error.errno == errno.E2BIG:
+                    text = f"{argv[0][:200]}: {error}\n".encode("utf-8", "replace")
+                    return ExecResult("error", 126, b"", text, time.monotonic() - start)
                 raise SandboxError(f"cannot start a process: {error}") from error
             finally:
                 fds.close()
@@ -135,7 +139,8 @@ class UnsafeLocalSession:
             return ExecResult(status, None if ended_here else code, pump.stdout, pump.stderr, seconds)
 
     async def spawn(self, argv: Sequence[str]) -> Process:
-        """Start a process that lives until it is killed or the session closes."""
+        """Start a process that lives until it is killed or the session closes. Raises OSError and ValueError."""
+        _check_argv(argv)
         fds = pipes.Fds()
         try:
             source, sink = fds.pipe()
@@ -194,9 +199,15 @@ class UnsafeLocalSession:
             self._folder = None
 
 
+def _check_argv(argv: Sequence[str]) -> None:
+    if not argv or isinstance(argv, str):
+        raise ValueError(f"argv must be a non-empty sequence of strings, got {argv!r}.")
+
+
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode is None:  # else the number may be another's by now
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 async def _exited(process: subprocess.Popen[bytes], timeout: float) -> bool:

@@ -60,10 +60,10 @@ def test_a_conversation_is_one_row_with_labels_at_the_exact_tokens() -> None:
     assert len(row) == 7
     np.testing.assert_array_equal(row.ids, [1, 2, 7, 8, 9, 5, 6])
     np.testing.assert_array_equal(row.mask, [False, False, True, True, True, False, True])
-    np.testing.assert_array_equal(row.logprobs, np.float32([0, 0, -0.5, -0.25, -2, 0, -1.5]))
+    np.testing.assert_array_equal(row.logprobs, np.asarray([0, 0, -0.5, -0.25, -2, 0, -1.5], np.float32))
     np.testing.assert_array_equal(row.versions, [-1, -1, 3, 3, 4, -1, 4])
     np.testing.assert_array_equal(row.turns, [-1, -1, 0, 0, 0, -1, 1])
-    np.testing.assert_array_equal(row.advantages, np.float32([0, 0, 0.5, 0.5, 0.5, 0, -1]))
+    np.testing.assert_array_equal(row.advantages, np.asarray([0, 0, 0.5, 0.5, 0.5, 0, -1], np.float32))
 
 
 def test_a_fork_is_two_rows_and_its_shared_turn_trains_in_the_first() -> None:
@@ -73,7 +73,7 @@ def test_a_fork_is_two_rows_and_its_shared_turn_trains_in_the_first() -> None:
     np.testing.assert_array_equal(left.mask, [False, True, True, False, True])
     np.testing.assert_array_equal(right.ids, [1, 2, 3, 6, 7])
     np.testing.assert_array_equal(right.mask, [False, False, False, False, True])
-    np.testing.assert_array_equal(right.advantages, np.float32([0, 0, 0, 0, 3]))
+    np.testing.assert_array_equal(right.advantages, np.asarray([0, 0, 0, 0, 3], np.float32))
 
 
 def test_nothing_sampled_gives_no_row() -> None:

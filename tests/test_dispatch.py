@@ -78,23 +78,23 @@ def test_parallel_calls_overlap_and_keep_their_order() -> None:
         met = asyncio.Barrier(2)
 
         @tool(parallel=True)
-        async def meet(name: str) -> str:
+        async def meet(who: str) -> str:
             await met.wait()  # passes only when both calls run at once
-            return name
+            return who
 
         log: list[str] = []
 
         @tool()
-        async def alone(name: str) -> str:
-            log.append(f"in {name}")
+        async def alone(who: str) -> str:
+            log.append(f"in {who}")
             await asyncio.sleep(0)
-            log.append(f"out {name}")
-            return name
+            log.append(f"out {who}")
+            return who
 
         d = dispatcher(tools=(meet, alone))
-        both = await d.run([call("meet", name="a"), call("meet", name="b")])
+        both = await d.run([call("meet", who="a"), call("meet", who="b")])
         assert [r.text for r in both] == ["a", "b"]
-        await d.run([call("alone", name="x"), call("alone", name="y")])
+        await d.run([call("alone", who="x"), call("alone", who="y")])
         assert log == ["in x", "out x", "in y", "out y"]
 
     asyncio.run(main())

@@ -71,3 +71,15 @@ assert run_sync(pid()) == os.getpid()
 def test_a_forked_child_gets_a_loop_of_its_own() -> None:
     done = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_exit_hooks_run_on_the_loop() -> None:
+    code = (
+        "import asyncio; from areal_agents.facade import background_loop, on_exit, run_sync\n"
+        "async def bad(): raise OSError\n"
+        "async def hook(): print('closed', asyncio.get_running_loop() is background_loop())\n"
+        "async def nothing(): ...\n"
+        "on_exit(bad); on_exit(hook); on_exit(hook); run_sync(nothing()); print('end')"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("end\nclosed True\n", "")

@@ -8,6 +8,7 @@ Not covered: sliding windows, rotary scalings that change with the length, mixtu
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,13 @@ from areal_agents.engines.family import Shape
 from areal_agents.errors import EngineError
 
 Linear = Callable[[Tensor], Tensor]
+
+BLOCK = 128
+"""Positions a block of KV."""
+
+
+def _blocks(n: int) -> int:
+    return -(-n // BLOCK)
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
@@ -108,23 +116,23 @@ class Segment:
 
 
 class Decoder:
-    """The model and the KV of ``max_batch`` rows: [layers, 2, rows, kv heads, max_context, head_dim].
+    """The model and the KV of ``max_batch`` rows: [layers, 2, blocks, rows, kv heads, BLOCK, head_dim].
 
-    The KV is anonymous memory: a page costs memory once a token was written into it. Also the scheduler's ``KVStore``.
+    Positions are cut into blocks so that one block of rows 0..n-1 is dense: oneDNN copies what is not, at the price of
+    the product itself. The KV is anonymous memory: a page costs memory once a token was written into it. Also the
+    scheduler's ``KVStore``, in whole blocks.
     """
 
     def __init__(
         self, shape: Shape, weights: Weights, dtype: torch.dtype, *, max_batch: int, max_context: int
     ) -> None:
         self.shape, self.weights, self.dtype = shape, weights, dtype
-        self.max_context = max_context
         self._cos, self._sin = shape.rotary(max_context)
-        size = (shape.layers, 2, max_batch, shape.kv_heads, max_context, shape.head_dim)
-        count = 1
-        for n in size:
-            count *= n
+        self._rows = max_batch
+        size = (shape.layers, 2, _blocks(max_context), max_batch, shape.kv_heads, BLOCK, shape.head_dim)
+        nbytes = math.prod(size) * dtype.itemsize
         # Zero pages rather than malloc's leftovers: masked positions are multiplied by 0, and 0 times NaN is NaN.
-        self._memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._kv = torch.frombuffer(self._memory, dtype=dtype).view(size)
         self._flat = self._kv.view(shape.layers, 2, -1, shape.head_dim)
 
@@ -132,20 +140,20 @@ class Decoder:
 
     @torch.inference_mode()
     def save(self, row: int, n: int) -> Tensor:
-        return self._kv[:, :, row, :, :n].clone()
+        return self._kv[:, :, : _blocks(n), row].clone()
 
     @torch.inference_mode()
     def load(self, saved: object, row: int, n: int) -> None:
         assert isinstance(saved, Tensor)
-        self._kv[:, :, row, :, :n].copy_(saved[:, :, :, :n])
+        self._kv[:, :, : _blocks(n), row].copy_(saved[:, :, : _blocks(n)])
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, n: int) -> None:
-        self._kv[:, :, target, :, :n].copy_(self._kv[:, :, source, :, :n])
+        self._kv[:, :, : _blocks(n), target].copy_(self._kv[:, :, : _blocks(n), source])
 
     def wipe(self, row: int) -> None:
         """Zero a row that may hold NaN."""
-        self._kv[:, :, row].zero_()
+        self._kv[:, :, :, row].zero_()
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
@@ -153,21 +161,30 @@ class Decoder:
     def decode(self, ids: Sequence[int], positions: Sequence[int]) -> Tensor:
         """One token for each of rows 0..n-1, written at ``positions``; logits [n, vocabulary] of what comes next."""
         shape, rows = self.shape, len(ids)
+        groups, pairs = shape.heads // shape.kv_heads, rows * shape.kv_heads
         position = torch.tensor(positions)
-        length = max(positions) + 1
-        mask = torch.zeros(rows, 1, 1, length)
-        mask.masked_fill_(torch.arange(length) > position[:, None, None, None], -torch.inf)
-        mask = mask.expand(-1, shape.kv_heads, -1, -1).reshape(-1, 1, length)
-        groups = shape.heads // shape.kv_heads
+        blocks = _blocks(max(positions) + 1)
+        unmasked = (min(positions) + 1) // BLOCK
+        hidden_at = torch.arange(blocks * BLOCK).view(blocks, 1, 1, BLOCK) > position[:, None, None]
+        mask = torch.zeros(blocks, rows, shape.kv_heads, BLOCK, dtype=self.dtype)
+        mask = mask.masked_fill_(hidden_at, -torch.inf).view(blocks, pairs, BLOCK, 1).expand(-1, -1, -1, groups)
+        scores = torch.empty(blocks, pairs, BLOCK, groups, dtype=self.dtype)
 
         def attend(layer: int, q: Tensor) -> Tensor:
-            keys, values = self._kv[layer, 0, :rows], self._kv[layer, 1, :rows]
-            keys = keys.flatten(0, 1)[:, :length]
-            values = values.flatten(0, 1)[:, :length]
+            kv = self._kv[layer, :, :blocks, :rows].view(2, blocks, pairs, BLOCK, shape.head_dim)
+            keys, values = kv.unbind()
+            query = q.reshape(-1, groups, shape.head_dim).transpose(1, 2)
             # K @ qᵀ, not q @ Kᵀ: oneDNN is three times faster when the long side comes first.
-            scores = torch.bmm(keys, q.reshape(-1, groups, shape.head_dim).transpose(1, 2)).transpose(1, 2)
-            weights = torch.softmax(scores + mask, -1).to(self.dtype)
-            return torch.bmm(weights, values).view(rows, -1)
+            for j in range(unmasked):
+                torch.bmm(keys[j], query, out=scores[j])
+            for j in range(unmasked, blocks):
+                torch.baddbmm(mask[j], keys[j], query, out=scores[j])
+            weights = torch.softmax(scores.permute(1, 3, 0, 2).reshape(pairs, groups, -1), -1)
+            weights = weights.view(pairs, groups, blocks, BLOCK).permute(2, 0, 1, 3).contiguous()
+            out = torch.bmm(weights[0], values[0]).float()
+            for j in range(1, blocks):
+                out += torch.bmm(weights[j], values[j])
+            return out.view(rows, -1).to(self.dtype)
 
         hidden = self._forward(torch.tensor(ids), position, torch.arange(rows), attend)
         return self._logits(hidden)
@@ -192,7 +209,9 @@ class Decoder:
             for s, mask, end in zip(segments, masks, ends.tolist(), strict=True):
                 n = len(s.ids)
                 part = q[end - n : end].view(n, shape.kv_heads, groups, shape.head_dim).permute(1, 2, 0, 3)
-                keys, values = self._kv[layer, :, s.row : s.row + 1, :, : s.start + n]
+                end_block = _blocks(s.start + n)
+                kv = self._kv[layer, :, :end_block, s.row].transpose(1, 2).reshape(2, 1, shape.kv_heads, -1, shape.head_dim)
+                keys, values = kv[:, :, :, : s.start + n]
                 folded = part.reshape(1, shape.kv_heads, groups * n, shape.head_dim)
                 mixed = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=1.0)
                 mixed = mixed.view(shape.kv_heads, groups, n, shape.head_dim)
@@ -209,7 +228,8 @@ class Decoder:
         keyed = (shape.heads + shape.kv_heads) * shape.head_dim
         cos, sin = self._cos[position], self._sin[position]
         head = torch.arange(shape.kv_heads)
-        slot = ((rows[:, None] * shape.kv_heads + head) * self.max_context + position[:, None]).flatten()
+        line = (position // BLOCK * self._rows + rows)[:, None] * shape.kv_heads + head
+        slot = (line * BLOCK + (position % BLOCK)[:, None]).flatten()
         x = self.weights.embedding[ids].float()
         for i, layer in enumerate(self.weights.layers):
             h = F.rms_norm(x, (shape.hidden,), layer.norm, shape.eps).to(dtype)

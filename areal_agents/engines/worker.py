@@ -92,7 +92,7 @@ class Worker:
     def run(self) -> None:
         """Serve until ``Close``."""
         while True:
-            busy = bool(self.scheduler.waiting or self.scheduler.running())
+            busy = bool(self.scheduler.waiting or self.scheduler.running() or self._draining)
             command = self._next(block=not busy)
             while command is not None:
                 if isinstance(command, p.Close):
@@ -135,7 +135,7 @@ class Worker:
                 self.updater.updates.put(command)
             case Prepared(weights=None):
                 self.send(p.Failed(command.update.id, command.error))
-            case Prepared() if command.update.mode == "drain" and self.scheduler.running():
+            case Prepared() if self._draining or (command.update.mode == "drain" and self.scheduler.running()):
                 self.scheduler.admitting = False
                 self._draining.append(command)
             case Prepared():

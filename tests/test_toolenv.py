@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pytest
+
+from areal_agents.errors import EnvError, RewardError
+from areal_agents.reward import Episode, RewardLike, Verdict, boxed_number
+from areal_agents.sandbox import Sandbox
+from areal_agents.tool import ToolResult, tool
+from areal_agents.toolcalls import parse_text
+from areal_agents.toolenv import ToolEnv, without_reasoning
+from areal_agents.types import Message, Task, Text, system, user
+from tests.fake_sandbox import ScriptedBackend
+
+TASK = Task.make("t", split="train", seed=0, payload={"answer": "4"})
+CALL = '<tool_call>{"name": "run", "arguments": {"code": "a"}}</tool_call>'
+
+
+@tool()
+async def run(code: str, *, sandbox: Sandbox) -> str:
+    return (await sandbox.exec(("run",), stdin=code.encode(), timeout=5)).stdout.decode()
+
+
+class Sums(ToolEnv):
+    system_prompt = "Be exact."
+    tools = (run,)
+    rubric = boxed_number()
+    max_turns = 3
+
+    @classmethod
+    def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
+        return [TASK]
+
+    def prompt(self, task: Task) -> str:
+        return "2+2?"
+
+
+def play(env: ToolEnv, *texts: str) -> list[tuple[Any, ...]]:
+    async def main() -> list[tuple[Any, ...]]:
+        try:
+            steps: list[tuple[Any, ...]] = [await env.areset(seed=0, options={"task": TASK})]
+            return steps + [await env.astep(parse_text(text)) for text in texts]
+        finally:
+            await env.aclose()
+
+    return asyncio.run(main())
+
+
+def with_rubric(rubric: RewardLike, **attributes: Any) -> type[ToolEnv]:
+    return type("Other", (Sums,), {"rubric": rubric, **attributes})
+
+
+def test_an_episode_with_a_call_and_an_answer() -> None:
+    backend = ScriptedBackend()
+    first, called, answered = play(Sums(sandbox=backend), CALL, r"so \boxed{4}")
+    assert first == ((system("Be exact."), user("2+2?")), {})
+    assert called == (
+        (Message("tool", (Text("A"),), tool_call_id="call_0", name="run"),),
+        0.0,
+        False,
+        False,
+        {"tool_results": [{"name": "run", "status": "ok", "truncated": False}]},
+    )
+    assert answered == ((), 1.0, True, False, {"stop_reason": "answer", "components": {"correct": 1.0}})
+    assert (backend.opened, backend.closed) == (1, 1)
+
+
+def test_wrong_and_missing_answers_score_zero() -> None:
+    for text in (r"\boxed{5}", "4", "", r"\boxed{4} \boxed{5}"):
+        assert play(Sums(sandbox=None), text)[-1][1:4] == (0.0, True, False)
+
+
+def test_a_malformed_call_is_no_answer() -> None:
+    _, broken, _ = play(Sums(sandbox=None), r'<tool_call>{"name": \boxed{4}', r"\boxed{4}")
+    assert broken[1:4] == (0.0, False, False)
+    assert "no closing </tool_call>" in broken[0][0].text
+    assert broken[4]["tool_results"][0]["status"] == "malformed"
+
+
+def test_the_turn_limit_truncates_and_scores_what_exists() -> None:
+    seen: list[Episode] = []
+
+    def score(episode: Episode) -> float:
+        seen.append(episode)
+        return len(episode.tool_results) / 10
+
+    steps = play(with_rubric(score)(sandbox=ScriptedBackend()), CALL, CALL, CALL)
+    assert [s[1:4] for s in steps[1:]] == [(0.0, False, False), (0.0, False, False), (0.3, False, True)]
+    assert steps[-1][0][0].text == "A"  # the last result is still shown
+    assert steps[-1][4]["stop_reason"] == "max_turns"
+    assert steps[-1][4]["components"] == {"score": 0.3}
+    [episode] = seen
+    assert (episode.answer, episode.turns, episode.stop_reason) == (None, 3, "max_turns")
+    assert episode.tool_results == (ToolResult("A"),) * 3
+    assert [m.text for m in episode.messages[:2]] == ["Be exact.", "2+2?"]
+
+
+def test_a_stated_limit_terminates_and_the_constructor_sets_it() -> None:
+    env = with_rubric(lambda _: 0.5, turn_limit_stated=True)(sandbox=ScriptedBackend(), max_turns=1)
+    assert play(env, CALL)[-1][1:4] == (0.5, True, False)
+    with pytest.raises(EnvError, match="max_turns 0 must be at least 1"):
+        Sums(max_turns=0)
+
+
+def test_afinish_scores_what_exists() -> None:
+    async def main() -> tuple[float, dict[str, Any]]:
+        env = with_rubric(lambda episode: 0.25 if episode.stop_reason == "context" else 0.0)(sandbox=None)
+        await env.areset(options={"task": TASK})
+        return await env.afinish("context")
+
+    reward, info = asyncio.run(main())
+    assert (reward, info["stop_reason"], list(info["components"].values())) == (0.25, "context", [0.25])
+
+
+def test_turn_rewards_reach_info_and_the_last_turn() -> None:
+    class Steps:
+        async def __call__(self, episode: Episode) -> Verdict:
+            return Verdict(3.0, {"steps": 3.0}, (1.0, 2.0), "timeout")
+
+    step = play(with_rubric(Steps())(sandbox=ScriptedBackend()), CALL, "done")[-1]
+    assert step[1] == 2.0
+    assert step[4]["turn_rewards"] == [1.0, 2.0]
+    assert step[4]["verdict_status"] == "timeout"
+
+
+def test_a_reward_that_is_nan_raises() -> None:
+    with pytest.raises(RewardError, match="returned nan on task 't'"):
+        play(with_rubric(lambda _: float("nan"))(sandbox=None), "x")
+
+
+def test_misuse_is_named() -> None:
+    class Unfinished(ToolEnv):
+        pass
+
+    with pytest.raises(EnvError, match="Unfinished has no `rubric`"):
+        Unfinished()
+    for texts in (("a", "b"),):
+        with pytest.raises(EnvError, match="no episode is running; call reset first"):
+            play(Sums(sandbox=None), *texts)
+    with pytest.raises(EnvError, match="no episode is running"):
+        asyncio.run(Sums(sandbox=None).astep(parse_text("a")))
+
+
+def test_a_new_reset_closes_the_old_session() -> None:
+    async def main() -> None:
+        backend = ScriptedBackend()
+        env = Sums(sandbox=backend)
+        for count in (1, 2):
+            await env.areset(options={"task": TASK})
+            await env.astep(parse_text(CALL))
+            assert (backend.opened, backend.closed) == (count, count - 1)
+        await env.aclose()
+        assert backend.closed == 2
+
+    asyncio.run(main())
+
+
+def test_observations_are_new_objects() -> None:
+    a, b, c = play(Sums(sandbox=ScriptedBackend()), CALL, CALL)
+    assert a[0] is not b[0]
+    assert b[4] is not c[4]
+    assert b[4]["tool_results"] is not c[4]["tool_results"]
+
+
+def test_the_end_of_an_episode_can_be_redefined() -> None:
+    class Guess(Sums):
+        rubric: ClassVar[RewardLike] = staticmethod(lambda episode: episode.answer == "yes")
+
+        def is_final(self, action: Any) -> bool:
+            return "FINAL" in action.text
+
+        def answer(self, action: Any) -> str:
+            return str(action.text.removeprefix("FINAL "))
+
+    steps = play(Guess(sandbox=None), "thinking", "FINAL yes")
+    assert steps[1][:4] == ((), 0.0, False, False)
+    assert steps[2][1:4] == (1.0, True, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("a", "a"),
+        ("<think>b</think>a", "a"),
+        (r"b \boxed{1}</think>a", "a"),
+        ("<think>open", ""),
+        ("a<think>open", "a"),
+        ("<think>b</think>a<think>c</think>d", "d"),
+    ],
+)
+def test_reasoning_is_no_part_of_the_answer(text: str, rest: str) -> None:
+    assert without_reasoning(text) == rest
