@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from areal_agents.env import AgentEnv, LazyTasks
+    from areal_agents.process_env import TextProcessEnv
     from areal_agents.registry import EnvSpec, make, register, spec, specs
     from areal_agents.reward import (
         Episode,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "areal_agents.env": ("AgentEnv", "LazyTasks"),
+    "areal_agents.process_env": ("TextProcessEnv",),
     "areal_agents.registry": ("EnvSpec", "make", "register", "spec", "specs"),
     "areal_agents.reward": (
         "Episode", "Gate", "Reward", "Verdict", "WeightedSum", "boxed", "boxed_number", "number", "sole_boxed",
@@ -59,6 +61,7 @@ __all__ = [
     "SandboxBackend",
     "SandboxSpec",
     "Task",
+    "TextProcessEnv",
     "TextSpace",
     "ToolCall",
     "ToolEnv",

@@ -206,7 +206,7 @@ class _Runner:
         turn = Turn(
             suffix,
             completion,
-            info.get("message", message),
+            _with_statuses(message, info),
             _finite(reward, f"task {self.task.id}, turn {len(self.state.turns)}"),
             _components(info),
             parent,
@@ -274,6 +274,20 @@ def _finite(value: Any, where: str) -> float:
     if not math.isfinite(number):
         raise RewardError(f"{where}: the reward is {number}")
     return number
+
+
+def _with_statuses(message: AssistantMessage, info: Info) -> AssistantMessage:
+    """``message`` with what the environment found out about its calls: an unknown tool, invalid arguments (T7)."""
+    results = info.get("tool_results", ())
+    if len(results) != len(message.tool_calls):
+        return message
+    calls = tuple(
+        replace(call, status=result["status"])
+        if call.status == "ok" and result["status"] in ("unknown_tool", "invalid_arguments")
+        else call
+        for call, result in zip(message.tool_calls, results, strict=True)
+    )
+    return replace(message, tool_calls=calls)
 
 
 def _components(info: Mapping[str, Any]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from areal_agents.episode import EnginePolicy, Limits
 from areal_agents.errors import ConfigError
 from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec
-from areal_agents.rollout import EpisodeRunner, FailureBudget, Player, env_maker
+from areal_agents.rollout import EpisodeRunner, FailureBudget, Player, env_maker, prove_sandbox
 from areal_agents.statistics import clustered_interval, pass_at_k, pass_hat_k
 from areal_agents.track import Tracker, clock
 from areal_agents.types import Task, Trajectory
@@ -201,6 +201,7 @@ async def evaluate(
 
     spec = registry.spec(env_id)
     tasks = held_out(spec, split, n, difficulty=difficulty)
+    await prove_sandbox(spec, sandbox)
     folder = resolve(model)
     fmt = ChatFormat.load(folder)
     threads = len(os.sched_getaffinity(0))

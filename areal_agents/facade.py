@@ -13,11 +13,13 @@ import atexit
 import os
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from areal_agents.errors import EnvError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _EXIT_SECONDS = 5.0
@@ -25,10 +27,37 @@ _exit_hooks: dict[Callable[[], Coroutine[Any, Any, None]], None] = {}
 """Awaited on the loop before it ends; a dict keeps their order and each once."""
 
 
+class _LateExecutor(ThreadPoolExecutor):
+    """Works while the interpreter ends, when pools refuse new work, so that exit hooks may use ``to_thread``."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        try:
+            return super().submit(fn, *args, **kwargs)
+        except RuntimeError:
+            done: Future[T] = Future()
+            try:
+                done.set_result(fn(*args, **kwargs))
+            except BaseException as error:  # noqa: BLE001  a boundary: the awaiting coroutine gets it
+                done.set_exception(error)
+            return done
+
+
+async def _wind_down() -> None:
+    """Await the exit hooks, then cancel what still runs on this loop."""
+    for hook in _exit_hooks:
+        with suppress(Exception):  # the interpreter is ending, and the next hook must still run
+            await hook()
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    await asyncio.gather(*rest, return_exceptions=True)
+
+
 class _BackgroundLoop:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.loop = asyncio.new_event_loop()
+        self.loop.set_default_executor(_LateExecutor(thread_name_prefix="areal-agents-facade"))
         self.thread = threading.Thread(target=self._run, name="areal-agents-facade", daemon=True)
         self.thread.start()
 
@@ -39,9 +68,9 @@ class _BackgroundLoop:
     def stop(self) -> None:
         if self.pid != os.getpid():  # a forked child: thread and selector are the parent's
             return
-        for hook in _exit_hooks:
-            with suppress(Exception):  # the interpreter is ending, and the next hook must still run
-                asyncio.run_coroutine_threadsafe(hook(), self.loop).result(_EXIT_SECONDS)
+        ending = asyncio.run_coroutine_threadsafe(_wind_down(), self.loop)
+        with suppress(TimeoutError):
+            ending.result(_EXIT_SECONDS)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(_EXIT_SECONDS)
         if not self.thread.is_alive():

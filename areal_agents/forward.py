@@ -8,12 +8,13 @@ Not covered: models that normalise over experts or time across rows, image input
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from areal_agents.errors import ModelError
 from areal_agents.packing import Ints, Pack, pack_rows
@@ -25,16 +26,15 @@ TREE = "areal_tree"
 class Tree:
     """The segments of one pack and their additive masks (made once, read by every layer)."""
 
-    def __init__(self, pack: Pack, *, heads: int, dtype: torch.dtype) -> None:
-        """``heads``: query heads that share one key head."""
-        self.dtype = dtype
+    def __init__(self, pack: Pack) -> None:
         self.segments = pack.segments
         self.sizes = [s.stop - s.start for s in pack.segments]
-        self.masks: list[Tensor] = []
-        for segment, n in zip(self.segments, self.sizes, strict=True):
-            before = sum(self.sizes[p] for p in segment.path)
-            causal = torch.full((n, n), float("-inf"), dtype=dtype).triu_(1)
-            self.masks.append(torch.cat([causal.new_zeros(n, before), causal], dim=1).repeat(heads, 1))
+        self.masks = [self._mask(i) if s.path else None for i, s in enumerate(self.segments)]
+
+    def _mask(self, i: int) -> Tensor:
+        """[n, tokens before + n], 0 where a token of segment ``i`` may look, else -inf."""
+        n, before = self.sizes[i], sum(self.sizes[p] for p in self.segments[i].path)
+        return torch.full((n, before + n), float("-inf")).triu_(before + 1)
 
 
 def tree_attention(
@@ -52,31 +52,45 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """Attention of each segment to its path and causally to itself; transformers' attention interface.
 
-    query [1, H, N, D]; key, value [1, K, N, D] with H a multiple of K. Returns [1, N, H, D]. Written with batched
-    matrix products over [K, (H/K)·n, D]: grouped heads need no repeated keys, and on a CPU forward and backward take
-    less than half the time of scaled_dot_product_attention at these lengths.
+    query [1, H, N, D]; key, value [1, K, N, D] with H a multiple of K. Returns [1, N, H, D] in value's format.
+    Computed in fp32 always: on CPUs scaled_dot_product_attention is faster in it than in bf16 (its backward most), and
+    its scores keep their precision.
     """
     if tree is None or sliding_window is not None or softcap is not None:
         raise ModelError("tree attention computes plain causal attention only")
-    # Rotary embeddings leave fp32 under autocast: cast once here instead of in every product.
-    query, key, value = query.to(tree.dtype), key.to(tree.dtype), value.to(tree.dtype)
-    heads, width = query.shape[1], query.shape[3]
-    kv_heads = key.shape[1]
-    # split has one backward for all its pieces; slices would each fill a tensor of the whole length.
-    queries = torch.split(query[0] * scaling, tree.sizes, dim=1)
-    keys, values = torch.split(key[0], tree.sizes, dim=1), torch.split(value[0], tree.sizes, dim=1)
-    out: list[Tensor] = []
-    for i, segment in enumerate(tree.segments):
-        path = (*segment.path, i)
-        k = torch.cat([keys[p] for p in path], dim=1) if len(path) > 1 else keys[i]
-        v = torch.cat([values[p] for p in path], dim=1) if len(path) > 1 else values[i]
-        q = queries[i].reshape(kv_heads, -1, width)
-        weights = torch.softmax(torch.baddbmm(tree.masks[i], q, k.transpose(1, 2)), dim=-1)
-        out.append(torch.bmm(weights, v).view(heads, -1, width))
-    return torch.cat(out, dim=1).transpose(0, 1).unsqueeze(0), None
+    with torch.autocast("cpu", enabled=False):
+        # split has one backward for all its pieces; slices would each fill a tensor of the whole length.
+        queries = torch.split(query.float(), tree.sizes, dim=2)
+        keys, values = torch.split(key.float(), tree.sizes, dim=2), torch.split(value.float(), tree.sizes, dim=2)
+        out: list[Tensor] = []
+        for i, (segment, mask) in enumerate(zip(tree.segments, tree.masks, strict=True)):
+            path = (*segment.path, i)
+            k = torch.cat([keys[p] for p in path], dim=2) if segment.path else keys[i]
+            v = torch.cat([values[p] for p in path], dim=2) if segment.path else values[i]
+            out.append(
+                nn.functional.scaled_dot_product_attention(
+                    queries[i], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+                )
+            )
+        return torch.cat(out, dim=2).transpose(1, 2).to(value.dtype), None
 
 
 AttentionInterface.register(TREE, tree_attention)
+
+
+def load_model(source: Path) -> PreTrainedModel:
+    """A local transformers folder as an fp32 model. Raises ModelError where it cannot be one."""
+    if not (source / "config.json").is_file():
+        raise ModelError(f"{source} is no model folder (no config.json): pull or name a local transformers model")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source} cannot be loaded as a causal language model: {error}") from error
+    model.eval()  # no dropout: π must be the policy that sampled
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 class Decoder:
@@ -95,8 +109,6 @@ class Decoder:
                 f"{type(model).__name__} has no linear output head: only causal language models are trained"
             )
         self.head = head
-        config = model.config
-        self.heads = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or 1)
         self.shared = False
         # Three projections read what a norm wrote; autocast alone would cast it to bf16 for each of them.
         for module in self.base.modules():
@@ -113,8 +125,7 @@ class Decoder:
         ids = torch.from_numpy(pack.ids).view(pack.shape)
         positions = torch.from_numpy(pack.positions).view(pack.shape)
         if pack.segments:
-            tree = Tree(pack, heads=self.heads, dtype=self.dtype)
-            out = self.base(input_ids=ids, position_ids=positions, use_cache=False, tree=tree)
+            out = self.base(input_ids=ids, position_ids=positions, use_cache=False, tree=Tree(pack))
         else:
             lengths = torch.tensor([len(a) for a in pack.at])
             mask = positions < lengths[:, None]

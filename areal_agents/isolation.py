@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
@@ -34,18 +35,26 @@ async def isolation(subject: Subject) -> str:
             "instance and be set anew by areset, never in the class or the module"
         )
     together = [subject.episode(task) for task in subject.sample()]
+    error: CheckError | None = None
     try:
         await asyncio.gather(*(e.open() for e in together))
         while not all(e.done for e in together):
             await asyncio.gather(*(e.step() for e in together if not e.done))
+    except CheckError as failure:
+        error = failure
     finally:
         for episode in together:
             await episode.close()
-    for i, (episode, trace) in enumerate(zip(together, alone, strict=True)):
-        found = trace_difference(trace, episode.trace)
-        if found:
-            raise CheckError(f"episode {i} of {len(alone)} differs when they run together, {found}")
+    for k, (episode, trace) in enumerate(zip(together, alone, strict=True)):
+        _require_same(trace, episode, error, f"episode {k} of {len(alone)} differs when they run together", "")
     return f"{len(alone)} concurrent episodes equal one by one"
+
+
+def _require_same(expected: list[Any], episode: Episode, error: CheckError | None, what: str, remedy: str) -> None:
+    """Raise CheckError where the episode is not the expected one. One that ended in ``error`` is compared so far."""
+    found = trace_difference(expected[: len(episode.trace)] if error else expected, episode.trace)
+    if found or error:
+        raise CheckError(f"{what}, {found or error}{remedy}")
 
 
 async def aliasing(subject: Subject) -> str:
@@ -59,16 +68,18 @@ async def aliasing(subject: Subject) -> str:
             if found:
                 raise CheckError(f"call {i} returned an object that changed later, {found}: return copies")
         spoilt = subject.episode(task, name)
+        error: CheckError | None = None
         try:
             await spoilt.open()
             while not spoilt.done:
                 spoil(spoilt.returned[-1])
                 await spoilt.step()
+        except CheckError as failure:
+            error = failure
         finally:
             await spoilt.close()
-        found = trace_difference(kept.trace, spoilt.trace)
-        if found:
-            raise CheckError(f"writing into what an earlier call returned changes the episode, {found}: return copies")
+        what = "writing into what an earlier call returned changes the episode"
+        _require_same(kept.trace, spoilt, error, what, ": return copies")
     return "returned values are copies"
 
 
@@ -80,10 +91,21 @@ async def global_rng(subject: Subject) -> str:
         legacy = np.random.get_state(legacy=False)
         return {"random": random.getstate(), "numpy": plain(legacy), "torch": torch.get_rng_state().tolist()}
 
-    before = states()
-    await subject.episode(subject.sample()[0]).play()
-    await subject.episode(subject.sample()[0], "clumsy").play()
-    touched = [name for name, state in states().items() if state != before[name]]
+    old = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        # A state that no earlier episode can have left: an environment that seeds would only repeat its own.
+        fresh = time.time_ns() % 2**32
+        random.seed(fresh)
+        np.random.seed(fresh)
+        torch.manual_seed(fresh)
+        before = states()
+        await subject.episode(subject.sample()[0]).play()
+        await subject.episode(subject.sample()[0], "clumsy").play()
+        touched = [name for name, state in states().items() if state != before[name]]
+    finally:
+        random.setstate(old[0])
+        np.random.set_state(old[1])
+        torch.set_rng_state(old[2])
     if touched:
         raise CheckError(f"an episode uses the global generator of {', '.join(touched)}: use self.np_random")
     return "random, numpy and torch untouched"
@@ -102,17 +124,19 @@ async def cancellation(subject: Subject) -> str:
     for moment in moments:
         for call in ("areset", "astep"):
             victim, neighbour = subject.episode(sample[0]), subject.episode(sample[-1])
+            error: CheckError | None = None
             try:
                 await neighbour.open()
                 await _cancel(victim, call, moment)
-                while not neighbour.done:
-                    await neighbour.step()
+                try:
+                    while not neighbour.done:
+                        await neighbour.step()
+                except CheckError as failure:
+                    error = failure
             finally:
                 await neighbour.close()
                 await victim.close()
-            found = trace_difference(expected, neighbour.trace)
-            if found:
-                raise CheckError(f"cancelling {call} of one episode changes another one, {found}")
+            _require_same(expected, neighbour, error, f"cancelling {call} of one episode changes another one", "")
     await _no_tasks_left(before)
     return f"areset and astep cancelled at {len(moments)} moments each"
 

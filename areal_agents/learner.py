@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from areal_agents import losses
 from areal_agents.batch import Batch, Row
@@ -35,7 +34,7 @@ from areal_agents.checkpoint import atomic_folder, read_weights, write_model
 from areal_agents.config import AlgorithmConfig, LearnerConfig
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import ModelError
-from areal_agents.forward import Decoder, Scores
+from areal_agents.forward import Decoder, Scores, load_model
 from areal_agents.objective import (
     Denominators,
     Tokens,
@@ -110,12 +109,12 @@ class TorchLearner:
         self.publish_dtype = publish_dtype
         self._version = 0
         self._threads = threads
-        self._model = _load(self.source)
-        self._decoder = Decoder(self._model, resolve_precision(learner.precision))
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
+        self._decoder = self._executor.submit(self._with_threads, self._load).result()
+        self._model = self._decoder.model
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = self._new_optimizer(learner.lr)
         self._warm: torch.optim.AdamW | None = None
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
         self._buffers = [SharedWeights(self.tensors(), publish_dtype) for _ in range(2)]
         self._free: asyncio.Queue[SharedWeights] = asyncio.Queue()
         for buffer in self._buffers:
@@ -143,8 +142,15 @@ class TorchLearner:
         self._threads = n
 
     async def step(self, batch: Batch) -> Metrics:
-        """One optimizer step a minibatch; see ``Metrics`` in the class's module for what comes back.
+        """One optimizer step a minibatch, or none where a minibatch has no gradient or not a finite one.
 
+        Returns: loss, grad_norm (before clipping; means over minibatches), lr, skipped (steps without a finite
+        gradient), minibatches_empty (steps without any gradient); tokens (sampled), rows, rows_skipped, episodes,
+        over_age_share; tokens_forward (through the model, shared prefixes once), seconds, tokens_per_second (of
+        tokens_forward), memory_peak_mb (of the process); and ``OffPolicyStats`` under ``off_policy/``.
+
+        Rows whose advantages are all 0 have no gradient and are skipped: they count in the denominators and in
+        rows_skipped, and are missing from ``off_policy/``. So are rows of over-age tokens alone.
         Raises ValueError for a batch of another version, without episodes, or with a sampled token that has no
         context.
         """
@@ -200,6 +206,9 @@ class TorchLearner:
         if self._threads and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         return job()
+
+    def _load(self) -> Decoder:
+        return Decoder(load_model(self.source), resolve_precision(self.config.precision))
 
     def _new_optimizer(self, lr: float) -> torch.optim.AdamW:
         c = self.config
@@ -369,20 +378,6 @@ class TorchLearner:
         read_weights(path, self.tensors())
         self._optimizer.load_state_dict(state["optimizer"])
         self._version, self.seed, self._warm = int(state["version"]), int(state["seed"]), None
-
-
-def _load(source: Path) -> PreTrainedModel:
-    if not (source / "config.json").is_file():
-        raise ModelError(f"{source} is no model folder (no config.json): pull or name a local transformers model")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source} cannot be loaded as a causal language model: {error}") from error
-    model.eval()  # no dropout: π must be the policy that sampled
-    loaded: PreTrainedModel = model
-    return loaded
 
 
 def _chunks(n: int, size: int) -> list[slice]:

@@ -28,6 +28,7 @@ from areal_agents.episode import Limits, Policy, run_episode
 from areal_agents.errors import ArealError, ConfigError, FailureBudgetError, InfraError, RewardError
 from areal_agents.host import EnvHost, HostLost
 from areal_agents.registry import EnvSpec
+from areal_agents.sandbox import SandboxBackend
 from areal_agents.types import Group, Task, Trajectory
 
 EventSink = Callable[..., None]
@@ -111,6 +112,18 @@ def env_maker(spec: EnvSpec, *, sandbox: str, kwargs: Mapping[str, Any]) -> Call
     if "sandbox" in inspect.signature(spec.env_class()).parameters:
         given.setdefault("sandbox", sandbox)
     return lambda: spec.make(**given)
+
+
+async def prove_sandbox(spec: EnvSpec, sandbox: str) -> None:
+    """Probe the backend before anything slow starts, where a tool of ``spec`` needs one. Raises SandboxUnavailable."""
+    cls = spec.env_class()
+    if "sandbox" not in inspect.signature(cls).parameters or not any(t.needs_sandbox for t in cls.tools):
+        return
+    backend: SandboxBackend = importlib.import_module("areal_agents.sandboxes").get(sandbox)
+    try:
+        await backend.probe()
+    finally:
+        await backend.aclose()
 
 
 class EpisodeRunner:

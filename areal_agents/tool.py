@@ -74,6 +74,11 @@ class ToolSpec:
             return ToolSpec, (self.name, self.description, dict(self.parameters))
         return _by_reference, (self.function.__module__, self.function.__qualname__)
 
+    @property
+    def needs_sandbox(self) -> bool:
+        """Whether a sandbox is injected into its calls."""
+        return "sandbox" in self.injected.values()
+
     def validate(self, arguments: Mapping[str, Any]) -> dict[str, Any] | str:
         """The checked (and leniently converted, ``"3"`` → ``3``) arguments, or the error text for the model."""
         if self.arguments_model is None:
@@ -171,9 +176,7 @@ def tool(
             fields[parameter.name] = (annotation, Field(default, description=notes.get(parameter.name)))
         model = create_model(tool_name, __config__=ConfigDict(extra="forbid"), **fields)
         parameters = {"type": "object", **_compact(model.model_json_schema())}
-        return ToolSpec(
-            tool_name, summary, parameters, timeout, parallel, max_output_chars, injected, function, model
-        )
+        return ToolSpec(tool_name, summary, parameters, timeout, parallel, max_output_chars, injected, function, model)
 
     return decorate
 

@@ -41,7 +41,7 @@ from areal_agents.evaluate import (
 from areal_agents.learner import TorchLearner
 from areal_agents.models import resolve
 from areal_agents.precision import resolve_precision
-from areal_agents.rollout import EpisodeRunner, FailureBudget, Player, Rollouts, TaskStream, env_maker
+from areal_agents.rollout import EpisodeRunner, FailureBudget, Player, Rollouts, TaskStream, env_maker, prove_sandbox
 from areal_agents.track import Tracker
 from areal_agents.types import Group, Task
 
@@ -90,6 +90,7 @@ async def open_run(config: TrainConfig, *, console: bool = True) -> AsyncIterato
     """Load the model twice (engine and learner), the environment and the trackers; close them in reverse."""
     spec = registry.spec(config.env.id)  # first: a typo must not wait for a model
     spec.tasks(config.env.split, difficulty=config.env.difficulty)
+    await prove_sandbox(spec, config.env.sandbox)
     model = resolve(config.model.path)
     cores = split_cores(config.engine.threads, config.learner.threads)
     fmt = ChatFormat.load(model)

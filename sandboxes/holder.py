@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,9 @@ class Finished:
     code: int | None
     stdout: bytes
     stderr: bytes
+    oom: bool
+    """Whether the kernel killed a process of the session for memory meanwhile."""
+    seconds: float
 
 
 class Holder:
@@ -134,7 +138,7 @@ class Holder:
         """
         async with self._lock:
             fds = Fds()
-            ident = next(self._idents)
+            ident, start, kills = next(self._idents), time.monotonic(), self.oom_kills()
             try:
                 reply, pump = self._start_run(ident, request, stdin or b"", max_output, fds, seekable)
             finally:
@@ -150,7 +154,8 @@ class Holder:
                 lost = code is None and cause != "timeout"
                 killed = cause == "timeout" or pump.limited
                 ending: Any = "output_limit" if pump.limited else "lost" if lost else cause
-                return Finished(ending, None if killed else code, pump.stdout, pump.stderr)
+                oom, seconds = self.oom_kills() > kills, time.monotonic() - start
+                return Finished(ending, None if killed else code, pump.stdout, pump.stderr, oom, seconds)
             except asyncio.CancelledError:
                 await self._kill_or_destroy(ident, reply)
                 raise
@@ -243,6 +248,8 @@ class Holder:
         except OSError:
             data = b""
         if len(data) != supervisor.FRAME.size:
+            if data:
+                self.kill()  # pid 1 does not send such a thing: it is no longer what was started
             self._lost()
             return
         kind, ident, code = supervisor.FRAME.unpack(data)

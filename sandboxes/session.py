@@ -6,7 +6,6 @@ import asyncio
 import errno
 import os
 import signal
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
@@ -64,19 +63,18 @@ class BubblewrapSession:
         """Run a program in /work until it and all its descendants are gone.
 
         ``max_output`` bounds stdout and stderr together. Status ``timeout`` also stands for the CPU limit, ``oom`` for
-        any process of the call that the kernel killed for memory. A program that cannot be started is an ``error`` with
-        exit code 126 or 127, as in a shell. Raises SandboxError when the sandbox failed.
+        any process of the session that the kernel killed for memory meanwhile. A program that cannot be started is an
+        ``error`` with exit code 126 or 127, as in a shell. Raises SandboxError when the sandbox failed.
         """
         holder = await self._open()
-        kills, start = holder.oom_kills(), time.monotonic()
         request = self._request(holder, argv)
         finished = await holder.run(request, stdin=stdin, timeout=timeout, max_output=max_output)
         return ExecResult(
-            status=_status(finished, oom=holder.oom_kills() > kills),
+            status=_status(finished),
             exit_code=finished.code,
             stdout=finished.stdout,
             stderr=finished.stderr,
-            seconds=time.monotonic() - start,
+            seconds=finished.seconds,
         )
 
     async def spawn(self, argv: Sequence[str]) -> Process:
@@ -155,10 +153,10 @@ class BubblewrapSession:
             await holder.close()
 
 
-def _status(finished: Finished, *, oom: bool) -> ExecStatus:
+def _status(finished: Finished) -> ExecStatus:
     if finished.cause in ("timeout", "output_limit"):
         return "timeout" if finished.cause == "timeout" else "output_limit"
-    if oom:
+    if finished.oom:
         return "oom"
     if finished.cause == "lost":
         raise SandboxError("the sandbox died during the call; its files are gone. Open a new session.")

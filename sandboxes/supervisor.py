@@ -209,6 +209,10 @@ def file_operation(request: dict[str, Any]) -> int:
             unpack(root, source)
     except OSError as error:
         return error.errno if error.errno and 0 < error.errno < BAD_ARCHIVE else errno.EIO
+    except RecursionError:
+        return errno.ENAMETOOLONG
+    except MemoryError:
+        return errno.ENOMEM
     except ValueError as error:
         os.write(2, str(error).encode("utf-8", "replace")[:1000])
         return BAD_ARCHIVE

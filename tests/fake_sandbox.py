@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from areal_agents.errors import SandboxError
-from areal_agents.sandbox import ExecResult, Process, ProbeReport, Sandbox, SandboxSpec
+from areal_agents.sandbox import ExecResult, ProbeReport, Process, Sandbox, SandboxSpec
 
 Script = Callable[[int, str], str | None]
 """(session number from 1, what to run) → what it prints, or None where the sandbox itself fails."""

@@ -52,8 +52,16 @@ def results(backend: ScriptedBackend, *messages: Sequence[ToolCall]) -> list[lis
         (call(status="invalid_json"), "malformed", "not valid JSON"),
         (call(status="missing_name"), "malformed", 'no "name"'),
         (call("rum", code="1"), "unknown_tool", "error: no tool 'rum'; tools: run, run_parallel"),
-        (call(status="invalid_arguments"), "invalid_arguments", '"arguments" must be a JSON object. Expected: run(code'),
-        (call(cod="1"), "invalid_arguments", "'code' is missing; 'cod' is not a parameter. Expected: run(code: string)"),
+        (
+            call(status="invalid_arguments"),
+            "invalid_arguments",
+            '"arguments" must be a JSON object. Expected: run(code',
+        ),
+        (
+            call(cod="1"),
+            "invalid_arguments",
+            "'code' is missing; 'cod' is not a parameter. Expected: run(code: string)",
+        ),
     ],
 )
 def test_a_bad_call_is_answered_and_its_neighbours_run(bad: ToolCall, status: str, says: str) -> None:
@@ -127,9 +135,7 @@ def test_replays_are_counted() -> None:
 def test_a_failure_that_recurs_is_the_policys() -> None:
     backend = ScriptedBackend(script((1, "kill"), (2, "kill")))
     got = results(backend, [call(code="a")], [call(code="kill")], [call(code="b")])
-    assert got[1] == [
-        ToolResult("error: this call made the sandbox fail twice; do something else", "sandbox_failed")
-    ]
+    assert got[1] == [ToolResult("error: this call made the sandbox fail twice; do something else", "sandbox_failed")]
     assert got[2] == [ToolResult("b@3")]
     assert [code for session, code in backend.ran if session == 3] == ["/bin/true", "a", "b"]  # "kill" is not repeated
     assert backend.opened == backend.closed == 3

@@ -48,8 +48,9 @@ def reference(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_prefill_and_decode_equal_a_full_forward_pass(name: str) -> None:
-    """Ragged rows, a chunked prefill, then decode steps: logits within 1e-4 of transformers in fp32."""
+def test_prefill_and_decode_equal_a_full_forward_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged rows over several blocks, a chunked prefill, then decode: logits within 1e-4 of transformers in fp32."""
+    monkeypatch.setattr("areal_agents.engines.decoder.BLOCK", 16)
     kind, changes = MODELS[name]
     model = tiny_model(kind, **changes)
     decoder = make(model)
@@ -67,7 +68,9 @@ def test_prefill_and_decode_equal_a_full_forward_pass(name: str) -> None:
             torch.testing.assert_close(got, want[i], atol=1e-4, rtol=0)
 
 
-def test_rows_are_saved_loaded_and_copied() -> None:
+@pytest.mark.parametrize("block", [8, 128])
+def test_rows_are_saved_loaded_and_copied(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_agents.engines.decoder.BLOCK", block)
     model = tiny_model()
     decoder = make(model)
     ids = random_ids(20, 3)

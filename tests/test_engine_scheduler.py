@@ -99,9 +99,7 @@ operation = st.one_of(
     st.tuples(st.just("submit"), st.integers(0, 5), st.integers(1, 30), st.integers(1, 14), st.booleans()),
     st.tuples(st.just("cancel"), st.integers(1, 30)),
     st.tuples(st.just("release"), st.integers(0, 5)),
-    st.tuples(
-        st.just("update"), st.sampled_from(["inflight", "interrupt"]), st.sampled_from(["recompute", "keep"])
-    ),
+    st.tuples(st.just("update"), st.sampled_from(["inflight", "interrupt"]), st.sampled_from(["recompute", "keep"])),
     st.tuples(st.just("step"), st.integers(1, 12)),
 )
 

@@ -57,13 +57,13 @@ def test_gymnasium_accepts_it() -> None:
 
 def test_seed_decides_task_and_noise_without_the_global_generators() -> None:
     env = Countdown()
-    python_state, numpy_state = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    python_state, numpy_state = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
     first = opening(env, seed=5)
     assert opening(Countdown(), seed=5) == first
     assert opening(env, seed=6) != first
     assert opening(env) != opening(env)
     assert random.getstate() == python_state
-    assert np.random.get_state()[1].tolist() == numpy_state  # type: ignore[index, union-attr]
+    assert np.random.get_state()[1].tolist() == numpy_state  # type: ignore[index]
 
 
 def test_the_task_of_the_options_is_used() -> None:

@@ -58,7 +58,7 @@ def test_problems_cannot_be_done_in_the_head_and_show_their_numbers() -> None:
     for task in areal_agents.spec(ID).tasks("train")[:500]:
         expression, question = task.payload["expression"], task.payload["question"]
         assert "*" in expression or "/" in expression
-        numbers = [n for n in "".join(c if c.isdigit() else " " for c in expression).split()]
+        numbers = "".join(c if c.isdigit() else " " for c in expression).split()
         assert 3 <= len(numbers) <= 4
         for number in numbers:
             assert len(number) >= 2

@@ -77,9 +77,9 @@ def test_exit_hooks_run_on_the_loop() -> None:
     code = (
         "import asyncio; from areal_agents.facade import background_loop, on_exit, run_sync\n"
         "async def bad(): raise OSError\n"
-        "async def hook(): print('closed', asyncio.get_running_loop() is background_loop())\n"
-        "async def nothing(): ...\n"
+        "async def hook(): print(await asyncio.to_thread(abs, -7), asyncio.get_running_loop() is background_loop())\n"
+        "async def nothing(): asyncio.create_task(asyncio.sleep(3600))\n"
         "on_exit(bad); on_exit(hook); on_exit(hook); run_sync(nothing()); print('end')"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr) == ("end\nclosed True\n", "")
+    assert (done.stdout, done.stderr) == ("end\n7 True\n", "")

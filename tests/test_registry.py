@@ -54,13 +54,15 @@ def test_registering_again() -> None:
 
 @pytest.mark.parametrize("id", ["Countdown-v0", "mine/Countdown", "mine/a/b-v0", "mi ne/C-v0", ""])
 def test_bad_ids_are_refused(id: str) -> None:
-    with pytest.raises(RegistryError, match='must read "namespace/Name-v0"'):
+    with pytest.raises(RegistryError, match=r'must read "namespace/Name-v0"'):
         register(id, COUNTDOWN)
 
 
-@pytest.mark.parametrize("entry_point", ["tests.test_env", "tests/test_env:Countdown", "tests.test_env:", ":C", "a:b:c"])
+@pytest.mark.parametrize(
+    "entry_point", ["tests.test_env", "tests/test_env:Countdown", "tests.test_env:", ":C", "a:b:c"]
+)
 def test_bad_entry_points_are_refused(entry_point: str) -> None:
-    with pytest.raises(RegistryError, match='must read "package.module:Class"'):
+    with pytest.raises(RegistryError, match=r'must read "package\.module:Class"'):
         register("mine/Bad-v0", entry_point)
 
 
@@ -112,7 +114,9 @@ def test_kwargs_of_make_override_those_registered() -> None:
 def test_splits_and_difficulty_are_checked() -> None:
     added = register("mine/Splits-v0", COUNTDOWN, splits=("train", "validation"))
     assert added.splits == ("train", "validation")
-    with pytest.raises(RegistryError, match=r"no split 'valid' \(did you mean 'validation'\?\); its splits are train, v"):
+    with pytest.raises(
+        RegistryError, match=r"no split 'valid' \(did you mean 'validation'\?\); its splits are train, v"
+    ):
         added.tasks("valid")
     with pytest.raises(RegistryError, match="no split 'test'"):
         added.tasks("test")
@@ -131,12 +135,8 @@ def distribution(folder: Path, namespace: str, code: str) -> None:
     (info / "entry_points.txt").write_text(f"[areal_agents.envs]\n{namespace} = {package}\n")
 
 
-def test_entry_points_load_at_the_first_use_of_their_namespace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    distribution(
-        tmp_path, "acme", f"import areal_agents\nareal_agents.register('acme/Shop-v0', {COUNTDOWN!r})\n"
-    )
+def test_entry_points_load_at_the_first_use_of_their_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distribution(tmp_path, "acme", f"import areal_agents\nareal_agents.register('acme/Shop-v0', {COUNTDOWN!r})\n")
     monkeypatch.syspath_prepend(tmp_path)
     spec("areal/Arithmetic-v0")
     assert "acme_envs" not in sys.modules

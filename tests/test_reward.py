@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sympy import Rational
+from sympy import Rational  # type: ignore[import-untyped]
 
 from areal_agents.errors import RewardError
 from areal_agents.reward import (
@@ -62,7 +62,11 @@ def test_plain_functions_are_rewards() -> None:
     assert run(half) == Verdict(0.5, {"half": 0.5})
     assert run(right) == Verdict(1.0, {"right": 1.0})
     assert run(later) == Verdict(0.25, {"later": 0.25})
-    assert run(lambda _: np.float32(0.5)).score == 0.5
+
+    def numpy_number(_: Episode) -> Any:
+        return np.float32(0.5)
+
+    assert run(numpy_number).score == 0.5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "1", [1.0], 1j, np.float32("nan")])
@@ -87,7 +91,7 @@ def test_every_number_of_a_verdict_is_checked() -> None:
     for reward, message in ((component, "'component.style'"), (turn, "turn_rewards"), (short, "1 turn rewards for 2")):
         with pytest.raises(RewardError, match=message):
             run(reward)
-    with pytest.raises(RewardError, match="'outer.style'"):
+    with pytest.raises(RewardError, match=r"'outer\.style'"):
         run(WeightedSum({"outer": component}))
 
 

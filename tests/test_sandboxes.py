@@ -13,15 +13,18 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import areal_agents.sandboxes as sandboxes
-from areal_agents.errors import ConfigError, RegistryError, SandboxError, SandboxUnavailable
+from areal_agents.errors import SandboxError, SandboxUnavailable
 from areal_agents.sandbox import SandboxSpec
-from areal_agents.sandboxes import bubblewrap, launch, memory, probes, slots
+from areal_agents.sandboxes import bubblewrap, launch, memory, probes
 from areal_agents.sandboxes.session import BubblewrapSession
 from tests import sandbox_suite as suite
+from tests.sandbox_containment import CONTAINMENT
+from tests.sandbox_suite import FUNCTIONAL
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,14 +46,14 @@ def _ids(check: suite.Check) -> str:
     return str(check.__name__)
 
 
-@pytest.mark.parametrize("check", suite.FUNCTIONAL, ids=_ids)
+@pytest.mark.parametrize("check", FUNCTIONAL, ids=_ids)
 def test_unsafe_local(check: suite.Check) -> None:
     need(os.access("/usr/bin/prlimit", os.X_OK), "prlimit: apt-get install util-linux")
     suite.run_check("unsafe_local", check)
 
 
 @pytest.mark.usefixtures("bwrap")
-@pytest.mark.parametrize("check", suite.FUNCTIONAL + suite.CONTAINMENT, ids=_ids)
+@pytest.mark.parametrize("check", FUNCTIONAL + CONTAINMENT, ids=_ids)
 def test_bubblewrap(check: suite.Check) -> None:
     suite.run_check("bubblewrap", check)
 
@@ -77,7 +80,9 @@ def as_plain_user(bwrap: None) -> Iterator[dict[str, str]]:
         for name in ("errors.py", "sandbox.py"):
             shutil.copy(ROOT / "areal_agents" / name, package / name)
         shutil.copy(pyseccomp.origin, folder / "pyseccomp.py")
-        shutil.copy(suite.__file__, folder / "sandbox_suite.py")
+        (folder / "tests").mkdir()
+        for name in ("__init__.py", "sandbox_suite.py", "sandbox_containment.py"):
+            shutil.copy(ROOT / "tests" / name, folder / "tests" / name)
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
         candidates = [
@@ -91,7 +96,7 @@ def as_plain_user(bwrap: None) -> Iterator[dict[str, str]]:
         python = next(usable, None)
         need(python, "a Python 3.11 or later that a plain user can run: apt-get install python3")
         assert python is not None
-        done = _as_nobody(folder, python, str(folder / "sandbox_suite.py"), "bubblewrap")
+        done = _as_nobody(folder, python, "-m", "tests.sandbox_containment", "bubblewrap")
         assert done.returncode == 0, done.stderr
         results: dict[str, str] = json.loads(done.stdout)
         yield results
@@ -99,7 +104,7 @@ def as_plain_user(bwrap: None) -> Iterator[dict[str, str]]:
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("check", suite.FUNCTIONAL + suite.CONTAINMENT, ids=_ids)
+@pytest.mark.parametrize("check", FUNCTIONAL + CONTAINMENT, ids=_ids)
 def test_bubblewrap_as_plain_user(check: suite.Check, as_plain_user: dict[str, str]) -> None:
     assert as_plain_user[check.__name__] == ""
 
@@ -179,6 +184,28 @@ def test_unbounded_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("bwrap")
 @pytest.mark.parametrize(
+    ("dropped", "probe"),
+    [
+        (("--remount-ro", "/"), "file system read-only"),
+        (("--remount-ro", "/dev"), "file system read-only"),
+        (("--unshare-net",), "no network"),
+    ],
+)
+def test_a_missing_protection_is_refused(dropped: tuple[str, ...], probe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = launch.command
+
+    def command(*args: Any, **options: Any) -> list[str]:
+        words = whole(*args, **options)
+        start = next(i for i in range(len(words)) if tuple(words[i : i + len(dropped)]) == dropped)
+        return words[:start] + words[start + len(dropped) :]
+
+    monkeypatch.setattr(launch, "command", command)
+    monkeypatch.setattr(bubblewrap, "_reports", {})
+    with pytest.raises(SandboxUnavailable, match=f"probe '{probe}' failed"):
+        asyncio.run(sandboxes.get("bubblewrap").probe())
+
+
+@pytest.mark.parametrize(
     ("name", "field", "seen"),
     [
         ("no network", "interfaces", ["eth0", "lo"]),
@@ -216,28 +243,6 @@ def test_each_probe_can_fail(name: str, field: str, seen: object) -> None:
     }
     assert [check[0] for check in probes.CHECKS if not check[2](good)] == []
     assert [check[0] for check in probes.CHECKS if not check[2]({**good, field: seen})] == [name]
-
-
-def test_missing_programs_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(launch, "_PATH", str(tmp_path))
-    with pytest.raises(SandboxUnavailable, match="apt-get install bubblewrap") as caught:
-        launch.find_tools(root=True, python="/usr/bin/python3")
-    assert "dnf install bubblewrap" in caught.value.remedy
-    (tmp_path / "bwrap").write_text("#!/bin/sh\n")
-    (tmp_path / "bwrap").chmod(0o755)
-    with pytest.raises(SandboxUnavailable, match="util-linux"):
-        launch.find_tools(root=True, python="/usr/bin/python3")
-    with pytest.raises(SandboxUnavailable, match="/usr/bin/python9 was not found"):
-        launch.find_tools(root=False, python="/usr/bin/python9")
-
-
-def test_apparmor_restriction_names_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"kernel/apparmor_restrict_unprivileged_userns": "1"}
-    monkeypatch.setattr(launch, "_setting", lambda name: settings.get(name, ""))
-    problem, remedy = launch.explain("bwrap: setting up uid map: Permission denied")
-    assert "setting up uid map" in problem
-    assert "/etc/apparmor.d/bwrap" in remedy
-    assert "profile bwrap /usr/bin/bwrap flags=(unconfined) {\n  userns," in remedy
 
 
 @pytest.mark.usefixtures("bwrap")
@@ -306,6 +311,26 @@ def test_memory_exhaustion_that_takes_pid_1_is_an_oom() -> None:
 
 
 @pytest.mark.usefixtures("bwrap")
+def test_a_reply_that_is_no_frame_ends_the_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = launch.supervisor_source().replace(b"FRAME.pack(EXIT, ident, code)", b"b'x' * 100000")
+    monkeypatch.setattr(launch, "supervisor_source", lambda: source)
+
+    async def forge() -> None:
+        backend = bubblewrap.BubblewrapBackend(pool=0)
+        backend_bound = memory.RlimitBound()
+        holder = await backend._start(suite.SPEC, backend_bound)
+        pid = os.pidfd_open(holder.pid)
+        request = {"op": "exec", "argv": ["/bin/true"], "env": {}, "limits": {}}
+        finished = await holder.run(request, stdin=b"", timeout=60, max_output=10)
+        assert (finished.cause, finished.code, holder.alive) == ("lost", None, False)
+        assert select.select([pid], [], [], 20)[0]
+        os.close(pid)
+        await holder.close()
+
+    asyncio.run(forge())
+
+
+@pytest.mark.usefixtures("bwrap")
 def test_a_dead_sandbox_leaves_the_pool() -> None:
     async def take() -> None:
         backend = bubblewrap.BubblewrapBackend(pool=1)
@@ -365,113 +390,3 @@ def test_nothing_outlives_a_killed_host() -> None:
         ended, _, _ = select.select([descriptor], [], [], 20)
         os.close(descriptor)
         assert ended
-
-
-def test_slots_are_exclusive(tmp_path: Path) -> None:
-    first, second = slots.acquire(5000, tmp_path), slots.acquire(5000, tmp_path)
-    assert (first.uid, second.uid) == (5000, 5001)
-    first.release()
-    first.release()
-    code = (
-        "import pathlib, sys, areal_agents.sandboxes.slots as s; print(s.acquire(5000, pathlib.Path(sys.argv[1])).uid)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert other.stdout == "5000\n"  # released here, and again with that process
-    third = slots.acquire(5000, tmp_path)
-    assert third.uid == 5000
-    second.release()
-    third.release()
-
-
-def test_rlimits_keep_the_sum_below_the_bound() -> None:
-    for spec in (SandboxSpec(), SandboxSpec(memory=2 << 30), SandboxSpec(memory=4 << 30, disk=1 << 20, processes=8)):
-        limits = memory.RlimitBound().limits(spec)
-        held = (limits["NPROC"] - 1) * limits["AS"] + 3 * spec.disk + memory.SUPERVISOR
-        assert spec.memory - limits["NPROC"] < held <= spec.memory
-        assert limits["NPROC"] - 1 <= spec.processes
-    # 512 MB - 3 x 64 MB of tmpfs - 24 MB leave 296 MB: three processes of 98.67 MB.
-    default = memory.RlimitBound().limits(SandboxSpec())
-    assert (default["NPROC"], default["AS"]) == (4, (296 << 20) // 3)
-    for bound in (memory.RlimitBound(), memory.ScopeBound(), memory.CgroupBound(Path("/"), 2)):
-        with pytest.raises(ConfigError, match="Set memory to 327155712 or more"):  # 192 + 24 + 96 MB
-            bound.limits(SandboxSpec(memory=64 << 20))
-
-
-def _hierarchy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ordinary folders stand in for cgroup mounts; the kernel's part (files in new cgroups) is not imitated."""
-    monkeypatch.setattr(memory, "_can_create", lambda parent, limit: parent.is_dir())
-
-
-def test_cgroup_v1_and_hybrid_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _hierarchy(tmp_path, monkeypatch)
-    (tmp_path / "memory/mine").mkdir(parents=True)
-    (tmp_path / "unified").mkdir()
-    (tmp_path / "unified/cgroup.subtree_control").write_text("cpu pids")
-    own = "4:memory:/mine\n1:cpu:/\n0::/\n"
-    mounts = (
-        f"40 30 0:40 / {tmp_path}/unified rw - cgroup2 cgroup2 rw\n"
-        f"41 30 0:41 / {tmp_path}/memory rw,relatime - cgroup cgroup rw,memory\n"
-    )
-    (tmp_path / "unified/cgroup.subtree_control").chmod(0o444)
-    found = memory.find_cgroup(own, mounts.splitlines()[1])
-    assert found == memory.CgroupBound(tmp_path / "memory/mine", 1)
-    monkeypatch.setattr(memory, "_enabled", lambda folder: False)
-    assert memory.find_cgroup(own, mounts) == found
-
-
-def test_cgroup_v2_takes_the_nearest_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _hierarchy(tmp_path, monkeypatch)
-    mine = tmp_path / "system.slice/job.service"
-    mine.mkdir(parents=True)
-    (tmp_path / "cgroup.subtree_control").write_text("cpu memory")
-    (mine.parent / "cgroup.subtree_control").write_text("memory pids")
-    mounts = f"40 30 0:40 / {tmp_path} rw - cgroup2 cgroup2 rw,nsdelegate\n"
-    found = memory.find_cgroup("0::/system.slice/job.service\n", mounts)
-    assert found == memory.CgroupBound(mine.parent, 2)
-    assert found.kind == "cgroup-v2"
-    assert memory.find_cgroup("0::/system.slice/job.service\n", "") is None
-
-
-def test_cgroup_v2_limits_and_counter(tmp_path: Path) -> None:
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one/memory.events").write_text("low 0\nhigh 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 0\n")
-    assert memory.CgroupMeter(tmp_path / "one", 2).oom_kills() == 2
-    assert memory.CgroupMeter(tmp_path / "none", 2).oom_kills() == 0
-
-
-def test_names_are_resolved() -> None:
-    assert sandboxes.names() == ("bubblewrap", "unsafe_local")
-    assert sandboxes.get("areal_agents.sandboxes.unsafe_local:UnsafeLocalBackend").name == "unsafe_local"
-    with pytest.raises(RegistryError, match="Did you mean 'bubblewrap'"):
-        sandboxes.get("bubblewarp")
-    with pytest.raises(RegistryError, match="cannot be loaded"):
-        sandboxes.get("no_such_module:Backend")
-
-
-def test_shared_backends_belong_to_a_loop() -> None:
-    async def both() -> tuple[object, object]:
-        first, again = sandboxes.shared("unsafe_local"), sandboxes.shared("unsafe_local")
-        assert first is again
-        await sandboxes.close_shared()
-        return first, sandboxes.shared("unsafe_local")
-
-    first, second = asyncio.run(both())
-    third, _ = asyncio.run(both())
-    assert len({id(first), id(second), id(third)}) == 3
-
-
-def test_importing_takes_no_heavy_library() -> None:
-    code = (
-        "import sys, areal_agents.sandboxes.bubblewrap, areal_agents.sandboxes.unsafe_local; "
-        "print([name for name in ('torch', 'transformers', 'pyseccomp', 'numpy') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-
-
-def test_the_bare_name_is_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import sandboxes"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert "import areal_agents.sandboxes, not sandboxes" in done.stderr

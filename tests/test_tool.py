@@ -181,4 +181,4 @@ def test_specs_pickle_by_reference() -> None:
 
 
 def test_a_tool_can_be_called_as_the_function_it_was() -> None:
-    assert asyncio.run(search("a", 1)) == "'a' 1 web "  # type: ignore[arg-type]
+    assert asyncio.run(search("a", 1)) == "'a' 1 web "

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -166,9 +166,7 @@ def test_observations_are_new_objects() -> None:
 
 
 def test_the_end_of_an_episode_can_be_redefined() -> None:
-    class Guess(Sums):
-        rubric: ClassVar[RewardLike] = staticmethod(lambda episode: episode.answer == "yes")
-
+    class Guess(with_rubric(lambda episode: episode.answer == "yes")):  # type: ignore[misc]
         def is_final(self, action: Any) -> bool:
             return "FINAL" in action.text
 

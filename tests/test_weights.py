@@ -69,7 +69,7 @@ def test_gone_and_short_weights_are_errors() -> None:
         AttachedWeights(replace(ref, nbytes=ref.nbytes + 100_000))
     shared.close()
     shared.close()
-    with pytest.raises(EngineError, match="v5 at /proc/.* are gone"):
+    with pytest.raises(EngineError, match=r"v5 at /proc/.* are gone"):
         AttachedWeights(ref)
 
 

@@ -1,7 +1,7 @@
 """A lean forward pass of the Llama family on the CPU, over a static KV.
 
-One decode step does per layer: RMSNorm, one fused QKV product, rotary positions, two products over the KV slice of all
-rows, the output product, RMSNorm, gate and up, down. The residual stream, norms, rotary and softmax are float32; products
+One decode step does per layer: RMSNorm, one fused QKV product, rotary positions, two products over the KV of all rows,
+the output product, RMSNorm, gate and up, down. The residual stream, norms, rotary and log-softmax are float32; products
 run in the compute dtype. Weights lie in oneDNN's blocked layout (1.3 to 2 times faster than row-major here).
 Not covered: sliding windows, rotary scalings that change with the length, mixtures of experts, other activations.
 """
@@ -34,12 +34,12 @@ def pack_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Line
     """x ↦ x Wᵀ + b in ``dtype``; W in oneDNN's blocked layout where this torch has it."""
     weight = weight.to(dtype).contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):  # type: ignore[no-untyped-call]
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
     product = torch.ops.mkldnn._linear_pointwise.default
     none: list[float] = []
-    return lambda x: product(x, packed, bias, "none", none, "")  # type: ignore[no-any-return]
+    return lambda x: product(x, packed, bias, "none", none, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +123,7 @@ class Decoder:
     scheduler's ``KVStore``, in whole blocks.
     """
 
-    def __init__(
-        self, shape: Shape, weights: Weights, dtype: torch.dtype, *, max_batch: int, max_context: int
-    ) -> None:
+    def __init__(self, shape: Shape, weights: Weights, dtype: torch.dtype, *, max_batch: int, max_context: int) -> None:
         self.shape, self.weights, self.dtype = shape, weights, dtype
         self._cos, self._sin = shape.rotary(max_context)
         self._rows = max_batch
@@ -210,7 +208,11 @@ class Decoder:
                 n = len(s.ids)
                 part = q[end - n : end].view(n, shape.kv_heads, groups, shape.head_dim).permute(1, 2, 0, 3)
                 end_block = _blocks(s.start + n)
-                kv = self._kv[layer, :, :end_block, s.row].transpose(1, 2).reshape(2, 1, shape.kv_heads, -1, shape.head_dim)
+                kv = (
+                    self._kv[layer, :, :end_block, s.row]
+                    .transpose(1, 2)
+                    .reshape(2, 1, shape.kv_heads, -1, shape.head_dim)
+                )
                 keys, values = kv[:, :, :, : s.start + n]
                 folded = part.reshape(1, shape.kv_heads, groups * n, shape.head_dim)
                 mixed = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=1.0)

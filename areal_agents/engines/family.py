@@ -45,43 +45,19 @@ class Shape:
         heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        qk_norm = config.model_type == "qwen3"
-        attention_bias = config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False))
-        hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
-        names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
-        for i in range(config.num_hidden_layers):
-            layer = f"model.layers.{i}"
-            for name, out in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
-                names[f"{layer}.self_attn.{name}.weight"] = (out * head_dim, hidden)
-                if attention_bias:
-                    names[f"{layer}.self_attn.{name}.bias"] = (out * head_dim,)
-            names[f"{layer}.self_attn.o_proj.weight"] = (hidden, heads * head_dim)
-            if attention_bias and config.model_type != "qwen2":
-                names[f"{layer}.self_attn.o_proj.bias"] = (hidden,)
-            if qk_norm:
-                names[f"{layer}.self_attn.q_norm.weight"] = (head_dim,)
-                names[f"{layer}.self_attn.k_norm.weight"] = (head_dim,)
-            for name, size in (("gate_proj", (inner, hidden)), ("up_proj", (inner, hidden)), ("down_proj", (hidden, inner))):
-                names[f"{layer}.mlp.{name}.weight"] = size
-                if getattr(config, "mlp_bias", False):
-                    names[f"{layer}.mlp.{name}.bias"] = size[:1]
-            names[f"{layer}.input_layernorm.weight"] = (hidden,)
-            names[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-        names["model.norm.weight"] = (hidden,)
-        names["lm_head.weight"] = (vocabulary, hidden)
         return cls(
             config=config,
             layers=config.num_hidden_layers,
-            hidden=hidden,
+            hidden=config.hidden_size,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            vocabulary=vocabulary,
+            vocabulary=config.vocab_size,
             positions=config.max_position_embeddings,
             eps=config.rms_norm_eps,
             tied=bool(config.tie_word_embeddings),
-            qk_norm=qk_norm,
-            parameters=names,
+            qk_norm=config.model_type == "qwen3",
+            parameters=_parameters(config, heads, kv_heads, head_dim),
         )
 
     def complete(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,6 +96,39 @@ class Shape:
         return cos[:, None] * scale, sin[:, None] * scale
 
 
+def _parameters(config: Any, heads: int, kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes as transformers has them."""
+    qk_norm = config.model_type == "qwen3"
+    attention_bias = config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False))
+    hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+    names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        for name, out in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
+            names[f"{layer}.self_attn.{name}.weight"] = (out * head_dim, hidden)
+            if attention_bias:
+                names[f"{layer}.self_attn.{name}.bias"] = (out * head_dim,)
+        names[f"{layer}.self_attn.o_proj.weight"] = (hidden, heads * head_dim)
+        if attention_bias and config.model_type != "qwen2":
+            names[f"{layer}.self_attn.o_proj.bias"] = (hidden,)
+        if qk_norm:
+            names[f"{layer}.self_attn.q_norm.weight"] = (head_dim,)
+            names[f"{layer}.self_attn.k_norm.weight"] = (head_dim,)
+        for name, size in (
+            ("gate_proj", (inner, hidden)),
+            ("up_proj", (inner, hidden)),
+            ("down_proj", (hidden, inner)),
+        ):
+            names[f"{layer}.mlp.{name}.weight"] = size
+            if getattr(config, "mlp_bias", False):
+                names[f"{layer}.mlp.{name}.bias"] = size[:1]
+        names[f"{layer}.input_layernorm.weight"] = (hidden,)
+        names[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+    names["model.norm.weight"] = (hidden,)
+    names["lm_head.weight"] = (vocabulary, hidden)
+    return names
+
+
 def _refuse_unsupported(config: Any, max_context: int) -> None:
     kind = config.model_type
     if kind not in SUPPORTED:
@@ -127,7 +136,9 @@ def _refuse_unsupported(config: Any, max_context: int) -> None:
             f"the transformers engine computes {', '.join(SUPPORTED)} models, not {kind!r}: use another model or engine"
         )
     if config.hidden_act != "silu":
-        raise ModelError(f"the transformers engine computes silu activations, this {kind} model has {config.hidden_act}")
+        raise ModelError(
+            f"the transformers engine computes silu activations, this {kind} model has {config.hidden_act}"
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in _LENGTH_DEPENDENT or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError(f"the transformers engine does not compute rotary embeddings of this kind: {rope}")

@@ -1,6 +1,6 @@
 """Who decodes when, and whose KV is where: pure bookkeeping, no tensors.
 
-    waiting ──admit──▶ rows 0..n-1 (running) ──finish──▶ idle (KV between a session's turns, LRU) ──evict/release──▶ gone
+    waiting ──admit──▶ rows 0..n-1 (running) ──finish──▶ idle (KV between turns, LRU) ──evict, release──▶ gone
                           ▲                                 │
                           └──────── next turn: load ◀───────┘
 

@@ -84,8 +84,9 @@ class TransformersEngine:
                 raise ConfigError(f"engine {name} must be at least 1, got {value}")
         _check_threads(threads)
         dtype = resolve_precision(precision)
-        kind = "bf16" if dtype.itemsize == 2 else "fp32"
-        settings = p.Settings(str(model), kind, max_batch, kv_tokens, max_context, threads, seed)
+        settings = p.Settings(
+            str(model), "bf16" if dtype.itemsize == 2 else "fp32", max_batch, kv_tokens, max_context, threads, seed
+        )
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "areal_agents.engines.worker", str(os.getpid())),
             stdin=asyncio.subprocess.PIPE,
@@ -210,9 +211,6 @@ class TransformersEngine:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            transport = getattr(self._process, "_transport", None)
-            if transport is not None:
-                transport.close()
 
     # --- plumbing --------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from areal_agents.engines.scheduler import Request, Scheduler
 
 PREFILL_WHILE_DECODING = 256
-"""Prompt tokens computed between two decode steps, so that running requests stall for a fraction of a second at most."""
+"""Prompt tokens computed between two decode steps: running requests stall for a fraction of a second at most."""
 PREFILL_ALONE = 1024
 _PIPE_BYTES = 1 << 20
 
@@ -151,7 +151,7 @@ class Worker:
         from areal_agents.errors import EngineError
 
         vocabulary = self.decoder.shape.vocabulary
-        if ids and not (0 <= min(ids) and max(ids) < vocabulary):
+        if ids and not (min(ids) >= 0 and max(ids) < vocabulary):
             raise EngineError(f"prompt ids range over {min(ids)}..{max(ids)}, the model's over 0..{vocabulary - 1}")
 
     def _swap(self, prepared: Prepared) -> None:
@@ -279,9 +279,7 @@ def _build(settings: p.Settings, inbox: Inbox, replies: BinaryIO) -> tuple[Worke
     weights = Weights.build(shape, model.state_dict(), dtype)
     del model
     decoder = Decoder(shape, weights, dtype, max_batch=settings.max_batch, max_context=max_context)
-    scheduler = Scheduler(
-        decoder, max_batch=settings.max_batch, kv_tokens=settings.kv_tokens, max_context=max_context
-    )
+    scheduler = Scheduler(decoder, max_batch=settings.max_batch, kv_tokens=settings.kv_tokens, max_context=max_context)
     updater = Updater(shape, decoder, inbox)
     updater.start()
     return Worker(decoder, scheduler, Sampler(settings.seed), inbox, replies, updater), max_context
@@ -300,7 +298,9 @@ def main() -> int:
         worker, max_context = _build(settings, inbox, replies)
     except (ArealError, OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         traceback.print_exc()
-        replies.write(p.encode(p.Fatal(f"{type(error).__name__}: {error}" if not isinstance(error, ArealError) else str(error))))
+        replies.write(
+            p.encode(p.Fatal(f"{type(error).__name__}: {error}" if not isinstance(error, ArealError) else str(error)))
+        )
         return 1
     worker.send(p.Ready(max_context))
     worker.run()

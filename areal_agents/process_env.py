@@ -1,0 +1,220 @@
+"""Any synchronous ``gymnasium.Env`` over text as an AgentEnv: it runs in a child process that can be killed.
+
+    class Guess(TextProcessEnv):
+        entry_point = "textgames.guess:GuessEnv"        # or a Gymnasium id
+        system_prompt = "Guess the number."
+
+    astep ──one JSON line──▶ child: env.step(text) ──one JSON line──▶ (observation, reward, …)
+
+A step that hangs or kills its process is an EnvError of one episode and never stops another. The child is a
+convenience for code you trust: it has your user's rights, and is no sandbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import IO, Any, ClassVar
+
+import gymnasium
+
+from areal_agents.env import AgentEnv, LazyTasks
+from areal_agents.errors import EnvError
+from areal_agents.toolenv import without_reasoning
+from areal_agents.types import AssistantMessage, Info, Observation, Task, system, user
+
+_MAX_LINE_BYTES = 16 << 20
+_STDERR_TAIL_BYTES = 2000
+_TEST_SEEDS_FROM = 1 << 30
+"""Train seeds count from 0, those of every other split from here on: the splits share no seed."""
+
+
+class TextProcessEnv(AgentEnv):
+    """Subclass it and set ``entry_point``. Observations and actions of the wrapped environment are strings.
+
+    A task is a seed: the wrapped environment is reset with it.
+    """
+
+    entry_point: ClassVar[str]
+    """``"module:Class"`` or a Gymnasium id; made with ``env_kwargs``, which must be JSON."""
+    env_kwargs: ClassVar[Mapping[str, Any]] = {}
+    system_prompt: ClassVar[str] = ""
+    sizes: ClassVar[Mapping[str, int]] = {"train": 4096, "test": 512}
+    """Tasks a split."""
+
+    def __init__(self, *, step_timeout: float = 30.0, start_timeout: float = 60.0) -> None:
+        """Seconds for one reset or step, and for the child's start with its imports."""
+        super().__init__()
+        if not getattr(type(self), "entry_point", ""):
+            raise EnvError(f'{type(self).__name__} has no `entry_point`: set it to "module:Class" or a Gymnasium id')
+        self._step_timeout = step_timeout
+        self._start_timeout = start_timeout
+        self._child: asyncio.subprocess.Process | None = None
+        self._stderr: IO[bytes] | None = None
+
+    @classmethod
+    def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
+        names = [name for name in cls.sizes if name != "train"]
+        first = 0 if split == "train" else _TEST_SEEDS_FROM * (1 + names.index(split))
+        return LazyTasks(
+            cls.sizes[split],
+            lambda i: Task.make(f"{split}-{i}", split=split, seed=first + i, payload={"seed": first + i}),
+        )
+
+    def action_text(self, action: AssistantMessage) -> str:
+        """What the wrapped environment gets of a message. Default: its text after the reasoning."""
+        return without_reasoning(action.text)
+
+    async def areset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Observation, Info]:
+        task = self.begin(seed, options)
+        if self._child is None:
+            await self._start()
+        reply = await self._ask({"reset": task.payload["seed"]}, self._step_timeout)
+        opening = (system(self.system_prompt),) if self.system_prompt else ()
+        return (*opening, user(_observation(reply))), {}
+
+    async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
+        if self._child is None:
+            raise EnvError(f"{type(self).__name__}: no episode is running; call reset first")
+        reply = await self._ask({"step": self.action_text(action)}, self._step_timeout)
+        reward = reply["reward"]
+        if not isinstance(reward, int | float) or not math.isfinite(reward):
+            raise EnvError(f"{self.entry_point} returned the reward {reward!r}, which is no finite number")
+        terminated, truncated = bool(reply["terminated"]), bool(reply["truncated"])
+        info: Info = {}
+        if terminated or truncated:
+            info["stop_reason"] = "answer" if terminated else "max_turns"
+        return (user(_observation(reply)),), float(reward), terminated, truncated, info
+
+    async def aclose(self) -> None:
+        child, self._child = self._child, None
+        stderr, self._stderr = self._stderr, None
+        if child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # the session that it leads, its own children included
+            if child.stdin is not None:
+                child.stdin.close()
+            await child.wait()
+        if stderr is not None:
+            stderr.close()
+
+    async def _start(self) -> None:
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed by aclose
+        self._child = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "areal_agents.process_env", self.entry_point, json.dumps(dict(self.env_kwargs)),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=self._stderr,
+            start_new_session=True, limit=_MAX_LINE_BYTES,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )  # fmt: skip
+        await self._ask(None, self._start_timeout)
+
+    async def _ask(self, request: Mapping[str, Any] | None, timeout: float) -> dict[str, Any]:
+        """Send a request (None: only wait for the child's greeting) and read the reply. Any failure ends the child."""
+        assert self._child is not None
+        reader, writer = self._child.stdout, self._child.stdin
+        assert reader is not None
+        assert writer is not None
+        answered = False
+        try:
+            async with asyncio.timeout(timeout):
+                if request is not None:
+                    writer.write(json.dumps(request).encode() + b"\n")
+                    await writer.drain()
+                line = await reader.readline()
+            if not line:
+                raise EnvError(f"the process of {self.entry_point} ended{await self._last_words()}")
+            reply: dict[str, Any] = json.loads(line)
+            if "error" in reply:
+                raise EnvError(f"{self.entry_point} failed: {reply['error']}")
+            answered = True
+            return reply
+        except TimeoutError as error:
+            raise EnvError(f"{self.entry_point} did not answer within {timeout:g} s and was killed") from error
+        except (ConnectionError, ValueError) as error:  # ValueError: no JSON, or a line over the limit
+            raise EnvError(f"{self.entry_point} broke off: {error!r}{await self._last_words()}") from error
+        finally:
+            if not answered:  # a late answer would be taken for the next one's; cancellation ends here too
+                await self.aclose()
+
+    async def _last_words(self) -> str:
+        child, stderr = self._child, self._stderr
+        assert child is not None
+        assert stderr is not None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await child.wait()
+        stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _STDERR_TAIL_BYTES))
+        tail = stderr.read().decode(errors="replace").strip()
+        return f" with status {child.returncode}" + (f": {tail}" if tail else "")
+
+
+def _observation(reply: Mapping[str, Any]) -> str:
+    text = reply["observation"]
+    if not isinstance(text, str):
+        raise EnvError(f"a TextProcessEnv's observations must be strings, got {text!r:.200}")
+    return text
+
+
+# The child
+
+
+def _make(entry_point: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
+    if ":" not in entry_point:
+        made: gymnasium.Env[Any, Any] = gymnasium.make(entry_point, **kwargs)
+        return made
+    module, _, name = entry_point.partition(":")
+    found: gymnasium.Env[Any, Any] = getattr(importlib.import_module(module), name)(**kwargs)
+    return found
+
+
+def _serve(entry_point: str, kwargs: Mapping[str, Any], requests: IO[bytes], replies: IO[bytes]) -> None:
+    def answer(reply: Mapping[str, Any]) -> None:
+        replies.write(json.dumps(reply, default=_plain).encode() + b"\n")
+        replies.flush()
+
+    try:
+        env = _make(entry_point, kwargs)
+        answer({"ready": True})
+        for line in requests:
+            request = json.loads(line)
+            if "reset" in request:
+                answer({"observation": env.reset(seed=request["reset"])[0]})
+            else:
+                observation, reward, terminated, truncated, _ = env.step(request["step"])
+                answer({"observation": observation, "reward": reward, "terminated": terminated, "truncated": truncated})
+    except Exception as error:  # noqa: BLE001  the boundary: reported to the parent, which ends this process
+        answer({"error": repr(error)})
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and booleans; anything else shows up as its repr and is refused by the parent's checks."""
+    return value.item() if hasattr(value, "item") else repr(value)
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def main() -> None:
+    """Serve the environment named by the arguments over the original stdin and stdout."""
+    _end_with_parent()
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what the environment prints must not mix with the replies
+    _serve(sys.argv[1], json.loads(sys.argv[2]), sys.stdin.buffer, replies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+import pytest
+
+from areal_agents.env import AgentEnv
+from areal_agents.errors import EnvError
+from areal_agents.process_env import TextProcessEnv
+from areal_agents.spaces import TextSpace
+from areal_agents.toolcalls import parse_text
+from areal_agents.types import system, user
+
+
+class Guess(gymnasium.Env[Any, Any]):
+    """A synchronous game: guess the number; some words make it misbehave."""
+
+    def __init__(self, top: int = 10) -> None:
+        self.observation_space = TextSpace()
+        self.action_space = TextSpace()
+        self.top = top
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.secret = int(self.np_random.integers(1, self.top + 1))
+        print("noise on stdout")
+        return f"1 to {self.top}", {}
+
+    def step(self, action: str) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        match action:
+            case "raise":
+                raise KeyError("lost")
+            case "hang":
+                time.sleep(3600)
+            case "die":
+                os.write(2, b"last words")
+                os._exit(7)
+            case "nan":
+                return "", float("nan"), False, False, {}
+            case "list":
+                return [1], 0.0, False, False, {}
+            case "late":
+                return "", 0.0, False, True, {}
+        hit = int(action) == self.secret
+        over: Any = np.bool_(hit)
+        return ("yes" if hit else "no"), np.float32(hit), over, False, {}
+
+
+class Game(TextProcessEnv):
+    entry_point = "tests.test_process_env:Guess"
+    env_kwargs: ClassVar[Mapping[str, Any]] = {"top": 3}
+    system_prompt = "Guess."
+
+
+def play(*texts: str, env: AgentEnv | None = None) -> list[tuple[Any, ...]]:
+    async def main() -> list[tuple[Any, ...]]:
+        game = env or Game(step_timeout=20)
+        try:
+            steps: list[tuple[Any, ...]] = [await game.areset(options={"task": Game.tasks("train")[0]})]
+            return steps + [await game.astep(parse_text(text)) for text in texts]
+        finally:
+            await game.aclose()
+            await game.aclose()
+
+    return asyncio.run(main())
+
+
+def test_an_episode() -> None:
+    secret = int(np.random.default_rng(0).integers(1, 4))  # what reset(seed=0) draws
+    wrong = secret % 3 + 1
+    first, missed, hit = play(f"{wrong}", f"<think>{wrong}?</think>{secret}")
+    assert first == ((system("Guess."), user("1 to 3")), {})
+    assert missed == ((user("no"),), 0.0, False, False, {})
+    assert hit == ((user("yes"),), 1.0, True, False, {"stop_reason": "answer"})
+    assert play("late")[1][2:] == (False, True, {"stop_reason": "max_turns"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("raise", r"Guess failed: KeyError\('lost'\)"),
+        ("seven", r"Guess failed: ValueError"),
+        ("die", r"Guess ended with status 7.*last words"),
+        ("nan", "reward nan, which is no finite number"),
+        ("list", r"observations must be strings, got \[1\]"),
+    ],
+)
+def test_what_the_environment_does_wrong_is_an_env_error(text: str, message: str) -> None:
+    with pytest.raises(EnvError, match=f"(?s){message}"):
+        play(text)
+
+
+def test_a_step_that_hangs_is_killed() -> None:
+    async def main() -> None:
+        game = Game()
+        await game.areset(options={"task": Game.tasks("train")[0]})
+        child = game._child
+        assert child is not None
+        game._step_timeout = 0.2
+        with pytest.raises(EnvError, match=r"did not answer within 0.2 s and was killed"):
+            await game.astep(parse_text("hang"))
+        assert child.returncode == -9
+        with pytest.raises(EnvError, match="no episode is running; call reset first"):
+            await game.astep(parse_text("1"))
+        game._step_timeout = 20
+        await game.areset(options={"task": Game.tasks("train")[0]})  # a new child
+        await game.aclose()
+
+    asyncio.run(main())
+
+
+def test_cancelling_a_step_ends_the_child() -> None:
+    async def main() -> None:
+        game = Game()
+        await game.areset(options={"task": Game.tasks("train")[0]})
+        child = game._child
+        assert child is not None
+        step = asyncio.create_task(game.astep(parse_text("hang")))
+        await asyncio.sleep(0)
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        assert child.returncode == -9
+
+    asyncio.run(main())
+
+
+def test_an_environment_that_cannot_be_made_says_why() -> None:
+    class Missing(TextProcessEnv):
+        entry_point = "no_such_module:Env"
+
+    with pytest.raises(EnvError, match="no_such_module:Env failed: ModuleNotFoundError"):
+        play(env=Missing())
+    with pytest.raises(EnvError, match="TextProcessEnv has no `entry_point`"):
+        TextProcessEnv()
+
+
+def test_splits_share_no_seed() -> None:
+    train, test = (Game.tasks(split) for split in Game.splits)
+    assert (len(train), len(test)) == (4096, 512)
+    assert not {t.seed for t in train} & {t.seed for t in test}
+    assert train[1].payload == {"seed": 1}
+
+
+def test_the_facade_works() -> None:
+    env = Game()
+    observation, _ = env.reset(seed=3)
+    assert observation == (system("Guess."), user("1 to 3"))
+    assert env.step("0")[0] == (user("no"),)
+    env.close()
