@@ -107,7 +107,7 @@ endef
 
 demo: $(STAMP)
 	@.venv/bin/areal-agents model pull smollm2 >/dev/null
-	AREAL_DEMO_START=$(AREAL_DEMO_START) $(PY) benchmarks/demo.py --seed 0 --out runs/demo
+	AREAL_DEMO_START=$(AREAL_DEMO_START) .venv/bin/areal-agents demo
 
 lint: .venv/.setup-dev
 	@.venv/bin/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: ``areal-agents train | eval | envs | check | model``.
+"""The command line: ``areal-agents demo | train | eval | envs | check | model``.
 
 Commands are parsed by tyro; ``train`` takes the dotted overrides of ``settings.py`` besides. Exit codes: 0 done,
 1 an error or a failed check (one message on standard error; the traceback with ``--debug`` or AREAL_DEBUG=1),
@@ -44,6 +44,20 @@ class Train:
         result = asyncio.run(train(config))
         print(result.table())
         print(f"files: {result.out}    trained model: {result.model}")
+        return 0
+
+
+@dataclass
+class Demo:
+    """Train the embedded model to use a Python tool, and show what it learned: ``areal-agents demo --seed 1``.
+
+    Evaluates on held-out tasks, warm-starts on scripted demonstrations, trains, evaluates again.
+    """
+
+    def run(self, overrides: Sequence[str]) -> int:
+        from areal_agents.demo import demo
+
+        demo(overrides)
         return 0
 
 
@@ -221,7 +235,8 @@ class Model:
 
 
 Command = (
-    Annotated[Train, tyro.conf.subcommand("train")]
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Envs, tyro.conf.subcommand("envs")]
     | Annotated[Check, tyro.conf.subcommand("check")]
@@ -271,16 +286,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(args: list[str]) -> tuple[Any, list[str]]:
-    """The command, and the settings given on ``train``'s command line."""
+    """The command, and the settings given on the command line of ``train`` or ``demo``."""
     overrides: list[str] = []
-    if args[:1] == ["train"]:
+    if args[:1] in (["train"], ["demo"]):
         from areal_agents.schema import help_text
         from areal_agents.settings import split_overrides
 
         args, overrides = split_overrides(args, keep=("--help",))
         if "-h" in args or "--help" in args:
             try:
-                _tyro(["train", "--help"])
+                _tyro([args[0], "--help"])
             except SystemExit:
                 print(help_text())
                 raise

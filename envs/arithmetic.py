@@ -74,15 +74,14 @@ def _per_day(n: _Numbers, name: str, item: str) -> _Story:
 
 def _bags(n: _Numbers, name: str, item: str) -> _Story:
     a, b, c = n.big(), n.big(), n.small()
-    text = f"Each of {c} bags holds {a} red and {b} blue {item}. How many {item} are in the bags?"
+    text = f"A bag holds {a} red and {b} blue {item}. How many {item} are in {c} bags?"
     return _Story(text, f"({a}+{b})*{c}", (a + b) * c)
 
 
 def _shared(n: _Numbers, name: str, item: str) -> _Story:
     each, children, c = n.big(), n.small(), n.big()
     total = each * children
-    shared = f"{total} {item} are shared equally by {children} children. {name}, one of them, had {c} before."
-    text = f"{shared} How many {item} has {name} now?"
+    text = f"{total} {item} are shared by {children} children. {name} adds {c} to one share. How many {item} is that?"
     return _Story(text, f"{total}//{children}+{c}", each + c)
 
 
