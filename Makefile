@@ -5,6 +5,7 @@
 #
 # PYTHON=…      the interpreter to make .venv with (3.11 or newer)
 # TORCH_SPEC=…  torch's requirement; TORCH_INDEX=… the index it comes from
+# DEMO_ARGS=…   settings of the demo, for example "--seed 1 --out runs/demo1"
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,6 +18,7 @@ PYTHON ?=
 EXTRAS ?=
 TORCH_SPEC ?= torch==2.13.0
 TORCH_INDEX ?=
+DEMO_ARGS ?=
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 AREAL_DEMO_START ?= $(shell date +%s)
 AREAL_DEMO_START := $(AREAL_DEMO_START)
@@ -107,7 +109,7 @@ endef
 
 demo: $(STAMP)
 	@.venv/bin/areal-agents model pull smollm2 >/dev/null
-	AREAL_DEMO_START=$(AREAL_DEMO_START) .venv/bin/areal-agents demo
+	AREAL_DEMO_START=$(AREAL_DEMO_START) .venv/bin/areal-agents demo $(DEMO_ARGS)
 
 lint: .venv/.setup-dev
 	@.venv/bin/ruff check .

@@ -154,7 +154,7 @@ class LearnerConfig(Section):
     """Largest gradient norm."""
     minibatches: Count = 1
     """Optimizer steps a batch."""
-    token_budget: Count = 4096
+    token_budget: Count = 2048
     """Most tokens (padding included) in one micro-batch."""
     logprob_chunk: Count = 512
     """Sampled positions whose logits exist at once."""

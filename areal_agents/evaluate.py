@@ -65,6 +65,14 @@ class EvalReport:
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def line(self, label: str) -> str:
+        """One line for a log."""
+        low, high = self.ci95
+        return (
+            f"held-out, {label}: pass@1 {self.pass_at_1:.3f} ({low:.3f}–{high:.3f}), valid calls "
+            f"{self.valid_call_rate:.2f}, n = {self.n}, {self.seconds:.0f} s"
+        )
+
     def table(self) -> str:
         """For people."""
         return compare_table({f"{self.env}:{self.split}": self})
@@ -233,15 +241,17 @@ async def evaluate(
 class Progress:
     """Lines such as ``64/128 episodes, ETA 0:21``, at most one every few seconds."""
 
-    def __init__(self, show: Callable[[str], None], *, label: str = "evaluating", every: float = 5.0) -> None:
-        self._show, self._label, self._every = show, label, every
+    def __init__(
+        self, show: Callable[[str], None], *, label: str = "evaluating", what: str = "episodes", every: float = 5.0
+    ) -> None:
+        self._show, self._label, self._what, self._every = show, label, what, every
         self._watch, self._last = Stopwatch(), 0.0
 
     def __call__(self, done: int, total: int) -> None:
         seconds = self._watch.seconds
         if seconds - self._last >= self._every and done < total:
             self._last = seconds
-            self._show(f"{self._label}: {done}/{total} episodes, ETA {clock(seconds / done * (total - done))}")
+            self._show(f"{self._label}: {done}/{total} {self._what}, ETA {clock(seconds / done * (total - done))}")
 
 
 class Stopwatch:

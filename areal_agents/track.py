@@ -150,8 +150,10 @@ class Tracker:
             self._board = Writer(str(out / "tensorboard"))
         self._display = _display(steps, first_step) if console else _Silent()
 
-    def log(self, step: int, metrics: Mapping[str, float], *, kind: str = "train") -> None:
-        """Record ``metrics`` of ``step`` (0 before the first update). NaN and infinities are written as null.
+    def log(self, step: int, metrics: Mapping[str, float], *, kind: str = "train", show: bool = True) -> None:
+        """Record ``metrics`` of ``step`` (0 before the first update), and ``show`` them on the display.
+
+        NaN and infinities are written as null.
 
         Raises ValueError for a metric named kind, step or time; ArealError if an earlier write failed.
         """
@@ -163,12 +165,17 @@ class Tracker:
         self._lines.append(self.out / "metrics.jsonl", lambda: json.dumps(row, ensure_ascii=False, allow_nan=False))
         if self._board is not None:
             self._lines.submit(lambda: self._to_board(step, values, kind))
-        self._display.show(int(step), values, kind)
+        if show:
+            self._display.show(int(step), values, kind)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append to the run's event log: what happened, when. Values that JSON lacks are written as text."""
         row = {"kind": kind, "time": round(time.time(), 3), **fields}
         self._lines.append(self.out / "events.jsonl", lambda: json.dumps(row, ensure_ascii=False, default=str))
+
+    def start_clock(self) -> None:
+        """The first step starts now: the estimate of the time left counts from here."""
+        self._display.start_clock()
 
     def message(self, text: str) -> None:
         """A line for the person watching, above the progress display."""
@@ -235,6 +242,7 @@ def plain_line(step: int, steps: int | None, values: Mapping[str, float], kind: 
 class _Silent:
     def show(self, step: int, values: Mapping[str, float], kind: str) -> None: ...
     def line(self, text: str) -> None: ...
+    def start_clock(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -244,6 +252,9 @@ class _Plain(_Silent):
     def __init__(self, steps: int | None, first_step: int) -> None:
         self._steps = steps
         self._first_step = first_step
+        self._start = time.monotonic()
+
+    def start_clock(self) -> None:
         self._start = time.monotonic()
 
     def show(self, step: int, values: Mapping[str, float], kind: str) -> None:
@@ -264,7 +275,11 @@ class _Bar(_Silent):
         columns = (TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, TextColumn("ETA"), Remaining(), TextColumn("{task.fields[numbers]}"))
         self._task = self._bar.add_task("training", total=steps, completed=first_step, numbers="")
+        self._first_step = first_step
         self._bar.start()
+
+    def start_clock(self) -> None:
+        self._bar.reset(self._task, completed=self._first_step)
 
     def show(self, step: int, values: Mapping[str, float], kind: str) -> None:
         if kind == "train":

@@ -153,6 +153,7 @@ class Run:
         rollouts = Rollouts(buffer, tasks, self.runner, seed=config.seed, event=self.tracker.event)
         try:
             rollouts.start()
+            self.tracker.start_clock()
             for step in range(1, config.steps + 1):
                 await self._step(step, rollouts)
                 if config.eval.every and step % config.eval.every == 0 and step < config.steps:
@@ -172,7 +173,7 @@ class Run:
         update = await self._publish()
         await self.engine.set_threads(self.cores.total)
         rollouts.acknowledge(self.learner.version)
-        metrics |= rollout_metrics(groups) | {
+        metrics |= rollout_metrics(groups, batch.version) | {
             "wait_seconds": waited,
             "step_seconds": watch.seconds,
             "update_seconds": update,
@@ -208,10 +209,13 @@ class Run:
         self.tracker.trajectories.write(trajectories, step=0, kind="demonstration")
         self.learner.set_threads(self.cores.total)
         await self.engine.set_threads(1)  # idle threads of another OpenMP pool would still cost a core
+        progress = Progress(self.tracker.message, label="warm start", what="demonstrations")
         for epoch in range(w.epochs):
             for start in range(0, len(rows), w.batch):
                 metrics = await self.learner.sft_step(rows[start : start + w.batch], lr=w.lr)
-                self.tracker.log(epoch * len(rows) + start + w.batch, metrics, kind="warm_start")
+                done = min(epoch * len(rows) + start + w.batch, w.epochs * len(rows))
+                self.tracker.log(done, metrics, kind="warm_start", show=False)
+                progress(done, w.epochs * len(rows))
         await self._publish()
         await self.engine.set_threads(self.cores.total)
 
@@ -240,7 +244,8 @@ class Run:
         self.reports[label] = report
         saved = [t for _, tries in results for t in tries if t is not None]
         self.tracker.trajectories.write(saved, step=step or self.learner.version, kind=f"eval-{label}")
-        self.tracker.log(step or self.learner.version, _numbers(report), kind=f"eval/{label}")
+        self.tracker.log(step or self.learner.version, _numbers(report), kind=f"eval/{label}", show=False)
+        self.tracker.message(report.line(label))
         return report
 
     def _runner(self, policy: Callable[[Task], Policy]) -> EpisodeRunner:
@@ -285,11 +290,12 @@ def batch_of(groups: list[Group], algorithm: AlgorithmConfig, version: int, temp
     return Batch(tuple(rows), episode, version, temperature)
 
 
-def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """Means over *episodes*, never over turns or rows (T6)."""
+def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
+    """Means over *episodes*, never over turns or rows (T6); ages are over tokens, ``version`` is the learner's."""
     episodes = [t for g in groups for t in g.trajectories]
     n = len(episodes)
     calls = [calls_of(t) for t in episodes]
+    ages = [version - v for t in episodes for turn in t.turns for v in turn.completion.versions]
     rewards = [t.reward for t in episodes]
     means = [sum(t.reward for t in g.trajectories) / len(g.trajectories) for g in groups]
     return {
@@ -301,6 +307,8 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         "valid_call_rate": sum(made > 0 and made == ok for made, ok in calls) / n,
         "truncation_rate": sum(t.truncated for t in episodes) / n,
         "turns": sum(len(t.turns) for t in episodes) / n,
+        "age": sum(ages) / max(len(ages), 1),
+        "age_max": float(max(ages, default=0)),
         "sampled_tokens": float(sum(t.sampled_tokens for t in episodes)),
         "episodes": float(n),
         "generate_seconds": sum(t.metrics.get("generate_seconds", 0.0) for t in episodes) / n,

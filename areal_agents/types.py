@@ -215,10 +215,14 @@ def messages_to_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for message in messages:
         only_text = all(isinstance(p, Text) for p in message.parts)
-        content: Any = message.text if only_text else [
-            {"type": "text", "text": p.text} if isinstance(p, Text) else {"type": "image", "ref": p.ref}
-            for p in message.parts
-        ]
+        content: Any = (
+            message.text
+            if only_text
+            else [
+                {"type": "text", "text": p.text} if isinstance(p, Text) else {"type": "image", "ref": p.ref}
+                for p in message.parts
+            ]
+        )
         row: dict[str, Any] = {"role": message.role, "content": content}
         if message.tool_call_id is not None:
             row["tool_call_id"] = message.tool_call_id

@@ -92,10 +92,34 @@ def _two_prices(n: _Numbers, name: str, item: str) -> _Story:
 
 
 def _savings(n: _Numbers, name: str, item: str) -> _Story:
-    a, b, c = n.big(), n.big(), n.small()
-    d = n.below(a + b * c)
-    text = f"{name} has {a} dollars, earns {b} a week for {c} weeks and spends {d}. How many dollars are left?"
-    return _Story(text, f"{a}+{b}*{c}-{d}", a + b * c - d)
+    a, b = n.big(), n.small()
+    c = n.below(a * b)
+    d = n.big()
+    text = f"{name} earns {a} dollars a week for {b} weeks, spends {c} and then finds {d}. How many dollars is that?"
+    return _Story(text, f"{a}*{b}-{c}+{d}", a * b - c + d)
+
+
+def _collected(n: _Numbers, name: str, item: str) -> _Story:
+    a, b, c = n.big(), n.small(), n.big()
+    d = n.below(a * b + c)
+    text = f"{name} collects {a} {item} a day for {b} days, finds {c} more and loses {d}. How many {item} are left?"
+    return _Story(text, f"{a}*{b}+{c}-{d}", a * b + c - d)
+
+
+def _hall(n: _Numbers, name: str, item: str) -> _Story:
+    a, b = n.big(), n.small()
+    c = n.below(a * b)
+    d = n.big()
+    text = f"A hall has {a} rows of {b} seats. {c} seats are empty and {d} people stand. How many people are there?"
+    return _Story(text, f"{a}*{b}-{c}+{d}", a * b - c + d)
+
+
+def _shop(n: _Numbers, name: str, item: str) -> _Story:
+    a, b = n.big(), n.small()
+    c = n.below(a * b // 2)
+    d = n.below(a * b - c)
+    text = f"{name} orders {a} boxes of {b} {item}, sells {c} and throws {d} away. How many {item} are left?"
+    return _Story(text, f"{a}*{b}-{c}-{d}", a * b - c - d)
 
 
 def _trucks(n: _Numbers, name: str, item: str) -> _Story:
@@ -112,23 +136,27 @@ def _theatre(n: _Numbers, name: str, item: str) -> _Story:
     return _Story(text, f"{a}*{b}+{c}*{d}-{e}", a * b + c * d - e)
 
 
-_SHAPES: tuple[tuple[int, Shape], ...] = (
-    (2, _given_away),
-    (2, _per_day),
-    (2, _bags),
-    (2, _shared),
-    (3, _two_prices),
-    (3, _savings),
-    (3, _trucks),
-    (4, _theatre),
+_SHAPES: tuple[tuple[float, float, Shape], ...] = (
+    (0.0, 0.4, _given_away),
+    (0.0, 0.4, _per_day),
+    (0.3, 1.0, _savings),
+    (0.3, 1.0, _collected),
+    (0.3, 1.0, _hall),
+    (0.3, 1.0, _shop),
+    (0.8, 1.0, _two_prices),
+    (0.8, 1.0, _trucks),
+    (0.8, 1.0, _bags),
+    (0.8, 1.0, _shared),
+    (0.8, 1.0, _theatre),
 )
-"""(operations, shape)."""
+"""(lowest, highest difficulty, shape): two operations; three; other structures, up to four operations."""
 
 
 class Arithmetic(ToolEnv):
     r"""Work out a word problem with python; the answer is read from ``\boxed{}`` and compared exactly.
 
-    ``difficulty`` scales the numbers' lengths and the operations: 2 at 0, 2 or 3 at 0.5 (the default), 2 to 4 at 1.
+    ``difficulty`` scales the numbers' lengths and the structure: two operations at 0, three at 0.5 (the default), up
+    to four with parentheses and division at 1.
     """
 
     system_prompt = r"Compute with python, then answer \boxed{number}."
@@ -161,7 +189,7 @@ def _task(split: str, difficulty: float, index: int) -> Task:
     digest = hashlib.sha256(f"areal/Arithmetic-v0 {split} {difficulty!r} {index}".encode()).digest()
     seed = int.from_bytes(digest[:8], "big") >> 1
     rng = Random(seed)
-    shapes = [shape for operations, shape in _SHAPES if operations <= 2 + round(2 * difficulty)]
+    shapes = [shape for low, high, shape in _SHAPES if low <= difficulty <= high]
     while True:
         numbers = _Numbers(rng, difficulty)
         story = rng.choice(shapes)(numbers, rng.choice(_NAMES), rng.choice(_ITEMS))

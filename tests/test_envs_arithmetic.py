@@ -96,8 +96,8 @@ def test_tasks_are_the_same_in_every_process() -> None:
     first = spec.tasks("train")[0]
     assert (first.id, first.payload["question"], first.payload["answer"]) == (
         "train-0.5-0",
-        "Leo sells 5075 pens at 94 dollars each and 781 books at 134 dollars each. How many dollars is that?",
-        "581704",
+        "Eva orders 2729 boxes of 33 nails, sells 3943 and throws 3276 away. How many nails are left?",
+        "82838",
     )
 
 

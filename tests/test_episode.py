@@ -199,9 +199,10 @@ def test_cancelling_an_episode_closes_its_environment_and_session() -> None:
 
 def test_what_the_environment_found_out_about_a_call_reaches_the_trajectory() -> None:
     from areal_agents.episode import _with_statuses
-    from areal_agents.types import AssistantMessage, ToolCall
+    from areal_agents.types import AssistantMessage, CallStatus, ToolCall
 
-    calls = tuple(ToolCall(str(i), "t", {}, "", s) for i, s in enumerate(("ok", "invalid_json", "ok", "ok")))
+    parsed: tuple[CallStatus, ...] = ("ok", "invalid_json", "ok", "ok")
+    calls = tuple(ToolCall(str(i), "t", {}, "", s) for i, s in enumerate(parsed))
     results = [{"status": s} for s in ("unknown_tool", "malformed", "ok", "timeout")]
     found = _with_statuses(AssistantMessage((), calls), {"tool_results": results})
     assert [c.status for c in found.tool_calls] == ["unknown_tool", "invalid_json", "ok", "ok"]

@@ -36,7 +36,7 @@ def rewards(tmp_path: Path, **rollout: object) -> list[float]:
     asyncio.run(train(config(tmp_path, **rollout), console=False))
     rows = read_metrics(tmp_path / "run", kind="train")
     assert [r["step"] for r in rows] == list(range(1, 15))
-    assert max(r["off_policy/age_max"] for r in rows) <= 1
+    assert max(r["age_max"] for r in rows) <= 1
     return [r["reward"] for r in rows]
 
 
@@ -53,7 +53,7 @@ def test_reward_rises(tmp_path: Path) -> None:
 def test_reward_rises_in_sync_mode_with_on_policy_tokens_alone(tmp_path: Path) -> None:
     assert rise(rewards(tmp_path, mode="sync")) > 0.2
     rows = read_metrics(tmp_path / "run", kind="train")
-    assert {r["off_policy/age_max"] for r in rows} == {0.0}
+    assert {r["age_max"] for r in rows} == {0.0}
 
 
 @pytest.mark.slow

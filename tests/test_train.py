@@ -50,7 +50,8 @@ def test_grpo_normalises_over_the_group() -> None:
 
 def test_metrics_are_means_over_episodes_never_over_turns() -> None:
     # four turns of reward 0 and one turn of reward 1: the mean over turns would be 0.2
-    metrics = rollout_metrics([group(episode(0.0, 0.0, 0.0, 0.0), episode(1.0))])
+    metrics = rollout_metrics([group(episode(0.0, 0.0, 0.0, 0.0), episode(1.0))], 3)
+    assert (metrics["age"], metrics["age_max"]) == (1.0, 1.0)  # every token is of version 2
     assert metrics["reward"] == 0.5
     assert metrics["turns"] == 2.5
     assert metrics["groups_with_signal"] == 1.0
@@ -110,7 +111,7 @@ def test_the_demos_whole_path_on_few_tasks(tmp_path: Path, smollm2: Path) -> Non
     assert result.reports["warm_start"].valid_call_rate >= 0.5
     rows = read_metrics(tmp_path / "run", kind="train")
     assert [r["step"] for r in rows] == [1, 2]
-    assert all(r["off_policy/age_max"] <= 1 for r in rows if "off_policy/age_max" in r)
+    assert all(r["age_max"] <= 1 for r in rows)
     saved = list(read_trajectories(tmp_path / "run" / "trajectories" / "train.jsonl"))
     assert len(saved) == 8  # two groups of four
     assert {t.task.split for t in saved} == {"train"}

@@ -1,0 +1,61 @@
+"""What every benchmark records: the commit, the machine, all raw samples, and each goal with whether it holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One goal. ``reason`` says why, where it does not hold."""
+
+    name: str
+    value: Any
+    goal: str
+    holds: bool
+    reason: str = ""
+
+
+def commit() -> str:
+    """The checked-out commit, marked where the tree differs from it."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip()
+    return head + ("+changes" if dirty else "")
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def write(path: Path | None, name: str, samples: list[Any], checks: list[Check]) -> None:
+    """Print the checks; write the record where ``path`` is given."""
+    for check in checks:
+        print(
+            f"{'holds' if check.holds else 'MISSED'}  {check.name}: {check.value}  (goal: {check.goal}) {check.reason}"
+        )
+    if path is not None:
+        row = {
+            "benchmark": name, "commit": commit(), "machine": machine(), "samples": samples,
+            "checks": [asdict(c) for c in checks],
+        }  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row, indent=2) + "\n")
+        print(f"written: {path}")
