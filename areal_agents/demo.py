@@ -19,7 +19,7 @@ from typing import Any
 from areal_agents import settings
 from areal_agents.evaluate import EvalReport
 from areal_agents.plot import HeldOut, plot
-from areal_agents.train import RunResult, run_training
+from areal_agents.train import RunResult, refuse_taken, run_training
 
 NAMES = {"before": "before", "warm_start": "after warm start", "after_rl": "after RL"}
 
@@ -27,13 +27,17 @@ NAMES = {"before": "before", "warm_start": "after warm start", "after_rl": "afte
 def demo(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run the demo and return its summary. ``overrides`` are settings, as on the command line of ``train``.
 
-    A finished demo's folder is replaced; any other run in the way is refused by ``train``.
+    An earlier demo's folder is replaced; any other run in the way is refused by ``train``.
     """
     started = float(os.environ.get("AREAL_DEMO_START", time.time()))
     setup = time.time() - started
     config = settings.load("demo", overrides)
-    if (config.out / "summary.json").exists():
+    marker = config.out / ".demo"
+    if marker.exists():
         shutil.rmtree(config.out)
+    refuse_taken(config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    marker.touch()
     result = run_training(config)
     summary = summarize_run(result, setup=setup, total=time.time() - started)
     (result.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -136,7 +136,7 @@ class TorchLearner:
         return out
 
     def set_threads(self, n: int) -> None:
-        """Compute with ``n`` cores from the next call on. Raises ValueError for n < 1."""
+        """Compute with ``n`` cores from the next micro-batch on. Raises ValueError for n < 1."""
         if n < 1:
             raise ValueError(f"threads = {n} must be at least 1")
         self._threads = n
@@ -202,10 +202,13 @@ class TorchLearner:
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._with_threads, job)
 
     def _with_threads(self, job: Callable[[], T]) -> T:
+        self._use_threads()
+        return job()
+
+    def _use_threads(self) -> None:
         # OpenMP counts threads per calling thread: it has to be said here. A CPU's backward runs in this thread too.
         if self._threads and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        return job()
 
     def _load(self) -> Decoder:
         return Decoder(load_model(self.source), resolve_precision(self.config.precision))
@@ -314,6 +317,7 @@ class TorchLearner:
         with d.autocast():
             weight = d.head.weight.detach().to(d.dtype)
             for pack in packs:
+                self._use_threads()
                 chosen = [rows[i] for i in pack.rows]
                 tokens = Tokens.of(chosen, None if proximal is None else [proximal[i] for i in pack.rows])
                 states = d.hidden(pack).index_select(0, sources(chosen, pack.at))
@@ -351,6 +355,7 @@ class TorchLearner:
         with d.autocast():  # its own context: weights cast without a graph must not serve a later backward
             weight = d.head.weight.to(d.dtype)
             for pack in packs:
+                self._use_threads()
                 chosen = [rows[i] for i in pack.rows]
                 states = d.hidden(pack).index_select(0, sources(chosen, pack.at))
                 ids = torch.from_numpy(np.concatenate([r.ids[r.mask] for r in chosen]))

@@ -35,7 +35,16 @@ def plot(out: Path, held_out: Sequence[HeldOut] = (), *, path: Path | None = Non
     axes = figure.add_subplot()
     if rows:
         steps, rewards = [r["step"] for r in rows], [r["reward"] for r in rows]
-        axes.plot(steps, rewards, color="#1f77b4", marker="o", markersize=3.5, linewidth=1.4, label="training reward")
+        axes.plot(
+            steps,
+            rewards,
+            color="#1f77b4",
+            marker="o",
+            markersize=3.5,
+            linewidth=1.4,
+            label="training reward (sampled)",
+        )
+    last = max([r["step"] for r in rows] + [point.step for point in held_out], default=0)
     for i, point in enumerate(held_out):
         below, above = max(0.0, point.value - point.low), max(0.0, point.high - point.value)
         label = "held-out pass@1 (95 % CI)" if i == 0 else None
@@ -45,8 +54,9 @@ def plot(out: Path, held_out: Sequence[HeldOut] = (), *, path: Path | None = Non
         axes.annotate(
             f"{point.label}\n{point.value:.2f}",
             (point.step, point.value),
-            xytext=(8, 8 if point.value < 0.8 else -24),
+            xytext=(8 if point.step < last or not last else -8, 8 if point.value < 0.8 else -24),
             textcoords="offset points",
+            ha="left" if point.step < last or not last else "right",
             fontsize=8,
         )
     axes.set(xlabel="learner step", ylabel="reward, pass@1", title=title or None)

@@ -243,6 +243,11 @@ class Rollouts:
             if len(self.buffer.dropped) == dropped:
                 await self._changed.wait()
 
+    async def idle(self) -> None:
+        """Wait until no group runs: everything that the bound admits is finished. Unblocked by: completions."""
+        while self.buffer.running:
+            await self._changed.wait()
+
     def acknowledge(self, version: int) -> None:
         """Every engine serves ``version``: more groups may start."""
         self.buffer.acknowledge(version)

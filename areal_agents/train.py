@@ -65,8 +65,9 @@ class RunResult:
 async def train(config: TrainConfig, *, console: bool = True) -> RunResult:
     """Run ``config`` from start to end. Raises ArealError subclasses; ``config.out`` keeps everything until then."""
     watch = Stopwatch()
-    prepare_folder(config)
+    refuse_taken(config)
     async with open_run(config, console=console) as run:
+        (config.out / "config.toml").write_text(settings.dump(config))
         await run.evaluate("before")
         if config.warm_start.demonstrations:
             await run.warm_start()
@@ -77,12 +78,10 @@ async def train(config: TrainConfig, *, console: bool = True) -> RunResult:
         return RunResult(config.out, config.out / "model", dict(run.reports), watch.seconds)
 
 
-def prepare_folder(config: TrainConfig) -> None:
-    """Make the run's folder and write its configuration. Raises ConfigError where it holds another run."""
+def refuse_taken(config: TrainConfig) -> None:
+    """Raise ConfigError where ``config.out`` holds another run: nothing of it may be overwritten or mixed up."""
     if (config.out / "config.toml").exists():
         raise ConfigError(f"{config.out} holds another run: choose another --out, or remove the folder")
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "config.toml").write_text(settings.dump(config))
 
 
 @contextlib.asynccontextmanager
@@ -166,10 +165,7 @@ class Run:
         groups = await rollouts.next_batch()
         waited = watch.seconds
         batch = batch_of(groups, self.config.algorithm, self.learner.version, self.config.rollout.temperature)
-        busy = rollouts.buffer.running > 0
-        self.learner.set_threads(self.cores.learner if busy else self.cores.total)
-        await self.engine.set_threads(self.cores.engine if busy else self.cores.total)
-        metrics = dict(await self.learner.step(batch))
+        metrics = await self._update(batch, rollouts)
         update = await self._publish()
         await self.engine.set_threads(self.cores.total)
         rollouts.acknowledge(self.learner.version)
@@ -185,6 +181,21 @@ class Run:
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / watch.seconds
         self.tracker.trajectories.write([t for g in groups for t in g.trajectories], step=step, kind="train")
         self.tracker.log(step, metrics)
+
+    async def _update(self, batch: Batch, rollouts: Rollouts) -> dict[str, float]:
+        """The learner's step. It takes over the engine's cores once the engine has run out of admitted work."""
+        self.learner.set_threads(self.cores.learner)
+        await self.engine.set_threads(self.cores.engine)
+
+        async def take_over() -> None:
+            await rollouts.idle()
+            self.learner.set_threads(self.cores.total)
+
+        watcher = asyncio.create_task(take_over())
+        try:
+            return dict(await self.learner.step(batch))
+        finally:
+            watcher.cancel()
 
     async def _publish(self) -> float:
         """Hand the learner's weights to the engine; returns the seconds in which it could not sample."""

@@ -79,6 +79,21 @@ def test_groups_share_task_and_seed_and_batches_are_exact() -> None:
     assert set(Counter(script.seeds).values()) == {4}
 
 
+def test_idle_means_that_nothing_runs_though_a_batch_may_wait() -> None:
+    async def main() -> None:
+        player = Player(lambda: ScriptedEnv(Script()), lambda t: ScriptedPolicy(SAY), FMT, LIMITS, 0)
+        runner = EpisodeRunner(player, FailureBudget(window=8, share=0.5))
+        buffer = Buffer(groups=2, group_size=2, max_staleness=1, concurrency=8)
+        rollouts = Rollouts(buffer, TaskStream(TASKS, seed=0), runner, seed=0)
+        rollouts.start()
+        assert buffer.running == 4  # (1 + 0 + 1) · 2
+        await asyncio.wait_for(rollouts.idle(), 30)
+        assert (buffer.running, buffer.buffered) == (0, 4)
+        await rollouts.close()
+
+    asyncio.run(main())
+
+
 def test_an_infrastructure_failure_is_retried_and_costs_nothing() -> None:
     failures = iter([True, True])
 

@@ -12,7 +12,7 @@ from areal_agents.cores import split_cores
 from areal_agents.demonstrations import demonstration_rows
 from areal_agents.errors import ConfigError, ModelError, RegistryError
 from areal_agents.track import read_metrics
-from areal_agents.train import batch_of, prepare_folder, rollout_metrics, train
+from areal_agents.train import batch_of, refuse_taken, rollout_metrics, train
 from areal_agents.trajectories import read_trajectories
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn
 
@@ -77,9 +77,11 @@ def test_cores_are_split_and_never_oversubscribed() -> None:
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     config = TrainConfig(out=tmp_path / "run")
-    prepare_folder(config)
+    refuse_taken(config)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("")
     with pytest.raises(ConfigError, match="holds another run"):
-        prepare_folder(config)
+        refuse_taken(config)
 
 
 def test_wrong_names_fail_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -91,6 +93,7 @@ def test_wrong_names_fail_before_anything_is_loaded(tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError):
         asyncio.run(train(bad_model, console=False))
+    assert not (tmp_path / "a").exists()  # the next attempt, with the right name, may use the same folder
 
 
 @pytest.mark.slow
