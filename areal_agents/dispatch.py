@@ -135,12 +135,16 @@ class Dispatcher:
             return error
 
     async def _replay(self, entry: _Ready) -> ToolResult:
-        await self._restore_session()
-        again = await self._attempt(entry)
-        if isinstance(again, ToolResult):
-            self.replays += 1
-            return again
-        await self._restore_session()
+        try:
+            await self._restore_session()
+            again = await self._attempt(entry)
+            if isinstance(again, ToolResult):
+                self.replays += 1
+                return again
+            await self._restore_session()
+        except SandboxError as error:
+            error.tool = entry.spec.name
+            raise
         return ToolResult("error: this call made the sandbox fail twice; do something else", "sandbox_failed")
 
     async def _restore_session(self) -> None:

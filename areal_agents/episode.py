@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from areal_agents.chat import ChatFormat, Conversation
 from areal_agents.engine import Engine, Sampling
 from areal_agents.env import AgentEnv
-from areal_agents.errors import ArealError, EngineError, EnvError, RewardError
+from areal_agents.errors import ArealError, EngineError, EnvError, InfraError, RewardError
 from areal_agents.host import EnvHost
 from areal_agents.types import (
     AssistantMessage,
@@ -114,6 +114,10 @@ async def run_episode(
     try:
         await runner.open(make_env, seed)
         await runner.play()
+    except InfraError as error:
+        error.turns = len(runner.state.turns)
+        error.tokens = sum(len(t.completion.ids) for t in runner.state.turns)
+        raise
     finally:
         await runner.close()
     s = runner.state

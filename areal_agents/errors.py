@@ -66,7 +66,16 @@ class SandboxUnavailable(ArealError):
 
 
 class InfraError(ArealError):
-    """Infrastructure failed, not the policy: retried, counted, never turned into a reward."""
+    """Infrastructure failed, not the policy: retried, counted, never turned into a reward.
+
+    Where it struck is counted too: failures that prefer a tool or long episodes bias what is left to train on.
+    """
+
+    tool: str = ""
+    """The tool whose call failed, where it was one."""
+    turns: int = 0
+    tokens: int = 0
+    """Turns and sampled tokens that the episode had behind it."""
 
 
 class EngineError(InfraError):

@@ -154,7 +154,7 @@ class EpisodeRunner:
                 retry = isinstance(error, InfraError) and attempt <= player.max_retries
                 self._event(
                     "episode_failed", episode=id, task=task.id, error=type(error).__name__, detail=str(error),
-                    attempt=attempt, retried=retry,
+                    attempt=attempt, retried=retry, **_where(error),
                 )  # fmt: skip
                 self.budget.failure(error)
                 if not retry:
@@ -178,6 +178,11 @@ class EpisodeRunner:
     async def close(self) -> None:
         """End what environments share (sandbox pools) and stop the host."""
         await self._host.close(_close_sandboxes)
+
+
+def _where(error: ArealError) -> dict[str, object]:
+    """Where in its episode an infrastructure failure struck."""
+    return {"tool": error.tool, "turns": error.turns, "tokens": error.tokens} if isinstance(error, InfraError) else {}
 
 
 async def _close_sandboxes() -> None:

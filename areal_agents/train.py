@@ -177,6 +177,7 @@ class Run:
             "running": float(rollouts.buffer.running),
             "discarded": float(rollouts.buffer.discarded),
             "dropped": float(len(rollouts.buffer.dropped)),
+            "failed_attempts": float(self.budget.kinds.total()),
         }
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / watch.seconds
         self.tracker.trajectories.write([t for g in groups for t in g.trajectories], step=step, kind="train")

@@ -144,8 +144,9 @@ def test_a_failure_that_recurs_is_the_policys() -> None:
 @pytest.mark.parametrize("session", [2, 3])
 def test_a_sandbox_that_cannot_run_anything_is_infrastructure(session: int) -> None:
     backend = ScriptedBackend(script((1, "x"), (2, "x"), (session, "/bin/true")))
-    with pytest.raises(SandboxError, match=f"session {session} died"):
+    with pytest.raises(SandboxError, match=f"session {session} died") as caught:
         results(backend, [call(code="x")])
+    assert caught.value.tool == call(code="x").name
     assert backend.opened == backend.closed
 
 

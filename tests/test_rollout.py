@@ -105,6 +105,7 @@ def test_an_infrastructure_failure_is_retried_and_costs_nothing() -> None:
     (batch,) = batches(Script(on_step=flaky), events=events)
     assert [len(g.trajectories) for g in batch] == [4, 4]
     assert events.count("episode_failed") == 2
+    assert [(f["turns"], f["tokens"], f["tool"]) for k, f in events.rows if k == "episode_failed"] == [(0, 0, "")] * 2
     assert all(t.reward == 1.0 for g in batch for t in g.trajectories)
 
 
