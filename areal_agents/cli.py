@@ -261,6 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     usual = warnings.formatwarning
     warnings.formatwarning = _format_warning
+    if os.getcwd() not in sys.path:  # "module:Class" of the folder one works in, as `python -m` finds it
+        sys.path.append(os.getcwd())
     try:
         command, overrides = _parse(args)
         code: int = command.run(overrides)

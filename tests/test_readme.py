@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,18 +26,32 @@ def test_the_environment_is_complete_in_under_30_lines() -> None:
 
 
 @pytest.mark.slow
-def test_the_environment_passes_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: Path) -> None:
-    from areal_agents import registry
-    from areal_agents.check import check
+def test_the_environment_passes_the_check_as_the_readme_runs_it(tmp_path: Path, smollm2: Path) -> None:
+    (tmp_path / "my_envs.py").write_text(example())
+    command = [
+        str(Path(sys.executable).parent / "areal-agents"),
+        "check",
+        "my_envs:Scales",
+        "--tokenizer",
+        str(smollm2),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "unaudited" not in done.stdout
 
+
+def test_gymnasium_makes_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_envs.py").write_text(example())
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     module = importlib.import_module("my_envs")
     try:
-        report = check("my_envs:Scales", tokenizer=str(smollm2))
-        assert report.passed, str(report)
-        assert registry.spec("my/Scales-v0").env_class() is module.Scales
+        env = gymnasium.make("my/Scales-v0").unwrapped
+        assert isinstance(env, module.Scales)
+        observation, _ = env.reset(seed=0)
+        dogs = int(re.findall(r"\d+", observation[-1].text)[0])
+        _, reward, terminated, _, _ = env.step(rf"\boxed{{{20 * dogs}}}")
+        assert (reward, terminated) == (1.0, True)
+        env.close()
     finally:
         sys.modules.pop("my_envs", None)
 
