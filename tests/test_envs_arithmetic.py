@@ -172,7 +172,7 @@ def test_the_expert_answers_what_it_observed() -> None:
     task = areal_agents.spec(ID).tasks("train")[0]
     texts, total = demonstrate(task, ScriptedBackend(lambda session, code: "12\n"))
     assert texts == [
-        '<tool_call>{"name": "python", "arguments": {"code": "print(5075*94+781*134)"}}</tool_call>',
+        '<tool_call>{"name": "python", "arguments": {"code": "print(2729*33-3943-3276)"}}</tool_call>',
         r"\boxed{12}",
     ]
     assert total == 0.0  # the scripted result is wrong, and so is what the expert reports
