@@ -46,8 +46,9 @@ class EvalReport:
     pass_at_1: float
     ci95: tuple[float, float]
     """Clustered by task."""
-    pass_at_k: float
-    pass_hat_k: float
+    pass_at_k: float | None
+    """Over the tasks whose k attempts were all scored; None where there are none."""
+    pass_hat_k: float | None
     reward: float
     valid_call_rate: float
     """Attempts with at least one tool call, all of whose calls were valid."""
@@ -117,8 +118,8 @@ def summarize(
         env, split, model, version, temperature, seed, len(scored), k, total,
         pass_at_1=sum(wins) / total,
         ci95=clustered_interval(wins, counts),
-        pass_at_k=sum(pass_at_k(c, w, k) for c, w in full) / len(full) if full else float("nan"),
-        pass_hat_k=sum(pass_hat_k(c, w, k) for c, w in full) / len(full) if full else float("nan"),
+        pass_at_k=sum(pass_at_k(c, w, k) for c, w in full) / len(full) if full else None,
+        pass_hat_k=sum(pass_hat_k(c, w, k) for c, w in full) / len(full) if full else None,
         reward=sum(t.reward for t in everything) / total,
         valid_call_rate=len(valid) / total,
         accuracy_given_valid=sum(t.reward >= PASS for t in valid) / len(valid) if valid else None,

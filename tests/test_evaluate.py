@@ -13,7 +13,7 @@ from areal_agents.errors import ConfigError, RegistryError, SandboxUnavailable
 from areal_agents.evaluate import EvalReport, Progress, compare_table, evaluate, held_out, summarize
 from areal_agents.trajectories import read_trajectories
 from areal_agents.types import AssistantMessage, CallStatus, Completion, Task, Text, ToolCall, Trajectory, Turn
-from tests.tiny_model import tiny_model
+from tests.tiny_models import tiny_chat_model
 
 
 def attempt(reward: float, *statuses: CallStatus, truncated: bool = False) -> Trajectory:
@@ -54,6 +54,7 @@ def test_rates_by_hand() -> None:
 
 def test_an_infrastructure_failure_is_no_wrong_answer() -> None:
     assert report([attempt(1.0)], [None]).pass_at_1 == 1.0
+    assert report([attempt(1.0), None]).pass_at_k is None
     with pytest.raises(ConfigError, match="every attempt failed"):
         report([None], [None])
 
@@ -85,7 +86,7 @@ def test_progress_is_not_chatty() -> None:
 
 @pytest.mark.slow
 def test_a_real_engine_leaves_report_and_trajectories(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "model")
+    model = tiny_chat_model(tmp_path / "model")
     out = tmp_path / "out"
     r = asyncio.run(
         evaluate(

@@ -11,7 +11,7 @@ from areal_agents import advantages
 from areal_agents.config import TrainConfig
 from areal_agents.track import read_metrics
 from areal_agents.train import train
-from tests.tiny_model import tiny_model
+from tests.tiny_models import tiny_chat_model
 
 
 def config(tmp_path: Path, **rollout: object) -> TrainConfig:
@@ -19,7 +19,7 @@ def config(tmp_path: Path, **rollout: object) -> TrainConfig:
         {
             "steps": 14,
             "out": tmp_path / "run",
-            "model": {"path": str(tiny_model(tmp_path / "model")), "max_context": 256},
+            "model": {"path": str(tiny_chat_model(tmp_path / "model")), "max_context": 256},
             "env": {"id": "tests.letters_env:Letters"},
             "engine": {"precision": "fp32", "max_batch": 32},
             "rollout": {

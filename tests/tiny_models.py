@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from tests.tiny_tokenizer import CHATML, tiny
+
 VOCABULARY = 96
 _SIZE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -60,3 +62,18 @@ def forward_logprobs(model: Any, ids: tuple[int, ...], temperature: float = 1.0)
     """[len(ids) - 1]: log-probability of each id after the first, from one full forward pass of transformers."""
     logits = model(torch.tensor([ids])).logits[0, :-1].float() / temperature
     return torch.log_softmax(logits, -1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def tiny_chat_model(folder: Path, *, seed: int = 0) -> Path:
+    """A folder that can be trained: near-uniform random Llama weights and the in-memory tokenizer."""
+    torch.manual_seed(seed)
+    tokenizer = tiny(CHATML)
+    end = tokenizer.eos_token_id
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
+    save_tiny(folder, transformers.LlamaForCausalLM(config))
+    tokenizer.save_pretrained(folder)
+    return folder
