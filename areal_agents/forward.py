@@ -82,6 +82,7 @@ def load_model(source: Path) -> PreTrainedModel:
     """A local transformers folder as an fp32 model. Raises ModelError where it cannot be one."""
     if not (source / "config.json").is_file():
         raise ModelError(f"{source} is no model folder (no config.json): pull or name a local transformers model")
+    logging.disable_progress_bar()  # a second's loading; the bar would stand in the middle of the run's own output
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
