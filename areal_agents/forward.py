@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from areal_agents.errors import ModelError
 from areal_agents.packing import Ints, Pack, pack_rows
