@@ -46,6 +46,18 @@ class Ticket:
     version: int
 
 
+@dataclass(frozen=True, slots=True)
+class BufferState:
+    """A buffer between two batches, as a checkpoint keeps it."""
+
+    version: int
+    admitted: int
+    discarded: int
+    dropped: tuple[str, ...]
+    running: tuple[Ticket, ...]
+    buffered: tuple[Group, ...]
+
+
 class Buffer:
     """Counts, queues and the choice of the next batch. Not thread-safe: one event loop owns it."""
 
@@ -75,9 +87,32 @@ class Buffer:
         self.acknowledged = 0
         self.admitted = 0
         self.discarded = 0
-        self.dropped: list[Group] = []
+        self.dropped: list[str] = []
+        """Task ids of the groups that were too old (``drop``)."""
         self._running: dict[int, Ticket] = {}
         self._buffered: list[Group] = []
+
+    def state(self) -> BufferState:
+        """What ``restore`` needs to go on from here."""
+        return BufferState(
+            self.version,
+            self.admitted,
+            self.discarded,
+            tuple(self.dropped),
+            tuple(self._running.values()),
+            tuple(self._buffered),
+        )
+
+    def restore(self, state: BufferState) -> None:
+        """Go on from ``state``; every engine must serve its version already. The running groups run again.
+
+        Their tickets stay: what they sample now is of ``state.version``, no older than the ticket says, so the bound
+        and its proof hold as if the groups had only been slow.
+        """
+        self.version = self.acknowledged = state.version
+        self.admitted, self.discarded, self.dropped = state.admitted, state.discarded, list(state.dropped)
+        self._running = {t.order: t for t in state.running}
+        self._buffered = list(state.buffered)
 
     @property
     def consumed(self) -> int:
@@ -147,7 +182,7 @@ class Buffer:
     def _drop_overage(self) -> None:
         oldest = self.version - self.max_staleness
         stale = [g for g in self._buffered if min((t.min_version for t in g.trajectories), default=oldest) < oldest]
-        self.dropped += stale
+        self.dropped += [g.task.id for g in stale]
         self._buffered = [g for g in self._buffered if g not in stale]
 
     def _oldest(self) -> list[Group] | None:

@@ -46,6 +46,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by a file with ``text``; readers and crashes see the old content or the new. Raises OSError."""
+    new = path.with_name(f".{path.name}.tmp")
+    try:
+        new.write_text(text, encoding="utf-8")
+        _fsync(new)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+    os.replace(new, path)
+    _fsync(path.parent)
+
+
 def _fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -55,12 +68,13 @@ def _fsync(path: Path) -> None:
 
 
 def write_model(folder: Path, tensors: Mapping[str, Tensor], *, source: Path, dtype: torch.dtype) -> None:
-    """Write a transformers folder: ``tensors`` cast to ``dtype``, and every other small file of ``source``.
+    """Write a transformers folder: ``tensors`` cast to ``dtype``, and the small files of ``source``
+    (not our cache's manifest.json, which holds the checksums of the source).
 
     The configuration is the source's with its dtype changed, so ``AutoModelForCausalLM.from_pretrained`` loads it.
     """
     for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name != "config.json":
+        if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name not in ("config.json", "manifest.json"):
             shutil.copyfile(file, folder / file.name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
@@ -68,6 +82,8 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], *, source: Path, dt
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     cast = {name: t.detach().to(dtype).contiguous() for name, t in tensors.items()}
     save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
+    # safetensors makes the file readable by its owner alone; the folder is to be as open as its other files.
+    (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
 
 
 def read_weights(folder: Path, into: Mapping[str, Tensor]) -> None:

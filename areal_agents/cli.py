@@ -17,7 +17,7 @@ from typing import Any
 import tyro
 
 from areal_agents.commands import Command, UsageError
-from areal_agents.errors import ArealError
+from areal_agents.errors import ArealError, Interrupted
 
 DESCRIPTION = """An agentic multi-turn RL gym and trainer for language models.
 
@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (`| head`) has gone; Python's flush at exit would complain once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return 130
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,7 +70,7 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
         from areal_agents.schema import help_text
         from areal_agents.settings import split_overrides
 
-        args, overrides = split_overrides(args, keep=("--help",))
+        args, overrides = split_overrides(args, keep=("--help", "--resume"))
         if "-h" in args or "--help" in args:
             try:
                 _tyro([args[0], "--help"])

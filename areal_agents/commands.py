@@ -20,7 +20,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from areal_agents.errors import ArealError
+from areal_agents.errors import ArealError, Interrupted
+from areal_agents.run_commands import Replay, Rescore
 
 
 class UsageError(Exception):
@@ -33,6 +34,8 @@ class Train:
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")] = ""
     """TOML file, or the name of a shipped configuration; left out: all defaults."""
+    resume: bool = False
+    """Go on with the run in --out, from its last commit; start it where there is none."""
 
     def run(self, overrides: Sequence[str]) -> int:
         from areal_agents import registry, settings
@@ -41,7 +44,12 @@ class Train:
         registry.spec(config.env.id)  # a typo is answered before torch is imported
         from areal_agents.train import train
 
-        result = asyncio.run(train(config))
+        try:
+            result = asyncio.run(train(config, resume=self.resume))
+        except ArealError as error:
+            if not isinstance(error, Interrupted) and (config.out / "commit.json").exists():
+                print(f"go on with: areal-agents train {config.out / 'config.toml'} --resume", file=sys.stderr)
+            raise
         print(result.table())
         print(f"files: {result.out}    trained model: {result.model}")
         return 0
@@ -54,21 +62,31 @@ class Demo:
     Evaluates on held-out tasks, warm-starts on scripted demonstrations, trains, evaluates again.
     """
 
+    resume: bool = False
+    """Go on with an interrupted demo instead of starting it again."""
+
     def run(self, overrides: Sequence[str]) -> int:
         from areal_agents.demo import demo
 
-        demo(overrides)
+        demo(overrides, resume=self.resume)
         return 0
 
 
 @dataclass
 class Eval:
-    """Evaluate a model on an environment's held-out tasks: pass@1, pass@k, pass^k with 95 % intervals."""
+    """Evaluate a model on an environment's held-out tasks: pass@1, pass@k, pass^k with 95 % intervals.
 
-    env: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID[:SPLIT]")]
+    Or compare two finished evaluations: ``areal-agents eval --compare runs/demo:before runs/demo:after_rl``.
+    """
+
+    env: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID[:SPLIT]")] = ""
     """Environment id or module:Class; the split is ``test`` where none is given."""
-    model: str
+    model: str = ""
     """``smollm2``, a local folder (a run's checkpoint, for example) or a hub id."""
+    compare: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="A B")] = None
+    """Compare B with A, task by task: folders that ``eval`` wrote, or RUN:LABEL (runs/demo:after_rl). No ENV_ID."""
+    common: bool = False
+    """With --compare: leave out the tasks that are not in both, instead of refusing."""
     n: int = 128
     """Tasks."""
     k: int = 1
@@ -93,18 +111,48 @@ class Eval:
     """Also write the report as JSON here; ``-``: to standard output, and everything else to standard error."""
 
     def run(self, overrides: Sequence[str]) -> int:
+        self._require_usage()
+        work = self._run if self.compare is None else self._compare
+        if str(self.json) != "-":
+            report = work()
+            if self.json is not None:
+                write_json(report, self.json)
+            return 0
+        with contextlib.redirect_stdout(sys.stderr):
+            report = work()
+        write_json(report, None)
+        return 0
+
+    def _require_usage(self) -> None:
+        """Raise UsageError for options that are missing, out of range or contradict each other."""
+        if self.compare is not None:
+            given = [
+                flag for flag, value in (("ENV_ID", self.env), ("--model", self.model), ("--out", self.out)) if value
+            ]
+            if given:
+                raise UsageError(f"--compare reads two finished evaluations and plays nothing: leave out {given[0]}")
+            return
+        if not self.env:
+            raise UsageError(
+                "name an environment (`areal-agents envs` lists them), or compare two evaluations: --compare A B"
+            )
+        if not self.model:
+            raise UsageError(f"--model is missing: name the model to evaluate on {self.env}, for example smollm2")
+        if self.common:
+            raise UsageError("--common belongs to --compare A B")
         for name, value in (("--n", self.n), ("--k", self.k), ("--max-turn-tokens", self.max_turn_tokens)):
             if value < 1:
                 raise UsageError(f"{name} is {value}: it must be at least 1")
         if self.temperature < 0:
             raise UsageError(f"--temperature is {self.temperature}: it must be at least 0 (0 is greedy)")
-        if str(self.json) != "-":
-            self._run()
-            return 0
-        with contextlib.redirect_stdout(sys.stderr):
-            report = self._run()
-        write_json(report, None)
-        return 0
+
+    def _compare(self) -> Any:
+        from areal_agents.compare import compare
+
+        assert self.compare is not None
+        comparison = compare(*self.compare, common=self.common)
+        print(comparison.table())
+        return comparison.to_json()
 
     def _run(self) -> Any:
         from areal_agents import registry
@@ -133,9 +181,23 @@ class Eval:
         )
         print(report.table())
         print(f"files: {out}")
-        if self.json is not None and str(self.json) != "-":
-            write_json(report.to_json(), self.json)
         return report.to_json()
+
+
+@dataclass
+class Init:
+    """Start a package of your own: environment, tasks, reward, tests and a configuration that trains as it is."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    """Name of the package, of its folder and of its environments' namespace."""
+    into: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path()
+    """Where the package's folder is made."""
+
+    def run(self, overrides: Sequence[str]) -> int:
+        from areal_agents.init import init, next_steps
+
+        print(next_steps(init(self.name, self.into)))
+        return 0
 
 
 @dataclass
@@ -238,8 +300,11 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Init, tyro.conf.subcommand("init")]
     | Annotated[Envs, tyro.conf.subcommand("envs")]
     | Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Rescore, tyro.conf.subcommand("rescore")]
+    | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Model, tyro.conf.subcommand("model")]
 )
 

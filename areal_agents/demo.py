@@ -19,26 +19,28 @@ from typing import Any
 from areal_agents import settings
 from areal_agents.evaluate import EvalReport
 from areal_agents.plot import HeldOut, plot
-from areal_agents.train import RunResult, refuse_taken, run_training
+from areal_agents.resume import refuse_taken
+from areal_agents.train import RunResult, run_training
 
 NAMES = {"before": "before", "warm_start": "after warm start", "after_rl": "after RL"}
 
 
-def demo(overrides: Sequence[str] = ()) -> dict[str, Any]:
+def demo(overrides: Sequence[str] = (), *, resume: bool = False) -> dict[str, Any]:
     """Run the demo and return its summary. ``overrides`` are settings, as on the command line of ``train``.
 
-    An earlier demo's folder is replaced; any other run in the way is refused by ``train``.
+    An earlier demo's folder is replaced, or gone on with (``resume``); any other run in the way is refused.
     """
     started = float(os.environ.get("AREAL_DEMO_START", time.time()))
     setup = time.time() - started
     config = settings.load("demo", overrides)
     marker = config.out / ".demo"
-    if marker.exists():
+    if marker.exists() and not resume:
         shutil.rmtree(config.out)
-    refuse_taken(config)
+    if not resume:
+        refuse_taken(config)
     config.out.mkdir(parents=True, exist_ok=True)
     marker.touch()
-    result = run_training(config)
+    result = run_training(config, resume=resume)
     summary = summarize_run(result, setup=setup, total=time.time() - started)
     (result.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     curve = plot(result.out, _points(result.reports, config.steps), title="areal/Arithmetic-v0, SmolLM2-135M-Instruct")

@@ -28,6 +28,7 @@ from areal_agents.types import (
     Prompt,
     StopReason,
     Task,
+    ToolOutcome,
     Trajectory,
     Turn,
 )
@@ -216,6 +217,7 @@ class _Runner:
             parent,
             shown,
             info.get("state_key"),
+            outcomes_of(info),
         )
         self.state.turns.append(turn)
         self.state.terminated, self.state.truncated = bool(terminated), bool(truncated)
@@ -292,6 +294,13 @@ def _with_statuses(message: AssistantMessage, info: Info) -> AssistantMessage:
         for call, result in zip(message.tool_calls, results, strict=True)
     )
     return replace(message, tool_calls=calls)
+
+
+def outcomes_of(info: Mapping[str, Any]) -> tuple[ToolOutcome, ...]:
+    """What the environment said of this turn's tool calls; records of another shape are its own business."""
+    records = info.get("tool_results", ())
+    shaped = [r for r in records if isinstance(r, Mapping) and "status" in r]
+    return tuple(ToolOutcome(str(r["status"]), bool(r.get("truncated", False))) for r in shaped)
 
 
 def _components(info: Mapping[str, Any]) -> dict[str, float]:

@@ -7,6 +7,8 @@
     ├── TemplateError                a chat template breaks the token rules (T1-T4)
     ├── RewardError                  a reward returned something that is not a finite number
     ├── CheckError                   `areal-agents check` found a violation
+    ├── CheckpointError              a checkpoint cannot be written, or not be understood
+    ├── Interrupted                  stopped by a signal, with everything saved
     ├── FailureBudgetError           too many episodes failed; carries the first failure
     ├── SandboxUnavailable           a backend's self-probe failed; carries the remedy
     └── InfraError                   not the policy's doing: retried, counted, never rewarded
@@ -46,6 +48,14 @@ class RewardError(ArealError):
 
 class CheckError(ArealError):
     """A conformance check failed."""
+
+
+class CheckpointError(ArealError):
+    """A checkpoint cannot be written or read; the last complete one is untouched."""
+
+
+class Interrupted(ArealError):
+    """A signal stopped the run after it had saved everything; the message says how to go on."""
 
 
 class FailureBudgetError(ArealError):

@@ -14,18 +14,16 @@ from typing import Any
 
 from areal_agents import registry
 from areal_agents.chat import ChatFormat
+from areal_agents.display import clock
 from areal_agents.engine import Sampling
 from areal_agents.episode import EnginePolicy, Limits
 from areal_agents.errors import ConfigError
 from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout import EpisodeRunner, FailureBudget, Player, env_maker, prove_sandbox
-from areal_agents.statistics import clustered_interval, pass_at_k, pass_hat_k
-from areal_agents.track import Tracker, clock
+from areal_agents.statistics import PASS, clustered_interval, pass_at_k, pass_hat_k
+from areal_agents.track import Tracker
 from areal_agents.types import Task, Trajectory
-
-PASS = 1.0 - 1e-9
-"""An episode passes when its reward reaches 1, whatever bonus components add."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +148,9 @@ async def run_attempts(
         nonlocal done
         async with slots:
             task = tasks[index]
-            result = await runner.run(task, id=f"{label}/{index}/{i}", group=f"{label}/{index}", seed=seed + i)
+            result = await runner.run(
+                task, id=f"{label}/{index}/{i}", group=f"{label}/{index}", seed=attempt_seed(seed, i)
+            )
         done += 1
         progress(done, len(tasks) * k)
         return result
@@ -161,6 +161,11 @@ async def run_attempts(
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from errors.exceptions[0].__cause__
     return [(task, [r.result() for r in row]) for task, row in zip(tasks, running, strict=True)]
+
+
+def attempt_seed(seed: int, attempt: int) -> int:
+    """The seed that attempt ``attempt`` at any task resets its environment with."""
+    return seed + attempt
 
 
 def compare_table(reports: dict[str, EvalReport]) -> str:
@@ -186,6 +191,15 @@ def held_out(spec: EnvSpec, split: str, n: int, *, difficulty: float | None) -> 
     return [tasks[i] for i in range(n)]
 
 
+def refuse_used(out: Path) -> None:
+    """Raises ConfigError where ``out`` holds an evaluation or a run: two of them in one folder cannot be told apart."""
+    for name in ("report.json", "trajectories", "metrics.jsonl"):
+        if (out / name).exists():
+            raise ConfigError(
+                f"{out} already holds an evaluation or a run ({name}): choose another --out, or remove that folder"
+            )
+
+
 async def evaluate(
     env_id: str,
     *,
@@ -204,10 +218,12 @@ async def evaluate(
 ) -> EvalReport:
     """Evaluate ``model`` (``smollm2``, a folder, a hub id) and write report.json and every trajectory to ``out``.
 
-    Raises ArealError subclasses: unknown environment or split, missing model, unavailable sandbox, no scored attempt.
+    Raises ArealError subclasses: an ``out`` that holds an evaluation or a run already, unknown environment or split,
+    missing model, unavailable sandbox, no scored attempt.
     """
     from areal_agents.engines.transformers import TransformersEngine  # heavy: only evaluation and training need it
 
+    refuse_used(out)
     spec = registry.spec(env_id)
     tasks = held_out(spec, split, n, difficulty=difficulty)
     await prove_sandbox(spec, sandbox)

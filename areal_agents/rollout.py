@@ -18,10 +18,10 @@ import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from areal_agents.buffer import Buffer, Ticket
+from areal_agents.buffer import Buffer, BufferState, Ticket
 from areal_agents.chat import ChatFormat
 from areal_agents.env import AgentEnv
 from areal_agents.episode import Limits, Policy, run_episode
@@ -41,6 +41,21 @@ def no_events(kind: str, **fields: object) -> None:
     """An event sink for callers without a log."""
 
 
+def group_seed(seed: int, order: int) -> int:
+    """The seed that all episodes of the ``order``-th group of a run with ``seed`` reset their environment with."""
+    return random.Random(f"{seed}/{order}").getrandbits(31)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """A task stream's place. ``size`` guards against another task set."""
+
+    size: int
+    drawn: int
+    again: tuple[Task, ...]
+    requeued: tuple[str, ...]
+
+
 class TaskStream:
     """Tasks in a seeded random order, every task once an epoch, discarded tasks once more."""
 
@@ -49,17 +64,20 @@ class TaskStream:
             raise ConfigError("the training split has no tasks")
         self._tasks = tasks
         self._rng = random.Random(seed)
+        self._drawn = 0
         self._order: list[int] = []
         self._again: deque[Task] = deque()
         self._requeued: set[str] = set()
 
     def next(self) -> Task:
-        if self._again:
-            return self._again.popleft()
+        return self._again.popleft() if self._again else self._tasks[self._draw()]
+
+    def _draw(self) -> int:
         if not self._order:
             self._order = list(range(len(self._tasks)))
             self._rng.shuffle(self._order)
-        return self._tasks[self._order.pop()]
+        self._drawn += 1
+        return self._order.pop()
 
     def requeue(self, task: Task) -> bool:
         """Queue a discarded task again, once. False where it has had its second chance."""
@@ -68,6 +86,20 @@ class TaskStream:
         self._requeued.add(task.id)
         self._again.append(task)
         return True
+
+    def state(self) -> StreamState:
+        return StreamState(len(self._tasks), self._drawn, tuple(self._again), tuple(sorted(self._requeued)))
+
+    def restore(self, state: StreamState) -> None:
+        """Go on from ``state``, in a new stream of the same tasks and seed. Raises ConfigError for other tasks."""
+        if state.size != len(self._tasks):
+            raise ConfigError(
+                f"the training split has {len(self._tasks)} tasks, the checkpoint was made with {state.size}: "
+                "resume with the same tasks, or start a new run"
+            )
+        for _ in range(state.drawn):
+            self._draw()
+        self._again, self._requeued = deque(state.again), set(state.requeued)
 
 
 class FailureBudget:
@@ -189,6 +221,25 @@ async def _close_sandboxes() -> None:
     await importlib.import_module("areal_agents.sandboxes").close_shared()
 
 
+@dataclass(slots=True)
+class OpenGroup:
+    """A running group: its episodes by index, as far as they have finished; None for one that failed for good."""
+
+    ticket: Ticket
+    task: Task
+    finished: dict[int, Trajectory | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutState:
+    """All of ``Rollouts`` between two batches: what a checkpoint keeps so that no task is lost or trained twice."""
+
+    buffer: BufferState
+    open: tuple[OpenGroup, ...]
+    tasks: StreamState
+    tasks_lost: tuple[str, ...]
+
+
 class Rollouts:
     """The producer: keeps as many groups running as the buffer admits."""
 
@@ -209,6 +260,7 @@ class Rollouts:
         self._event = event
         self._changed = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
+        self._open: dict[int, OpenGroup] = {}
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def _notify(self) -> None:
@@ -218,10 +270,26 @@ class Rollouts:
     def start(self) -> None:
         """Admit whatever may start now."""
         while self.buffer.can_admit():
-            ticket = self.buffer.admit()
-            task = asyncio.create_task(self._group(ticket, self.tasks.next()), name=f"group-{ticket.order}")
-            self._running.add(task)
-            task.add_done_callback(self._group_ended)
+            self._launch(OpenGroup(self.buffer.admit(), self.tasks.next()))
+
+    def state(self) -> RolloutState:
+        """What ``restore`` needs. Episodes that finish later are not in it."""
+        groups = tuple(OpenGroup(g.ticket, g.task, dict(g.finished)) for g in self._open.values())
+        return RolloutState(self.buffer.state(), groups, self.tasks.state(), tuple(self.tasks_lost))
+
+    def restore(self, state: RolloutState) -> None:
+        """Go on from ``state``, before ``start``: unfinished episodes of its open groups are played again."""
+        self.buffer.restore(state.buffer)
+        self.tasks.restore(state.tasks)
+        self.tasks_lost = list(state.tasks_lost)
+        for group in state.open:
+            self._launch(OpenGroup(group.ticket, group.task, dict(group.finished)))
+
+    def _launch(self, group: OpenGroup) -> None:
+        self._open[group.ticket.order] = group
+        task = asyncio.create_task(self._group(group), name=f"group-{group.ticket.order}")
+        self._running.add(task)
+        task.add_done_callback(self._group_ended)
 
     def _group_ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -258,18 +326,23 @@ class Rollouts:
         self.buffer.acknowledge(version)
         self.start()
 
-    async def _group(self, ticket: Ticket, task: Task) -> None:
-        group, size = f"g{ticket.order}", self.buffer.group_size
-        seed = random.Random(f"{self._seed}/{ticket.order}").getrandbits(31)
+    async def _group(self, open: OpenGroup) -> None:
+        ticket, task, size = open.ticket, open.task, self.buffer.group_size
+        group = f"g{ticket.order}"
+        seed = group_seed(self._seed, ticket.order)
+
+        async def play(index: int) -> None:
+            open.finished[index] = await self.runner.run(task, id=f"{group}/{index}", group=group, seed=seed)
+
         try:
             async with asyncio.TaskGroup() as tasks:
-                episodes = [
-                    tasks.create_task(self.runner.run(task, id=f"{group}/{i}", group=group, seed=seed))
-                    for i in range(size)
-                ]
+                for index in range(size):
+                    if index not in open.finished:
+                        tasks.create_task(play(index))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors.exceptions[0].__cause__  # the first one; the rest were cancelled
-        done = tuple(t for e in episodes if (t := e.result()) is not None)
+        del self._open[ticket.order]
+        done = tuple(t for _, t in sorted(open.finished.items()) if t is not None)
         if len(done) >= max(2, math.ceil(size / 2)):
             self.buffer.complete(Group(group, task, done, ticket.version, ticket.order))
             return

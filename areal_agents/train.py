@@ -1,49 +1,34 @@
 """Training, in one sitting.
 
-    TaskStream ─▶ Rollouts ─▶ Buffer ─▶ next_batch ─▶ advantages ─▶ learner.step
+    TaskStream ─▶ Rollouts ─▶ Buffer ─▶ next_batch ─▶ advantages ─▶ learner.step ─▶ (checkpoint, evaluation)
                      ▲                                                   │ version v+1
                      └── engine ◀── update_weights ◀── publish ──────────┘
 
 ``learn`` waits for a batch (unblocked by finished groups), then for the learner's thread, then for the engine's
-acknowledgement. Rollouts go on all the while, as far as the staleness bound lets them.
+acknowledgement. Rollouts go on all the while, as far as the staleness bound lets them. A signal is looked at between
+two steps; what is on the disk then, and how a run goes on from it, is in ``lineage.py``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from areal_agents import registry, settings
 from areal_agents.advantages import ADVANTAGES, EpisodeRewards
 from areal_agents.batch import Batch, Row, rows_of
 from areal_agents.buffer import Buffer
-from areal_agents.chat import ChatFormat
 from areal_agents.config import AlgorithmConfig, TrainConfig
-from areal_agents.cores import Cores, split_cores
-from areal_agents.demonstrations import ExpertPolicy, demonstration_rows
 from areal_agents.engine import Sampling
-from areal_agents.engines.transformers import TransformersEngine
-from areal_agents.episode import EnginePolicy, Limits, Policy
-from areal_agents.errors import ConfigError
-from areal_agents.evaluate import (
-    EvalReport,
-    Progress,
-    Stopwatch,
-    calls_of,
-    compare_table,
-    held_out,
-    run_attempts,
-    summarize,
-)
-from areal_agents.learner import TorchLearner
-from areal_agents.models import resolve
-from areal_agents.precision import resolve_precision
-from areal_agents.rollout import EpisodeRunner, FailureBudget, Player, Rollouts, TaskStream, env_maker, prove_sandbox
-from areal_agents.track import Tracker
-from areal_agents.types import Group, Task
+from areal_agents.errors import Interrupted
+from areal_agents.evaluate import EvalReport, Stopwatch, calls_of, compare_table
+from areal_agents.interrupt import Stop, StopRequested, stop_on_signals
+from areal_agents.lineage import Commit, RunFolder
+from areal_agents.resume import begin
+from areal_agents.rollout import Rollouts, TaskStream
+from areal_agents.run import Run, open_run
+from areal_agents.types import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +39,7 @@ class RunResult:
     model: Path
     """The trained model: a folder that transformers loads."""
     reports: dict[str, EvalReport]
-    """Held-out evaluations: ``before``, ``warm_start`` (where there was one), ``after_rl``."""
+    """Held-out evaluations: ``before``, ``warm_start`` (where there was one), ``after_rl``, ``step_N``."""
     seconds: float
 
     def table(self) -> str:
@@ -62,230 +47,155 @@ class RunResult:
         return compare_table(self.reports)
 
 
-async def train(config: TrainConfig, *, console: bool = True) -> RunResult:
-    """Run ``config`` from start to end. Raises ArealError subclasses; ``config.out`` keeps everything until then."""
+async def train(config: TrainConfig, *, resume: bool = False, console: bool = True) -> RunResult:
+    """Run ``config`` to its end; with ``resume``, from the last commit in ``config.out``, if there is one.
+
+    SIGINT or SIGTERM once: the step is finished and saved, then Interrupted is raised; twice: at once. Raises
+    ArealError subclasses; ``config.out`` keeps everything until then, and a run that committed a step can be resumed.
+    """
     watch = Stopwatch()
-    refuse_taken(config)
-    async with open_run(config, console=console) as run:
-        (config.out / "config.toml").write_text(settings.dump(config))
-        await run.evaluate("before")
-        if config.warm_start.demonstrations:
-            await run.warm_start()
-            await run.evaluate("warm_start")
-        await run.learn()
-        await run.evaluate("after_rl")
-        await run.learner.export(config.out / "model")
-        return RunResult(config.out, config.out / "model", dict(run.reports), watch.seconds)
-
-
-def refuse_taken(config: TrainConfig) -> None:
-    """Raise ConfigError where ``config.out`` holds another run: nothing of it may be overwritten or mixed up."""
-    if (config.out / "config.toml").exists():
-        raise ConfigError(f"{config.out} holds another run: choose another --out, or remove the folder")
-
-
-@contextlib.asynccontextmanager
-async def open_run(config: TrainConfig, *, console: bool = True) -> AsyncIterator[Run]:
-    """Load the model twice (engine and learner), the environment and the trackers; close them in reverse."""
-    spec = registry.spec(config.env.id)  # first: a typo must not wait for a model
+    spec = registry.spec(config.env.id)  # first: a typo must not wait for a model, nor leave a folder
     spec.tasks(config.env.split, difficulty=config.env.difficulty)
-    await prove_sandbox(spec, config.env.sandbox)
-    model = resolve(config.model.path)
-    cores = split_cores(config.engine.threads, config.learner.threads)
-    fmt = ChatFormat.load(model)
-    async with contextlib.AsyncExitStack() as stack:
-        tracker = stack.enter_context(Tracker(config.out, steps=config.steps, console=console))
-        engine = await stack.enter_async_context(
-            await TransformersEngine.start(
-                model,
-                precision=config.engine.precision,
-                max_batch=config.engine.max_batch,
-                kv_tokens=config.engine.kv_tokens,
-                max_context=config.model.max_context,
-                threads=cores.total,
-                seed=config.seed,
-            )
-        )
-        learner = TorchLearner(
-            model,
-            learner=config.learner,
-            algorithm=config.algorithm,
-            total_steps=config.steps,
-            seed=config.seed,
-            publish_dtype=resolve_precision(config.engine.precision),
-            max_staleness=config.rollout.staleness if config.rollout.on_exceed == "mask" else None,
-            threads=cores.learner,
-        )
-        stack.push_async_callback(learner.close)
-        run = Run(config, spec, fmt, engine, learner, tracker, cores)
-        stack.push_async_callback(run.runner.close)
-        yield run
+    with RunFolder(config.out, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as folder:
+        commit, changes = begin(folder, config, resume=resume)
+        if commit is None or not commit.complete:
+            with stop_on_signals(print) as stop:
+                try:
+                    reports = await _run(config, folder, commit, stop, changes=changes, console=console)
+                except (StopRequested, asyncio.CancelledError) as error:
+                    if not stop.requested:
+                        raise
+                    raise Interrupted(_how_to_go_on(config, folder, stop)) from error
+        else:
+            reports = dict(commit.reports)
+    return RunResult(config.out, config.out / "model", reports, watch.seconds)
 
 
-@dataclass
-class Run:
-    """The parts of one run and what it does with them."""
+async def _run(
+    config: TrainConfig,
+    folder: RunFolder,
+    commit: Commit | None,
+    stop: Stop,
+    *,
+    changes: dict[str, tuple[object, object]],
+    console: bool,
+) -> dict[str, EvalReport]:
+    """All phases; each is skipped where the commit has it already."""
+    async with open_run(config, folder, stop, commit=commit, console=console) as run:
+        (config.out / "config.toml").write_text(settings.dump(config))
+        if commit is not None:
+            run.tracker.event("resumed", step=commit.step, changed={k: new for k, (_, new) in changes.items()})
+            run.tracker.message(f"resumed at step {commit.step} of {config.steps}")
+        await stop.race(run.evaluate("before"))
+        if config.warm_start.demonstrations:
+            if not run.warm_started:
+                await stop.race(run.warm_start())
+            await stop.race(run.evaluate("warm_start"))
+        await learn(run)
+        await stop.race(run.evaluate("after_rl", step=config.steps))
+        await run.learner.export(config.out / "model")
+        run.finish()
+        return dict(run.reports)
 
-    config: TrainConfig
-    spec: registry.EnvSpec
-    fmt: ChatFormat
-    engine: TransformersEngine
-    learner: TorchLearner
-    tracker: Tracker
-    cores: Cores
-    reports: dict[str, EvalReport] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        r = self.config.rollout
-        self.budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
-        self.runner = self._runner(lambda task: self._policy(r.temperature))
+def _how_to_go_on(config: TrainConfig, folder: RunFolder, stop: Stop) -> str:
+    commit = folder.read_commit() or Commit()
+    name = stop.signal.name if stop.signal else "a signal"
+    saved = f"step {commit.step} of {config.steps} is saved" if commit.step else "no step was finished"
+    return f"stopped by {name}; {saved}. Go on with:\n  areal-agents train {config.out / 'config.toml'} --resume"
 
-    async def learn(self) -> None:
-        """The RL phase: ``steps`` batches, rollouts alongside."""
-        config, r = self.config, self.config.rollout
-        Sampling(r.max_turn_tokens, r.temperature).require_trainable()
-        buffer = Buffer(
-            groups=r.groups, group_size=r.group_size, max_staleness=r.staleness, concurrency=r.concurrency,
-            on_exceed=r.on_exceed, order=r.order, total_batches=config.steps,
-        )  # fmt: skip
-        tasks = TaskStream(self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed)
-        rollouts = Rollouts(buffer, tasks, self.runner, seed=config.seed, event=self.tracker.event)
-        try:
-            rollouts.start()
-            self.tracker.start_clock()
-            for step in range(1, config.steps + 1):
-                await self._step(step, rollouts)
-                if config.eval.every and step % config.eval.every == 0 and step < config.steps:
-                    await self.evaluate(f"step_{step}", step=step)
-        finally:
-            await rollouts.close()
 
-    async def _step(self, step: int, rollouts: Rollouts) -> None:
-        watch = Stopwatch()
-        groups = await rollouts.next_batch()
-        waited = watch.seconds
-        batch = batch_of(groups, self.config.algorithm, self.learner.version, self.config.rollout.temperature)
-        metrics = await self._update(batch, rollouts)
-        update = await self._publish()
-        await self.engine.set_threads(self.cores.total)
-        rollouts.acknowledge(self.learner.version)
-        metrics |= rollout_metrics(groups, batch.version) | {
-            "wait_seconds": waited,
-            "step_seconds": watch.seconds,
-            "update_seconds": update,
-            "queue": float(rollouts.buffer.buffered),
-            "running": float(rollouts.buffer.running),
-            "discarded": float(rollouts.buffer.discarded),
-            "dropped": float(len(rollouts.buffer.dropped)),
-            "failed_attempts": float(self.budget.kinds.total()),
-        }
-        metrics["tokens_per_second"] = metrics["sampled_tokens"] / watch.seconds
-        self.tracker.trajectories.write([t for g in groups for t in g.trajectories], step=step, kind="train")
-        self.tracker.log(step, metrics)
+async def learn(run: Run) -> None:
+    """The RL phase: batches up to ``steps``, rollouts alongside."""
+    config, r, every = run.config, run.config.rollout, run.config.checkpoint.every
+    if run.learner.version >= config.steps:
+        return
+    Sampling(r.max_turn_tokens, r.temperature).require_trainable()
+    buffer = Buffer(
+        groups=r.groups, group_size=r.group_size, max_staleness=r.staleness, concurrency=r.concurrency,
+        on_exceed=r.on_exceed, order=r.order, total_batches=config.steps,
+    )  # fmt: skip
+    tasks = TaskStream(run.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed)
+    rollouts = Rollouts(buffer, tasks, run.runner, seed=config.seed, event=run.tracker.event)
+    try:
+        _restore(run, rollouts)
+        rollouts.start()
+        run.tracker.start_clock()
+        await _evaluate_if_due(run, run.learner.version)
+        for step in range(run.learner.version + 1, config.steps + 1):
+            watch = Stopwatch()
+            try:
+                groups = await run.stop.race(rollouts.next_batch())
+            except StopRequested:
+                await run.save(rollouts)
+                raise
+            await _step(run, step, groups, rollouts, watch)
+            if run.stop.requested or step == config.steps or (every and step % every == 0):
+                await run.save(rollouts)
+            if run.stop.requested:
+                raise StopRequested
+            await _evaluate_if_due(run, step)
+    finally:
+        await rollouts.close()
 
-    async def _update(self, batch: Batch, rollouts: Rollouts) -> dict[str, float]:
-        """The learner's step. It takes over the engine's cores once the engine has run out of admitted work."""
-        self.learner.set_threads(self.cores.learner)
-        await self.engine.set_threads(self.cores.engine)
 
-        async def take_over() -> None:
-            await rollouts.idle()
-            self.learner.set_threads(self.cores.total)
+def _restore(run: Run, rollouts: Rollouts) -> None:
+    state = run.folder.read_rollouts(run.commit) if run.commit.checkpoint is not None else None
+    if state is None:
+        return
+    rollouts.restore(state)
+    size = rollouts.buffer.group_size
+    run.tracker.event(
+        "rollouts_restored",
+        buffered=len(state.buffer.buffered),
+        open=len(state.open),
+        finished=sum(len(g.finished) for g in state.open),
+        restarted=sum(size - len(g.finished) for g in state.open),
+    )
 
-        watcher = asyncio.create_task(take_over())
-        try:
-            return dict(await self.learner.step(batch))
-        finally:
-            watcher.cancel()
 
-    async def _publish(self) -> float:
-        """Hand the learner's weights to the engine; returns the seconds in which it could not sample."""
-        async with self.learner.publish() as ref:
-            report = await self.engine.update_weights(
-                ref, mode=self.config.engine.update_mode, kv=self.config.engine.kv
-            )
-        return report.seconds
+async def _evaluate_if_due(run: Run, step: int) -> None:
+    every = run.config.eval.every
+    if every and step and step % every == 0 and step < run.config.steps:
+        await run.stop.race(run.evaluate(f"step_{step}", step=step))
 
-    async def warm_start(self) -> None:
-        """Cross-entropy on scripted demonstrations, through the same learner."""
-        config, w = self.config, self.config.warm_start
-        tasks = TaskStream(self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1)
-        runner = self._runner(self._expert)
-        try:
-            played = await run_attempts(
-                runner, [tasks.next() for _ in range(w.demonstrations)], k=1, concurrency=16, seed=config.seed,
-                label="demonstration",
-            )  # fmt: skip
-        finally:
-            await runner.close()
-        trajectories = [t for _, tries in played for t in tries if t is not None]
-        rows = demonstration_rows(trajectories)
-        self.tracker.trajectories.write(trajectories, step=0, kind="demonstration")
-        self.learner.set_threads(self.cores.total)
-        await self.engine.set_threads(1)  # idle threads of another OpenMP pool would still cost a core
-        progress = Progress(self.tracker.message, label="warm start", what="demonstrations")
-        for epoch in range(w.epochs):
-            for start in range(0, len(rows), w.batch):
-                metrics = await self.learner.sft_step(rows[start : start + w.batch], lr=w.lr)
-                done = min(epoch * len(rows) + start + w.batch, w.epochs * len(rows))
-                self.tracker.log(done, metrics, kind="warm_start", show=False)
-                progress(done, w.epochs * len(rows))
-        await self._publish()
-        await self.engine.set_threads(self.cores.total)
 
-    async def evaluate(self, label: str, *, step: int = 0) -> EvalReport:
-        """Evaluate on the held-out split; nothing updates the weights meanwhile, so one version is measured."""
-        config, e = self.config, self.config.eval
-        tasks = held_out(self.spec, e.split, e.n, difficulty=config.env.difficulty)
-        watch = Stopwatch()
-        runner = self._runner(lambda task: self._policy(e.temperature))
-        try:
-            results = await run_attempts(
-                runner,
-                tasks,
-                k=e.k,
-                concurrency=config.engine.max_batch,
-                seed=config.seed,
-                label=f"eval-{label}",
-                progress=Progress(self.tracker.message, label=f"evaluating ({label})"),
-            )
-        finally:
-            await runner.close()
-        report = summarize(
-            results, env=config.env.id, split=e.split, model=config.model.path, version=self.learner.version,
-            temperature=e.temperature, seed=config.seed, seconds=watch.seconds,
-        )  # fmt: skip
-        self.reports[label] = report
-        saved = [t for _, tries in results for t in tries if t is not None]
-        self.tracker.trajectories.write(saved, step=step or self.learner.version, kind=f"eval-{label}")
-        self.tracker.log(step or self.learner.version, _numbers(report), kind=f"eval/{label}", show=False)
-        self.tracker.message(report.line(label))
-        return report
+async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, watch: Stopwatch) -> None:
+    waited = watch.seconds
+    batch = batch_of(groups, run.config.algorithm, run.learner.version, run.config.rollout.temperature)
+    metrics = await _update(run, batch, rollouts)
+    update = await run.publish()
+    await run.engine.set_threads(run.cores.total)
+    rollouts.acknowledge(run.learner.version)
+    metrics |= rollout_metrics(groups, batch.version) | {
+        "wait_seconds": waited,
+        "step_seconds": watch.seconds,
+        "update_seconds": update,
+        "queue": float(rollouts.buffer.buffered),
+        "running": float(rollouts.buffer.running),
+        "discarded": float(rollouts.buffer.discarded),
+        "dropped": float(len(rollouts.buffer.dropped)),
+        "failed_attempts": float(run.budget.kinds.total()),
+    }
+    metrics["tokens_per_second"] = metrics["sampled_tokens"] / watch.seconds
+    run.tracker.trajectories.write([t for g in groups for t in g.trajectories], step=step, kind="train")
+    run.tracker.log(step, metrics)
 
-    def _runner(self, policy: Callable[[Task], Policy]) -> EpisodeRunner:
-        r, e = self.config.rollout, self.config.env
-        limits = Limits(
-            max_context=self.config.model.max_context,
-            max_turn_tokens=r.max_turn_tokens,
-            max_episode_tokens=r.max_episode_tokens,
-            max_turns=r.max_turns,
-            step_timeout=e.step_timeout,
-            request_timeout=self.config.engine.request_timeout,
-        )
-        player = Player(
-            env_maker(self.spec, sandbox=e.sandbox, kwargs=e.kwargs), policy, self.fmt, limits, r.max_retries
-        )
-        return EpisodeRunner(player, self.budget, event=self.tracker.event)
 
-    def _policy(self, temperature: float) -> Policy:
-        sampling = Sampling(self.config.rollout.max_turn_tokens, temperature=temperature, stop_ids=self.fmt.stop_ids)
-        return EnginePolicy(self.engine, sampling)
+async def _update(run: Run, batch: Batch, rollouts: Rollouts) -> dict[str, float]:
+    """The learner's step. It takes over the engine's cores once the engine has run out of admitted work."""
+    run.learner.set_threads(run.cores.learner)
+    await run.engine.set_threads(run.cores.engine)
 
-    def _expert(self, task: Task) -> Policy:
-        expert = self.spec.expert(task)
-        if expert is None:
-            raise ConfigError(f"{self.spec.id} has no expert: set warm_start.demonstrations = 0")
-        return ExpertPolicy(expert, self.fmt)
+    async def take_over() -> None:
+        await rollouts.idle()
+        run.learner.set_threads(run.cores.total)
+
+    watcher = asyncio.create_task(take_over())
+    try:
+        return dict(await run.learner.step(batch))
+    finally:
+        watcher.cancel()
 
 
 def batch_of(groups: list[Group], algorithm: AlgorithmConfig, version: int, temperature: float) -> Batch:
@@ -330,12 +240,6 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _numbers(report: EvalReport) -> dict[str, float]:
-    """The report's scalars, for metrics.jsonl and TensorBoard."""
-    row = {k: float(v) for k, v in report.to_json().items() if isinstance(v, int | float)}
-    return row | {"ci95_low": report.ci95[0], "ci95_high": report.ci95[1]}
-
-
-def run_training(config: TrainConfig, *, console: bool = True) -> RunResult:
+def run_training(config: TrainConfig, *, resume: bool = False, console: bool = True) -> RunResult:
     """``train`` for callers without an event loop (the command line)."""
-    return asyncio.run(train(config, console=console))
+    return asyncio.run(train(config, resume=resume, console=console))

@@ -150,6 +150,16 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolOutcome:
+    """How one tool call ended, as the environment reported it; its text is the tool message that answers the call."""
+
+    status: str
+    """``ToolResult.status``: ok, error, timeout, …"""
+    truncated: bool = False
+    """Whether the middle of the result's text was cut out."""
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One Gymnasium step: the tokens shown since the last turn, the tokens sampled, and what they earned."""
 
@@ -165,6 +175,8 @@ class Turn:
     """The messages that were new in this turn's prompt; kept for people and for rescoring."""
     state_key: str | None = None
     """Equal keys mark equal environment states across a group (anchor states)."""
+    tool_results: tuple[ToolOutcome, ...] = ()
+    """One a tool call of ``message``, in order; empty where none ran."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -144,6 +146,14 @@ def test_never_stalls_and_never_exceeds_the_bound(
         while b.can_admit():
             ticket = b.admit()
             running[ticket.order] = ticket
+        if data.draw(st.integers(0, 15)) == 0:  # killed, and resumed with engines that serve the newest version
+            state = b.state()
+            b = _buffer(
+                groups=groups, max_staleness=eta, concurrency=2 * slots, on_exceed=on_exceed, order=order,
+                total_batches=8,
+            )  # fmt: skip
+            b.restore(state)
+            assert dataclasses.replace(b.state(), dropped=state.dropped) == state
         version = b.version
         batch = b.take()
         if batch is not None:

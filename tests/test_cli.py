@@ -25,7 +25,7 @@ class Recorder:
     calls: list[Any] = field(default_factory=list)
     error: BaseException | None = None
 
-    async def train(self, config: TrainConfig) -> Any:
+    async def train(self, config: TrainConfig, *, resume: bool = False) -> Any:
         self.calls.append(config)
         if self.error is not None:
             raise self.error
@@ -176,7 +176,7 @@ def test_usage_errors_are_2(argv: list[str], message: str, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    "argv", [["evl"], ["eval", "a/B-v0"], ["train", "a", "b"], ["model"], ["eval", "x", "--modl", "m"]]
+    "argv", [["evl"], ["eval", "a/B-v0", "c"], ["train", "a", "b"], ["model"], ["eval", "x", "--modl", "m"]]
 )
 def test_parser_errors_are_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:

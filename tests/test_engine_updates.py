@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +106,68 @@ def test_interrupt_and_drain(served: Served, mode: str) -> None:
                 torch.testing.assert_close(got[part], want[part], atol=1e-4, rtol=0)
 
     served.run(work())
+
+
+@pytest.mark.parametrize("kv", ["recompute", "keep"])
+@pytest.mark.parametrize("mode", ["inflight", "interrupt", "drain"])
+def test_every_token_has_the_probability_of_the_weights_and_kv_that_sampled_it(
+    served: Served, mode: str, kv: str
+) -> None:
+    """Against transformers with a cache that the old weights wrote up to the token that the label names, and the
+    new ones from there on: in the updated turn, and in the next one, which reuses that cache or does not."""
+
+    async def work() -> None:
+        old, new = served.model, tiny_model(seed=200 + served.engine.version)
+        version = served.engine.version
+        ids = ids_of(15, 300 + version)
+        session = f"{mode}-{kv}"
+        task = asyncio.create_task(ask(served.engine, ids, 200, session))
+        while (await served.engine.health()).running == 0:
+            pass
+        report = await served.update(new, version + 1, mode=mode, kv=kv)
+        done = await task
+        switch = 200 if mode == "drain" else done.versions.index(version + 1)
+        assert switch > 0
+        assert (mode == "drain") == (switch == 200)
+        assert done.versions == (version,) * switch + (version + 1,) * (200 - switch)
+        assert report.requests_in_flight == (mode != "drain")
+        # The first token of the new version comes from the new weights' pass over the last one of the old.
+        seam = len(ids) + switch - 1
+        turn = ids + done.ids
+        first = [(old, turn[:seam]), (new, turn[seam:])]
+        if mode == "interrupt":
+            restarted = forward_logprobs(new, turn)[len(ids) - 1 :][switch:]
+            want = torch.cat([forward_logprobs(old, turn)[len(ids) - 1 :][:switch], restarted])
+        else:
+            want = cached_logprobs(first)[len(ids) - 1 :]
+        torch.testing.assert_close(torch.tensor(done.logprobs), want, atol=1e-4, rtol=0)
+
+        longer = turn + ids_of(3, 301)
+        after = await ask(served.engine, longer, 8, session)
+        assert after.versions == (version + 1,) * 8
+        rest = longer + after.ids
+        if kv == "recompute" or mode == "interrupt":
+            want = forward_logprobs(new, rest)
+        elif mode == "drain":
+            want = cached_logprobs([(old, turn[:-1]), (new, rest[len(turn) - 1 :])])
+        else:
+            want = cached_logprobs([(old, turn[:seam]), (new, rest[seam:])])
+        torch.testing.assert_close(torch.tensor(after.logprobs), want[len(longer) - 1 :], atol=1e-4, rtol=0)
+
+    served.run(work())
+
+
+def cached_logprobs(segments: list[tuple[Any, tuple[int, ...]]]) -> torch.Tensor:
+    """log p of each id after the first, where each segment's model continues on the KV that those before it wrote."""
+    cache, logits = None, []
+    with torch.no_grad():
+        for model, ids in segments:
+            if ids:
+                out = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                logits.append(out.logits[0].float())
+    ids = tuple(i for _, part in segments for i in part)
+    return torch.log_softmax(torch.cat(logits)[:-1], -1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
 def test_gone_damaged_or_foreign_weights_keep_the_old_ones(tied: Served) -> None:

@@ -11,7 +11,7 @@ import pytest
 from areal_agents import registry
 from areal_agents.errors import ConfigError, RegistryError, SandboxUnavailable
 from areal_agents.evaluate import EvalReport, Progress, compare_table, evaluate, held_out, summarize
-from areal_agents.trajectories import read_trajectories
+from areal_agents.trajectories import read_records
 from areal_agents.types import AssistantMessage, CallStatus, Completion, Task, Text, ToolCall, Trajectory, Turn
 from tests.tiny_models import tiny_chat_model
 
@@ -101,10 +101,22 @@ def test_a_real_engine_leaves_report_and_trajectories(tmp_path: Path) -> None:
         )
     )
     assert (r.n, r.k, r.attempts, r.infra_rate) == (4, 2, 8, 0.0)
-    saved = list(read_trajectories(out / "trajectories" / "eval.jsonl"))
+    saved = [r.trajectory for r in read_records(out, kind="eval")]
     assert len(saved) == 8
     assert json.loads((out / "report.json").read_text())["attempts"] == 8
     assert sum(t.reward for t in saved) / 8 == pytest.approx(r.reward)
+
+
+@pytest.mark.parametrize("name", ["report.json", "trajectories/eval/step-000000.parquet", "metrics.jsonl"])
+def test_a_folder_that_is_used_already_is_refused_before_anything_is_loaded(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("x")
+    message = (
+        rf"{tmp_path} already holds an evaluation or a run \({name.split('/')[0]}\): choose another --out, or remove"
+    )
+    with pytest.raises(ConfigError, match=message):
+        asyncio.run(evaluate("tests.letters_env:Letters", model="no/such/folder", out=tmp_path))
+    assert (tmp_path / name).read_text() == "x"
 
 
 def test_names_that_do_not_exist(tmp_path: Path) -> None:

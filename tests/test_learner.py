@@ -319,6 +319,7 @@ def test_an_exported_folder_is_a_transformers_model(tmp_path: Path) -> None:
     model = tiny_model(tie_word_embeddings=True)
     save_tiny(tmp_path / "m", model)
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    (tmp_path / "m" / "manifest.json").write_text("{}")
     made = TorchLearner(
         tmp_path / "m", learner=SMOOTH, algorithm=AlgorithmConfig(), total_steps=1, publish_dtype=torch.bfloat16
     )
@@ -328,6 +329,8 @@ def test_an_exported_folder_is_a_transformers_model(tmp_path: Path) -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.bfloat16()), name
     assert (tmp_path / "out" / "model" / "tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "out" / "model" / "manifest.json").exists()  # checksums of other weights
+    assert len({f.stat().st_mode for f in (tmp_path / "out" / "model").iterdir()}) == 1
 
 
 def test_missing_and_foreign_folders_are_named(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from areal_agents.config import AlgorithmConfig, TrainConfig
 from areal_agents.cores import split_cores
 from areal_agents.demonstrations import demonstration_rows
 from areal_agents.errors import ConfigError, ModelError, RegistryError
+from areal_agents.resume import refuse_taken
 from areal_agents.track import read_metrics
-from areal_agents.train import batch_of, refuse_taken, rollout_metrics, train
-from areal_agents.trajectories import read_trajectories
+from areal_agents.train import batch_of, rollout_metrics, train
+from areal_agents.trajectories import read_records
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn
 
 TASK = Task.make("t", split="train", seed=0, payload={})
@@ -115,10 +116,10 @@ def test_the_demos_whole_path_on_few_tasks(tmp_path: Path, smollm2: Path) -> Non
     rows = read_metrics(tmp_path / "run", kind="train")
     assert [r["step"] for r in rows] == [1, 2]
     assert all(r["age_max"] <= 1 for r in rows)
-    saved = list(read_trajectories(tmp_path / "run" / "trajectories" / "train.jsonl"))
+    saved = [r.trajectory for r in read_records(tmp_path / "run", kind="train")]
     assert len(saved) == 8  # two groups of four
     assert {t.task.split for t in saved} == {"train"}
-    held_out = list(read_trajectories(tmp_path / "run" / "trajectories" / "eval-after_rl.jsonl"))
+    held_out = [r.trajectory for r in read_records(tmp_path / "run", kind="eval-after_rl")]
     assert {t.task.split for t in held_out} == {"test"}
     assert not {t.task.content_hash for t in held_out} & {t.task.content_hash for t in saved}
     assert (result.model / "model.safetensors").is_file()

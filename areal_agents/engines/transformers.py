@@ -130,6 +130,16 @@ class TransformersEngine:
         """Process id of the worker."""
         return self._process.pid
 
+    @property
+    def failure(self) -> str | None:
+        """Why the worker is gone, with the end of its stderr; None while it lives."""
+        return self._failure
+
+    @property
+    def stderr(self) -> str:
+        """The last lines of the worker's stderr."""
+        return "\n".join(self._stderr)
+
     # --- the contract ----------------------------------------------------------------------------------------------
 
     async def generate(self, prompt: Prompt, sampling: Sampling, *, session: str, deadline: float) -> Completion:
@@ -211,6 +221,12 @@ class TransformersEngine:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def kill(self) -> None:
+        """End a worker that may be stopped or stuck: SIGKILL first, then ``close``."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self.close()
 
     # --- plumbing --------------------------------------------------------------------------------------------------
 
@@ -294,7 +310,7 @@ class TransformersEngine:
             self._ready.exception()  # marks it as seen: nobody may be waiting for it
 
     def _tail(self) -> str:
-        return "\n".join(self._stderr) or "(empty)"
+        return self.stderr or "(empty)"
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:

@@ -1,0 +1,106 @@
+"""What a run shows while it goes on: a live bar on a terminal, one line a step elsewhere.
+
+Durations and the time left come from a monotonic clock: setting the wall clock back changes neither.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+SHOWN = (
+    ("reward", "reward {:.3f}"),
+    ("valid_call_rate", "valid {:.2f}"),
+    ("age", "age {:.2f}"),
+    ("queue", "queue {:.0f}"),
+    ("tokens_per_second", "{:.0f} tok/s"),
+)
+"""Metrics of kind ``train`` that the display shows where they are logged, with their formats."""
+
+
+def summary(values: Mapping[str, float], kind: str) -> str:
+    """The numbers worth a line: those of ``SHOWN`` for training, all of them otherwise."""
+    if kind == "train":
+        return "  ".join(text.format(values[name]) for name, text in SHOWN if name in values)
+    return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+
+
+def clock(seconds: float) -> str:
+    """``2:05`` or ``1:02:05``."""
+    minutes, s = divmod(max(0, round(seconds)), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def plain_line(step: int, steps: int | None, values: Mapping[str, float], kind: str, seconds_a_step: float) -> str:
+    """One line of the display that is not a terminal's."""
+    if kind != "train":
+        return f"{kind} at step {step}  {summary(values, kind)}"
+    if steps is None:
+        return f"step {step}  {summary(values, kind)}"
+    return f"step {step}/{steps}  {summary(values, kind)}  ETA {clock(seconds_a_step * (steps - step))}"
+
+
+class Silent:
+    """Shows nothing."""
+
+    def show(self, step: int, values: Mapping[str, float], kind: str) -> None: ...
+    def line(self, text: str) -> None: ...
+    def start_clock(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Plain(Silent):
+    """One printed line a step, for logs and pipes."""
+
+    def __init__(self, steps: int | None, first_step: int) -> None:
+        self._steps = steps
+        self._first_step = first_step
+        self._start = time.monotonic()
+
+    def start_clock(self) -> None:
+        self._start = time.monotonic()
+
+    def show(self, step: int, values: Mapping[str, float], kind: str) -> None:
+        done = max(1, step - self._first_step)
+        self.line(plain_line(step, self._steps, values, kind, (time.monotonic() - self._start) / done))
+
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+
+
+class Bar(Silent):
+    """A live bar with the time left and the latest numbers; other kinds are printed above it."""
+
+    def __init__(self, steps: int | None, first_step: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        columns = (TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(
+            *columns, TextColumn("ETA"), Remaining(), TextColumn("{task.fields[numbers]}"), get_time=time.monotonic
+        )
+        self._task = self._bar.add_task("training", total=steps, completed=first_step, numbers="")
+        self._first_step = first_step
+        self._bar.start()
+
+    def start_clock(self) -> None:
+        self._bar.reset(self._task, completed=self._first_step)
+
+    def show(self, step: int, values: Mapping[str, float], kind: str) -> None:
+        if kind == "train":
+            self._bar.update(self._task, completed=step, numbers=summary(values, kind))
+        else:
+            self.line(plain_line(step, None, values, kind, 0.0))
+
+    def line(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def display(steps: int | None, first_step: int) -> Silent:
+    """The bar where standard output is a terminal, else lines."""
+    return Bar(steps, first_step) if sys.stdout.isatty() else Plain(steps, first_step)

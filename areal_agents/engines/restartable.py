@@ -1,0 +1,78 @@
+"""What ``SupervisedEngine`` needs to know about the engine that it restarts, and how often it may."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from typing import Protocol, runtime_checkable
+
+from areal_agents.engine import Engine
+from areal_agents.errors import ConfigError, EngineError
+
+
+class Restartable(Engine, Protocol):
+    """An engine whose process can be lost."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why its process is gone, for people; None while it lives. Set before any call fails because of it."""
+        ...
+
+    @property
+    def stderr(self) -> str:
+        """The end of what its process wrote to stderr."""
+        ...
+
+    async def kill(self) -> None:
+        """End the process at once, stopped or not, and wait for its end; pending calls raise EngineError."""
+        ...
+
+
+@runtime_checkable
+class Threaded(Protocol):
+    """An engine that computes on this host's cores."""
+
+    async def set_threads(self, threads: int) -> None: ...
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """An engine that says how long a conversation may be."""
+
+    @property
+    def max_context(self) -> int: ...
+
+
+class RestartLimit:
+    """At most ``most`` restarts within ``window`` seconds. Raises ConfigError for numbers out of range."""
+
+    def __init__(self, most: int, window: float) -> None:
+        if most < 0 or window <= 0:
+            raise ConfigError(f"max_restarts = {most} must be at least 0 and window_seconds = {window:g} above 0")
+        self._most, self._window = most, window
+        self._times: deque[float] = deque()
+
+    def count(self, reason: str, stderr: str) -> None:
+        """A restart begins, because of ``reason``. Raises EngineError where it is one too many."""
+        now = time.monotonic()
+        while self._times and self._times[0] <= now - self._window:
+            self._times.popleft()
+        if len(self._times) >= self._most:
+            raise EngineError(
+                f"it was lost once more after {len(self._times)} restarts within {self._window:g} s, the limit: "
+                f"{reason}\nIts last stderr:\n{stderr or '(empty)'}"
+            )
+        self._times.append(now)
+
+
+async def answers(engine: Restartable, seconds: float) -> bool:
+    """Whether ``engine`` says within ``seconds`` that it is well."""
+    with contextlib.suppress(TimeoutError, EngineError):
+        async with asyncio.timeout(seconds):
+            while engine.failure is None:
+                if (await engine.health()).ok:
+                    return True
+                await asyncio.sleep(seconds / 20)
+    return False

@@ -1,0 +1,84 @@
+"""Ctrl-C and SIGTERM: the first finishes the step and saves, the second stops now."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LAST_RESORT_SECONDS = 10.0
+"""After the second signal: how long cleaning up may take before the process ends without it."""
+
+
+class StopRequested(BaseException):
+    """Raised by ``Stop.race`` where a signal came first. No Exception: only the run's own code may catch it."""
+
+
+class Stop:
+    """Whether the run was asked to stop. ``forced`` after the second signal, which also cancels the run's task."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self.signal: signal.Signals | None = None
+        self.forced = False
+
+    @property
+    def requested(self) -> bool:
+        return self._event.is_set()
+
+    def request(self, number: signal.Signals) -> None:
+        self.signal = number
+        self._event.set()
+
+    async def race(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``. Where a stop comes first: cancels it, waits for its end and raises StopRequested."""
+        task = asyncio.create_task(work)
+        waiter = asyncio.create_task(self._event.wait())
+        try:
+            await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise StopRequested
+        finally:
+            waiter.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def stop_on_signals(message: Callable[[str], None]) -> Iterator[Stop]:
+    """Handle SIGINT and SIGTERM for the current task; in other threads than the main one signals are left alone."""
+    stop, loop, task = Stop(), asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    last_resort = threading.Timer(_LAST_RESORT_SECONDS, os._exit, (130,))
+    last_resort.daemon = True
+
+    def on_signal(number: signal.Signals) -> None:
+        if not stop.requested:
+            stop.request(number)
+            message(f"{number.name}: finishing the step and saving. Once more stops at once")
+        elif not stop.forced:
+            stop.forced = True
+            # The learner's thread cannot be stopped inside a step. The engine and sandboxes end with this process.
+            last_resort.start()
+            task.cancel()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        yield stop
+    finally:
+        last_resort.cancel()
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,74 @@
+"""Processes that carry a marker in their environment: what a program started, its grandchildren included."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+MARKER = "AREAL_TEST_MARKER"
+"""Set this variable to a value of the test's own before starting a program; every descendant inherits it."""
+
+
+def marked(value: str) -> list[int]:
+    """Process ids, ours excluded, whose environment at their start holds ``value`` as any variable's value.
+
+    Zombies are gone already: they hold nothing. A process that clears its environment (what runs inside a sandbox)
+    escapes; look at its parents, which do not.
+    """
+    wanted = f"={value}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            environment = (entry / "environ").read_bytes()
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:  # it ended meanwhile, or belongs to another user
+            continue
+        if state not in "ZX" and any(variable.endswith(wanted) for variable in environment.split(b"\0")):
+            found.append(int(entry.name))
+    return sorted(found)
+
+
+def wait_marked(value: str, known: set[int], seconds: float = 30.0) -> list[int]:
+    """Wait until ``marked(value)`` has processes besides ``known``; returns them, none after ``seconds``."""
+    end = time.monotonic() + seconds
+    while not (new := sorted(set(marked(value)) - known)) and time.monotonic() < end:
+        time.sleep(0.01)
+    return new
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process below ``pid`` now, whatever its environment."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found: list[int] = []
+    todo = [pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return sorted(found)
+
+
+def alive(pid: int) -> bool:
+    """Whether ``pid`` runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_gone(pids: list[int], seconds: float) -> list[int]:
+    """Wait until none of ``pids`` runs; returns those that still do after ``seconds``."""
+    end = time.monotonic() + seconds
+    while (left := [pid for pid in pids if alive(pid)]) and time.monotonic() < end:
+        time.sleep(0.05)
+    return left
