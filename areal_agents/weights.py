@@ -6,6 +6,7 @@ processes of the same user and it vanishes with its owner, so no crash can leave
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import zlib
@@ -84,6 +85,9 @@ class SharedWeights:
             self._fd = -1
             self._tensors = {}
             self._buffer = torch.empty(0, dtype=torch.uint8)
+            # The mapping holds a descriptor of its own. Whoever still reads a tensor of it ends it later.
+            with contextlib.suppress(BufferError):
+                self._map.close()
 
 
 class AttachedWeights:

@@ -45,8 +45,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(path: Path | None, name: str, samples: list[Any], checks: list[Check]) -> None:
-    """Print the checks; write the record where ``path`` is given."""
+def write(path: Path | None, name: str, samples: list[Any], checks: list[Check], **more: Any) -> None:
+    """Print the checks; write the record where ``path`` is given. ``more``: further JSON-able parts of the record."""
     for check in checks:
         print(
             f"{'holds' if check.holds else 'MISSED'}  {check.name}: {check.value}  (goal: {check.goal}) {check.reason}"
@@ -54,7 +54,7 @@ def write(path: Path | None, name: str, samples: list[Any], checks: list[Check])
     if path is not None:
         row = {
             "benchmark": name, "commit": commit(), "machine": machine(), "samples": samples,
-            "checks": [asdict(c) for c in checks],
+            "checks": [asdict(c) for c in checks], **more,
         }  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(row, indent=2) + "\n")

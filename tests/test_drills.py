@@ -172,7 +172,7 @@ def test_a_killed_trainer_leaves_no_process(tmp_path: Path, model: Path, mark: s
     """Killed while programs run in the sandbox, with children of their own: engine, sandboxes and programs end."""
     require("bwrap")
     c = config(
-        tmp_path, model, "Sleeps", warm_start={"demonstrations": 2},
+        tmp_path, model, "Sleeps", model={"max_context": 4000}, warm_start={"demonstrations": 2},
         rollout={"max_turn_tokens": 200, "max_episode_tokens": 400},
     )  # fmt: skip
     (tmp_path / "train.toml").write_text(settings.dump(c))
@@ -181,7 +181,7 @@ def test_a_killed_trainer_leaves_no_process(tmp_path: Path, model: Path, mark: s
         trainer = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(__file__).parents[1])
         try:
             end = time.monotonic() + 150
-            while len(programs := [p for p in descendants(trainer.pid) if _is_program(p)]) < 2:
+            while sum(map(_is_program, descendants(trainer.pid))) < 2:
                 assert trainer.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < end, (tmp_path / "log").read_text()
             everything = descendants(trainer.pid)
@@ -240,7 +240,7 @@ def test_an_environment_that_always_hangs_ends_the_run_with_the_first_error(
     c = config(
         tmp_path, model, "NeverReturns", env={"step_timeout": 0.3}, rollout={"failure_window": 8, "max_retries": 9}
     )
-    with pytest.raises(FailureBudgetError, match=r"3 of the last \d+ .* First failure: step of task") as failure:
+    with pytest.raises(FailureBudgetError, match=r"\d+ of the last \d+ .* First failure: step of task") as failure:
         run(c)
     assert isinstance(failure.value.__cause__, EnvError)
     assert len(events(c, "episode_failed")) >= 3

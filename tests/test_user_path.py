@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -42,9 +43,11 @@ def run(command: Sequence[str | Path], cwd: Path, *, code: int = 0) -> str:
     """The standard output of ``command``, in an environment that knows nothing of the checkout."""
     hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTEST_ADDOPTS", "PYTEST_PLUGINS")
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    started = time.perf_counter()
     done = subprocess.run(
         [str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900
     )
+    print(f"{time.perf_counter() - started:6.1f} s  {' '.join(str(c) for c in command)}")  # for `pytest -s`
     assert done.returncode == code, f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -91,7 +94,8 @@ def user(tmp_path: Path, smollm2: Path) -> Iterator[User]:
         (tmp_path / "work").mkdir()
         yield User(tmp_path / "work", venv / "bin")
     finally:
-        shutil.rmtree(venv)  # 1.5 GB; pytest would keep it for three runs
+        shutil.rmtree(venv)  # 1.5 GB, and checkpoints of as much: pytest would keep them for three runs
+        shutil.rmtree(tmp_path / "work", ignore_errors=True)
 
 
 def install(venv: Path, *what: str | Path) -> None:

@@ -1,0 +1,108 @@
+"""``areal-agents init NAME``: a package of the user's own, with an environment that runs and trains as it is.
+
+The template is itself a working package (``templates/env-package``), called ``my_env``: it is linted, type-checked and
+tested as it stands, and ``init`` copies it under another name.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import keyword
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from areal_agents.errors import ConfigError
+from areal_agents.registry import ENTRY_POINT_GROUP
+
+TEMPLATE = Path(__file__).resolve().parent / "templates" / "env-package"
+PLACEHOLDER = "my_env"
+MAX_NAME = 40
+_RESERVED = {"areal": "it is the namespace of the built-in environments", "tests": "it is the folder of the tests"}
+
+
+def init(name: str, into: Path | str = ".") -> Path:
+    """Write the package ``name`` to the new folder ``into/name`` and return that folder.
+
+    ``into`` is made if absent. The folder appears complete or not at all. Raises ConfigError for a name that cannot be
+    imported or is taken, a folder that exists, and a disk that refuses.
+    """
+    require_name(name)
+    folder = Path(into) / name
+    if folder.exists() or folder.is_symlink():
+        raise ConfigError(f"{folder} exists already: choose another name, another --into, or remove it")
+    require_free(name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as staging:
+            made = Path(staging) / name
+            made.mkdir()
+            for source in template_files():
+                target = made / rename(source.relative_to(TEMPLATE).as_posix(), name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(rename(source.read_text(encoding="utf-8"), name), encoding="utf-8")
+            shutil.move(made, folder)
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder}: {error.strerror}; choose another --into") from error
+    return folder
+
+
+def require_name(name: str) -> None:
+    """Raise ConfigError unless ``name`` is an ASCII identifier that a distribution and a namespace may have too."""
+    if len(name) > MAX_NAME:
+        raise ConfigError(f"the name {name[:MAX_NAME]!r}… has {len(name)} characters: at most {MAX_NAME} are allowed")
+    if re.fullmatch(r"[A-Za-z](\w*[A-Za-z0-9])?", name, re.ASCII) is None:
+        like = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_0123456789")
+        hint = f", for example {like!r}" if like else ""
+        raise ConfigError(
+            f"{name!r} is no package name: use letters, digits and inner underscores, a letter first{hint}"
+        )
+    if keyword.iskeyword(name):
+        raise ConfigError(f"{name!r} is a keyword of Python: choose another name, for example '{name}_env'")
+
+
+def require_free(name: str) -> None:
+    """Raise ConfigError where a package called ``name`` would hide, or be hidden by, another one."""
+    reason = _RESERVED.get(name.lower(), "")
+    if not reason and name in sys.stdlib_module_names:
+        reason = "it is a module of Python's standard library"
+    if not reason and any(e.name == name for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)):
+        reason = f"an installed package registers environments as {name}/…"
+    if not reason and name in sys.modules:
+        reason = "it is an importable module"
+    if not reason:
+        found = importlib.util.find_spec(name)
+        if found is not None and found.origin is not None:  # a namespace package (any folder) has no origin
+            reason = f"{found.origin} is imported by that name"
+    if reason:
+        raise ConfigError(f"the name {name!r} is taken: {reason}. Choose another, for example '{name}_env'")
+
+
+def template_files() -> list[Path]:
+    """The template's files, sorted; what Python and editors leave beside them is no part of it."""
+    files = [p for p in TEMPLATE.rglob("*") if p.suffix in (".py", ".toml", ".md") or p.name == ".gitignore"]
+    return sorted(files)
+
+
+def rename(text: str, name: str) -> str:
+    """``text`` of the template for a package called ``name``."""
+    return text.replace(PLACEHOLDER, name)
+
+
+def next_steps(folder: Path) -> str:
+    """What ``areal-agents init`` prints: the files, and the commands that come next."""
+    name = folder.name
+    files = "\n".join(f"  {p.relative_to(folder)}" for p in sorted(folder.rglob("*")) if p.is_file())
+    return f"""{folder}:
+{files}
+
+Next:
+  cd {folder}
+  pip install -e '.[test]'
+  python -m pytest
+  areal-agents check {name}/Boxes-v0
+  areal-agents train train.toml              # about a minute on two cores
+README.md goes on: eval, compare, rescore, replay."""
