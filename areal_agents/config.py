@@ -158,6 +158,8 @@ class LearnerConfig(Section):
     """Optimizer steps a batch."""
     token_budget: Count = 2048
     """Most tokens (padding included) in one micro-batch."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping its activations: less memory, a third slower."""
     logprob_chunk: Count = 512
     """Sampled positions whose logits exist at once."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

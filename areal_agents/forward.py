@@ -118,6 +118,19 @@ class Decoder:
                 module.register_forward_hook(_cast_under_autocast)
         self._probe()
 
+    def checkpoint_layers(self) -> None:
+        """From now on keep no layer's activations: the backward pass computes them again. Raises ModelError.
+
+        transformers does so in training mode only, which would also switch dropout on: so the layers alone, not what
+        is inside them, are set to it.
+        """
+        if not self.model.supports_gradient_checkpointing:
+            raise ModelError(f"{type(self.model).__name__} has no gradient checkpointing: switch it off")
+        self.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        for module in self.base.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
+
     def autocast(self, enabled: bool = True) -> torch.autocast:
         """bf16 autocast, or nothing in fp32. Its cache of cast weights lives until the outermost one exits."""
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled and self.dtype == torch.bfloat16)

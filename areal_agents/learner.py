@@ -8,7 +8,7 @@ All work runs in the learner's one worker thread, so the event loop goes on and 
 cancelled caller leaves its step running to the end. What waits: each call for the calls before it; ``publish`` also
 for one of two buffers, which is free again when an earlier ``publish`` context closes.
 
-Not covered: several processes, GPUs, LoRA, critics, a KL term, gradient checkpointing.
+Not covered: several processes, GPUs, LoRA, critics, a KL term.
 """
 
 from __future__ import annotations
@@ -211,7 +211,10 @@ class TorchLearner:
             torch.set_num_threads(self._threads)
 
     def _load(self) -> Decoder:
-        return Decoder(load_model(self.source), resolve_precision(self.config.precision))
+        decoder = Decoder(load_model(self.source), resolve_precision(self.config.precision))
+        if self.config.gradient_checkpointing:
+            decoder.checkpoint_layers()
+        return decoder
 
     def _new_optimizer(self, lr: float) -> torch.optim.AdamW:
         c = self.config

@@ -21,6 +21,7 @@ from areal_agents.config import AlgorithmConfig, LearnerConfig
 from areal_agents.errors import ModelError
 from areal_agents.learner import TorchLearner
 from areal_agents.objective import split_episodes
+from areal_agents.packing import pack_rows
 from areal_agents.weights import AttachedWeights
 from tests.learner_data import make_batch, naive_loss, row_logprobs
 from tests.tiny_models import save_tiny, tiny_model
@@ -240,6 +241,30 @@ def test_bf16_trains_the_fp32_masters_towards_the_same_place(tmp_path: Path) -> 
     assert all(t.dtype == torch.float32 for t in made.tensors().values())
     assert float(torch.cosine_similarity(moved, wanted, dim=0)) > 0.98
     assert float(moved.norm() / wanted.norm()) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradient_checkpointing_changes_nothing_but_what_is_kept(tmp_path: Path, precision: Any) -> None:
+    model = tiny_model(attention_dropout=0.5)  # the layers are in training mode then: dropout must stay off
+    batch = make_batch(model, noise=0.05)
+    c = SMOOTH.model_copy(update={"precision": precision, "token_budget": 64})
+    plain = learner(model, tmp_path / "a", c)
+    saving = learner(model, tmp_path / "b", c.model_copy(update={"gradient_checkpointing": True}))
+    kept: dict[str, int] = {}
+    for name, made in (("plain", plain), ("saving", saving)):
+        sizes: list[int] = []
+
+        def count(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            made._decoder.hidden(pack_rows([r.ids for r in batch.rows], token_budget=512, shared=True)[0])
+        kept[name] = sum(sizes)
+        run(made, lambda it: it.step(batch))
+    for name, tensor in plain.tensors().items():
+        assert torch.equal(tensor, saving.tensors()[name]), name
+    assert kept["saving"] < kept["plain"] / 4
 
 
 def test_the_warm_start_lowers_the_loss_and_leaves_the_version(tmp_path: Path) -> None:

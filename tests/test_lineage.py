@@ -114,7 +114,8 @@ def test_pruning_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
 
 def test_a_commit_that_cannot_be_understood_is_refused(tmp_path: Path) -> None:
     with RunFolder(tmp_path) as folder:
-        for text, message in (("{", "cannot be read"), ('{"schema_version": 9}', "schema_version 9"), ("[]", "schema_version None")):
+        cases = {"{": "cannot be read", '{"schema_version": 9}': "schema_version 9", "[]": "schema_version None"}
+        for text, message in cases.items():
             (tmp_path / "commit.json").write_text(text)
             with pytest.raises(CheckpointError, match=message):
                 folder.read_commit()
