@@ -156,10 +156,10 @@ class LearnerConfig(Section):
     """Largest gradient norm."""
     minibatches: Count = 1
     """Optimizer steps a batch."""
-    token_budget: Count = 2048
+    token_budget: Count = 1024
     """Most tokens (padding included) in one micro-batch."""
     gradient_checkpointing: bool = False
-    """Compute each layer again in the backward pass instead of keeping its activations: less memory, a third slower."""
+    """Compute each layer again in the backward pass, its activations are not kept: less memory, a quarter slower."""
     logprob_chunk: Count = 512
     """Sampled positions whose logits exist at once."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -34,7 +34,7 @@ def ours(asked: dict[str, Any]) -> dict[str, Any]:
             "max_turn_tokens": asked["tokens"], "temperature": 1.0,
         },
         "algorithm": {"advantage": "grpo", "normalize": True, "aggregation": "token"},
-        "learner": {"lr": asked["lr"], "precision": "bf16"},
+        "learner": {"lr": asked["lr"], "precision": "bf16"} | asked.get("learner", {}),
         "eval": {"n": 1},
     })  # fmt: skip
     asyncio.run(train(config, console=False))

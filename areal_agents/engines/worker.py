@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from areal_agents.engine import Health, UpdateReport
 from areal_agents.engines import protocol as p
 from areal_agents.errors import ArealError
+from areal_agents.malloc import trim
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -163,6 +164,7 @@ class Worker:
         dropped = self.scheduler.update(update.ref.version, mode=update.mode, kv=update.kv)
         seconds = time.perf_counter() - start
         self.send(p.Updated(update.id, UpdateReport(update.ref.version, seconds, running, dropped)))
+        trim()  # the old weights; a step's own buffers stay, see the client's environment
 
     def _swap_drained(self) -> None:
         for prepared in self._draining:
@@ -278,6 +280,7 @@ def _build(settings: p.Settings, inbox: Inbox, replies: BinaryIO) -> tuple[Worke
     model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
     weights = Weights.build(shape, model.state_dict(), dtype)
     del model
+    trim()
     decoder = Decoder(shape, weights, dtype, max_batch=settings.max_batch, max_context=max_context)
     scheduler = Scheduler(decoder, max_batch=settings.max_batch, kv_tokens=settings.kv_tokens, max_context=max_context)
     updater = Updater(shape, decoder, inbox)
