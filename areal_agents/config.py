@@ -55,6 +55,8 @@ class EngineConfig(Section):
     """Cores of the engine while the learner works; 0: half of them (all but one when there are more than four)."""
     request_timeout: Positive = 300.0
     """Seconds one generation request may take before it counts as an infrastructure error."""
+    hang_timeout: Positive = 60.0
+    """Seconds without a sign of life, while requests wait, after which the engine is killed and started again."""
     update_mode: Literal["inflight", "interrupt", "drain"] = "inflight"
     """Running requests at a weight update: go on with mixed versions, recompute their KV first, or finish before it."""
     kv: Literal["recompute", "keep"] = "recompute"

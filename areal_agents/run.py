@@ -48,7 +48,11 @@ async def open_run(
     async with contextlib.AsyncExitStack() as stack:
         tracker = stack.enter_context(_tracker(config, commit, console=console))
         engine = await stack.enter_async_context(
-            SupervisedEngine(_engine_starter(config, model, cores, commit), event=tracker.event)
+            SupervisedEngine(
+                _engine_starter(config, model, cores, commit),
+                event=tracker.event,
+                hang_seconds=config.engine.hang_timeout,
+            )
         )
         learner = TorchLearner(
             model,
