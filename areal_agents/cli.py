@@ -17,6 +17,7 @@ from typing import Any
 import tyro
 
 from areal_agents.commands import Command, UsageError
+from areal_agents.display import plain
 from areal_agents.errors import ArealError, Interrupted
 
 DESCRIPTION = """An agentic multi-turn RL gym and trainer for language models.
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or not all(isinstance(e, ArealError) for e in deliberate):
             raise
         for message in dict.fromkeys(str(e) for e in deliberate):
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {plain(message)}", file=sys.stderr)  # it may quote what a model said
         return 1
     finally:
         warnings.formatwarning = usual

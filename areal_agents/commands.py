@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from areal_agents.display import plain
 from areal_agents.errors import ArealError, Interrupted
 from areal_agents.run_commands import Replay, Rescore
 
@@ -42,6 +43,11 @@ class Train:
 
         config = settings.load(self.config or None, overrides)
         registry.spec(config.env.id)  # a typo is answered before torch is imported
+        inside = Path(self.config).expanduser().parent
+        if self.resume and (inside / "commit.json").exists() and inside.resolve() != config.out.resolve():
+            raise UsageError(
+                f"{self.config} belongs to a run in {inside} but says out = {config.out}: add --out {inside}"
+            )
         from areal_agents.train import train
 
         try:
@@ -151,7 +157,7 @@ class Eval:
 
         assert self.compare is not None
         comparison = compare(*self.compare, common=self.common)
-        print(comparison.table())
+        print(plain(comparison.table()))
         return comparison.to_json()
 
     def _run(self) -> Any:
@@ -318,7 +324,7 @@ def split_of(env: str) -> tuple[str, str]:
 
 
 def write_json(value: Any, path: Path | None) -> None:
-    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=True, allow_nan=False)
     if path is None:
         print(text)
         return

@@ -2,7 +2,7 @@
 
     areal-agents demo [--seed 0] [--out runs/demo] [--SECTION.NAME VALUE …]
 
-Evaluates on held-out tasks, warm-starts on scripted demonstrations, trains with asynchronous GRPO, evaluates again,
+Evaluates on held-out tasks, warm-starts on scripted demonstrations, trains by asynchronous RL, evaluates again,
 and leaves ``summary.json`` and ``learning_curve.png`` in the run's folder.
 """
 
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents import settings
+from areal_agents.errors import ConfigError
 from areal_agents.evaluate import EvalReport
+from areal_agents.lineage import RunFolder
 from areal_agents.plot import HeldOut, plot
-from areal_agents.resume import refuse_taken
 from areal_agents.train import RunResult, run_training
 
 NAMES = {"before": "before", "warm_start": "after warm start", "after_rl": "after RL"}
@@ -33,19 +34,31 @@ def demo(overrides: Sequence[str] = (), *, resume: bool = False) -> dict[str, An
     started = float(os.environ.get("AREAL_DEMO_START", time.time()))
     setup = time.time() - started
     config = settings.load("demo", overrides)
-    marker = config.out / ".demo"
-    if marker.exists() and not resume:
-        shutil.rmtree(config.out)
-    if not resume:
-        refuse_taken(config)
-    config.out.mkdir(parents=True, exist_ok=True)
-    marker.touch()
+    claim(config.out, resume=resume)
     result = run_training(config, resume=resume)
     summary = summarize_run(result, setup=setup, total=time.time() - started)
     (result.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     curve = plot(result.out, _points(result.reports, config.steps), title="areal/Arithmetic-v0, SmolLM2-135M-Instruct")
     print(report(result, summary, curve))
     return summary
+
+
+def claim(out: Path, *, resume: bool) -> None:
+    """Make ``out`` this demo's folder: a new one, or an earlier demo's, emptied unless ``resume``.
+
+    Raises ConfigError where it holds anything else, or where a process is writing it.
+    """
+    marker = out / ".demo"
+    if out.exists() and any(out.iterdir()) and not marker.exists():
+        raise ConfigError(f"{out} is no demo's folder and not empty: choose another --out, or remove it")
+    with RunFolder(out):  # its lock file stays: a process that opened it a moment ago holds the same one
+        if not resume:
+            for path in out.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    path.unlink()
+        marker.touch()
 
 
 def summarize_run(result: RunResult, *, setup: float, total: float) -> dict[str, Any]:

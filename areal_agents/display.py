@@ -26,6 +26,11 @@ def summary(values: Mapping[str, float], kind: str) -> str:
     return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 
+def plain(text: str) -> str:
+    """``text`` safe for a terminal: control, format and other unprintable characters as escapes, newlines kept."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def clock(seconds: float) -> str:
     """``2:05`` or ``1:02:05``."""
     minutes, s = divmod(max(0, round(seconds)), 60)

@@ -285,7 +285,8 @@ def _finite(value: Any, where: str) -> float:
 def _with_statuses(message: AssistantMessage, info: Info) -> AssistantMessage:
     """``message`` with what the environment found out about its calls: an unknown tool, invalid arguments (T7)."""
     results = info.get("tool_results", ())
-    if len(results) != len(message.tool_calls):
+    shaped = all(isinstance(r, Mapping) and "status" in r for r in results)
+    if not shaped or len(results) != len(message.tool_calls):
         return message
     calls = tuple(
         replace(call, status=result["status"])

@@ -124,11 +124,15 @@ class Decoder:
         transformers does so in training mode only, which would also switch dropout on: so the layers alone, not what
         is inside them, are set to it.
         """
-        if not self.model.supports_gradient_checkpointing:
-            raise ModelError(f"{type(self.model).__name__} has no gradient checkpointing: switch it off")
-        self.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        model, name = self.model, type(self.model).__name__
+        if not model.supports_gradient_checkpointing:
+            raise ModelError(f"{name} has no gradient checkpointing: set learner.gradient_checkpointing = false")
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": False})
         for module in self.base.modules():
             if getattr(module, "gradient_checkpointing", False):
+                if any("dropout" in key and isinstance(p, float) and p > 0 for key, p in vars(module).items()):
+                    raise ModelError(f"{name}'s layers drop out themselves: set learner.gradient_checkpointing = false")
                 module.training = True
 
     def autocast(self, enabled: bool = True) -> torch.autocast:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import resource
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 
 from areal_agents import losses
@@ -33,8 +33,9 @@ from areal_agents.batch import Batch, Row
 from areal_agents.checkpoint import atomic_folder, read_weights, write_model
 from areal_agents.config import AlgorithmConfig, LearnerConfig
 from areal_agents.engine import WeightsRef
-from areal_agents.errors import ModelError
+from areal_agents.errors import CheckpointError, ModelError
 from areal_agents.forward import Decoder, Scores, load_model
+from areal_agents.malloc import peak_mib
 from areal_agents.objective import (
     Denominators,
     Tokens,
@@ -264,7 +265,7 @@ class TorchLearner:
             "tokens_forward": float(forwarded),
             "seconds": seconds,
             "tokens_per_second": forwarded / seconds,
-            "memory_peak_mb": _memory_peak(),
+            "memory_peak_mb": peak_mib(),
             **{f"off_policy/{name}": value for name, value in stats.result().items()},
         }
 
@@ -303,7 +304,7 @@ class TorchLearner:
             "rows": float(len(rows)),
             "tokens_forward": float(forwarded),
             "seconds": time.perf_counter() - start,
-            "memory_peak_mb": _memory_peak(),
+            "memory_peak_mb": peak_mib(),
         }
 
     def _backward(
@@ -373,11 +374,18 @@ class TorchLearner:
         return out, sum(p.tokens for p in packs)
 
     def _write(self, path: Path, dtype: torch.dtype, *, state: bool) -> None:
-        with atomic_folder(path) as folder:
-            write_model(folder, self.tensors(), source=self.source, dtype=dtype)
-            if state:
-                optimizer = self._optimizer.state_dict()
-                torch.save({"version": self._version, "seed": self.seed, "optimizer": optimizer}, folder / STATE)
+        try:
+            with atomic_folder(path) as folder:
+                write_model(folder, self.tensors(), source=self.source, dtype=dtype)
+                if state:
+                    optimizer = self._optimizer.state_dict()
+                    torch.save({"version": self._version, "seed": self.seed, "optimizer": optimizer}, folder / STATE)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
 
     def _read(self, path: Path) -> None:
         if not (path / STATE).is_file():
@@ -390,8 +398,3 @@ class TorchLearner:
 
 def _chunks(n: int, size: int) -> list[slice]:
     return [slice(s, min(s + size, n)) for s in range(0, n, size)]
-
-
-def _memory_peak() -> float:
-    """The process's largest resident size so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from areal_agents import exact_json
 from areal_agents.buffer import BufferState, Ticket
 from areal_agents.checkpoint import atomic_folder, write_atomically
 from areal_agents.errors import CheckpointError, ConfigError
@@ -105,14 +106,29 @@ class RunFolder:
         try:
             return Commit.from_json(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
+            if self.checkpoints.is_dir() and any(_step_of(f.name) is not None for f in self.checkpoints.iterdir()):
+                # No moment of a run leaves this: the first commit comes before the first checkpoint.
+                raise CheckpointError(
+                    f"{self.out} holds checkpoints but no commit.json, without which nothing says what belongs to the "
+                    "run: put the file back, or start a new run in another folder"
+                ) from None
             return None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({type(error).__name__}: {error}): put a copy back, or start a new run"
             ) from error
 
+    def write_settings(self, toml: str) -> None:
+        """Replace ``config.toml``. Raises CheckpointError where it cannot be written; the old one stays."""
+        try:
+            write_atomically(self.out / "config.toml", toml)
+        except OSError as error:
+            raise CheckpointError(f"{self.out / 'config.toml'} cannot be written: {error}") from error
+
     def clean(self, commit: Commit) -> None:
-        """Remove checkpoints that were never committed, and the remains of half-written ones."""
+        """Remove checkpoints that were never committed, and the remains of half-written folders."""
+        for folder in self.out.glob(".model.*"):
+            shutil.rmtree(folder, ignore_errors=True)
         if not self.checkpoints.is_dir():
             return
         for folder in self.checkpoints.iterdir():
@@ -223,6 +239,7 @@ def _write_rollouts(folder: Path, state: RolloutState | None) -> None:
             "drawn": state.tasks.drawn,
             "again": [_task(t) for t in state.tasks.again],
             "requeued": state.tasks.requeued,
+            "recent": state.tasks.recent,
         },
     }
     (folder / "rollouts.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -235,7 +252,7 @@ def _rollouts_from_json(row: Mapping[str, Any], records: list[Record]) -> Rollou
     groups = tuple(
         Group(
             g["id"],
-            Task(**g["task"]),
+            _task_of(g["task"]),
             tuple(t for _, t in sorted(episodes[g["order"]].items()) if t is not None),
             g["version"],
             g["order"],
@@ -245,7 +262,7 @@ def _rollouts_from_json(row: Mapping[str, Any], records: list[Record]) -> Rollou
     open = tuple(
         OpenGroup(
             Ticket(g["order"], g["version"]),
-            Task(**g["task"]),
+            _task_of(g["task"]),
             {**dict.fromkeys(g["failed"]), **episodes.get(g["order"], {})},
         )
         for g in row["open"]
@@ -262,12 +279,20 @@ def _rollouts_from_json(row: Mapping[str, Any], records: list[Record]) -> Rollou
         ),
         open,
         StreamState(
-            stream["size"], stream["drawn"], tuple(Task(**t) for t in stream["again"]), tuple(stream["requeued"])
+            stream["size"],
+            stream["drawn"],
+            tuple(_task_of(t) for t in stream["again"]),
+            tuple(stream["requeued"]),
+            tuple(stream["recent"]),
         ),
         tuple(row["tasks_lost"]),
     )
 
 
 def _task(task: Task) -> dict[str, Any]:
-    """The payload is strict JSON: ``content_hash`` saw to that."""
-    return {**{f.name: getattr(task, f.name) for f in dataclasses.fields(task)}, "payload": dict(task.payload)}
+    row = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
+    return row | {"payload": exact_json.dumps(dict(task.payload))}
+
+
+def _task_of(row: Mapping[str, Any]) -> Task:
+    return Task(**{**row, "payload": exact_json.loads(row["payload"])})

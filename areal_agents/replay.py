@@ -12,6 +12,7 @@ same tokens again.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import traceback
@@ -20,11 +21,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from areal_agents.chat import ChatFormat, Conversation
+from areal_agents.display import plain
 from areal_agents.env import AgentEnv
 from areal_agents.episode import outcomes_of
 from areal_agents.errors import ArealError
 from areal_agents.host import EnvHost
-from areal_agents.saved_run import as_sampled, plain
+from areal_agents.saved_run import as_sampled
 from areal_agents.trajectories import Record
 from areal_agents.types import AssistantMessage, Image, Info, Message, Observation, Text, ToolCall, Turn
 
@@ -92,15 +94,17 @@ async def replay(
     seed: int,
     fmt: ChatFormat | None = None,
     step_timeout: float = 60.0,
+    max_turns: int | None = None,
 ) -> ReplayReport:
     """Play the record's messages in an environment of ``make_env`` and compare.
 
     ``fmt``: the run's chat format; with it, prompts are rebuilt and completions parsed again. ``step_timeout``:
-    seconds for one reset or step. An exception of the environment is a difference; an ArealError (a sandbox that
-    fails, a step that hangs) says nothing about the episode and is raised.
+    seconds for one reset or step. ``max_turns``: the runner's limit in the run, which tells its end by turns from the
+    environment's own; None where nobody knows it. An exception of the environment is a difference; an ArealError (a
+    sandbox that fails, a step that hangs) says nothing about the episode and is raised.
     """
     host = EnvHost()
-    playback = _Playback(record, make_env, fmt, step_timeout, host)
+    playback = _Playback(record, make_env, fmt, step_timeout, host, max_turns)
     try:
         await playback.play(seed)
     finally:
@@ -133,11 +137,13 @@ class _Playback:
     """The state of one replay. Every call into the environment goes through ``_env``."""
 
     def __init__(
-        self, record: Record, make_env: Callable[[], AgentEnv], fmt: ChatFormat | None, timeout: float, host: EnvHost
-    ) -> None:
+        self, record: Record, make_env: Callable[[], AgentEnv], fmt: ChatFormat | None, timeout: float, host: EnvHost,
+        max_turns: int | None,
+    ) -> None:  # fmt: skip
         self.trajectory = record.trajectory
         self.differences: list[Difference] = []
         self._make_env, self._fmt, self._timeout, self._host = make_env, fmt, timeout, host
+        self._max_turns = max_turns
         self._environment: AgentEnv | None = None
         self._conversation: Conversation | None = None
         self._earned = _Earned([], [])
@@ -159,7 +165,9 @@ class _Playback:
     async def close(self) -> None:
         environment = self._environment
         if environment is not None:
-            await self._host.call(environment.aclose, timeout=self._timeout, what="close")
+            last = max(0, len(self._earned.rewards) - 1)
+            with contextlib.suppress(_Raised):
+                await self._env(last, environment.aclose, "close")
 
     async def _open(self, seed: int) -> Observation:
         async def create() -> tuple[Observation, Info]:
@@ -204,8 +212,8 @@ class _Playback:
         if last and observation != self.trajectory.final_observation:
             # Noted at this turn: it is what followed it, and no later turn shows it.
             self._differ(k, "observation", _diff(_lines(self.trajectory.final_observation), _lines(observation)))
-        self._earned.rewards.append(float(reward))
-        self._earned.components.append(_components(info))
+        self._earned.rewards.append(self._number(k, reward))
+        self._earned.components.append({name: self._number(k, x) for name, x in info.get("components", {}).items()})
         ended = bool(terminated or truncated)
         if ended and not last:
             reason = info.get("stop_reason", "answer" if terminated else "max_turns")
@@ -226,10 +234,10 @@ class _Playback:
         t, environment = self.trajectory, self._env_of()
         if terminated or truncated:
             reason = info.get("stop_reason", "answer" if terminated else "max_turns")
-        elif t.truncated and not t.terminated:
+        elif self._ended_by_the_runner():
             extra, info = await self._env(k, lambda: environment.afinish(t.stop_reason), "finish")
-            self._earned.rewards[k] += float(extra)
-            self._earned.components[k] |= _components(info)
+            self._earned.rewards[k] += self._number(k, extra)
+            self._earned.components[k] |= {n: self._number(k, x) for n, x in info.get("components", {}).items()}
             truncated, reason = True, t.stop_reason
         else:
             self._differ(k, "ending", f"the record ends here ({t.stop_reason}); the environment goes on")
@@ -239,7 +247,15 @@ class _Playback:
         )
         credit = info.get("turn_rewards")
         if credit is not None:
-            self._earned.rewards, self._earned.credited = [float(x) for x in credit], True
+            self._earned.rewards, self._earned.credited = [self._number(k, x) for x in credit], True
+
+    def _ended_by_the_runner(self) -> bool:
+        t, limit = self.trajectory, self._max_turns
+        if not t.truncated or t.terminated:
+            return False
+        return t.stop_reason in ("context", "tokens") or (
+            t.stop_reason == "max_turns" and (limit is None or len(t.turns) >= limit)
+        )
 
     def _compare_rewards(self, last: int) -> None:
         """Turn by turn. Known only now: an end may replace the rewards of all turns."""
@@ -255,6 +271,13 @@ class _Playback:
             if dict(turn.components) != earned.components[k]:
                 self._differ(k, "components", _diff(_pairs(dict(turn.components)), _pairs(earned.components[k])))
         self.differences.sort(key=lambda d: d.turn)  # stable: within a turn, in the order of its events
+
+    def _number(self, k: int, value: Any) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            self._differ(k, "exception", f"the reward or component {value!r} is not a number")
+            raise _Raised from error
 
     def _expect(self, k: int, what: What, recorded: object, replayed: object) -> None:
         if recorded != replayed:
@@ -278,10 +301,6 @@ class _Playback:
             trace = "".join(traceback.format_exception(error)).splitlines()[-_DIFF_LINES:]
             self._differ(k, "exception", f"{label} raised:\n" + _cut(trace))
             raise _Raised from error
-
-
-def _components(info: Info) -> dict[str, float]:
-    return {name: float(value) for name, value in info.get("components", {}).items()}
 
 
 def _ending(terminated: bool, truncated: bool, reason: str) -> str:

@@ -231,7 +231,10 @@ class _Scorer:
         status = "failed"
         try:
             verdict = await judge(self._reward, episode_of(record, self._answer))
-        except Exception as error:  # noqa: BLE001  a boundary: the author's code; counted and shown
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # ours, not the author's
             summary = "".join(traceback.format_exception_only(error)).strip()
             trace = "".join(traceback.format_exception(error))
             self.failures[place] = Failure(t.id, summary, trace)

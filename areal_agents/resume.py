@@ -23,7 +23,7 @@ tasks come, what the stored episodes and evaluations mean, or are part of the op
 
 def refuse_taken(config: TrainConfig) -> None:
     """Raise ConfigError where ``config.out`` holds another run: nothing of it may be overwritten or mixed up."""
-    if (config.out / "config.toml").exists():
+    if (config.out / "config.toml").exists() or (config.out / "commit.json").exists():
         raise ConfigError(
             f"{config.out} holds another run: go on with it by --resume, choose another --out, or remove the folder"
         )
@@ -39,6 +39,10 @@ def begin(folder: RunFolder, config: TrainConfig, *, resume: bool) -> tuple[Comm
         refuse_taken(config)
         return None, {}
     if not (config.out / "config.toml").exists():
+        if (config.out / "commit.json").exists():
+            raise ConfigError(
+                f"{config.out} holds a run without its config.toml: put the file back, or choose another --out"
+            )
         return None, {}
     changes = differences(settings.load(config.out / "config.toml"), config)
     wrong = [key for key in changes if not key.startswith(MAY_CHANGE)]
@@ -53,9 +57,10 @@ def begin(folder: RunFolder, config: TrainConfig, *, resume: bool) -> tuple[Comm
     if commit.step > config.steps:
         raise ConfigError(f"{config.out} has {commit.step} steps behind it, but steps = {config.steps}: raise steps")
     folder.clean(commit)
-    if commit.step < config.steps:  # also a finished run that is to go on: its last evaluation was not the last
+    if commit.complete and commit.step < config.steps:  # it is to go on: its last evaluation was not the last
         reports = {label: r for label, r in commit.reports.items() if label != "after_rl"}
         commit = dataclasses.replace(commit, complete=False, reports=reports)
+        folder.commit(commit)  # before the logs are cut back behind that evaluation
     return commit, changes
 
 

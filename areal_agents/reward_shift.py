@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from areal_agents.advantages import ADVANTAGES, EpisodeRewards
 from areal_agents.config import AlgorithmConfig
+from areal_agents.display import plain
 from areal_agents.rescore import Outcome, Rescored
-from areal_agents.saved_run import columns, plain
+from areal_agents.saved_run import columns
 from areal_agents.statistics import kendall_tau_b, spearman
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -219,7 +220,8 @@ def advantage_shift(episodes: Sequence[Rescored], algorithm: AlgorithmConfig) ->
         before = _signs([e.old_K for e in group], algorithm)
         after = _signs([e.new_K or () for e in group], algorithm)
         had, has = any(s.any() for s in before), any(s.any() for s in after)
-        signal.update({"old": had, "new": has, "lost": had and not has, "gained": has and not had})
+        for name, yes in {"old": had, "new": has, "lost": had and not has, "gained": has and not had}.items():
+            signal[name] += int(yes)
         for e, old_K, new_K in zip(group, before, after, strict=True):
             _count_changes(counts, e, old_K, new_K)
     return AdvantageShift(

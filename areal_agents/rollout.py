@@ -48,12 +48,14 @@ def group_seed(seed: int, order: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
-    """A task stream's place. ``size`` guards against another task set."""
+    """A task stream's place. ``size`` and ``recent`` guard against another task set."""
 
     size: int
     drawn: int
     again: tuple[Task, ...]
     requeued: tuple[str, ...]
+    recent: tuple[str, ...]
+    """Content hashes of the tasks drawn last."""
 
 
 class TaskStream:
@@ -65,6 +67,7 @@ class TaskStream:
         self._tasks = tasks
         self._rng = random.Random(seed)
         self._drawn = 0
+        self._recent: deque[int] = deque(maxlen=16)
         self._order: list[int] = []
         self._again: deque[Task] = deque()
         self._requeued: set[str] = set()
@@ -77,7 +80,8 @@ class TaskStream:
             self._order = list(range(len(self._tasks)))
             self._rng.shuffle(self._order)
         self._drawn += 1
-        return self._order.pop()
+        self._recent.append(self._order.pop())
+        return self._recent[-1]
 
     def requeue(self, task: Task) -> bool:
         """Queue a discarded task again, once. False where it has had its second chance."""
@@ -88,7 +92,8 @@ class TaskStream:
         return True
 
     def state(self) -> StreamState:
-        return StreamState(len(self._tasks), self._drawn, tuple(self._again), tuple(sorted(self._requeued)))
+        recent = tuple(self._tasks[i].content_hash for i in self._recent)
+        return StreamState(len(self._tasks), self._drawn, tuple(self._again), tuple(sorted(self._requeued)), recent)
 
     def restore(self, state: StreamState) -> None:
         """Go on from ``state``, in a new stream of the same tasks and seed. Raises ConfigError for other tasks."""
@@ -99,6 +104,11 @@ class TaskStream:
             )
         for _ in range(state.drawn):
             self._draw()
+        if tuple(self._tasks[i].content_hash for i in self._recent) != state.recent:
+            raise ConfigError(
+                "the training split's tasks are not those that the checkpoint was made with: resume with the same "
+                "tasks, or start a new run"
+            )
         self._again, self._requeued = deque(state.again), set(state.requeued)
 
 
@@ -209,7 +219,10 @@ class EpisodeRunner:
 
     async def close(self) -> None:
         """End what environments share (sandbox pools) and stop the host."""
-        await self._host.close(_close_sandboxes)
+        try:
+            await self._host.close(_close_sandboxes)
+        except InfraError as error:  # noted, not raised: it must not hide why the run ends
+            self._event("close_failed", error=type(error).__name__, detail=str(error))
 
 
 def _where(error: ArealError) -> dict[str, object]:
@@ -261,6 +274,7 @@ class Rollouts:
         self._changed = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
         self._open: dict[int, OpenGroup] = {}
+        self._closed = False
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def _notify(self) -> None:
@@ -269,7 +283,7 @@ class Rollouts:
 
     def start(self) -> None:
         """Admit whatever may start now."""
-        while self.buffer.can_admit():
+        while not self._closed and self.buffer.can_admit():
             self._launch(OpenGroup(self.buffer.admit(), self.tasks.next()))
 
     def state(self) -> RolloutState:
@@ -354,6 +368,7 @@ class Rollouts:
 
     async def close(self) -> None:
         """Cancel what still runs and wait for its end."""
+        self._closed = True
         running = list(self._running)
         for task in running:
             task.cancel()

@@ -142,7 +142,7 @@ class Run:
         return report.seconds
 
     async def warm_start(self) -> None:
-        """Cross-entropy on scripted demonstrations, through the same learner; committed at its end."""
+        """Cross-entropy on scripted demonstrations, through the same learner. The caller saves it."""
         config, w = self.config, self.config.warm_start
         tasks = TaskStream(self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1)
         runner = self._runner(self._expert)
@@ -168,7 +168,6 @@ class Run:
         await self.publish()
         await self.engine.set_threads(self.cores.total)
         self.warm_started = True
-        await self.save(None)
 
     async def save(self, rollouts: Rollouts | None) -> None:
         """Checkpoint and commit the state between two steps. Rollouts go on meanwhile."""
@@ -185,8 +184,9 @@ class Run:
         self.folder.commit(commit)
         self.commit = commit
 
-    def finish(self) -> None:
+    async def finish(self) -> None:
         """Commit that nothing is left to do. The mark stays before the last evaluation: more steps may follow."""
+        await asyncio.to_thread(self.tracker.mark)  # for what it raises and syncs: that evaluation's files
         self._commit(replace(self.commit, reports=dict(self.reports), complete=True))
 
     async def evaluate(self, label: str, *, step: int = 0) -> EvalReport:

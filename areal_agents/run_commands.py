@@ -160,7 +160,8 @@ class Replay:
         return self._list(run) if self.list else self._replay(run)
 
     def _list(self, run: SavedRun) -> int:
-        from areal_agents.saved_run import columns, plain
+        from areal_agents.display import plain
+        from areal_agents.saved_run import columns
 
         rows = [["episode", "step", "task", "reward", "turns", "ended"]]
         found = 0
@@ -181,12 +182,18 @@ class Replay:
 
     def _replay(self, run: SavedRun) -> int:
         from areal_agents.chat import ChatFormat
+        from areal_agents.commands import UsageError
         from areal_agents.replay import replay
         from areal_agents.rollout import prove_sandbox
 
         record = run.episode(self.kind, self.episode)
         seed = run.env_seed(record) if self.seed is None else self.seed
         sandbox = self.sandbox or run.sandbox
+        if sandbox == "unsafe_local" != self.sandbox:  # the folder may be somebody else's, and its code a model's
+            raise UsageError(
+                f"{run.out} was run in the sandbox unsafe_local, which contains nothing: name one, "
+                "--sandbox bubblewrap, or --sandbox unsafe_local where the recorded code may run on this machine"
+            )
         folder = run.model_folder()
         spec = run.spec
 
@@ -198,6 +205,7 @@ class Replay:
                 seed=seed,
                 fmt=None if folder is None else ChatFormat.load(folder),
                 step_timeout=run.step_timeout,
+                max_turns=run.max_turns,
             )
             print(report.text())
             return 0 if report.identical else 1

@@ -45,6 +45,8 @@ class SavedRun:
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
     step_timeout: float = 60.0
     """Seconds for one reset or step."""
+    max_turns: int | None = None
+    """The runner's own limit on turns; None for an evaluation, whose report does not say."""
     algorithm: AlgorithmConfig | None = None
     """None for an evaluation: nothing was trained."""
 
@@ -54,8 +56,9 @@ class SavedRun:
         if (out / "config.toml").is_file():
             c = settings.load(out / "config.toml")
             return cls(
-                out, c.env.id, c.seed, c.model.path, c.env.sandbox, c.env.kwargs, c.env.step_timeout, c.algorithm
-            )
+                out, c.env.id, c.seed, c.model.path, c.env.sandbox, c.env.kwargs, c.env.step_timeout,
+                c.rollout.max_turns, c.algorithm,
+            )  # fmt: skip
         try:
             row = json.loads((out / "report.json").read_text(encoding="utf-8"))
             return cls(out, str(row["env"]), int(row["seed"]), str(row["model"]))
@@ -73,7 +76,10 @@ class SavedRun:
 
     def make_env(self, *, sandbox: str | None = None) -> AgentEnv:
         """A new environment, made as the run made its own. Raises RegistryError."""
-        return env_maker(self.spec, sandbox=sandbox or self.sandbox, kwargs=self.env_kwargs)()
+        kwargs = dict(self.env_kwargs)
+        if sandbox and "sandbox" in kwargs:
+            kwargs["sandbox"] = sandbox
+        return env_maker(self.spec, sandbox=sandbox or self.sandbox, kwargs=kwargs)()
 
     def env_seed(self, record: Record) -> int:
         """The seed that the episode's environment was reset with: it follows from the run's seed and the ids.
@@ -155,11 +161,6 @@ def _as_sampled(call: ToolCall) -> ToolCall:
         return call
     blocks = find_blocks(call.raw)
     return replace(call, status=blocks[0].status) if blocks else call
-
-
-def plain(text: str) -> str:
-    """``text`` safe for a terminal: control, format and other unprintable characters as escapes, newlines kept."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

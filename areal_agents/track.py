@@ -121,8 +121,7 @@ class _Writer:
             raise unwritable(path, error) from error
 
     def _raise(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
+        if (error := self._error) is not None:  # for good: no mark may be taken over the hole that it left
             reason = str(error) if isinstance(error, ArealError) else f"{type(error).__name__}: {error}"
             raise ArealError(f"the run's files cannot be written: {reason}") from error
 

@@ -82,7 +82,7 @@ async def _run(
 ) -> dict[str, EvalReport]:
     """All phases; each is skipped where the commit has it already."""
     async with open_run(config, folder, stop, commit=commit, console=console) as run:
-        (config.out / "config.toml").write_text(settings.dump(config))
+        folder.write_settings(settings.dump(config))
         if commit is not None:
             run.tracker.event("resumed", step=commit.step, changed={k: new for k, (_, new) in changes.items()})
             run.tracker.message(f"resumed at step {commit.step} of {config.steps}")
@@ -90,17 +90,20 @@ async def _run(
         if config.warm_start.demonstrations:
             if not run.warm_started:
                 await stop.race(run.warm_start())
+                await run.save(None)
             await stop.race(run.evaluate("warm_start"))
         await learn(run)
         await stop.race(run.evaluate("after_rl", step=config.steps))
         await run.learner.export(config.out / "model")
-        run.finish()
+        await run.finish()
         return dict(run.reports)
 
 
 def _how_to_go_on(config: TrainConfig, folder: RunFolder, stop: Stop) -> str:
-    commit = folder.read_commit() or Commit()
     name = stop.signal.name if stop.signal else "a signal"
+    if not (config.out / "config.toml").exists():
+        return f"stopped by {name} before anything was begun"
+    commit = folder.read_commit() or Commit()
     saved = f"step {commit.step} of {config.steps} is saved" if commit.step else "no step was finished"
     return f"stopped by {name}; {saved}. Go on with:\n  areal-agents train {config.out / 'config.toml'} --resume"
 
@@ -121,7 +124,7 @@ async def learn(run: Run) -> None:
         _restore(run, rollouts)
         rollouts.start()
         run.tracker.start_clock()
-        await _evaluate_if_due(run, run.learner.version)
+        await _evaluate_if_due(run, run.learner.version, rollouts)
         for step in range(run.learner.version + 1, config.steps + 1):
             watch = Stopwatch()
             try:
@@ -134,7 +137,7 @@ async def learn(run: Run) -> None:
                 await run.save(rollouts)
             if run.stop.requested:
                 raise StopRequested
-            await _evaluate_if_due(run, step)
+            await _evaluate_if_due(run, step, rollouts)
     finally:
         await rollouts.close()
 
@@ -154,10 +157,14 @@ def _restore(run: Run, rollouts: Rollouts) -> None:
     )
 
 
-async def _evaluate_if_due(run: Run, step: int) -> None:
+async def _evaluate_if_due(run: Run, step: int, rollouts: Rollouts) -> None:
     every = run.config.eval.every
     if every and step and step % every == 0 and step < run.config.steps:
-        await run.stop.race(run.evaluate(f"step_{step}", step=step))
+        try:
+            await run.stop.race(run.evaluate(f"step_{step}", step=step))
+        except StopRequested:
+            await run.save(rollouts)
+            raise
 
 
 async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, watch: Stopwatch) -> None:

@@ -62,14 +62,15 @@ class WandbLog:
         self._started, self._failed = started, failed
         self._queue: queue.SimpleQueue[Point | None] = queue.SimpleQueue()
         last = self._last()
-        self._same = go_on and last.get("project") == project and bool(last.get("id"))
+        # Rows of a session without W&B, or lost with a killed one, are missing there: then all are sent to a new run.
+        self._same = go_on and last.get("project") == project and bool(last.get("id")) and last.get("rows") == len(rows)
         self._id: str = last["id"] if self._same else secrets.token_hex(4)
         name = os.environ.get("WANDB_NAME") or out.resolve().name
         step = max((step for _, step, _, _ in rows), default=0)
         self._name = last["name"] if self._same else f"{name}-resumed-at-{step}" if rows else name
         self._group: str = last.get("group") or os.environ.get("WANDB_RUN_GROUP") or f"{name}-{self._id}"
-        self._state = {"project": project, "id": self._id, "name": self._name, "group": self._group}
         self._row = len(rows) if self._same else 0
+        self._state = {"project": project, "id": self._id, "name": self._name, "group": self._group}
         for point in () if self._same else rows:
             self._queue.put(point)
         self._thread = threading.Thread(target=self._work, name="areal-wandb", daemon=True)
@@ -89,7 +90,7 @@ class WandbLog:
 
     def _work(self) -> None:
         try:
-            self._save(self._state)
+            self._save({**self._state, "rows": self._row})
             self._run()
         except Exception as error:  # noqa: BLE001 - reported; W&B is no reason to stop training
             self._failed(f"{type(error).__name__}: {error}")
@@ -123,6 +124,7 @@ class WandbLog:
                     row = {"step": step, "_timestamp": wall_time, **{f"{kind}/{k}": v for k, v in values.items()}}
                     run.log(row, step=self._row, commit=True)
                     self._row += 1
+                    self._save({**self._state, "rows": self._row})
             finally:
                 run.finish()
         finally:
@@ -136,7 +138,7 @@ class WandbLog:
             return {}
         return state if isinstance(state, dict) else {}
 
-    def _save(self, state: Mapping[str, str]) -> None:
+    def _save(self, state: Mapping[str, str | int]) -> None:
         part = self._file.with_name(".wandb.json.tmp")
         part.write_text(json.dumps(state) + "\n", encoding="utf-8")
         part.replace(self._file)

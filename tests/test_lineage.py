@@ -34,10 +34,11 @@ def state() -> RolloutState:
     buffered = Group("g3", task(3), (episode(3, 0), episode(3, 1)), 1, 3)
     running = OpenGroup(Ticket(4, 2), task(4), {1: episode(4, 1), 0: None})
     empty = OpenGroup(Ticket(5, 2), task(5), {})
+    odd = Task.make("t7", split="train", seed=7, payload={"board": ((1, 2), (3,)), "text": "\ud800"})
     return RolloutState(
         BufferState(2, 6, 1, ("t9",), (running.ticket, empty.ticket), (buffered,)),
         (running, empty),
-        StreamState(8, 6, (task(7),), ("t1", "t7")),
+        StreamState(8, 6, (odd,), ("t1", "t7"), (task(2).content_hash, task(6).content_hash)),
         ("t1",),
     )
 
@@ -135,3 +136,15 @@ def test_a_task_stream_goes_on_where_it_was() -> None:
     assert [other.next() for _ in range(12)] == [stream.next() for _ in range(12)]
     with pytest.raises(ConfigError, match="has 4 tasks, the checkpoint was made with 5"):
         TaskStream(tasks[:4], seed=3).restore(stream.state())
+    edited = [Task.make(t.id, split="train", seed=t.seed, payload={**t.payload, "n": -1}) for t in tasks]
+    with pytest.raises(ConfigError, match="are not those that the checkpoint was made with"):
+        TaskStream(edited, seed=3).restore(stream.state())
+
+
+def test_checkpoints_without_their_commit_are_never_swept_away(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.commit(Commit(1, save(folder, 1, None)))
+        (tmp_path / "commit.json").unlink()
+        with pytest.raises(CheckpointError, match=r"holds checkpoints but no commit\.json"):
+            folder.read_commit()
+        assert [f.name for f in folder.checkpoints.iterdir()] == ["step-000001"]

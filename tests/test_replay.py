@@ -14,9 +14,10 @@ import pytest
 from areal_agents import settings
 from areal_agents.chat import ChatFormat
 from areal_agents.cli import main
+from areal_agents.display import plain
 from areal_agents.errors import ArealError, EnvError
 from areal_agents.replay import ReplayReport, replay
-from areal_agents.saved_run import SavedRun, plain
+from areal_agents.saved_run import SavedRun
 from areal_agents.trajectories import Record
 from areal_agents.types import AssistantMessage, Info, Observation, Text, user
 from tests.conftest import require
@@ -215,6 +216,19 @@ def test_a_record_that_ends_too_early_or_otherwise(mixed: tuple[Path, list[Recor
     report = again(mixed[0], replace(record, trajectory=truncated))
     assert first(report) == (2, "ending")
     assert report.differences[0].detail == "recorded truncated (max_turns), replayed terminated (answer)"
+
+
+def test_an_environment_that_lost_its_own_limit_is_not_taken_for_the_runners(mixed: tuple[Path, list[Record]]) -> None:
+    record = a_record(mixed[1], 3)
+    t = record.trajectory
+    cut = replace(t, turns=t.turns[:2], final_observation=t.turns[2].observation, terminated=False, truncated=True)
+    ended = replace(record, trajectory=replace(cut, stop_reason="max_turns"))
+    report = again(mixed[0], ended, max_turns=16)  # the runner allowed 16: two turns were the environment's own limit
+    assert first(report) == (1, "ending")
+    assert "the environment goes on" in report.differences[0].detail
+    assert not any(d.what == "ending" for d in again(mixed[0], ended, max_turns=2).differences)
+    other = replace(record, trajectory=replace(cut, stop_reason="time_budget"))
+    assert first(again(mixed[0], other)) == (1, "ending")
 
 
 def test_prompt_tokens_and_parsing_are_checked_against_the_ids(mixed: tuple[Path, list[Record]]) -> None:

@@ -19,10 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from areal_agents import settings
+from areal_agents import settings, trajectories
 from areal_agents.config import TrainConfig
-from areal_agents.errors import ConfigError
+from areal_agents.demo import claim
+from areal_agents.errors import ArealError, ConfigError, Interrupted
+from areal_agents.evaluate import EvalReport
 from areal_agents.lineage import RunFolder
+from areal_agents.run import Run
 from areal_agents.track import read_metrics
 from areal_agents.train import train
 from areal_agents.trajectories import read_records
@@ -262,3 +265,65 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
             pass
     with RunFolder(tmp_path):
         pass
+
+
+@pytest.mark.slow
+def test_a_signal_during_an_evaluation_or_the_last_one_saves_all_steps(tmp_path: Path, monkeypatch: Any) -> None:
+    """The stop comes in at the worst place: steps are done, no checkpoint was due."""
+    c = config(tmp_path, steps=4, checkpoint={"every": 0}, eval={"every": 2})
+    usual = Run.evaluate
+    stop_at = ["step_2", "after_rl"]
+
+    async def interrupted(self: Run, label: str, *, step: int = 0) -> EvalReport:
+        if stop_at and label == stop_at[0]:
+            stop_at.pop(0)
+            self.stop.request(signal.SIGINT)
+            await asyncio.Event().wait()
+        return await usual(self, label, step=step)
+
+    monkeypatch.setattr(Run, "evaluate", interrupted)
+    for step in (2, 4):
+        with pytest.raises(Interrupted, match=f"step {step} of 4 is saved"):
+            asyncio.run(train(c, resume=True, console=False))
+    asyncio.run(train(c, resume=True, console=False))
+    check_lineage(c)
+    assert len(read_metrics(c.out, kind="eval/step_2")) == 1
+
+
+@pytest.mark.slow
+def test_a_last_evaluation_that_could_not_be_written_does_not_complete_the_run(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    c = config(tmp_path, steps=2)
+    usual, broken = trajectories.write_shard, [True]
+
+    def failing(path: Path, records: Sequence[trajectories.Record]) -> None:
+        if broken and "eval-after_rl" in str(path):
+            broken.clear()
+            raise ArealError("the disk is full")
+        usual(path, records)
+
+    monkeypatch.setattr("areal_agents.track.write_shard", failing)
+    with pytest.raises(ArealError, match="the disk is full"):
+        asyncio.run(train(c, console=False))
+    assert json.loads((c.out / "commit.json").read_text())["complete"] is False
+    asyncio.run(train(c, resume=True, console=False))
+    check_lineage(c)
+
+
+def test_a_demo_takes_only_its_own_folder(tmp_path: Path) -> None:
+    claim(tmp_path / "demo", resume=False)
+    (tmp_path / "demo" / "x").mkdir()
+    claim(tmp_path / "demo", resume=True)
+    assert (tmp_path / "demo" / "x").exists()
+    with RunFolder(tmp_path / "demo"), pytest.raises(ConfigError, match="in use"):
+        claim(tmp_path / "demo", resume=False)
+    assert (tmp_path / "demo" / "x").exists()
+    claim(tmp_path / "demo", resume=False)
+    assert not (tmp_path / "demo" / "x").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.toml").touch()
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="is no demo's folder and not empty"):
+            claim(tmp_path / "mine", resume=resume)
+    assert [f.name for f in (tmp_path / "mine").iterdir()] == ["config.toml"]

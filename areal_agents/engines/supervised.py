@@ -338,6 +338,8 @@ class SupervisedEngine:
             try:
                 engine = await self._start_one()
                 await self._equip(engine)
+                if self._threads and isinstance(engine, Threaded):  # last: they may have changed during the load
+                    await engine.set_threads(self._threads)
             except (EngineError, TimeoutError) as error:
                 reason = str(error) or f"the engine did not start within {self._start_seconds:g} s"
                 continue
@@ -352,9 +354,7 @@ class SupervisedEngine:
         return engine
 
     async def _equip(self, engine: Restartable) -> None:
-        """Threads and weights for a fresh engine. Raises EngineError or TimeoutError where it was lost again."""
-        if self._threads and isinstance(engine, Threaded):
-            await engine.set_threads(self._threads)
+        """Weights for a fresh engine. Raises EngineError where it was lost again."""
         while True:
             update = self._update
             ref = self._ref if update is None else update.ref
@@ -379,6 +379,8 @@ class SupervisedEngine:
         try:
             async with asyncio.timeout(self._update_seconds):
                 return await engine.update_weights(ref, mode="inflight", kv="recompute")
+        except TimeoutError as error:
+            raise EngineError(f"it did not load weights v{ref.version} within {self._update_seconds:g} s") from error
         except EngineError as error:
             if not await answers(engine, self._hang):
                 raise

@@ -257,7 +257,7 @@ class TransformersEngine:
             await stdin.drain()
         except (BrokenPipeError, ConnectionResetError):
             # The worker is gone; the reader task finds out why and fails every pending call.
-            await asyncio.gather(self._tasks[1], return_exceptions=True)
+            await asyncio.wait({self._tasks[1]})  # which, unlike gather, does not cancel it with its caller
 
     async def _read_stderr(self) -> None:
         stream = self._process.stderr
