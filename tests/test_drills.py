@@ -184,6 +184,7 @@ def test_a_killed_trainer_leaves_no_process(tmp_path: Path, model: Path, mark: s
             while sum(map(_is_program, descendants(trainer.pid))) < 2:
                 assert trainer.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < end, (tmp_path / "log").read_text()
+                time.sleep(0.1)  # looking all the time would take one of the cores from the trainer
             everything = descendants(trainer.pid)
         finally:
             trainer.kill()
