@@ -49,6 +49,8 @@ class _Writer:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._files: dict[Path, io.FileIO] = {}
         self._error: Exception | None = None
+        self.failure: Exception | None = None
+        """The first write that failed, also after it was raised."""
         self._thread = threading.Thread(target=self._work, name="areal-track", daemon=True)
         self._thread.start()
 
@@ -107,6 +109,7 @@ class _Writer:
                 job()
             except Exception as error:  # noqa: BLE001 - kept, and raised in the caller's thread by the next call
                 self._error = self._error or error
+                self.failure = self.failure or error
 
     def append(self, path: Path, line: str) -> None:
         """Append one line, whole or not at all. For use inside jobs."""
@@ -121,7 +124,8 @@ class _Writer:
             raise unwritable(path, error) from error
 
     def _raise(self) -> None:
-        if (error := self._error) is not None:  # for good: no mark may be taken over the hole that it left
+        if self._error is not None:
+            error, self._error = self._error, None
             reason = str(error) if isinstance(error, ArealError) else f"{type(error).__name__}: {error}"
             raise ArealError(f"the run's files cannot be written: {reason}") from error
 
@@ -245,10 +249,12 @@ class Tracker:
     def mark(self) -> dict[str, Any]:
         """Where the files end now, for ``Tracker(mark=...)``: everything logged so far, safe on the disk. JSON-able.
 
-        Raises ArealError if a write failed.
+        Raises ArealError if a write ever failed.
         """
 
         def measure() -> dict[str, Any]:  # one place in the queue, whoever else logs meanwhile
+            if self._writer.failure is not None:  # whoever was told: no mark may be taken over the hole it left
+                raise self._writer.failure
             self._writer.sync()
             sync_folder(self.out)
             size = self._metrics.stat().st_size if self._metrics.exists() else 0

@@ -34,7 +34,7 @@ def state() -> RolloutState:
     buffered = Group("g3", task(3), (episode(3, 0), episode(3, 1)), 1, 3)
     running = OpenGroup(Ticket(4, 2), task(4), {1: episode(4, 1), 0: None})
     empty = OpenGroup(Ticket(5, 2), task(5), {})
-    odd = Task.make("t7", split="train", seed=7, payload={"board": ((1, 2), (3,)), "text": "\ud800"})
+    odd = Task.make("t7", split="train", seed=7, payload={"board": ((1, 2), (3,)), "by": {5: "int key"}})
     return RolloutState(
         BufferState(2, 6, 1, ("t9",), (running.ticket, empty.ticket), (buffered,)),
         (running, empty),

@@ -126,6 +126,19 @@ def test_a_failed_write_is_raised_by_the_next_call(tmp_path: Path) -> None:
         tracker.flush()
 
 
+def test_no_mark_is_taken_over_a_write_that_failed_whoever_was_told(tmp_path: Path) -> None:
+    tracker = quiet(tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
+    tracker.log(1, {"reward": 0.0})
+    with pytest.raises(ArealError, match=r"metrics\.jsonl cannot be written"):
+        tracker.flush()  # somebody else's call
+    (tmp_path / "metrics.jsonl").rmdir()
+    tracker.log(2, {"reward": 0.0})
+    with pytest.raises(ArealError, match=r"metrics\.jsonl cannot be written"):
+        tracker.mark()
+    tracker.close()
+
+
 def test_what_ended_the_run_stays_the_error(tmp_path: Path) -> None:
     def run() -> None:
         with quiet(tmp_path) as tracker:
