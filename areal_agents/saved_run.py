@@ -25,7 +25,7 @@ from areal_agents.exact_json import from_utf8
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout import env_maker, group_seed
 from areal_agents.toolcalls import find_blocks
-from areal_agents.trajectories import Record, read_shard, shards
+from areal_agents.trajectories import Record, read_shard, shards, step_of
 from areal_agents.types import AssistantMessage, ToolCall
 
 _TRAIN_GROUP = re.compile(r"g(\d+)")
@@ -103,11 +103,11 @@ class SavedRun:
             kinds = sorted({path.parent.name for path in shards(self.out)})
             there = f"there are {', '.join(kinds)}: name one with --kind" if kinds else "it has no episodes at all"
             raise ArealError(f"{self.out} has no episodes of kind {kind!r}; {there}")
-        chosen = [path for path in found if first <= _step_of(path) and (last is None or _step_of(path) <= last)]
+        chosen = [path for path in found if first <= step_of(path) and (last is None or step_of(path) <= last)]
         if not chosen:
             raise ArealError(
                 f"{self.out} has no {kind!r} episodes of the steps {first} to {'the last' if last is None else last}: "
-                f"its steps are {_step_of(found[0])} to {_step_of(found[-1])}"
+                f"its steps are {step_of(found[0])} to {step_of(found[-1])}"
             )
         return chosen
 
@@ -168,7 +168,3 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
-
-
-def _step_of(shard: Path) -> int:
-    return int(shard.stem.removeprefix("step-"))

@@ -30,6 +30,7 @@ from areal_agents.track import read_metrics
 from areal_agents.train import train
 from areal_agents.trajectories import read_records
 from areal_agents.types import Task
+from tests.conftest import missing
 from tests.letters_env import Letters
 from tests.processes import MARKER, marked, wait_gone
 from tests.tiny_models import tiny_chat_model
@@ -208,8 +209,9 @@ def test_one_signal_finishes_the_step_and_saves_and_two_stop_at_once(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk: needs root")
 def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_once_there_is_room(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        missing("root, to mount a small disk")
     c = config(tmp_path, steps=16, out=tmp_path / "disk" / "run", checkpoint={"every": 1, "keep": 1})
     path = tmp_path / "config.toml"
     path.write_text(settings.dump(c))
