@@ -87,6 +87,17 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], *, source: Path, dt
     (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
 
 
+def write_state(path: Path, state: Mapping[str, object]) -> None:
+    """``torch.save`` to ``path``. Raises OSError where the disk refuses: given a path, torch hides the reason."""
+    with path.open("wb") as file:
+        try:
+            torch.save(dict(state), file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
 def read_weights(folder: Path, into: Mapping[str, Tensor]) -> None:
     """Copy a folder's weights into ``into``. Raises ModelError unless names and shapes are the same."""
     file = folder / WEIGHTS

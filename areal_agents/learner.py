@@ -30,7 +30,7 @@ from torch import Tensor
 
 from areal_agents import losses
 from areal_agents.batch import Batch, Row
-from areal_agents.checkpoint import atomic_folder, read_weights, write_model
+from areal_agents.checkpoint import atomic_folder, read_weights, write_model, write_state
 from areal_agents.config import AlgorithmConfig, LearnerConfig
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import CheckpointError, ModelError
@@ -379,7 +379,7 @@ class TorchLearner:
                 write_model(folder, self.tensors(), source=self.source, dtype=dtype)
                 if state:
                     optimizer = self._optimizer.state_dict()
-                    torch.save({"version": self._version, "seed": self.seed, "optimizer": optimizer}, folder / STATE)
+                    write_state(folder / STATE, {"version": self._version, "seed": self.seed, "optimizer": optimizer})
         except (
             OSError,
             RuntimeError,
