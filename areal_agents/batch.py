@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from areal_agents.errors import ConfigError
 from areal_agents.types import Trajectory
 
 
@@ -65,10 +66,17 @@ def rows_of(trajectory: Trajectory, advantages: Sequence[float], *, episode: int
     """The rows of one episode; ``advantages`` has one number a turn, broadcast to the turn's sampled tokens.
 
     A turn that several paths share trains in the first of them. A path on which nothing trains gives no row.
-    Raises ValueError where ``advantages`` does not have one entry a turn, or a turn's parent is no earlier turn.
+    Raises ValueError where ``advantages`` does not have one entry a turn, or a turn's parent is no earlier turn;
+    ConfigError for a turn without token ids (a chat server's model played it).
     """
     if len(advantages) != len(trajectory.turns):
         raise ValueError(f"{len(advantages)} advantages for {len(trajectory.turns)} turns of {trajectory.id}")
+    for k, turn in enumerate(trajectory.turns):
+        if not turn.prompt_suffix and not turn.completion.ids:
+            raise ConfigError(
+                f"episode {trajectory.id} cannot be trained on: its turn {k} has neither token ids nor "
+                "log-probabilities (T1, T3), because a chat model played it; play it with an engine"
+            )
     trained: set[int] = set()
     rows: list[Row] = []
     for path in _paths(trajectory):

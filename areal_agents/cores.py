@@ -14,17 +14,19 @@ from areal_agents.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    total: int
+    """Threads of each engine and of the learner, while both work and while the other one is idle."""
+
     engine: int
-    """Threads of the engine while the learner works."""
     learner: int
-    """Threads of the learner while the engine works."""
+    engine_alone: int
+    learner_alone: int
 
 
-def split_cores(engine: int = 0, learner: int = 0, *, total: int | None = None) -> Cores:
+def split_cores(engine: int = 0, learner: int = 0, *, replicas: int = 1, total: int | None = None) -> Cores:
     """Settings to threads; 0 means automatic: half each, and with more than four cores one for the learner.
 
-    Raises ConfigError where the two together exceed the cores this process may use.
+    ``engine`` threads are shared by ``replicas`` engines, each has at least one. Raises ConfigError where the two
+    together exceed the cores this process may use.
     """
     total = total or len(os.sched_getaffinity(0))
     if engine == 0:
@@ -36,4 +38,5 @@ def split_cores(engine: int = 0, learner: int = 0, *, total: int | None = None) 
             f"engine.threads = {engine} and learner.threads = {learner} exceed the {total} cores of this process: "
             "lower one of them or set it to 0"
         )
-    return Cores(total, min(engine, total), min(learner, total))
+    engine, learner = min(engine, total), min(learner, total)
+    return Cores(max(1, engine // replicas), learner, max(1, total // replicas), total)

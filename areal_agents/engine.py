@@ -16,6 +16,8 @@ from areal_agents.types import AssistantMessage, Completion, Message, Prompt
 
 UpdateMode = Literal["inflight", "interrupt", "drain"]
 KVPolicy = Literal["recompute", "keep"]
+Transport = Literal["shm", "disk", "nccl", "gloo"]
+"""Shared memory of one host, safetensors files on a file system that all share, or a broadcast (GPUs, CPUs)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,19 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """What a model with these weights says: an engine that serves them must say nearly the same.
+
+    How nearly is the engine's to decide: it depends on the format that the engine computes in.
+    """
+
+    ids: tuple[int, ...]
+    """The probe prompt."""
+    logprobs: tuple[float, ...]
+    """[len(ids) - 1]: log-probability of each of ``ids[1:]`` given those before it, at temperature 1, in nats."""
+
+
+@dataclass(frozen=True, slots=True)
 class WeightsRef:
     """Where one version of the weights lies. Never holds tensors; picklable."""
 
@@ -68,7 +83,8 @@ class WeightsRef:
     checksum: str
     nbytes: int
     kind: Literal["full", "lora"] = "full"
-    transport: Literal["shm", "disk", "nccl"] = "shm"
+    transport: Transport = "shm"
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,60 +111,55 @@ async def run_episode(
     Raises InfraError (engine, sandbox or environment failed: try again) and RewardError (the reward is not a finite
     number: trying again is useless). The environment is closed and the engine's session released however it ends.
     """
-    runner = _Runner(task, policy, fmt, limits, id, host)
-    try:
-        await runner.open(make_env, seed)
-        await runner.play()
-    except InfraError as error:
-        error.turns = len(runner.state.turns)
-        error.tokens = sum(len(t.completion.ids) for t in runner.state.turns)
-        raise
-    finally:
-        await runner.close()
-    s = runner.state
-    return Trajectory(
-        id, task, group, tuple(s.turns), s.terminated, s.truncated, s.reason, runner.observation, dict(s.metrics)
-    )
+    return await _Runner(task, policy, fmt, limits, id, host).run(make_env, group=group, seed=seed)
 
 
-class _Runner:
-    """The state machine of ``run_episode``; every call into the environment goes through ``_env``."""
+class EpisodeStates:
+    """The environment's half of an episode: reset, steps, the end, rewards. Subclasses take the model's turns.
 
-    def __init__(self, task: Task, policy: Policy, fmt: ChatFormat, limits: Limits, id: str, host: EnvHost) -> None:
-        self.task, self.policy, self.fmt, self.limits, self.id, self.host = task, policy, fmt, limits, id, host
+    Every call into the environment goes through ``_env``.
+    """
+
+    def __init__(self, task: Task, limits: Limits, id: str, host: EnvHost) -> None:
+        self.task, self.limits, self.id, self.host = task, limits, id, host
         self.state = _State()
         self.observation: Observation = ()
         self._environment: AgentEnv | None = None
-        self._conversation: Conversation | None = None
 
-    async def open(self, make_env: Callable[[], AgentEnv], seed: int) -> None:
+    async def run(self, make_env: Callable[[], AgentEnv], *, group: str, seed: int) -> Trajectory:
+        """The whole episode, closed however it ends. Raises InfraError and RewardError."""
+        try:
+            await self._open(make_env, seed)
+            await self.play()
+        except InfraError as error:
+            error.turns = len(self.state.turns)
+            error.tokens = self._tokens()
+            raise
+        finally:
+            await self.close()
+        s = self.state
+        return Trajectory(
+            self.id, self.task, group, tuple(s.turns), s.terminated, s.truncated, s.reason, self.observation,
+            dict(s.metrics),
+        )  # fmt: skip
+
+    async def play(self) -> None:
+        """Turns until the environment or a limit ends the episode."""
+        raise NotImplementedError
+
+    async def _open(self, make_env: Callable[[], AgentEnv], seed: int) -> None:
         async def create() -> tuple[Observation, Info]:
             self._environment = make_env()
             return await self._environment.areset(seed=seed, options={"task": self.task})
 
         observation, _ = await self._env(create, "reset")
-        self._conversation = Conversation(self.fmt, observation, self._env_of().tools)
         self._observe(observation)
 
-    async def play(self) -> None:
-        conversation = self._conversation
-        assert conversation is not None
-        while True:
-            prompt = conversation.prompt
-            room, reason = self._room(len(prompt.ids))
-            if reason is not None:
-                return await self._finish(reason)
-            suffix, parent = conversation.suffix, conversation.parent
-            completion = await self._generate(prompt, room)
-            message = conversation.add_completion(completion)
-            await self._step(message, completion, suffix, parent)
-            if self.state.terminated or self.state.truncated:
-                return None
-            conversation.add_observation(self.observation)
+    def _tokens(self) -> int:
+        """Tokens sampled so far."""
+        return sum(len(t.completion.ids) for t in self.state.turns)
 
     async def close(self) -> None:
-        with contextlib.suppress(EngineError):
-            await self.policy.release(self.id)
         environment = self._environment
         if environment is not None:
             # A failing close must not hide why the episode ended; the environment is gone either way.
@@ -172,33 +167,6 @@ class _Runner:
                 await self._env(environment.aclose, "close")
             except ArealError:
                 self.state.count("close_errors")
-
-    def _room(self, used: int) -> tuple[int, StopReason | None]:
-        """Tokens the next turn may sample, or why there is none."""
-        limits, turns = self.limits, self.state.turns
-        spent = sum(len(t.completion.ids) for t in turns)
-        if not turns and used >= limits.max_context:
-            raise EnvError(
-                f"task {self.task.id}: the first prompt has {used} tokens, model.max_context is {limits.max_context}: "
-                "raise it or shorten the task"
-            )
-        if len(turns) >= limits.max_turns:
-            return 0, "max_turns"
-        if used >= limits.max_context:
-            return 0, "context"
-        if spent >= limits.max_episode_tokens:
-            return 0, "tokens"
-        return min(limits.max_turn_tokens, limits.max_context - used, limits.max_episode_tokens - spent), None
-
-    async def _generate(self, prompt: Prompt, max_tokens: int) -> Completion:
-        start = time.perf_counter()
-        completion = await self.policy.act(
-            prompt, max_tokens=max_tokens, session=self.id, deadline=self.limits.request_timeout
-        )
-        self.state.count("generate_seconds", time.perf_counter() - start)
-        if not completion.ids:
-            raise EngineError(f"the engine returned no token for a prompt of {len(prompt.ids)} tokens")
-        return completion
 
     async def _step(
         self, message: AssistantMessage, completion: Completion, suffix: tuple[int, ...], parent: int | None
@@ -254,7 +222,6 @@ class _Runner:
 
     def _observe(self, observation: Observation) -> None:
         self.observation = observation
-        self.policy.observe(observation)
 
     def _env_of(self) -> AgentEnv:
         assert self._environment is not None
@@ -269,6 +236,65 @@ class _Runner:
             raise
         except Exception as error:  # third-party code: recorded, attached, counted
             raise EnvError(f"{label} raised {type(error).__name__}: {error}") from error
+
+
+class _Runner(EpisodeStates):
+    """The state machine of ``run_episode``: the model's turns are token ids."""
+
+    def __init__(self, task: Task, policy: Policy, fmt: ChatFormat, limits: Limits, id: str, host: EnvHost) -> None:
+        super().__init__(task, limits, id, host)
+        self.policy, self.fmt = policy, fmt
+
+    async def play(self) -> None:
+        conversation = Conversation(self.fmt, self.observation, self._env_of().tools)
+        while True:
+            prompt = conversation.prompt
+            room, reason = self._room(len(prompt.ids))
+            if reason is not None:
+                return await self._finish(reason)
+            suffix, parent = conversation.suffix, conversation.parent
+            completion = await self._generate(prompt, room)
+            message = conversation.add_completion(completion)
+            await self._step(message, completion, suffix, parent)
+            if self.state.terminated or self.state.truncated:
+                return None
+            conversation.add_observation(self.observation)
+
+    async def close(self) -> None:
+        with contextlib.suppress(EngineError):
+            await self.policy.release(self.id)
+        await super().close()
+
+    def _observe(self, observation: Observation) -> None:
+        super()._observe(observation)
+        self.policy.observe(observation)
+
+    def _room(self, used: int) -> tuple[int, StopReason | None]:
+        """Tokens the next turn may sample, or why there is none."""
+        limits, turns = self.limits, self.state.turns
+        spent = sum(len(t.completion.ids) for t in turns)
+        if not turns and used >= limits.max_context:
+            raise EnvError(
+                f"task {self.task.id}: the first prompt has {used} tokens, model.max_context is {limits.max_context}: "
+                "raise it or shorten the task"
+            )
+        if len(turns) >= limits.max_turns:
+            return 0, "max_turns"
+        if used >= limits.max_context:
+            return 0, "context"
+        if spent >= limits.max_episode_tokens:
+            return 0, "tokens"
+        return min(limits.max_turn_tokens, limits.max_context - used, limits.max_episode_tokens - spent), None
+
+    async def _generate(self, prompt: Prompt, max_tokens: int) -> Completion:
+        start = time.perf_counter()
+        completion = await self.policy.act(
+            prompt, max_tokens=max_tokens, session=self.id, deadline=self.limits.request_timeout
+        )
+        self.state.count("generate_seconds", time.perf_counter() - start)
+        if not completion.ids:
+            raise EngineError(f"the engine returned no token for a prompt of {len(prompt.ids)} tokens")
+        return completion
 
 
 def _finite(value: Any, where: str) -> float:

@@ -10,11 +10,13 @@
     ├── CheckpointError              a checkpoint cannot be written, or not be understood
     ├── Interrupted                  stopped by a signal, with everything saved
     ├── FailureBudgetError           too many episodes failed; carries the first failure
+    ├── LearnerLost                  the learner's process died, hung or missed a deadline
     ├── SandboxUnavailable           a backend's self-probe failed; carries the remedy
     └── InfraError                   not the policy's doing: retried, counted, never rewarded
         ├── EngineError              the engine died, refused or missed its deadline
         ├── SandboxError             the sandbox itself failed (not the code inside it)
-        └── EnvError                 the environment raised or hung
+        ├── EnvError                 the environment raised or hung
+        └── WorkerLost               the process that played the episode is gone
 
 A *policy* error (malformed call, failing code) is no exception: it is an observation and costs reward.
 """
@@ -62,6 +64,10 @@ class FailureBudgetError(ArealError):
     """More episodes failed in a window than the budget allows; ``__cause__`` is the first failure."""
 
 
+class LearnerLost(ArealError):
+    """The learner's process died, hung or missed a deadline; the last committed checkpoint is whole."""
+
+
 class SandboxUnavailable(ArealError):
     """A sandbox backend refused to start: ``probe`` is the failed self-probe, ``remedy`` the next action."""
 
@@ -98,3 +104,7 @@ class SandboxError(InfraError):
 
 class EnvError(InfraError):
     """The environment raised, hung or broke its contract."""
+
+
+class WorkerLost(InfraError):
+    """The rollout worker that played the episode died or hung; the episode itself may be innocent."""

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from areal_agents import registry
 from areal_agents.chat import ChatFormat
+from areal_agents.chat_model import ChatReply, remote_name
 from areal_agents.display import clock
 from areal_agents.engine import Sampling
+from areal_agents.env import AgentEnv
 from areal_agents.episode import EnginePolicy, Limits
 from areal_agents.errors import ConfigError
 from areal_agents.models import resolve
+from areal_agents.player import EpisodePlayer, EventSink, LocalPlayer, env_maker, prove_sandbox
 from areal_agents.registry import EnvSpec
-from areal_agents.rollout import EpisodeRunner, FailureBudget, Player, env_maker, prove_sandbox
+from areal_agents.rollout import EpisodeRunner, FailureBudget
 from areal_agents.statistics import PASS, clustered_interval, pass_at_k, pass_hat_k
 from areal_agents.track import Tracker
 from areal_agents.types import Task, Trajectory
@@ -60,6 +64,8 @@ class EvalReport:
     tokens: float
     """Sampled tokens an attempt."""
     seconds: float
+    served: str = ""
+    """Of a model behind a chat server: the name that the server gives itself for it, and the server's URL."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -200,6 +206,20 @@ def refuse_used(out: Path) -> None:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """An OpenAI-compatible server, for a model called ``openai:MODEL``."""
+
+    url: str
+    """Up to and including ``/v1``."""
+    api_key_env: str | None = None
+    """Environment variable that holds the server's key."""
+    concurrency: int = 16
+    """Most requests, and episodes, at once."""
+    requests_per_minute: float | None = None
+    """Most requests started in a minute, retries included."""
+
+
 async def evaluate(
     env_id: str,
     *,
@@ -215,44 +235,124 @@ async def evaluate(
     max_context: int = 2048,
     sandbox: str = "bubblewrap",
     difficulty: float | None = None,
+    server: Server | None = None,
 ) -> EvalReport:
-    """Evaluate ``model`` (``smollm2``, a folder, a hub id) and write report.json and every trajectory to ``out``.
+    """Evaluate ``model`` and write report.json and every trajectory to ``out``.
+
+    model: ``smollm2``, a folder, a hub id, or ``openai:MODEL``, which ``server`` serves. An episode of a served model
+    has no token ids; its limits on tokens are kept as far as the server reports what it sampled.
 
     Raises ArealError subclasses: an ``out`` that holds an evaluation or a run already, unknown environment or split,
-    missing model, unavailable sandbox, no scored attempt.
+    missing model, unavailable sandbox, a server that refuses, no scored attempt.
     """
-    from areal_agents.engines.transformers import TransformersEngine  # heavy: only evaluation and training need it
-
     refuse_used(out)
+    name = remote_name(model)
+    if (name is None) != (server is None):
+        raise ConfigError(
+            f"model {model!r} and server {server!r}: a served model is called openai:MODEL and needs its server's URL "
+            "(--url), other models have none"
+        )
     spec = registry.spec(env_id)
     tasks = held_out(spec, split, n, difficulty=difficulty)
     await prove_sandbox(spec, sandbox)
-    folder = resolve(model)
-    fmt = ChatFormat.load(folder)
-    threads = len(os.sched_getaffinity(0))
     limits = Limits(max_context, max_turn_tokens, max_turn_tokens * max_turns, max_turns, 60.0, 300.0)
+    make_env = env_maker(spec, sandbox=sandbox, kwargs={})
+    sampling = Sampling(max_turn_tokens, temperature=temperature)
+    served, concurrency = Served(), 48 if server is None else server.concurrency
+    if server is not None and name is not None:
+        opener = _served(name, server, make_env, sampling, limits, served)
+    else:
+        opener = _local(model, make_env, sampling, limits, seed=seed)
     watch = Stopwatch()
-    with Tracker(out, tensorboard=False) as tracker:
-        async with await TransformersEngine.start(
-            folder, threads=threads, seed=seed, max_context=max_context
-        ) as engine:
-            policy = EnginePolicy(engine, Sampling(max_turn_tokens, temperature=temperature, stop_ids=fmt.stop_ids))
-            player = Player(env_maker(spec, sandbox=sandbox, kwargs={}), lambda task: policy, fmt, limits, 2)
-            runner = EpisodeRunner(player, FailureBudget(window=64, share=0.25), event=tracker.event)
-            progress = Progress(tracker.message)
-            try:
-                results = await run_attempts(
-                    runner, tasks, k=k, concurrency=48, seed=seed, label=split, progress=progress
-                )
-            finally:
-                await runner.close()
+    async with contextlib.AsyncExitStack() as stack:
+        tracker = stack.enter_context(Tracker(out, tensorboard=False))
+        player = await stack.enter_async_context(opener(tracker.event))
+        runner = EpisodeRunner(player, FailureBudget(window=64, share=0.25), max_retries=2, event=tracker.event)
+        try:
+            results = await run_attempts(
+                runner, tasks, k=k, concurrency=concurrency, seed=seed, label=split, progress=Progress(tracker.message)
+            )
+        finally:
+            await runner.close()
         report = summarize(
             results, env=env_id, split=split, model=model, version=0, temperature=temperature, seed=seed,
             seconds=watch.seconds,
         )  # fmt: skip
+        report = replace(report, served=served.text())
         tracker.trajectories.write([t for _, tries in results for t in tries if t is not None], step=0, kind="eval")
     (out / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
     return report
+
+
+_Opener = Callable[[EventSink], contextlib.AbstractAsyncContextManager[EpisodePlayer]]
+
+
+def _local(model: str, make_env: Callable[[], AgentEnv], sampling: Sampling, limits: Limits, *, seed: int) -> _Opener:
+    """Opens a player on an engine of this machine, which ends with it. Raises ModelError at once."""
+    from areal_agents.engines.transformers import TransformersEngine  # heavy: only evaluation and training need it
+
+    folder = resolve(model)
+    fmt = ChatFormat.load(folder)
+    threads = len(os.sched_getaffinity(0))
+
+    @contextlib.asynccontextmanager
+    async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:
+        async with await TransformersEngine.start(
+            folder, threads=threads, seed=seed, max_context=limits.max_context
+        ) as engine:
+            policy = EnginePolicy(engine, replace(sampling, stop_ids=fmt.stop_ids))
+            yield LocalPlayer(make_env, lambda task: policy, fmt, limits, event=event)
+
+    return open
+
+
+def _served(
+    name: str,
+    server: Server,
+    make_env: Callable[[], AgentEnv],
+    sampling: Sampling,
+    limits: Limits,
+    served: Served,
+) -> _Opener:
+    """Opens a player on a chat server, which tells ``served``. Raises ConfigError at once."""
+    from areal_agents.chat_episode import ChatPlayer
+    from areal_agents.engines.openai import OpenAIChat
+
+    # As many episodes as requests run at once: a request waits for nothing but the turns of all others.
+    waiting = 60.0 * server.concurrency / server.requests_per_minute if server.requests_per_minute else 0.0
+    chat = OpenAIChat(
+        name,
+        base_url=server.url,
+        api_key_env=server.api_key_env,
+        deadline=limits.request_timeout + waiting,
+        concurrency=server.concurrency,
+        requests_per_minute=server.requests_per_minute,
+    )
+    served.url = chat.url
+    # Twice the client's own deadline, whose message is better.
+    limits = replace(limits, request_timeout=2 * (limits.request_timeout + waiting))
+
+    @contextlib.asynccontextmanager
+    async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:
+        async with chat:
+            await chat.require_answer()
+            yield ChatPlayer(make_env, chat, sampling, limits, event=event, seen=served.see)
+
+    return open
+
+
+@dataclass
+class Served:
+    """Which models answered, by their server's own names."""
+
+    url: str = ""
+    names: set[str] = field(default_factory=set)
+
+    def see(self, reply: ChatReply) -> None:
+        self.names.add(reply.model or "a model without a name")
+
+    def text(self) -> str:
+        return f"{', '.join(sorted(self.names))} at {self.url}" if self.url else ""
 
 
 class Progress:

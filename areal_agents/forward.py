@@ -27,7 +27,8 @@ TREE = "areal_tree"
 class Tree:
     """The segments of one pack and their additive masks (made once, read by every layer)."""
 
-    def __init__(self, pack: Pack) -> None:
+    def __init__(self, pack: Pack, device: torch.device) -> None:
+        self.device = device
         self.segments = pack.segments
         self.sizes = [s.stop - s.start for s in pack.segments]
         self.masks = [self._mask(i) if s.path else None for i, s in enumerate(self.segments)]
@@ -35,7 +36,7 @@ class Tree:
     def _mask(self, i: int) -> Tensor:
         """[n, tokens before + n], 0 where a token of segment ``i`` may look, else -inf."""
         n, before = self.sizes[i], sum(self.sizes[p] for p in self.segments[i].path)
-        return torch.full((n, before + n), float("-inf")).triu_(before + 1)
+        return torch.full((n, before + n), float("-inf"), device=self.device).triu_(before + 1)
 
 
 def tree_attention(
@@ -54,23 +55,31 @@ def tree_attention(
     """Attention of each segment to its path and causally to itself; transformers' attention interface.
 
     query [1, H, N, D]; key, value [1, K, N, D] with H a multiple of K. Returns [1, N, H, D] in value's format.
-    Computed in fp32 always: on CPUs scaled_dot_product_attention is faster in it than in bf16 (its backward most), and
-    its scores keep their precision.
+    Computed in fp32 on CPUs, where scaled_dot_product_attention is faster in it than in bf16 (its backward most) and
+    its scores keep their precision; on GPUs in the format of ``query``.
     """
     if tree is None or sliding_window is not None or softcap is not None:
         raise ModelError("tree attention computes plain causal attention only")
-    with torch.autocast("cpu", enabled=False):
+    dtype = torch.float32 if query.device.type == "cpu" else query.dtype
+    with torch.autocast(query.device.type, enabled=False):
         # split has one backward for all its pieces; slices would each fill a tensor of the whole length.
-        queries = torch.split(query.float(), tree.sizes, dim=2)
-        keys, values = torch.split(key.float(), tree.sizes, dim=2), torch.split(value.float(), tree.sizes, dim=2)
+        queries = torch.split(query.to(dtype), tree.sizes, dim=2)
+        keys, values = torch.split(key.to(dtype), tree.sizes, dim=2), torch.split(value.to(dtype), tree.sizes, dim=2)
         out: list[Tensor] = []
         for i, (segment, mask) in enumerate(zip(tree.segments, tree.masks, strict=True)):
             path = (*segment.path, i)
+            mask = None if mask is None else mask.to(dtype)
             k = torch.cat([keys[p] for p in path], dim=2) if segment.path else keys[i]
             v = torch.cat([values[p] for p in path], dim=2) if segment.path else values[i]
             out.append(
                 nn.functional.scaled_dot_product_attention(
-                    queries[i], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+                    queries[i],
+                    k,
+                    v,
+                    attn_mask=None if mask is None else mask.to(dtype),
+                    is_causal=mask is None,
+                    scale=scaling,
+                    enable_gqa=True,
                 )
             )
         return torch.cat(out, dim=2).transpose(1, 2).to(value.dtype), None
@@ -79,8 +88,8 @@ def tree_attention(
 AttentionInterface.register(TREE, tree_attention)
 
 
-def load_model(source: Path) -> PreTrainedModel:
-    """A local transformers folder as an fp32 model. Raises ModelError where it cannot be one."""
+def load_model(source: Path, device: torch.device | None = None) -> PreTrainedModel:
+    """A local transformers folder as an fp32 model on ``device``. Raises ModelError where it cannot be one."""
     if not (source / "config.json").is_file():
         raise ModelError(f"{source} is no model folder (no config.json): pull or name a local transformers model")
     logging.disable_progress_bar()  # a second's loading; the bar would stand in the middle of the run's own output
@@ -91,7 +100,7 @@ def load_model(source: Path) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise ModelError(f"{source} cannot be loaded as a causal language model: {error}") from error
     model.eval()  # no dropout: π must be the policy that sampled
-    loaded: PreTrainedModel = model
+    loaded: PreTrainedModel = model if device is None else model.to(device)
     return loaded
 
 
@@ -104,6 +113,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self.model = model
         self.dtype = dtype
+        self.device: torch.device = model.device
         self.base: nn.Module = model.base_model
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
@@ -137,20 +147,23 @@ class Decoder:
 
     def autocast(self, enabled: bool = True) -> torch.autocast:
         """bf16 autocast, or nothing in fp32. Its cache of cast weights lives until the outermost one exits."""
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled and self.dtype == torch.bfloat16)
+        enabled = enabled and self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def hidden(self, pack: Pack) -> Tensor:
         """Hidden states [N, D] of the base model's last layer, normalised."""
-        ids = torch.from_numpy(pack.ids).view(pack.shape)
-        positions = torch.from_numpy(pack.positions).view(pack.shape)
+        ids, positions = self._put(pack.ids).view(pack.shape), self._put(pack.positions).view(pack.shape)
         if pack.segments:
-            out = self.base(input_ids=ids, position_ids=positions, use_cache=False, tree=Tree(pack))
+            out = self.base(input_ids=ids, position_ids=positions, use_cache=False, tree=Tree(pack, self.device))
         else:
-            lengths = torch.tensor([len(a) for a in pack.at])
+            lengths = torch.tensor([len(a) for a in pack.at], device=self.device)
             mask = positions < lengths[:, None]
             out = self.base(input_ids=ids, position_ids=positions, attention_mask=mask.long(), use_cache=False)
         states: Tensor = out.last_hidden_state
         return states.reshape(pack.tokens, -1)
+
+    def _put(self, values: Ints) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
     def _probe(self) -> None:
         """Prove on a few tokens that both layouts give the model's own log-probabilities; choose one."""
@@ -159,8 +172,8 @@ class Decoder:
         expected = []
         with torch.no_grad():
             for row in rows:
-                logits = self.model(torch.from_numpy(row)[None], use_cache=False).logits[0].float()
-                expected.append(torch.log_softmax(logits, -1)[:-1].gather(1, torch.from_numpy(row[1:, None]))[:, 0])
+                logits = self.model(self._put(row)[None], use_cache=False).logits[0].float()
+                expected.append(torch.log_softmax(logits, -1)[:-1].gather(1, self._put(row[1:, None]))[:, 0])
         if not self._agrees(rows, expected):
             raise ModelError(
                 f"{type(self.model).__name__} computes its logits in a way this learner does not know (scaling, "
@@ -185,7 +198,7 @@ class Decoder:
             for pack in pack_rows(rows, token_budget=64, shared=self.shared, min_shared=2):
                 hidden = self.hidden(pack)
                 for i, at in zip(pack.rows, pack.at, strict=True):
-                    scores = Scores(hidden[at[:-1]], self.head, torch.from_numpy(rows[i][1:]), 1.0, self.dtype)
+                    scores = Scores(hidden[at[:-1]], self.head, self._put(rows[i][1:]), 1.0, self.dtype)
                     if not torch.allclose(scores.logprobs_T, expected[i], atol=1e-3):
                         return False
         finally:
@@ -194,7 +207,8 @@ class Decoder:
 
 
 def _cast_under_autocast(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else output
+    kind = output.device.type
+    return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
 
 
 class Scores:
@@ -214,7 +228,7 @@ class Scores:
         self.head, self.targets, self.temperature = head, targets[:, None], temperature
         self.weight = head.weight.detach().to(dtype) if weight is None else weight
         bias = None if head.bias is None else head.bias.detach().to(dtype)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(self.hidden.device.type, enabled=False):
             logits = nn.functional.linear(self.hidden, self.weight, bias).float()
             if dtype != torch.float32:
                 # A bf16 product rounds each logit to 8 bits. The target's own logit decides log π, so it is computed

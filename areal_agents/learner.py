@@ -16,9 +16,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -32,7 +33,7 @@ from areal_agents import losses
 from areal_agents.batch import Batch, Row
 from areal_agents.checkpoint import atomic_folder, read_weights, write_model, write_state
 from areal_agents.config import AlgorithmConfig, LearnerConfig
-from areal_agents.engine import WeightsRef
+from areal_agents.engine import Transport, WeightsRef
 from areal_agents.errors import CheckpointError, ModelError
 from areal_agents.forward import Decoder, Scores, load_model
 from areal_agents.malloc import peak_mib
@@ -49,8 +50,8 @@ from areal_agents.objective import (
 from areal_agents.offpolicy import OffPolicyStats
 from areal_agents.optim import adamw, learning_rate
 from areal_agents.packing import pack_rows
-from areal_agents.precision import resolve_precision
-from areal_agents.weights import SharedWeights
+from areal_agents.precision import resolve_device, resolve_precision
+from areal_agents.publish import Publisher, WeightsBuffer, master_weights, probe, probe_ids, weights_buffers
 
 Metrics = dict[str, float]
 Logprobs = list[NDArray[np.float32]]
@@ -95,6 +96,10 @@ class TorchLearner:
         publish_dtype: torch.dtype = torch.bfloat16,
         max_staleness: int | None = None,
         threads: int | None = None,
+        transport: Transport = "shm",
+        weights_dir: Path | None = None,
+        weights_host: str = "127.0.0.1",
+        receivers: Callable[[], int] | None = None,
     ) -> None:
         """Load a local model folder.
 
@@ -102,7 +107,9 @@ class TorchLearner:
             total_steps: batches of the whole run, for the schedule.
             max_staleness: tokens older than this many versions get no gradient (``on_exceed = "mask"``); None: any age.
             threads: cores to compute with; None leaves PyTorch's choice.
-        Raises ModelError for a folder that is no causal language model this learner knows how to train.
+            transport: how ``publish`` reaches engines; the other three are explained at ``weights_buffers``.
+        Raises ModelError for a folder that is no causal language model this learner knows how to train, ConfigError
+        for a transport that cannot be had here.
         """
         self.source = Path(model)
         self.config, self.algorithm = learner, algorithm
@@ -116,10 +123,11 @@ class TorchLearner:
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = self._new_optimizer(learner.lr)
         self._warm: torch.optim.AdamW | None = None
-        self._buffers = [SharedWeights(self.tensors(), publish_dtype) for _ in range(2)]
-        self._free: asyncio.Queue[SharedWeights] = asyncio.Queue()
-        for buffer in self._buffers:
-            self._free.put_nowait(buffer)
+        buffers = weights_buffers(
+            transport, self.tensors(), publish_dtype, weights_dir=weights_dir, host=weights_host, receivers=receivers
+        )
+        self._publisher = Publisher(buffers, self._run)
+        self._probe_ids = probe_ids(int(self._model.config.vocab_size), seed)
 
     @property
     def version(self) -> int:
@@ -128,13 +136,7 @@ class TorchLearner:
 
     def tensors(self) -> dict[str, Tensor]:
         """The fp32 master weights by state-dict name; of tied tensors the first name alone."""
-        seen: set[int] = set()
-        out: dict[str, Tensor] = {}
-        for name, tensor in self._model.state_dict().items():
-            if tensor.data_ptr() not in seen:
-                seen.add(tensor.data_ptr())
-                out[name] = tensor
-        return out
+        return master_weights(self._model)
 
     def set_threads(self, n: int) -> None:
         """Compute with ``n`` cores from the next micro-batch on. Raises ValueError for n < 1."""
@@ -169,17 +171,12 @@ class TorchLearner:
         """
         return await self._run(lambda: self._sft_step(tuple(rows), lr))
 
-    @asynccontextmanager
-    async def publish(self) -> AsyncIterator[WeightsRef]:
-        """The current weights, cast, in one of two shared buffers; it is not refilled while the context is open.
+    def publish(self) -> AbstractAsyncContextManager[WeightsRef]:
+        """The current weights, cast, with their probe, in one of two buffers; not refilled while the context is open.
 
         Waits while both buffers are out; unblocked when one of those contexts closes.
         """
-        buffer = await self._free.get()
-        try:
-            yield await self._run(lambda: buffer.fill(self.tensors(), self._version))
-        finally:
-            self._free.put_nowait(buffer)
+        return self._publisher.publish(self._fill)
 
     async def export(self, path: Path) -> None:
         """Write a transformers folder (weights in ``publish_dtype``, configuration, tokenizer), atomically."""
@@ -194,10 +191,9 @@ class TorchLearner:
         await self._run(lambda: self._read(path))
 
     async def close(self) -> None:
-        """Finish the running call and free the shared buffers."""
+        """Finish the running call and free the published weights."""
         await asyncio.to_thread(self._executor.shutdown)
-        for buffer in self._buffers:
-            buffer.close()
+        await asyncio.to_thread(self._publisher.close)
 
     async def _run(self, job: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._with_threads, job)
@@ -212,7 +208,9 @@ class TorchLearner:
             torch.set_num_threads(self._threads)
 
     def _load(self) -> Decoder:
-        decoder = Decoder(load_model(self.source), resolve_precision(self.config.precision))
+        device = resolve_device(self.config.device)
+        dtype = resolve_precision(self.config.precision, gpu=device.type == "cuda")
+        decoder = Decoder(load_model(self.source, device), dtype)
         if self.config.gradient_checkpointing:
             decoder.checkpoint_layers()
         return decoder
@@ -220,6 +218,10 @@ class TorchLearner:
     def _new_optimizer(self, lr: float) -> torch.optim.AdamW:
         c = self.config
         return adamw(self._model, lr=lr, weight_decay=c.weight_decay, betas=c.betas, eps=c.eps)
+
+    def _fill(self, buffer: WeightsBuffer) -> WeightsRef:
+        found = probe(self._decoder, self._probe_ids, self.publish_dtype)
+        return replace(buffer.fill(self.tensors(), self._version), probe=found)
 
     def _step(self, batch: Batch) -> Metrics:
         start = time.perf_counter()
@@ -324,16 +326,17 @@ class TorchLearner:
                 self._use_threads()
                 chosen = [rows[i] for i in pack.rows]
                 tokens = Tokens.of(chosen, None if proximal is None else [proximal[i] for i in pack.rows])
-                states = d.hidden(pack).index_select(0, sources(chosen, pack.at))
+                states = d.hidden(pack).index_select(0, sources(chosen, pack.at).to(d.device))
+                ids = tokens.ids.to(d.device)
                 grad = torch.empty_like(states)
                 for part in _chunks(len(tokens), self.config.logprob_chunk):
-                    scores = Scores(states[part], d.head, tokens.ids[part], temperature, d.dtype, weight)
-                    logprobs_T = scores.logprobs_T.requires_grad_()
+                    scores = Scores(states[part], d.head, ids[part], temperature, d.dtype, weight)
+                    logprobs_T = scores.logprobs_T.cpu().requires_grad_()  # [T] numbers: the objective is no GPU's work
                     with d.autocast(False):
                         value = objective(logprobs_T, tokens[part])
                         value.backward()  # type: ignore[no-untyped-call]
                     assert logprobs_T.grad is not None
-                    grad[part] = scores.backward(logprobs_T.grad)
+                    grad[part] = scores.backward(logprobs_T.grad.to(d.device))
                     loss += float(value.detach())
                     del scores  # before the next chunk's logits
                 with d.autocast(False):
@@ -361,13 +364,13 @@ class TorchLearner:
             for pack in packs:
                 self._use_threads()
                 chosen = [rows[i] for i in pack.rows]
-                states = d.hidden(pack).index_select(0, sources(chosen, pack.at))
-                ids = torch.from_numpy(np.concatenate([r.ids[r.mask] for r in chosen]))
+                states = d.hidden(pack).index_select(0, sources(chosen, pack.at).to(d.device))
+                ids = torch.from_numpy(np.concatenate([r.ids[r.mask] for r in chosen])).to(d.device)
                 parts = [
                     Scores(states[p], d.head, ids[p], temperature, d.dtype, weight).logprobs_T
                     for p in _chunks(len(ids), self.config.logprob_chunk)
                 ]
-                flat = torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
+                flat = torch.cat(parts).cpu().numpy() if parts else np.zeros(0, np.float32)
                 ends = np.cumsum([int(r.mask.sum()) for r in chosen])
                 for i, values in zip(pack.rows, np.split(flat, ends[:-1]), strict=True):
                     out[i][rows[i].mask] = values
@@ -380,11 +383,7 @@ class TorchLearner:
                 if state:
                     optimizer = self._optimizer.state_dict()
                     write_state(folder / STATE, {"version": self._version, "seed": self.seed, "optimizer": optimizer})
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from error
 
     def _read(self, path: Path) -> None:

@@ -12,10 +12,10 @@ from areal_agents.errors import ConfigError
 from areal_agents.lineage import Commit, RunFolder
 
 MAY_CHANGE = (
-    "steps", "out", "engine.", "checkpoint.", "track.", "eval.every", "env.sandbox", "env.step_timeout",
+    "steps", "out", "engine.", "cluster.", "checkpoint.", "track.", "eval.every", "env.sandbox", "env.step_timeout",
     "learner.lr", "learner.warmup_steps", "learner.schedule", "learner.grad_clip", "learner.token_budget",
-    "learner.gradient_checkpointing", "learner.logprob_chunk", "learner.threads", "rollout.concurrency",
-    "rollout.max_retries", "rollout.failure_window", "rollout.failure_budget",
+    "learner.gradient_checkpointing", "learner.logprob_chunk", "learner.threads", "learner.device",
+    "rollout.concurrency", "rollout.max_retries", "rollout.failure_window", "rollout.failure_budget",
 )  # fmt: skip
 """Settings, or sections, that a resumed run may have otherwise than the run it goes on with. The others decide which
 tasks come, what the stored episodes and evaluations mean, or are part of the optimizer's saved state."""

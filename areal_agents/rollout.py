@@ -1,8 +1,8 @@
 """Many episodes at once: tasks in, whole groups out, failures counted.
 
-    TaskStream ─▶ admit (buffer.py) ─▶ G × run_episode ─▶ complete ─▶ next_batch ─▶ learner
-                     ▲                      │ InfraError: retried; too few left: discarded, task queued once more
-                     └──────────────────────┘
+    TaskStream ─▶ admit (buffer.py) ─▶ G × play (player.py) ─▶ complete ─▶ next_batch ─▶ learner
+                     ▲                        │ InfraError: retried; too few left: discarded, task queued once more
+                     └────────────────────────┘
 
 Waits for / unblocked by: the producer waits for ``Buffer.can_admit`` and is unblocked by completions, discards,
 batches and acknowledgements; ``next_batch`` waits for ``Buffer.take`` and is unblocked by completions. Neither holds
@@ -12,33 +12,16 @@ anything while it waits.
 from __future__ import annotations
 
 import asyncio
-import importlib
-import inspect
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from areal_agents.buffer import Buffer, BufferState, Ticket
-from areal_agents.chat import ChatFormat
-from areal_agents.env import AgentEnv
-from areal_agents.episode import Limits, Policy, run_episode
-from areal_agents.errors import ArealError, ConfigError, FailureBudgetError, InfraError, RewardError
-from areal_agents.host import EnvHost, HostLost
-from areal_agents.registry import EnvSpec
-from areal_agents.sandbox import SandboxBackend
+from areal_agents.errors import ArealError, ConfigError, FailureBudgetError, InfraError, RewardError, WorkerLost
+from areal_agents.player import EpisodePlayer, EventSink, no_events
 from areal_agents.types import Group, Task, Trajectory
-
-EventSink = Callable[..., None]
-"""``event(kind, **fields)``: one line in the run's event log."""
-
-_MAX_HOSTS_LOST = 20
-
-
-def no_events(kind: str, **fields: object) -> None:
-    """An event sink for callers without a log."""
 
 
 def group_seed(seed: int, order: int) -> int:
@@ -125,9 +108,15 @@ class FailureBudget:
         self._outcomes.append(False)
 
     def failure(self, error: ArealError) -> None:
-        """Count a failed attempt. Raises FailureBudgetError, caused by the first failure, when the budget is spent."""
-        self._outcomes.append(True)
+        """Count a failed attempt. Raises FailureBudgetError, caused by the first failure, when the budget is spent.
+
+        An episode whose worker was lost is counted in ``kinds`` alone: one loss fails every episode that the worker
+        played, and how often workers are lost has a limit of its own.
+        """
         self.kinds[type(error).__name__] += 1
+        if isinstance(error, WorkerLost):
+            return
+        self._outcomes.append(True)
         self._first = self._first or error
         failed = sum(self._outcomes)
         if failed > self._limit:
@@ -137,63 +126,27 @@ class FailureBudget:
             ) from self._first
 
 
-@dataclass(frozen=True, slots=True)
-class Player:
-    """Everything an episode needs besides its task."""
-
-    make_env: Callable[[], AgentEnv]
-    policy: Callable[[Task], Policy]
-    fmt: ChatFormat
-    limits: Limits
-    max_retries: int
-
-
-def env_maker(spec: EnvSpec, *, sandbox: str, kwargs: Mapping[str, Any]) -> Callable[[], AgentEnv]:
-    """A constructor of ``spec``'s environment; ``sandbox`` is passed where the environment takes one."""
-    given = dict(kwargs)
-    if "sandbox" in inspect.signature(spec.env_class()).parameters:
-        given.setdefault("sandbox", sandbox)
-    return lambda: spec.make(**given)
-
-
-async def prove_sandbox(spec: EnvSpec, sandbox: str) -> None:
-    """Probe the backend before anything slow starts, where a tool of ``spec`` needs one. Raises SandboxUnavailable."""
-    cls = spec.env_class()
-    if "sandbox" not in inspect.signature(cls).parameters or not any(t.needs_sandbox for t in cls.tools):
-        return
-    backend: SandboxBackend = importlib.import_module("areal_agents.sandboxes").get(sandbox)
-    try:
-        await backend.probe()
-    finally:
-        await backend.aclose()
-
-
 class EpisodeRunner:
-    """Runs episodes on a host that is replaced when an environment wedges it; retries infrastructure failures."""
+    """Runs episodes on a player; retries infrastructure failures and counts them against the budget."""
 
-    def __init__(self, player: Player, budget: FailureBudget, *, event: EventSink = no_events) -> None:
+    def __init__(
+        self, player: EpisodePlayer, budget: FailureBudget, *, max_retries: int, event: EventSink = no_events
+    ) -> None:
         self.player = player
         self.budget = budget
+        self._max_retries = max_retries
         self._event = event
-        self._host = EnvHost()
-        self._hosts_lost = 0
 
     async def run(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory | None:
         """One trajectory, or None after ``max_retries`` retries. Raises FailureBudgetError."""
-        player, attempt = self.player, 0
+        attempt = 0
         while True:
-            host = self._healthy_host()
+            attempt_id = id if attempt == 0 else f"{id}~{attempt}"
             try:
-                trajectory = await run_episode(
-                    player.make_env, task, player.policy(task), player.fmt, player.limits,
-                    id=id if attempt == 0 else f"{id}~{attempt}", group=group, seed=seed, host=host,
-                )  # fmt: skip
-            except HostLost:
-                self._event("host_lost", episode=id, task=task.id)
-                continue
+                trajectory = await self.player.play(task, id=attempt_id, group=group, seed=seed)
             except (InfraError, RewardError) as error:
                 attempt += 1
-                retry = isinstance(error, InfraError) and attempt <= player.max_retries
+                retry = isinstance(error, InfraError) and attempt <= self._max_retries
                 self._event(
                     "episode_failed", episode=id, task=task.id, error=type(error).__name__, detail=str(error),
                     attempt=attempt, retried=retry, **_where(error),
@@ -205,33 +158,14 @@ class EpisodeRunner:
                 self.budget.success()
                 return trajectory
 
-    def _healthy_host(self) -> EnvHost:
-        if self._host.wedged:
-            self._hosts_lost += 1
-            if self._hosts_lost > _MAX_HOSTS_LOST:
-                raise FailureBudgetError(
-                    f"environments blocked their event loop {self._hosts_lost} times: fix the environment's blocking "
-                    "calls (events.jsonl names the tasks)"
-                )
-            self._event("host_replaced", lost=self._hosts_lost)
-            self._host = EnvHost()
-        return self._host
-
     async def close(self) -> None:
-        """End what environments share (sandbox pools) and stop the host."""
-        try:
-            await self._host.close(_close_sandboxes)
-        except InfraError as error:  # noted, not raised: it must not hide why the run ends
-            self._event("close_failed", error=type(error).__name__, detail=str(error))
+        """Close the player."""
+        await self.player.close()
 
 
 def _where(error: ArealError) -> dict[str, object]:
     """Where in its episode an infrastructure failure struck."""
     return {"tool": error.tool, "turns": error.turns, "tokens": error.tokens} if isinstance(error, InfraError) else {}
-
-
-async def _close_sandboxes() -> None:
-    await importlib.import_module("areal_agents.sandboxes").close_shared()
 
 
 @dataclass(slots=True)

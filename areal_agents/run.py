@@ -8,31 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from areal_agents import registry
+from areal_agents.backend import Backend, open_backend
 from areal_agents.chat import ChatFormat
 from areal_agents.config import TrainConfig
-from areal_agents.cores import Cores, split_cores
-from areal_agents.demonstrations import ExpertPolicy, demonstration_rows
+from areal_agents.demonstrations import demonstration_rows
 from areal_agents.engine import Sampling
-from areal_agents.engines.supervised import SupervisedEngine
-from areal_agents.engines.transformers import TransformersEngine
-from areal_agents.episode import EnginePolicy, Limits, Policy
-from areal_agents.errors import ConfigError
+from areal_agents.episode import Limits
 from areal_agents.evaluate import EvalReport, Progress, Stopwatch, held_out, run_attempts, summarize
 from areal_agents.interrupt import Stop
-from areal_agents.learner import TorchLearner
 from areal_agents.lineage import Commit, RunFolder
 from areal_agents.models import resolve
-from areal_agents.precision import resolve_precision
-from areal_agents.rollout import EpisodeRunner, FailureBudget, Player, Rollouts, TaskStream, env_maker, prove_sandbox
+from areal_agents.player import EpisodePlayer, PlayerSpec, prove_sandbox
+from areal_agents.rollout import EpisodeRunner, FailureBudget, Rollouts, TaskStream
 from areal_agents.track import Tracker
-from areal_agents.types import Task
 
 
 @contextlib.asynccontextmanager
@@ -41,34 +34,20 @@ async def open_run(
 ) -> AsyncIterator[Run]:
     """Everything a run needs. ``commit``: where a resumed run goes on; None for a new one."""
     spec = registry.spec(config.env.id)
-    await prove_sandbox(spec, config.env.sandbox)
+    if config.cluster.backend == "local":  # a cluster's workers prove theirs
+        await prove_sandbox(spec, config.env.sandbox)
     model = resolve(config.model.path)
-    cores = split_cores(config.engine.threads, config.learner.threads)
     fmt = ChatFormat.load(model)
     async with contextlib.AsyncExitStack() as stack:
         tracker = stack.enter_context(_tracker(config, commit, console=console))
-        engine = await stack.enter_async_context(
-            SupervisedEngine(
-                _engine_starter(config, model, cores, commit),
-                event=tracker.event,
-                hang_seconds=config.engine.hang_timeout,
-            )
+        done = commit or Commit()
+        backend = await stack.enter_async_context(
+            open_backend(config, spec, model, event=tracker.event, resumed_at=done.step)
         )
-        learner = TorchLearner(
-            model,
-            learner=config.learner,
-            algorithm=config.algorithm,
-            total_steps=config.steps,
-            seed=config.seed,
-            publish_dtype=resolve_precision(config.engine.precision),
-            max_staleness=config.rollout.staleness if config.rollout.on_exceed == "mask" else None,
-            threads=cores.learner,
-        )
-        stack.push_async_callback(learner.close)
-        run = Run(config, spec, fmt, engine, learner, tracker, cores, folder, stop, commit or Commit())
+        run = Run(config, spec, fmt, backend, tracker, folder, stop, done, model)
         stack.push_async_callback(run.runner.close)
-        if run.commit.checkpoint is not None:
-            await learner.load(folder.learner_folder(run.commit))
+        if done.checkpoint is not None:
+            await run.learner.load(folder.learner_folder(done))
             await run.publish()
         yield run
 
@@ -86,29 +65,6 @@ def _tracker(config: TrainConfig, commit: Commit | None, *, console: bool) -> Tr
     )
 
 
-def _engine_starter(
-    config: TrainConfig, model: Path, cores: Cores, commit: Commit | None
-) -> Callable[[], Awaitable[TransformersEngine]]:
-    """Starts the engine's process: each with a seed of its own, for none may draw an earlier one's random numbers."""
-    resumed_at = commit.step if commit else 0
-    processes = itertools.count()
-
-    async def start() -> TransformersEngine:
-        nth = next(processes)
-        fresh = not nth and not resumed_at
-        return await TransformersEngine.start(
-            model,
-            precision=config.engine.precision,
-            max_batch=config.engine.max_batch,
-            kv_tokens=config.engine.kv_tokens,
-            max_context=config.model.max_context,
-            threads=cores.total,
-            seed=config.seed if fresh else random.Random(f"{config.seed}/{resumed_at}/{nth}").getrandbits(31),
-        )
-
-    return start
-
-
 @dataclass
 class Run:
     """The parts of one run and what it does with them."""
@@ -116,22 +72,23 @@ class Run:
     config: TrainConfig
     spec: registry.EnvSpec
     fmt: ChatFormat
-    engine: SupervisedEngine
-    learner: TorchLearner
+    backend: Backend
     tracker: Tracker
-    cores: Cores
     folder: RunFolder
     stop: Stop
     commit: Commit
     """What of this run is on the disk for good."""
+    model: Path
+    """The folder that the run started from."""
 
     def __post_init__(self) -> None:
         r = self.config.rollout
+        self.engine, self.learner, self.cores = self.backend.engine, self.backend.learner, self.backend.cores
         self.reports: dict[str, EvalReport] = dict(self.commit.reports)
         self.warm_started = self.commit.warm_started
         self.budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
         self.budget.kinds.update(self.commit.failures)
-        self.runner = self._runner(lambda task: self._policy(r.temperature))
+        self.runner = self._runner(self._engine_player(r.temperature))
 
     async def publish(self) -> float:
         """Hand the learner's weights to the engine; returns the seconds in which it could not sample."""
@@ -145,7 +102,7 @@ class Run:
         """Cross-entropy on scripted demonstrations, through the same learner. The caller saves it."""
         config, w = self.config, self.config.warm_start
         tasks = TaskStream(self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1)
-        runner = self._runner(self._expert)
+        runner = self._runner(replace(self._engine_player(1.0), policy="expert"))
         try:
             played = await run_attempts(
                 runner, [tasks.next() for _ in range(w.demonstrations)], k=1, concurrency=16, seed=config.seed,
@@ -156,7 +113,7 @@ class Run:
         trajectories = [t for _, tries in played for t in tries if t is not None]
         rows = demonstration_rows(trajectories)
         self.tracker.trajectories.write(trajectories, step=0, kind="demonstration")
-        self.learner.set_threads(self.cores.total)
+        self.learner.set_threads(self.cores.learner_alone)
         await self.engine.set_threads(1)  # idle threads of another OpenMP pool would still cost a core
         progress = Progress(self.tracker.message, label="warm start", what="demonstrations")
         for epoch in range(w.epochs):
@@ -166,7 +123,7 @@ class Run:
                 self.tracker.log(done, metrics, kind="warm_start", show=False)
                 progress(done, w.epochs * len(rows))
         await self.publish()
-        await self.engine.set_threads(self.cores.total)
+        await self.engine.set_threads(self.cores.engine_alone)
         self.warm_started = True
 
     async def save(self, rollouts: Rollouts | None) -> None:
@@ -199,7 +156,7 @@ class Run:
         config, e = self.config, self.config.eval
         tasks = held_out(self.spec, e.split, e.n, difficulty=config.env.difficulty)
         watch = Stopwatch()
-        runner = self._runner(lambda task: self._policy(e.temperature))
+        runner = self._runner(self._engine_player(e.temperature))
         try:
             results = await run_attempts(
                 runner,
@@ -226,30 +183,31 @@ class Run:
             self._commit(replace(self.commit, mark=mark, reports=dict(self.reports)))
         return report
 
-    def _runner(self, policy: Callable[[Task], Policy]) -> EpisodeRunner:
-        r, e = self.config.rollout, self.config.env
-        limits = Limits(
-            max_context=self.config.model.max_context,
-            max_turn_tokens=r.max_turn_tokens,
-            max_episode_tokens=r.max_episode_tokens,
-            max_turns=r.max_turns,
-            step_timeout=e.step_timeout,
-            request_timeout=self.config.engine.request_timeout,
-        )
-        player = Player(
-            env_maker(self.spec, sandbox=e.sandbox, kwargs=e.kwargs), policy, self.fmt, limits, r.max_retries
-        )
-        return EpisodeRunner(player, self.budget, event=self.tracker.event)
+    def _runner(self, spec: PlayerSpec) -> EpisodeRunner:
+        """Counts and retries what a new player of ``spec`` plays, here or on the cluster's workers."""
+        player = (self.backend.players or self._local_player)(spec)
+        return EpisodeRunner(player, self.budget, max_retries=self.config.rollout.max_retries, event=self.tracker.event)
 
-    def _policy(self, temperature: float) -> Policy:
-        sampling = Sampling(self.config.rollout.max_turn_tokens, temperature=temperature, stop_ids=self.fmt.stop_ids)
-        return EnginePolicy(self.engine, sampling)
+    def _local_player(self, spec: PlayerSpec) -> EpisodePlayer:
+        return spec.build(self.engine, fmt=self.fmt, event=self.tracker.event)
 
-    def _expert(self, task: Task) -> Policy:
-        expert = self.spec.expert(task)
-        if expert is None:
-            raise ConfigError(f"{self.spec.id} has no expert: set warm_start.demonstrations = 0")
-        return ExpertPolicy(expert, self.fmt)
+    def _engine_player(self, temperature: float) -> PlayerSpec:
+        config, r = self.config, self.config.rollout
+        return PlayerSpec(
+            env=self.spec,
+            model=self.model,
+            limits=Limits(
+                max_context=config.model.max_context,
+                max_turn_tokens=r.max_turn_tokens,
+                max_episode_tokens=r.max_episode_tokens,
+                max_turns=r.max_turns,
+                step_timeout=config.env.step_timeout,
+                request_timeout=config.engine.request_timeout,
+            ),
+            sampling=Sampling(r.max_turn_tokens, temperature=temperature, stop_ids=self.fmt.stop_ids),
+            sandbox=config.env.sandbox,
+            kwargs=config.env.kwargs,
+        )
 
 
 def _numbers(report: EvalReport) -> dict[str, float]:

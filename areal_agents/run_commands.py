@@ -183,8 +183,8 @@ class Replay:
     def _replay(self, run: SavedRun) -> int:
         from areal_agents.chat import ChatFormat
         from areal_agents.commands import UsageError
+        from areal_agents.player import prove_sandbox
         from areal_agents.replay import replay
-        from areal_agents.rollout import prove_sandbox
 
         record = run.episode(self.kind, self.episode)
         seed = run.env_seed(record) if self.seed is None else self.seed

@@ -22,8 +22,9 @@ from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError
 from areal_agents.evaluate import attempt_seed
 from areal_agents.exact_json import from_utf8
+from areal_agents.player import env_maker
 from areal_agents.registry import EnvSpec
-from areal_agents.rollout import env_maker, group_seed
+from areal_agents.rollout import group_seed
 from areal_agents.toolcalls import find_blocks
 from areal_agents.trajectories import Record, read_shard, shards, step_of
 from areal_agents.types import AssistantMessage, ToolCall

@@ -55,6 +55,22 @@ def message_of(
     return AssistantMessage((Text(text),), calls, finish)
 
 
+def write_block(name: str, arguments: str) -> str:
+    """One block as a model writes it; ``arguments`` is JSON text and is taken as it is."""
+    return f'{OPEN}{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}{CLOSE}'
+
+
+def read_arguments(text: str) -> tuple[Mapping[str, Any], CallStatus]:
+    """The arguments that a server sends as JSON text, under the limits of a block; no text is no argument."""
+    if not text.strip():
+        return {}, "ok"
+    value, end, failed = _decode(text, 0)
+    if failed or text[end:].strip():
+        return {}, "invalid_json"
+    _, arguments, status = _call_of({"name": "any", "arguments": value})
+    return arguments, status
+
+
 def find_blocks(text: str, *, thinking: bool = False) -> list[Block]:
     """The tool-call blocks of ``text``, in order. ``thinking``: the prompt already opened ``<think>``.
 

@@ -19,9 +19,10 @@ from areal_agents import registry, settings
 from areal_agents.advantages import ADVANTAGES, EpisodeRewards
 from areal_agents.batch import Batch, Row, rows_of
 from areal_agents.buffer import Buffer
+from areal_agents.chat_model import refuse_training, remote_name
 from areal_agents.config import AlgorithmConfig, TrainConfig
 from areal_agents.engine import Sampling
-from areal_agents.errors import Interrupted
+from areal_agents.errors import Interrupted, LearnerLost
 from areal_agents.evaluate import EvalReport, Stopwatch, calls_of, compare_table
 from areal_agents.interrupt import Stop, StopRequested, stop_on_signals
 from areal_agents.lineage import Commit, RunFolder
@@ -50,22 +51,34 @@ class RunResult:
 async def train(config: TrainConfig, *, resume: bool = False, console: bool = True) -> RunResult:
     """Run ``config`` to its end; with ``resume``, from the last commit in ``config.out``, if there is one.
 
+    A learner that is lost (``cluster.backend = "ray"``) is replaced: the run goes on from its last commit, at most
+    ``cluster.learner_restarts`` times.
+
     SIGINT or SIGTERM once: the step is finished and saved, then Interrupted is raised; twice: at once. Raises
     ArealError subclasses; ``config.out`` keeps everything until then, and a run that committed a step can be resumed.
     """
     watch = Stopwatch()
+    if remote_name(config.model.path) is not None:
+        refuse_training(config.model.path)
     spec = registry.spec(config.env.id)  # first: a typo must not wait for a model, nor leave a folder
     spec.tasks(config.env.split, difficulty=config.env.difficulty)
     with RunFolder(config.out, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as folder:
         commit, changes = begin(folder, config, resume=resume)
-        if commit is None or not commit.complete:
+        lost: list[str] = []
+        while commit is None or not commit.complete:
             with stop_on_signals(print) as stop:
                 try:
-                    reports = await _run(config, folder, commit, stop, changes=changes, console=console)
+                    reports = await _run(config, folder, commit, stop, changes=changes, lost=lost, console=console)
+                    break
                 except (StopRequested, asyncio.CancelledError) as error:
                     if not stop.requested:
                         raise
                     raise Interrupted(_how_to_go_on(config, folder, stop)) from error
+                except LearnerLost as error:
+                    lost.append(str(error))
+                    if stop.requested or len(lost) > config.cluster.learner_restarts:
+                        raise
+            commit, changes = begin(folder, config, resume=True)
         else:
             reports = dict(commit.reports)
     return RunResult(config.out, config.out / "model", reports, watch.seconds)
@@ -78,12 +91,15 @@ async def _run(
     stop: Stop,
     *,
     changes: dict[str, tuple[object, object]],
+    lost: list[str],
     console: bool,
 ) -> dict[str, EvalReport]:
-    """All phases; each is skipped where the commit has it already."""
+    """All phases; each is skipped where the commit has it already. ``lost``: why learners before this one ended."""
     async with open_run(config, folder, stop, commit=commit, console=console) as run:
         folder.write_settings(settings.dump(config))
         if commit is not None:
+            if lost:
+                run.tracker.event("learner_replaced", reason=lost[-1], times=len(lost))
             run.tracker.event("resumed", step=commit.step, changed={k: new for k, (_, new) in changes.items()})
             run.tracker.message(f"resumed at step {commit.step} of {config.steps}")
         await stop.race(run.evaluate("before"))
@@ -172,7 +188,7 @@ async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, wa
     batch = batch_of(groups, run.config.algorithm, run.learner.version, run.config.rollout.temperature)
     metrics = await _update(run, batch, rollouts)
     update = await run.publish()
-    await run.engine.set_threads(run.cores.total)
+    await run.engine.set_threads(run.cores.engine_alone)
     rollouts.acknowledge(run.learner.version)
     metrics |= rollout_metrics(groups, batch.version) | {
         "wait_seconds": waited,
@@ -196,7 +212,7 @@ async def _update(run: Run, batch: Batch, rollouts: Rollouts) -> dict[str, float
 
     async def take_over() -> None:
         await rollouts.idle()
-        run.learner.set_threads(run.cores.total)
+        run.learner.set_threads(run.cores.learner_alone)
 
     watcher = asyncio.create_task(take_over())
     try:

@@ -202,7 +202,9 @@ class Trajectory:
 
     @property
     def sampled_tokens(self) -> int:
-        return sum(len(t.completion.ids) for t in self.turns)
+        """Of an episode without token ids (``chat_episode.py``): what the model's server reported, 0 where nothing."""
+        ids = sum(len(t.completion.ids) for t in self.turns)
+        return ids or int(self.metrics.get("completion_tokens", 0))
 
     @property
     def min_version(self) -> int:

@@ -2,6 +2,8 @@
 
 The buffer is an anonymous memory file (``memfd_create``): its locator ``/proc/<pid>/fd/<n>`` is readable by
 processes of the same user and it vanishes with its owner, so no crash can leave shared memory behind.
+
+``open_weights`` reads a ``WeightsRef`` of any transport; the others are in ``disk_weights.py`` and ``broadcast.py``.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping
 from types import TracebackType
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -22,18 +25,20 @@ from areal_agents.errors import EngineError
 _ALIGN = 64
 
 
-def layout(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> tuple[tuple[TensorEntry, ...], int]:
-    """Offsets of ``tensors`` cast to ``dtype`` in one buffer, and the buffer's size in bytes."""
+def layout(
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, align: int = _ALIGN
+) -> tuple[tuple[TensorEntry, ...], int]:
+    """Offsets of ``tensors`` cast to ``dtype`` in one buffer, each a multiple of ``align``; and its size in bytes."""
     entries: list[TensorEntry] = []
     offset = 0
     for name, tensor in tensors:
         entries.append(TensorEntry(name, tuple(tensor.shape), str(dtype).removeprefix("torch."), offset))
         size = tensor.numel() * dtype.itemsize
-        offset += -(-size // _ALIGN) * _ALIGN
+        offset += -(-size // align) * align
     return tuple(entries), offset
 
 
-def _views(buffer: Tensor, manifest: Iterable[TensorEntry]) -> dict[str, Tensor]:
+def views(buffer: Tensor, manifest: Iterable[TensorEntry]) -> dict[str, Tensor]:
     """Tensor views into a flat uint8 ``buffer``."""
     out: dict[str, Tensor] = {}
     for entry in manifest:
@@ -46,12 +51,54 @@ def _views(buffer: Tensor, manifest: Iterable[TensorEntry]) -> dict[str, Tensor]
     return out
 
 
-def checksum(view: memoryview) -> str:
-    """Adler-32 over the whole buffer, chunked; 135M bf16 parameters take about 0.1 s."""
-    value = 1
+def adler32(view: memoryview, value: int = 1) -> int:
+    """Adler-32 of ``view`` after what gave ``value``; chunked, so that other threads get their turn."""
     for start in range(0, len(view), 1 << 24):
         value = zlib.adler32(view[start : start + (1 << 24)], value)
-    return f"adler32:{value:08x}"
+    return value
+
+
+def checksum(view: memoryview) -> str:
+    """Adler-32 over the whole buffer as a reference names it; 135M bf16 parameters take about 0.1 s."""
+    return f"adler32:{adler32(view):08x}"
+
+
+def check(ref: WeightsRef, view: memoryview) -> None:
+    """Raise EngineError unless ``view`` has the checksum of ``ref``."""
+    if (found := checksum(view)) != ref.checksum:
+        raise EngineError(f"weights v{ref.version}: checksum {found}, expected {ref.checksum}, at {ref.locator}")
+
+
+class OpenWeights(Protocol):
+    """Weights that were read; a context manager."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """By state-dict name; valid until the context closes."""
+        ...
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_weights(ref: WeightsRef, *, verify: bool = True) -> OpenWeights:
+    """Read ``ref``, whatever its transport. Blocks; every wait in it has a deadline.
+
+    verify: compare the checksum (about 1 s for 2 GB). Shared memory is mapped; ``disk``, ``gloo`` and ``nccl`` copy
+    ``ref.nbytes`` into this process, nccl's to its current CUDA device.
+    Raises EngineError where the weights are gone, damaged or do not arrive in time.
+    """
+    if ref.transport == "shm":
+        return AttachedWeights(ref, verify=verify)
+    if ref.transport == "disk":
+        from areal_agents.disk_weights import read_disk
+
+        return read_disk(ref, verify=verify)
+    from areal_agents.broadcast import receive
+
+    return receive(ref, verify=verify)
 
 
 class SharedWeights:
@@ -63,7 +110,7 @@ class SharedWeights:
         os.ftruncate(self._fd, max(self.nbytes, 1))
         self._map = mmap.mmap(self._fd, max(self.nbytes, 1))
         self._buffer = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._tensors = _views(self._buffer, self.manifest)
+        self._tensors = views(self._buffer, self.manifest)
 
     def fill(self, tensors: Mapping[str, Tensor], version: int) -> WeightsRef:
         """Copy (and cast) ``tensors`` in and return the reference to them."""
@@ -95,20 +142,38 @@ class AttachedWeights:
 
     def __init__(self, ref: WeightsRef, *, verify: bool = True) -> None:
         try:
-            fd = os.open(ref.locator, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(ref.locator, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise EngineError(f"weights v{ref.version} at {ref.locator} are gone: {error.strerror}") from error
+            raise EngineError(
+                f"weights v{ref.version} at {ref.locator} are gone: {error.strerror}. Shared memory reaches processes "
+                'of the same user and host alone; elsewhere set transport = "disk"'
+            ) from error
         try:
             self._map = mmap.mmap(fd, ref.nbytes, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
         except (ValueError, OSError) as error:
             raise EngineError(f"weights v{ref.version}: {ref.nbytes} bytes cannot be mapped: {error}") from error
         finally:
             os.close(fd)
-        if verify and (found := checksum(memoryview(self._map))) != ref.checksum:
-            raise EngineError(f"weights v{ref.version}: checksum {found}, expected {ref.checksum}")
-        self.tensors = _views(torch.frombuffer(self._map, dtype=torch.uint8), ref.manifest)
+        if verify:
+            check(ref, memoryview(self._map))
+        self.tensors = views(torch.frombuffer(self._map, dtype=torch.uint8), ref.manifest)
 
     def __enter__(self) -> AttachedWeights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.tensors = {}
+
+
+class LoadedWeights:
+    """Weights that were copied into a buffer of this process; a context manager."""
+
+    def __init__(self, ref: WeightsRef, buffer: Tensor) -> None:
+        self.tensors = views(buffer, ref.manifest)
+
+    def __enter__(self) -> LoadedWeights:
         return self
 
     def __exit__(

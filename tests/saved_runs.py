@@ -17,8 +17,9 @@ from areal_agents.chat import ChatFormat
 from areal_agents.config import TrainConfig
 from areal_agents.episode import Limits
 from areal_agents.evaluate import run_attempts
+from areal_agents.player import LocalPlayer, env_maker
 from areal_agents.reward import Episode, Verdict
-from areal_agents.rollout import EpisodeRunner, FailureBudget, Player, Rollouts, TaskStream, env_maker
+from areal_agents.rollout import EpisodeRunner, FailureBudget, Rollouts, TaskStream
 from areal_agents.tool import ToolError, tool
 from areal_agents.toolenv import ToolEnv
 from areal_agents.trajectories import Record, shard_path, write_shard
@@ -146,10 +147,10 @@ def tokenizer_folder(folder: Path) -> Path:
     return folder
 
 
-def player(env_id: str, model: Path, said: Sequence[str], *, seed: int = 0, **kwargs: Any) -> Player:
+def player(env_id: str, model: Path, said: Sequence[str], *, seed: int = 0, **kwargs: Any) -> LocalPlayer:
     fmt, rng = ChatFormat.load(model), random.Random(seed)
     make = env_maker(registry.spec(env_id), sandbox="bubblewrap", kwargs=kwargs)
-    return Player(make, lambda task: Talker(random.Random(rng.random()), fmt, said), fmt, LIMITS, 0)
+    return LocalPlayer(make, lambda task: Talker(random.Random(rng.random()), fmt, said), fmt, LIMITS)
 
 
 def training_run(
@@ -169,7 +170,7 @@ def training_run(
     )
 
     async def play() -> list[Record]:
-        runner = EpisodeRunner(player(env_id, model, said), FailureBudget(window=8, share=0.0))
+        runner = EpisodeRunner(player(env_id, model, said), FailureBudget(window=8, share=0.0), max_retries=0)
         buffer = Buffer(
             groups=groups, group_size=group_size, max_staleness=0, concurrency=group_size, total_batches=steps
         )
@@ -196,7 +197,7 @@ def evaluation_run(out: Path, env_id: str = "tests.saved_runs:Mixed", *, k: int 
     model = tokenizer_folder(out.parent / f"{out.name}-tokenizer")
 
     async def play() -> list[Record]:
-        runner = EpisodeRunner(player(env_id, model, SAID), FailureBudget(window=8, share=0.0))
+        runner = EpisodeRunner(player(env_id, model, SAID), FailureBudget(window=8, share=0.0), max_retries=0)
         try:
             tasks = registry.spec(env_id).tasks("test")[:3]
             results = await run_attempts(runner, tasks, k=k, concurrency=2, seed=11, label="test")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from areal_agents.engine import Sampling, WeightsRef
+from areal_agents.engine import Engine, Sampling, WeightsRef
 from areal_agents.engines.transformers import TransformersEngine
 from areal_agents.types import Completion, Prompt
 from areal_agents.weights import SharedWeights
@@ -23,7 +23,7 @@ CONTEXT = 256
 class Served:
     """An engine on a loop of its own, with the model it serves."""
 
-    def __init__(self, model: Any, folder: Path, **settings: Any) -> None:
+    def __init__(self, model: Any, folder: Path, start: Any = TransformersEngine.start, **settings: Any) -> None:
         self.model = model
         self.runner = asyncio.Runner()
         options: dict[str, Any] = {
@@ -32,7 +32,7 @@ class Served:
             "kv_tokens": 1200,
             "max_context": CONTEXT,
         } | settings
-        self.engine = self.runner.run(TransformersEngine.start(save_tiny(folder, model), **options))
+        self.engine = self.runner.run(start(save_tiny(folder, model), **options))
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(asyncio.wait_for(work, 60))
@@ -61,7 +61,7 @@ def ids_of(n: int, seed: int) -> tuple[int, ...]:
 
 
 async def ask(
-    engine: TransformersEngine,
+    engine: Engine,
     ids: tuple[int, ...],
     tokens: int,
     session: str,

@@ -229,11 +229,13 @@ def _demo(command: Command, w: Workshop) -> None:
 def _eval(command: Command, w: Workshop) -> list[str] | None:
     """Run on two tasks; with the tiny model, where the page's is no folder. Comparisons as they stand.
 
-    Only parsed where the environment needs a sandbox and this machine has no bubblewrap.
+    Only parsed where the model is a server's, or the environment needs a sandbox and this machine has no bubblewrap.
     """
     parsed, _ = _parse(list(command.words[1:]))
     if parsed.compare is not None:
         return list(command.words[1:])
+    if parsed.model.startswith("openai:"):  # needs a server: tests/test_openai_chat.py evaluates one
+        return None
     if needs_sandbox(split_of(parsed.env)[0]) and shutil.which("bwrap") is None:
         return None
     model = parsed.model if Path(parsed.model).is_dir() else str(w.model)
@@ -254,12 +256,16 @@ def _model(command: Command, w: Workshop) -> list[str] | None:
     return None if "pull" in command.words else list(command.words[1:])
 
 
+def _serve(command: Command, w: Workshop) -> None:
+    """Parsed: it needs vLLM, and tests/vllm starts it."""
+
+
 def _as_it_stands(command: Command, w: Workshop) -> list[str]:
     return list(command.words[1:])
 
 
 RUN: dict[str, Callable[[Command, Workshop], list[str] | None]] = {
-    "train": _train, "demo": _demo, "eval": _eval, "check": _check, "model": _model,
+    "train": _train, "demo": _demo, "eval": _eval, "check": _check, "model": _model, "serve": _serve,
     "envs": _as_it_stands, "init": _as_it_stands, "rescore": _as_it_stands, "replay": _as_it_stands,
 }  # fmt: skip
 """By subcommand: what is run in a command's place; None: the parser and the settings have seen it, that is all."""

@@ -43,7 +43,7 @@ def test_a_killed_worker_fails_every_pending_request(tmp_path: Path) -> None:
 
 
 def test_a_hung_worker_meets_the_deadline_and_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("areal_agents.engines.transformers._CLOSE_SECONDS", 0.3)
+    monkeypatch.setattr("areal_agents.engines.client.CLOSE_SECONDS", 0.3)
     it = Served(tiny_model(), tmp_path)
 
     async def work() -> None:

@@ -37,8 +37,8 @@ def test_a_frame_round_trips_and_a_cut_one_is_the_end(message: p.Command | p.Rep
 _CHATTY = """
 import os
 from areal_agents.engines import protocol as p
-from areal_agents.engines.worker import _take_pipes
-commands, replies = _take_pipes()
+from areal_agents.engines.worker import take_pipes
+commands, replies = take_pipes()
 print("a library's banner", flush=True)
 os.write(1, b"a C library's banner")
 replies.write(p.encode(p.Ready(len(os.read(0, 10)))))

@@ -11,7 +11,8 @@ import pytest
 
 from areal_agents.buffer import Buffer
 from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError
-from areal_agents.rollout import EpisodeRunner, FailureBudget, Player, Rollouts, TaskStream
+from areal_agents.player import LocalPlayer
+from areal_agents.rollout import EpisodeRunner, FailureBudget, Rollouts, TaskStream
 from areal_agents.types import Group
 from tests.scripted import LIMITS, Script, ScriptedEnv, ScriptedPolicy, broken_sandbox, fmt, task
 
@@ -47,9 +48,9 @@ def batches(
     """Run ``n`` batches to their end, acknowledging each at once."""
 
     async def main() -> list[list[Group]]:
-        player = Player(lambda: ScriptedEnv(script), policy, FMT, LIMITS, retries)
         log = events or Events()
-        runner = EpisodeRunner(player, FailureBudget(window=window, share=share), event=log)
+        player = LocalPlayer(lambda: ScriptedEnv(script), policy, FMT, LIMITS, event=log)
+        runner = EpisodeRunner(player, FailureBudget(window=window, share=share), max_retries=retries, event=log)
         settings: dict[str, Any] = {"groups": 2, "max_staleness": 1, "concurrency": 16, "total_batches": n} | buffer
         rollouts = Rollouts(
             Buffer(group_size=group_size, **settings), TaskStream(TASKS, seed=0), runner, seed=0, event=log
@@ -81,8 +82,8 @@ def test_groups_share_task_and_seed_and_batches_are_exact() -> None:
 
 def test_idle_means_that_nothing_runs_though_a_batch_may_wait() -> None:
     async def main() -> None:
-        player = Player(lambda: ScriptedEnv(Script()), lambda t: ScriptedPolicy(SAY), FMT, LIMITS, 0)
-        runner = EpisodeRunner(player, FailureBudget(window=8, share=0.5))
+        player = LocalPlayer(lambda: ScriptedEnv(Script()), lambda t: ScriptedPolicy(SAY), FMT, LIMITS)
+        runner = EpisodeRunner(player, FailureBudget(window=8, share=0.5), max_retries=0)
         buffer = Buffer(groups=2, group_size=2, max_staleness=1, concurrency=8)
         rollouts = Rollouts(buffer, TaskStream(TASKS, seed=0), runner, seed=0)
         rollouts.start()

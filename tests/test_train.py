@@ -67,7 +67,10 @@ def test_a_demonstration_without_reward_is_refused() -> None:
 
 def test_cores_are_split_and_never_oversubscribed() -> None:
     auto = split_cores(total=2)
-    assert (auto.total, auto.engine, auto.learner) == (2, 1, 1)
+    assert (auto.engine_alone, auto.learner_alone, auto.engine, auto.learner) == (2, 2, 1, 1)
+    shared = split_cores(total=16, replicas=4)
+    assert (shared.engine_alone, shared.learner_alone, shared.engine, shared.learner) == (4, 16, 3, 1)
+    assert split_cores(total=2, replicas=3).engine == 1
     assert (split_cores(total=16).engine, split_cores(total=16).learner) == (15, 1)
     assert (split_cores(engine=3, total=8).learner, split_cores(learner=6, total=8).engine) == (5, 2)
     one = split_cores(total=1)

@@ -52,6 +52,15 @@ def tiny_model(kind: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
+def vllm_model(kind: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
+    """A ``tiny_model`` that vLLM can serve: its attention needs heads of at least 32.
+
+    It has layers enough to take a while: a turn of 200 tokens can be met in its middle.
+    """
+    size = {"hidden_size": 128, "num_hidden_layers": 10, "num_attention_heads": 4, "head_dim": 32}
+    return tiny_model(kind, seed=seed, **(size | {"initializer_range": 0.12} | changes))
+
+
 def save_tiny(folder: Path, model: Any) -> Path:
     model.save_pretrained(folder)
     return folder

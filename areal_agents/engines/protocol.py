@@ -3,7 +3,7 @@
 Both ends are one program (the worker is the client's own child), so pickles are safe here and nowhere else.
 
     client → worker   Generate · Cancel · Release · Update · SetThreads · AskHealth · Close
-    worker → client   Ready · Fatal · Done · Failed · Updated · HealthReport
+    worker → client   Ready · Fatal · Lost · Done · Failed · Updated · HealthReport
 """
 
 from __future__ import annotations
@@ -30,6 +30,26 @@ class Settings:
     max_context: int
     threads: int
     seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMSettings:
+    """What the vLLM worker needs to start; the first message it reads."""
+
+    model: str
+    precision: Literal["bf16", "fp32"]
+    max_batch: int
+    kv_tokens: int
+    max_context: int
+    seed: int
+    block_size: int | None
+    enforce_eager: bool | None
+    """None: on a CPU."""
+    gpu_memory_utilization: float
+    tensor_parallel_size: int
+
+
+AnySettings = Settings | VLLMSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +102,15 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Fatal:
+    """The worker cannot serve the model, and ends."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The worker found itself or a child of its unable to go on, and ends."""
+
     message: str
 
 
@@ -110,10 +139,10 @@ class HealthReport:
 
 
 Command = Generate | Cancel | Release | Update | SetThreads | AskHealth | Close
-Reply = Ready | Fatal | Done | Failed | Updated | HealthReport
+Reply = Ready | Fatal | Lost | Done | Failed | Updated | HealthReport
 
 
-def encode(message: Settings | Command | Reply) -> bytes:
+def encode(message: AnySettings | Command | Reply) -> bytes:
     """One frame: an 8-byte length and a pickle."""
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return HEADER.pack(len(body)) + body

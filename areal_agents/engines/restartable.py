@@ -6,10 +6,14 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from areal_agents.engine import Engine
+from areal_agents.engine import Engine, UpdateReport, WeightsRef
 from areal_agents.errors import ConfigError, EngineError
+
+_PINGS = 3
+"""Unanswered health questions that make an engine hung: one alone may be this process's own blocked event loop."""
 
 
 class Restartable(Engine, Protocol):
@@ -45,6 +49,23 @@ class Bounded(Protocol):
     def max_context(self) -> int: ...
 
 
+@dataclass(eq=False, slots=True)
+class Life:
+    """One process of the engine, from its start to its loss."""
+
+    engine: Restartable
+    lost: str = ""
+    watcher: asyncio.Task[None] | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Update:
+    """An ``update_weights`` in progress. ``applied`` is resolved where a restart applied it."""
+
+    ref: WeightsRef
+    applied: asyncio.Future[UpdateReport] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
 class RestartLimit:
     """At most ``most`` restarts within ``window`` seconds. Raises ConfigError for numbers out of range."""
 
@@ -75,4 +96,12 @@ async def answers(engine: Restartable, seconds: float) -> bool:
                 if (await engine.health()).ok:
                     return True
                 await asyncio.sleep(seconds / 20)
+    return False
+
+
+async def lives(engine: Restartable, seconds: float) -> bool:
+    """Whether it is not hung: it answers within ``seconds``, or is known to be gone, which is not this question."""
+    for _ in range(_PINGS):
+        if engine.failure is not None or await answers(engine, seconds / _PINGS):
+            return True
     return False

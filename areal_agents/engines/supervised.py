@@ -26,35 +26,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from areal_agents.engine import Health, KVPolicy, Sampling, UpdateMode, UpdateReport, WeightsRef
-from areal_agents.engines.restartable import Bounded, Restartable, RestartLimit, Threaded, answers
+from areal_agents.engines.restartable import Bounded, Life, Restartable, RestartLimit, Threaded, Update, answers, lives
 from areal_agents.errors import ArealError, ConfigError, EngineError
 from areal_agents.types import Completion, Prompt
 
-_PINGS = 3
-"""Unanswered health questions that make an engine hung: one alone may be this process's own blocked event loop."""
 _END_SECONDS = 30.0
-
-
-@dataclass(eq=False, slots=True)
-class _Life:
-    """One process of the engine, from its start to its loss."""
-
-    engine: Restartable
-    lost: str = ""
-    watcher: asyncio.Task[None] | None = None
-
-
-@dataclass(eq=False, slots=True)
-class _Update:
-    """An ``update_weights`` in progress. ``applied`` is resolved where a restart applied it."""
-
-    ref: WeightsRef
-    applied: asyncio.Future[UpdateReport] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class SupervisedEngine:
@@ -93,7 +73,9 @@ class SupervisedEngine:
         self._restarts = RestartLimit(max_restarts, window_seconds)
         self._hang, self._interval = hang_seconds, health_interval
         self._start_seconds, self._update_seconds = start_seconds, update_seconds
-        self._life: _Life | None = None
+        self._life: Life | None = None
+        self.loading = False
+        """Whether a fresh process is up and takes, or waits for, its weights."""
         self._failed = "the engine was not started: enter it with `async with`"
         self._changed = asyncio.Event()
         self._engines: set[Restartable] = set()
@@ -105,7 +87,7 @@ class SupervisedEngine:
         self._max_context = 0
         self._ref: WeightsRef | None = None
         self._ref_valid = True
-        self._update: _Update | None = None
+        self._update: Update | None = None
         self._updates = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -137,6 +119,18 @@ class SupervisedEngine:
     def engine(self) -> Restartable | None:
         """The engine that serves now; None during a restart and after the last one."""
         return None if self._life is None else self._life.engine
+
+    @property
+    def failed(self) -> str:
+        """Why it will never serve (again); empty while it may."""
+        return self._failed
+
+    async def ready(self) -> None:
+        """Wait until it serves. Raises EngineError where it never will."""
+        while self._life is None:
+            if self._failed:
+                raise EngineError(self._failed)
+            await self._changed.wait()
 
     # --- the contract ----------------------------------------------------------------------------------------------
 
@@ -172,7 +166,7 @@ class SupervisedEngine:
         weights then stay in use until the engine is lost; the next successful update heals it.
         """
         async with self._updates:
-            update = _Update(ref)
+            update = Update(ref)
             self._update = update
             self._notify()
             try:
@@ -196,7 +190,8 @@ class SupervisedEngine:
             raise ConfigError(f"engine threads must be at least 1, got {threads}")
         self._threads = threads
         if self._life is not None and isinstance(self._life.engine, Threaded):
-            await self._life.engine.set_threads(threads)
+            with contextlib.suppress(EngineError):  # it is lost: the next one is told at its start
+                await self._life.engine.set_threads(threads)
 
     async def health(self) -> Health:
         """The present process's state; not ``ok`` during a restart and once the engine has failed for good."""
@@ -221,14 +216,12 @@ class SupervisedEngine:
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
-    async def _serving(self, seconds: float, what: str) -> _Life:
+    async def _serving(self, seconds: float, what: str) -> Life:
         """The engine that serves. Raises EngineError past ``seconds`` or where there will be none."""
         try:
-            async with asyncio.timeout(max(seconds, 0.0)):
-                while self._life is None:
-                    if self._failed:
-                        raise EngineError(self._failed)
-                    await self._changed.wait()
+            while self._life is None:
+                async with asyncio.timeout(max(seconds, 0.0)):
+                    await self.ready()
         except TimeoutError as error:
             raise EngineError(
                 f"{what} met its deadline while the engine was being restarted (events.jsonl says why): raise "
@@ -248,7 +241,7 @@ class SupervisedEngine:
             if not self._pending:
                 self._busy.clear()
 
-    async def _apply(self, update: _Update, mode: UpdateMode, kv: KVPolicy) -> UpdateReport:
+    async def _apply(self, update: Update, mode: UpdateMode, kv: KVPolicy) -> UpdateReport:
         while True:
             while self._life is None and not update.applied.done():
                 if self._failed:
@@ -279,20 +272,20 @@ class SupervisedEngine:
 
     def _serve(self, engine: Restartable) -> None:
         """``engine`` takes requests from now on."""
-        life = self._life = _Life(engine)
+        life = self._life = Life(engine)
         if isinstance(engine, Bounded):
             self._max_context = engine.max_context
         life.watcher = asyncio.create_task(self._watch(life), name="engine-watcher")
         self._notify()
 
-    def _lost(self, life: _Life) -> bool:
+    def _lost(self, life: Life) -> bool:
         """Whether the process of ``life`` is gone; begins the restart where this is news."""
         failure = life.engine.failure
         if not life.lost and failure is not None:
             self._lose(life, failure)
         return bool(life.lost)
 
-    def _lose(self, life: _Life, reason: str) -> None:
+    def _lose(self, life: Life, reason: str) -> None:
         life.lost = reason
         if self._life is not life:  # closed meanwhile
             return
@@ -301,21 +294,19 @@ class SupervisedEngine:
             life.watcher.cancel()
         self._restart = asyncio.create_task(self._supervise_restart(life), name="engine-restart")
 
-    async def _watch(self, life: _Life) -> None:
-        """Ask for health while calls are pending; ends with the life."""
+    async def _watch(self, life: Life) -> None:
+        """Ask for health while calls are pending, and look for the process while none is; ends with the life."""
         while True:
-            await self._busy.wait()
-            for _ in range(_PINGS):
-                if life.engine.failure is not None or await answers(life.engine, self._hang / _PINGS):
-                    break
-            else:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._busy.wait(), self._interval)
+            if self._pending and not await lives(life.engine, self._hang):
                 self._lose(life, f"the engine gave no sign of health for {self._hang:g} s with {self._pending} calls")
                 return
             if self._lost(life):
                 return
             await asyncio.sleep(self._interval)
 
-    async def _supervise_restart(self, life: _Life) -> None:
+    async def _supervise_restart(self, life: Life) -> None:
         try:
             await self._replace(life)
         except Exception as error:  # noqa: BLE001  boundary: nobody awaits this task; every pending call raises it
@@ -323,7 +314,7 @@ class SupervisedEngine:
             self._failed = self._failed or f"the engine was not restarted: {detail}"
             self._notify()
 
-    async def _replace(self, life: _Life) -> None:
+    async def _replace(self, life: Life) -> None:
         """Kill what is left of ``life`` and begin another one. Raises EngineError past the limit of restarts."""
         loop = asyncio.get_running_loop()
         engine: Restartable | None = life.engine
@@ -337,12 +328,15 @@ class SupervisedEngine:
             begin, engine = loop.time(), None
             try:
                 engine = await self._start_one()
+                self.loading = True
                 await self._equip(engine)
                 if self._threads and isinstance(engine, Threaded):  # last: they may have changed during the load
                     await engine.set_threads(self._threads)
             except (EngineError, TimeoutError) as error:
                 reason = str(error) or f"the engine did not start within {self._start_seconds:g} s"
                 continue
+            finally:
+                self.loading = False
             self._event("engine_restarted", seconds=round(loop.time() - begin, 3), version=engine.version)
             return self._serve(engine)
 
@@ -374,7 +368,7 @@ class SupervisedEngine:
             elif self._update is None and self._ref_valid:
                 return
 
-    async def _load(self, engine: Restartable, ref: WeightsRef, update: _Update | None) -> UpdateReport | None:
+    async def _load(self, engine: Restartable, ref: WeightsRef, update: Update | None) -> UpdateReport | None:
         """None where ``engine`` lives but refused ``ref``. Raises EngineError where it was lost again."""
         try:
             async with asyncio.timeout(self._update_seconds):

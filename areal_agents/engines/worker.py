@@ -62,13 +62,13 @@ class Updater(threading.Thread):
 
     def run(self) -> None:
         from areal_agents.engines.decoder import Weights
-        from areal_agents.weights import AttachedWeights
+        from areal_agents.weights import open_weights
 
         while True:
             update = self.updates.get()
             try:
-                with AttachedWeights(update.ref) as attached:
-                    weights = Weights.build(self._shape, attached.tensors, self._dtype)
+                with open_weights(update.ref) as opened:
+                    weights = Weights.build(self._shape, opened.tensors, self._dtype)
                 self._inbox.put(Prepared(update, weights))
             except Exception as error:  # noqa: BLE001  boundary: the failure is the update's reply, the loop goes on
                 detail = str(error) if isinstance(error, ArealError) else f"{type(error).__name__}: {error}"
@@ -231,7 +231,7 @@ class Worker:
         self.send(p.Failed(request.id, f"the model's logits are not finite at version {self.scheduler.version}"))
 
 
-def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
+def take_pipes() -> tuple[BinaryIO, BinaryIO]:
     """The protocol's streams, on descriptors that no library prints to."""
     commands = os.fdopen(os.dup(0), "rb")
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
@@ -248,7 +248,7 @@ def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
     return commands, replies
 
 
-def _die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
@@ -289,8 +289,8 @@ def _build(settings: p.Settings, inbox: Inbox, replies: BinaryIO) -> tuple[Worke
 
 
 def main() -> int:
-    commands, replies = _take_pipes()
-    _die_with_parent(int(sys.argv[1]))
+    commands, replies = take_pipes()
+    die_with_parent(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     settings = p.read_frame(commands)
     if not isinstance(settings, p.Settings):

@@ -1,0 +1,1 @@
+"""Engines, rollout workers and the learner on Ray; import the module you need. Only those modules import ray."""

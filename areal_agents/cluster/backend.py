@@ -1,0 +1,93 @@
+"""A run on Ray: engines, learner and rollout workers as actors; the driver keeps the buffer, the loop and the files.
+
+    driver: train.py ── batches ──▶ LearnerActor ── WeightsRef ──▶ PoolActor ─▶ EngineActor × replicas
+       │ ▲                                                            ▲ generate
+       │ └───────────────── trajectories ──── RolloutWorker × n ──────┘
+       └────────────────────── tasks ──────────────▲
+
+Threads are what is reserved: nobody takes over anybody's cores. A private Ray is told of as many CPUs as the actors
+reserve, also where the machine has fewer: a laptop may run what a cluster runs, slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import ray
+
+from areal_agents.backend import Backend, Event, engine_spec, learner_settings, receivers, salt, supervision
+from areal_agents.cluster.engines import Resources
+from areal_agents.cluster.learner import RemoteLearner
+from areal_agents.cluster.pool import PoolSettings, RemotePool
+from areal_agents.cluster.rollouts import RolloutWorkers
+from areal_agents.cluster.session import Cluster, cluster
+from areal_agents.config import TrainConfig
+from areal_agents.cores import Cores
+from areal_agents.engine import Transport
+from areal_agents.registry import EnvSpec
+
+
+@contextlib.asynccontextmanager
+async def open_ray(
+    config: TrainConfig, spec: EnvSpec, model: Path, *, event: Event, resumed_at: int
+) -> AsyncIterator[Backend]:
+    """See ``areal_agents.backend.open_backend``. Raises ConfigError where the cluster has not what is asked of it."""
+    c, hang = config.cluster, config.engine.hang_timeout
+    cores = Cores(
+        engine=max(1, int(c.engine_cpus)), learner=max(1, int(c.learner_cpus)),
+        engine_alone=max(1, int(c.engine_cpus)), learner_alone=max(1, int(c.learner_cpus)),
+    )  # fmt: skip
+    async with contextlib.AsyncExitStack() as stack:
+        joined = await stack.enter_async_context(
+            cluster(c.address, object_store_gib=c.object_store_gib, num_cpus=_reserved(config))
+        )
+        event("cluster_joined", address=joined.address, private=joined.private)
+        pool = await RemotePool.start(_pool_settings(config, model, cores, resumed_at), event=event)
+        await stack.enter_async_context(pool)
+        learner = await RemoteLearner.start(
+            model, num_cpus=c.learner_cpus, num_gpus=c.learner_gpus, hang_seconds=hang,
+            receivers=lambda: receivers(config),
+            **learner_settings(config, _transport(config, joined), threads=cores.learner),
+        )  # fmt: skip
+        await stack.enter_async_context(learner)
+        workers = RolloutWorkers(
+            pool, spec, sandbox=config.env.sandbox, workers=c.rollout_workers, num_cpus=c.worker_cpus,
+            episodes_per_worker=-(-max(config.rollout.concurrency, config.engine.max_batch) // c.rollout_workers),
+            event=event, hang_seconds=hang,
+        )  # fmt: skip
+        await stack.enter_async_context(workers)
+
+        yield Backend(pool, learner, cores, workers.player)
+
+
+def _reserved(config: TrainConfig) -> float | None:
+    """CPUs that a private Ray is said to have; None for a joined one, which has its own."""
+    c = config.cluster
+    if c.address:
+        return None
+    asked = c.engine_cpus * config.engine.replicas + c.learner_cpus + c.worker_cpus * c.rollout_workers
+    return max(asked, float(len(os.sched_getaffinity(0))))
+
+
+def _pool_settings(config: TrainConfig, model: Path, cores: Cores, resumed_at: int) -> PoolSettings:
+    c = config.cluster
+    return PoolSettings(
+        engine_spec(config, model, threads=cores.engine, alone=False),
+        config.engine.replicas,
+        resources=Resources(c.engine_cpus, c.engine_gpus),
+        seed=config.seed,
+        salt=salt(resumed_at),
+        supervised=supervision(config),
+    )
+
+
+def _transport(config: TrainConfig, joined: Cluster) -> Transport:
+    """``auto``: shared memory on a cluster of one node; else a broadcast between GPUs, or files."""
+    if config.engine.transport != "auto":
+        return config.engine.transport
+    if joined.private or sum(bool(node["Alive"]) for node in ray.nodes()) == 1:
+        return "shm"
+    return "nccl" if config.cluster.learner_gpus and config.cluster.engine_gpus else "disk"

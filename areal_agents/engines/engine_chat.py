@@ -1,0 +1,71 @@
+"""``EngineChat``: any engine as a ChatModel, so that judges and user simulators can be the policy itself.
+
+    messages ──ChatFormat──▶ ids ──engine──▶ sampled ids ──ChatFormat──▶ AssistantMessage
+
+Environments run on a loop of their own (``host.py``) and an engine belongs to the loop that started it: a call from
+another loop is carried over. It holds no conversation: every call is a whole prompt and a session of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+from areal_agents.chat import ChatFormat
+from areal_agents.chat_model import ChatReply
+from areal_agents.engine import Engine, Sampling
+from areal_agents.errors import EngineError
+from areal_agents.tool import ToolSpec
+from areal_agents.types import AssistantMessage, Message, Prompt
+
+_numbers = itertools.count()
+
+
+class EngineChat:
+    """A ChatModel over ``engine``, which stays the caller's. Make it on the engine's own loop.
+
+    fmt: the chat format of the engine's model. deadline: seconds for one reply.
+    """
+
+    def __init__(self, engine: Engine, fmt: ChatFormat, *, deadline: float = 300.0) -> None:
+        self._engine, self._fmt, self._deadline = engine, fmt, deadline
+        self._loop = asyncio.get_running_loop()
+
+    async def chat(
+        self, messages: Sequence[Message | AssistantMessage], tools: Sequence[ToolSpec], sampling: Sampling
+    ) -> AssistantMessage:
+        """The next assistant message. Raises what ``reply`` raises."""
+        return (await self.reply(messages, tools, sampling)).message
+
+    async def reply(
+        self, messages: Sequence[Message | AssistantMessage], tools: Sequence[ToolSpec], sampling: Sampling
+    ) -> ChatReply:
+        """The next assistant message, with its counts of tokens.
+
+        ``sampling.stop_ids`` left empty are the format's. Cancelling aborts the request. Raises EngineError (the engine
+        is dead, refused, or missed the deadline) and TemplateError (the template cannot render the messages).
+        """
+        work = self._reply(messages, tools, sampling)
+        if asyncio.get_running_loop() is self._loop:
+            return await work
+        if self._loop.is_closed():
+            work.close()
+            raise EngineError("the event loop of EngineChat's engine is closed: keep it open while the model is used")
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    async def _reply(
+        self, messages: Sequence[Message | AssistantMessage], tools: Sequence[ToolSpec], sampling: Sampling
+    ) -> ChatReply:
+        prompt = Prompt(self._fmt.first_prompt(messages, tools))
+        sampling = replace(sampling, stop_ids=sampling.stop_ids or self._fmt.stop_ids)
+        session = f"chat-{next(_numbers)}"
+        try:
+            done = await self._engine.generate(prompt, sampling, session=session, deadline=self._deadline)
+        finally:
+            with contextlib.suppress(EngineError):
+                await self._engine.release(session)
+        message = self._fmt.parse(done.ids, done.finish)
+        return ChatReply(message, len(prompt.ids), len(done.ids))

@@ -1,0 +1,59 @@
+"""Ends the rest of a process group when its leader dies, by whatever death: ``python guard.py``, its stdin a pipe that
+only the leader holds open. Standard library only: it runs as a script.
+
+Python's resource tracker is spared: it ends by itself once the others are gone, and then frees their shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_SECONDS = 5.0
+
+
+def members(group: int) -> list[int]:
+    """Process ids of the living members of a process group."""
+    out = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, _, pgrp = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:3]
+                if int(pgrp) == group and state not in "ZX":
+                    out.append(int(entry.name))
+    return out
+
+
+def start_guard() -> subprocess.Popen[bytes]:
+    """Guard the caller's process group; keep the result for as long as the group is to live."""
+    return subprocess.Popen([sys.executable, "-I", "-S", __file__], stdin=subprocess.PIPE)
+
+
+def _tracker(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+def main() -> None:
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    os.read(0, 1)
+    end = time.monotonic() + _SECONDS
+    while time.monotonic() < end:
+        found = [pid for pid in members(os.getpgrp()) if pid != os.getpid() and not _tracker(pid)]
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main()

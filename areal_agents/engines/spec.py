@@ -1,0 +1,45 @@
+"""``EngineSpec``: how to start an engine, as a value that travels to another process or node."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from areal_agents.engines.restartable import Restartable
+
+Kind = Literal["transformers", "vllm"]
+_CLASSES = {
+    "transformers": ("areal_agents.engines.transformers", "TransformersEngine"),
+    "vllm": ("areal_agents.engines.vllm", "VLLMEngine"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """``Class.start(model, seed=..., **options)`` of the engine of this kind."""
+
+    kind: Kind
+    model: str
+    """A folder or hub id that the engine's node can read."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of its ``start``: precision, max_batch, kv_tokens, max_context, threads, …"""
+
+    async def start(self, seed: int) -> Restartable:
+        """Start a process. Imports the engine's module; raises what its ``start`` raises."""
+        module, name = _CLASSES[self.kind]
+        engine = getattr(importlib.import_module(module), name)
+        return cast(Restartable, await engine.start(self.model, seed=seed, **self.options))
+
+
+def process_seed(seed: int, *, salt: str, index: int, nth: int) -> int:
+    """The seed of the ``nth`` process of replica ``index``: none draws another one's random numbers.
+
+    The very first process has ``seed`` itself. ``salt`` tells lives of the run apart (it is empty in the first one):
+    a resumed run must not repeat the numbers it drew before.
+    """
+    if not salt and not index and not nth:
+        return seed
+    return random.Random(f"{seed}/{salt}/{index}/{nth}").getrandbits(31)

@@ -1,0 +1,110 @@
+"""A process group of its own for one broadcast, beside torch.distributed's default group and its list of groups.
+
+Gloo between CPUs, NCCL between GPUs. **NCCL was not run on hardware.**
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import Store, Work  # type: ignore[attr-defined]  # not in its __all__
+
+Broadcaster = Literal["nccl", "gloo"]
+_LAST_SECONDS = 5.0
+_POLL = 0.005
+
+
+class Group(Protocol):
+    """What is used of PyTorch's process groups."""
+
+    def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions) -> Work: ...
+    def abort(self) -> None: ...
+
+
+@contextlib.contextmanager
+def open_group(backend: Broadcaster, store: Store, rank: int, world: int, seconds: float, host: str) -> Iterator[Group]:
+    """A process group outside torch.distributed's own list; its connections end with the context.
+
+    host: the address of this machine that the others reach. Raises RuntimeError where it is not formed in ``seconds``.
+    """
+    # PyTorch's annotations of these classes lack what they have.
+    gloo: Any = dist.ProcessGroupGloo
+    if backend == "gloo":
+        options = gloo._Options()
+        options._timeout = timedelta(seconds=seconds)
+        options._devices = [gloo.create_device(hostname=host)]
+        options._threads = 2
+        yield gloo(store, rank, world, options)
+        _part(store, world)
+        return
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=seconds)
+    with _environment(TORCH_NCCL_BLOCKING_WAIT="1", TORCH_NCCL_ENABLE_MONITORING="0"):
+        # A failed round must raise in the thread that waits for it; by default NCCL's watchdog ends the process.
+        group: Any = dist.ProcessGroupNCCL(store, rank, world, options)
+    guard = threading.Timer(seconds, group.abort)  # the communicator's own start knows no deadline
+    guard.daemon = True
+    guard.start()
+    try:
+        yield group
+        _part(store, world)
+    finally:
+        guard.cancel()
+        group.abort()
+
+
+def broadcast(
+    group: Group, buffer: Tensor, bucket: int, end: float,
+    stopping: threading.Event | None = None,
+) -> None:  # fmt: skip
+    """Bring rank 0's ``buffer`` (flat bytes) to all, a bucket after the other. Raises RuntimeError after ``end``."""
+    nccl = isinstance(group, dist.ProcessGroupNCCL) if dist.is_nccl_available() else False
+    for start in range(0, buffer.numel(), bucket):
+        if stopping is not None and stopping.is_set():
+            raise RuntimeError("the sender was closed")
+        left = end - time.monotonic()
+        if left <= 0:
+            raise RuntimeError(f"the round's deadline passed after {start} of {buffer.numel()} bytes")
+        part = buffer[start : start + bucket]
+        staged = part.cuda() if nccl and not part.is_cuda else part
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.timeout = timedelta(seconds=left)
+        group.broadcast([staged], options).wait(timedelta(seconds=left))
+        if nccl:
+            torch.cuda.synchronize()  # before the staging memory goes and before the checksum
+
+
+def _part(store: Store, world: int) -> None:
+    """Keep the connections until all members have everything: the last bytes may be on their way to some of them.
+
+    Not for ever: who is missing then has failed by itself, and its checksum would tell.
+    """
+    end = time.monotonic() + _LAST_SECONDS
+    store.add("done", 1)
+    while store.add("done", 0) < world and time.monotonic() < end:
+        time.sleep(_POLL)
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables that a constructor reads, and the old ones afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,76 @@
+"""Environments that report to a folder what they do, for tests of rollout workers in other processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from areal_agents.errors import SandboxError, SandboxUnavailable
+from areal_agents.sandbox import ProbeReport
+from areal_agents.types import AssistantMessage, Info, Observation
+from tests.letters_env import Letters
+
+Stepped = tuple[Observation, float, bool, bool, Info]
+
+
+class Reported(Letters):
+    """Appends ``start pid task``, ``step pid task`` and ``close pid task`` lines to ``folder/log``.
+
+    Its second step waits while the file ``folder/gate`` exists.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+
+    def report(self, what: str) -> None:
+        with (self.folder / "log").open("a") as log:
+            log.write(f"{what} {os.getpid()} {self.task.id}\n")
+
+    async def areset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Observation, Info]:
+        result = await super().areset(seed=seed, options=options)
+        self.report("start")
+        return result
+
+    async def astep(self, action: AssistantMessage) -> Stepped:
+        stepped = await super().astep(action)
+        if self.turn == 2:
+            self.report("step")
+            while (self.folder / "gate").exists():  # noqa: ASYNC110  the test's process removes it
+                await asyncio.sleep(0.02)
+        return stepped
+
+    async def aclose(self) -> None:
+        self.report("close")
+
+
+class Fails(Letters):
+    """What goes wrong in the second step depends on the task."""
+
+    async def astep(self, action: AssistantMessage) -> Stepped:
+        stepped = await super().astep(action)
+        if self.turn == 2 and self.task.id.endswith("-0"):
+            raise ZeroDivisionError("the author's own")
+        if self.turn == 2 and self.task.id.endswith("-1"):
+            return stepped[0], float("nan"), *stepped[2:]
+        if self.turn == 2 and self.task.id.endswith("-2"):
+            error = SandboxError("the sandbox is gone")
+            error.tool = "python"
+            raise error from OSError("no space left")
+        return stepped
+
+
+class Refuses:
+    """A sandbox backend that does not start anywhere but in the process that tests run in."""
+
+    name = "refuses"
+
+    async def probe(self) -> ProbeReport:
+        raise SandboxUnavailable("refuses", f"process {os.getpid()} has a network", "unplug it")
+
+    async def aclose(self) -> None: ...

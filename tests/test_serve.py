@@ -1,0 +1,95 @@
+"""What `areal-agents serve` starts, checks and says; the server itself is tested in tests/vllm."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import itertools
+import json
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_agents.chat import ChatFormat
+from areal_agents.cli import main
+from areal_agents.errors import ConfigError
+from areal_agents.serve import Serving, arguments, base_url, environment, free_port, serve, usage_text, write_files
+from tests.tiny_tokenizer import CHATML, tiny
+
+
+def serving(**changes: Any) -> Serving:
+    return replace(Serving(Path("/m"), "runs/demo/model"), **changes)
+
+
+def test_the_command_line_and_its_files(tmp_path: Path) -> None:
+    line = arguments(serving(precision="fp32", arguments=("--max-num-seqs", "4")), tmp_path, cpu=True)
+    assert line[:4] == ["-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"]
+    given = dict(itertools.pairwise(line))
+    assert (given["--host"], given["--port"], given["--dtype"]) == ("127.0.0.1", "8000", "float32")
+    assert (given["--served-model-name"], given["--tool-call-parser"]) == ("runs/demo/model", "hermes")
+    assert "--enforce-eager" in line
+    assert line[-2:] == ["--max-num-seqs", "4"]
+    assert "--enforce-eager" not in arguments(serving(), tmp_path, cpu=False)
+    fmt = ChatFormat(tiny(CHATML))
+    write_files(fmt, tmp_path)
+    assert json.loads((Path(given["--generation-config"]) / "generation_config.json").read_text()) == {
+        "eos_token_id": list(fmt.stop_ids)
+    }
+    assert Path(given["--chat-template"]).read_text().endswith(CHATML)
+
+
+def test_the_environment_has_the_key_and_the_command_line_does_not() -> None:
+    base = {"PATH": "/bin", "KEY": "sk-1"}
+    env = environment(serving(api_key_env="KEY", threads=2), base, cpu=True)
+    assert (env["VLLM_API_KEY"], env["VLLM_CPU_OMP_THREADS_BIND"], env["OMP_NUM_THREADS"]) == ("sk-1", "nobind", "2")
+    assert (env["VLLM_CPU_KVCACHE_SPACE"], env["PATH"]) == ("1", "/bin")
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(serving(), base, cpu=False)
+    assert "sk-1" not in " ".join(arguments(serving(api_key_env="KEY"), Path("f"), cpu=False))
+    with pytest.raises(ConfigError, match="variable NONE is not set"):
+        environment(serving(api_key_env="NONE"), base, cpu=True)
+
+
+def test_what_is_told() -> None:
+    text = usage_text(serving(host="0.0.0.0", port=81, name="it's", api_key_env="KEY"))
+    assert "curl http://127.0.0.1:81/v1/chat/completions" in text
+    assert '-H "Authorization: Bearer $KEY"' in text
+    assert "--url http://127.0.0.1:81/v1 --api-key-env KEY" in text
+    assert """--model 'openai:it'"'"'s'""" in text
+    assert base_url(serving(host="::1")) == "http://[::1]:8000"
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1, port {port}.*--port"):
+            free_port("127.0.0.1", port)
+    assert free_port("127.0.0.1", 0) > 0
+
+
+def test_without_vllm_the_command_to_install_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "vllm" else find(name, *more))
+    with pytest.raises(ConfigError, match=r'pip install "areal-agents\[vllm\]"'):
+        asyncio.run(serve(serving()))
+    assert main(["serve", "--model", "x"]) == 1
+    assert 'pip install "areal-agents[vllm]"' in capsys.readouterr().err
+
+
+def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--model", "x", "--port", "-1"]) == 2
+    assert "--port is -1" in capsys.readouterr().err
+    assert main(["serve", "--model", "x", "--vllm-args='"]) == 2
+    assert "No closing quotation" in capsys.readouterr().err
+
+
+def test_the_module_imports_neither_vllm_nor_torch_early() -> None:
+    code = "import sys, areal_agents.serve_command; print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,182 @@
+"""`areal-agents serve` with real vLLM: the ids of ChatFormat, tool calls, evaluation, and no process left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import transformers
+
+from areal_agents.chat import ChatFormat
+from areal_agents.engine import Sampling
+from areal_agents.engines.openai import OpenAIChat
+from areal_agents.engines.openai_json import request_messages, request_tools
+from areal_agents.evaluate import Server, evaluate
+from areal_agents.serve import free_port
+from areal_agents.trajectories import read_records
+from areal_agents.types import user
+from tests.processes import MARKER, marked, wait_gone
+from tests.test_serve_template import CONVERSATIONS, TOOLS
+from tests.tiny_models import save_tiny
+from tests.tiny_tokenizer import CHATML, tiny
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+START_SECONDS = 200.0
+END_SECONDS = 40.0
+
+
+@dataclass
+class Process:
+    """A server, its output as far as it came, and the mark of all its processes."""
+
+    popen: subprocess.Popen[str]
+    url: str
+    mark: str
+    lines: list[str] = field(default_factory=list)
+    ready: threading.Event = field(default_factory=threading.Event)
+
+    def read(self) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            self.lines.append(line)
+            if "Ctrl-C ends it." in line:
+                self.ready.set()
+        self.ready.set()
+
+    def output(self) -> str:
+        return "".join(self.lines)
+
+
+def served_model(folder: Path) -> Path:
+    """A random Llama with heads of 32 (vLLM's CPU kernels refuse 16) and the in-memory tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = tiny(CHATML)
+    end = tokenizer.eos_token_id
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
+    save_tiny(folder, transformers.LlamaForCausalLM(config))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return served_model(tmp_path_factory.mktemp("served") / "model")
+
+
+@contextlib.contextmanager
+def serving(model: Path, mark: str) -> Iterator[Process]:
+    """The command on a free port, with its processes marked; everything is gone afterwards."""
+    port = free_port("127.0.0.1", 0)
+    command = [
+        sys.executable, "-m", "areal_agents", "serve", "--model", str(model), "--name", "tiny", "--port", str(port),
+        "--precision", "fp32", "--max-context", "1000", "--threads", "1",
+    ]  # fmt: skip
+    popen = subprocess.Popen(
+        command, env={**os.environ, MARKER: mark}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    running = Process(popen, f"http://127.0.0.1:{port}", mark)
+    reader = threading.Thread(target=running.read, daemon=True)
+    reader.start()
+    try:
+        yield running
+    finally:
+        for pid in {*marked(mark), *([popen.pid] if popen.poll() is None else [])}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        popen.wait(END_SECONDS)
+        reader.join(5)
+        assert popen.stdout is not None
+        popen.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[Process]:
+    with serving(model, f"serve-{os.getpid()}") as running:
+        if not running.ready.wait(START_SECONDS) or running.popen.poll() is not None:
+            pytest.fail(f"the server did not start:\n{running.output()[-4000:]}")
+        yield running
+
+
+def test_the_server_renders_the_ids_of_the_chat_format(server: Process) -> None:
+    fmt = ChatFormat(tiny(CHATML))
+    assert f"--model openai:tiny --url {server.url}/v1" in server.output()
+    with httpx.Client(trust_env=False, timeout=30) as client:
+        for tools in ((), TOOLS):
+            for messages in CONVERSATIONS.values():
+                body = {"model": "tiny", "messages": request_messages(messages), "add_generation_prompt": True}
+                if tools:
+                    body["tools"] = request_tools(tools)
+                answer = client.post(f"{server.url}/tokenize", json=body)
+                assert answer.status_code == 200, answer.text
+                assert tuple(answer.json()["tokens"]) == fmt.first_prompt(messages, tools)
+
+
+def test_a_reply_and_an_evaluation(server: Process, tmp_path: Path) -> None:
+    fmt = ChatFormat(tiny(CHATML))
+
+    async def talk() -> None:
+        async with OpenAIChat("tiny", base_url=f"{server.url}/v1", timeout=60, deadline=60) as chat:
+            reply = await chat.reply((user("hello"),), TOOLS, Sampling(12, temperature=0.0, seed=1))
+            assert reply.prompt_tokens == len(fmt.first_prompt((user("hello"),), TOOLS))
+            assert reply.completion_tokens is not None
+            assert 1 <= reply.completion_tokens <= 12
+            assert reply.message.finish == ("length" if reply.completion_tokens == 12 else "stop")
+            assert reply.model == "tiny"
+            again = await chat.reply((user("hello"),), TOOLS, Sampling(12, temperature=0.0, seed=2))
+            assert again.message == reply.message
+
+    asyncio.run(asyncio.wait_for(talk(), 120))
+    report = asyncio.run(
+        asyncio.wait_for(
+            evaluate(
+                "tests.chat_envs:Sums", model="openai:tiny", server=Server(f"{server.url}/v1"), n=2,
+                max_turn_tokens=8, max_turns=2, max_context=900, out=tmp_path / "out",
+            ),
+            120,
+        )
+    )  # fmt: skip
+    assert (report.n, report.attempts, report.infra_rate) == (2, 2, 0.0)
+    assert report.served == f"tiny at {server.url}/v1/chat/completions"
+    saved = [record.trajectory for record in read_records(tmp_path / "out", kind="eval")]
+    assert len(saved) == 2
+    assert all(t.sampled_tokens > 0 and not t.turns[0].completion.ids for t in saved)
+
+
+def test_ctrl_c_ends_it_and_leaves_no_process(server: Process) -> None:
+    """The last that uses the server: it ends it."""
+    pids = [server.popen.pid, *marked(server.mark)]
+    assert len(pids) >= 3  # the command, the server, the engine
+    server.popen.send_signal(signal.SIGINT)
+    assert server.popen.wait(END_SECONDS) == 0, server.output()[-4000:]
+    assert wait_gone(pids, END_SECONDS) == []
+    assert marked(server.mark) == []
+
+
+def test_the_servers_processes_end_with_a_command_that_is_killed(model: Path) -> None:
+    """Killed while the engine starts, when three processes exist: server, engine core and their resource tracker."""
+    with serving(model, f"killed-{os.getpid()}") as running:
+        end = time.monotonic() + START_SECONDS
+        while len(pids := [p for p in marked(running.mark) if p != running.popen.pid]) < 3:
+            assert time.monotonic() < end, running.output()[-4000:]
+            assert running.popen.poll() is None, running.output()[-4000:]
+            time.sleep(0.05)
+        running.popen.kill()
+        running.popen.wait(END_SECONDS)
+        assert wait_gone(pids, END_SECONDS) == []
