@@ -8,7 +8,10 @@ A plain state machine without asyncio, so that its properties can be tested exha
 ``train.py`` wait on it. With v the learner's version (= batches consumed), a the lowest version that every engine
 has acknowledged, B groups a batch and "alive" = running + buffered, a group is admitted while
 
-    consumed + alive < (η + a + 1) · B        and the running episodes leave room for one more group.
+    consumed + alive < (η + a + 1) · B        and the episodes that still play leave room for one more group.
+
+Only episodes that play count there: a group whose longest episode goes on holds one place, not G. (Counted as G, groups
+with a long tail of lengths filled 61 % of the engines' rows in ``benchmarks/simulate.py``.)
 
 **No stall, no token older than η** (``on_exceed = "wait"``). Tokens of a group admitted at version m are of version
 ≥ m, so it must be consumed by version m + η. Let D_j be the alive groups with m + η ≤ j. Invariant: for every
@@ -90,6 +93,8 @@ class Buffer:
         self.dropped: list[str] = []
         """Task ids of the groups that were too old (``drop``)."""
         self._running: dict[int, Ticket] = {}
+        self._ended: dict[int, int] = {}
+        """By running group: episodes that have ended, well or not."""
         self._buffered: list[Group] = []
 
     def state(self) -> BufferState:
@@ -104,14 +109,15 @@ class Buffer:
         )
 
     def restore(self, state: BufferState) -> None:
-        """Go on from ``state``; every engine must serve its version already. The running groups run again.
+        """Go on from ``state``; every engine must serve its version already. The running groups run again: the caller
+        repeats ``episode_ended`` for episodes that need not.
 
         Their tickets stay: what they sample now is of ``state.version``, no older than the ticket says, so the bound
         and its proof hold as if the groups had only been slow.
         """
         self.version = self.acknowledged = state.version
         self.admitted, self.discarded, self.dropped = state.admitted, state.discarded, list(state.dropped)
-        self._running = {t.order: t for t in state.running}
+        self._running, self._ended = {t.order: t for t in state.running}, {}
         self._buffered = list(state.buffered)
 
     @property
@@ -124,17 +130,22 @@ class Buffer:
         return len(self._running)
 
     @property
+    def playing(self) -> int:
+        """Episodes of running groups that have not ended."""
+        return self.running * self.group_size - sum(self._ended.values())
+
+    @property
     def buffered(self) -> int:
         return len(self._buffered)
 
     def can_admit(self) -> bool:
-        """Whether one more group may start now. Unblocked by: a take, an acknowledgement, a discard, a completion."""
+        """Whether a group may start now. Unblocked by: a take, an acknowledgement, a discard, the end of an episode."""
         alive = self.consumed + self.buffered + self.running
         if self.total_batches is not None and alive >= self.total_batches * self.groups:
             return False
         if alive >= (self.max_staleness + self.acknowledged + 1) * self.groups:
             return False
-        return (self.running + 1) * self.group_size <= self.concurrency
+        return self.playing + self.group_size <= self.concurrency
 
     def admit(self) -> Ticket:
         """Start a group. Raises RuntimeError where ``can_admit`` is False."""
@@ -145,14 +156,23 @@ class Buffer:
         self._running[ticket.order] = ticket
         return ticket
 
+    def episode_ended(self, ticket: Ticket) -> None:
+        """An episode of a running group has ended, well or not. Raises ValueError for one too many."""
+        ended = self._ended.get(ticket.order, 0) + 1
+        if ticket.order not in self._running or ended > self.group_size:
+            raise ValueError(f"group {ticket.order} has no episode that plays")
+        self._ended[ticket.order] = ended
+
     def complete(self, group: Group) -> None:
         """A running group has finished and waits for its batch."""
         del self._running[group.order]
+        self._ended.pop(group.order, None)
         self._buffered.append(group)
 
     def discard(self, ticket: Ticket) -> None:
         """A running group cannot be used: it leaves the count at once."""
         del self._running[ticket.order]
+        self._ended.pop(ticket.order, None)
         self.discarded += 1
 
     def acknowledge(self, version: int) -> None:
@@ -183,7 +203,8 @@ class Buffer:
         oldest = self.version - self.max_staleness
         stale = [g for g in self._buffered if min((t.min_version for t in g.trajectories), default=oldest) < oldest]
         self.dropped += [g.task.id for g in stale]
-        self._buffered = [g for g in self._buffered if g not in stale]
+        orders = {g.order for g in stale}
+        self._buffered = [g for g in self._buffered if g.order not in orders]
 
     def _oldest(self) -> list[Group] | None:
         """The B groups admitted first; None while one of them still runs."""
@@ -199,14 +220,14 @@ class Buffer:
 
     def _first_complete(self) -> list[Group] | None:
         """B complete groups, first finished first, after those that ``_required`` demands."""
-        chosen: list[Group] = []
+        chosen: dict[int, Group] = {}
         if self.on_exceed == "wait":
             for deadline in range(self.version, self.version + self.max_staleness + 1):
                 due = [g for g in self._buffered if g.admitted_version + self.max_staleness <= deadline]
-                rest = [g for g in due if g not in chosen]
+                rest = [g for g in due if g.order not in chosen]
                 missing = self._required(deadline) - (len(due) - len(rest))
                 if missing > len(rest):
                     return None
-                chosen += rest[: max(missing, 0)]
-        chosen += [g for g in self._buffered if g not in chosen][: self.groups - len(chosen)]
-        return chosen
+                chosen |= {g.order: g for g in rest[: max(missing, 0)]}
+        rest = [g for g in self._buffered if g.order not in chosen]
+        return [*chosen.values(), *rest[: self.groups - len(chosen)]]

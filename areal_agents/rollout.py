@@ -231,6 +231,8 @@ class Rollouts:
         self.tasks.restore(state.tasks)
         self.tasks_lost = list(state.tasks_lost)
         for group in state.open:
+            for _ in group.finished:
+                self.buffer.episode_ended(group.ticket)
             self._launch(OpenGroup(group.ticket, group.task, dict(group.finished)))
 
     def _launch(self, group: OpenGroup) -> None:
@@ -281,6 +283,8 @@ class Rollouts:
 
         async def play(index: int) -> None:
             open.finished[index] = await self.runner.run(task, id=f"{group}/{index}", group=group, seed=seed)
+            self.buffer.episode_ended(ticket)
+            self.start()
 
         try:
             async with asyncio.TaskGroup() as tasks:

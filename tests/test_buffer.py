@@ -67,6 +67,29 @@ def test_sync_is_a_bound_of_zero() -> None:
     assert b.can_admit()
 
 
+def test_only_episodes_that_play_count_against_concurrency() -> None:
+    b = _buffer(group_size=4, concurrency=8, max_staleness=9)
+    first, second = b.admit(), b.admit()
+    for ticket in (first, first, first, second):
+        assert not b.can_admit()  # 8, 7, 6, 5 of 8 play
+        b.episode_ended(ticket)
+    assert b.playing == 4
+    third = b.admit()
+    assert (b.running, b.playing) == (3, 8)
+    b.discard(third)  # its four leave with it
+    b.episode_ended(first)
+    with pytest.raises(ValueError, match="group 0 has no episode that plays"):
+        b.episode_ended(first)
+    b.complete(_group(first, (0,)))
+    assert (b.running, b.playing) == (1, 3)
+
+    again = _buffer(group_size=4, concurrency=8, max_staleness=9)
+    again.restore(b.state())
+    assert again.playing == 4  # the state holds groups; who restores it says which episodes need not play again
+    again.episode_ended(second)
+    assert again.playing == 3
+
+
 def test_concurrency_must_hold_a_group() -> None:
     with pytest.raises(ConfigError, match="cannot hold one group of 8"):
         _buffer(group_size=8, concurrency=7)

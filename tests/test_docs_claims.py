@@ -61,7 +61,7 @@ def test_settings_in_the_text_exist_and_take_the_values_given() -> None:
 def messages() -> str:
     """Every text in the code but docstrings, one a line; what is put in at run time is the character U+0000."""
     found: list[str] = []
-    for folder in ("areal_agents", "areal_agents/engines", "sandboxes", "tools"):
+    for folder in ("areal_agents", "areal_agents/engines", "areal_agents/cluster", "sandboxes", "tools"):
         for file in (ROOT / folder).glob("*.py"):
             tree = ast.parse(file.read_text(encoding="utf-8"))
             prose = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}  # docstrings are no messages
