@@ -27,6 +27,7 @@ from areal_agents.engines.replica import SupervisedSettings
 from areal_agents.engines.restartable import Restartable, Threaded
 from areal_agents.engines.spec import EngineSpec, process_seed
 from areal_agents.engines.supervised import SupervisedEngine
+from areal_agents.errors import ConfigError
 from areal_agents.learner import Learner, Metrics, TorchLearner
 from areal_agents.player import EpisodePlayer, PlayerSpec
 from areal_agents.precision import resolve_precision
@@ -81,6 +82,11 @@ async def _open_local(
     config: TrainConfig, spec: EnvSpec, model: Path, *, event: Event, resumed_at: int
 ) -> AsyncIterator[Backend]:
     replicas = config.engine.replicas
+    if config.engine.kind == "vllm" and replicas > 1 and torch.cuda.is_available():
+        raise ConfigError(
+            f"engine.replicas = {replicas} vLLM engines would all take the first GPU: set cluster.backend = 'ray' and "
+            "cluster.engine_gpus, which gives each its own"
+        )
     cores = split_cores(config.engine.threads, config.learner.threads, replicas=replicas)
     # vLLM's threads stay as many as they were at its start, so it never has the learner's.
     threads = cores.engine if config.engine.kind == "vllm" else cores.engine_alone
@@ -96,8 +102,9 @@ async def _open_local(
         # `auto` is shared memory: engines and learner are on this machine.
         transport: Transport = "shm" if config.engine.transport == "auto" else config.engine.transport
         learner = TorchLearner(
-            model, **learner_settings(config, transport, threads=cores.learner), receivers=lambda: receivers(config)
-        )
+            model, **learner_settings(config, transport, threads=cores.learner),
+            receivers=lambda: receivers(config, engine.replicas if isinstance(engine, EnginePool) else 1),
+        )  # fmt: skip
         stack.push_async_callback(learner.close)
         yield Backend(engine, learner, cores)
 
@@ -145,12 +152,16 @@ def engine_dtype(config: TrainConfig) -> torch.dtype:
 def supervision(config: TrainConfig) -> SupervisedSettings:
     """``SupervisedEngine``'s numbers. vLLM loads, and on GPUs compiles, for minutes."""
     start_seconds = 900.0 if config.engine.kind == "vllm" else 300.0
-    return {"hang_seconds": config.engine.hang_timeout, "start_seconds": start_seconds}
+    return {
+        "hang_seconds": config.engine.hang_timeout,
+        "start_seconds": start_seconds,
+        "update_seconds": start_seconds + 300.0,  # an engine that is lost during it starts again first
+    }
 
 
-def receivers(config: TrainConfig) -> int:
-    """Processes that take part in a broadcast of the weights."""
-    return config.engine.replicas * config.engine.tensor_parallel
+def receivers(config: TrainConfig, replicas: int) -> int:
+    """Processes of so many live replicas that take part in a broadcast of the weights."""
+    return replicas * config.engine.tensor_parallel
 
 
 def learner_settings(config: TrainConfig, transport: Transport, *, threads: int) -> dict[str, Any]:

@@ -272,11 +272,21 @@ class TrainConfig(Section):
                 f"engine.tensor_parallel = {self.engine.tensor_parallel} needs engine.kind = 'vllm': the transformers "
                 "engine computes on the processor"
             )
-        if self.engine.transport == "nccl" and self.learner.device == "cpu":
+        on_ray, c = self.cluster.backend == "ray", self.cluster
+        if self.engine.transport == "nccl" and not (
+            on_ray and self.engine.kind == "vllm" and c.engine_gpus and c.learner_gpus and self.learner.device != "cpu"
+        ):
             raise ValueError(
-                "engine.transport = 'nccl' is a broadcast between GPUs, but learner.device = 'cpu': use 'gloo', "
-                "'shm' or 'disk'"
+                "engine.transport = 'nccl' is a broadcast between GPUs of their own: it needs cluster.backend = 'ray', "
+                "engine.kind = 'vllm', cluster.engine_gpus and cluster.learner_gpus; use 'shm', 'disk' or 'gloo'"
             )
+        if on_ray and 0 < c.engine_gpus < self.engine.tensor_parallel:
+            raise ValueError(
+                f"engine.tensor_parallel = {self.engine.tensor_parallel} needs as many GPUs, but cluster.engine_gpus = "
+                f"{c.engine_gpus:g}: raise it"
+            )
+        if on_ray and self.learner.device == "cuda" and not c.learner_gpus:
+            raise ValueError("learner.device = 'cuda' on Ray needs cluster.learner_gpus, which is 0: set it to 1")
         if self.rollout.max_turn_tokens >= self.model.max_context:
             raise ValueError(
                 f"rollout.max_turn_tokens = {self.rollout.max_turn_tokens} must be under model.max_context = "

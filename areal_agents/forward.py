@@ -71,6 +71,9 @@ def tree_attention(
             mask = None if mask is None else mask.to(dtype)
             k = torch.cat([keys[p] for p in path], dim=2) if segment.path else keys[i]
             v = torch.cat([values[p] for p in path], dim=2) if segment.path else values[i]
+            grouped = mask is None or query.device.type == "cpu"
+            if not grouped:  # CUDA's kernels that take a mask know no grouped heads; the fallback stores every score
+                k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (k, v))
             out.append(
                 nn.functional.scaled_dot_product_attention(
                     queries[i],
@@ -79,7 +82,7 @@ def tree_attention(
                     attn_mask=None if mask is None else mask.to(dtype),
                     is_causal=mask is None,
                     scale=scaling,
-                    enable_gqa=True,
+                    enable_gqa=grouped,
                 )
             )
         return torch.cat(out, dim=2).transpose(1, 2).to(value.dtype), None

@@ -1,4 +1,4 @@
-"""The learner: batches of rows in, new weights out. PyTorch on one CPU process.
+"""The learner: batches of rows in, new weights out. PyTorch in one process, on its processor or one GPU.
 
     Batch ─▶ rows with a gradient ─▶ (decoupled: log p) ─▶ minibatches ─▶ packs ─▶ loss, backward ─▶ clip, AdamW
                                                                                               │ version + 1
@@ -8,7 +8,7 @@ All work runs in the learner's one worker thread, so the event loop goes on and 
 cancelled caller leaves its step running to the end. What waits: each call for the calls before it; ``publish`` also
 for one of two buffers, which is free again when an earlier ``publish`` context closes.
 
-Not covered: several processes, GPUs, LoRA, critics, a KL term.
+Not covered: several processes or GPUs, LoRA, critics, a KL term.
 """
 
 from __future__ import annotations
@@ -389,7 +389,7 @@ class TorchLearner:
     def _read(self, path: Path) -> None:
         if not (path / STATE).is_file():
             raise ModelError(f"{path} holds no {STATE}: it is no checkpoint of this learner")
-        state = torch.load(path / STATE, weights_only=True)
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         read_weights(path, self.tensors())
         self._optimizer.load_state_dict(state["optimizer"])
         self._version, self.seed, self._warm = int(state["version"]), int(state["seed"]), None

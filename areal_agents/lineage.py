@@ -66,6 +66,19 @@ class Commit:
         return cls(**values, reports=reports)
 
 
+class NotShared(CheckpointError):
+    """The learner wrote where this process cannot see it."""
+
+
+def require_shared(folder: Path) -> None:
+    """Raise NotShared where ``folder``, which the learner has just written on its node, is not here."""
+    if not folder.is_dir():
+        raise NotShared(
+            f"the learner wrote {folder} on its own node, and here it is not: `out` must lie on a file system that is "
+            "shared with the learner's node. Set it there and begin anew, or run the learner on this node"
+        )
+
+
 class RunFolder:
     """``config.out`` as the run's owner sees it: a lock, the commit point and the checkpoints. A context manager."""
 
@@ -161,7 +174,10 @@ class RunFolder:
         try:
             with atomic_folder(self.checkpoints / name) as folder:
                 await learner.save(folder / "learner")
+                require_shared(folder / "learner")
                 await asyncio.to_thread(_write_rollouts, folder, rollouts)
+        except NotShared:
+            raise
         except (OSError, RuntimeError, CheckpointError) as error:
             raise CheckpointError(
                 f"the checkpoint of step {step} cannot be written to {self.checkpoints} ({_free(self.out)} free): "

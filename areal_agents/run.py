@@ -162,7 +162,7 @@ class Run:
                 runner,
                 tasks,
                 k=e.k,
-                concurrency=config.engine.max_batch,
+                concurrency=config.engine.max_batch * config.engine.replicas,
                 seed=config.seed,
                 label=f"eval-{label}",
                 progress=Progress(self.tracker.message, label=f"evaluating ({label})"),

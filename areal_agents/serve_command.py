@@ -38,7 +38,7 @@ class Serve:
     seed: int = 0
     """Of requests without their own."""
     api_key_env: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
-    """The environment variable with the key that clients must send; without it nobody needs one."""
+    """The environment variable with the key that clients must send to /v1; vLLM's other paths ask for none."""
     vllm_args: Annotated[str, tyro.conf.arg(metavar="ARGS")] = ""
     """Further arguments of vLLM's server, in one string: ``--vllm-args="--max-num-seqs 64"``."""
 
@@ -58,9 +58,10 @@ class Serve:
         require_vllm()  # before a model is downloaded
         from areal_agents.models import resolve
 
-        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.api_key_env:
+        if self.host not in ("127.0.0.1", "localhost", "::1"):
             print(
-                f"warning: everyone who reaches {self.host} may use this model: ask for a key with --api-key-env NAME",
+                f"warning: everyone who reaches {self.host} may use this model: vLLM asks for a key (--api-key-env "
+                "NAME) under /v1 alone, /invocations and /tokenize stay open. Put a proxy in front of it",
                 file=sys.stderr,
             )
         serving = Serving(

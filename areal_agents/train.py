@@ -25,7 +25,7 @@ from areal_agents.engine import Sampling
 from areal_agents.errors import Interrupted, LearnerLost
 from areal_agents.evaluate import EvalReport, Stopwatch, calls_of, compare_table
 from areal_agents.interrupt import Stop, StopRequested, stop_on_signals
-from areal_agents.lineage import Commit, RunFolder
+from areal_agents.lineage import Commit, RunFolder, require_shared
 from areal_agents.resume import begin
 from areal_agents.rollout import Rollouts, TaskStream
 from areal_agents.run import Run, open_run
@@ -111,6 +111,7 @@ async def _run(
         await learn(run)
         await stop.race(run.evaluate("after_rl", step=config.steps))
         await run.learner.export(config.out / "model")
+        require_shared(config.out / "model")
         await run.finish()
         return dict(run.reports)
 

@@ -10,8 +10,11 @@ A request with ``update`` decodes and updates the weights in the middle.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from engine_sides import Generate
@@ -123,10 +126,8 @@ class Bare:
         return self._runner.run(self._answer(asked))
 
     async def _answer(self, asked: dict[str, Any]) -> dict[str, Any]:
-        from areal_agents.engines import vllm_worker
-
         if self._llm is None:
-            self._llm = vllm_worker.bare(*self._settings, **SETTINGS)
+            self._start()
         self._calls += 1
         start = time.perf_counter()
         tokens = await asyncio.gather(
@@ -136,6 +137,27 @@ class Bare:
             )
         )
         return {"seconds": time.perf_counter() - start, "tokens": sum(tokens)}
+
+    def _start(self) -> None:
+        """With our engine's arguments and environment; it blocks the loop for as long as it takes."""
+        from areal_agents.engines import protocol, vllm
+
+        model, precision, threads = self._settings
+        self._sockets = tempfile.TemporaryDirectory(prefix="areal-bare-")
+        os.environ.update(vllm._environment(model, Path(self._sockets.name), bind="auto", threads=threads))
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
+        from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from areal_agents.engines import vllm_worker
+
+        given = SETTINGS | {"model": model, "precision": precision, "seed": 0}
+        settings = protocol.VLLMSettings(
+            **given, block_size=None, enforce_eager=None, gpu_memory_utilization=0.9, tensor_parallel_size=1
+        )
+        arguments, _ = vllm_worker.engine_args(settings, cpu=current_platform.is_cpu())
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     async def _conversation(self, name: str, prompt: Ids, n: int, suffix: Ids | None) -> int:
         from vllm import SamplingParams

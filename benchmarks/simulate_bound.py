@@ -1,8 +1,8 @@
 """What a schedule could reach at best, computed without ``Buffer``.
 
 ``ideal_rate``: the *work-conserving ideal*, a computation of its own without ``Router`` and the simulated engines.
-Groups start in order, as soon as a slot is free and the staleness bound leaves room; a slot is taken again when its
-episode ends, not when the group does; all engines together are one pool that is perfectly balanced at any moment (the
+Groups start in order, as soon as the episodes that play leave room for one in ``concurrency`` and the staleness bound
+does; all engines together are one pool that is perfectly balanced at any moment (the
 rate is concave in the batch, so n sequences are never faster than with n / N on each of N engines); the learner starts
 as early as the deadlines permit and takes first what is due first. Given the admissions, that step is the earliest:
 with v the version, B groups a batch and R_j the running groups due by version j, batches v+1 … j can take (j − v)·B
@@ -11,8 +11,8 @@ necessary too: (m + η + 1)·B of the groups that were admitted by version m can
 the optimum: to admit as early as possible also sets the deadlines early.
 
 ``IdealSchedule`` is the same schedule on the simulated engines and the real router instead of the pool: what separates
-it from ``wait`` is admission and the choice of batches alone, what separates it from the pool is a session that stays
-on its engine.
+it from ``wait`` is the choice of batches alone, what separates it from the pool is a session that stays on its
+engine.
 
 ``any_schedule_seconds``: a bound that no schedule can beat which admits in order and drops nothing, an omniscient one
 included. Let a(v) be the moment from which version v is served, s(v) when the step at v starts, D_b the shortest time
@@ -58,6 +58,8 @@ class _Ideal:
         self.case, self.calibration, self.total = case, calibration, total
         self.workload = Workload(case, calibration)
         self.slots = case.engines * case.slots
+        self.playing = 0
+        """Episodes that have not ended: in an engine, its queue or a tool."""
         self.learner_rate = learner_capacity(case, calibration)
         self.now = self.work = 0.0
         self.version = self.consumed = self.admitted = self.sequence = 0
@@ -83,13 +85,14 @@ class _Ideal:
         heappush(self.running, (end, self.sequence, job, index, turn, left))
 
     def admit(self) -> None:
-        """Free slots are filled, as far as the count permits."""
+        """At most ``concurrency`` episodes play, and a group starts with all of its."""
         limit = min(self.total, (self.case.eta + self.version + 1) * self.case.groups)
-        while len(self.running) + len(self.waiting) < self.slots and self.admitted < limit:
+        while self.playing + self.case.group_size <= self.case.concurrency and self.admitted < limit:
             lengths = self.workload.lengths(self.admitted)
             job = _Job(self.admitted, self.version, lengths)
             self.admitted += 1
             self.by_version[job.version] += 1
+            self.playing += len(lengths)
             for index, tokens in enumerate(lengths):
                 self.begin(job, index, 0, tokens)
 
@@ -123,13 +126,14 @@ class _Ideal:
             self.sequence += 1
             back = self.now + self.workload.tool(job.order, index, turn)
             heappush(self.tools, (back, self.sequence, job, index, turn + 1, left))
-        else:
-            job.open -= 1
-            if not job.open:
-                self.by_version[job.version] -= 1
-                heappush(self.complete, (job.version, job.order, job))
+            return False
+        job.open -= 1
+        self.playing -= 1
+        if not job.open:
+            self.by_version[job.version] -= 1
+            heappush(self.complete, (job.version, job.order, job))
         self.admit()
-        return not left and not job.open
+        return not job.open
 
     def ready(self) -> bool:
         groups, due = self.case.groups, 0
@@ -175,11 +179,11 @@ def ideal_rate(case: Case, calibration: Calibration) -> float:
 
 
 class IdealSchedule:
-    """The work-conserving ideal with ``Buffer``'s interface: a count, free slots, and what is due first."""
+    """The work-conserving ideal with ``Buffer``'s interface: a count, room to play, and what is due first."""
 
     def __init__(self, case: Case) -> None:
-        self._case, self._slots = case, round(1.1 * case.engines * case.slots)  # 10 % for tools and chance
-        self.version = self.acknowledged = self._admitted = self._playing = self.running = 0
+        self._case = case
+        self.version = self.acknowledged = self._admitted = self.playing = self.running = 0
         self.dropped: list[str] = []
         self._running: Counter[int] = Counter()
         self._complete: list[tuple[int, int, Group]] = []
@@ -190,19 +194,19 @@ class IdealSchedule:
 
     def can_admit(self) -> bool:
         limit = (self._case.eta + self.acknowledged + 1) * self._case.groups
-        return self._admitted < limit and self._playing < self._slots
+        return self._admitted < limit and self.playing + self._case.group_size <= self._case.concurrency
 
     def admit(self) -> Ticket:
         ticket = Ticket(self._admitted, self.acknowledged)
         self._admitted += 1
-        self._playing += self._case.group_size
+        self.playing += self._case.group_size
         self.running += 1
         self._running[ticket.version] += 1
         return ticket
 
-    def episode_ended(self) -> None:
-        """Its slot is free."""
-        self._playing -= 1
+    def episode_ended(self, ticket: Ticket) -> None:
+        """It makes room."""
+        self.playing -= 1
 
     def complete(self, group: Group) -> None:
         self.running -= 1

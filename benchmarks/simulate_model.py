@@ -16,7 +16,6 @@ Not modelled: prefill, KV memory, failures, and the learner's skipping of rows t
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
@@ -29,6 +28,9 @@ from areal_agents.buffer import OnExceed, Order
 
 CAP = 8
 """An episode has at most this many times the mean tokens."""
+OVERSUBSCRIPTION = 1.25
+"""Episodes that may play over slots. At 1 slots stay empty: an episode in a tool needs none (1 to 3 % with 0.3 s beside
+turns of 10 to 25 s), a group starts only when all of its episodes have room, and a session stays on its engine."""
 _CHUNK = 1024
 _TOOL_POOL = 1 << 16
 
@@ -100,27 +102,14 @@ class Case:
     seed: int = 0
     balance: float = 1.0
     """The learner's capacity over the engines'."""
-    oversubscription: float = 1.0
-    """``concurrency`` over slots. ``Buffer`` counts a running group as ``group_size`` episodes to its end, so 1 would
-    leave the slots of finished episodes empty (``headroom``)."""
+    oversubscription: float = OVERSUBSCRIPTION
+    """``concurrency`` over slots."""
     order: Order = "completion"
 
     @property
     def concurrency(self) -> int:
-        """What ``Buffer`` gets: episodes that may be running."""
+        """What ``Buffer`` gets: episodes that may play."""
         return max(self.group_size, math.ceil(self.engines * self.slots * self.oversubscription))
-
-
-@functools.cache
-def headroom(sigma: float, group_size: int, mean_tokens: float) -> float:
-    """Episodes to admit for one to be running: the mean of a group's longest episode over the mean of all.
-
-    A group counts against ``concurrency`` until its longest episode ends; engines are full all the same with this
-    many times their slots, and 10 % more for tools and chance. Estimated with a fixed seed.
-    """
-    drawn = np.random.default_rng(0).lognormal(math.log(mean_tokens) - sigma**2 / 2, sigma, (20_000, group_size))
-    lengths = np.minimum(drawn, CAP * mean_tokens)
-    return round(1.1 * float(lengths.max(axis=1).mean() / lengths.mean()), 2)
 
 
 def generation_capacity(case: Case, calibration: Calibration) -> float:

@@ -1,10 +1,10 @@
 """``Simulation``: the real ``Buffer`` and ``Router`` on a virtual clock, with simulated engines, tools and learner.
 
 The loop is ``Rollouts`` and ``train.learn`` without asyncio (``simulate_rollouts.py`` runs the real ``Rollouts`` and
-must agree): a finished group is completed, then groups are admitted, then the learner asks for its batch; a step lasts
-tokens / rate, then generation stands still for the update, then the engines acknowledge. ``Buffer.take`` is asked
-only when its answer can have changed (``every_take`` asks always; a test compares the two). ``buffer`` puts another
-schedule in the place of ``Buffer``.
+must agree): an episode that ends makes room, groups are admitted, a finished group is completed, the learner asks for
+its batch; a step lasts tokens / rate, then generation stands still for the update, then the engines acknowledge.
+``Buffer.take`` and ``Buffer.can_admit`` are asked only when their answer can have changed (``ask_always``; a test
+compares the two). ``buffer`` puts another schedule in the place of ``Buffer``.
 
 Checked while it runs, with AssertionError: no token of a consumed group is older than η with ``wait`` and ``drop``; a
 group is consumed once; something always can happen (no deadlock); every generated token is consumed, dropped, buffered
@@ -16,7 +16,6 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any, cast
@@ -41,13 +40,6 @@ class Record:
         self.spans = spans
         self.min_version = min(spans)
         self.tokens = sum(spans.values())
-
-
-class SimulatedGroup(Group):
-    """A group compared by identity: orders are unique, and comparing fields dominates the time otherwise."""
-
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
 
 
 class OpenGroup:
@@ -97,10 +89,10 @@ class Simulation:
     """One case from its start to the end of its last update."""
 
     def __init__(
-        self, case: Case, calibration: Calibration, *, every_take: bool = False, buffer: Buffer | None = None
+        self, case: Case, calibration: Calibration, *, ask_always: bool = False, buffer: Buffer | None = None
     ) -> None:
         self.case = case
-        self._every_take = every_take
+        self._ask_always = ask_always
         self._workload = Workload(case, calibration)
         self._turn_tokens = calibration.turn_tokens
         self._update_seconds = calibration.update_seconds
@@ -109,7 +101,8 @@ class Simulation:
             groups=case.groups, group_size=case.group_size, max_staleness=case.eta, concurrency=case.concurrency,
             on_exceed=case.on_exceed, order=case.order,
         )  # fmt: skip
-        self._episode_ended: Callable[[], None] | None = getattr(buffer, "episode_ended", None)
+        self._playing = 0
+        """Episodes that have not ended, counted apart from ``Buffer``."""
         self.router = Router(range(case.engines))
         rates = [0.0, *[calibration.rate(n) / n for n in range(1, case.slots + 1)]]
         self.fleet = Fleet(case.engines, rates, case.slots)
@@ -179,7 +172,10 @@ class Simulation:
     # --- episodes --------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while self.buffer.can_admit():
+        case = self.case
+        while self._ask_always or self._playing + case.group_size <= case.concurrency:
+            if not self.buffer.can_admit():
+                return
             self._launch(self.buffer.admit())
 
     def _launch(self, ticket: Ticket) -> None:
@@ -190,6 +186,7 @@ class Simulation:
             group.episodes.append(episode)
             self._send(episode)
         group.open = len(group.episodes)
+        self._playing += group.open
 
     def _send(self, episode: Episode) -> None:
         episode.engine = self.router.assign(episode.session)
@@ -207,10 +204,9 @@ class Simulation:
             return
         self.router.release(episode.session)
         group.open -= 1
-        if self._episode_ended is not None:
-            self._episode_ended()
-            if group.open:
-                self._admit()
+        self._playing -= 1
+        self.buffer.episode_ended(group.ticket)
+        self._admit()
         if not group.open:
             self._group_ended(group)
 
@@ -223,12 +219,9 @@ class Simulation:
         del self._open[ticket.order]
         self._running_by_version[ticket.version] -= 1
         record = self._records[ticket.order] = Record(cast(dict[int, float], spans))
-        group = SimulatedGroup(
-            f"g{ticket.order}", TASK, cast(tuple[Trajectory, ...], (record,)), ticket.version, ticket.order
-        )
-        self.buffer.complete(group)
+        trajectories = cast(tuple[Trajectory, ...], (record,))
+        self.buffer.complete(Group(f"g{ticket.order}", TASK, trajectories, ticket.version, ticket.order))
         self._stale_arrived |= record.min_version < self.buffer.version - self.case.eta
-        self._admit()
         self._ask()
 
     # --- the learner -----------------------------------------------------------------------------------------------
@@ -251,7 +244,7 @@ class Simulation:
 
     def _ask(self) -> None:
         """What ``Rollouts.next_batch`` does each time something has changed, while the learner waits."""
-        while self._idle_since is not None and (self._every_take or self._can_take()):
+        while self._idle_since is not None and (self._ask_always or self._can_take()):
             expected = self._can_take()
             buffered, dropped, version = self._buffered_orders(), len(self.buffer.dropped), self.buffer.version
             batch = self.buffer.take()
@@ -340,6 +333,8 @@ class Simulation:
         found = self._totals.consumed + self._totals.dropped + buffered + running
         if not math.isclose(generated, found, rel_tol=1e-9, abs_tol=1e-6):
             raise AssertionError(f"{generated} tokens were generated, {found} are accounted for")
+        if self.buffer.playing != self._playing:
+            raise AssertionError(f"{self._playing} episodes play, the buffer counts {self.buffer.playing}")
 
     def _outcome(self, start: _Totals, end: _Totals) -> Outcome:
         seconds = end.time - start.time

@@ -59,6 +59,13 @@ class FakeLearner:
             raise self.error
 
 
+class FarLearner:
+    """Writes on a disk of its own."""
+
+    async def save(self, path: Path) -> None:
+        return None
+
+
 def save(folder: RunFolder, step: int, rollouts: RolloutState | None, error: Exception | None = None) -> str:
     learner: Any = FakeLearner(error)
     return asyncio.run(folder.save(step, learner, rollouts))
@@ -148,3 +155,13 @@ def test_checkpoints_without_their_commit_are_never_swept_away(tmp_path: Path) -
         with pytest.raises(CheckpointError, match=r"holds checkpoints but no commit\.json"):
             folder.read_commit()
         assert [f.name for f in folder.checkpoints.iterdir()] == ["step-000001"]
+
+
+def test_a_checkpoint_that_the_learner_wrote_elsewhere_is_none(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.commit(Commit(1, save(folder, 1, None)))
+        far: Any = FarLearner()
+        with pytest.raises(CheckpointError, match="`out` must lie on a file system that is shared") as raised:
+            asyncio.run(folder.save(2, far, None))
+        assert "Free some space" not in str(raised.value)
+        assert sorted(f.name for f in folder.checkpoints.iterdir()) == ["step-000001"]

@@ -79,7 +79,7 @@ def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
         f"  - unknown setting stepz ({path}): did you mean steps?",
         "  - unknown setting learner.learning_rate "
         f"({path}): settings of learner: lr, weight_decay, betas, eps, warmup_steps, schedule, grad_clip, minibatches, "
-        "token_budget, gradient_checkpointing, logprob_chunk, precision, threads",
+        "token_budget, gradient_checkpointing, logprob_chunk, precision, threads, device",
         f"  - unknown setting lerner.lr ({path}): did you mean learner.lr or warm_start.lr?",
         "  - unknown setting rollout.lr (--rollout.lr): did you mean learner.lr or warm_start.lr?",
         f"  - seed = True ({path}): expected a whole number, at least 0",
@@ -105,7 +105,7 @@ def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
         (["--model.max_context", "100"], "rollout.max_turn_tokens = 160 must be under model.max_context = 100"),
         (
             ["--foo", "1"],
-            "sections: model, env, engine, rollout, algorithm, learner, warm_start, eval, checkpoint, track; top",
+            "sections: model, env, engine, cluster, rollout, algorithm, learner, warm_start, eval, checkpoint, track;",
         ),
     ],
 )

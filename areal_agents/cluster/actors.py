@@ -126,6 +126,13 @@ class WatchedActor:
         await asyncio.shield(self._killing)
 
     async def _watch(self, pong: Callable[[Any], None]) -> None:
+        try:
+            await self._ask_again(pong)
+        except Exception as error:  # noqa: BLE001  boundary: nobody awaits this task; every later call raises it
+            self.lose(f"what {self.what} said could not be recorded: {type(error).__name__}: {error}")
+
+    async def _ask_again(self, pong: Callable[[Any], None]) -> None:
+        """Questions until it is lost."""
         while True:
             try:
                 question, done = self._ask("ping"), False
@@ -143,9 +150,15 @@ class WatchedActor:
         """End the process. Ray cannot end a stopped one soon: where it runs on this node, it is killed from here."""
         with contextlib.suppress(RayError, ValueError, TimeoutError):
             async with asyncio.timeout(_KILL_SECONDS):
-                await asyncio.to_thread(ray.kill, self.actor)
+                await asyncio.to_thread(_kill_actor, self.actor)
         if self._process is not None:
             await asyncio.to_thread(_kill_here, *self._process)
+
+
+def _kill_actor(actor: Any) -> None:
+    """Without a Ray there is nothing to kill, and ``ray.kill`` would start one."""
+    if ray.is_initialized():
+        ray.kill(actor)
 
 
 def _kill_here(node: str, pid: int) -> None:

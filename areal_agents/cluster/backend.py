@@ -12,6 +12,7 @@ reserve, also where the machine has fewer: a laptop may run what a cluster runs,
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -36,6 +37,8 @@ async def open_ray(
 ) -> AsyncIterator[Backend]:
     """See ``areal_agents.backend.open_backend``. Raises ConfigError where the cluster has not what is asked of it."""
     c, hang = config.cluster, config.engine.hang_timeout
+    if not c.learner_gpus:  # Ray does not hide GPUs from an actor that reserves none
+        config = config.model_copy(update={"learner": config.learner.model_copy(update={"device": "cpu"})})
     cores = Cores(
         engine=max(1, int(c.engine_cpus)), learner=max(1, int(c.learner_cpus)),
         engine_alone=max(1, int(c.engine_cpus)), learner_alone=max(1, int(c.learner_cpus)),
@@ -49,13 +52,13 @@ async def open_ray(
         await stack.enter_async_context(pool)
         learner = await RemoteLearner.start(
             model, num_cpus=c.learner_cpus, num_gpus=c.learner_gpus, hang_seconds=hang,
-            receivers=lambda: receivers(config),
+            receivers=lambda: receivers(config, pool.replicas),
             **learner_settings(config, _transport(config, joined), threads=cores.learner),
         )  # fmt: skip
         await stack.enter_async_context(learner)
         workers = RolloutWorkers(
             pool, spec, sandbox=config.env.sandbox, workers=c.rollout_workers, num_cpus=c.worker_cpus,
-            episodes_per_worker=-(-max(config.rollout.concurrency, config.engine.max_batch) // c.rollout_workers),
+            episodes_per_worker=math.ceil(_episodes(config) / c.rollout_workers),
             event=event, hang_seconds=hang,
         )  # fmt: skip
         await stack.enter_async_context(workers)
@@ -63,13 +66,18 @@ async def open_ray(
         yield Backend(pool, learner, cores, workers.player)
 
 
+def _episodes(config: TrainConfig) -> int:
+    """The most that play at once: in training, or in an evaluation, which fills every engine's batch."""
+    return max(config.rollout.concurrency, config.engine.max_batch * config.engine.replicas)
+
+
 def _reserved(config: TrainConfig) -> float | None:
-    """CPUs that a private Ray is said to have; None for a joined one, which has its own."""
+    """CPUs that a private Ray is said to have, a whole number; None for a joined one, which has its own."""
     c = config.cluster
     if c.address:
         return None
     asked = c.engine_cpus * config.engine.replicas + c.learner_cpus + c.worker_cpus * c.rollout_workers
-    return max(asked, float(len(os.sched_getaffinity(0))))
+    return max(float(math.ceil(asked)), float(len(os.sched_getaffinity(0))))
 
 
 def _pool_settings(config: TrainConfig, model: Path, cores: Cores, resumed_at: int) -> PoolSettings:
@@ -90,4 +98,5 @@ def _transport(config: TrainConfig, joined: Cluster) -> Transport:
         return config.engine.transport
     if joined.private or sum(bool(node["Alive"]) for node in ray.nodes()) == 1:
         return "shm"
-    return "nccl" if config.cluster.learner_gpus and config.cluster.engine_gpus else "disk"
+    gpus = config.cluster.learner_gpus and config.cluster.engine_gpus and config.learner.device != "cpu"
+    return "nccl" if gpus and config.engine.kind == "vllm" else "disk"

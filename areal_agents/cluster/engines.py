@@ -28,6 +28,7 @@ from areal_agents.errors import ArealError, ConfigError, EngineError
 
 _START_SECONDS = 3600.0
 _CLUSTER_SECONDS = 10.0
+_LESS = ". Lower engine.replicas or what an engine asks for (cluster.engine_cpus, cluster.engine_gpus), or add nodes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,8 @@ class RayEngine(EngineHandle):
             try:
                 await actor.call("place", seconds=place_seconds)
             except ActorLost as error:
-                raise EngineError(await _unplaced(resources, place_seconds, str(error))) from error
+                said = await unplaced("an engine actor", resources.asked(), place_seconds, str(error))
+                raise EngineError(said + _LESS) from error
             try:
                 place: Place = await actor.call("start", spec, seed, seconds=_START_SECONDS)
             except ActorLost as error:
@@ -122,19 +124,16 @@ class RayEngine(EngineHandle):
         return cls(actor, place)
 
 
-async def _unplaced(resources: Resources, seconds: float, reason: str) -> str:
-    """Why an actor did not start: what was asked and what the cluster has."""
-    asked = ", ".join(f"{amount:g} {name}" for name, amount in resources.asked().items() if amount)
+async def unplaced(what: str, resources: Mapping[str, float], seconds: float, reason: str) -> str:
+    """Why the actor ``what`` did not start: what was asked, by Ray's names, and what the cluster has."""
+    asked = ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount)
     try:
         async with asyncio.timeout(_CLUSTER_SECONDS):
             total, free, largest = await asyncio.to_thread(_cluster)
         found = f"the cluster has {total} in all, {free} of it free, and its largest nodes {largest}"
     except TimeoutError:
         found = "the cluster did not say what it has"
-    return (
-        f"an engine actor that asks for {asked or 'nothing'} was not placed within {seconds:g} s: {found} ({reason}). "
-        "Lower engine.replicas or what an engine asks for (cluster.engine_cpus, cluster.engine_gpus), or add nodes"
-    )
+    return f"{what} that asks for {asked or 'nothing'} was not placed within {seconds:g} s: {found} ({reason})"
 
 
 def _cluster() -> tuple[str, str, str]:

@@ -28,7 +28,8 @@ from ray.exceptions import RayTaskError
 from areal_agents.cluster.actors import ActorLost, WatchedActor, process_here
 from areal_agents.cluster.failures import Failure
 from areal_agents.engine import Engine, Health, KVPolicy, Sampling, UpdateMode, UpdateReport, WeightsRef
-from areal_agents.errors import ArealError, EngineError
+from areal_agents.engines.restartable import Threaded
+from areal_agents.errors import ArealError, ConfigError, EngineError
 from areal_agents.types import Completion, Prompt
 
 CONCURRENCY = 16_384
@@ -109,6 +110,8 @@ class EngineHost:
     async def _call(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if self._engine is None:
             raise EngineError("the actor has no engine yet")
+        if method == "set_threads" and not isinstance(self._engine, Threaded):
+            return None  # the handle has the method for every engine; this one keeps the threads of its start
         return await getattr(self._engine, method)(*args, **options)
 
     def _answer(self, value: Any) -> Answer:
@@ -173,8 +176,13 @@ class EngineHandle:
         return report
 
     async def set_threads(self, threads: int) -> None:
-        """See ``Threaded``."""
-        await self._ask("set_threads", threads, seconds=_HEALTH_SECONDS)
+        """See ``Threaded``. Not waited for: an actor that hangs must not hold its caller up. Engines without ignore it.
+
+        Raises ConfigError for threads < 1.
+        """
+        if threads < 1:
+            raise ConfigError(f"engine threads must be at least 1, got {threads}")
+        self._actor.send("ask", next(self._ids), "set_threads", (threads,), {})
 
     async def health(self) -> Health:
         """The engine's state; not ``ok`` where its actor is lost."""

@@ -25,9 +25,10 @@ import ray
 
 from areal_agents.batch import Batch, Row
 from areal_agents.cluster.actors import ActorLost, WatchedActor, process_here
+from areal_agents.cluster.engines import unplaced
 from areal_agents.cluster.failures import Failure
 from areal_agents.engine import WeightsRef
-from areal_agents.errors import ArealError, LearnerLost
+from areal_agents.errors import ArealError, ConfigError, EngineError, LearnerLost
 from areal_agents.learner import Logprobs, Metrics, TorchLearner
 
 Method = Literal["step", "logprobs", "sft_step", "save", "load", "export"]
@@ -138,6 +139,7 @@ class RemoteLearner:
         num_cpus: float = 1.0,
         num_gpus: float = 0.0,
         options: Mapping[str, Any] | None = None,
+        place_seconds: float = 60.0,
         start_seconds: float = 600.0,
         call_seconds: float = 3600.0,
         hang_seconds: float = 60.0,
@@ -150,19 +152,22 @@ class RemoteLearner:
         Args:
             num_cpus, num_gpus: what Ray reserves for it; ``options``: more of Ray's actor options (``resources``,
                 ``scheduling_strategy``, …).
-            start_seconds: deadline of the placement and the load together.
+            place_seconds: how long the actor may wait for its resources. start_seconds: deadline of the load.
             call_seconds: deadline of every call; a learner that misses one is lost.
             hang_seconds, health_interval: it is asked every ``health_interval`` seconds whether it lives, and lost
                 after ``hang_seconds`` of silence.
             receivers: of a broadcast, see ``BroadcastWeights``; called here, by ``publish``.
             settings: other keyword arguments of ``TorchLearner``. ``weights_host`` is the actor's node by default.
         Raises what ``TorchLearner`` raises, LearnerLost where the actor died or missed ``start_seconds``, and
-        ConfigError for a number out of range.
+        ConfigError for a number out of range or where no node has the resources within ``place_seconds``.
         """
         placed = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_restarts": 0, "max_concurrency": 64}
         handle = ray.remote(LearnerActor).options(**placed, **(options or {})).remote()
         actor = WatchedActor(handle, "the learner", hang_seconds=hang_seconds, interval=health_interval)
         try:
+            await _placed(
+                actor, {"CPU": num_cpus, "GPU": num_gpus, **(options or {}).get("resources", {})}, place_seconds
+            )
             node, pid, version = await actor.call(
                 "start", _absolute(Path(model)), settings, receivers is not None, seconds=start_seconds
             )
@@ -215,17 +220,21 @@ class RemoteLearner:
         """The current weights; the reference is valid until the context closes, or the learner is lost.
 
         Entering raises LearnerLost. Leaving does not, so that what happened inside is not hidden: the next call does.
+        But an EngineError inside gives way to LearnerLost where the learner is gone: the weights went with it.
         """
         return self._publish()
 
     @asynccontextmanager
     async def _publish(self) -> AsyncIterator[WeightsRef]:
-        ticket = next(self._tickets)
+        ticket, quiet = next(self._tickets), True
         try:
             receivers = 0 if self._receivers is None else self._receivers()
             yield cast(WeightsRef, await self._call("publish", ticket, receivers))
+        except EngineError:
+            quiet = False
+            raise
         finally:
-            with contextlib.suppress(LearnerLost):
+            with contextlib.suppress(*([LearnerLost] if quiet else [])):
                 await self._call("unpublish", ticket)
 
     async def save(self, path: Path) -> None:
@@ -261,6 +270,15 @@ class RemoteLearner:
             raise LearnerLost(
                 f"{error}. Its weights since the last commit are gone; that commit is whole: go on with --resume"
             ) from error
+
+
+async def _placed(actor: WatchedActor, asked: Mapping[str, float], seconds: float) -> None:
+    """Wait until the actor runs. Raises ConfigError: a learner that never was is not lost, and not tried again."""
+    try:
+        await actor.call("ping", seconds=seconds)
+    except ActorLost as error:
+        said = await unplaced("a learner", asked, seconds, str(error))
+        raise ConfigError(f"{said}. Lower cluster.learner_cpus or cluster.learner_gpus, or add nodes") from error
 
 
 def _absolute(path: Path) -> Path:

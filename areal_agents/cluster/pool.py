@@ -176,6 +176,7 @@ class RemotePool(EngineHandle):
 
     def _begin(self, settings: PoolSettings, event: Callable[..., None]) -> None:
         self._event, self._seen = event, 0
+        self._live = set(range(settings.replicas))
         self._update_seconds = settings.update_seconds
         self._resize_seconds = settings.resize_seconds
         self._poller = asyncio.create_task(self._poll(), name="pool-events")
@@ -187,6 +188,11 @@ class RemotePool(EngineHandle):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    @property
+    def replicas(self) -> int:
+        """Replicas that serve or restart, as of the last event."""
+        return len(self._live)
 
     async def resize(self, replicas: int) -> None:
         """See ``EnginePool.resize``."""
@@ -215,4 +221,8 @@ class RemotePool(EngineHandle):
         events = await self._actor.call("events", self._seen, seconds, seconds=seconds + _POLL_SECONDS)
         for number, (kind, fields) in events:
             self._seen = number
+            if kind == "replica_added":
+                self._live.add(fields["replica"])
+            elif kind in ("replica_removed", "replica_lost"):
+                self._live.discard(fields["replica"])
             self._event(kind, **fields)

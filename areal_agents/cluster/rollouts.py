@@ -249,10 +249,20 @@ class RolloutWorkers:
         if worker.ending:
             return
         index, reason = worker.index, worker.actor.reason
-        self._event("worker_lost", worker=index, reason=reason, episodes=self._places.taken(worker))
-        if not worker.leaving:
+        if not worker.leaving:  # before anybody is told: that may raise
             del self._workers[index]
-            self._restarts[index] = asyncio.create_task(self._restart(index, reason), name=f"restart-worker-{index}")
+            again = self._supervise_restart(index, reason)
+            self._restarts[index] = asyncio.create_task(again, name=f"restart-worker-{index}")
+        self._event("worker_lost", worker=index, reason=reason, episodes=self._places.taken(worker))
+
+    async def _supervise_restart(self, index: int, reason: str) -> None:
+        try:
+            await self._restart(index, reason)
+        except Exception as error:  # noqa: BLE001  boundary: nobody awaits this task; every play raises it
+            self._restarts.pop(index, None)
+            failure = ArealError(f"rollout worker {index} was not restarted: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._places.fail(failure)
 
     async def _restart(self, index: int, reason: str) -> None:
         """Start it again until it plays; past the limit it is dropped, and with the last worker the pool fails."""

@@ -312,7 +312,9 @@ def _endpoint(base_url: str) -> httpx.URL:
     try:
         url = httpx.URL(base_url)
     except (httpx.InvalidURL, ValueError) as error:
-        raise ConfigError(f"the server's URL {base_url[:80]!r} is no URL: {error}") from error
+        raise ConfigError(
+            "the server's URL is no URL: write http://HOST:PORT/v1 or https://HOST/v1"
+        ) from error  # it may hold a password
     if url.userinfo:
         raise ConfigError(
             f"the server's URL, of host {url.host!r}, holds a password: give the key by an environment variable"

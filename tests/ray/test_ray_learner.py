@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from areal_agents.config import AlgorithmConfig, LearnerConfig
-from areal_agents.errors import LearnerLost, ModelError
+from areal_agents.errors import ConfigError, EngineError, LearnerLost, ModelError
 from areal_agents.learner import TorchLearner
 from areal_agents.weights import AttachedWeights
 from tests.learner_data import make_batch
@@ -133,6 +133,27 @@ def test_a_lost_learner_ends_every_call_at_once(session: RaySession, model: Path
     session.run(lose())
 
 
+def test_weights_that_vanish_with_their_learner_are_its_loss(session: RaySession, model: Path) -> None:
+    async def lose() -> None:
+        remote = await RemoteLearner.start(model, num_cpus=0, health_interval=0.2, **SETTINGS)
+        for _ in range(3):  # the learner lives: the error is its own, and the buffer free again
+            with pytest.raises(EngineError, match="refused"):
+                async with remote.publish():
+                    raise EngineError("refused")
+        with pytest.raises(LearnerLost, match="go on with --resume") as lost:
+            async with remote.publish():
+                os.kill(remote.pid, signal.SIGKILL)
+                wait_gone([remote.pid], 10)
+                raise EngineError("the weights are gone")
+        context: BaseException | None = lost.value
+        while context is not None and not isinstance(context, EngineError):
+            context = context.__context__
+        assert str(context) == "the weights are gone"
+        await remote.close()
+
+    session.run(lose())
+
+
 def test_a_call_has_a_deadline_and_a_publication_can_be_given_up(session: RaySession, model: Path) -> None:
     async def wait() -> None:
         remote = await RemoteLearner.start(model, num_cpus=0, call_seconds=3.0, **SETTINGS)
@@ -157,7 +178,9 @@ def test_a_learner_that_cannot_start_says_why(session: RaySession, tmp_path: Pat
     async def start() -> None:
         with pytest.raises(ModelError):
             await RemoteLearner.start(tmp_path / "nothing", num_cpus=0, **SETTINGS)
-        with pytest.raises(LearnerLost, match=r"did not answer 'start' within 1 s .*ray status"):
-            await RemoteLearner.start(tmp_path, num_cpus=1000, start_seconds=1.0, **SETTINGS)
+        asked = r"a learner that asks for 1000 CPU, 3 disk was not placed within 1 s: the cluster has 8 CPU in all"
+        with pytest.raises(ConfigError, match=f"{asked}.*cluster.learner_cpus"):
+            options = {"resources": {"disk": 3}}
+            await RemoteLearner.start(tmp_path, num_cpus=1000, options=options, place_seconds=1.0, **SETTINGS)
 
     session.run(start())

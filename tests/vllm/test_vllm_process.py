@@ -23,6 +23,7 @@ from areal_agents.engines.supervised import SupervisedEngine
 from areal_agents.engines.vllm import VLLMEngine
 from areal_agents.errors import EngineError
 from areal_agents.types import Prompt
+from areal_agents.weights import SharedWeights
 from tests.served import assert_logprobs, ids_of
 from tests.tiny_models import save_tiny, vllm_model
 from tests.vllm.serving import probed, publish
@@ -44,6 +45,7 @@ class Rig:
     engine: SupervisedEngine = field(init=False)
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     model: Any = field(default_factory=vllm_model)
+    buffers: list[SharedWeights] = field(default_factory=list)
 
     async def start_one(self) -> VLLMEngine:
         return await VLLMEngine.start(self.folder, seed=len(self.events), **OPTIONS)
@@ -62,10 +64,8 @@ class Rig:
     async def update(self, seed: int, version: int) -> None:
         self.model = vllm_model(seed=seed)
         shared, ref = publish(self.model, version)
-        try:
-            await self.engine.update_weights(probed(ref, self.model))
-        finally:
-            shared.close()
+        self.buffers.append(shared)  # open until the end: a restart reads them again
+        await self.engine.update_weights(probed(ref, self.model))
 
     def ask(self, i: int, tokens: int = 150) -> Any:
         ask = self.engine.generate(Prompt(ids_of(9 + i, i)), Sampling(tokens), session=f"s{i}", deadline=200)
@@ -76,8 +76,12 @@ class Rig:
 async def rig(folder: Path, **options: Any) -> AsyncIterator[Rig]:
     it = Rig(folder)
     given = {"hang_seconds": 20.0, "health_interval": 0.1, "max_restarts": 8} | options
-    async with SupervisedEngine(it.start_one, event=it.log, **given) as it.engine:
-        yield it
+    try:
+        async with SupervisedEngine(it.start_one, event=it.log, **given) as it.engine:
+            yield it
+    finally:
+        for buffer in it.buffers:
+            buffer.close()
 
 
 def child(engine: VLLMEngine, name: str) -> int:
@@ -206,7 +210,6 @@ def test_the_embedded_model_in_bf16(smollm2: Path) -> None:
     import transformers
 
     from areal_agents.engine import Probe
-    from areal_agents.weights import SharedWeights
     from tests.tiny_models import forward_logprobs
     from tests.vllm.serving import gaps
 
