@@ -240,7 +240,9 @@ class Sender:
 
 
 def receive(ref: WeightsRef, *, verify: bool = True, attempts: int = 3) -> LoadedWeights:
-    """Join a round of ``ref`` and return its tensors: gloo's in this process's memory, nccl's on its CUDA device.
+    """Join a round of ``ref`` and return its tensors, in this process's memory.
+
+    nccl stages one bucket after the other on the current CUDA device: an engine there has no room for a second model.
 
     attempts: rounds to ask for; a round fails for all when one of its members dies in it. Raises EngineError where the
     sender is gone, holds another version, or none of the rounds came to its end before its deadline.
@@ -248,8 +250,7 @@ def receive(ref: WeightsRef, *, verify: bool = True, attempts: int = 3) -> Loade
     backend: Broadcaster = "nccl" if ref.transport == "nccl" else "gloo"
     if backend == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
         raise EngineError(f"weights v{ref.version} come by nccl, but this engine has no GPU: set another transport")
-    device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
-    buffer = torch.empty(ref.nbytes, dtype=torch.uint8, device=device)
+    buffer = torch.empty(ref.nbytes, dtype=torch.uint8, pin_memory=backend == "nccl")
     for attempt in range(1, attempts + 1):
         try:
             _receive(ref, backend, buffer)
@@ -261,7 +262,7 @@ def receive(ref: WeightsRef, *, verify: bool = True, attempts: int = 3) -> Loade
                     f"weights v{ref.version} did not arrive from {ref.locator} in {attempts} rounds: {reason}"
                 ) from error
     if verify:
-        check(ref, buffer.cpu().numpy().data)
+        check(ref, buffer.numpy().data)
     return LoadedWeights(ref, buffer)
 
 

@@ -1,7 +1,8 @@
 """The engine contract: token ids in, sampled token ids with their exact log-probabilities and versions out.
 
-Implementations: ``areal_agents.engines.transformers`` (its own process, for laptops and tests). Weights never
-travel through this interface; a ``WeightsRef`` says where they lie and how to prove that they arrived.
+Implementations: ``areal_agents.engines.transformers`` (laptops and tests) and ``areal_agents.engines.vllm``, each in a
+process of its own; ``SupervisedEngine`` and ``EnginePool`` around them. Weights never travel through this interface; a
+``WeightsRef`` says where they lie and how to prove that they arrived.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ class Group(Protocol):
     """What is used of PyTorch's process groups."""
 
     def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions) -> Work: ...
+    def rank(self) -> int: ...
     def abort(self) -> None: ...
 
 
@@ -81,6 +82,8 @@ def broadcast(
         options.timeout = timedelta(seconds=left)
         group.broadcast([staged], options).wait(timedelta(seconds=left))
         if nccl:
+            if staged is not part and group.rank() != 0:
+                part.copy_(staged)
             torch.cuda.synchronize()  # before the staging memory goes and before the checksum
 
 

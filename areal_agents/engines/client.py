@@ -30,7 +30,6 @@ T = TypeVar("T")
 
 CLOSE_SECONDS = 5.0
 """How long a worker may take to end by itself."""
-_UPDATE_SECONDS = 300.0
 _HEALTH_SECONDS = 10.0
 _GROUP_SECONDS = 2.0
 _STDERR_LINES = 30
@@ -48,6 +47,7 @@ class EngineProcess:
     module: ClassVar[str]
     """What ``python -m`` runs; it gets this process's id and reads its settings as the first frame."""
     start_seconds: ClassVar[float] = 300.0
+    update_seconds: ClassVar[float] = 300.0
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         """Use the engine's ``start``."""
@@ -164,9 +164,9 @@ class EngineProcess:
             raise ConfigError(f"unknown update mode {mode!r} or kv {kv!r}")
         id = next(self._ids)
         try:
-            report = await self._ask(id, p.Update(id, ref, mode, kv), UpdateReport, _UPDATE_SECONDS)
+            report = await self._ask(id, p.Update(id, ref, mode, kv), UpdateReport, self.update_seconds)
         except TimeoutError as error:
-            raise EngineError(f"weights v{ref.version} not acknowledged within {_UPDATE_SECONDS:.0f} s") from error
+            raise EngineError(f"weights v{ref.version} not acknowledged within {self.update_seconds:.0f} s") from error
         return report
 
     async def health(self) -> Health:

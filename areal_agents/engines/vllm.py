@@ -8,14 +8,15 @@ generation config, and stops at ``stop_ids`` (part of the completion), ``max_tok
 
 **Weights** are read (``open_weights``) and loaded inside vLLM's own worker process. One update is
 
-    read, verify ▶ pause between two steps ▶ load ▶ repack the tied head ▶ new label, new cache salt ▶ resume ▶ prove
+    read, verify ▶ pause between two steps ▶ load ▶ repack the tied head ▶ new label, new cache salt ▶ resume ▶ prove ▶
+    admit waiting requests again
 
 ``inflight`` pauses with the KV kept; ``interrupt`` drops all KV, so that running requests are computed again, and the
 idle KV of both policies with it (vLLM can only drop the whole cache while requests run); ``drain`` finishes what runs.
 ``kv = "recompute"``: later turns cannot hit older KV, because prompts are hashed with a salt that changes with the
 update; requests that had sampled nothing yet start again under the new salt. ``kv = "keep"`` keeps salt and cache.
 
-**Proof of version**, after every update: the checksum of what was read, computed in vLLM's worker; and where
+**Proof of version**: before the load, the checksum of what was read, computed in vLLM's worker; after it, where
 ``ref.probe`` is set, the probe prompt's log-probabilities, computed anew, against the learner's (bounds in
 ``areal_agents.engines.probe``). Completions that end between the resume and the proof are held back until it holds.
 
@@ -47,7 +48,8 @@ class VLLMEngine(EngineProcess):
 
     name = "the vLLM engine"
     module = "areal_agents.engines.vllm_worker"
-    start_seconds = 600.0
+    start_seconds = 900.0
+    update_seconds = 900.0
 
     _sockets: Path | None = None
 

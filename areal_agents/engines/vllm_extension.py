@@ -51,16 +51,14 @@ class WorkerExtension:
         assert opening is not None
         if opening.is_alive():
             return None
-        if opening.error:
-            self._areal_opening = None
-        return opening.error
+        return opening.error  # kept until ``areal_forget``: other ranks may still read, and all are asked again
 
     def areal_forget(self) -> None:
-        """Give up weights that were opened and will not be loaded."""
+        """Give up weights that were opened, or are still being read, and will not be loaded."""
         self._areal_opening = None
 
-    def areal_load(self) -> str:
-        """Load what was opened; returns its checksum. An exception leaves the model half loaded."""
+    def areal_load(self) -> None:
+        """Load what was opened. An exception leaves the model half loaded."""
         import torch
 
         opening, self._areal_opening = self._areal_opening, None
@@ -69,7 +67,6 @@ class WorkerExtension:
         with opening.opened as opened, torch.no_grad():
             self.reload_weights(weights_iterator=iter(opened.tensors.items()))
             repack_head(self.model_runner.get_model())
-        return opening.ref.checksum
 
 
 class Opening(threading.Thread):

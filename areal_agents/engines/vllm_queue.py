@@ -21,6 +21,9 @@ from areal_agents.types import Ids
 
 COLDEST = 0.01
 """vLLM raises lower temperatures to this one."""
+_SEEDS = 2**63
+"""vLLM takes a seed of -1 for none, and larger ones do not fit into its messages."""
+_INT32 = 2**31
 
 
 @dataclass(eq=False, slots=True)
@@ -63,8 +66,7 @@ class Queue:
         """Queue a request. Raises EngineError where it can never run."""
         if not ids:
             raise EngineError("the prompt is empty: at least one token id is needed")
-        if sampling.max_tokens < 1:
-            raise EngineError(f"max_tokens is {sampling.max_tokens}: at least 1 is needed")
+        _check(sampling)
         if not (min(ids) >= 0 and max(ids) < self.vocabulary):
             raise EngineError(
                 f"prompt ids range over {min(ids)}..{max(ids)}, the model's over 0..{self.vocabulary - 1}"
@@ -73,10 +75,6 @@ class Queue:
             raise EngineError(
                 f"the prompt has {len(ids)} tokens and max_context is {self.max_context}: "
                 "no token could be sampled; shorten the conversation or raise max_context"
-            )
-        if 0 < sampling.temperature < COLDEST:
-            raise EngineError(
-                f"temperature {sampling.temperature:g} is below {COLDEST:g}, vLLM's coldest: use 0 (greedy)"
             )
         total = min(len(ids) + sampling.max_tokens, self.max_context)
         blocks = -(-total // self.block)
@@ -166,3 +164,18 @@ class Queue:
         room = (self.blocks - self.reserved) * self.block
         while self.idle_tokens > room:
             self.idle.popitem(last=False)
+
+
+def _check(sampling: Sampling) -> None:
+    """Raise EngineError for numbers that vLLM would change in silence, or fail on as a whole."""
+    if sampling.max_tokens < 1:
+        raise EngineError(f"max_tokens is {sampling.max_tokens}: at least 1 is needed")
+    if 0 < sampling.temperature < COLDEST:
+        raise EngineError(f"temperature {sampling.temperature:g} is below {COLDEST:g}, vLLM's coldest: use 0 (greedy)")
+    if sampling.seed is not None and not 0 <= sampling.seed < _SEEDS:
+        raise EngineError(f"seed {sampling.seed} is not in 0..{_SEEDS - 1}: choose another, or none")
+    if not 0 <= sampling.top_k < _INT32:
+        raise EngineError(f"top_k {sampling.top_k} is not in 0..{_INT32 - 1}: use 0 for the whole vocabulary")
+    for id in sampling.stop_ids:
+        if not 0 <= id < _INT32:
+            raise EngineError(f"stop id {id} is not in 0..{_INT32 - 1}: token ids are needed")

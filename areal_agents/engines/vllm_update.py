@@ -1,7 +1,9 @@
 """Weight updates of the vLLM worker: the order of steps, their deadlines, and what a failure means.
 
-    drain? ▶ read and verify ▶ pause ▶ load ▶ label, salt ▶ resume ▶ prove ▶ completions go out, the update is answered
-             └── refused: the old weights stay ──┘└── anything that fails from here on: the engine is lost
+    read and verify ▶ drain? ▶ pause ▶ load ▶ label, salt ▶ resume ▶ prove ▶ completions go out, waiting requests in
+    └── refused: the old weights stay ──┘└── anything that fails from here on: the engine is lost
+
+Nothing is admitted between the pause and the proof: the probe queues behind running requests alone.
 
 Tokens are labelled exactly: vLLM attaches the label to a step's outputs in the process that runs the steps, and a pause
 completes between two steps, when all outputs of the one before have been labelled and sent. The label changes there.
@@ -24,12 +26,16 @@ if TYPE_CHECKING:
     from areal_agents.engines.vllm_worker import Server
 
 _OPEN_SECONDS = 240.0
+_DRAIN_SECONDS = 600.0
 _LOAD_SECONDS = 240.0
 _PAUSE_SECONDS = 120.0
 """A pause waits for the step in progress, which on a CPU may be a long prefill."""
 _CALL_SECONDS = 30.0
 _PROBE_SECONDS = 120.0
-_POLL_SECONDS = 0.02
+_PREFILL_RATE = 50.0
+"""Tokens a second, at least: the probe waits for prompts that are computed before it."""
+_POLL_SECONDS = 0.02, 0.2
+"""Between two looks at the reading, in its first second and later: with tensor parallelism each waits for a step."""
 
 
 class Updates:
@@ -46,35 +52,46 @@ class Updates:
         server, queue = self._server, self._server.queue
         async with self._lock:
             try:
-                if command.mode == "drain":
-                    queue.admitting = False
-                    while server.tasks:
-                        await asyncio.wait(list(server.tasks.values()))
                 refused = await self._open(command.ref)
+                if not refused and command.mode == "drain":
+                    refused = await self._drain()
                 if refused:
                     text = f"weights v{command.ref.version} were not loaded: {refused}"
                     server.send(p.Failed(command.id, text))
                     return
                 report = await self._apply(command)
-            finally:
+            finally:  # after a failure this process ends before anything that is admitted here begins
                 queue.admitting = True
                 server.pump()
             server.send(p.Updated(command.id, report))
 
     async def _open(self, ref: WeightsRef) -> str:
         """Read and verify beside the steps. Returns why the weights are refused, or nothing."""
-        await self._each("areal_open", _CALL_SECONDS, pickle.dumps(ref))
-        end = time.monotonic() + _OPEN_SECONDS
-        while True:
-            answers = await self._each("areal_opened", _CALL_SECONDS)
-            if None not in answers:
-                refused = next(filter(None, answers), "")
-                if refused:
-                    await self._each("areal_forget", _CALL_SECONDS)
-                return refused
-            if time.monotonic() > end:
-                return f"they were not read within {_OPEN_SECONDS:g} s"
-            await asyncio.sleep(_POLL_SECONDS)
+        await self._each("areal_open", _PAUSE_SECONDS, pickle.dumps(ref))
+        start = time.monotonic()
+        while None in (answers := await self._each("areal_opened", _PAUSE_SECONDS)):
+            elapsed = time.monotonic() - start
+            if elapsed > _OPEN_SECONDS:
+                answers = [f"they were not read within {_OPEN_SECONDS:g} s"]
+                break
+            await asyncio.sleep(_POLL_SECONDS[elapsed > 1.0])
+        refused: str = next(filter(None, answers), "")
+        if refused:
+            await self._each("areal_forget", _PAUSE_SECONDS)
+        return refused
+
+    async def _drain(self) -> str:
+        """Finish what runs, admit nothing. Returns why the weights, read already, are given up, or nothing."""
+        server = self._server
+        server.queue.admitting = False
+        try:
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                while server.tasks:
+                    await asyncio.wait(list(server.tasks.values()))
+        except TimeoutError:
+            await self._each("areal_forget", _PAUSE_SECONDS)
+            return f"{len(server.tasks)} requests did not finish within {_DRAIN_SECONDS:g} s: use another update mode"
+        return ""
 
     async def _apply(self, command: p.Update) -> UpdateReport:
         server, queue, ref = self._server, self._server.queue, command.ref
@@ -87,24 +104,32 @@ class Updates:
                 await server.llm.pause_generation(mode="keep", clear_cache=clear)
             running = len(queue.running)
             dropped = await self._retire(command, cleared=clear)
-            for checksum in await self._each("areal_load", _LOAD_SECONDS):
-                if checksum != ref.checksum:
-                    raise EngineError(f"weights v{ref.version}: vLLM loaded {checksum}, expected {ref.checksum}")
+            await self._each("areal_load", _LOAD_SECONDS)
+            ahead = self._ahead(cleared=clear)
             server.hold()
             async with asyncio.timeout(_CALL_SECONDS):
                 await server.llm.update_weight_version(str(ref.version))
                 await server.llm.resume_generation()
-            seconds = time.perf_counter() - start
+            resumed = time.perf_counter() if queue.running else None
         except TimeoutError as error:
             raise EngineError(f"vLLM did not answer while {self.doing}") from error
         finally:
             self.doing = ""
-        queue.admitting = True
         server.version = ref.version
-        server.pump()
-        await self._prove(ref)
+        await self._prove(ref, _PROBE_SECONDS + ahead / _PREFILL_RATE)
         server.let_go()
+        # Where nothing runs, nothing is sampled before the next request is admitted: after the proof.
+        seconds = (resumed or time.perf_counter()) - start
         return UpdateReport(ref.version, seconds, running, dropped)
+
+    def _ahead(self, *, cleared: bool) -> int:
+        """Tokens of running requests that are computed before the probe's; all they have, where the cache is empty."""
+        sampled = self._server.sampled()
+        return sum(
+            len(request.ids) + sampled.get(request.id, 0)
+            for request in self._server.queue.running.values()
+            if cleared or not sampled.get(request.id, 0)
+        )
 
     async def _retire(self, command: p.Update, *, cleared: bool) -> int:
         """Old KV goes out of use. Returns how many tokens of it; a prompt in the middle of its prefill counts as none.
@@ -125,7 +150,7 @@ class Updates:
                 await server.give_back(unbegun)
         return dropped
 
-    async def _prove(self, ref: WeightsRef) -> None:
+    async def _prove(self, ref: WeightsRef, seconds: float) -> None:
         """Score the probe prompt, never from the cache. Raises EngineError where it proves the wrong weights."""
         if ref.probe is None:
             return
@@ -140,11 +165,11 @@ class Updates:
         ids = ref.probe.ids[: min(PROBE_TOKENS, self._server.queue.max_context - 1)]
         prompt = tokens_input(list(ids), cache_salt=name)
         try:
-            async with asyncio.timeout(_PROBE_SECONDS):
+            async with asyncio.timeout(seconds):
                 async for output in self._server.llm.generate(prompt, asked, name):
                     last = output
         except TimeoutError as error:
-            raise EngineError(f"weights v{ref.version}: no answer to the probe in {_PROBE_SECONDS:g} s") from error
+            raise EngineError(f"weights v{ref.version}: no answer to the probe in {seconds:.0f} s") from error
         self._prover.check(ref, last.prompt_logprobs.logprobs)
 
     async def _each(self, method: str, seconds: float, *args: Any) -> list[Any]:

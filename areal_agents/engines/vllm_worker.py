@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import traceback
+from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from areal_agents.engine import Health, Sampling
@@ -31,7 +32,7 @@ from areal_agents.errors import ArealError, EngineError
 from areal_agents.types import Completion, Finish
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     AsyncLLM = Any
     RequestOutput = Any
@@ -64,13 +65,17 @@ class Server:
         background: set[asyncio.Task[None]] = {watcher}
         while not isinstance(command := await inbox.get(), p.Close):
             if isinstance(command, p.Update | p.AskHealth):
-                work = self.updates.run(command) if isinstance(command, p.Update) else self._health(command)
+                work = (
+                    partial(self.updates.run, command)
+                    if isinstance(command, p.Update)
+                    else partial(self._health, command)
+                )
                 task = asyncio.create_task(self._or_die(work), name=type(command).__name__)
                 background.add(task)
                 task.add_done_callback(background.discard)
             else:
                 self._handle(command)
-            await asyncio.sleep(0)  # a task that is cancelled before its first step would not clean up
+            await asyncio.sleep(0)  # requests have their turn between two commands
 
     def _handle(self, command: object) -> None:
         match command:
@@ -98,7 +103,16 @@ class Server:
     def pump(self) -> None:
         """Hand vLLM the requests that fit."""
         for request in self.queue.admit():
-            self.tasks[request.id] = asyncio.create_task(self._or_die(self._run(request)), name=f"request-{request.id}")
+            task = asyncio.create_task(self._or_die(partial(self._run, request)), name=f"request-{request.id}")
+            self.tasks[request.id] = task
+            task.add_done_callback(partial(self._never_began, request))
+
+    def _never_began(self, request: Request, task: asyncio.Task[None]) -> None:
+        """Clean up after a task that was cancelled before its first step: no ``finally`` of it runs."""
+        if self.tasks.get(request.id) is task:
+            del self.tasks[request.id], self._requests[request.id]
+            self.queue.finish(request)
+            self.pump()
 
     async def _run(self, request: Request) -> None:
         """One request to its end; a restart ends the task too, and the next ``pump`` begins another one."""
@@ -122,9 +136,10 @@ class Server:
             self._reply(self._outcome(request, output.outputs[0]))
 
     async def _sample(self, request: Request) -> RequestOutput:
-        """Raises EngineError where vLLM refuses the request."""
+        """Raises EngineError where vLLM refuses the request or fails on it alone."""
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineGenerateError
 
         self._attempts += 1
         name = f"{request.id}-{self._attempts}"
@@ -135,9 +150,16 @@ class Server:
                 last = output
         except (ValueError, VLLMClientError) as error:
             raise EngineError(f"vLLM refused the request: {error}") from error
+        except EngineGenerateError as error:
+            if self.llm.errored:
+                raise
+            cause = error.__cause__ or error
+            raise EngineError(f"vLLM failed on the request: {type(cause).__name__}: {cause}") from error
         return last
 
     def _outcome(self, request: Request, output: Any) -> p.Reply:
+        if output.finish_reason not in ("stop", "length"):
+            return p.Failed(request.id, f"vLLM ended the request with {output.finish_reason!r}")
         logprobs = tuple(output.logprobs.logprobs)
         if not all(map(math.isfinite, logprobs)):
             return p.Failed(request.id, f"the model's logits are not finite at version {self.version}")
@@ -204,10 +226,10 @@ class Server:
             await asyncio.sleep(_WATCH_SECONDS)
         self.die("vLLM's EngineCore or a worker of its died")
 
-    async def _or_die(self, work: Any) -> None:
+    async def _or_die(self, work: Callable[[], Awaitable[None]]) -> None:
         """Whatever nobody expected ends the process: the client's calls fail then, instead of waiting."""
         try:
-            await work
+            await work()
         except Exception as error:  # noqa: BLE001  boundary: recorded in the message that ends the engine
             if self.llm.errored:
                 self.die("vLLM's EngineCore or a worker of its died")
@@ -291,13 +313,16 @@ async def build(settings: p.VLLMSettings, out: BinaryIO) -> Server:
     """Start vLLM; blocks the loop for as long as it takes."""
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM as LLM
 
     cpu = current_platform.is_cpu()
     arguments, config = engine_args(settings, cpu=cpu)
     if arguments["enforce_eager"]:
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # the sampler's small functions would be compiled all the same
-    llm = LLM.from_engine_args(AsyncEngineArgs(**arguments))
+    # It decides how many tokens a step prefills: on a GPU this one's default is 8192 or more, AsyncLLM's own is 2048.
+    usage = UsageContext.ENGINE_CONTEXT if cpu else UsageContext.LLM_CLASS
+    llm = LLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=usage)
     cache = llm.vllm_config.cache_config
     max_context, block = arguments["max_model_len"], cache.block_size
     blocks = cache.num_gpu_blocks - 1 - -(-min(PROBE_TOKENS, max_context) // block)
@@ -317,6 +342,10 @@ async def run(settings: p.VLLMSettings, commands: BinaryIO, replies: BinaryIO) -
     threading.Thread(target=_read, args=(commands, loop, inbox), name="reader", daemon=True).start()
     try:
         server = await build(settings, replies)
+    except TimeoutError as error:  # an OSError, but it says nothing about the model
+        traceback.print_exc()
+        replies.write(p.encode(p.Lost(f"vLLM did not start in time: {error or 'a worker of its did not answer'}")))
+        return
     except (ArealError, OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         traceback.print_exc()
         text = str(error) if isinstance(error, ArealError) else f"{type(error).__name__}: {error}"

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,9 +278,9 @@ def test_an_engine_without_threads_is_told_of_them_and_comes_back(session: RaySe
 
     async def work() -> None:
         host = EngineHost()
-        host._engine = FixedThreads(object())
+        host._engine = FixedThreads(SimpleNamespace(version=3, failure=None))
         told = await host.ask("1", "set_threads", (2,), {})
-        assert (told.value, told.failure) == (None, None)
+        assert (told.value, told.version) == (None, 3)
         before = set(session.processes("ray::EngineActor"))
         alone = settings(folder, spec=fixed, replicas=1, supervised=supervised)
         async with await RemotePool.start(alone, event=lambda kind, **fields: events.append(kind)) as pool:

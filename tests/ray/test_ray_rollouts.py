@@ -48,6 +48,8 @@ class Fleet:
     def __init__(self, session: RaySession, model: Path) -> None:
         self.model, self.run = model, session.run
         self.events: list[tuple[str, dict[str, Any]]] = []
+        self.unrecorded: set[str] = set()
+        """Kinds of events that cannot be recorded."""
         options = {"precision": "fp32", "max_batch": 8, "kv_tokens": 4096, "max_context": 256}
         engines = PoolSettings(EngineSpec("transformers", str(model), options), 1, resources=Resources(0))
         self.engine = self.run(RemotePool.start(engines, event=self.event))
@@ -59,6 +61,8 @@ class Fleet:
 
     def event(self, kind: str, **fields: Any) -> None:
         self.events.append((kind, fields))
+        if kind in self.unrecorded:
+            raise OSError("No space left on device")
 
     def named(self, kind: str) -> list[dict[str, Any]]:
         return [fields for k, fields in self.events if k == kind]
@@ -170,6 +174,26 @@ def test_a_lost_worker_costs_an_attempt_of_its_episodes(fleet: Fleet, tmp_path: 
     assert (begun.total(), begun[pid]) == (12, 4)
     assert all(int(p) != pid for what, p, _ in log(tmp_path) if what == "close")
     assert wait_gone([pid], 10) == []
+
+
+def test_a_loss_that_cannot_be_recorded_is_made_good_all_the_same(fleet: Fleet, tmp_path: Path) -> None:
+    recipe = spec(fleet, kwargs={"folder": str(tmp_path)})
+
+    async def lose() -> None:
+        fleet.unrecorded = {"worker_lost"}
+        pid = fleet.workers.pids[min(fleet.workers.pids)]
+        os.kill(pid, signal.SIGKILL)
+        await fleet.until(lambda: bool(fleet.named("worker_restarted")))
+        player = fleet.workers.player(recipe)
+        assert await asyncio.gather(*(player.play(t, id=t.id, group="g", seed=0) for t in tasks()))
+        await player.close()
+        assert len(fleet.workers.pids) == 2
+        assert pid not in fleet.workers.pids.values()
+
+    try:
+        fleet.run(lose())
+    finally:
+        fleet.unrecorded = set()
 
 
 def test_a_cancelled_play_ends_on_its_worker(fleet: Fleet, tmp_path: Path) -> None:

@@ -26,6 +26,18 @@ from tests.tiny_models import save_tiny, tiny_model
 pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
 
+UNCONNECTED = """
+import asyncio
+import ray
+from areal_agents.cluster.actors import WatchedActor
+
+async def main():
+    actor = WatchedActor(object(), "an actor", hang_seconds=1, interval=1)
+    await actor.end("it was closed")
+    print(ray.is_initialized())
+
+asyncio.run(main())
+"""
 DRIVER = """
 import asyncio, sys
 from areal_agents.cluster.pool import PoolSettings, RemotePool
@@ -88,6 +100,14 @@ def test_a_missing_ray_and_too_small_a_store_are_said_plainly(monkeypatch: pytes
         asyncio.run(small())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     asyncio.run(refused("", r"pip install 'areal-agents\[ray\]'"))
+
+
+def test_ending_an_actor_after_ray_starts_no_other_ray() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", UNCONNECTED],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd="/", capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 def test_another_driver_joins_by_address_and_leaves_it_running(session: RaySession) -> None:

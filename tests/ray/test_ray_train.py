@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from areal_agents import settings
+from areal_agents.backend import receivers, supervision
 from areal_agents.config import TrainConfig
 from areal_agents.track import read_metrics
 from tests.conftest import require
@@ -34,6 +35,21 @@ def on_ray(folder: Path, steps: int, **changes: Any) -> TrainConfig:
     """A tiny run with two engines and two rollout workers; a silent process is noticed within seconds."""
     engine = {"precision": "fp32", "max_batch": 8, "replicas": 2, "hang_timeout": 8.0}
     return config(folder, steps, engine=engine, cluster=CLUSTER, **changes)
+
+
+def test_what_is_reserved_and_supervised_follows_the_configuration(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    from areal_agents.cluster.backend import _episodes, _reserved
+
+    asked = {**CLUSTER, "engine_cpus": 100.25, "worker_cpus": 0.25}
+    c = on_ray(tmp_path / "run", 1)
+    c = c.model_copy(update={"cluster": c.cluster.model_copy(update=asked)})
+    assert _reserved(c) == 202.0  # 2 × 100.25 + 1 + 2 × 0.25: Ray takes whole CPUs
+    assert _episodes(c) == max(c.rollout.concurrency, 16)
+    assert receivers(c, 1) == 1  # one of two is left
+    for kind, seconds in (("vllm", 900), ("transformers", 300)):
+        numbers = supervision(c.model_copy(update={"engine": c.engine.model_copy(update={"kind": kind})}))
+        assert (numbers["start_seconds"], numbers["update_seconds"]) == (seconds, seconds + 300)
 
 
 class Driver:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,16 @@ def probed(ref: WeightsRef, model: Any, *, off: float = 0.0) -> WeightsRef:
     return replace(ref, probe=Probe(ids, tuple(x + off for x in forward_logprobs(model, ids).tolist())))
 
 
-async def update(it: Served, model: Any, version: int, **how: Any) -> UpdateReport:
-    """Publish ``model`` with its probe and serve it."""
+async def update(
+    it: Served, model: Any, version: int, *, after: Awaitable[None] | None = None, **how: Any
+) -> UpdateReport:
+    """Publish ``model`` with its probe and serve it. after: what to wait for between the two."""
     shared, ref = publish(model, version)
     try:
-        report: UpdateReport = await it.engine.update_weights(probed(ref, model), **how)
+        ref = probed(ref, model)
+        if after is not None:
+            await after
+        report: UpdateReport = await it.engine.update_weights(ref, **how)
     finally:
         shared.close()
     it.model = model

@@ -15,8 +15,8 @@ from tests.served import Served, ask, assert_logprobs, ids_of
 from tests.tiny_models import forward_logprobs, vllm_model
 from tests.vllm.serving import BLOCK, cached_logprobs, like, probed, publish, sampling, update
 
-UNTIED: dict[str, Any] = {"kind": "llama"}
-TIED: dict[str, Any] = {"kind": "qwen3", "tied": True}
+UNTIED: dict[str, Any] = {"kind": "llama", "max_context": 512}
+TIED: dict[str, Any] = {"kind": "qwen3", "tied": True, "max_context": 512}
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.parametrize("served", [UNTIED, TIED], indirect=True, ids=["untied", "tied"], scope="module"),
@@ -36,15 +36,14 @@ def test_every_token_has_the_probability_of_the_weights_and_kv_that_sampled_it(
         old, new = served.model, like(served, seed=200 + served.engine.version)
         version = served.engine.version
         ids = ids_of(45, 300 + version)
-        session = f"{mode}-{kv}"
-        task = asyncio.create_task(ask(served.engine, ids, 200, session))
-        await sampling(served, 10)
-        report = await update(served, new, version + 1, mode=mode, kv=kv)
+        session, n = f"{mode}-{kv}", 400
+        task = asyncio.create_task(ask(served.engine, ids, n, session))
+        report = await update(served, new, version + 1, after=sampling(served, 10), mode=mode, kv=kv)
         done = await task
         assert served.engine.version == report.version == version + 1
-        switch = 200 if mode == "drain" else done.versions.index(version + 1)
+        switch = n if mode == "drain" else done.versions.index(version + 1)
         assert switch >= 10
-        assert done.versions == (version,) * switch + (version + 1,) * (200 - switch)
+        assert done.versions == (version,) * switch + (version + 1,) * (n - switch)
         assert report.requests_in_flight == (mode != "drain")
         assert (report.tokens_recomputed == 0) == (kv == "keep" and mode != "interrupt")
         # The first token of the new version comes from the new weights' pass over the last one of the old.
@@ -82,10 +81,14 @@ def test_no_request_reads_kv_of_an_older_version_unless_its_policy_says_so(serve
         version = served.engine.version
         ids = ids_of(100, 17)
         await ask(served.engine, ids, 3, "first")
-        running = [asyncio.create_task(ask(served.engine, ids, 100, f"r{i}")) for i in range(2)]
-        await sampling(served, 10)
-        late = [asyncio.create_task(ask(served.engine, ids, 50, f"l{i}")) for i in range(6)]
-        report = await update(served, new, version + 1, mode="inflight", kv="recompute")
+        running = [asyncio.create_task(ask(served.engine, ids, 400, f"r{i}")) for i in range(2)]
+        late: list[asyncio.Task[Completion]] = []
+
+        async def crowd() -> None:
+            await sampling(served, 10)
+            late.extend(asyncio.create_task(ask(served.engine, ids, 300, f"l{i}")) for i in range(6))
+
+        report = await update(served, new, version + 1, after=crowd(), mode="inflight", kv="recompute")
         assert report.tokens_recomputed >= 2 * len(ids)
         assert report.requests_in_flight >= 2
         for done in await asyncio.gather(*running):
