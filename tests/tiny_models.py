@@ -57,7 +57,13 @@ def vllm_model(kind: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
 
     It has layers enough to take a while: a turn of 200 tokens can be met in its middle.
     """
-    size = {"hidden_size": 128, "num_hidden_layers": 10, "num_attention_heads": 4, "head_dim": 32}
+    size = {
+        "max_position_embeddings": 2048,
+        "hidden_size": 128,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 4,
+        "head_dim": 32,
+    }
     return tiny_model(kind, seed=seed, **(size | {"initializer_range": 0.12} | changes))
 
 

@@ -15,8 +15,8 @@ from tests.served import Served, ask, assert_logprobs, ids_of
 from tests.tiny_models import forward_logprobs, vllm_model
 from tests.vllm.serving import BLOCK, cached_logprobs, like, probed, publish, sampling, update
 
-UNTIED: dict[str, Any] = {"kind": "llama", "max_context": 512}
-TIED: dict[str, Any] = {"kind": "qwen3", "tied": True, "max_context": 512}
+UNTIED: dict[str, Any] = {"kind": "llama", "max_context": 2048}
+TIED: dict[str, Any] = {"kind": "qwen3", "tied": True, "max_context": 2048}
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.parametrize("served", [UNTIED, TIED], indirect=True, ids=["untied", "tied"], scope="module"),
@@ -36,7 +36,7 @@ def test_every_token_has_the_probability_of_the_weights_and_kv_that_sampled_it(
         old, new = served.model, like(served, seed=200 + served.engine.version)
         version = served.engine.version
         ids = ids_of(45, 300 + version)
-        session, n = f"{mode}-{kv}", 400
+        session, n = f"{mode}-{kv}", 1000
         task = asyncio.create_task(ask(served.engine, ids, n, session))
         report = await update(served, new, version + 1, after=sampling(served, 10), mode=mode, kv=kv)
         done = await task
