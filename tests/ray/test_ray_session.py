@@ -39,6 +39,8 @@ async def main():
 asyncio.run(main())
 """
 DRIVER = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born with it ignored
 import asyncio, sys
 from areal_agents.cluster.pool import PoolSettings, RemotePool
 from areal_agents.cluster.session import cluster
