@@ -146,7 +146,7 @@ def test_a_driver_that_ends_leaves_no_process_and_no_folder(tmp_path: Path, end:
             assert part in lines
         driver.send_signal(end)
         driver.communicate(timeout=60)
-        assert not wait_gone(marked(mark), 20), [command_line(p) for p in marked(mark)]
+        assert not wait_gone(marked(mark), 60), [command_line(p) for p in marked(mark)]
         assert not list(temporary.glob("areal-ray-*"))
     finally:
         driver.kill()
