@@ -165,6 +165,7 @@ vllm: .venv/.vllm
 
 ray: .venv/.ray
 	@.venv/bin/areal-agents model pull smollm2 >/dev/null
+	$(PY) -c 'import ray'  # its test modules skip themselves without: here that would be a failure
 	$(PY) -m pytest -m "ray and not gpu" --durations=15 tests
 
 # One after the other, also with make -j: two heavy suites at once would starve each other.
