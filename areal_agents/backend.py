@@ -49,6 +49,21 @@ class RunLearner(Learner, Protocol):
     async def close(self) -> None: ...
 
 
+class Elastic(Protocol):
+    """A backend whose parts come and go while the run goes on."""
+
+    @property
+    def places(self) -> int:
+        """Episodes that one rollout worker plays at once."""
+        ...
+
+    async def set_replicas(self, n: int) -> None:
+        """``n`` engines from now on. Returns once they serve, or are gone. Raises EngineError."""
+
+    async def set_rollout_workers(self, n: int) -> None:
+        """``n`` rollout workers from now on. Returns once they play; removed ones end by themselves."""
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """The parts of one run that may lie elsewhere."""
@@ -58,6 +73,8 @@ class Backend:
     cores: Cores
     players: Callable[[PlayerSpec], EpisodePlayer] | None = None
     """Makes players; None: they play in this process."""
+    elastic: Elastic | None = None
+    """None: the sizes are fixed."""
 
 
 @contextlib.asynccontextmanager

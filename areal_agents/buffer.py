@@ -75,14 +75,10 @@ class Buffer:
         order: Order = "completion",
         total_batches: int | None = None,
     ) -> None:
-        if concurrency < group_size:
-            raise ConfigError(
-                f"concurrency = {concurrency} episodes cannot hold one group of {group_size}: nothing would ever start"
-            )
         self.groups = groups
         self.group_size = group_size
         self.max_staleness = max_staleness
-        self.concurrency = concurrency
+        self.set_concurrency(concurrency)
         self.on_exceed = on_exceed
         self.order = order
         self.total_batches = total_batches
@@ -98,6 +94,17 @@ class Buffer:
         self._over = 0
         """Their sum."""
         self._buffered: list[Group] = []
+
+    def set_concurrency(self, episodes: int) -> None:
+        """Most episodes that play at once; those that are too many now play to their end.
+
+        Raises ConfigError where no group would ever start.
+        """
+        if episodes < self.group_size:
+            raise ConfigError(
+                f"concurrency = {episodes} episodes cannot hold one group of {self.group_size}: none would ever start"
+            )
+        self.concurrency = episodes
 
     def state(self) -> BufferState:
         """What ``restore`` needs to go on from here."""

@@ -22,6 +22,7 @@ import tyro
 
 from areal_agents.display import plain
 from areal_agents.errors import ArealError, Interrupted
+from areal_agents.resize_command import Resize
 from areal_agents.run_commands import Replay, Rescore
 from areal_agents.serve_command import Serve
 
@@ -330,6 +331,7 @@ class Model:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Resize, tyro.conf.subcommand("resize")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Init, tyro.conf.subcommand("init")]

@@ -98,7 +98,8 @@ class _Tree:
 
     def at(self, member: int) -> Ints:
         parts = [np.arange(self.segments[s].start, self.segments[s].stop) for s in self.paths[member]]
-        return np.concatenate(parts).astype(np.int64)
+        joined: Ints = np.concatenate(parts).astype(np.int64)  # numpy below 2.4 does not say its type
+        return joined
 
 
 def _common(a: Ints, b: Ints) -> int:

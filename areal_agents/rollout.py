@@ -276,6 +276,11 @@ class Rollouts:
         self.buffer.acknowledge(version)
         self.start()
 
+    def set_concurrency(self, episodes: int) -> None:
+        """Most episodes at once from now on; more may start at once. Raises ConfigError for less than one group."""
+        self.buffer.set_concurrency(episodes)
+        self.start()
+
     async def _group(self, open: OpenGroup) -> None:
         ticket, task, size = open.ticket, open.task, self.buffer.group_size
         group = f"g{ticket.order}"

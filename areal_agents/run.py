@@ -10,12 +10,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from areal_agents import registry
 from areal_agents.backend import Backend, open_backend
 from areal_agents.chat import ChatFormat
 from areal_agents.config import TrainConfig
+from areal_agents.control import answer_requests
 from areal_agents.demonstrations import demonstration_rows
 from areal_agents.engine import Sampling
 from areal_agents.episode import Limits
@@ -24,6 +26,7 @@ from areal_agents.interrupt import Stop
 from areal_agents.lineage import Commit, RunFolder
 from areal_agents.models import resolve
 from areal_agents.player import EpisodePlayer, PlayerSpec, prove_sandbox
+from areal_agents.resize import answer_resize
 from areal_agents.rollout import EpisodeRunner, FailureBudget, Rollouts, TaskStream
 from areal_agents.track import Tracker
 
@@ -46,10 +49,23 @@ async def open_run(
         )
         run = Run(config, spec, fmt, backend, tracker, folder, stop, done, model)
         stack.push_async_callback(run.runner.close)
+        await stack.enter_async_context(_answering(run))
         if done.checkpoint is not None:
             await run.learner.load(folder.learner_folder(done))
             await run.publish()
         yield run
+
+
+@contextlib.asynccontextmanager
+async def _answering(run: Run) -> AsyncIterator[None]:
+    """Whoever sees the run's folder may resize it meanwhile."""
+    answers = answer_requests(run.config.out, partial(answer_resize, run), event=run.tracker.event)
+    task = asyncio.create_task(answers, name="control")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _tracker(config: TrainConfig, commit: Commit | None, *, console: bool) -> Tracker:
@@ -89,6 +105,8 @@ class Run:
         self.budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
         self.budget.kinds.update(self.commit.failures)
         self.runner = self._runner(self._engine_player(r.temperature))
+        self.rollouts: Rollouts | None = None
+        """While it learns."""
 
     async def publish(self) -> float:
         """Hand the learner's weights to the engine; returns the seconds in which it could not sample."""

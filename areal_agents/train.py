@@ -78,6 +78,7 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
                     lost.append(str(error))
                     if stop.requested or len(lost) > config.cluster.learner_restarts:
                         raise
+            config = settings.load(config.out / "config.toml")  # `areal-agents resize` may have changed it
             commit, changes = begin(folder, config, resume=True)
         else:
             reports = dict(commit.reports)
@@ -140,6 +141,7 @@ async def learn(run: Run) -> None:
     try:
         _restore(run, rollouts)
         rollouts.start()
+        run.rollouts = rollouts
         run.tracker.start_clock()
         await _evaluate_if_due(run, run.learner.version, rollouts)
         for step in range(run.learner.version + 1, config.steps + 1):
@@ -156,6 +158,7 @@ async def learn(run: Run) -> None:
                 raise StopRequested
             await _evaluate_if_due(run, step, rollouts)
     finally:
+        run.rollouts = None
         await rollouts.close()
 
 

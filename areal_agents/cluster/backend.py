@@ -15,6 +15,7 @@ import contextlib
 import math
 import os
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -63,7 +64,22 @@ async def open_ray(
         )  # fmt: skip
         await stack.enter_async_context(workers)
 
-        yield Backend(pool, learner, cores, workers.player)
+        yield Backend(pool, learner, cores, workers.player, _Parts(pool, workers, workers.places))
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """See ``areal_agents.backend.Elastic``."""
+
+    pool: RemotePool
+    workers: RolloutWorkers
+    places: int
+
+    async def set_replicas(self, n: int) -> None:
+        await self.pool.resize(n)
+
+    async def set_rollout_workers(self, n: int) -> None:
+        await self.workers.resize(n)
 
 
 def _episodes(config: TrainConfig) -> int:

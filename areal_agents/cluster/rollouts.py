@@ -103,6 +103,7 @@ class RolloutWorkers:
         RestartLimit(*self._restart_limit)  # numbers out of range are refused now
         self._limits: dict[int, RestartLimit] = {}
         self._indices, self._tickets, self._numbers = itertools.count(), itertools.count(), itertools.count()
+        self.places = episodes_per_worker
         self._places: Places[_Worker] = Places(episodes_per_worker)
         self._workers: dict[int, _Worker] = {}
         self._leaving: set[_Worker] = set()

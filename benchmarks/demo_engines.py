@@ -1,0 +1,130 @@
+"""The demo with each engine: does vLLM, on this machine or as two actors on Ray, train as well as ``transformers``?
+
+    python benchmarks/demo_engines.py [--seeds 0 1] [--json FILE]       # after `make vllm ray`; half an hour a seed
+    python benchmarks/demo_engines.py --quick                           # two steps of each on few tasks
+
+Each run is the whole demo (warm start, 16 steps of asynchronous RL), and its held-out tasks are played by the engine
+that it was trained with. A run with vLLM is compared with the ``transformers`` run of its seed, task by task: the
+difference of pass@1 with its 95 % interval. With several seeds there is one more row, in which a task's attempts are
+those of all seeds. The interval is over tasks; the spread between two trainings of one configuration is not in it.
+
+A run that is finished in ``--runs`` is not run again, one that was cut goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from demo import QUICK
+from measure import Progress
+from record import ROOT, Check, write
+
+REFERENCE = "transformers"
+RUNS: dict[str, list[str]] = {
+    REFERENCE: ["demo"],
+    "vllm": ["demo-vllm"],
+    "vllm, Ray, 2 actors": ["demo-vllm", "--cluster.backend", "ray", "--engine.replicas", "2"],
+}
+MARGIN = 0.05
+HELD_OUT = 512
+
+
+def run(name: str, seed: int, out: Path, *, quick: bool) -> dict[str, Any]:
+    """One demo; what it evaluated and how its training went."""
+    settings = QUICK.split() if quick else ["--eval.n", str(HELD_OUT)]
+    command = [sys.executable, "-m", "areal_agents", "train", *RUNS[name], *settings]
+    done = (out / "commit.json").exists() and json.loads((out / "commit.json").read_text())["complete"]
+    start = time.perf_counter()
+    subprocess.run([*command, "--seed", str(seed), "--out", str(out), "--resume"], cwd=ROOT, check=True)
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in metrics if row["kind"] == "train"]
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    kinds = [event["kind"] for event in events]
+    return {
+        "run": name, "seed": seed, "wall_seconds": None if done else round(time.perf_counter() - start, 1),
+        "held_out": {row["kind"].removeprefix("eval/"): row["pass_at_1"]
+                     for row in metrics if row["kind"].startswith("eval/")},
+        "training_reward": [row["reward"] for row in steps],
+        "step_seconds": [round(row["step_seconds"], 2) for row in steps],
+        "age_max": max(row["age_max"] for row in steps),
+        "events": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+    }  # fmt: skip
+
+
+def compared(runs: Path, name: str, seeds: list[int]) -> dict[str, Any]:
+    """The paired comparison with the reference, over the attempts of ``seeds``."""
+    from areal_agents.compare import Evaluation, compare, load
+
+    def merged(which: str) -> Evaluation:
+        rewards: dict[Any, list[float]] = {}
+        for seed in seeds:
+            for task, found in load(f"{runs / folder(which, seed)}:after_rl").rewards.items():
+                rewards.setdefault(task, []).extend(found)
+        return Evaluation(which, rewards)
+
+    comparison = compare(merged(REFERENCE), merged(name))
+    return {"seeds": seeds, "within": comparison.within(MARGIN)} | comparison.to_json()
+
+
+def folder(name: str, seed: int) -> str:
+    return f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def checks(comparisons: list[dict[str, Any]]) -> list[Check]:
+    """Of each comparison, that its interval lies inside the margin."""
+    goal = f"inside ±{100 * MARGIN:g} points"
+    return [
+        Check(
+            f"pass@1 of {c['b']} less that of {c['a']}, seed{'s' * (len(c['seeds']) > 1)} "
+            f"{', '.join(map(str, c['seeds']))}, n = {c['n']}: 95 % interval in points",
+            [round(100 * bound, 2) for bound in c["pass_at_1"]["ci95"]], goal, c["within"],
+        )
+        for c in comparisons
+    ]  # fmt: skip
+
+
+def quick_checks(samples: list[dict[str, Any]]) -> list[Check]:
+    """What must hold whatever the timing and the luck."""
+    return [
+        check
+        for s in samples
+        for check in (
+            Check(f"{s['run']}: learner steps", len(s["step_seconds"]), "== 2", len(s["step_seconds"]) == 2),
+            Check(f"{s['run']}: oldest token trained on, in versions", s["age_max"], "<= 1", s["age_max"] <= 1),
+        )
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="keep the runs here, and go on with what it has")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    seeds = options.seeds[:1] if options.quick else options.seeds
+    progress = Progress(len(RUNS) * len(seeds))
+    samples: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="areal-demo-") as temporary:
+        runs = (options.runs or Path(temporary)).absolute()
+        for seed in seeds:
+            for name in RUNS:
+                samples.append(run(name, seed, runs / folder(name, seed), quick=options.quick))
+                progress(f"{name}, seed {seed}: {samples[-1]['held_out']}")
+        others = [name for name in RUNS if name != REFERENCE]
+        groups = [[seed] for seed in seeds] + ([seeds] if len(seeds) > 1 else [])
+        comparisons = [compared(runs, name, group) for name in others for group in groups]
+    found = quick_checks(samples) if options.quick else checks(comparisons)
+    write(options.json, "demo_engines", samples, found, comparisons=comparisons)
+    return 0 if all(c.holds for c in found) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
