@@ -102,11 +102,6 @@ async def ask(
     """
     path = out / "control" / f"{time.time_ns()}-{os.getpid()}.request"
     reply = path.with_suffix(".reply")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, json.dumps(request))
-    except OSError as error:
-        raise unwritable(path, error) from error
     begin = heard = told = time.monotonic()
     sign = None
     try:
@@ -114,6 +109,8 @@ async def ask(
             now = time.monotonic()
             if (touched := _touched(reply)) != sign:
                 sign, heard = touched, now
+            elif sign is None:
+                _require_file(path, json.dumps(request))  # once more: a run that starts clears its folder
             if now - heard > silent_seconds:
                 raise ArealError(
                     f"no run in {out} gave a sign of life for {silent_seconds:g} s: the request is withdrawn. Is it "
@@ -130,6 +127,15 @@ async def ask(
     if "error" in answer:
         raise ArealError(str(answer["error"]))
     return answer
+
+
+def _require_file(path: Path, text: str) -> None:
+    try:
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, text)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def _read(path: Path) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 MARKER = "AREAL_TEST_MARKER"
@@ -72,3 +74,10 @@ def wait_gone(pids: list[int], seconds: float) -> list[int]:
     while (left := [pid for pid in pids if alive(pid)]) and time.monotonic() < end:
         time.sleep(0.05)
     return left
+
+
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Look until ``condition()``, which something outside this loop makes true. Raises TimeoutError."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110  no event of this loop tells
+            await asyncio.sleep(0.01)
