@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,15 +93,22 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
         asyncio.run(ask(tmp_path / "missing", {}, message=silent))
 
 
-def test_work_that_takes_longer_than_silence_is_waited_for(tmp_path: Path) -> None:
+def test_work_that_takes_longer_than_silence_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def beats() -> int:
+        return max((control._touched(reply) or 0 for reply in (tmp_path / "control").glob("*.reply")), default=0)
+
     async def slow(request: Mapping[str, Any]) -> Mapping[str, Any]:
-        (reply,) = (tmp_path / "control").glob("*.reply")
-        await until(lambda: (control._touched(reply) or 0) >= 30)  # every 0.02 s: three times the silence
+        await until(lambda: beats() >= 15)
         return {}
+
+    clock = SimpleNamespace(monotonic=lambda: float(beats()), time_ns=lambda: 1)  # one second a beat, on any machine
+    monkeypatch.setattr(control, "time", clock)
+    lines: list[str] = []
 
     async def main() -> None:
         async with answering(tmp_path, slow):
-            assert await ask(tmp_path, {}, silent_seconds=0.2, message=silent) == {}
+            assert await ask(tmp_path, {}, silent_seconds=5, message=lines.append) == {}
+        assert len(lines) == 1  # one every 10 s
 
     asyncio.run(main())
 
