@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from areal_agents.errors import ConfigError
 _CHECKS = 3
 """Looks for a pong within ``hang_seconds``: a single one may miss it while this process's own event loop is blocked."""
 _KILL_SECONDS = 10.0
+_GRACE_SECONDS = 2.0
+"""For a process that Ray was told to end."""
 
 
 class ActorLost(Exception):
@@ -147,7 +150,10 @@ class WatchedActor:
             await asyncio.sleep(self._interval)
 
     async def _kill(self) -> None:
-        """End the process. Ray cannot end a stopped one soon: where it runs on this node, it is killed from here."""
+        """End the process by Ray, and where it runs on this node and does not end soon (it may be stopped), from here.
+
+        Ray reports a process that is killed before it can follow as one that crashed, on the user's terminal.
+        """
         with contextlib.suppress(RayError, ValueError, TimeoutError):
             async with asyncio.timeout(_KILL_SECONDS):
                 await asyncio.to_thread(_kill_actor, self.actor)
@@ -162,11 +168,16 @@ def _kill_actor(actor: Any) -> None:
 
 
 def _kill_here(node: str, pid: int) -> None:
-    """SIGKILL ``pid`` where ``node`` is this one and the process is a worker of Ray."""
+    """SIGKILL ``pid`` where ``node`` is this one and the process is a worker of Ray that does not end by itself."""
     with contextlib.suppress(OSError, RayError):
-        here = ray.is_initialized() and ray.get_runtime_context().get_node_id() == node
-        if here and b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)
+        if not ray.is_initialized() or ray.get_runtime_context().get_node_id() != node:
+            return
+        limit = time.monotonic() + _GRACE_SECONDS
+        while b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():  # empty for a zombie
+            if time.monotonic() > limit:
+                os.kill(pid, signal.SIGKILL)
+                return
+            time.sleep(0.01)
 
 
 def process_here() -> tuple[str, int]:

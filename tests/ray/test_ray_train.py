@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,15 @@ def test_what_is_reserved_and_supervised_follows_the_configuration(tmp_path: Pat
 class Driver:
     """``areal-agents train CONFIG --resume`` in a process of its own; its output goes to a file."""
 
-    def __init__(self, path: Path, mark: str) -> None:
+    def __init__(
+        self, path: Path, mark: str, *, prefix: Sequence[str] = (), environment: Mapping[str, str] = os.environ
+    ) -> None:
+        """prefix: a command that runs its arguments, on another host for example."""
         self.log = path.with_suffix(".log")
-        environment = {**os.environ, MARKER: mark, "OMP_NUM_THREADS": "1"}
+        environment = {**environment, MARKER: mark, "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "areal_agents", "train", str(path), "--resume"],
+                [*prefix, sys.executable, "-m", "areal_agents", "train", str(path), "--resume"],
                 cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
