@@ -153,8 +153,13 @@ endef
 	fi
 	touch $@
 
+# The tests of two hosts need root and iproute2.
 .venv/.ray: pyproject.toml .venv/.setup-dev
 	@$(FUNCTIONS)
+	if ! command -v ip >/dev/null && [[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+	  apt-get update -qq
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends iproute2 >/dev/null
+	fi
 	echo "setup: installing ray"
 	pip install -q -e '.[dev,ray]'
 	touch $@

@@ -25,6 +25,12 @@ class ContextLengthError(EngineError):
     """The conversation is longer than the model's context; the server's limit is in the message."""
 
 
+class RequestRefused(EngineError):
+    """The server will not answer this conversation (a filter, a field it does not know)."""
+
+    final = True  # every turn before it would be paid once more
+
+
 @dataclass(frozen=True, slots=True)
 class ChatReply:
     """One reply and what its server says of it."""

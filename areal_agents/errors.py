@@ -87,6 +87,8 @@ class InfraError(ArealError):
     Where it struck is counted too: failures that prefer a tool or long episodes bias what is left to train on.
     """
 
+    final: bool = False
+    """Whether another attempt would meet it again: then there is none."""
     tool: str = ""
     """The tool whose call failed, where it was one."""
     turns: int = 0

@@ -138,7 +138,7 @@ class EpisodeRunner:
         self._event = event
 
     async def run(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory | None:
-        """One trajectory, or None after ``max_retries`` retries. Raises FailureBudgetError."""
+        """One trajectory, or None after ``max_retries`` retries or a final failure. Raises FailureBudgetError."""
         attempt = 0
         while True:
             attempt_id = id if attempt == 0 else f"{id}~{attempt}"
@@ -146,7 +146,7 @@ class EpisodeRunner:
                 trajectory = await self.player.play(task, id=attempt_id, group=group, seed=seed)
             except (InfraError, RewardError) as error:
                 attempt += 1
-                retry = isinstance(error, InfraError) and attempt <= self._max_retries
+                retry = isinstance(error, InfraError) and not error.final and attempt <= self._max_retries
                 self._event(
                     "episode_failed", episode=id, task=task.id, error=type(error).__name__, detail=str(error),
                     attempt=attempt, retried=retry, **_where(error),

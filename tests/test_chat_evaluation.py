@@ -105,6 +105,19 @@ def test_a_refused_key_stops_the_evaluation_at_once(tmp_path: Path) -> None:
     assert len(server.requests) <= 3
 
 
+def test_an_episode_that_the_server_refuses_is_not_paid_twice(tmp_path: Path) -> None:
+    def filtered(body: Json) -> Step:
+        if body["messages"][1]["content"].startswith("100+") and body["messages"][-1]["role"] == "tool":
+            return Answer({"error": {"message": "content filter"}}, 400)
+        return scripted(body)
+
+    with chat_server(filtered) as server:
+        report = run_evaluation(tmp_path / "out", server.url, n=4, k=1)
+    assert (report.attempts, report.infra_rate) == (3, 0.25)  # the one that failed is no attempt
+    first = [r for r in server.requests if r["messages"][1]["content"].startswith("100+")]
+    assert len(first) == 2  # a call, and the refused turn after it: once
+
+
 def test_model_and_server_belong_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs its server's URL"):
         asyncio.run(evaluate(ENV, model="openai:m", out=tmp_path / "a"))

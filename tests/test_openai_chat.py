@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from areal_agents.chat_model import ContextLengthError, refuse_training, remote_name
+from areal_agents.chat_model import ContextLengthError, RequestRefused, refuse_training, remote_name
 from areal_agents.engine import Sampling
 from areal_agents.engines.openai import OpenAIChat
 from areal_agents.engines.pacing import Backoff, Clock, Pace, retry_after
@@ -223,7 +223,7 @@ async def slow_pace(server: ChatServer) -> None:
         (Answer({"detail": "Not Found"}, 404), ModelError, ["HTTP 404: Not Found", "/v1/models lists the models"]),
         (Answer({"error": {"message": "?", "code": "context_length_exceeded"}}, 400), ContextLengthError, ["HTTP 400"]),
         (Answer({"message": "This model's maximum context length is 9 tokens"}, 400), ContextLengthError, ["9 tokens"]),
-        (Answer({"error": {"message": "top_k is unknown"}}, 400), EngineError, ["top_k is unknown", "refused"]),
+        (Answer({"error": {"message": "top_k is unknown"}}, 400), RequestRefused, ["top_k is unknown", "refused"]),
         (Answer({"error": {"message": "pay", "code": "insufficient_quota"}}, 429), ConfigError, ["no quota left"]),
         (Answer(b"", 307, {"location": "http://127.0.0.2/x?key=1"}), ConfigError, ["redirect to 'http://127.0.0.2/x'"]),
         (Answer(b"<html>"), EngineError, ["the reply is no JSON ('<html>')", "ending in /v1"]),

@@ -78,7 +78,8 @@ async def cluster(
     """Start or join Ray, and leave or end it.
 
     address: empty starts a private one; ``"auto"`` joins the one that runs on this machine (or is named by
-        RAY_ADDRESS); ``"host:port"`` or ``"ray://host:port"`` joins that one.
+        RAY_ADDRESS); ``"host:port"`` joins that one, of which this machine must be a node. Ray Client (``ray://``) is
+        refused: the engine pool runs on the driver's node, and a client has none.
     object_store_gib: cap of a private one's object store; a joined one has its own.
     num_cpus, num_gpus, resources: what a private one has to give; None is what the machine has. They are accounts, not
         limits: more CPUs than cores are allowed.
@@ -182,9 +183,14 @@ async def _reach(address: str, seconds: float) -> None:
         address = os.environ.get("RAY_ADDRESS", "")
         if address in ("", "auto"):
             return  # Ray looks for it in its own files
-    found = re.fullmatch(r"(?:ray://)?(\[[0-9a-fA-F:]+\]|[^:/\s]+):(\d{1,5})", address)
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"cluster.address = {address!r} is Ray Client's, which has no node to run the engine pool and write files "
+            "on: start the run on a node of the cluster, with cluster.address = 'auto'"
+        )
+    found = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:/\s]+):(\d{1,5})", address)
     if found is None or not 0 < int(found[2]) < 65_536:
-        raise ConfigError(f"cluster.address = {address!r} is none of '', 'auto', 'host:port' and 'ray://host:port'")
+        raise ConfigError(f"cluster.address = {address!r} is none of '', 'auto' and 'host:port'")
     try:
         async with asyncio.timeout(min(seconds, 30.0)):
             _, writer = await asyncio.open_connection(found[1].strip("[]"), int(found[2]))

@@ -27,7 +27,7 @@ from typing import Any
 
 import httpx
 
-from areal_agents.chat_model import ChatReply, ContextLengthError
+from areal_agents.chat_model import ChatReply, ContextLengthError, RequestRefused
 from areal_agents.engine import Sampling
 from areal_agents.engines.openai_json import error_text, read_reply, request_messages, request_tools
 from areal_agents.engines.pacing import Backoff, Clock, Pace, retry_after
@@ -141,9 +141,9 @@ class OpenAIChat:
     ) -> ChatReply:
         """The next assistant message and what the server says that it cost.
 
-        Raises ContextLengthError (the conversation does not fit), EngineError (no usable reply before the deadline or
-        the last try), ModelError (no such model), ConfigError (a refused key, a used-up quota, a redirect; sampling
-        that a server cannot do).
+        Raises ContextLengthError (the conversation does not fit), RequestRefused (the server will not answer it),
+        EngineError (no usable reply before the deadline or the last try), ModelError (no such model), ConfigError (a
+        refused key, a used-up quota, a redirect; sampling that a server cannot do).
         """
         body = self._body(messages, tools, sampling)
         try:
@@ -294,7 +294,7 @@ class OpenAIChat:
             return ConfigError(f"{self._who()}: HTTP {status}, a redirect to {self._safe(where)!r}: use that URL")
         if status in (400, 413, 422) and (code == "context_length_exceeded" or _CONTEXT.search(said)):
             return ContextLengthError(f"{self._who()}: {told}")
-        return EngineError(f"{self._who()}: {told}: the server refused the request")
+        return RequestRefused(f"{self._who()}: {told}: the server refused the request")
 
     def _late(self, why: str) -> EngineError:
         return EngineError(f"{self._who()}: no reply within {self._deadline:g} s (deadline): {why}")
