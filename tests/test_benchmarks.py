@@ -11,19 +11,12 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SCRIPTS = ("engine", "trl_step", "demo")
+from areal_agents import compare
+from tests.simulated import BENCHMARKS, benchmarks_on_path, module
+
+__all__ = ["benchmarks_on_path"]
+SCRIPTS = ("engine", "trl_step", "demo", "demo_engines", "engines", "async")
 RECORD = {"benchmark", "commit", "machine", "samples", "checks"}
-
-
-@pytest.fixture(autouse=True)
-def _on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The benchmarks import their neighbours, as scripts do."""
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-
-
-def module(name: str) -> Any:
-    return importlib.import_module(name)
 
 
 def test_a_summary_has_the_median_and_the_spread() -> None:
@@ -128,6 +121,30 @@ def test_async_checks_hold_the_bound_and_compare_wall_clocks_of_one_round() -> N
     assert not all(c.holds for c in script.checks(samples, 3, timing=False))
 
 
+def test_demos_are_compared_task_by_task_over_the_attempts_of_all_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo_engines = module("demo_engines")
+    assert len({demo_engines.folder(name, seed) for name in demo_engines.RUNS for seed in (0, 1)}) == 6
+    passed = {"transformers-0": (1, 1), "transformers-1": (1, 0), "vllm-0": (1, 0), "vllm-1": (1, 1)}
+
+    def load(source: str) -> compare.Evaluation:
+        run, label = Path(source.partition(":")[0]).name, source.partition(":")[2]
+        assert label == "after_rl"
+        return compare.Evaluation(run, {("test", f"t{i}", "h"): [float(p)] for i, p in enumerate(passed[run])})
+
+    monkeypatch.setattr(compare, "load", load)
+    alone, both = (demo_engines.compared(tmp_path, "vllm", seeds) for seeds in ([0], [0, 1]))
+    # task 0: 1 and 1 on each side; task 1: 1 against 0 with seed 0, half against half with both
+    assert (alone["pass_at_1"]["difference"], alone["lost"], alone["attempts"]) == (-0.5, ("t1",), (1, 1))
+    assert (both["pass_at_1"]["difference"], both["ties"], both["attempts"]) == (0.0, 2, (2, 2))
+    many = both | {"within": True, "pass_at_1": {"ci95": (-0.01234, 0.02)}, "n": 512}
+    (check,) = demo_engines.checks([many])
+    assert (check.value, check.goal, check.holds) == ([-1.23, 2.0], "inside ±5 points", True)
+    assert "seeds 0, 1, n = 512" in check.name
+    assert not demo_engines.checks([alone])[0].holds
+
+
 def test_the_long_tail_is_deterministic_and_within_its_bounds() -> None:
     envs = module("text_envs")
     turns = [envs.turns_of(seed) for seed in range(2000)]
@@ -190,7 +207,7 @@ def test_committed_records_have_the_schema() -> None:
         assert all({"name", "value", "goal", "holds"} <= check.keys() for check in row["checks"]), path.name
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "async"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_takes_quick_and_json(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
