@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from areal_agents.chat_model import ChatReply, ContextLengthError, reply_of
+from areal_agents.chat_model import ChatReply, ContextLengthError, RequestRefused, reply_of
 from areal_agents.engine import ChatModel, Sampling
 from areal_agents.env import AgentEnv
 from areal_agents.episode import EpisodeStates, Limits
@@ -112,6 +112,9 @@ class _ChatEpisode(EpisodeStates):
                 reply = await reply_of(self.model, messages, tools, replace(self.sampling, max_tokens=room))
         except TimeoutError as error:
             raise EngineError(f"task {self.task.id}: the model did not answer within {limit:g} s") from error
+        except RequestRefused as error:
+            error.final = True  # another attempt would pay the turns before it once more
+            raise
         self.state.count("generate_seconds", time.perf_counter() - start)
         for name in _REPORTED:
             value: int | None = getattr(reply, name)

@@ -28,8 +28,6 @@ class ContextLengthError(EngineError):
 class RequestRefused(EngineError):
     """The server will not answer this conversation (a filter, a field it does not know)."""
 
-    final = True  # every turn before it would be paid once more
-
 
 @dataclass(frozen=True, slots=True)
 class ChatReply:

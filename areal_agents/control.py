@@ -42,54 +42,67 @@ async def answer_requests(
     ``event`` is told request_failed (request, error) for an error of ``handle``, which goes to whoever asked.
     """
     folder = out / "control"
-    await asyncio.to_thread(_clear, folder)
+    _clear(folder)
     while True:
-        for path in await asyncio.to_thread(lambda: sorted(folder.glob("*.request"))):
+        for path in _requests(folder):
             await _answer(path, handle, event)
         await asyncio.sleep(_POLL_SECONDS)
 
 
+def _requests(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return sorted(folder.glob("*.request"))
+    return []
+
+
 def _clear(folder: Path) -> None:
     for path in [*folder.glob("*.request"), *folder.glob("*.reply")]:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 async def _answer(
     path: Path, handle: Callable[[Mapping[str, Any]], Awaitable[Answer]], event: Callable[..., None]
 ) -> None:
     reply, answer = path.with_suffix(".reply"), {"error": _ENDED}
-    beating = asyncio.create_task(_beat(reply))
+    beating = asyncio.create_task(_beat(path.parent))
     try:
-        if text := await asyncio.to_thread(_read, path):  # else it is withdrawn
+        if text := _read(path):  # else it is withdrawn
             answer = dict(await handle(json.loads(text)))
     except Exception as error:  # noqa: BLE001  boundary: the run goes on; who asked is told, and the event log
         answer = {"error": str(error) if isinstance(error, ArealError) else f"{type(error).__name__}: {error}"}
-        event("request_failed", request=path.stem, error=answer["error"])
+        with contextlib.suppress(ArealError):  # the log cannot be written: the run's own next line says so
+            event("request_failed", request=path.stem, error=answer["error"])
     finally:
         beating.cancel()
-        await asyncio.gather(beating, return_exceptions=True)
         _finish(path, reply, json.dumps(answer))
 
 
 def _finish(path: Path, reply: Path, answer: str) -> None:
-    with contextlib.suppress(OSError):  # who asked takes silence for the end of the run
+    """Who asked takes silence for the end of the run; a request is never carried out twice."""
+    with contextlib.suppress(OSError):
         if path.exists():
             write_atomically(reply, answer)
         else:  # nobody waits for it
             reply.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
 
 
-async def _beat(reply: Path) -> None:
-    with contextlib.suppress(OSError):
-        for n in itertools.count(1):
-            await asyncio.to_thread(_touch, reply, n)
-            await asyncio.sleep(_POLL_SECONDS)
+async def _beat(folder: Path) -> None:
+    """A sign of life for everybody who waits, also behind the request that is being carried out."""
+    for n in itertools.count(1):
+        for path in _requests(folder):
+            with contextlib.suppress(OSError):
+                _touch(path.with_suffix(".reply"), n)
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 def _touch(reply: Path, n: int) -> None:
-    reply.touch()
-    os.utime(reply, ns=(n, n))  # a number that changes, not a clock: machines disagree on the time
+    """Whole seconds that count up: no clock, since machines disagree on the time, and file systems on its fractions."""
+    if not reply.exists():
+        reply.touch()
+    os.utime(reply, (n, n))
 
 
 async def ask(
@@ -116,7 +129,7 @@ async def ask(
                     f"no run in {out} gave a sign of life for {silent_seconds:g} s: the request is withdrawn. Is it "
                     f"still training? {out / 'events.jsonl'} has what it did last"
                 )
-            if now - told >= 10.0:
+            if sign is not None and now - told >= 10.0:
                 told = now
                 message(f"the run works on it: {now - begin:.0f} s")
             await asyncio.sleep(_LOOK_SECONDS)

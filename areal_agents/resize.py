@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from areal_agents import settings
 from areal_agents.config import Count, Section, TrainConfig
-from areal_agents.errors import ConfigError
+from areal_agents.errors import ArealError, ConfigError
 
 if TYPE_CHECKING:
     from areal_agents.run import Run
@@ -41,8 +41,8 @@ def sizes(config: TrainConfig) -> dict[str, int]:
 async def answer_resize(run: Run, request: Mapping[str, Any]) -> dict[str, Any]:
     """Do what ``Resize`` in ``request`` asks; returns ``before`` and ``after``. Raises ConfigError, what growth raises.
 
-    Fewer episodes start before engines and workers go, and more only once they are there. A part that fails leaves the
-    parts before it done and recorded.
+    Fewer episodes start before engines and workers go, and more only once they are there. A part that fails is undone;
+    the parts before it stay done and recorded.
     """
     try:
         asked = Resize.model_validate(request)
@@ -55,7 +55,11 @@ async def answer_resize(run: Run, request: Mapping[str, Any]) -> dict[str, Any]:
         _episodes(run, asked)
     elastic = run.backend.elastic
     if asked.replicas is not None and elastic is not None:
-        await elastic.set_replicas(asked.replicas)
+        try:
+            await elastic.set_replicas(asked.replicas)
+        except ArealError:
+            await elastic.set_replicas(before["replicas"])  # growth keeps those that started
+            raise
         _record(run, "engine", replicas=asked.replicas)
     if asked.rollout_workers is not None and elastic is not None:
         await elastic.set_rollout_workers(asked.rollout_workers)

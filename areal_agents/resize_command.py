@@ -19,7 +19,7 @@ class Resize:
     """Grow or shrink a run while it trains: ``areal-agents resize runs/mine --replicas 4 --concurrency 96``.
 
     Returns once it is done: new engines serve the current weights, removed ones have finished their turns. The run's
-    config.toml has the new sizes, so --resume goes on with them.
+    config.toml has the new sizes; resume with that file to go on with them.
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]

@@ -12,7 +12,7 @@ two steps; what is on the disk then, and how a run goes on from it, is in ``line
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from areal_agents import registry, settings
@@ -64,57 +64,73 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
     spec.tasks(config.env.split, difficulty=config.env.difficulty)
     with RunFolder(config.out, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as folder:
         commit, changes = begin(folder, config, resume=resume)
-        lost: list[str] = []
+        lives = _Lives(config)
         while commit is None or not commit.complete:
             with stop_on_signals(print) as stop:
                 try:
-                    reports = await _run(config, folder, commit, stop, changes=changes, lost=lost, console=console)
+                    reports = await _run(lives, folder, commit, stop, changes=changes, console=console)
                     break
                 except (StopRequested, asyncio.CancelledError) as error:
                     if not stop.requested:
                         raise
                     raise Interrupted(_how_to_go_on(config, folder, stop)) from error
                 except LearnerLost as error:
-                    lost.append(str(error))
-                    if stop.requested or len(lost) > config.cluster.learner_restarts:
+                    lives.lost.append(str(error))
+                    if stop.requested or len(lives.lost) > config.cluster.learner_restarts:
                         raise
-            config = settings.load(config.out / "config.toml")  # `areal-agents resize` may have changed it
-            commit, changes = begin(folder, config, resume=True)
+            commit, changes = begin(folder, lives.config, resume=True)
         else:
             reports = dict(commit.reports)
     return RunResult(config.out, config.out / "model", reports, watch.seconds)
 
 
+@dataclass
+class _Lives:
+    """What a run takes from one learner to the next."""
+
+    config: TrainConfig
+    """As ``areal-agents resize`` has changed it."""
+    lost: list[str] = field(default_factory=list)
+    """Why the learners before this one ended."""
+
+
 async def _run(
-    config: TrainConfig,
+    lives: _Lives,
     folder: RunFolder,
     commit: Commit | None,
     stop: Stop,
     *,
     changes: dict[str, tuple[object, object]],
-    lost: list[str],
     console: bool,
 ) -> dict[str, EvalReport]:
-    """All phases; each is skipped where the commit has it already. ``lost``: why learners before this one ended."""
-    async with open_run(config, folder, stop, commit=commit, console=console) as run:
-        folder.write_settings(settings.dump(config))
-        if commit is not None:
-            if lost:
-                run.tracker.event("learner_replaced", reason=lost[-1], times=len(lost))
-            run.tracker.event("resumed", step=commit.step, changed={k: new for k, (_, new) in changes.items()})
-            run.tracker.message(f"resumed at step {commit.step} of {config.steps}")
-        await stop.race(run.evaluate("before"))
-        if config.warm_start.demonstrations:
-            if not run.warm_started:
-                await stop.race(run.warm_start())
-                await run.save(None)
-            await stop.race(run.evaluate("warm_start"))
-        await learn(run)
-        await stop.race(run.evaluate("after_rl", step=config.steps))
-        await run.learner.export(config.out / "model")
-        require_shared(config.out / "model")
-        await run.finish()
-        return dict(run.reports)
+    """All phases; each is skipped where the commit has it already."""
+    async with open_run(lives.config, folder, stop, commit=commit, console=console) as run:
+        try:
+            folder.write_settings(settings.dump(run.config))  # a resize may have come while it was opened
+            if commit is not None:
+                if lost := lives.lost:
+                    run.tracker.event("learner_replaced", reason=lost[-1], times=len(lost))
+                run.tracker.event("resumed", step=commit.step, changed={k: new for k, (_, new) in changes.items()})
+                run.tracker.message(f"resumed at step {commit.step} of {run.config.steps}")
+            return await _phases(run)
+        finally:
+            lives.config = run.config
+
+
+async def _phases(run: Run) -> dict[str, EvalReport]:
+    config, stop = run.config, run.stop
+    await stop.race(run.evaluate("before"))
+    if config.warm_start.demonstrations:
+        if not run.warm_started:
+            await stop.race(run.warm_start())
+            await run.save(None)
+        await stop.race(run.evaluate("warm_start"))
+    await learn(run)
+    await stop.race(run.evaluate("after_rl", step=config.steps))
+    await run.learner.export(config.out / "model")
+    require_shared(config.out / "model")
+    await run.finish()
+    return dict(run.reports)
 
 
 def _how_to_go_on(config: TrainConfig, folder: RunFolder, stop: Stop) -> str:

@@ -15,7 +15,7 @@ from areal_agents import compare
 from tests.simulated import BENCHMARKS, benchmarks_on_path, module
 
 __all__ = ["benchmarks_on_path"]
-SCRIPTS = ("engine", "trl_step", "demo", "demo_engines", "engines", "async")
+SCRIPTS = ("engine", "trl_step", "demo", "demo_engines", "engines", "mismatch", "async")
 RECORD = {"benchmark", "commit", "machine", "samples", "checks"}
 
 

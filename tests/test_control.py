@@ -94,14 +94,20 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
 
 
 def test_work_that_takes_longer_than_silence_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def beats() -> int:
-        return max((control._touched(reply) or 0 for reply in (tmp_path / "control").glob("*.reply")), default=0)
+    beats = 0
+
+    def touch(reply: Path, n: int) -> None:
+        nonlocal beats
+        beats += 1
+        touched(reply, n)
 
     async def slow(request: Mapping[str, Any]) -> Mapping[str, Any]:
-        await until(lambda: beats() >= 15)
+        await until(lambda: beats >= 15)
         return {}
 
-    clock = SimpleNamespace(monotonic=lambda: float(beats()), time_ns=lambda: 1)  # one second a beat, on any machine
+    clock = SimpleNamespace(monotonic=lambda: float(beats), time_ns=lambda: 1)  # one second a beat, on any machine
+    touched = control._touch
+    monkeypatch.setattr(control, "_touch", touch)
     monkeypatch.setattr(control, "time", clock)
     lines: list[str] = []
 
@@ -109,6 +115,26 @@ def test_work_that_takes_longer_than_silence_is_waited_for(tmp_path: Path, monke
         async with answering(tmp_path, slow):
             assert await ask(tmp_path, {}, silent_seconds=5, message=lines.append) == {}
         assert len(lines) == 1  # one every 10 s
+
+    asyncio.run(main())
+
+
+def test_who_waits_behind_another_hears_signs_of_life(tmp_path: Path) -> None:
+    released = asyncio.Event()
+
+    async def first_waits(request: Mapping[str, Any]) -> Mapping[str, Any]:
+        if request["n"] == 1:
+            await released.wait()
+        return await double(request)
+
+    async def main() -> None:
+        async with answering(tmp_path, first_waits):
+            first = asyncio.create_task(ask(tmp_path, {"n": 1}, message=silent))
+            await until(lambda: bool(list(tmp_path.glob("control/*.reply"))))
+            second = asyncio.create_task(ask(tmp_path, {"n": 2}, message=silent))
+            await until(lambda: len(list(tmp_path.glob("control/*.reply"))) == 2)  # nobody works on the second yet
+            released.set()
+            assert [a["twice"] for a in (await first, await second)] == [2, 4]
 
     asyncio.run(main())
 

@@ -20,9 +20,10 @@ import pytest
 import torch
 
 from areal_agents import settings, trajectories
+from areal_agents import train as training
 from areal_agents.config import TrainConfig
 from areal_agents.demo import claim
-from areal_agents.errors import ArealError, ConfigError, Interrupted
+from areal_agents.errors import ArealError, ConfigError, Interrupted, LearnerLost
 from areal_agents.evaluate import EvalReport
 from areal_agents.lineage import RunFolder
 from areal_agents.run import Run
@@ -143,6 +144,25 @@ def check_lineage(config: TrainConfig, *, all_tasks: bool = True) -> None:
     state = torch.load(out / "checkpoints" / commit["checkpoint"] / "learner" / "learner.pt", weights_only=True)
     taken = {int(s["step"]) for s in state["optimizer"]["state"].values()}
     assert taken == {steps - sum(int(r["minibatches_empty"] + r["skipped"]) for r in rows)}
+
+
+def test_a_learner_that_is_lost_before_the_run_has_written_anything_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def open_run(config: TrainConfig, *args: Any, **options: Any) -> Any:
+        opened.append(config.steps)
+        if len(opened) == 1:
+            raise LearnerLost("it died while it loaded the model")
+        return usual(config, *args, **options)
+
+    usual = training.open_run
+    monkeypatch.setattr(training, "open_run", open_run)
+    c = config(tmp_path, 1)
+    asyncio.run(train(c, console=False))
+    assert opened == [1, 1]
+    check_lineage(c)
 
 
 @pytest.mark.slow

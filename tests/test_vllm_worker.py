@@ -7,43 +7,57 @@ import io
 import pickle
 import random
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from areal_agents.engine import Sampling, TensorEntry, WeightsRef
+from areal_agents.engine import Probe, Sampling, TensorEntry, WeightsRef
 from areal_agents.engines import protocol as p
 from areal_agents.engines import vllm_worker
 from areal_agents.engines.vllm_extension import WorkerExtension
 from areal_agents.engines.vllm_queue import Queue, Request
 from areal_agents.engines.vllm_worker import Server
+from areal_agents.errors import EngineError
 
 REF = WeightsRef(3, "", (), "", 0)
 
 
 class LLM:
-    """Answers what an update asks, and remembers it. ``opened``: the answers to ``areal_opened``, one list a poll."""
+    """Answers what an update asks, and remembers it.
+
+    opened: the answers to ``areal_opened``, one list a poll. stuck: calls that never return. broken: calls that raise.
+    """
 
     def __init__(self) -> None:
+        self.stuck: set[str] = set()
+        self.broken: set[str] = set()
         self.errored = False
         self.output_processor = SimpleNamespace(request_states={})
         self.calls: list[str] = []
         self.opened: list[list[str | None]] = []
 
     async def collective_rpc(self, method: str, seconds: float, args: Any = ()) -> list[Any]:
-        self.calls.append(method)
+        await self._called(method)
         return self.opened.pop(0) if method == "areal_opened" and self.opened else [""]
 
     async def pause_generation(self, **how: Any) -> None:
-        self.calls.append("pause")
+        await self._called("pause")
 
     async def update_weight_version(self, version: str) -> None:
-        self.calls.append(f"label {version}")
+        await self._called(f"label {version}")
 
     async def resume_generation(self) -> None:
-        self.calls.append("resume")
+        await self._called("resume")
+
+    async def _called(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.broken:
+            raise RuntimeError(f"{name} broke")
+        if name in self.stuck:
+            await asyncio.Event().wait()
 
 
 class Worker(Server):
@@ -277,6 +291,44 @@ def test_weights_that_take_too_long_are_given_up(monkeypatch: pytest.MonkeyPatch
         await worker.updates.run(p.Update(5, REF, "inflight", "keep"))
         assert worker.fake.calls == ["areal_open", "areal_opened", "areal_forget"]
         assert worker.sent == [p.Failed(5, "weights v3 were not loaded: they were not read within -1 s")]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("call", ["pause", "areal_load", "label 3", "resume"])
+@pytest.mark.parametrize("how", ["stuck", "broken"])
+def test_an_update_that_hangs_or_breaks_half_way_is_the_end_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch, call: str, how: str
+) -> None:
+    """Nothing that was admitted meanwhile begins, and nothing says that the new version is served."""
+    for name in ("_PAUSE_SECONDS", "_LOAD_SECONDS", "_CALL_SECONDS"):
+        monkeypatch.setattr(f"areal_agents.engines.vllm_update.{name}", 0.05)
+
+    async def work() -> None:
+        worker = Worker()
+        getattr(worker.fake, how).add(call)
+        await worker._or_die(lambda: worker.updates.run(p.Update(5, REF, "inflight", "keep")))
+        said = "vLLM did not answer while loading weights v3" if how == "stuck" else f"RuntimeError: {call} broke"
+        assert worker.sent == [p.Lost(said)]
+        assert worker.fake.calls[-1] == call
+        assert worker.version == 0
+
+    asyncio.run(work())
+
+
+def test_a_probe_without_an_answer_is_the_end_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_vllm(monkeypatch, RuntimeError)
+
+    async def work() -> None:
+        worker = Worker()
+
+        async def never(*asked: Any) -> Any:
+            await asyncio.Event().wait()
+            yield
+
+        worker.fake.generate = never  # type: ignore[attr-defined]
+        with pytest.raises(EngineError, match="weights v3: no answer to the probe in 0 s"):
+            await worker.updates._prove(replace(REF, probe=Probe((1, 2), (-1.0,))), 0.05)
 
     asyncio.run(work())
 

@@ -96,13 +96,16 @@ class RayEngine(EngineHandle):
         place_seconds: float = 60.0,
         hang_seconds: float = 60.0,
         health_interval: float = 5.0,
+        update_seconds: float = 300.0,
         what: str = "the engine actor",
     ) -> Self:
         """Place an actor and start the engine there; its caller sets a deadline for the model.
 
         options: more of Ray's actor options (``scheduling_strategy``, ``runtime_env``, …). hang_seconds: without an
-        answer from the actor's event loop for so long, it is lost. Raises EngineError where no node has the resources
-        within ``place_seconds`` or the actor dies, and what the engine's own ``start`` raises.
+        answer from the actor's event loop for so long, it is lost. update_seconds: an update's deadline.
+
+        Raises EngineError where no node has the resources within ``place_seconds`` or the actor dies, and what the
+        engine's own ``start`` raises.
         """
         chosen: dict[str, Any] = resources.options() | dict(options or {})
         chosen |= {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": CONCURRENCY}
@@ -121,7 +124,9 @@ class RayEngine(EngineHandle):
         except BaseException:
             await actor.end("it was not started")
             raise
-        return cls(actor, place)
+        engine = cls(actor, place)
+        engine._update_seconds = update_seconds
+        return engine
 
 
 async def unplaced(what: str, resources: Mapping[str, float], seconds: float, reason: str) -> str:

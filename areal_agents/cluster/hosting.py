@@ -124,7 +124,7 @@ class EngineHandle:
     """A ``Restartable`` engine on the other side of an actor. It belongs to the event loop that made it."""
 
     _update_seconds = 300.0
-    """An update's deadline."""
+    """An update's deadline; whoever knows the engine sets another one."""
 
     def __init__(self, actor: WatchedActor, place: Place) -> None:
         """``actor`` hosts an ``EngineHost`` whose engine was started; it is watched from now on."""

@@ -104,6 +104,7 @@ class PoolActor(EngineHost):
                 place_seconds=s.place_seconds,
                 hang_seconds=s.supervised.get("hang_seconds", 60.0),
                 health_interval=s.supervised.get("health_interval", 5.0),
+                update_seconds=s.supervised.get("update_seconds", 300.0),
                 what=f"the actor of engine {index}",
             )
 

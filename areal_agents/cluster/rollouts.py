@@ -180,6 +180,8 @@ class RolloutWorkers:
             self._places.give_back(worker)
         self._repeat(worker, played.events)
         if isinstance(played.result, Failure):
+            if worker.ending:  # it cancelled what it played
+                raise WorkerLost(f"episode {id}: rollout worker {worker.index} was removed")
             raise played.result.error()
         return played.result
 
@@ -225,10 +227,13 @@ class RolloutWorkers:
             if isinstance(error, BaseException):
                 await asyncio.gather(*(self._end(worker) for worker in started))
                 raise error
+        for worker in started:
+            if not worker.actor.reason:
+                self._places.add(worker)
         return started
 
     async def _launch(self, index: int) -> _Worker:
-        """Start worker ``index`` and offer its places. Raises SandboxUnavailable, WorkerLost."""
+        """Start worker ``index``; its places are not offered yet. Raises SandboxUnavailable, WorkerLost."""
         handle = ray.remote(RolloutWorker).options(**self._options).remote(self._engine)
         actor = WatchedActor(handle, f"rollout worker {index}", hang_seconds=self._hang, interval=self._interval)
         try:
@@ -242,7 +247,6 @@ class RolloutWorkers:
         worker = self._workers[index] = _Worker(index, actor)
         actor.on_lost = lambda: self._lost(worker)
         actor.watch(node, pid, lambda events: self._repeat(worker, events))
-        self._places.add(worker)
         return worker
 
     def _lost(self, worker: _Worker) -> None:
@@ -275,7 +279,7 @@ class RolloutWorkers:
             except EngineError as error:
                 return self._drop(index, error)
             try:
-                await self._launch(index)
+                self._places.add(await self._launch(index))
             except (ArealError, RayError) as error:
                 reason = str(error)
                 self._event("worker_lost", worker=index, reason=reason, episodes=0)

@@ -311,6 +311,31 @@ def test_workers_come_and_go_while_episodes_play(fleet: Fleet, tmp_path: Path) -
     assert [len(fleet.named(kind)) for kind in ("worker_added", "worker_removed", "worker_lost")] == [1, 1, 0]
 
 
+def test_episodes_that_outstay_a_removed_worker_start_again_and_are_nobodys_failure(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    (tmp_path / "gate").touch()
+    recipe = spec(fleet, kwargs={"folder": str(tmp_path)})
+
+    async def remove() -> None:
+        workers = RolloutWorkers(
+            fleet.engine, recipe.env, workers=2, episodes_per_worker=4, event=fleet.event, num_cpus=0,
+            drain_seconds=0.1,
+        )  # fmt: skip
+        async with workers:
+            budget = FailureBudget(window=4, share=0.25)  # the second failure would end the run
+            runner = EpisodeRunner(workers.player(recipe), budget, max_retries=2)
+            plays = [asyncio.create_task(runner.run(t, id=t.id, group="g", seed=0)) for t in tasks()[:4]]
+            await fleet.until(lambda: count(tmp_path, "step") == 4)
+            await workers.resize(1)
+            await fleet.until(lambda: count(tmp_path, "start") == 6)  # two of four were on the removed one
+            (tmp_path / "gate").unlink()
+            assert all(isinstance(end, Trajectory) for end in await asyncio.gather(*plays))
+            assert budget.kinds == {"WorkerLost": 2}
+
+    fleet.run(remove())
+
+
 def test_the_last_worker_lost_too_often_ends_the_run_and_its_programs(fleet: Fleet) -> None:
     """Killed while a program of its sandbox sleeps, with a child that does too."""
     require("bwrap")

@@ -151,6 +151,26 @@ def test_a_stopped_engine_core_is_not_well_and_is_ended(folder: Path) -> None:
     asyncio.run(asyncio.wait_for(work(), 120))
 
 
+def test_a_hung_engine_core_is_replaced_and_its_requests_are_repeated(folder: Path) -> None:
+    """Stopped while it samples: nobody says so, but it gives no sign of life."""
+
+    async def work() -> None:
+        async with rig(folder, hang_seconds=6.0, health_interval=0.5) as it:
+            await it.update(seed=40, version=1)
+            pending = [it.ask(i) for i in range(3)]
+            await began(it.worker, 20)
+            first = it.worker.pid
+            os.kill(child(it.worker, "EngineCore"), signal.SIGSTOP)
+            for i, done in enumerate(await asyncio.gather(*pending)):
+                assert done.versions == (1,) * 150
+                assert_logprobs(it.model, ids_of(9 + i, i), done)
+            assert it.kinds()[:2] == ["engine_lost", "engine_restarted"]
+            assert it.kinds().count("request_retried") == 3
+            assert not members(first)
+
+    asyncio.run(asyncio.wait_for(work(), 200))
+
+
 def test_weights_that_do_not_prove_to_be_served_end_the_engine(folder: Path) -> None:
     """The probe's numbers are those of other weights: no completion of the new version ever leaves the worker."""
 

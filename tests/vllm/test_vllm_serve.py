@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -25,6 +26,7 @@ from areal_agents.engines.openai import OpenAIChat
 from areal_agents.engines.openai_json import request_messages, request_tools
 from areal_agents.evaluate import Server, evaluate
 from areal_agents.serve import free_port
+from areal_agents.toolcalls import parse_text
 from areal_agents.trajectories import read_records
 from areal_agents.types import user
 from tests.processes import MARKER, marked, wait_gone
@@ -34,6 +36,11 @@ from tests.tiny_tokenizer import CHATML, tiny
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
+ASKED = "use a tool"
+CALLS = (
+    'two: <tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+    '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call>'
+)
 START_SECONDS = 200.0
 END_SECONDS = 40.0
 
@@ -70,9 +77,26 @@ def served_model(folder: Path) -> Path:
         num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
-    save_tiny(folder, transformers.LlamaForCausalLM(config))
+    save_tiny(folder, taught(transformers.LlamaForCausalLM(config), tokenizer))
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def taught(model: Any, tokenizer: Any) -> Any:
+    """``model``, which has learned to answer ASKED with CALLS, whatever it says to anything else."""
+    prompt = list(ChatFormat(tokenizer).first_prompt((user(ASKED),), TOOLS))
+    answer = [*tokenizer.encode(CALLS, add_special_tokens=False), tokenizer.eos_token_id]
+    ids = torch.tensor([prompt + answer])
+    labels = torch.tensor([[-100] * len(prompt) + answer])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(200):
+        loss = model(input_ids=ids, labels=labels).loss
+        if loss.item() < 0.01:
+            return model
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    raise AssertionError(f"the model did not learn its answer: loss {loss.item():.3g}")
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +181,20 @@ def test_a_reply_and_an_evaluation(server: Process, tmp_path: Path) -> None:
     saved = [record.trajectory for record in read_records(tmp_path / "out", kind="eval")]
     assert len(saved) == 2
     assert all(t.sampled_tokens > 0 and not t.turns[0].completion.ids for t in saved)
+
+
+def test_sampled_tool_calls_are_those_that_training_would_read(server: Process) -> None:
+    async def talk() -> None:
+        async with OpenAIChat("tiny", base_url=f"{server.url}/v1", timeout=60, deadline=60) as chat:
+            message = await chat.chat((user(ASKED),), TOOLS, Sampling(100, temperature=0.0))
+        assert (message.finish, message.text.strip()) == ("stop", "two:")
+        ours = parse_text(CALLS).tool_calls
+        assert [(c.name, c.arguments, c.status) for c in message.tool_calls] == [
+            (c.name, c.arguments, c.status) for c in ours
+        ]
+        assert [c.arguments for c in ours] == [{"a": 1, "b": 2}, {"a": 3, "b": 4}]
+
+    asyncio.run(asyncio.wait_for(talk(), 120))
 
 
 def test_ctrl_c_ends_it_and_leaves_no_process(server: Process) -> None:

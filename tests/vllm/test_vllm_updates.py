@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from areal_agents.engine import Transport
 from areal_agents.errors import EngineError
+from areal_agents.publish import weights_buffers
 from areal_agents.types import Completion
 from tests.served import Served, ask, assert_logprobs, ids_of
 from tests.tiny_models import forward_logprobs, vllm_model
@@ -123,6 +126,31 @@ def test_weights_that_are_rounded_to_bf16_on_the_way(served: Served) -> None:
         served.model = rounded
         done = await ask(served.engine, ids_of(40, 18), 20, "rounded")
         assert_logprobs(rounded, ids_of(40, 18), done)
+
+    served.run(work())
+
+
+@pytest.mark.parametrize("transport", ["disk", "gloo"])
+def test_weights_as_files_and_by_broadcast(served: Served, tmp_path: Path, transport: Transport) -> None:
+    """Two updates in a row by one pair of buffers, each proved by the probe and by what is sampled afterwards."""
+
+    async def work() -> None:
+        first = dict(served.model.named_parameters())
+        made = weights_buffers(transport, first, torch.float32, weights_dir=tmp_path, receivers=lambda: 1)
+        try:
+            for buffer in made:
+                version = served.engine.version + 1
+                new = like(served, seed=600 + version)
+                ref = await asyncio.to_thread(buffer.fill, dict(new.named_parameters()), version)
+                assert ref.transport == transport
+                await served.engine.update_weights(probed(ref, new))
+                served.model = new
+                done = await ask(served.engine, ids_of(40, version), 20, f"{transport}-{version}")
+                assert set(done.versions) == {version}
+                assert_logprobs(new, ids_of(40, version), done)
+        finally:
+            for buffer in made:
+                buffer.close()
 
     served.run(work())
 

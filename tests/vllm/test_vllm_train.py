@@ -1,0 +1,71 @@
+"""Whole runs with vLLM: the loop, the learner's weights and the engine together, on this machine and on Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_agents import settings
+from areal_agents.config import TrainConfig
+from areal_agents.track import read_metrics
+from areal_agents.train import train
+from areal_agents.trajectories import read_records
+from tests.conftest import require
+from tests.processes import marked, wait_gone
+from tests.ray.test_ray_train import Driver, actors, count
+from tests.test_resume import check_lineage, config, train_rows
+from tests.vllm.test_vllm_serve import served_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+
+def with_vllm(folder: Path, steps: int, **changes: Any) -> TrainConfig:
+    """The tests' tiny run with a model that vLLM can serve; weights are proved in fp32 at every update."""
+    served_model(folder / "model")
+    engine = {"kind": "vllm", "precision": "fp32", "max_batch": 8, "kv_tokens": 2048, "hang_timeout": 30.0}
+    return config(folder, steps, engine=engine, **changes)
+
+
+def check_engine(c: TrainConfig) -> None:
+    """What vLLM said of its tokens is what the learner computes for them, by versions that do move."""
+    check_lineage(c, all_tasks=False)
+    rows = read_metrics(c.out, kind="train")
+    assert all(r["off_policy/kl_k3"] < 0.1 for r in rows)
+    fresh = [r["off_policy/abs_dlogp"] for r in rows if r["age_max"] == 0]
+    assert fresh  # the first batch at least
+    assert max(fresh) <= 1e-3
+    seen = {
+        v for r in read_records(c.out, kind="train") for turn in r.trajectory.turns for v in turn.completion.versions
+    }
+    assert len(seen) > 1
+
+
+def test_on_this_machine(tmp_path: Path) -> None:
+    c = with_vllm(tmp_path, 4)
+    asyncio.run(train(c, console=False))
+    check_engine(c)
+
+
+@pytest.mark.ray
+def test_on_ray_with_the_loss_of_an_engine_in_the_middle(tmp_path: Path) -> None:
+    require("module:ray", "module:vllm")
+    mark = f"ray-vllm-{uuid.uuid4().hex}"
+    c = with_vllm(tmp_path, 12, cluster={"backend": "ray", "object_store_gib": 0.1})
+    path = tmp_path / "config.toml"
+    path.write_text(settings.dump(c))
+    driver = Driver(path, mark)
+    try:
+        driver.wait_for(lambda: train_rows(c.out) >= 2, "two steps", 200)
+        os.kill(actors(mark, "EngineActor")[0], signal.SIGKILL)
+        assert driver.ends(200) == 0, driver.text()
+        assert count(c, "engine_restarted") == 1
+        check_engine(c)
+    finally:
+        driver.process.kill()
+        assert not wait_gone(marked(mark), 30)
