@@ -81,10 +81,14 @@ class ClusterConfig(Section):
     """Ray actors that environments and sandboxes run in."""
     worker_cpus: float = Field(default=1.0, ge=0.0)
     """Cores reserved for one of them."""
+    worker_resources: dict[str, float] = Field(default_factory=dict)
+    """What else a node must have for one of them, ``{ docker = 1 }`` for example."""
     engine_cpus: float = Field(default=1.0, ge=0.0)
     """Cores reserved for one engine."""
     engine_gpus: float = Field(default=0.0, ge=0.0)
     """GPUs of one engine; with vLLM, ``engine.tensor_parallel`` of them."""
+    engine_resources: dict[str, float] = Field(default_factory=dict)
+    """What else a node must have for one engine, by the names that nodes declare (``ray start --resources``)."""
     learner_cpus: float = Field(default=1.0, ge=0.0)
     """Cores reserved for the learner."""
     learner_gpus: float = Field(default=0.0, ge=0.0)

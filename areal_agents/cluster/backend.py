@@ -46,7 +46,9 @@ async def open_ray(
     )  # fmt: skip
     async with contextlib.AsyncExitStack() as stack:
         joined = await stack.enter_async_context(
-            cluster(c.address, object_store_gib=c.object_store_gib, num_cpus=_reserved(config))
+            cluster(
+                c.address, object_store_gib=c.object_store_gib, num_cpus=_reserved(config), resources=_declared(config)
+            )
         )
         event("cluster_joined", address=joined.address, private=joined.private)
         pool = await RemotePool.start(_pool_settings(config, model, cores, resumed_at), event=event)
@@ -60,7 +62,7 @@ async def open_ray(
         workers = RolloutWorkers(
             pool, spec, sandbox=config.env.sandbox, workers=c.rollout_workers, num_cpus=c.worker_cpus,
             episodes_per_worker=math.ceil(_episodes(config) / c.rollout_workers),
-            event=event, hang_seconds=hang,
+            event=event, hang_seconds=hang, options={"resources": dict(c.worker_resources)},
         )  # fmt: skip
         await stack.enter_async_context(workers)
 
@@ -96,12 +98,21 @@ def _reserved(config: TrainConfig) -> float | None:
     return max(float(math.ceil(asked)), float(len(os.sched_getaffinity(0))))
 
 
+def _declared(config: TrainConfig) -> dict[str, float]:
+    """What else a private Ray is said to have: as much as is asked for."""
+    c, total = config.cluster, dict[str, float]()
+    for asked, times in ((c.engine_resources, config.engine.replicas), (c.worker_resources, c.rollout_workers)):
+        for name, amount in asked.items():
+            total[name] = total.get(name, 0.0) + amount * times
+    return total
+
+
 def _pool_settings(config: TrainConfig, model: Path, cores: Cores, resumed_at: int) -> PoolSettings:
     c = config.cluster
     return PoolSettings(
         engine_spec(config, model, threads=cores.engine, alone=False),
         config.engine.replicas,
-        resources=Resources(c.engine_cpus, c.engine_gpus),
+        resources=Resources(c.engine_cpus, c.engine_gpus, c.engine_resources),
         seed=config.seed,
         salt=salt(resumed_at),
         supervised=supervision(config),

@@ -6,6 +6,7 @@ Neither reaches anything but the other. They share the disk, as nodes of a clust
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -39,10 +40,11 @@ class Hosts:
         return {**os.environ, MARKER: self.mark, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": self.address}
 
     def start(self, host: int, cpus: int) -> None:
-        """A Ray node on ``host``, the head first."""
+        """A Ray node on ``host``, the head first; it declares 8 of the resource ``host0`` or ``host1``."""
         head = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={self.temporary}"]
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}"]
         ray += [f"--node-ip-address={_NETWORK}.{host + 1}", f"--object-store-memory={10**8}"]
+        ray.append(f"--resources={json.dumps({f'host{host}': 8})}")
         with (self.temporary / f"node-{host}.log").open("wb") as log:
             self.nodes.append(
                 subprocess.Popen(

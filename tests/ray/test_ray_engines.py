@@ -129,7 +129,7 @@ def rig(session: RaySession, folder: Path) -> Iterator[Rig]:
     assert not wait_gone(actors, 20)
 
 
-def test_two_actors_serve_one_version_and_sessions_stick(rig: Rig) -> None:
+def test_two_actors_serve_one_version_and_draw_different_numbers(rig: Rig) -> None:
     async def work() -> None:
         assert len(rig.actors()) == 2
         assert rig.pool.max_context == 256

@@ -7,6 +7,7 @@ import os
 import signal
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,13 +21,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
 def on_two_hosts(
-    folder: Path, steps: int, *, transport: str = "auto", address: str = "auto", cpus: float
+    folder: Path, steps: int, *, transport: str = "auto", address: str = "auto", **cluster: Any
 ) -> TrainConfig:
-    """Two engines, two rollout workers and the learner, each of which reserves ``cpus``."""
+    """Two engines, two rollout workers and the learner, each of which reserves one CPU."""
     engine = {"precision": "fp32", "max_batch": 8, "replicas": 2, "hang_timeout": 15.0, "transport": transport}
-    each = {"engine_cpus": cpus, "worker_cpus": cpus, "learner_cpus": cpus}
     return config(
-        folder, steps, engine=engine, cluster={"backend": "ray", "address": address, "rollout_workers": 2} | each
+        folder, steps, engine=engine, cluster={"backend": "ray", "address": address, "rollout_workers": 2} | cluster
     )
 
 
@@ -38,20 +38,21 @@ def finish(c: TrainConfig, path: Path) -> TrainConfig:
     return c
 
 
-@pytest.mark.parametrize("transport", ["auto", "gloo"])
-def test_engines_and_environments_on_another_host_than_the_learner(tmp_path: Path, transport: str) -> None:
+@pytest.mark.parametrize(("transport", "workers"), [("auto", 0), ("gloo", 1)])
+def test_engines_and_environments_on_another_host_than_the_learner(
+    tmp_path: Path, transport: str, workers: int
+) -> None:
     mark = f"hosts-{uuid.uuid4().hex}"
-    c = on_two_hosts(tmp_path, 500, transport=transport, cpus=1)
+    where = {"engine_resources": {"host1": 1.0}, "worker_resources": {f"host{workers}": 1.0}}
+    c = on_two_hosts(tmp_path, 500, transport=transport, **where)
     path = tmp_path / "config.toml"
     path.write_text(settings.dump(c))
-    with two_hosts(mark, cpus=(2, 3)) as hosts:  # five actors of one CPU: both hosts are full
+    with two_hosts(mark, cpus=(3 - 2 * workers, 2 + 2 * workers)) as hosts:  # one CPU is left, for the learner
         driver = Driver(path, mark, prefix=hosts.prefixes[0], environment=hosts.environment)
         driver.wait_for(lambda: train_rows(c.out) >= 3, "three steps", 180)
-        (learner,) = {hosts.network(pid) for pid in actors(mark, "LearnerActor")}
-        far = [hosts.network(pid) for kind in ("EngineActor", "RolloutWorker") for pid in actors(mark, kind)]
-        assert len(far) == 4
-        assert 1 - learner in far
-        assert {hosts.network(pid) for pid in actors(mark, "PoolActor")} == {0}  # where the driver is
+        kinds = ("LearnerActor", "PoolActor", "EngineActor", "RolloutWorker")
+        found = {kind: [hosts.network(pid) for pid in actors(mark, kind)] for kind in kinds}
+        assert found == dict(zip(kinds, ([0], [0], [1, 1], [workers] * 2), strict=True))  # the pool: with the driver
         os.kill(driver.process.pid, signal.SIGINT)
         assert driver.ends() == 130, driver.text()
         assert (c.out / "weights").is_dir() == (transport == "auto")  # files: the hosts share the disk alone
@@ -69,7 +70,7 @@ def test_a_run_outlives_the_loss_of_a_whole_host(tmp_path: Path) -> None:
     mark = f"hosts-{uuid.uuid4().hex}"
     path = tmp_path / "config.toml"
     with two_hosts(mark, cpus=(5, 1)) as hosts:  # the first one has room for everything
-        c = on_two_hosts(tmp_path, 500, address=hosts.address, cpus=1)
+        c = on_two_hosts(tmp_path, 500, address=hosts.address)
         path.write_text(settings.dump(c))
         driver = Driver(path, mark, prefix=hosts.prefixes[0], environment=hosts.environment)
         driver.wait_for(lambda: train_rows(c.out) >= 2, "two steps", 180)

@@ -112,6 +112,12 @@ def test_ending_an_actor_after_ray_starts_no_other_ray() -> None:
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
+def test_the_object_store_of_a_private_ray_has_its_cap(session: RaySession) -> None:
+    import ray
+
+    assert ray.cluster_resources()["object_store_memory"] == int(0.1 * 2**30)
+
+
 def test_another_driver_joins_by_address_and_leaves_it_running(session: RaySession) -> None:
     async def twice() -> None:
         async with cluster():

@@ -39,11 +39,16 @@ def on_ray(folder: Path, steps: int, **changes: Any) -> TrainConfig:
 
 def test_what_is_reserved_and_supervised_follows_the_configuration(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    from areal_agents.cluster.backend import _episodes, _reserved
+    from areal_agents.cluster.backend import _declared, _episodes, _reserved
 
     asked = {**CLUSTER, "engine_cpus": 100.25, "worker_cpus": 0.25}
     c = on_ray(tmp_path / "run", 1)
     c = c.model_copy(update={"cluster": c.cluster.model_copy(update=asked)})
+    assert _declared(c) == {}
+    named = {"engine_resources": {"disk": 0.5}, "worker_resources": {"disk": 1.0, "docker": 2.0}}
+    assert _declared(c.model_copy(update={"cluster": c.cluster.model_copy(update=named)})) == {
+        "disk": 3.0, "docker": 4.0,  # two engines, two workers
+    }  # fmt: skip
     assert _reserved(c) == 202.0  # 2 × 100.25 + 1 + 2 × 0.25: Ray takes whole CPUs
     assert _episodes(c) == max(c.rollout.concurrency, 16)
     assert receivers(c, 1) == 1  # one of two is left
