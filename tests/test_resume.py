@@ -20,13 +20,13 @@ import pytest
 import torch
 
 from areal_agents import settings, trajectories
-from areal_agents import train as training
 from areal_agents.config import TrainConfig
 from areal_agents.demo import claim
 from areal_agents.errors import ArealError, ConfigError, Interrupted, LearnerLost
 from areal_agents.evaluate import EvalReport
 from areal_agents.lineage import RunFolder
 from areal_agents.run import Run
+from areal_agents.run import open_run as usually_opened
 from areal_agents.track import read_metrics
 from areal_agents.train import train
 from areal_agents.trajectories import read_records
@@ -155,10 +155,9 @@ def test_a_learner_that_is_lost_before_the_run_has_written_anything_is_replaced(
         opened.append(config.steps)
         if len(opened) == 1:
             raise LearnerLost("it died while it loaded the model")
-        return usual(config, *args, **options)
+        return usually_opened(config, *args, **options)
 
-    usual = training.open_run
-    monkeypatch.setattr(training, "open_run", open_run)
+    monkeypatch.setattr("areal_agents.train.open_run", open_run)
     c = config(tmp_path, 1)
     asyncio.run(train(c, console=False))
     assert opened == [1, 1]

@@ -43,7 +43,7 @@ def test_engines_and_environments_on_another_host_than_the_learner(
     tmp_path: Path, transport: str, workers: int
 ) -> None:
     mark = f"hosts-{uuid.uuid4().hex}"
-    where = {"engine_resources": {"host1": 1.0}, "worker_resources": {f"host{workers}": 1.0}}
+    where: dict[str, Any] = {"engine_resources": {"host1": 1.0}, "worker_resources": {f"host{workers}": 1.0}}
     c = on_two_hosts(tmp_path, 500, transport=transport, **where)
     path = tmp_path / "config.toml"
     path.write_text(settings.dump(c))
