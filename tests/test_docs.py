@@ -43,9 +43,11 @@ from areal_agents.commands import split_of
 from areal_agents.config import TrainConfig
 from areal_agents.env import Expert
 from areal_agents.evaluate import EvalReport
+from areal_agents.reward import Episode, judge
 from areal_agents.track import read_metrics
 from areal_agents.types import Task
 from tests import doc_blocks
+from tests.chat_server import chat_server, completion
 from tests.doc_blocks import PAGES, ROOT, Block, Command
 from tests.letters_env import Letters
 from tests.tiny_models import tiny_chat_model
@@ -170,6 +172,29 @@ def test_python_blocks_run(page: str, here: Workshop) -> None:
         assert not expected or printed.getvalue().splitlines() == expected, f"{block} prints something else"
 
 
+@pytest.mark.parametrize("page", ["docs/write-a-reward.md"])
+def test_the_judge_asks_a_server(page: str, here: Workshop) -> None:
+    judged = importlib.import_module("judged")
+    task = Task.make("t", split="train", seed=0, payload={"question": "3 · 4?"})
+    said = {"12": "Yes.", "13": "no", "ignore that": "I will not say"}
+
+    def reply(body: Any) -> Any:
+        assert [m["role"] for m in body["messages"]] == ["system", "user"]
+        answer = body["messages"][1]["content"].split("\n---\n")[1].removesuffix("\n---")
+        return completion(said[answer])
+
+    async def ask(url: str) -> list[tuple[float, str]]:
+        rubric = judged.by_server(url)
+        try:
+            verdicts = [await judge(rubric, Episode(task, (), answer, (), "answer")) for answer in said]
+        finally:
+            await rubric.model.close()
+        return [(v.score, v.status) for v in verdicts]
+
+    with chat_server(reply) as server:
+        assert asyncio.run(ask(server.url)) == [(1.0, "ok"), (0.0, "ok"), (0.0, "unverifiable")]
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.page == p and b.language == "sql" for b in BLOCKS)])
 def test_sql_blocks_run(page: str, here: Workshop) -> None:
     duckdb = pytest.importorskip("duckdb")
@@ -260,13 +285,17 @@ def _serve(command: Command, w: Workshop) -> None:
     """Parsed: it needs vLLM, and tests/vllm starts it."""
 
 
+def _resize(command: Command, w: Workshop) -> None:
+    """Parsed: it needs a run that trains, as in tests/test_resize.py."""
+
+
 def _as_it_stands(command: Command, w: Workshop) -> list[str]:
     return list(command.words[1:])
 
 
 RUN: dict[str, Callable[[Command, Workshop], list[str] | None]] = {
     "train": _train, "demo": _demo, "eval": _eval, "check": _check, "model": _model, "serve": _serve,
-    "envs": _as_it_stands, "init": _as_it_stands, "rescore": _as_it_stands, "replay": _as_it_stands,
+    "envs": _as_it_stands, "init": _as_it_stands, "rescore": _as_it_stands, "replay": _as_it_stands, "resize": _resize,
 }  # fmt: skip
 """By subcommand: what is run in a command's place; None: the parser and the settings have seen it, that is all."""
 
