@@ -152,6 +152,13 @@ def test_a_run_outlives_every_part_of_it(tmp_path: Path, mark: str) -> None:
     steps(2)
     strike("LearnerActor", signal.SIGKILL, "learner_replaced")
     steps(2)
+    os.kill(actors(mark, "PoolActor")[0], signal.SIGKILL)  # it ends the run, which says how to go on
+    assert driver.ends() == 1, driver.text()
+    assert f"go on with: areal-agents train {c.out / 'config.toml'} --resume" in driver.text()
+    assert not remaining(mark)
+    driver = Driver(path, mark)
+    driver.wait_for(lambda: count(c, "resumed") == 2, "the run again")
+    steps(2)
     os.kill(driver.process.pid, signal.SIGKILL)
     driver.ends()
     assert not remaining(mark)
@@ -165,7 +172,7 @@ def test_a_run_outlives_every_part_of_it(tmp_path: Path, mark: str) -> None:
     told = Counter(e["kind"] for e in events(c))
     assert min(told["engine_lost"], told["engine_restarted"], told["worker_lost"], told["worker_restarted"]) >= 2
     assert told["learner_replaced"] >= 1
-    assert told["resumed"] >= 2
+    assert told["resumed"] == 3  # after the learner, the pool and the driver
     reasons = [e["reason"] for e in events(c) if e["kind"] in ("engine_lost", "worker_lost", "learner_replaced")]
     assert all(reasons)
 
