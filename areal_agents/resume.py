@@ -12,7 +12,8 @@ from areal_agents.errors import ConfigError
 from areal_agents.lineage import Commit, RunFolder
 
 MAY_CHANGE = (
-    "steps", "out", "engine.", "cluster.", "checkpoint.", "track.", "eval.every", "env.sandbox", "env.step_timeout",
+    "steps", "out", "engine.", "cluster.", "checkpoint.", "track.", "eval.every", "eval.baseline",
+    "env.sandbox", "env.step_timeout",
     "learner.lr", "learner.warmup_steps", "learner.schedule", "learner.grad_clip", "learner.token_budget",
     "learner.gradient_checkpointing", "learner.logprob_chunk", "learner.threads", "learner.device",
     "rollout.concurrency", "rollout.max_retries", "rollout.failure_window", "rollout.failure_budget",

@@ -119,12 +119,14 @@ async def _run(
 
 async def _phases(run: Run) -> dict[str, EvalReport]:
     config, stop = run.config, run.stop
-    await stop.race(run.evaluate("before"))
+    if config.eval.baseline:
+        await stop.race(run.evaluate("before"))
     if config.warm_start.demonstrations:
         if not run.warm_started:
             await stop.race(run.warm_start())
             await run.save(None)
-        await stop.race(run.evaluate("warm_start"))
+        if config.eval.baseline:
+            await stop.race(run.evaluate("warm_start"))
     await learn(run)
     await stop.race(run.evaluate("after_rl", step=config.steps))
     await run.learner.export(config.out / "model")

@@ -16,6 +16,7 @@ from areal_agents.track import read_metrics
 from areal_agents.train import batch_of, rollout_metrics, train
 from areal_agents.trajectories import read_records
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn
+from tests.tiny_models import tiny_chat_model
 
 TASK = Task.make("t", split="train", seed=0, payload={})
 
@@ -98,6 +99,20 @@ def test_wrong_names_fail_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         asyncio.run(train(bad_model, console=False))
     assert not (tmp_path / "a").exists()  # the next attempt, with the right name, may use the same folder
+
+
+@pytest.mark.slow
+def test_without_a_baseline_only_the_end_is_evaluated(tmp_path: Path) -> None:
+    tree = {
+        "steps": 1, "out": tmp_path / "run", "env": {"id": "tests.test_docs:Spelled"},
+        "model": {"path": str(tiny_chat_model(tmp_path / "m")), "max_context": 128},
+        "engine": {"precision": "fp32"}, "learner": {"precision": "fp32"},
+        "rollout": {"groups": 1, "group_size": 2, "concurrency": 2, "max_turn_tokens": 4},
+        "warm_start": {"demonstrations": 2}, "eval": {"n": 2, "baseline": False},
+    }  # fmt: skip
+    result = asyncio.run(train(TrainConfig.model_validate(tree), console=False))
+    assert set(result.reports) == {"after_rl"}
+    assert "before" not in result.table()
 
 
 @pytest.mark.slow
