@@ -6,7 +6,7 @@
 Each run is the whole demo (warm start, 16 steps of asynchronous RL); at its end the held-out tasks are played by the
 engine that it was trained with. A run with vLLM is compared with the ``transformers`` run of its seed, task by task:
 the difference of pass@1 with its 95 % interval. With several seeds there is one more row, in which a task's attempts
-are those of all seeds. The interval is over tasks; two trainings of one configuration differ too, and that is not in it.
+are those of all seeds. The interval is over tasks: that two trainings of one configuration differ is not in it.
 
 A run that is finished in ``--runs`` is not run again, one that was cut goes on. Times are recorded, and mean something
 only where the machine did nothing else.
