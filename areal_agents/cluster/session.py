@@ -150,6 +150,8 @@ async def _enter(
             os.environ[processes.MARKER] = str(folder)
         try:
             ray.init(**options)
+        except ray.exceptions.RayError as error:  # a missing or wrong token, for example
+            raise ConnectionError(str(error)) from error
         finally:
             os.environ.pop(processes.MARKER, None)
         context = ray.get_runtime_context()

@@ -37,7 +37,8 @@ class Hosts:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, MARKER: self.mark, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": self.address}
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.mark}  # whatever this user's Rays do otherwise
+        return {**os.environ, MARKER: self.mark, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": self.address, **token}
 
     def start(self, host: int, cpus: int) -> None:
         """A Ray node on ``host``, the head first; it declares 8 of the resource ``host0`` or ``host1``."""
