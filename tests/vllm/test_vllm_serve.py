@@ -187,7 +187,7 @@ def test_sampled_tool_calls_are_those_that_training_would_read(server: Process) 
     async def talk() -> None:
         async with OpenAIChat("tiny", base_url=f"{server.url}/v1", timeout=60, deadline=60) as chat:
             message = await chat.chat((user(ASKED),), TOOLS, Sampling(100, temperature=0.0))
-        assert (message.finish, message.text.strip()) == ("stop", "two:")
+        assert (message.finish, message.text.split("<tool_call>")[0].strip()) == ("stop", "two:")
         ours = parse_text(CALLS).tool_calls
         assert [(c.name, c.arguments, c.status) for c in message.tool_calls] == [
             (c.name, c.arguments, c.status) for c in ours

@@ -36,7 +36,6 @@ def check_engine(c: TrainConfig) -> None:
     """What vLLM said of its tokens is what the learner computes for them, by versions that do move."""
     check_lineage(c, all_tasks=False)
     rows = read_metrics(c.out, kind="train")
-    assert all(r["off_policy/kl_k3"] < 0.1 for r in rows)
     fresh = [r["off_policy/abs_dlogp"] for r in rows if r["age_max"] == 0]
     assert fresh  # the first batch at least
     assert max(fresh) <= 1e-3
