@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import uuid
 from pathlib import Path
 from typing import Any
@@ -13,9 +10,8 @@ import pytest
 
 from areal_agents import settings
 from areal_agents.config import TrainConfig
-from areal_agents.track import read_metrics
 from tests.ray.hosts import two_hosts
-from tests.ray.test_ray_train import Driver, actors, count, events
+from tests.ray.test_ray_train import Driver, actors, count, events, stopped
 from tests.test_resume import config, train_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -26,15 +22,6 @@ def on_two_hosts(folder: Path, *, each: int, transport: str = "auto", **cluster:
     engine = {"precision": "fp32", "max_batch": 8, "replicas": each, "hang_timeout": 15.0, "transport": transport}
     cluster = {"backend": "ray", "address": "auto", "rollout_workers": each} | cluster
     return config(folder, 500, engine=engine, cluster=cluster, eval={"n": 1, "baseline": False})
-
-
-def stopped(driver: Driver, c: TrainConfig) -> int:
-    """End the run by one signal; returns its steps, which are saved, each once."""
-    os.kill(driver.process.pid, signal.SIGINT)
-    assert driver.ends() == 130, driver.text()
-    done: int = json.loads((c.out / "commit.json").read_text())["step"]
-    assert [r["step"] for r in read_metrics(c.out, kind="train")] == list(range(1, done + 1))
-    return done
 
 
 @pytest.mark.parametrize(("transport", "workers"), [("auto", 0), ("gloo", 1)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,8 +12,8 @@ import pytest
 
 from areal_agents import settings
 from areal_agents.config import TrainConfig
-from tests.ray.test_ray_train import Driver, actors, count, events, mark
-from tests.test_resume import ROOT, check_lineage, config, train_rows
+from tests.ray.test_ray_train import Driver, actors, count, events, mark, stopped
+from tests.test_resume import ROOT, config, train_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 __all__ = ["mark"]
@@ -63,17 +62,10 @@ def test_a_run_grows_and_shrinks_while_it_trains(tmp_path: Path, mark: str) -> N
     driver.wait_for(lambda: len(actors(mark, "RolloutWorker")) == 1, "the removed worker's end")
     assert len(actors(mark, "EngineActor")) == 1
     steps(3)
-    os.kill(driver.process.pid, signal.SIGINT)
-    assert driver.ends() == 130, driver.text()
+    assert stopped(driver, c) >= 10
 
     saved = settings.load(c.out / "config.toml")
     assert (saved.engine.replicas, saved.cluster.rollout_workers, saved.rollout.concurrency) == (1, 1, 4)
-    done_steps: int = json.loads((c.out / "commit.json").read_text())["step"]
-    c = saved.model_copy(update={"steps": done_steps + 2})
-    path.write_text(settings.dump(c))
-    driver = Driver(path, mark)
-    assert driver.ends() == 0, driver.text()
-    check_lineage(c, all_tasks=False)
     sizes = [(e["replicas"], e["rollout_workers"], e["concurrency"]) for e in events(c) if e["kind"] == "resized"]
     assert sizes == [(2, 2, 12), (1, 1, 4)]
     told = {e["kind"] for e in events(c)}

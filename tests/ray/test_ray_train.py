@@ -90,6 +90,15 @@ class Driver:
         return self.log.read_text(errors="replace")[-4000:]
 
 
+def stopped(driver: Driver, c: TrainConfig) -> int:
+    """End the run by one signal; returns its steps, which are saved, each once."""
+    os.kill(driver.process.pid, signal.SIGINT)
+    assert driver.ends() == 130, driver.text()
+    done: int = json.loads((c.out / "commit.json").read_text())["step"]
+    assert [r["step"] for r in read_metrics(c.out, kind="train")] == list(range(1, done + 1))
+    return done
+
+
 @pytest.fixture
 def mark() -> Iterator[str]:
     """Everything a test starts carries it; nothing may be left."""
