@@ -95,15 +95,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the processor has it"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--turns", type=int, default=5, help="samples of each side")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     from areal_agents.models import resolve
+    from areal_agents.precision import resolve_precision
 
     model = str(resolve(options.model))
+    precision = "bf16" if resolve_precision(options.precision).itemsize == 2 else "fp32"
     prompts = Prompts(model)
     names = ["vllm", "async_llm"] if options.quick else options.sides
     batches, turns = ((8,), 3) if options.quick else (CONCURRENCY, options.turns)
@@ -111,7 +115,7 @@ def main() -> int:
     progress = Progress(len(batches) + len(updating))
     rows, updates = [], []
     with ExitStack() as stack:
-        sides = {n: start(stack, n, model, options.precision, options.threads) for n in names}
+        sides = {n: start(stack, n, model, precision, options.threads) for n in names}
         for batch in batches:
             rows.append(compare(sides, batch, prompts, turns))
             progress(f"concurrency {batch}: {rows[-1]['ratio']}")
@@ -135,7 +139,7 @@ def main() -> int:
         checks.append(
             Check(f"tokens/s over AsyncLLM's at concurrency {row['concurrency']}", ratio, f">= {GOAL}", ratio >= GOAL)
         )
-    write(options.json, "engines", rows, checks, updates=updates, precision=options.precision, threads=options.threads)
+    write(options.json, "engines", rows, checks, updates=updates, precision=precision, threads=options.threads)
     return 0 if all(c.holds for c in checks) else 1
 
 
