@@ -6,7 +6,7 @@
 Two-turn episodes that share their system prompt: 32 tokens, a tool's answer, 32 tokens. Each side is a process of its
 own with the same cores; they take turns (A B C D A B …), and a ratio is the median of the ratios within one turn. One
 side is asked at a time; the others wait. An update in the middle of a full batch costs what its episodes take longer
-than without.
+than without. A run that is cut goes on with the parts that it has finished (FILE.partial.json).
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import os
 import statistics
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from measure import Progress, paired_ratio, summary, table
-from record import Check, write
+from record import Check, Kept, write
 from side import Side
 from workload import Case, Prompts, request
 
@@ -71,15 +72,17 @@ def compare(sides: dict[str, Side], batch: int, prompts: Prompts, turns: int) ->
 
 
 def update_cost(one: Side, prompts: Prompts, turns: int, batch: int = 32) -> list[dict[str, Any]]:
-    """What an update half-way through a batch costs, for each mode and KV policy; a run without one beside each."""
+    """What an update a third into a batch costs, for each mode and KV policy; in each turn one batch has none."""
     case = Case(batch, turns=2)
     typical = statistics.median(ask(one, case, prompts)["seconds"] for _ in range(2))
-    rows = []
-    for mode, kv in UPDATES:
-        plain, updated = [], []
-        for _ in range(turns):
-            plain.append(ask(one, case, prompts))
+    plain: list[dict[str, Any]] = []
+    samples: dict[tuple[str, str], list[dict[str, Any]]] = {how: [] for how in UPDATES}
+    for _ in range(turns):
+        plain.append(ask(one, case, prompts))
+        for (mode, kv), updated in samples.items():
             updated.append(ask(one, case, prompts, update={"mode": mode, "kv": kv, "after": typical / 3}))
+    rows = []
+    for (mode, kv), updated in samples.items():
         rows.append({
             "engine": one.name, "mode": mode, "kv": kv,
             "lost_seconds": summary([u["seconds"] - p["seconds"] for u, p in zip(updated, plain, strict=True)]),
@@ -113,14 +116,16 @@ def main() -> int:
     batches, turns = ((8,), 3) if options.quick else (CONCURRENCY, options.turns)
     updating = () if options.quick else tuple(n for n in ("vllm", "transformers") if n in names)
     progress = Progress(len(batches) + len(updating))
+    settings = {"precision": precision, "threads": options.threads, "turns": turns, "sides": names}
+    kept = Kept(options.json, settings)
     rows, updates = [], []
     with ExitStack() as stack:
         sides = {n: start(stack, n, model, precision, options.threads) for n in names}
         for batch in batches:
-            rows.append(compare(sides, batch, prompts, turns))
+            rows.append(kept.part(f"concurrency {batch}", partial(compare, sides, batch, prompts, turns)))
             progress(f"concurrency {batch}: {rows[-1]['ratio']}")
         for name in updating:
-            updates += update_cost(sides[name], prompts, 3)
+            updates += kept.part(f"updates of {name}", partial(update_cost, sides[name], prompts, 3))
             progress(f"updates of {name}")
     print(
         table(
@@ -139,7 +144,8 @@ def main() -> int:
         checks.append(
             Check(f"tokens/s over AsyncLLM's at concurrency {row['concurrency']}", ratio, f">= {GOAL}", ratio >= GOAL)
         )
-    write(options.json, "engines", rows, checks, updates=updates, precision=precision, threads=options.threads)
+    write(options.json, "engines", rows, checks, updates=updates, **settings)
+    kept.end()
     return 0 if all(c.holds for c in checks) else 1
 
 

@@ -103,7 +103,7 @@ def main() -> int:
     options = parser.parse_args()
     model = str(resolve(options.model))
     prompts = Prompts(model)
-    n, tokens = (4, 16) if options.quick else (32, 100)
+    n, tokens = (4, 16) if options.quick else (16, 64)
     progress = Progress(len(KINDS) * len(PRECISIONS))
     rows, raw = [], []
     for kind in KINDS:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,37 @@ def machine() -> dict[str, Any]:
         "os": platform.platform(),
         "python": platform.python_version(),
     }
+
+
+class Kept:
+    """The finished parts of a long benchmark, beside the record that ``path`` will be: one that is cut goes on.
+
+    settings: what the parts depend on besides commit and machine; parts of others are not taken.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self._path = None if path is None else path.with_suffix(".partial.json")
+        self._of = json.loads(json.dumps({"commit": commit(), "machine": machine(), **settings}))
+        self._parts: dict[str, Any] = {}
+        if self._path is not None and self._path.exists():
+            saved = json.loads(self._path.read_text())
+            if saved["of"] == self._of:
+                self._parts = saved["parts"]
+                print(f"going on with {', '.join(self._parts)} of {self._path}")
+
+    def part(self, name: str, work: Callable[[], Any]) -> Any:
+        """What ``work()`` returned, now or before this run was cut."""
+        if name not in self._parts:
+            self._parts[name] = work()
+            if self._path is not None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.write_text(json.dumps({"of": self._of, "parts": self._parts}))
+        return self._parts[name]
+
+    def end(self) -> None:
+        """The record is written."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
 
 def write(path: Path | None, name: str, samples: list[Any], checks: list[Check], **more: Any) -> None:

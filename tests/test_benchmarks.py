@@ -198,6 +198,27 @@ def test_a_record_holds_the_commit_the_machine_and_the_goals(tmp_path: Path) -> 
     assert row["checks"] == [{"name": "a", "value": 2, "goal": ">= 1", "holds": True, "reason": ""}]
 
 
+def test_a_benchmark_that_is_cut_goes_on_with_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record, path, done = module("record"), tmp_path / "x.json", []
+
+    def work(name: str) -> str:
+        done.append(name)
+        return name.upper()
+
+    def run(names: str, **settings: Any) -> list[str]:
+        kept = record.Kept(path, settings)
+        return [kept.part(name, lambda name=name: work(name)) for name in names]
+
+    assert run("ab", turns=3) == ["A", "B"]
+    assert run("abc", turns=3) == ["A", "B", "C"]
+    assert done == ["a", "b", "c"]
+    assert run("a", turns=5) == ["A"]  # other settings: measured again
+    assert done == ["a", "b", "c", "a"]
+    record.Kept(path, {"turns": 5}).end()
+    assert not list(tmp_path.iterdir())
+    assert record.Kept(None, {}).part("d", lambda: 4) == 4
+
+
 def test_committed_records_have_the_schema() -> None:
     for path in sorted((BENCHMARKS / "results").glob("*.json")):
         row = json.loads(path.read_text())
