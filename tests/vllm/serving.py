@@ -24,6 +24,8 @@ BLOCK = 32
 def serve(folder: Path, kind: str = "llama", **options: Any) -> Served:
     tied = options.pop("tied", False)
     model = vllm_model(kind, tie_word_embeddings=tied)
+    # A model's own sampling defaults, which vLLM would apply to every request: no log-probability would be right.
+    model.generation_config.update(do_sample=True, top_k=1, temperature=0.2)
     settings = {"kv_tokens": 2400, "block_size": BLOCK} | options
     return Served(model, folder, VLLMEngine.start, **settings)
 
