@@ -6,14 +6,17 @@ import asyncio
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
 from areal_agents import settings
 from areal_agents.cli import main as command_line
+from areal_agents.config import TrainConfig
 from areal_agents.control import ask
-from areal_agents.errors import ArealError
+from areal_agents.errors import ArealError, EngineError
+from areal_agents.resize import answer_resize
 from areal_agents.train import train
 from areal_agents.types import AssistantMessage, Info, Observation
 from tests.processes import until
@@ -69,6 +72,30 @@ def test_more_episodes_start_at_once_and_the_new_size_is_part_of_the_run(tmp_pat
     assert [e["concurrency"] for e in told if e["kind"] == "resized"] == [12, 4]
     assert sum(e["kind"] == "request_failed" for e in told) == 3
     assert not list((c.out / "control").iterdir())
+
+
+def test_engines_that_came_before_growth_failed_are_taken_away_again() -> None:
+    asked: list[int] = []
+    saved: list[str] = []
+
+    class Full:
+        """Room for two engines: growth keeps those that fit, and says what did not."""
+
+        places = 48
+
+        async def set_replicas(self, n: int) -> None:
+            asked.append(n)
+            if n > 2:
+                raise EngineError("no node has room")
+
+    run: Any = SimpleNamespace(
+        config=TrainConfig(), backend=SimpleNamespace(elastic=Full()), rollouts=None,
+        folder=SimpleNamespace(write_settings=saved.append),
+    )  # fmt: skip
+    with pytest.raises(EngineError, match="no node has room"):
+        asyncio.run(answer_resize(run, {"replicas": 4}))
+    assert asked == [4, 1]
+    assert (run.config.engine.replicas, saved) == (1, [])
 
 
 def test_the_command_refuses_what_is_no_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
