@@ -9,6 +9,7 @@ and what was sampled. Loading and starting are outside the timed part on both si
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sys
 import time
 from typing import Any
@@ -77,7 +78,7 @@ class Generate:
     """transformers' ``generate``: left padding, one batch after the other, each to its longest completion.
 
     ``cache``: ``dynamic`` (the default), ``static``, or ``compiled`` (static, with the forward pass compiled).
-    ``reuse``: the second turn goes on with the first one's ``past_key_values`` instead of reading everything again.
+    ``reuse``: the second turn goes on with the first one's KV cache instead of reading everything again.
     """
 
     def __init__(self, model: str, precision: str, threads: int) -> None:
@@ -92,6 +93,8 @@ class Generate:
         self._model.generation_config.eos_token_id = None  # lengths are given
         self._pad = 2
         self._plain = self._model.forward
+        names = inspect.signature(self._plain).parameters  # the name differs between releases of transformers
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
         self._compiled: Any = None
 
     def __call__(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class Generate:
         if asked["cache"] != "dynamic":
             options["cache_implementation"] = "static"
         if asked["reuse"]:
-            options["past_key_values"] = DynamicCache(config=self._model.config)
+            options[self._cache_name] = DynamicCache(config=self._model.config)
         out = self._model.generate(ids, attention_mask=mask, **options)
         sampled = [row[:n] for row, n in zip(out[:, width:].tolist(), lengths, strict=True)]
         if asked["suffix"] is None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from areal_agents.errors import EngineError
 from tests.served import Served, ask, assert_logprobs, ids_of
-from tests.tiny_models import forward_logprobs, tiny_model
+from tests.tiny_models import forward_logprobs, segmented_logprobs, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +138,7 @@ def test_every_token_has_the_probability_of_the_weights_and_kv_that_sampled_it(
             restarted = forward_logprobs(new, turn)[len(ids) - 1 :][switch:]
             want = torch.cat([forward_logprobs(old, turn)[len(ids) - 1 :][:switch], restarted])
         else:
-            want = cached_logprobs(first)[len(ids) - 1 :]
+            want = segmented_logprobs(first)[len(ids) - 1 :]
         torch.testing.assert_close(torch.tensor(done.logprobs), want, atol=1e-4, rtol=0)
 
         longer = turn + ids_of(3, 301)
@@ -149,25 +148,12 @@ def test_every_token_has_the_probability_of_the_weights_and_kv_that_sampled_it(
         if kv == "recompute" or mode == "interrupt":
             want = forward_logprobs(new, rest)
         elif mode == "drain":
-            want = cached_logprobs([(old, turn[:-1]), (new, rest[len(turn) - 1 :])])
+            want = segmented_logprobs([(old, turn[:-1]), (new, rest[len(turn) - 1 :])])
         else:
-            want = cached_logprobs([(old, turn[:seam]), (new, rest[seam:])])
+            want = segmented_logprobs([(old, turn[:seam]), (new, rest[seam:])])
         torch.testing.assert_close(torch.tensor(after.logprobs), want[len(longer) - 1 :], atol=1e-4, rtol=0)
 
     served.run(work())
-
-
-def cached_logprobs(segments: list[tuple[Any, tuple[int, ...]]]) -> torch.Tensor:
-    """log p of each id after the first, where each segment's model continues on the KV that those before it wrote."""
-    cache, logits = None, []
-    with torch.no_grad():
-        for model, ids in segments:
-            if ids:
-                out = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                logits.append(out.logits[0].float())
-    ids = tuple(i for _, part in segments for i in part)
-    return torch.log_softmax(torch.cat(logits)[:-1], -1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
 def test_gone_damaged_or_foreign_weights_keep_the_old_ones(tied: Served) -> None:

@@ -17,7 +17,7 @@ from areal_agents.track import read_metrics
 from areal_agents.train import train
 from areal_agents.trajectories import read_records
 from areal_agents.types import Trajectory
-from tests.tiny_models import tiny_chat_model
+from tests.tiny_models import segmented_logits, tiny_chat_model
 
 STEPS = 4
 PUBLISH = Run.publish
@@ -113,13 +113,7 @@ def expected(models: list[Any], episode: Trajectory, *, mode: str, kv: str) -> t
     return torch.cat(out)
 
 
-@torch.no_grad()
 def cached_logits(models: list[Any], ids: list[int], written: list[int]) -> torch.Tensor:
     """[len(ids), vocabulary]: position i computed by ``models[written[i]]`` on the cache of those before it."""
-    cache, out = None, []
-    for version, positions in itertools.groupby(range(len(ids)), lambda i: written[i]):
-        part = torch.tensor([[ids[i] for i in positions]])
-        result = models[version](part, past_key_values=cache, use_cache=True)
-        cache = result.past_key_values
-        out.append(result.logits[0].float())
-    return torch.cat(out)
+    runs = itertools.groupby(range(len(ids)), lambda i: written[i])
+    return segmented_logits((models[version], [ids[i] for i in positions]) for version, positions in runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,24 @@ def forward_logprobs(model: Any, ids: tuple[int, ...], temperature: float = 1.0)
     """[len(ids) - 1]: log-probability of each id after the first, from one full forward pass of transformers."""
     logits = model(torch.tensor([ids])).logits[0, :-1].float() / temperature
     return torch.log_softmax(logits, -1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+@torch.no_grad()
+def segmented_logits(segments: Iterable[tuple[Any, Sequence[int]]]) -> Tensor:
+    """[ids of all segments, vocabulary]: each segment's model continues on the KV that those before it wrote.
+
+    The cache is the fourth positional argument: its keyword differs between releases of transformers.
+    """
+    cache = transformers.DynamicCache()
+    parts = [(model, torch.tensor([ids])) for model, ids in segments if ids]
+    return torch.cat([model(ids, None, None, cache, use_cache=True).logits[0].float() for model, ids in parts])
+
+
+def segmented_logprobs(segments: Sequence[tuple[Any, tuple[int, ...]]]) -> Tensor:
+    """``forward_logprobs`` of all segments' ids from ``segmented_logits``."""
+    logits = segmented_logits(segments)[:-1]
+    ids = torch.tensor([i for _, part in segments for i in part])
+    return torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[:, 0]
 
 
 def tiny_chat_model(folder: Path, *, seed: int = 0) -> Path:

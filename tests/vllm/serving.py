@@ -72,19 +72,6 @@ async def sampling(it: Served, tokens: int, seconds: float = 60.0) -> None:
         assert time.monotonic() < end, "the engine samples nothing"
 
 
-def cached_logprobs(segments: list[tuple[Any, tuple[int, ...]]]) -> torch.Tensor:
-    """log p of each id after the first, where each segment's model continues on the KV that those before it wrote."""
-    cache, logits = None, []
-    with torch.no_grad():
-        for model, ids in segments:
-            if ids:
-                out = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                logits.append(out.logits[0].float())
-    ids = tuple(i for _, part in segments for i in part)
-    return torch.log_softmax(torch.cat(logits)[:-1], -1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
-
-
 def gaps(model: Any, prompt: tuple[int, ...], done: Completion, temperature: float = 1.0) -> torch.Tensor:
     """|Δ log p| of each sampled token to a full forward pass of transformers."""
     want = forward_logprobs(model, prompt + done.ids, temperature)[len(prompt) - 1 :]

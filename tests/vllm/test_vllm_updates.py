@@ -15,8 +15,8 @@ from areal_agents.errors import EngineError
 from areal_agents.publish import weights_buffers
 from areal_agents.types import Completion
 from tests.served import Served, ask, assert_logprobs, ids_of
-from tests.tiny_models import forward_logprobs, vllm_model
-from tests.vllm.serving import BLOCK, cached_logprobs, like, probed, publish, sampling, update
+from tests.tiny_models import forward_logprobs, segmented_logprobs, vllm_model
+from tests.vllm.serving import BLOCK, like, probed, publish, sampling, update
 
 UNTIED: dict[str, Any] = {"kind": "llama", "max_context": 2048}
 TIED: dict[str, Any] = {"kind": "qwen3", "tied": True, "max_context": 2048}
@@ -56,10 +56,10 @@ def test_every_token_has_the_probability_of_the_weights_and_kv_that_sampled_it(
             want = forward_logprobs(old, turn)[len(ids) - 1 :]
             want[switch:] = forward_logprobs(new, turn)[len(ids) - 1 :][switch:]
         else:
-            want = cached_logprobs([(old, turn[:seam]), (new, turn[seam:])])[len(ids) - 1 :]
+            want = segmented_logprobs([(old, turn[:seam]), (new, turn[seam:])])[len(ids) - 1 :]
         close(done.logprobs, want)
         if mode != "drain":  # a label that is off by one, or the wrong KV, would show
-            other = cached_logprobs([(old, turn[: seam + 1]), (new, turn[seam + 1 :])])[len(ids) - 1 :]
+            other = segmented_logprobs([(old, turn[: seam + 1]), (new, turn[seam + 1 :])])[len(ids) - 1 :]
             assert float((want - other).abs()[switch]) > 1e-2
 
         longer = turn + ids_of(3, 301)
@@ -68,7 +68,7 @@ def test_every_token_has_the_probability_of_the_weights_and_kv_that_sampled_it(
         rest = longer + after.ids
         reused = (len(turn) - 1) // BLOCK * BLOCK if kv == "keep" and mode != "interrupt" else 0
         cut = min(seam, reused)
-        want = cached_logprobs([(old, turn[:cut]), (new, rest[cut:])])
+        want = segmented_logprobs([(old, turn[:cut]), (new, rest[cut:])])
         close(after.logprobs, want[len(longer) - 1 :])
         if cut:
             assert float((want - forward_logprobs(new, rest))[len(longer) - 1 :].abs().max()) > 1e-2
@@ -110,7 +110,7 @@ def assert_segments(old: Any, new: Any, ids: tuple[int, ...], done: Completion) 
         assert_logprobs(new, ids, done)
     else:
         seam = len(ids) + switch - 1
-        close(done.logprobs, cached_logprobs([(old, turn[:seam]), (new, turn[seam:])])[len(ids) - 1 :])
+        close(done.logprobs, segmented_logprobs([(old, turn[:seam]), (new, turn[seam:])])[len(ids) - 1 :])
 
 
 def test_weights_that_are_rounded_to_bf16_on_the_way(served: Served) -> None:
