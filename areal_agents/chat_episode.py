@@ -10,6 +10,7 @@ training row can be made of such an episode (``batch.rows_of`` refuses it).
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,8 +30,8 @@ _REPORTED = ("prompt_tokens", "completion_tokens")
 class ChatPlayer(HostPlayer):
     """Plays a ChatModel on an ``EnvHost`` of this process; an ``EpisodePlayer``.
 
-    The model stays the caller's: ``close`` leaves it open. Requests carry the seed of their attempt. ``seen``: is told
-    every reply.
+    The model stays the caller's: ``close`` leaves it open. Every request has a seed of its own (``request_seed``).
+    ``seen``: is told every reply.
     """
 
     def __init__(
@@ -47,9 +48,17 @@ class ChatPlayer(HostPlayer):
         self._model, self._sampling, self._seen = model, sampling, seen
 
     async def _attempt(self, task: Task, host: EnvHost, *, id: str, group: str, seed: int) -> Trajectory:
-        sampling = replace(self._sampling, seed=seed)
-        episode = _ChatEpisode(task, self._model, sampling, self._limits, id, host, self._seen)
+        episode = _ChatEpisode(task, self._model, self._sampling, self._limits, id, host, self._seen, seed)
         return await episode.run(self._make_env, group=group, seed=seed)
+
+
+def request_seed(seed: int, id: str, turn: int) -> int:
+    """The sampling seed of an episode's turn, in [0, 2^31).
+
+    A server draws the same noise for the same seed: episodes that share one would succeed and fail together, whatever
+    their tasks.
+    """
+    return random.Random(f"{seed}/{id}/{turn}").getrandbits(31)
 
 
 class _ChatEpisode(EpisodeStates):
@@ -64,9 +73,10 @@ class _ChatEpisode(EpisodeStates):
         id: str,
         host: EnvHost,
         seen: Callable[[ChatReply], None],
+        seed: int,
     ) -> None:
         super().__init__(task, limits, id, host)
-        self.model, self.sampling, self._seen = model, sampling, seen
+        self.model, self.sampling, self._seen, self._id, self._seed = model, sampling, seen, id, seed
         self._spent = 0  # sampled tokens that the server reported
         self._context = 0  # tokens of the last prompt and its reply, as reported
 
@@ -106,10 +116,11 @@ class _ChatEpisode(EpisodeStates):
 
     async def _reply(self, messages: list[Message | AssistantMessage], room: int) -> ChatReply:
         start, limit = time.perf_counter(), self.limits.request_timeout
-        tools = self._env_of().tools
+        seed = request_seed(self._seed, self._id, len(self.state.turns))
+        sampling = replace(self.sampling, max_tokens=room, seed=seed)
         try:
             async with asyncio.timeout(limit):
-                reply = await reply_of(self.model, messages, tools, replace(self.sampling, max_tokens=room))
+                reply = await reply_of(self.model, messages, self._env_of().tools, sampling)
         except TimeoutError as error:
             raise EngineError(f"task {self.task.id}: the model did not answer within {limit:g} s") from error
         except RequestRefused as error:

@@ -32,6 +32,7 @@ from typing import Literal
 import httpx
 
 from areal_agents.chat import ChatFormat
+from areal_agents.engines.guard import killable, members
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.served_template import served_template
 
@@ -39,6 +40,8 @@ INSTALL = 'pip install "areal-agents[vllm]" (a GPU), or see docs/engines.md for 
 START_SECONDS = 900.0
 """Compiling for a GPU may take minutes the first time."""
 _GRACE_SECONDS = 20.0
+_GROUP_SECONDS = 5.0
+"""For what is left of the server's process group."""
 _HEALTH_SECONDS = 0.25
 
 # The server ends when this process does, however it ends: its parent's death is a signal to it. Asked for in the new
@@ -110,9 +113,10 @@ def arguments(serving: Serving, files: Path, *, cpu: bool) -> list[str]:
     ]  # fmt: skip
 
 
-def environment(serving: Serving, base: Mapping[str, str], *, cpu: bool) -> dict[str, str]:
-    """The server's environment. Raises ConfigError where the key's variable is empty."""
+def environment(serving: Serving, files: Path, base: Mapping[str, str], *, cpu: bool) -> dict[str, str]:
+    """The server's environment; its sockets lie in ``files``. Raises ConfigError where the key's variable is empty."""
     env = dict(base) | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    env["VLLM_RPC_BASE_PATH"] = str(files)
     if cpu:
         env["TORCH_COMPILE_DISABLE"] = "1"  # the sampler's small functions would need a compiler
         env["VLLM_CPU_KVCACHE_SPACE"] = str(serving.kv_gib)
@@ -185,11 +189,12 @@ async def serve(serving: Serving, *, say: Callable[[str], None] = print, start_s
     require_vllm()
     fmt = ChatFormat.load(serving.model)
     cpu = is_cpu_build()
-    env = environment(serving, os.environ, cpu=cpu)
     serving = replace(serving, port=free_port(serving.host, serving.port))
-    with tempfile.TemporaryDirectory(prefix="areal-serve-") as folder, _signals() as stop:
-        write_files(fmt, Path(folder))
-        command = arguments(serving, Path(folder), cpu=cpu)
+    with tempfile.TemporaryDirectory(prefix="areal-serve-", ignore_cleanup_errors=True) as folder, _signals() as stop:
+        files = Path(folder)
+        env = environment(serving, files, os.environ, cpu=cpu)
+        write_files(fmt, files)
+        command = arguments(serving, files, cpu=cpu)
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", _LAUNCH, str(os.getpid()), *command, env=env, start_new_session=True
         )
@@ -252,8 +257,14 @@ async def _end(process: asyncio.subprocess.Process, stop: Stop) -> None:
         again.cancel()
         ended.cancel()
         await asyncio.gather(ended, again, return_exceptions=True)
+    until = time.monotonic() + _GROUP_SECONDS
+    while members(process.pid) and time.monotonic() < until:
+        for pid in killable(process.pid):  # resource trackers end by themselves, and free memory
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(0.02)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # what is left of its group
+        os.killpg(process.pid, signal.SIGKILL)
     await process.wait()
 
 

@@ -53,6 +53,9 @@ class Serve:
             further = tuple(shlex.split(self.vllm_args))
         except ValueError as error:
             raise UsageError(f"--vllm-args {self.vllm_args!r}: {error}") from error
+        for argument in further:  # where it listens must be known here
+            if argument.partition("=")[0] in ("--host", "--port", "--uds") or argument.startswith("--ssl-"):
+                raise UsageError(f"--vllm-args has {argument!r}: use serve's own --host and --port; there is no TLS")
         from areal_agents.serve import Serving, require_vllm, serve
 
         require_vllm()  # before a model is downloaded

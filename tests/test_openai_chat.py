@@ -122,12 +122,34 @@ def test_retries_back_off_with_full_jitter_and_honour_retry_after() -> None:
     ]
     with chat_server(script) as server:
         assert run(ask(server, time, retry_after_cap=60)).text == "done"
-    jitter = random.Random(0)
-    second = jitter.uniform(0, 0.5 * 2)
+    rng = random.Random(0)
+    jitter = [rng.uniform(0, 0.5 * 2**attempt) for attempt in range(6)]
+    first, second = 7 + jitter[0], jitter[1]
     assert time.slept == pytest.approx(
-        [7, second, 20 - 7 - second, 60, jitter.uniform(0, 0.5 * 2**4), jitter.uniform(0, 0.5 * 2**5)]
+        [first, second, 20 - first - second + jitter[2], 60 + jitter[3], jitter[4], jitter[5]]
     )
     assert len({json.dumps(r) for r in server.requests}) == 1  # every try is the same request
+
+
+def test_a_server_that_asks_for_no_pause_is_not_hammered() -> None:
+    time = FakeTime(1_700_000_000.0)
+    past = "Tue, 14 Nov 2023 22:13:19 GMT"
+    told = [Answer(b"", 429, {"retry-after": "0"}), Answer(b"", 503, {"retry-after": past, "content-encoding": "gzip"})]
+    with chat_server([*told, completion("done")]) as server:
+        assert run(ask(server, time)).text == "done"
+    jitter = random.Random(0)
+    assert time.slept == [jitter.uniform(0, 0.5), jitter.uniform(0, 1.0)]
+
+
+def test_a_proxy_of_the_environment_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks4://127.0.0.1:1")
+
+    async def require() -> None:
+        async with OpenAIChat("m", base_url="http://192.0.2.1/v1") as chat:
+            await chat.require_answer()
+
+    with pytest.raises(ConfigError, match=r"a proxy that the environment names cannot be used \(.*socks4.*NO_PROXY"):
+        run(require())
 
 
 def test_it_gives_up_with_the_last_failure() -> None:

@@ -45,13 +45,14 @@ def test_the_command_line_and_its_files(tmp_path: Path) -> None:
 
 def test_the_environment_has_the_key_and_the_command_line_does_not() -> None:
     base = {"PATH": "/bin", "KEY": "sk-1"}
-    env = environment(serving(api_key_env="KEY", threads=2), base, cpu=True)
+    files = Path("f")
+    env = environment(serving(api_key_env="KEY", threads=2), files, base, cpu=True)
     assert (env["VLLM_API_KEY"], env["VLLM_CPU_OMP_THREADS_BIND"], env["OMP_NUM_THREADS"]) == ("sk-1", "nobind", "2")
-    assert (env["VLLM_CPU_KVCACHE_SPACE"], env["PATH"]) == ("1", "/bin")
-    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(serving(), base, cpu=False)
-    assert "sk-1" not in " ".join(arguments(serving(api_key_env="KEY"), Path("f"), cpu=False))
+    assert (env["VLLM_CPU_KVCACHE_SPACE"], env["PATH"], env["VLLM_RPC_BASE_PATH"]) == ("1", "/bin", "f")
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(serving(), files, base, cpu=False)
+    assert "sk-1" not in " ".join(arguments(serving(api_key_env="KEY"), files, cpu=False))
     with pytest.raises(ConfigError, match="variable NONE is not set"):
-        environment(serving(api_key_env="NONE"), base, cpu=True)
+        environment(serving(api_key_env="NONE"), files, base, cpu=True)
 
 
 def test_what_is_told() -> None:
@@ -87,6 +88,9 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--port is -1" in capsys.readouterr().err
     assert main(["serve", "--model", "x", "--vllm-args='"]) == 2
     assert "No closing quotation" in capsys.readouterr().err
+    for moved in ("--port 9", "--host=::", "--ssl-keyfile f", "--uds s"):
+        assert main(["serve", "--model", "x", f"--vllm-args=--max-num-seqs 4 {moved}"]) == 2
+        assert "use serve's own --host and --port" in capsys.readouterr().err
 
 
 def test_the_module_imports_neither_vllm_nor_torch_early() -> None:

@@ -115,15 +115,17 @@ _LEADER = """
 import subprocess, sys, time
 sys.path.insert(0, sys.argv[1])
 from guard import start_guard
-guard = start_guard()
+guard = start_guard(sys.argv[2])
 child = subprocess.Popen([sys.executable, "-S", "-c", "import time; print('up', flush=True); time.sleep(600)"])
 time.sleep(600)
 """
 
 
-def test_the_guard_ends_a_killed_leaders_children() -> None:
-    folder = str(Path(guard.__file__).parent)
-    leader = subprocess.Popen([sys.executable, "-S", "-c", _LEADER, folder], stdout=subprocess.PIPE, text=True,
+def test_the_guard_ends_a_killed_leaders_children_and_removes_its_folder(tmp_path: Path) -> None:
+    source, folder = Path(guard.__file__).parent, tmp_path / "sockets"
+    folder.mkdir()
+    (folder / "one").touch()
+    leader = subprocess.Popen([sys.executable, "-S", "-c", _LEADER, source, folder], stdout=subprocess.PIPE, text=True,
                               start_new_session=True)  # fmt: skip
     assert leader.stdout is not None
     with leader:
@@ -135,3 +137,4 @@ def test_the_guard_ends_a_killed_leaders_children() -> None:
         while guard.members(leader.pid) and time.monotonic() < end:
             time.sleep(0.01)
         assert guard.members(leader.pid) == []
+        assert not folder.exists()

@@ -295,7 +295,9 @@ def test_weights_that_take_too_long_are_given_up(monkeypatch: pytest.MonkeyPatch
     asyncio.run(work())
 
 
-@pytest.mark.parametrize("call", ["pause", "areal_load", "label 3", "resume"])
+@pytest.mark.parametrize(
+    "call", ["areal_open", "areal_opened", "areal_forget", "pause", "areal_load", "label 3", "resume"]
+)
 @pytest.mark.parametrize("how", ["stuck", "broken"])
 def test_an_update_that_hangs_or_breaks_half_way_is_the_end_of_the_engine(
     monkeypatch: pytest.MonkeyPatch, call: str, how: str
@@ -307,11 +309,41 @@ def test_an_update_that_hangs_or_breaks_half_way_is_the_end_of_the_engine(
     async def work() -> None:
         worker = Worker()
         getattr(worker.fake, how).add(call)
+        if call == "areal_forget":
+            worker.fake.opened = [["damaged"]]
         await worker._or_die(lambda: worker.updates.run(p.Update(5, REF, "inflight", "keep")))
-        said = "vLLM did not answer while loading weights v3" if how == "stuck" else f"RuntimeError: {call} broke"
+        if how == "broken":
+            said = f"RuntimeError: {call} broke"
+        elif call.startswith("areal"):
+            said = f"vLLM's workers did not answer {call} within 0.05 s"
+        else:
+            said = "vLLM did not answer while loading weights v3"
         assert worker.sent == [p.Lost(said)]
         assert worker.fake.calls[-1] == call
         assert worker.version == 0
+
+    asyncio.run(work())
+
+
+def test_a_step_longer_than_the_wait_for_health_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EngineCore answers a question at its step's end; the next question must not begin to wait anew."""
+    monkeypatch.setattr("areal_agents.engines.vllm_worker._HEALTH_SECONDS", 0.05)
+
+    async def work() -> None:
+        worker, asked = Worker(), list[asyncio.Future[bool]]()
+
+        def is_paused() -> asyncio.Future[bool]:
+            asked.append(asyncio.get_running_loop().create_future())
+            return asked[-1]
+
+        worker.fake.is_paused = is_paused  # type: ignore[attr-defined]
+        await asyncio.gather(*(worker._health(p.AskHealth(id)) for id in (1, 2)))
+        asked[0].set_result(False)  # the step ends while nobody waits
+        await worker._health(p.AskHealth(3))
+        await worker._health(p.AskHealth(4))
+        reports = [reply for reply in worker.sent if isinstance(reply, p.HealthReport)]
+        assert [(r.id, r.health.ok) for r in reports] == [(1, False), (2, False), (3, True), (4, False)]
+        assert len(asked) == 2
 
     asyncio.run(work())
 

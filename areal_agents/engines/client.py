@@ -31,7 +31,8 @@ T = TypeVar("T")
 CLOSE_SECONDS = 5.0
 """How long a worker may take to end by itself."""
 _HEALTH_SECONDS = 10.0
-_GROUP_SECONDS = 2.0
+_GROUP_SECONDS = 8.0
+"""Longer than the worker's guard needs, which spares what frees shared memory."""
 _STDERR_LINES = 30
 
 

@@ -1,5 +1,5 @@
-"""Ends the rest of a process group when its leader dies, by whatever death: ``python guard.py``, its stdin a pipe that
-only the leader holds open. Standard library only: it runs as a script.
+"""Ends the rest of a process group when its leader dies, by whatever death, and removes the leader's folder:
+``python guard.py FOLDER``, its stdin a pipe that only the leader holds open. Standard library only: it runs as a script.
 
 Python's resource tracker is spared: it ends by itself once the others are gone, and then frees their shared memory.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,9 +30,17 @@ def members(group: int) -> list[int]:
     return out
 
 
-def start_guard() -> subprocess.Popen[bytes]:
-    """Guard the caller's process group; keep the result for as long as the group is to live."""
-    return subprocess.Popen([sys.executable, "-I", "-S", __file__], stdin=subprocess.PIPE)
+def killable(group: int) -> list[int]:
+    """The members to kill: all but the resource trackers."""
+    return [pid for pid in members(group) if not _tracker(pid)]
+
+
+def start_guard(folder: str) -> subprocess.Popen[bytes]:
+    """Guard the caller's process group; keep the result for as long as the group is to live.
+
+    ``folder`` is removed at its end.
+    """
+    return subprocess.Popen([sys.executable, "-I", "-S", __file__, folder], stdin=subprocess.PIPE)
 
 
 def _tracker(pid: int) -> bool:
@@ -46,13 +55,14 @@ def main() -> None:
     os.read(0, 1)
     end = time.monotonic() + _SECONDS
     while time.monotonic() < end:
-        found = [pid for pid in members(os.getpgrp()) if pid != os.getpid() and not _tracker(pid)]
+        found = [pid for pid in killable(os.getpgrp()) if pid != os.getpid()]
         if not found:
-            return
+            break
         for pid in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,8 @@ class OpenAIChat:
                 failed = failure
             if attempt == self._max_retries:
                 break
-            pause = self._backoff.pause(attempt) if failed.after is None else min(failed.after, self._cap)
+            asked = min(failed.after or 0.0, self._cap)
+            pause = asked + self._backoff.pause(attempt)  # jitter too: everybody was told the same
             if self._clock.monotonic() + pause >= end:
                 raise self._late(str(failed))
             await self._clock.sleep(pause)
@@ -248,17 +249,28 @@ class OpenAIChat:
         if self._closed:
             raise EngineError(f"{self._who()}: this OpenAIChat is closed: use it inside `async with`")
         if self._client is None:
-            self._client = httpx.AsyncClient(
-                timeout=httpx.Timeout(self._timeout, connect=min(10.0, self._timeout), pool=None),
-                limits=httpx.Limits(max_connections=self._concurrency),
-                trust_env=not _loopback(self._url.host),  # a proxy of the environment cannot reach this host's loopback
-                transport=self._transport,
-            )
+            try:
+                self._client = self._new_client()
+            except (ImportError, ValueError, httpx.InvalidURL) as error:
+                raise ConfigError(
+                    f"{self._who()}: a proxy that the environment names cannot be used ({error}): correct HTTP_PROXY, "
+                    "HTTPS_PROXY or ALL_PROXY, or put this host into NO_PROXY"
+                ) from error
         return self._client
 
+    def _new_client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            timeout=httpx.Timeout(self._timeout, connect=min(10.0, self._timeout), pool=None),
+            limits=httpx.Limits(max_connections=self._concurrency),
+            trust_env=not _loopback(self._url.host),  # a proxy of the environment cannot reach this host's loopback
+            transport=self._transport,
+        )
+
     async def _read(self, response: httpx.Response) -> tuple[bytes, bool]:
-        """(body, whether that is all of it); an error's body is only read in part."""
+        """(body, whether that is all of it); an error's body is only read in part, a compressed one not at all."""
         if response.headers.get("content-encoding", "identity").lower() != "identity":
+            if response.status_code != 200:
+                return b"", False
             raise EngineError(f"{self._who()}: the server sent a compressed reply that was not asked for")
         most = self._max_bytes if response.status_code == 200 else min(_ERROR_BYTES, self._max_bytes)
         parts, size = [], 0

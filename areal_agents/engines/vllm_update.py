@@ -173,7 +173,10 @@ class Updates:
         self._prover.check(ref, last.prompt_logprobs.logprobs)
 
     async def _each(self, method: str, seconds: float, *args: Any) -> list[Any]:
-        """Call every vLLM worker. Raises TimeoutError."""
-        async with asyncio.timeout(seconds):
-            answers: list[Any] = await self._server.llm.collective_rpc(method, seconds, args)
+        """Call every vLLM worker. Raises EngineError past ``seconds``."""
+        try:
+            async with asyncio.timeout(seconds):
+                answers: list[Any] = await self._server.llm.collective_rpc(method, seconds, args)
+        except TimeoutError as error:
+            raise EngineError(f"vLLM's workers did not answer {method} within {seconds:g} s") from error
         return answers

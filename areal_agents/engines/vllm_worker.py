@@ -55,6 +55,7 @@ class Server:
         self._held: list[p.Reply] | None = None
         self._finished_tokens = 0
         self._attempts = 0
+        self._pulse: asyncio.Future[bool] | None = None
 
     def send(self, reply: p.Reply) -> None:
         self.out.write(p.encode(reply))
@@ -207,13 +208,19 @@ class Server:
     # --- health and death ------------------------------------------------------------------------------------------
 
     async def _health(self, command: p.AskHealth) -> None:
-        """EngineCore answers between two steps; not while it loads weights, which has deadlines of its own."""
+        """EngineCore answers between two steps; not while it loads weights, which has deadlines of its own.
+
+        A question that is still open is asked about, not repeated: a step longer than the wait is no hang, and its end
+        answers.
+        """
         detail, ok = self.updates.doing, True
         if not detail:
-            try:
-                async with asyncio.timeout(_HEALTH_SECONDS):
-                    await self.llm.is_paused()
-            except TimeoutError:
+            pulse = self._pulse = self._pulse or asyncio.ensure_future(self.llm.is_paused())
+            await asyncio.wait({pulse}, timeout=_HEALTH_SECONDS)
+            if pulse.done():
+                self._pulse = None
+                pulse.result()
+            else:
                 ok, detail = False, f"vLLM's EngineCore did not answer within {_HEALTH_SECONDS:g} s"
         sampled = self.sampled()
         kv = self.queue.idle_tokens + sum(len(r.ids) + sampled.get(r.id, 0) for r in self.queue.running.values())
@@ -372,7 +379,7 @@ def _read(commands: BinaryIO, loop: asyncio.AbstractEventLoop, inbox: asyncio.Qu
 
 def main() -> int:
     commands, replies = take_pipes()
-    guard = start_guard()
+    guard = start_guard(os.environ["VLLM_RPC_BASE_PATH"])
     die_with_parent(int(sys.argv[1]))
     settings = p.read_frame(commands)
     if not isinstance(settings, p.VLLMSettings):

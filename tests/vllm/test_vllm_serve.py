@@ -121,6 +121,9 @@ def serving(model: Path, mark: str) -> Iterator[Process]:
     try:
         yield running
     finally:
+        popen.send_signal(signal.SIGINT)  # an orderly end, which frees shared memory
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            popen.wait(END_SECONDS)
         for pid in {*marked(mark), *([popen.pid] if popen.poll() is None else [])}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -197,14 +200,31 @@ def test_sampled_tool_calls_are_those_that_training_would_read(server: Process) 
     asyncio.run(asyncio.wait_for(talk(), 120))
 
 
-def test_ctrl_c_ends_it_and_leaves_no_process(server: Process) -> None:
+def test_ctrl_c_ends_it_and_leaves_no_process_memory_or_file(server: Process) -> None:
     """The last that uses the server: it ends it."""
     pids = [server.popen.pid, *marked(server.mark)]
     assert len(pids) >= 3  # the command, the server, the engine
+    (folder,) = {s for pid in pids for s in variables(pid) if s.startswith("VLLM_RPC_BASE_PATH=")}
+    sockets = Path(folder.partition("=")[2])
+    assert [path for path in sockets.iterdir() if path.is_socket()]
+    memory = {line.split()[-1] for pid in pids for line in mapped(pid) if "/dev/shm/" in line}
+    assert memory
     server.popen.send_signal(signal.SIGINT)
     assert server.popen.wait(END_SECONDS) == 0, server.output()[-4000:]
     assert wait_gone(pids, END_SECONDS) == []
     assert marked(server.mark) == []
+    assert [path for path in memory if Path(path).exists()] == []
+    assert not sockets.exists()
+
+
+def variables(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+
+
+def mapped(pid: int) -> list[str]:
+    """Files that a process maps, one a line; deleted ones are not there any more."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return [line for line in lines if line.count("/") and not line.endswith("(deleted)")]
 
 
 def test_the_servers_processes_end_with_a_command_that_is_killed(model: Path) -> None:
