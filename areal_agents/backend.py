@@ -162,7 +162,8 @@ def engine_spec(config: TrainConfig, model: Path, *, threads: int, alone: bool) 
 
 def engine_dtype(config: TrainConfig) -> torch.dtype:
     """What the engines compute in, decided here once: their nodes may differ from this one."""
-    gpu = config.cluster.engine_gpus > 0 or (config.engine.kind == "vllm" and torch.cuda.is_available())
+    placed = config.cluster.backend == "ray" and config.cluster.engine_gpus > 0
+    gpu = config.engine.kind == "vllm" and (placed or torch.cuda.is_available())
     return resolve_precision(config.engine.precision, gpu=gpu)
 
 

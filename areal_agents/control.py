@@ -4,7 +4,8 @@
      ▲                                                        │
      └── ID.reply: empty and touched every second, then JSON ◀┘
 
-Files and no socket: whoever sees OUT can ask, on any machine, and nothing listens anywhere.
+Files and no socket: whoever sees OUT can ask, on any machine, and nothing listens anywhere. A network's file system may
+show a new file only after a minute (NFS caches directories for up to ``acdirmax``, 60 s).
 
 Waits for / unblocked by: ``ask`` for the reply, by the reply, or by ``silent_seconds`` without a touch of it;
 ``answer_requests`` for a request, until it is cancelled.
@@ -106,9 +107,9 @@ def _touch(reply: Path, n: int) -> None:
 
 
 async def ask(
-    out: Path, request: Mapping[str, Any], *, silent_seconds: float = 30.0, message: Callable[[str], None]
+    out: Path, request: Mapping[str, Any], *, silent_seconds: float = 90.0, message: Callable[[str], None]
 ) -> Answer:
-    """What the run in ``out`` answers. ``message`` is told every 10 s that it still works on it.
+    """What the run in ``out`` answers. ``message`` is told every 10 s what is waited for.
 
     Cancelling withdraws the request, unless the run has begun with it. Raises ArealError for the run's own error, for
     a run that gives no sign of life for ``silent_seconds``, and for a folder that cannot be written.
@@ -127,11 +128,12 @@ async def ask(
             if now - heard > silent_seconds:
                 raise ArealError(
                     f"no run in {out} gave a sign of life for {silent_seconds:g} s: the request is withdrawn. Is it "
-                    f"still training? {out / 'events.jsonl'} has what it did last"
+                    f"still training? {out / 'events.jsonl'} has what it did last, and whether it was done after all"
                 )
-            if sign is not None and now - told >= 10.0:
+            if now - told >= 10.0:
                 told = now
-                message(f"the run works on it: {now - begin:.0f} s")
+                doing = f"waiting for a sign of life from the run in {out}" if sign is None else "the run works on it"
+                message(f"{doing}: {now - begin:.0f} s")
             await asyncio.sleep(_LOOK_SECONDS)
     finally:
         path.unlink(missing_ok=True)

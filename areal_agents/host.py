@@ -103,7 +103,8 @@ class EnvHost:
             return False
         beat = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop)
         try:
-            await asyncio.wait_for(asyncio.wrap_future(beat), _HEARTBEAT_SECONDS)
+            async with asyncio.timeout(_HEARTBEAT_SECONDS):
+                await asyncio.wrap_future(beat)
         except TimeoutError:
             return False
         return True

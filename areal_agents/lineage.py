@@ -96,12 +96,15 @@ class RunFolder:
         self._lock = (self.out / "lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"
             self._lock.close()
             message = f"{self.out} is in use by process {holder}: wait for it, or choose another --out"
             raise ConfigError(message) from error
+        except OSError as error:
+            self._lock.close()
+            raise ConfigError(f"the file system of {self.out} has no locks ({error}): choose another --out") from error
         self._lock.truncate(0)
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from areal_agents.control import answer_requests
 from areal_agents.demonstrations import demonstration_rows
 from areal_agents.engine import Sampling
 from areal_agents.episode import Limits
+from areal_agents.errors import LearnerLost
 from areal_agents.evaluate import EvalReport, Progress, Stopwatch, held_out, run_attempts, summarize
 from areal_agents.interrupt import Stop
 from areal_agents.lineage import Commit, RunFolder
@@ -43,6 +44,7 @@ async def open_run(
     fmt = ChatFormat.load(model)
     async with contextlib.AsyncExitStack() as stack:
         tracker = stack.enter_context(_tracker(config, commit, console=console))
+        stack.enter_context(_noting_a_lost_learner(tracker))
         done = commit or Commit()
         backend = await stack.enter_async_context(
             open_backend(config, spec, model, event=tracker.event, resumed_at=done.step)
@@ -54,6 +56,16 @@ async def open_run(
             await run.learner.load(folder.learner_folder(done))
             await run.publish()
         yield run
+
+
+@contextlib.contextmanager
+def _noting_a_lost_learner(tracker: Tracker) -> Iterator[None]:
+    """Whether or not another one follows."""
+    try:
+        yield
+    except LearnerLost as error:
+        tracker.event("learner_lost", reason=str(error))
+        raise
 
 
 @contextlib.asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -189,10 +190,10 @@ class Replay:
         record = run.episode(self.kind, self.episode)
         seed = run.env_seed(record) if self.seed is None else self.seed
         sandbox = self.sandbox or run.sandbox
-        if sandbox == "unsafe_local" != self.sandbox:  # the folder may be somebody else's, and its code a model's
+        if not self.sandbox and sandbox != "bubblewrap":  # the folder may be somebody else's, and its code a model's
             raise UsageError(
-                f"{run.out} was run in the sandbox unsafe_local, which contains nothing: name one, "
-                "--sandbox bubblewrap, or --sandbox unsafe_local where the recorded code may run on this machine"
+                f"{run.out} was run in the sandbox {sandbox!r}, which is not taken from a folder's word: name one, "
+                f"--sandbox bubblewrap, or --sandbox {shlex.quote(sandbox)} where that may run the recorded code here"
             )
         folder = run.model_folder()
         spec = run.spec

@@ -48,6 +48,25 @@ def test_growth_serves_only_with_current_weights_while_requests_and_updates_go_o
     run(work())
 
 
+def test_a_new_replica_that_refuses_what_others_serve_is_an_error_and_goes() -> None:
+    """Waiting for the next update would not help: it is this replica that cannot read them."""
+
+    async def work() -> None:
+        world = World(1)
+        async with world.pool as pool:
+            await pool.update_weights(ref(1))
+            world.refused = {1}
+            with pytest.raises(EngineError, match="weights v1 are damaged"):
+                await pool.resize(2)
+            assert pool.replicas == 1
+            assert world[1].failure
+            assert [fields["replica"] for fields in world.named("replica_added")] == [0]
+            assert await world.place("a") == 0
+            assert (await pool.update_weights(ref(2))).version == 2
+
+    run(work())
+
+
 def test_shrinkage_drains_and_its_sessions_move_at_their_next_turn() -> None:
     async def work() -> None:
         world = World(3)

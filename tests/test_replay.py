@@ -110,6 +110,22 @@ def test_the_real_sandbox(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.count("identical") == 3
 
 
+@pytest.mark.parametrize("weak", ["unsafe_local", "areal_agents.sandboxes.unsafe_local:UnsafeLocalBackend"])
+def test_a_folder_cannot_choose_to_run_its_code_uncontained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], weak: str
+) -> None:
+    """It may be somebody else's. Whoever replays it may."""
+    out = tmp_path / "run"
+    said = (call("python", code="print(6*7)"), r"\boxed{42}")
+    records = training_run(out, "areal/Arithmetic-v0", said=said, steps=1, group_size=2, groups=1)
+    config = (out / "config.toml").read_text()
+    assert "bubblewrap" in config
+    (out / "config.toml").write_text(config.replace("bubblewrap", weak))
+    assert main(["replay", str(out), "--episode", records[0].trajectory.id]) == 2
+    assert f"was run in the sandbox {weak!r}" in capsys.readouterr().err
+    assert main(["replay", str(out), "--episode", records[0].trajectory.id, "--sandbox", weak]) == 0
+
+
 def test_what_an_evaluation_leaves(tmp_path: Path) -> None:
     records = evaluation_run(tmp_path / "eval")
     assert {SavedRun.open(tmp_path / "eval").env_seed(r) for r in records} == {11, 12}

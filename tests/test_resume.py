@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import random
@@ -291,6 +293,15 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
             pass
     with RunFolder(tmp_path):
         pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ConfigError, match=r"has no locks \(.*Function not implemented\): choose another"):
+        RunFolder(tmp_path).__enter__()
 
 
 @pytest.mark.slow

@@ -35,6 +35,10 @@ class ActorLost(Exception):
     """The actor is gone; the message says why. Callers raise their own error from it."""
 
 
+class ActorSilent(ActorLost):
+    """It did not answer a call in time: perhaps it was never placed."""
+
+
 class WatchedActor:
     """One actor from its start to its loss. It belongs to the event loop that made it.
 
@@ -73,7 +77,7 @@ class WatchedActor:
         """The answer of ``actor.method(*args)``.
 
         Raises the ArealError that the method returned as a ``Failure``, whatever else it raised as Ray re-raises it,
-        and ActorLost where the actor is gone or did not answer within ``seconds``: then it is lost.
+        ActorLost where the actor is gone, and ActorSilent where it did not answer within ``seconds``: then it is lost.
         """
         if self.reason:
             raise ActorLost(self.reason)
@@ -88,7 +92,7 @@ class WatchedActor:
             raise ActorLost(self.reason)
         if not done:
             self.lose(f"{self.what} did not answer {method!r} within {seconds:g} s")
-            raise ActorLost(self.reason)
+            raise ActorSilent(self.reason)
         if isinstance(answer, Failure):
             raise answer.error()
         return answer

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import ray
 
-from areal_agents.cluster.actors import ActorLost, WatchedActor
+from areal_agents.cluster.actors import ActorLost, ActorSilent, WatchedActor
 from areal_agents.cluster.failures import Failure
 from areal_agents.cluster.hosting import CONCURRENCY, EngineHandle, EngineHost, Place
 from areal_agents.engine import WeightsRef
@@ -113,11 +113,11 @@ class RayEngine(EngineHandle):
         actor = WatchedActor(handle, what, hang_seconds=hang_seconds, interval=health_interval)
         try:
             try:
-                await actor.call("place", seconds=place_seconds)
-            except ActorLost as error:
-                said = await unplaced("an engine actor", resources.asked(), place_seconds, str(error))
-                raise EngineError(said + _LESS) from error
-            try:
+                try:
+                    await actor.call("place", seconds=place_seconds)
+                except ActorSilent as error:
+                    said = await unplaced("an engine actor", resources.asked(), place_seconds, str(error))
+                    raise EngineError(said + _LESS) from error
                 place: Place = await actor.call("start", spec, seed, seconds=_START_SECONDS)
             except ActorLost as error:
                 raise EngineError(str(error)) from error

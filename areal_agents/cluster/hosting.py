@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import uuid
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -46,7 +45,6 @@ class Place:
     """Where an actor's process runs, and what its engine is."""
 
     node: str
-    host: str
     pid: int
     version: int = 0
     max_context: int = 0
@@ -74,7 +72,7 @@ class EngineHost:
         """Where this is; the first answer says that the actor was placed."""
         node, pid = process_here()
         context = getattr(self._engine, "max_context", 0)
-        return Place(node, os.uname().nodename, pid, 0 if self._engine is None else self._engine.version, context)
+        return Place(node, pid, 0 if self._engine is None else self._engine.version, context)
 
     async def ping(self) -> Answer:
         """Answered between two events of the loop: silence means that the process is stopped or its loop blocked."""
@@ -136,8 +134,6 @@ class EngineHandle:
         self._ids = (f"{uuid.uuid4().hex[:12]}-{n}" for n in itertools.count())
         actor.on_lost = self._lost
         actor.watch(place.node, place.pid, self._heard)
-        if actor.reason:
-            self._lost()
 
     @property
     def version(self) -> int:
@@ -152,6 +148,11 @@ class EngineHandle:
     def failure(self) -> str | None:
         """Why the engine or its actor is gone; None while it lives."""
         return self._failure
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether its actor was lost; an engine may have failed in an actor that lives."""
+        return bool(self._actor.reason)
 
     @property
     def stderr(self) -> str:

@@ -24,7 +24,7 @@ from typing import Any, Literal, Self, cast
 import ray
 
 from areal_agents.batch import Batch, Row
-from areal_agents.cluster.actors import ActorLost, WatchedActor, process_here
+from areal_agents.cluster.actors import ActorLost, ActorSilent, WatchedActor, process_here
 from areal_agents.cluster.engines import unplaced
 from areal_agents.cluster.failures import Failure
 from areal_agents.engine import WeightsRef
@@ -276,9 +276,11 @@ async def _placed(actor: WatchedActor, asked: Mapping[str, float], seconds: floa
     """Wait until the actor runs. Raises ConfigError: a learner that never was is not lost, and not tried again."""
     try:
         await actor.call("ping", seconds=seconds)
-    except ActorLost as error:
+    except ActorSilent as error:
         said = await unplaced("a learner", asked, seconds, str(error))
         raise ConfigError(f"{said}. Lower cluster.learner_cpus or cluster.learner_gpus, or add nodes") from error
+    except ActorLost as error:
+        raise ConfigError(f"{error}: it did not start there") from error
 
 
 def _absolute(path: Path) -> Path:

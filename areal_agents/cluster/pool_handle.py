@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from areal_agents.cluster.actors import WatchedActor
@@ -26,7 +27,8 @@ class PoolHandle:
     """An ``Engine``. It belongs to the event loop that first calls it, and may be pickled on.
 
     actor: Ray's handle of the pool's actor. place: where that runs, with the version it served at that time.
-    Every call raises EngineError once the actor is gone.
+    Every call raises EngineError while the actor cannot be reached. What fails may be the way there, for a moment: each
+    call tries anew, and a pool that is gone for good fails each at once.
     """
 
     def __init__(self, actor: Any, place: Place) -> None:
@@ -38,9 +40,10 @@ class PoolHandle:
 
     @property
     def _engine(self) -> EngineHandle:
-        if self._bound is None:
+        if self._bound is None or self._bound.unreachable:
+            place = replace(self._place, version=self.version)
             actor = _Borrowed(self._remote, "the engine pool's actor", hang_seconds=_NEVER, interval=_NEVER)
-            self._bound = EngineHandle(actor, self._place)
+            self._bound = EngineHandle(actor, place)
         return self._bound
 
     @property

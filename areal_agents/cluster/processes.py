@@ -1,4 +1,4 @@
-"""The processes of a private Ray: known by their environment or their open files, and ended for certain.
+"""The processes of a private Ray: known by their environment, command line or open files, and ended for certain.
 
     python -m areal_agents.cluster.processes FOLDER     ends them once its standard input is closed: the driver is gone
 
@@ -8,6 +8,7 @@ Without it, some of Ray's own processes outlive a killed driver by more than a m
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -20,7 +21,12 @@ from pathlib import Path
 import areal_agents
 
 MARKER = "AREAL_RAY_FOLDER"
-"""Names the folder of the private Ray that a process belongs to; every process inherits it from Ray's first ones."""
+"""Names the folder of the private Ray that a process belongs to: in the environment of its workers and all they start.
+
+It is never in the driver's own: what that starts meanwhile (W&B's process, for one) would seem to be Ray's.
+"""
+_SPEC = importlib.util.find_spec("ray")
+_RAY = str(Path(_SPEC.origin).parent) if _SPEC is not None and _SPEC.origin else "no Ray"
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 3.0
 _ROUNDS = 20
@@ -42,9 +48,15 @@ def of(folder: str) -> set[Process]:
 
 def _belongs(entry: Path, folder: str) -> bool:
     environment = (entry / "environ").read_bytes()
-    if environment.strip(b"\0"):
-        return f"{MARKER}={folder}".encode() in environment.split(b"\0")
-    # Its title was written over it, as Ray does: then by its log files, which lie there.
+    if f"{MARKER}={folder}".encode() in environment.split(b"\0"):
+        return True
+    command = (entry / "cmdline").read_bytes()
+    of_ray = f"{_RAY}/".encode() in command
+    if of_ray and f"{folder}/".encode() in command.replace(b"\0", b"/"):  # the folder, or something in it
+        return True
+    if environment.strip(b"\0") and not command.startswith(b"ray"):
+        return False
+    # Ray wrote its title over both: then by its log files, which lie there.
     for file in (entry / "fd").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile
             if os.readlink(file).startswith(f"{folder}/"):

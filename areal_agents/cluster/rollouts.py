@@ -22,7 +22,8 @@ from typing import Any, Self
 import ray
 from ray.exceptions import RayError
 
-from areal_agents.cluster.actors import ActorLost, WatchedActor
+from areal_agents.cluster.actors import ActorLost, ActorSilent, WatchedActor
+from areal_agents.cluster.engines import unplaced
 from areal_agents.cluster.failures import Failure
 from areal_agents.cluster.places import Places
 from areal_agents.cluster.worker import Events, Played, RolloutWorker
@@ -108,6 +109,8 @@ class RolloutWorkers:
         self._workers: dict[int, _Worker] = {}
         self._leaving: set[_Worker] = set()
         self._restarts: dict[int, asyncio.Task[None]] = {}
+        self._growing = 0
+        self._dropped: ArealError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._resizing = asyncio.Lock()
 
@@ -136,12 +139,13 @@ class RolloutWorkers:
     async def resize(self, workers: int) -> None:
         """Grow, or shrink: the newest workers get no more episodes and end, in the background, when theirs are over.
 
-        Returns once new workers play. Raises ConfigError below 1 worker, and what ``__aenter__`` raises.
+        Workers that are being restarted go first. Returns once new workers play. Raises ConfigError below 1 worker, and
+        what ``__aenter__`` raises.
         """
         if workers < 1:
             raise ConfigError(f"rollout workers = {workers} must be at least 1")
         async with self._resizing:
-            have = sorted({*self._workers, *self._restarts})
+            have = sorted({*self._workers, *self._restarts}, key=lambda i: (i not in self._workers, i))
             for index in have[workers:]:
                 await self._remove(index)
             for worker in await self._grow(max(workers - len(have), 0)):
@@ -221,11 +225,18 @@ class RolloutWorkers:
 
     async def _grow(self, n: int) -> list[_Worker]:
         """``n`` more workers, started at once, all or none. Raises the first error."""
-        tried = await asyncio.gather(*(self._launch(next(self._indices)) for _ in range(n)), return_exceptions=True)
+        self._growing += n
+        launches = (self._launch(next(self._indices)) for _ in range(n))
+        try:
+            tried = await asyncio.gather(*launches, return_exceptions=True)
+        finally:
+            self._growing -= n
+            self._require_any()
         started = [worker for worker in tried if isinstance(worker, _Worker)]
         for error in tried:
             if isinstance(error, BaseException):
                 await asyncio.gather(*(self._end(worker) for worker in started))
+                self._require_any()
                 raise error
         for worker in started:
             if not worker.actor.reason:
@@ -236,8 +247,11 @@ class RolloutWorkers:
         """Start worker ``index``; its places are not offered yet. Raises SandboxUnavailable, WorkerLost."""
         handle = ray.remote(RolloutWorker).options(**self._options).remote(self._engine)
         actor = WatchedActor(handle, f"rollout worker {index}", hang_seconds=self._hang, interval=self._interval)
+        end = time.monotonic() + self._start_seconds
         try:
-            node, pid = await actor.call("start", self._env, self._sandbox, seconds=self._start_seconds)
+            await self._placed(actor)
+            left = max(end - time.monotonic(), 1.0)
+            node, pid = await actor.call("start", self._env, self._sandbox, seconds=left)
         except ActorLost as error:
             await actor.end("it did not start")
             raise WorkerLost(f"{error}: `ray status` shows what is free, `ray logs` what it wrote") from error
@@ -248,6 +262,15 @@ class RolloutWorkers:
         actor.on_lost = lambda: self._lost(worker)
         actor.watch(node, pid, lambda events: self._repeat(worker, events))
         return worker
+
+    async def _placed(self, actor: WatchedActor) -> None:
+        """Wait until it runs. Raises WorkerLost where no node has what it asks for."""
+        try:
+            await actor.call("ping", seconds=self._start_seconds)
+        except ActorSilent as error:
+            asked = {"CPU": self._options["num_cpus"], **(self._options.get("resources") or {})}
+            said = await unplaced("a rollout worker", asked, self._start_seconds, str(error))
+            raise WorkerLost(f"{said}. Lower cluster.rollout_workers or cluster.worker_cpus, or add nodes") from error
 
     def _lost(self, worker: _Worker) -> None:
         self._places.remove(worker)
@@ -291,16 +314,20 @@ class RolloutWorkers:
     def _drop(self, index: int, error: ArealError) -> None:
         del self._restarts[index]
         self._event("worker_dropped", worker=index, reason=str(error))
-        if not self._workers and not self._restarts:
-            failure = FailureBudgetError(f"the last rollout worker is gone: {error}")
-            failure.__cause__ = error
+        self._dropped = error
+        self._require_any()
+
+    def _require_any(self) -> None:
+        """Every play fails where a worker was dropped and none plays, is restarted or is being added."""
+        if self._dropped is not None and not (self._workers or self._restarts or self._growing):
+            failure = FailureBudgetError(f"the last rollout worker is gone: {self._dropped}")
+            failure.__cause__ = self._dropped
             self._places.fail(failure)
 
     async def _remove(self, index: int) -> None:
         restart, worker = self._restarts.pop(index, None), self._workers.pop(index, None)
         if restart is not None:
             await _cancel([restart])
-            worker = worker or self._workers.pop(index, None)  # it may have come up meanwhile
         if worker is not None:
             worker.leaving = True
             self._places.remove(worker)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import importlib.util
 import logging
 import os
@@ -45,6 +46,7 @@ T = TypeVar("T")
 
 _STOP_SECONDS = 30.0
 _PREFIX = "areal-ray"
+_LOCK = "areal.lock"
 _SOCKETS = len("/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store.12345")
 _SOCKET_PATH = 107
 """Longest path of a Unix socket on Linux."""
@@ -90,8 +92,9 @@ async def cluster(
     _require_ray()
     if object_store_gib < _LEAST_STORE:
         raise ConfigError(f"cluster.object_store_gib = {object_store_gib:g} is less than Ray's least, {_LEAST_STORE:g}")
+    variables = {"PYTHONPATH": _python_path(), **(env or {})}
     options: dict[str, Any] = {
-        "runtime_env": {"env_vars": {"PYTHONPATH": _python_path(), **(env or {})}},
+        "runtime_env": {"env_vars": variables},
         "namespace": f"{_PREFIX}-{os.getpid()}",
         "log_to_driver": False,
         "logging_level": logging.ERROR,
@@ -103,6 +106,7 @@ async def cluster(
             options["address"] = address
         else:
             folder = stack.enter_context(_private_folder())
+            variables[processes.MARKER] = str(folder)
             options |= {
                 "address": "local",  # whatever RAY_ADDRESS says
                 "num_cpus": num_cpus,
@@ -117,7 +121,7 @@ async def cluster(
         stack.callback(thread.stop)
         await _require_unconnected(thread, connect_seconds)
         stack.push_async_callback(_leave, thread, folder)
-        yield await _enter(thread, options, address, folder, connect_seconds)
+        yield await _enter(thread, options, address, connect_seconds)
 
 
 def _require_ray() -> None:
@@ -140,20 +144,16 @@ async def _require_unconnected(thread: _Thread, seconds: float) -> None:
         raise ConfigError("this process is connected to a Ray cluster already: leave that one first")
 
 
-async def _enter(
-    thread: _Thread, options: dict[str, Any], address: str, folder: Path | None, seconds: float
-) -> Cluster:
+async def _enter(thread: _Thread, options: dict[str, Any], address: str, seconds: float) -> Cluster:
     def init() -> Cluster:
         import ray
 
-        if folder is not None:
-            os.environ[processes.MARKER] = str(folder)
         try:
             ray.init(**options)
-        except ray.exceptions.RayError as error:  # a missing or wrong token, for example
+        except (OSError, RuntimeError, ValueError):
+            raise
+        except Exception as error:  # boundary: a wrong token is a RayError, and a node that starts too slowly no class
             raise ConnectionError(str(error)) from error
-        finally:
-            os.environ.pop(processes.MARKER, None)
         context = ray.get_runtime_context()
         return Cluster(str(context.gcs_address), context.get_node_id(), not address)
 
@@ -228,9 +228,11 @@ def _private_folder() -> Iterator[Path]:
     for stale in parent.glob(f"{_PREFIX}-*-*"):
         pid = stale.name.split("-")[2]
         with contextlib.suppress(OSError):
-            if pid.isdigit() and not Path(f"/proc/{pid}").exists() and stale.stat().st_uid == os.getuid():
+            if pid.isdigit() and not Path(f"/proc/{pid}").exists() and _left(stale):
                 shutil.rmtree(stale, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{os.getpid()}-", dir=parent))
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     reaper = processes.start_reaper(str(folder))
     try:
         yield folder
@@ -243,6 +245,19 @@ def _private_folder() -> Iterator[Path]:
             reaper.kill()
             reaper.wait()
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _left(folder: Path) -> bool:
+    """Whether ``folder`` is this user's, and no process holds its lock: one in another container has no pid here."""
+    if folder.stat().st_uid != os.getuid():
+        return False
+    with contextlib.suppress(FileNotFoundError), (folder / _LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 class _Thread:

@@ -273,7 +273,8 @@ class EngineProcess:
                 self._on_reply(p.decode(await stream.readexactly(size)))
         code = await self._process.wait()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._tasks[0]), 2.0)
+            async with asyncio.timeout(2.0):
+                await asyncio.shield(self._tasks[0])
         if not self._closing:
             self._fail_all(f"{self._lost or 'the engine worker ended with ' + _describe(code)}; {self._tail()}")
 

@@ -1,5 +1,5 @@
 """Ends the rest of a process group when its leader dies, by whatever death, and removes the leader's folder:
-``python guard.py FOLDER``, its stdin a pipe that only the leader holds open. Standard library only: it runs as a script.
+``python guard.py FOLDER``, its stdin a pipe that only the leader holds open. Standard library only: it is a script.
 
 Python's resource tracker is spared: it ends by itself once the others are gone, and then frees their shared memory.
 """

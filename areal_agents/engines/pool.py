@@ -179,8 +179,9 @@ class EnginePool:
     async def resize(self, replicas: int) -> None:
         """Grow or shrink to ``replicas`` while requests and updates go on.
 
-        Growth returns when the new replicas serve the current weights, or wait for the next update; it raises the first
-        error of ``start`` once all have settled, and keeps those that started. Shrinkage takes replicas that do not
+        Growth returns when the new replicas serve the current weights, or, where those are gone, wait for the next
+        update; it raises the first error of a start, or of a replica that refuses the weights, once all have settled,
+        and keeps those that started. Shrinkage takes replicas that do not
         serve first, then those with the fewest sessions, and returns when they have ended; a drain that was begun goes
         on where the caller is cancelled. Raises ConfigError for less than one replica.
         """
@@ -233,7 +234,10 @@ class EnginePool:
         return self._replicas.of(session)
 
     async def _load(self, replica: Replica) -> bool:
-        """Whether a fresh ``replica`` now serves the current weights. Raises EngineError where it failed for good."""
+        """Whether a fresh ``replica`` serves the current weights; False where they are gone, and the next will do.
+
+        Raises EngineError where it failed for good, or refuses weights that others serve.
+        """
         if self._threads:
             await replica.engine.set_threads(self._threads)
         async with self._updates:  # between updates the acknowledged weights are whole, or known not to be
@@ -244,10 +248,7 @@ class EnginePool:
                 return False
             error = await replica.load(ref, mode="inflight", kv="recompute")
         if isinstance(error, EngineError):
-            if replica.engine.failed:
-                raise error
-            self._event("weights_lost", replica=replica.index, version=ref.version, reason=str(error))
-            return False
+            raise error
         return True
 
     async def _update(self, update: PoolUpdate) -> UpdateReport:

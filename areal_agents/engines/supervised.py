@@ -298,7 +298,8 @@ class SupervisedEngine:
         """Ask for health while calls are pending, and look for the process while none is; ends with the life."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._busy.wait(), self._interval)
+                async with asyncio.timeout(self._interval):  # not wait_for, which may swallow a cancellation
+                    await self._busy.wait()
             if self._pending and not await lives(life.engine, self._hang):
                 self._lose(life, f"the engine gave no sign of health for {self._hang:g} s with {self._pending} calls")
                 return
@@ -364,6 +365,7 @@ class SupervisedEngine:
                 if not update.applied.done():  # else its caller gave up, and may refill the buffer
                     self._acknowledged(ref)
                     update.applied.set_result(report)
+                if not update.applied.cancelled() and update.applied.exception() is None:
                     return
             elif self._update is None and self._ref_valid:
                 return

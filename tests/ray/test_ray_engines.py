@@ -305,6 +305,10 @@ class Caller:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
 
+    async def cut(self) -> None:
+        """What a broken connection does: a call fails as if the actor were dead."""
+        self.engine._bound._actor.lose("the way there is broken")
+
     async def ask(self, tokens: int, session: str) -> Any:
         try:
             done = await self.engine.generate(Prompt((1, 2, 3)), Sampling(tokens), session=session, deadline=60)
@@ -319,6 +323,8 @@ def test_workers_call_the_pool_and_everybody_is_told_when_its_actor_dies(session
         before = set(session.processes("ray::PoolActor"))
         pool = await RemotePool.start(settings(folder, replicas=1), event=lambda kind, **fields: None)
         caller = ray.remote(Caller).options(num_cpus=0).remote(pool)
+        assert await caller.ask.remote(5, "a") == (0, 5, 0, 256)
+        await caller.cut.remote()
         assert await caller.ask.remote(5, "a") == (0, 5, 0, 256)
         engines = set(session.processes("ray::EngineActor"))
         waiting = caller.ask.remote(240, "b")

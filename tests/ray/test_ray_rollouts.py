@@ -20,7 +20,14 @@ from areal_agents.cluster.failures import RemoteCause
 from areal_agents.engine import Sampling
 from areal_agents.engines.spec import EngineSpec
 from areal_agents.episode import Limits
-from areal_agents.errors import EnvError, FailureBudgetError, RewardError, SandboxError, SandboxUnavailable
+from areal_agents.errors import (
+    EnvError,
+    FailureBudgetError,
+    RewardError,
+    SandboxError,
+    SandboxUnavailable,
+    WorkerLost,
+)
 from areal_agents.player import PlayerSpec
 from areal_agents.rollout import EpisodeRunner, FailureBudget
 from areal_agents.types import Task, Trajectory
@@ -361,6 +368,54 @@ def test_the_last_worker_lost_too_often_ends_the_run_and_its_programs(fleet: Fle
 
     assert wait_gone(fleet.run(lose()), 10) == []
     assert [len(fleet.named(kind)) for kind in ("worker_lost", "worker_dropped", "worker_restarted")] == [1, 1, 0]
+
+
+def test_a_worker_that_cannot_come_back_is_the_first_to_go(fleet: Fleet) -> None:
+    recipe = spec(fleet)
+
+    async def shrink() -> None:
+        workers = RolloutWorkers(fleet.engine, recipe.env, workers=2, event=fleet.event, num_cpus=0)
+        async with workers:
+            pids = dict(workers.pids)
+            workers._options["resources"] = {"a_node_that_is_gone": 1}
+            os.kill(pids[0], signal.SIGKILL)
+            await fleet.until(lambda: len(workers.pids) == 1)
+            await workers.resize(1)
+            assert workers.pids == {1: pids[1]}
+            played = await workers.player(recipe).play(tasks()[0], id="a", group="g", seed=0)
+            assert played.turns
+
+    fleet.run(shrink())
+    assert [fields["worker"] for fields in fleet.named("worker_removed")] == [0]
+
+
+def test_the_last_worker_may_be_lost_while_another_one_is_added(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = spec(fleet)
+
+    async def grow(workers: RolloutWorkers) -> None:
+        going, launch = asyncio.Event(), workers._launch
+
+        async def held(index: int) -> Any:
+            await going.wait()
+            return await launch(index)
+
+        async with workers:
+            monkeypatch.setattr(workers, "_launch", held)
+            growth = asyncio.create_task(workers.resize(2))
+            await asyncio.sleep(0)
+            os.kill(workers.pids[0], signal.SIGKILL)
+            playing = asyncio.create_task(workers.player(recipe).play(tasks()[0], id="a", group="g", seed=0))
+            await fleet.until(lambda: bool(fleet.named("worker_dropped")))
+            going.set()
+            await growth
+            with contextlib.suppress(WorkerLost):  # it may have been on the lost one
+                assert (await playing).turns
+            assert (await workers.player(recipe).play(tasks()[0], id="b", group="g", seed=0)).turns
+
+    async def begin() -> None:
+        await grow(RolloutWorkers(fleet.engine, recipe.env, workers=1, event=fleet.event, num_cpus=0, max_restarts=0))
+
+    fleet.run(begin())
 
 
 def is_program(pid: int) -> bool:

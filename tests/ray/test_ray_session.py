@@ -41,16 +41,26 @@ asyncio.run(main())
 DRIVER = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born with it ignored
-import asyncio, sys
+import asyncio, os, sys, threading
+from areal_agents.cluster.processes import MARKER
 from areal_agents.cluster.pool import PoolSettings, RemotePool
 from areal_agents.cluster.session import cluster
 from areal_agents.engines.spec import EngineSpec
 
+seen = []
+
+def look():
+    while not seen:
+        if MARKER in os.environ:
+            seen.append("in the driver's environment")
+
 async def main():
+    threading.Thread(target=look, daemon=True).start()
     async with cluster(num_cpus=8, object_store_gib=0.1):
+        seen.append("ready")
         spec = EngineSpec("transformers", sys.argv[1], {"precision": "fp32", "max_context": 256})
         async with await RemotePool.start(PoolSettings(spec, 1), event=lambda kind, **fields: None):
-            print("ready", flush=True)
+            print(seen[0], flush=True)
             await asyncio.sleep(600)
 
 asyncio.run(main())

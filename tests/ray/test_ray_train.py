@@ -180,7 +180,7 @@ def test_a_run_outlives_every_part_of_it(tmp_path: Path, mark: str) -> None:
     check_lineage(c, all_tasks=False)
     told = Counter(e["kind"] for e in events(c))
     assert min(told["engine_lost"], told["engine_restarted"], told["worker_lost"], told["worker_restarted"]) >= 2
-    assert told["learner_replaced"] >= 1
+    assert told["learner_lost"] >= told["learner_replaced"] >= 1
     assert told["resumed"] == 3  # after the learner, the pool and the driver
     reasons = [e["reason"] for e in events(c) if e["kind"] in ("engine_lost", "worker_lost", "learner_replaced")]
     assert all(reasons)
