@@ -370,8 +370,8 @@ def test_the_last_worker_lost_too_often_ends_the_run_and_its_programs(fleet: Fle
     assert [len(fleet.named(kind)) for kind in ("worker_lost", "worker_dropped", "worker_restarted")] == [1, 1, 0]
 
 
-def test_a_worker_that_cannot_come_back_is_the_first_to_go(fleet: Fleet) -> None:
-    recipe = spec(fleet)
+def test_a_worker_that_cannot_come_back_is_the_first_to_go(fleet: Fleet, tmp_path: Path) -> None:
+    recipe = spec(fleet, kwargs={"folder": str(tmp_path)})
 
     async def shrink() -> None:
         workers = RolloutWorkers(fleet.engine, recipe.env, workers=2, event=fleet.event, num_cpus=0)
@@ -389,8 +389,10 @@ def test_a_worker_that_cannot_come_back_is_the_first_to_go(fleet: Fleet) -> None
     assert [fields["worker"] for fields in fleet.named("worker_removed")] == [0]
 
 
-def test_the_last_worker_may_be_lost_while_another_one_is_added(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = spec(fleet)
+def test_the_last_worker_may_be_lost_while_another_one_is_added(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = spec(fleet, kwargs={"folder": str(tmp_path)})
 
     async def grow(workers: RolloutWorkers) -> None:
         going, launch = asyncio.Event(), workers._launch
