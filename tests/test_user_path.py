@@ -32,7 +32,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 ID = "scales_env/Boxes-v0"
 TURNS = ("--max-turn-tokens", "40", "--max-turns", "4", "--max-context", "384")
 SMALL = (
-    "--steps", "2", "--eval.n", "4", "--warm_start.demonstrations", "16", "--rollout.groups", "2",
+    "--steps", "2", "--eval.n", "4", "--warm_start.demonstrations", "8", "--rollout.groups", "2",
     "--rollout.group_size", "2", "--rollout.concurrency", "4", "--rollout.max_turn_tokens", "40",
 )  # fmt: skip
 
@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 def run(command: Sequence[str | Path], cwd: Path, *, code: int = 0) -> str:
     """The standard output of ``command``, in an environment that knows nothing of the checkout."""
-    hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTEST_ADDOPTS", "PYTEST_PLUGINS")
+    hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONDONTWRITEBYTECODE")
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
     started = time.perf_counter()
     done = subprocess.run(
@@ -149,7 +149,7 @@ def train_it(user: User) -> None:
     ]  # fmt: skip
     assert (user.folder / "runs" / "first" / "model" / "model.safetensors").stat().st_size > 200_000_000
     demonstrations, trained = user.saved("demonstration"), user.saved("train")
-    assert [t.reward for t in demonstrations] == [1.0] * 16
+    assert [t.reward for t in demonstrations] == [1.0] * 8
     assert len(trained) == 8  # 2 steps of 2 groups of 2
     assert {t.reward for t in trained} <= {0.0, 0.2, 0.4, 1.0}  # a right answer, or the edited credit for a box or two
     for t in trained:
@@ -193,9 +193,9 @@ def rescore_it(user: User) -> None:
     """Another edit, on the saved episodes: a right answer now pays 0.9. A replay notices it too."""
     user.edit("scales_env/rubric.py", "max(solved,", "max(0.9 * solved,")
     demonstrations = rescored(user, "demonstration")
-    assert (demonstrations["scored"], demonstrations["failed"]) == (16, 0)
+    assert (demonstrations["scored"], demonstrations["failed"]) == (8, 0)
     assert (demonstrations["old"]["mean"], demonstrations["new"]["mean"]) == (1.0, pytest.approx(0.9))
-    assert (demonstrations["pass_old"], demonstrations["pass_new"], demonstrations["episodes_flipped"]) == (1.0, 0, 16)
+    assert (demonstrations["pass_old"], demonstrations["pass_new"], demonstrations["episodes_flipped"]) == (1.0, 0, 8)
     trained, now = user.saved("train"), rescored(user, "train")
     expected = [0.9 if t.reward == 1.0 else t.reward for t in trained]
     assert now["old"]["mean"] == pytest.approx(sum(t.reward for t in trained) / 8)
