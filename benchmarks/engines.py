@@ -1,6 +1,6 @@
 """Tokens per second of ``vllm``, bare ``AsyncLLM``, ``transformers`` and ``generate``, and what a weight update costs.
 
-    python benchmarks/engines.py [--json benchmarks/results/engines.json]      # needs `make vllm`; about 40 minutes
+    python benchmarks/engines.py [--json benchmarks/results/engines.json]      # needs `make vllm`; an hour or more
     python benchmarks/engines.py --quick                                       # vllm and AsyncLLM at concurrency 8
 
 Two-turn episodes that share their system prompt: 32 tokens, a tool's answer, 32 tokens. Each side is a process of its

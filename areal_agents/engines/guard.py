@@ -19,8 +19,10 @@ _SECONDS = 5.0
 
 
 def members(group: int) -> list[int]:
-    """Process ids of the living members of a process group."""
-    out = []
+    """Process ids of the living members of a process group; none are known where there is no /proc (macOS)."""
+    out: list[int] = []
+    if not os.path.isdir("/proc"):
+        return out
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with contextlib.suppress(OSError):

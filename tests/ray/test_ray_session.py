@@ -41,7 +41,7 @@ asyncio.run(main())
 DRIVER = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born with it ignored
-import asyncio, os, sys, threading
+import asyncio, os, sys, threading, time
 from areal_agents.cluster.processes import MARKER
 from areal_agents.cluster.pool import PoolSettings, RemotePool
 from areal_agents.cluster.session import cluster
@@ -53,6 +53,7 @@ def look():
     while not seen:
         if MARKER in os.environ:
             seen.append("in the driver's environment")
+        time.sleep(0.001)
 
 async def main():
     threading.Thread(target=look, daemon=True).start()
