@@ -22,6 +22,7 @@ from areal_agents.batch import Row
 from areal_agents.config import TrainConfig
 from areal_agents.cores import Cores, split_cores
 from areal_agents.engine import Engine, Transport
+from areal_agents.engines.family import Shape
 from areal_agents.engines.pool import EnginePool
 from areal_agents.engines.replica import SupervisedSettings
 from areal_agents.engines.restartable import Restartable, Threaded
@@ -157,6 +158,8 @@ def engine_spec(config: TrainConfig, model: Path, *, threads: int, alone: bool) 
             "tensor_parallel_size": e.tensor_parallel,
             "bind": "auto" if alone else "nobind",
         }
+    else:
+        options["shape"] = Shape.read(model, config.model.max_context)
     return EngineSpec(e.kind, str(model.absolute()), options)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from areal_agents.engine import Sampling
@@ -111,8 +111,8 @@ def best(function: Callable[[], Any], repeats: int = 7) -> float:
 
 def linear_shapes(shape: Shape) -> list[tuple[int, int, int]]:
     """(how many, inputs, outputs) of the linear layers that one step computes."""
-    c, keyed = shape.config, (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    n, hidden, inner = shape.layers, shape.hidden, c.intermediate_size
+    keyed = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    n, hidden, inner = shape.layers, shape.hidden, shape.parameters["model.layers.0.mlp.gate_proj.weight"][0]
     return [
         (n, hidden, keyed), (n, shape.heads * shape.head_dim, hidden), (n, hidden, 2 * inner), (n, inner, hidden),
         (1, hidden, shape.vocabulary),
@@ -147,7 +147,7 @@ def main() -> None:
     model, threads = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
-    shape = Shape.of(AutoConfig.from_pretrained(model), 512)
+    shape = Shape.read(model, 512)
     tensors = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).state_dict()
     weights = Weights.build(shape, tensors, torch.bfloat16)
     decoder = TimedDecoder(shape, weights, torch.bfloat16, max_batch=max(BATCHES), max_context=512)

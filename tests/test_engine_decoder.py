@@ -20,11 +20,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
     "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama3_rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "yarn_rope": ("qwen3", {"rope_parameters": YARN_ROPE}),
     "llama_no_groups": ("llama", {"num_key_value_heads": 6}),
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", {}),

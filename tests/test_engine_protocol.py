@@ -12,7 +12,9 @@ import pytest
 
 from areal_agents.engine import Sampling, UpdateReport
 from areal_agents.engines import protocol as p
+from areal_agents.engines.family import Shape
 from areal_agents.types import Completion
+from tests.tiny_models import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,7 @@ from areal_agents.types import Completion
         p.Generate(1, "s", (1, 2), Sampling(3, stop_ids=(2,), seed=4)),
         p.Done(1, Completion((5,), (-0.5,), (7,), "stop")),
         p.Updated(2, UpdateReport(3, 0.1, 4, 5)),
-        p.Settings("folder", "bf16", 1, 2, 3, 4, 5),
+        p.Settings("folder", Shape.of(tiny_config(), 64), "bf16", 1, 2, 3, 4, 5),
     ],
 )
 def test_a_frame_round_trips_and_a_cut_one_is_the_end(message: p.Command | p.Reply | p.Settings) -> None:

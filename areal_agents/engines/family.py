@@ -1,10 +1,14 @@
-"""The model families the decoder computes: their shape, parameter names and rotary tables, read from transformers."""
+"""The model families the decoder computes: their shape, parameter names and rotary tables, read from transformers.
+
+A ``Shape`` is a plain value: who has transformers reads it, and the engine's worker starts without, three times sooner.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +29,8 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 class Shape:
     """Sizes of one model. ``parameters`` maps every parameter's name to its shape."""
 
-    config: Any
+    family: str
+    """transformers' ``model_type``."""
     layers: int
     hidden: int
     heads: int
@@ -37,16 +42,33 @@ class Shape:
     tied: bool
     qk_norm: bool
     parameters: Mapping[str, tuple[int, ...]]
+    frequencies: tuple[float, ...]
+    """Of the rotary embedding, in radians a position: [head_dim / 2]."""
+    rotary_scale: float
+    """What its cos and sin are multiplied by."""
+
+    @classmethod
+    def read(cls, model: str | Path, max_context: int) -> Shape:
+        """Of a folder or hub id. Raises ModelError where there is no model, or none that the decoder computes."""
+        import transformers  # seconds: only who reads a shape pays for it
+
+        try:
+            config = transformers.AutoConfig.from_pretrained(model)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{model} cannot be read as a model: {error}") from error
+        return cls.of(config, max_context)
 
     @classmethod
     def of(cls, config: Any, max_context: int) -> Shape:
         """Read a transformers config. Raises ModelError where the decoder would compute something else."""
         _refuse_unsupported(config, max_context)
+        module, name = SUPPORTED[config.model_type]
+        rotary = getattr(importlib.import_module(module), name)(config=config)
         heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         return cls(
-            config=config,
+            family=config.model_type,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             heads=heads,
@@ -58,6 +80,8 @@ class Shape:
             tied=bool(config.tie_word_embeddings),
             qk_norm=config.model_type == "qwen3",
             parameters=_parameters(config, heads, kv_heads, head_dim),
+            frequencies=tuple(rotary.inv_freq.tolist()),
+            rotary_scale=float(rotary.attention_scaling),
         )
 
     def complete(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -71,7 +95,7 @@ class Shape:
         unknown = sorted(out.keys() - self.parameters.keys())
         if missing or unknown:
             raise EngineError(
-                f"weights do not fit the served {self.config.model_type} model: "
+                f"weights do not fit the served {self.family} model: "
                 f"{len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
             )
         for name, shape in self.parameters.items():
@@ -85,10 +109,9 @@ class Shape:
         Queries carry the attention scale; sin carries the sign of rotate-half, so that rotating is
         x·cos + roll(x, head_dim/2)·sin.
         """
-        module, name = SUPPORTED[self.config.model_type]
-        embedding = getattr(importlib.import_module(module), name)(config=self.config)
-        cos, sin = embedding(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None])
-        cos, sin = cos[0].float(), sin[0].float()
+        angles = torch.arange(length, dtype=torch.float32)[:, None] * torch.tensor(self.frequencies)
+        angles = torch.cat([angles, angles], -1)
+        cos, sin = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
         half = self.head_dim // 2
         sin = torch.cat([-sin[:, :half], sin[:, half:]], -1)
         scale = torch.ones(self.heads + self.kv_heads, 1)
@@ -144,7 +167,7 @@ def _refuse_unsupported(config: Any, max_context: int) -> None:
         raise ModelError(f"the transformers engine does not compute rotary embeddings of this kind: {rope}")
     window = getattr(config, "sliding_window", None)
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or kind == "mistral"
-    if sliding and window is not None and window < max_context:
+    if sliding and window is not None and window < min(max_context, config.max_position_embeddings):
         raise ModelError(
             f"the model attends to a sliding window of {window} tokens, which the engine does not compute: "
             f"set max_context (now {max_context}) to {window} or less"

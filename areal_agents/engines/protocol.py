@@ -11,10 +11,13 @@ from __future__ import annotations
 import pickle
 import struct
 from dataclasses import dataclass
-from typing import BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 
 from areal_agents.engine import Health, KVPolicy, Sampling, UpdateMode, UpdateReport, WeightsRef
 from areal_agents.types import Completion, Ids
+
+if TYPE_CHECKING:
+    from areal_agents.engines.family import Shape
 
 HEADER = struct.Struct("!Q")
 
@@ -24,6 +27,7 @@ class Settings:
     """What the worker needs to start; the first message it reads."""
 
     model: str
+    shape: Shape
     precision: Literal["bf16", "fp32"]
     max_batch: int
     kv_tokens: int

@@ -7,10 +7,12 @@ What it waits for, and until when, is in ``areal_agents.engines.client``.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from areal_agents.engines import protocol as p
 from areal_agents.engines.client import EngineProcess, environment, require_positive
+from areal_agents.engines.family import Shape
 from areal_agents.precision import Precision, resolve_precision
 
 
@@ -34,12 +36,14 @@ class TransformersEngine(EngineProcess):
         max_context: int = 2048,
         threads: int = 1,
         seed: int = 0,
+        shape: Shape | None = None,
     ) -> TransformersEngine:
         """Start a worker that serves ``model`` (a local folder or a hub id) as version 0.
 
         max_batch: sequences decoded at once. kv_tokens: bound on tokens whose KV is kept, running requests (prompt and
         max_tokens) and idle sessions together. max_context: longest prompt plus completion, cut to what the model's
         positions allow. threads: cores of the worker. seed: of the engine's generator, for requests without their own.
+        shape: the model's, for a caller who has read it: only reading it takes transformers.
 
         The batch's KV is address space of max_batch x max_context tokens; a page costs memory once it was used.
         Raises ConfigError on a setting out of range, ModelError where the model cannot be loaded or computed,
@@ -47,9 +51,12 @@ class TransformersEngine(EngineProcess):
         """
         require_positive(max_batch=max_batch, kv_tokens=kv_tokens, max_context=max_context, threads=threads)
         dtype = resolve_precision(precision)
+        if shape is None:
+            shape = await asyncio.to_thread(Shape.read, model, max_context)
         settings = p.Settings(
-            str(model), "bf16" if dtype.itemsize == 2 else "fp32", max_batch, kv_tokens, max_context, threads, seed
-        )
+            str(model), shape, "bf16" if dtype.itemsize == 2 else "fp32", max_batch, kv_tokens, max_context, threads,
+            seed,
+        )  # fmt: skip
         return await cls.launch(settings, _environment(threads))
 
     async def set_threads(self, threads: int) -> None:

@@ -27,7 +27,9 @@ from areal_agents.errors import ArealError
 from areal_agents.malloc import trim
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from collections.abc import Mapping
+
+    from torch import Generator, Tensor, dtype
 
     from areal_agents.engines.decoder import Decoder, Weights
     from areal_agents.engines.family import Shape
@@ -263,29 +265,35 @@ def _read(commands: BinaryIO, inbox: Inbox) -> None:
 
 def _build(settings: p.Settings, inbox: Inbox, replies: BinaryIO) -> tuple[Worker, int]:
     import torch
-    import transformers
 
     from areal_agents.engines.decoder import Decoder, Weights
-    from areal_agents.engines.family import Shape
     from areal_agents.engines.sampler import Sampler
     from areal_agents.engines.scheduler import Scheduler
     from areal_agents.precision import resolve_precision
 
     torch.set_num_threads(settings.threads)
-    transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(settings.model)
-    max_context = min(settings.max_context, config.max_position_embeddings)
-    shape = Shape.of(config, max_context)
+    shape = settings.shape
+    max_context = min(settings.max_context, shape.positions)
     dtype = resolve_precision(settings.precision)
-    model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
-    weights = Weights.build(shape, model.state_dict(), dtype)
-    del model
+    weights = Weights.build(shape, _parameters(settings, dtype), dtype)
     trim()
     decoder = Decoder(shape, weights, dtype, max_batch=settings.max_batch, max_context=max_context)
     scheduler = Scheduler(decoder, max_batch=settings.max_batch, kv_tokens=settings.kv_tokens, max_context=max_context)
     updater = Updater(shape, decoder, inbox)
     updater.start()
     return Worker(decoder, scheduler, Sampler(settings.seed), inbox, replies, updater), max_context
+
+
+def _parameters(settings: p.Settings, dtype: dtype) -> Mapping[str, Tensor]:
+    from areal_agents.engines.checkpoint import read_parameters
+
+    tensors = read_parameters(settings.model, settings.shape)
+    if tensors is None:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        tensors = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).state_dict()
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def main() -> int:
