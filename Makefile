@@ -3,7 +3,7 @@
 # make test                   set-up, lint, types and tests
 # make vllm                   vLLM (the CPU build, unless there is a GPU) into .venv, and its tests
 # make ray                    Ray into .venv, and its tests
-# make ci                     test, vllm, ray: everything, one after the other, with durations
+# make ci                     set-up, test, vllm, ray: everything, one after the other, with durations
 # make clean                  remove .venv and caches
 #
 # PYTHON=…      the interpreter to make .venv with (3.11 or newer)
@@ -173,12 +173,15 @@ ray: .venv/.ray
 	$(PY) -c 'import ray'  # its test modules skip themselves without: here that would be a failure
 	$(PY) -m pytest -m "ray and not gpu" --durations=15 tests
 
-# One after the other, also with make -j: two heavy suites at once would starve each other.
+# One after the other, also with make -j: two heavy suites at once would starve each other. Set-up is timed on its own.
 ci:
-	@for part in test vllm ray; do
-	  start=$$SECONDS
-	  $(MAKE) --no-print-directory $$part
-	  echo "ci: $$part took $$((SECONDS - start)) s, $$SECONDS s in all"
+	@took=()
+	trap 'printf "ci: %s\n" "$${took[@]}" "$$SECONDS s in all"' EXIT
+	for part in .venv/.setup-dev test .venv/.vllm vllm .venv/.ray ray; do
+	  start=$$SECONDS code=0
+	  $(MAKE) --no-print-directory $$part || code=$$?
+	  took+=("$$(printf '%5d s  %s' $$((SECONDS - start)) "$$part")")
+	  (( code == 0 )) || { took+=("failed: $$part"); exit $$code; }
 	done
 
 clean:

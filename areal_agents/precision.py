@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from areal_agents.errors import ConfigError
 
+if TYPE_CHECKING:
+    import torch  # seconds: a process that only starts an engine does without
+
 Precision = Literal["auto", "bf16", "fp32"]
+Format = Literal["bf16", "fp32"]
 
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
@@ -34,22 +36,29 @@ def has_bf16_cpu(flags: frozenset[str] | None = None) -> bool:
     return not _BF16_FLAGS.isdisjoint(cpu_flags() if flags is None else flags)
 
 
-def resolve_precision(precision: Precision = "auto", *, gpu: bool = False) -> torch.dtype:
-    """``bf16`` and ``fp32`` as asked; ``auto`` is bfloat16 on a GPU and where the CPU computes in it, else float32.
+def number_format(precision: Precision = "auto", *, gpu: bool = False) -> Format:
+    """``bf16`` and ``fp32`` as asked; ``auto`` is bf16 on a GPU and where the CPU computes in it, else fp32.
 
     Raises ConfigError for any other name.
     """
     if precision == "auto":
-        return torch.bfloat16 if gpu or has_bf16_cpu() else torch.float32
-    if precision == "bf16":
-        return torch.bfloat16
-    if precision == "fp32":
-        return torch.float32
+        return "bf16" if gpu or has_bf16_cpu() else "fp32"
+    if precision in ("bf16", "fp32"):
+        return precision
     raise ConfigError(f"precision must be auto, bf16 or fp32, got {precision!r}")
+
+
+def resolve_precision(precision: Precision = "auto", *, gpu: bool = False) -> torch.dtype:
+    """``number_format`` as torch has it: bfloat16 or float32."""
+    import torch
+
+    return torch.bfloat16 if number_format(precision, gpu=gpu) == "bf16" else torch.float32
 
 
 def resolve_device(device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:
     """``auto``: the first GPU it may use, else the CPU. Raises ConfigError for a GPU that is not there."""
+    import torch
+
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "learner.device = 'cuda', but torch sees no GPU here: use 'cpu', or install torch's CUDA build and check "

@@ -34,6 +34,7 @@ import httpx
 from areal_agents.chat import ChatFormat
 from areal_agents.engines.guard import killable, members
 from areal_agents.errors import ConfigError, EngineError
+from areal_agents.precision import Precision, number_format
 from areal_agents.served_template import served_template
 
 INSTALL = 'pip install "areal-agents[vllm]" (a GPU), or see docs/engines.md for the build for processors'
@@ -137,12 +138,10 @@ def write_files(fmt: ChatFormat, folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(stops), encoding="utf-8")
 
 
-def _dtype(precision: Literal["auto", "bf16", "fp32"], *, cpu: bool) -> str:
+def _dtype(precision: Precision, *, cpu: bool) -> str:
     if precision == "auto" and not cpu:
         return "auto"
-    from areal_agents.precision import resolve_precision  # imports torch
-
-    return "bfloat16" if resolve_precision(precision).itemsize == 2 else "float32"
+    return "bfloat16" if number_format(precision) == "bf16" else "float32"
 
 
 def free_port(host: str, port: int) -> int:

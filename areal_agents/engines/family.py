@@ -9,12 +9,12 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from areal_agents.errors import EngineError, ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUPPORTED = {
     "llama": ("transformers.models.llama.modeling_llama", "LlamaRotaryEmbedding"),
@@ -109,6 +109,8 @@ class Shape:
         Queries carry the attention scale; sin carries the sign of rotate-half, so that rotating is
         x·cos + roll(x, head_dim/2)·sin.
         """
+        import torch
+
         angles = torch.arange(length, dtype=torch.float32)[:, None] * torch.tensor(self.frequencies)
         angles = torch.cat([angles, angles], -1)
         cos, sin = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale

@@ -13,7 +13,7 @@ from pathlib import Path
 from areal_agents.engines import protocol as p
 from areal_agents.engines.client import EngineProcess, environment, require_positive
 from areal_agents.engines.family import Shape
-from areal_agents.precision import Precision, resolve_precision
+from areal_agents.precision import Precision, number_format
 
 
 class TransformersEngine(EngineProcess):
@@ -50,11 +50,11 @@ class TransformersEngine(EngineProcess):
         EngineError where the worker does not start.
         """
         require_positive(max_batch=max_batch, kv_tokens=kv_tokens, max_context=max_context, threads=threads)
-        dtype = resolve_precision(precision)
+        number = number_format(precision)
         if shape is None:
             shape = await asyncio.to_thread(Shape.read, model, max_context)
         settings = p.Settings(
-            str(model), shape, "bf16" if dtype.itemsize == 2 else "fp32", max_batch, kv_tokens, max_context, threads,
+            str(model), shape, number, max_batch, kv_tokens, max_context, threads,
             seed,
         )  # fmt: skip
         return await cls.launch(settings, _environment(threads))

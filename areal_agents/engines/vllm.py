@@ -38,7 +38,7 @@ from pathlib import Path
 from areal_agents.engines import protocol as p
 from areal_agents.engines.client import EngineProcess, environment, require_positive
 from areal_agents.errors import ConfigError
-from areal_agents.precision import Precision, resolve_precision
+from areal_agents.precision import Precision, number_format
 
 INSTALL = 'pip install "areal-agents[vllm]" (a GPU), or see docs/engines.md for the build for processors'
 
@@ -94,9 +94,9 @@ class VLLMEngine(EngineProcess):
             raise ConfigError(f"engine gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization:g}")
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError(f"the vllm engine needs vLLM, which is not installed: {INSTALL}")
-        dtype = resolve_precision(precision)
+        number = number_format(precision)
         settings = p.VLLMSettings(
-            str(model), "bf16" if dtype.itemsize == 2 else "fp32", max_batch, kv_tokens, max_context, seed,
+            str(model), number, max_batch, kv_tokens, max_context, seed,
             block_size, enforce_eager, gpu_memory_utilization, tensor_parallel_size,
         )  # fmt: skip
         sockets = Path(tempfile.mkdtemp(prefix="areal-vllm-"))
