@@ -10,7 +10,7 @@ import torch
 from areal_agents.engines.decoder import Decoder, Segment, Weights
 from areal_agents.engines.family import Shape
 from areal_agents.errors import EngineError, ModelError
-from tests.tiny_models import VOCABULARY, tiny_config, tiny_model
+from tests.tiny_models import VOCABULARY, settled, tiny_config, tiny_model
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -47,6 +47,20 @@ def random_ids(n: int, seed: int) -> list[int]:
 def reference(model: Any, ids: list[int]) -> torch.Tensor:
     logits: torch.Tensor = model(torch.tensor([ids])).logits[0]
     return logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rotary_tables_are_those_of_transformers(name: str) -> None:
+    kind, changes = MODELS[name]
+    model = tiny_model(kind, **changes)
+    shape, positions = Shape.of(model.config, 128), torch.arange(128)[None]
+    cos, sin = shape.rotary(128)
+    half = shape.head_dim // 2
+    want = settled(lambda: torch.stack(model.model.rotary_emb(torch.zeros(1), positions))[:, 0])
+    torch.testing.assert_close(cos[:, -1], want[0], atol=2e-7, rtol=0)  # the last head is a key's: not scaled
+    torch.testing.assert_close(sin[:, -1, half:], want[1][:, half:], atol=2e-7, rtol=0)
+    torch.testing.assert_close(sin[:, -1, :half], -want[1][:, :half], atol=2e-7, rtol=0)
+    torch.testing.assert_close(cos[:, 0], cos[:, -1] * shape.head_dim**-0.5)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -109,11 +109,14 @@ class Shape:
         Queries carry the attention scale; sin carries the sign of rotate-half, so that rotating is
         x·cos + roll(x, head_dim/2)·sin.
         """
+        import numpy as np
         import torch
 
-        angles = torch.arange(length, dtype=torch.float32)[:, None] * torch.tensor(self.frequencies)
-        angles = torch.cat([angles, angles], -1)
-        cos, sin = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
+        # The angles as transformers rounds them. Not torch's cos: on processors, a thread's first call of it is now and
+        # then off by 1e-4 (seen where two threads share it), and these tables are used for as long as the engine lives.
+        angles = np.arange(length, dtype=np.float32)[:, None] * np.array(self.frequencies, np.float32)
+        angles = np.concatenate([angles, angles], -1).astype(np.float64)
+        cos, sin = (torch.from_numpy((f(angles) * self.rotary_scale).astype(np.float32)) for f in (np.cos, np.sin))
         half = self.head_dim // 2
         sin = torch.cat([-sin[:, :half], sin[:, half:]], -1)
         scale = torch.ones(self.heads + self.kv_heads, 1)
