@@ -8,6 +8,7 @@ Nothing else of the trainer knows the difference.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import itertools
@@ -108,7 +109,8 @@ async def _open_local(
     cores = split_cores(config.engine.threads, config.learner.threads, replicas=replicas)
     # vLLM's threads stay as many as they were at its start, so it never has the learner's.
     threads = cores.engine if config.engine.kind == "vllm" else cores.engine_alone
-    start = _starter(config, engine_spec(config, model, threads=threads, alone=replicas == 1), salt(resumed_at))
+    spec_of_one = await asyncio.to_thread(engine_spec, config, model, threads=threads, alone=replicas == 1)
+    start = _starter(config, spec_of_one, salt(resumed_at))
     supervised = supervision(config)
     async with contextlib.AsyncExitStack() as stack:
         if replicas == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from areal_agents.engines import protocol as p
 from areal_agents.engines.checkpoint import read_parameters
-from areal_agents.engines.family import Shape
+from areal_agents.engines.family import SUPPORTED, Shape
+from areal_agents.engines.spec import EngineSpec
 from areal_agents.engines.worker import _parameters
 from areal_agents.errors import ModelError
-from tests.tiny_models import save_tiny, tiny_model
+from tests.tiny_models import save_tiny, tiny_config, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,8 +31,9 @@ def shape_of(folder: Path) -> Shape:
 
 @pytest.mark.parametrize("shards", ["1GB", "60KB"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_parameters_are_those_of_transformers(tmp_path: Path, tied: bool, shards: str) -> None:
-    tiny_model("qwen2", tie_word_embeddings=tied).save_pretrained(tmp_path, max_shard_size=shards)
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_parameters_are_those_of_transformers(tmp_path: Path, kind: str, tied: bool, shards: str) -> None:
+    tiny_model(kind, tie_word_embeddings=tied).save_pretrained(tmp_path, max_shard_size=shards)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "60KB")
     shape = shape_of(tmp_path)
     found = read_parameters(str(tmp_path), shape)
@@ -40,7 +43,8 @@ def test_parameters_are_those_of_transformers(tmp_path: Path, tied: bool, shards
     assert complete.keys() == want.keys()
     assert all(torch.equal(complete[name], tensor) for name, tensor in want.items())
     rounded = _parameters(p.Settings(str(tmp_path), shape, "bf16", 1, 64, 64, 1, 0), torch.bfloat16)
-    assert {tensor.dtype for tensor in rounded.values()} == {torch.bfloat16}
+    assert all(torch.equal(tensor, found[name].to(torch.bfloat16)) for name, tensor in rounded.items())
+    assert rounded.keys() == found.keys()
 
 
 def change(folder: Path, **tensors: torch.Tensor | None) -> None:
@@ -72,9 +76,23 @@ def test_what_else_a_folder_holds_is_left_to_transformers(tmp_path: Path) -> Non
     (folder / "adapter_config.json").unlink()
     (folder / "model.safetensors").write_bytes(b"cut")
     assert read_parameters(name, shape) is None
+    (folder / "model.safetensors").unlink()
+    for index in ("{}", "[]", "{", '{"weight_map": {"a": "absent.safetensors"}}'):
+        (folder / "model.safetensors.index.json").write_text(index)
+        assert read_parameters(name, shape) is None
 
 
-def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{"rope_parameters": {"rope_type": "unheard"}}, {"hidden_size": "many"}, {"num_attention_heads": 7}, None],
+    ids=["rope", "type", "heads", "empty"],
+)
+def test_what_is_no_model_is_named(tmp_path: Path, changes: dict[str, Any] | None) -> None:
+    """transformers raises errors of many types for it."""
+    if changes is not None:
+        tiny_config().save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ModelError, match=f"{tmp_path} cannot be read as a model"):
         Shape.read(tmp_path, 64)
 
@@ -93,3 +111,20 @@ def test_a_worker_starts_without_transformers(tmp_path: Path) -> None:
     given = pickle.dumps(p.Settings(str(folder), shape_of(folder), "fp32", 2, 64, 64, 1, 0))
     done = subprocess.run([sys.executable, "-c", _START], input=given, cwd=ROOT, capture_output=True, timeout=60)
     assert done.stdout.decode() == "64 False\n", done.stderr.decode()
+
+
+_TRAVELS = """
+import pickle, sys
+import areal_agents.engines.transformers
+spec = pickle.load(sys.stdin.buffer)
+print(spec.options["shape"].family, "torch" in sys.modules)
+"""
+
+
+def test_a_process_that_only_starts_engines_needs_no_torch(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, tiny_model())
+    spec = EngineSpec("transformers", str(folder), {"shape": shape_of(folder)})
+    done = subprocess.run(
+        [sys.executable, "-c", _TRAVELS], input=pickle.dumps(spec), cwd=ROOT, capture_output=True, timeout=60
+    )
+    assert done.stdout.decode() == "llama False\n", done.stderr.decode()

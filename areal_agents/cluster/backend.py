@@ -11,6 +11,7 @@ reserve, also where the machine has fewer: a laptop may run what a cluster runs,
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import os
@@ -51,7 +52,8 @@ async def open_ray(
             )
         )
         event("cluster_joined", address=joined.address, private=joined.private)
-        pool = await RemotePool.start(_pool_settings(config, model, cores, resumed_at), event=event)
+        engines = await asyncio.to_thread(_pool_settings, config, model, cores, resumed_at)
+        pool = await RemotePool.start(engines, event=event)
         await stack.enter_async_context(pool)
         learner = await RemoteLearner.start(
             model, num_cpus=c.learner_cpus, num_gpus=c.learner_gpus, hang_seconds=hang,

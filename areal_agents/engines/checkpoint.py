@@ -27,7 +27,7 @@ def read_parameters(model: str, shape: Shape) -> Mapping[str, Tensor] | None:
         for name in _files(folder):
             tensors |= load_file(folder / name)
         fits = all(tensor.is_floating_point() for tensor in shape.complete(tensors).values())
-    except (OSError, SafetensorError, EngineError, ValueError):
+    except (OSError, SafetensorError, EngineError, ValueError, KeyError, TypeError):
         return None
     return tensors if fits else None
 

@@ -53,10 +53,12 @@ class Shape:
         import transformers  # seconds: only who reads a shape pays for it
 
         try:
-            config = transformers.AutoConfig.from_pretrained(model)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{model} cannot be read as a model: {error}") from error
-        return cls.of(config, max_context)
+            config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+            return cls.of(config, max_context)
+        except ModelError:
+            raise
+        except Exception as error:  # boundary: transformers raises errors of any type for a broken configuration
+            raise ModelError(f"{model} cannot be read as a model: {type(error).__name__}: {error}") from error
 
     @classmethod
     def of(cls, config: Any, max_context: int) -> Shape:

@@ -43,7 +43,7 @@ class TransformersEngine(EngineProcess):
         max_batch: sequences decoded at once. kv_tokens: bound on tokens whose KV is kept, running requests (prompt and
         max_tokens) and idle sessions together. max_context: longest prompt plus completion, cut to what the model's
         positions allow. threads: cores of the worker. seed: of the engine's generator, for requests without their own.
-        shape: the model's, for a caller who has read it: only reading it takes transformers.
+        shape: the model's, for a caller who has read it with this ``max_context``: only reading it takes transformers.
 
         The batch's KV is address space of max_batch x max_context tokens; a page costs memory once it was used.
         Raises ConfigError on a setting out of range, ModelError where the model cannot be loaded or computed,

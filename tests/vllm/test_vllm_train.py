@@ -34,9 +34,9 @@ def with_vllm(folder: Path, steps: int, **changes: Any) -> TrainConfig:
     return config(folder, steps, engine=engine, **changes)
 
 
-def check_tokens(c: TrainConfig) -> None:
-    """What vLLM said of its tokens is what the learner computes for them, by versions that do move."""
-    rows = read_metrics(c.out, kind="train")
+def check_tokens(c: TrainConfig, *, after: int = 0) -> None:
+    """What vLLM said of its tokens ``after`` a step is what the learner computes for them, by versions that do move."""
+    rows = [r for r in read_metrics(c.out, kind="train") if r["step"] > after]
     # A batch whose advantages are all zero is not computed.
     fresh = [r["off_policy/abs_dlogp"] for r in rows if r["age_max"] == 0 and "off_policy/abs_dlogp" in r]
     assert fresh
@@ -60,11 +60,13 @@ def below(mark: str) -> list[int]:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 def test_on_ray_with_an_engine_that_is_killed_and_another_that_joins(tmp_path: Path) -> None:
     require("module:ray", "module:vllm")
     mark = f"ray-vllm-{uuid.uuid4().hex}"
     each = {"engine_cpus": 0.5, "worker_cpus": 0.5, "learner_cpus": 0.5}  # a private Ray has the CPUs to grow
-    c = with_vllm(tmp_path, 500, cluster={"backend": "ray", "object_store_gib": 0.1} | each)
+    cluster = {"backend": "ray", "object_store_gib": 0.1} | each
+    c = with_vllm(tmp_path, 500, cluster=cluster, rollout={"max_staleness": 0})  # every batch is compared
     path = tmp_path / "config.toml"
     path.write_text(settings.dump(c))
     driver = Driver(path, mark)
@@ -82,13 +84,24 @@ def test_on_ray_with_an_engine_that_is_killed_and_another_that_joins(tmp_path: P
         driver.wait_for(lambda: count(c, "engine_restarted") == 1, "another engine", 200)
         steps(2)
         # Growth: the second engine samples with the current weights, or its tokens would not be the learner's.
-        done = resize(c, replicas=2)
+        (first,) = actors(mark, "EngineActor")
+        alone = below(mark)
+        done = resize(c, seconds=200, replicas=2)
         assert done.returncode == 0, done.stderr
         assert "engines: 1 before, 2 now\n" in done.stdout
-        assert len(actors(mark, "EngineActor")) == 2
-        steps(3)
-        assert stopped(driver, c) >= 7
+        grown = train_rows(c.out)
+        (second,) = set(actors(mark, "EngineActor")) - {first}
+        joined = set(below(mark)) - set(alone)
+        assert len(joined) >= 3
+        steps(4)
+        shrunk = train_rows(c.out)
+        assert resize(c, seconds=200, replicas=1).returncode == 0
+        assert not wait_gone([second, *joined], 30)
+        assert actors(mark, "EngineActor") == [first]
+        steps(2)
+        assert stopped(driver, c) >= shrunk + 2
         check_tokens(c)
+        check_tokens(c, after=grown)
         added = [e for e in events(c) if e["kind"] == "replica_added"]
         assert [e["replica"] for e in added] == [0, 1]
         assert added[1]["version"] > 0

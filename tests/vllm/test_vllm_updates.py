@@ -41,7 +41,12 @@ def test_every_token_has_the_probability_of_the_weights_and_kv_that_sampled_it(
         ids = ids_of(45, 300 + version)
         session, n = f"{mode}-{kv}", 200 if mode == "drain" else 600  # long enough to be met in its middle
         task = asyncio.create_task(ask(served.engine, ids, n, session))
-        report = await update(served, new, version + 1, after=sampling(served, 10), mode=mode, kv=kv)
+
+        async def begun() -> None:
+            await sampling(served, 10)
+            assert not task.done()
+
+        report = await update(served, new, version + 1, after=begun(), mode=mode, kv=kv)
         done = await task
         assert served.engine.version == report.version == version + 1
         switch = n if mode == "drain" else done.versions.index(version + 1)
