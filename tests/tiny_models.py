@@ -76,8 +76,8 @@ def save_tiny(folder: Path, model: Any) -> Path:
 def settled(compute: Callable[[], Tensor]) -> Tensor:
     """What two passes in a row agree on, to the bit.
 
-    torch's very first pass in a process is now and then off by 1e-3 in fp32 (in 8 of 60 processes of a machine with two
-    cores, and no later pass): a reference must not be the one that errs.
+    torch's very first pass in a process is now and then off by 1e-3 in fp32 (in 7 of 46 runs of pytest on two cores,
+    and no later pass): a reference must not be the one that errs.
     """
     result = compute()
     for _ in range(5):

@@ -53,10 +53,7 @@ class TransformersEngine(EngineProcess):
         number = number_format(precision)
         if shape is None:
             shape = await asyncio.to_thread(Shape.read, model, max_context)
-        settings = p.Settings(
-            str(model), shape, number, max_batch, kv_tokens, max_context, threads,
-            seed,
-        )  # fmt: skip
+        settings = p.Settings(str(model), shape, number, max_batch, kv_tokens, max_context, threads, seed)
         return await cls.launch(settings, _environment(threads))
 
     async def set_threads(self, threads: int) -> None:

@@ -50,13 +50,16 @@ def settings(folder: Path, **changes: Any) -> PoolSettings:
 
 
 class Rig:
-    """A pool of engines, its events, and two buffers that are filled in turn, as the learner does."""
+    """A pool of engines, its events, and two buffers that are filled in turn, as the learner does.
 
-    def __init__(self, session: RaySession, given: PoolSettings) -> None:
-        self.session, self.run = session, session.run
+    make: ``make(seed=…)`` is a model of the shape that is served, ``make()`` the one the engines start with.
+    """
+
+    def __init__(self, session: RaySession, given: PoolSettings, make: Callable[..., Any] = tiny_model) -> None:
+        self.session, self.run, self.make = session, session.run, make
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.pool: RemotePool = self.run(RemotePool.start(given, event=self.log))
-        self.model: Any = tiny_model()
+        self.model: Any = make()
         self.version = 0
         self.buffers: list[SharedWeights] = []
 
@@ -74,7 +77,7 @@ class Rig:
         return self.session.processes("ray::EngineActor")
 
     async def update(self, before: Callable[[WeightsRef], Any] = lambda ref: None) -> None:
-        model = tiny_model(seed=100 + self.version)
+        model = self.make(seed=100 + self.version)
         state = {name: p.detach() for name, p in model.named_parameters()}
         if not self.buffers:
             self.buffers = [SharedWeights(state, torch.float32) for _ in range(2)]

@@ -19,11 +19,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 __all__ = ["mark"]
 
 
-def resize(c: TrainConfig, *, seconds: float = 120, **sizes: int) -> subprocess.CompletedProcess[str]:
+def resize(c: TrainConfig, **sizes: int) -> subprocess.CompletedProcess[str]:
     asked = [part for name, n in sizes.items() for part in (f"--{name.replace('_', '-')}", str(n))]
     return subprocess.run(
         [sys.executable, "-m", "areal_agents", "resize", str(c.out), *asked],
-        cwd=ROOT, capture_output=True, text=True, timeout=seconds,
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
 
