@@ -24,7 +24,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -32,6 +32,7 @@ from typing import Literal
 import httpx
 
 from areal_agents.chat import ChatFormat
+from areal_agents.engines.guard import __file__ as guard_script
 from areal_agents.engines.guard import killable, members
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.precision import Precision, number_format
@@ -45,15 +46,13 @@ _GROUP_SECONDS = 5.0
 """For what is left of the server's process group."""
 _HEALTH_SECONDS = 0.25
 
-# The server ends when this process does, however it ends: its parent's death is a signal to it. Asked for in the new
-# process, before vLLM takes its place there; a parent that died meanwhile is noticed by the second line.
+# Run in the new process, before vLLM takes its place there: the guard, and nothing to read. The guard is in the
+# server's process group and ends it when this process ends, however it does; vLLM may miss a signal while it starts.
 _LAUNCH = """\
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+import os, subprocess, sys
+guard = subprocess.Popen([sys.executable, "-I", "-S", *sys.argv[1:4]])
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[4:]])
 """
 
 
@@ -193,14 +192,30 @@ async def serve(serving: Serving, *, say: Callable[[str], None] = print, start_s
         files = Path(folder)
         env = environment(serving, files, os.environ, cpu=cpu)
         write_files(fmt, files)
-        command = arguments(serving, files, cpu=cpu)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", _LAUNCH, str(os.getpid()), *command, env=env, start_new_session=True
-        )
-        try:
+        async with guarded(arguments(serving, files, cpu=cpu), env, files, stop) as process:
             return await _run(process, serving, stop, say, start_seconds)
+
+
+@contextlib.asynccontextmanager
+async def guarded(
+    command: list[str], env: Mapping[str, str], files: Path, stop: Stop, grace: float = _GRACE_SECONDS
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """``python COMMAND`` as the leader of a new process group, which ends with the block, or with this process."""
+    guard = [guard_script, str(files), str(grace)]
+    held, holder = os.pipe()
+    try:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", _LAUNCH, *guard, *command, env=env, stdin=held, start_new_session=True
+            )
         finally:
-            await _end(process, stop)
+            os.close(held)
+        try:
+            yield process
+        finally:
+            await _end(process, stop, grace)
+    finally:
+        os.close(holder)
 
 
 async def _run(
@@ -215,6 +230,8 @@ async def _run(
     healthy = asyncio.create_task(_healthy(base_url(serving) + "/health", start_seconds))
     try:
         await asyncio.wait({ended, stopped, healthy}, return_when=asyncio.FIRST_COMPLETED)
+        if not (healthy.done() and healthy.result()):
+            _kill(process)  # while vLLM starts it does not look at signals, and there is no request to lose
         if not stopped.done() and not ended.done():
             if not healthy.result():
                 raise EngineError(f"vLLM's server did not answer within {start_seconds:g} s: it was ended")
@@ -233,6 +250,11 @@ async def _run(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+
+
 async def _healthy(url: str, seconds: float) -> bool:
     """True once ``url`` answers 200, False after ``seconds``."""
     end = time.monotonic() + seconds
@@ -245,14 +267,14 @@ async def _healthy(url: str, seconds: float) -> bool:
     return False
 
 
-async def _end(process: asyncio.subprocess.Process, stop: Stop) -> None:
+async def _end(process: asyncio.subprocess.Process, stop: Stop, grace: float) -> None:
     """End the server and everything that it started: in order, and after the grace or a second signal at once."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
         ended = asyncio.create_task(process.wait())
         again = asyncio.create_task(stop.second.wait())
-        await asyncio.wait({ended, again}, timeout=_GRACE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({ended, again}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
         again.cancel()
         ended.cancel()
         await asyncio.gather(ended, again, return_exceptions=True)

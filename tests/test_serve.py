@@ -6,6 +6,8 @@ import asyncio
 import importlib.util
 import itertools
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,10 +17,13 @@ from typing import Any
 
 import pytest
 
+import areal_agents
 from areal_agents.chat import ChatFormat
 from areal_agents.cli import main
+from areal_agents.engines.guard import members
 from areal_agents.errors import ConfigError
 from areal_agents.serve import Serving, arguments, base_url, environment, free_port, serve, usage_text, write_files
+from tests.processes import until, wait_gone
 from tests.tiny_tokenizer import CHATML, tiny
 
 
@@ -70,6 +75,59 @@ def test_a_port_in_use() -> None:
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1, port {port}.*--port"):
             free_port("127.0.0.1", port)
     assert free_port("127.0.0.1", 0) > 0
+
+
+_SERVER = """
+import pathlib, signal, subprocess, sys, time
+def on_term(*_):
+    pathlib.Path("asked").touch()
+    if sys.argv[1] == "obeys":
+        pathlib.Path("in order").touch()
+        sys.exit()
+signal.signal(signal.SIGTERM, on_term)
+child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+assert sys.stdin.read() == ""
+pathlib.Path("up").touch()
+while True:
+    time.sleep(600)
+"""
+_COMMAND = """
+import asyncio, os, pathlib, sys
+from areal_agents.serve import Stop, guarded
+async def run():
+    async with guarded(["-S", *sys.argv[2:]], os.environ, pathlib.Path("files"), Stop(), float(sys.argv[1])) as process:
+        print(process.pid, flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+asyncio.run(run())
+"""
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "ended"])
+@pytest.mark.parametrize(("server", "grace"), [("obeys", 60), ("ignores", 1)])
+def test_the_server_ends_with_its_command(tmp_path: Path, server: str, grace: int, killed: bool) -> None:
+    """In order where it obeys SIGTERM, else after the grace, its children with it; a killed command's files go too."""
+    (tmp_path / "files").mkdir()
+    popen = subprocess.Popen(
+        [sys.executable, "-c", _COMMAND, str(grace), "-c", _SERVER, server], cwd=tmp_path, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(areal_agents.__file__).parents[1])},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    with popen:
+        assert popen.stdout is not None
+        assert popen.stdin is not None
+        group = int(popen.stdout.readline())
+        asyncio.run(until((tmp_path / "up").exists))
+        assert len(pids := members(group)) == 3  # the server, its guard, its child
+        if killed:
+            popen.kill()
+        else:
+            popen.stdin.write("\n")
+            popen.stdin.flush()
+        assert wait_gone(pids, 30) == []
+        assert (tmp_path / "asked").exists()
+        assert (tmp_path / "in order").exists() == (server == "obeys")
+        assert (tmp_path / "files").exists() != killed
+    assert popen.returncode == (-signal.SIGKILL if killed else 0)
 
 
 def test_without_vllm_the_command_to_install_it_is_named(

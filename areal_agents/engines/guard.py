@@ -1,5 +1,7 @@
-"""Ends the rest of a process group when its leader dies, by whatever death, and removes the leader's folder:
-``python guard.py FOLDER``, its stdin a pipe that only the leader holds open. Standard library only: it is a script.
+"""Ends a process group when the holder of a pipe dies, by whatever death, and removes the group's folder:
+``python guard.py FOLDER [GRACE]``, a member of the group, its stdin a pipe that only the holder holds open. The
+holder is the group's leader, or another process: then the leader may end in order first, in GRACE seconds from SIGTERM.
+Standard library only: it is a script.
 
 Python's resource tracker is spared: it ends by itself once the others are gone, and then frees their shared memory.
 """
@@ -51,13 +53,24 @@ def _tracker(pid: int) -> bool:
     return False
 
 
+def _end_in_order(leader: int, grace: float) -> None:
+    with contextlib.suppress(ProcessLookupError):  # its id is not given to another while the guard is in its group
+        os.kill(leader, signal.SIGTERM)
+    end = time.monotonic() + grace
+    while leader in members(leader) and time.monotonic() < end:
+        time.sleep(0.02)
+
+
 def main() -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
+    group = os.getpgrp()
     os.read(0, 1)
+    if len(sys.argv) > 2:
+        _end_in_order(group, float(sys.argv[2]))
     end = time.monotonic() + _SECONDS
     while time.monotonic() < end:
-        found = [pid for pid in killable(os.getpgrp()) if pid != os.getpid()]
+        found = [pid for pid in killable(group) if pid != os.getpid()]
         if not found:
             break
         for pid in found:

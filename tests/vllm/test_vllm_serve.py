@@ -203,7 +203,7 @@ def test_sampled_tool_calls_are_those_that_training_would_read(server: Process) 
 def test_ctrl_c_ends_it_and_leaves_no_process_memory_or_file(server: Process) -> None:
     """The last that uses the server: it ends it."""
     pids = [server.popen.pid, *marked(server.mark)]
-    assert len(pids) >= 3  # the command, the server, the engine
+    assert len(pids) >= 4  # the command, the guard, the server, the engine
     (folder,) = {s for pid in pids for s in variables(pid) if s.startswith("VLLM_RPC_BASE_PATH=")}
     sockets = Path(folder.partition("=")[2])
     assert [path for path in sockets.iterdir() if path.is_socket()]
@@ -228,10 +228,10 @@ def mapped(pid: int) -> list[str]:
 
 
 def test_the_servers_processes_end_with_a_command_that_is_killed(model: Path) -> None:
-    """Killed while the engine starts, when three processes exist: server, engine core and their resource tracker."""
+    """Killed while the engine starts, when four processes exist: guard, server, engine core, their resource tracker."""
     with serving(model, f"killed-{os.getpid()}") as running:
         end = time.monotonic() + START_SECONDS
-        while len(pids := [p for p in marked(running.mark) if p != running.popen.pid]) < 3:
+        while len(pids := [p for p in marked(running.mark) if p != running.popen.pid]) < 4:
             assert time.monotonic() < end, running.output()[-4000:]
             assert running.popen.poll() is None, running.output()[-4000:]
             time.sleep(0.05)
