@@ -1,7 +1,7 @@
 """The demo with each engine: does vLLM, on this machine or as two actors on Ray, train as well as ``transformers``?
 
     python benchmarks/demo_engines.py [--seeds 0 1] [--json FILE]       # after `make vllm ray`; an hour a seed
-    python benchmarks/demo_engines.py --quick                           # two steps of each on few tasks
+    python benchmarks/demo_engines.py --quick                           # two steps of each on few tasks; six minutes
 
 Each run is the whole demo (warm start, 16 steps of asynchronous RL); at its end the held-out tasks are played by the
 engine that it was trained with. A run with vLLM is compared with the ``transformers`` run of its seed, task by task:
