@@ -109,7 +109,7 @@ async def _open_local(
     cores = split_cores(config.engine.threads, config.learner.threads, replicas=replicas)
     # vLLM's threads stay as many as they were at its start, so it never has the learner's.
     threads = cores.engine if config.engine.kind == "vllm" else cores.engine_alone
-    spec_of_one = await asyncio.to_thread(engine_spec, config, model, threads=threads, alone=replicas == 1)
+    spec_of_one = await asyncio.to_thread(engine_spec, config, model, threads=threads)
     start = _starter(config, spec_of_one, salt(resumed_at))
     supervised = supervision(config)
     async with contextlib.AsyncExitStack() as stack:
@@ -144,8 +144,8 @@ def salt(resumed_at: int) -> str:
     return str(resumed_at) if resumed_at else ""
 
 
-def engine_spec(config: TrainConfig, model: Path, *, threads: int, alone: bool) -> EngineSpec:
-    """How one engine is started. alone: no other engine computes on its host's cores."""
+def engine_spec(config: TrainConfig, model: Path, *, threads: int) -> EngineSpec:
+    """How one engine is started."""
     e = config.engine
     options: dict[str, Any] = {
         "precision": "bf16" if engine_dtype(config) == torch.bfloat16 else "fp32",
@@ -158,7 +158,6 @@ def engine_spec(config: TrainConfig, model: Path, *, threads: int, alone: bool) 
         options |= {
             "gpu_memory_utilization": e.gpu_memory,
             "tensor_parallel_size": e.tensor_parallel,
-            "bind": "auto" if alone else "nobind",
         }
     else:
         options["shape"] = Shape.read(model, config.model.max_context)

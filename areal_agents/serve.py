@@ -98,14 +98,15 @@ def is_cpu_build() -> bool:
 
 def arguments(serving: Serving, files: Path, *, cpu: bool) -> list[str]:
     """vLLM's command line after ``python``. ``files``: the folder that ``write_files`` has filled."""
-    eager = ["--enforce-eager"] if cpu else []
+    # Between two parts of a prompt vLLM takes a seeded request's noise back, which on a CPU ends the server.
+    on_cpu = ["--enforce-eager", "--no-enable-chunked-prefill"] if cpu else []
     return [
         # vLLM calls this entry point deprecated, but the `vllm` command of its build for CPUs does not start.
         "-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(serving.model), "--served-model-name", serving.name,
         "--host", serving.host, "--port", str(serving.port),
         "--dtype", _dtype(serving.precision, cpu=cpu), "--max-model-len", str(serving.max_context),
-        "--seed", str(serving.seed), *eager,
+        "--seed", str(serving.seed), *on_cpu,
         "--generation-config", str(files), "--chat-template", str(files / "chat_template.jinja"),
         "--chat-template-content-format", "string",
         "--enable-auto-tool-choice", "--tool-call-parser", "hermes",

@@ -35,7 +35,7 @@ Samples = dict[str, list[dict[str, Any]]]
 
 def start(stack: ExitStack, name: str, model: str, precision: str, threads: int) -> Side:
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    if name in ("transformers", "generate"):  # vLLM binds its threads itself
+    if name in ("transformers", "generate"):  # vLLM's are its own setting
         environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, HERE / "engines_sides.py", name, model, precision, str(threads)]
     return stack.enter_context(Side(name, command, env=environment, memory=False))

@@ -144,7 +144,7 @@ class Bare:
 
         model, precision, threads = self._settings
         self._sockets = tempfile.TemporaryDirectory(prefix="areal-bare-")
-        os.environ.update(vllm._environment(model, Path(self._sockets.name), bind="auto", threads=threads))
+        os.environ.update(vllm._environment(model, Path(self._sockets.name), bind="nobind", threads=threads))
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
         from vllm import AsyncEngineArgs
         from vllm.platforms import current_platform

@@ -37,7 +37,7 @@ def test_the_command_line_and_its_files(tmp_path: Path) -> None:
     given = dict(itertools.pairwise(line))
     assert (given["--host"], given["--port"], given["--dtype"]) == ("127.0.0.1", "8000", "float32")
     assert (given["--served-model-name"], given["--tool-call-parser"]) == ("runs/demo/model", "hermes")
-    assert "--enforce-eager" in line
+    assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= set(line)
     assert line[-2:] == ["--max-num-seqs", "4"]
     assert "--enforce-eager" not in arguments(serving(), tmp_path, cpu=False)
     fmt = ChatFormat(tiny(CHATML))

@@ -112,7 +112,7 @@ def _declared(config: TrainConfig) -> dict[str, float]:
 def _pool_settings(config: TrainConfig, model: Path, cores: Cores, resumed_at: int) -> PoolSettings:
     c = config.cluster
     return PoolSettings(
-        engine_spec(config, model, threads=cores.engine, alone=False),
+        engine_spec(config, model, threads=cores.engine),
         config.engine.replicas,
         resources=Resources(c.engine_cpus, c.engine_gpus, c.engine_resources),
         seed=config.seed,

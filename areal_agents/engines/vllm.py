@@ -64,7 +64,7 @@ class VLLMEngine(EngineProcess):
         max_context: int = 2048,
         threads: int = 1,
         seed: int = 0,
-        bind: str = "auto",
+        bind: str = "nobind",
         block_size: int | None = None,
         enforce_eager: bool | None = None,
         gpu_memory_utilization: float = 0.9,
@@ -76,10 +76,10 @@ class VLLMEngine(EngineProcess):
         ``gpu_memory_utilization`` decides. A request takes its prompt and max_tokens from it while it runs, so none
         is ever preempted. max_context: longest prompt plus completion, cut to what the model's positions allow.
         seed: of the sampler, for requests without their own; engines with one seed sample the same tokens.
-        bind: which cores compute, on a CPU: ``auto`` (vLLM's choice: one thread a physical core, one left free),
-        ``nobind`` (``threads`` threads, wherever the system puts them: for several engines on a host), or a list such
-        as ``0-3``. block_size: tokens a KV block, the unit of reuse between turns; None is 32 on a CPU and vLLM's own
-        choice on a GPU. enforce_eager: no compilation; None is True on a CPU.
+        bind: which cores compute, on a CPU: ``nobind`` (``threads`` threads, wherever the system puts them), ``auto``
+        (vLLM's choice, for a host of its own: one thread a physical core, one left free), or a list such as ``0-3``.
+        block_size: tokens a KV block, the unit of reuse between turns; None is 32 on a CPU and vLLM's own choice on a
+        GPU. enforce_eager: no compilation; None is True on a CPU.
 
         Raises ConfigError on a setting out of range or where vLLM is not installed, ModelError where the model cannot
         be loaded, EngineError where the worker does not start.

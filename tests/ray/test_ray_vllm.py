@@ -23,7 +23,6 @@ OPTIONS = {
     "kv_tokens": 3600,
     "max_context": 1024,
     "block_size": 32,
-    "bind": "nobind",
 }
 
 

@@ -187,7 +187,8 @@ import asyncio, sys
 from areal_agents.engines.vllm import VLLMEngine
 
 async def main():
-    engine = await VLLMEngine.start(sys.argv[1], precision="fp32", max_batch=2, max_context=256, kv_tokens=512)
+    engine = await VLLMEngine.start(sys.argv[1], precision="fp32", max_batch=2, max_context=256, kv_tokens=512,
+                                    bind="auto")
     print(engine.pid, flush=True)
     await asyncio.sleep(600)
 
@@ -202,7 +203,7 @@ def test_all_processes_end_when_the_parent_is_killed(folder: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root, env=environment) as parent:
         assert parent.stdout is not None
         group = int(parent.stdout.readline())
-        assert len(members(group)) >= 4  # the worker, its guard, EngineCore, vLLM's worker
+        assert len(members(group)) >= 4  # the worker, its guard, EngineCore, vLLM's worker, which binds threads
         parent.kill()
     end = time.monotonic() + 20
     while members(group) and time.monotonic() < end:
@@ -212,7 +213,8 @@ def test_all_processes_end_when_the_parent_is_killed(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_embedded_model_in_bf16(smollm2: Path) -> None:
-    """|Δ log p| to transformers in fp32; an update with a probe, whose first load sets the bound for later ones."""
+    """|Δ log p| to transformers in fp32; an update with a probe, whose first load sets the bound for later ones; seeded
+    prompts with more tokens than vLLM takes in a step."""
     import transformers
 
     from areal_agents.engine import Probe
@@ -232,7 +234,13 @@ def test_the_embedded_model_in_bf16(smollm2: Path) -> None:
                 probe = Probe(prompt, tuple(forward_logprobs(model, prompt).tolist()))
                 await engine.update_weights(replace(ref, probe=probe))
             asks = [engine.generate(Prompt(prompt), Sampling(64), session=f"b{i}", deadline=120) for i in range(4)]
-            return await asyncio.gather(*asks)
+            done = await asyncio.gather(*asks)
+            long = [Prompt(tuple(range(i, 300 + i))) for i in range(8)]  # 2400 tokens; a step takes 2048
+            seeded = [
+                engine.generate(ids, Sampling(2, seed=i), session=f"s{i}", deadline=120) for i, ids in enumerate(long)
+            ]
+            assert [len(each.ids) for each in await asyncio.gather(*seeded)] == [2] * 8
+            return done
 
     done = asyncio.run(asyncio.wait_for(work(), 200))
     shared.close()

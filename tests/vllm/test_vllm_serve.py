@@ -200,6 +200,20 @@ def test_sampled_tool_calls_are_those_that_training_would_read(server: Process) 
     asyncio.run(asyncio.wait_for(talk(), 120))
 
 
+def test_seeded_prompts_with_more_tokens_than_a_step_takes(server: Process) -> None:
+    """9912 tokens; `areal-agents eval` sends a seed with every request."""
+
+    async def talk() -> None:
+        async with httpx.AsyncClient(trust_env=False, timeout=100) as client:
+            bodies = [
+                {"model": "tiny", "prompt": [3 + i, *range(3, 120)] * 6, "seed": i, "max_tokens": 2} for i in range(14)
+            ]
+            answers = await asyncio.gather(*(client.post(f"{server.url}/v1/completions", json=b) for b in bodies))
+        assert [answer.status_code for answer in answers] == [200] * 14, server.output()[-4000:]
+
+    asyncio.run(talk())
+
+
 def test_ctrl_c_ends_it_and_leaves_no_process_memory_or_file(server: Process) -> None:
     """The last that uses the server: it ends it."""
     pids = [server.popen.pid, *marked(server.mark)]
