@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -34,6 +33,7 @@ import httpx
 from areal_agents.chat import ChatFormat
 from areal_agents.engines.guard import __file__ as guard_script
 from areal_agents.engines.guard import killable, members
+from areal_agents.engines.vllm_cpu import CPU_WORKER, is_cpu_build
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.precision import Precision, number_format
 from areal_agents.served_template import served_template
@@ -87,19 +87,9 @@ def require_vllm() -> None:
         raise ConfigError(f"serving needs vLLM, which is not installed: {INSTALL}")
 
 
-def is_cpu_build() -> bool:
-    """Whether the installed vLLM is the one for CPUs."""
-    try:
-        importlib.metadata.distribution("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def arguments(serving: Serving, files: Path, *, cpu: bool) -> list[str]:
     """vLLM's command line after ``python``. ``files``: the folder that ``write_files`` has filled."""
-    # Between two parts of a prompt vLLM takes a seeded request's noise back, which on a CPU ends the server.
-    on_cpu = ["--enforce-eager", "--no-enable-chunked-prefill"] if cpu else []
+    on_cpu = ["--enforce-eager", "--worker-cls", CPU_WORKER] if cpu else []
     return [
         # vLLM calls this entry point deprecated, but the `vllm` command of its build for CPUs does not start.
         "-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server",
@@ -119,6 +109,7 @@ def environment(serving: Serving, files: Path, base: Mapping[str, str], *, cpu: 
     env = dict(base) | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     env["VLLM_RPC_BASE_PATH"] = str(files)
     if cpu:
+        env["TMPDIR"] = str(files)  # torch's rendezvous, which a killed server leaves
         env["TORCH_COMPILE_DISABLE"] = "1"  # the sampler's small functions would need a compiler
         env["VLLM_CPU_KVCACHE_SPACE"] = str(serving.kv_gib)
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind" if serving.threads else "auto"

@@ -37,6 +37,7 @@ from pathlib import Path
 
 from areal_agents.engines import protocol as p
 from areal_agents.engines.client import EngineProcess, environment, require_positive
+from areal_agents.engines.vllm_cpu import is_cpu_build
 from areal_agents.errors import ConfigError
 from areal_agents.precision import Precision, number_format
 
@@ -76,8 +77,8 @@ class VLLMEngine(EngineProcess):
         ``gpu_memory_utilization`` decides. A request takes its prompt and max_tokens from it while it runs, so none
         is ever preempted. max_context: longest prompt plus completion, cut to what the model's positions allow.
         seed: of the sampler, for requests without their own; engines with one seed sample the same tokens.
-        bind: which cores compute, on a CPU: ``nobind`` (``threads`` threads, wherever the system puts them), ``auto``
-        (vLLM's choice, for a host of its own: one thread a physical core, one left free), or a list such as ``0-3``.
+        threads: of all ranks together, on a CPU. bind: where they run: ``nobind`` (as the system likes), ``auto``
+        (vLLM's own number and cores: one a physical core, one left free), or a list such as ``0-3``.
         block_size: tokens a KV block, the unit of reuse between turns; None is 32 on a CPU and vLLM's own choice on a
         GPU. enforce_eager: no compilation; None is True on a CPU.
 
@@ -101,7 +102,9 @@ class VLLMEngine(EngineProcess):
         )  # fmt: skip
         sockets = Path(tempfile.mkdtemp(prefix="areal-vllm-"))
         try:
-            engine = await cls.launch(settings, _environment(model, sockets, bind=bind, threads=threads))
+            engine = await cls.launch(
+                settings, _environment(model, sockets, bind=bind, threads=max(1, threads // tensor_parallel_size))
+            )
         except BaseException:
             shutil.rmtree(sockets, ignore_errors=True)
             raise
@@ -125,6 +128,7 @@ def _environment(model: str | Path, sockets: Path, *, bind: str, threads: int) -
         VLLM_NO_USAGE_STATS="1",
         VLLM_CPU_OMP_THREADS_BIND=bind,
         OMP_NUM_THREADS=str(threads),
+        **({"TMPDIR": str(sockets)} if is_cpu_build() else {}),  # torch's rendezvous; on a GPU compilers cache there
     )
     env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_tokens
     with contextlib.suppress(OSError):

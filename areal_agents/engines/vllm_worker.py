@@ -25,6 +25,7 @@ from areal_agents.engine import Health, Sampling
 from areal_agents.engines import protocol as p
 from areal_agents.engines.guard import start_guard
 from areal_agents.engines.probe import PROBE_TOKENS
+from areal_agents.engines.vllm_cpu import CPU_WORKER, IN_CORE
 from areal_agents.engines.vllm_queue import Queue, Request
 from areal_agents.engines.vllm_update import Updates
 from areal_agents.engines.worker import die_with_parent, take_pipes
@@ -272,11 +273,6 @@ def sampling_params(sampling: Sampling, max_tokens: int) -> Any:
     )
 
 
-# EngineCore computes itself, as on one GPU. On CPUs vLLM starts one more process, to bind its threads to cores: without
-# that it would be 9 s more a start, 0.4 GB, and a message between processes each step. The name "uni" is overruled.
-_IN_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-
-
 def engine_args(settings: p.VLLMSettings, *, cpu: bool) -> tuple[dict[str, Any], Any]:
     """Arguments of ``AsyncEngineArgs``, and the model's configuration. Raises OSError, ValueError."""
     import transformers
@@ -305,10 +301,9 @@ def engine_args(settings: p.VLLMSettings, *, cpu: bool) -> tuple[dict[str, Any],
         block = arguments["block_size"] = settings.block_size or _CPU_BLOCK
         blocks = kv_blocks(settings.kv_tokens, max_context, block)
         arguments["kv_cache_memory_bytes"] = blocks * block * kv_bytes(config, 4 if settings.precision == "fp32" else 2)
-        # Between two parts of a prompt vLLM takes a seeded request's noise back, which on a CPU ends EngineCore.
-        arguments["enable_chunked_prefill"] = False
+        arguments["worker_cls"] = CPU_WORKER
         if settings.tensor_parallel_size == 1 and os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind":
-            arguments["distributed_executor_backend"] = _IN_CORE
+            arguments["distributed_executor_backend"] = IN_CORE
     return arguments, config
 
 

@@ -235,7 +235,7 @@ def test_the_embedded_model_in_bf16(smollm2: Path) -> None:
                 await engine.update_weights(replace(ref, probe=probe))
             asks = [engine.generate(Prompt(prompt), Sampling(64), session=f"b{i}", deadline=120) for i in range(4)]
             done = await asyncio.gather(*asks)
-            long = [Prompt(tuple(range(i, 300 + i))) for i in range(8)]  # 2400 tokens; a step takes 2048
+            long = [Prompt(tuple(range(i, 450 + i))) for i in range(8)]  # 3600 tokens; a step takes 2048
             seeded = [
                 engine.generate(ids, Sampling(2, seed=i), session=f"s{i}", deadline=120) for i, ids in enumerate(long)
             ]
