@@ -5,7 +5,7 @@
       └── /health ──┘ until it answers; then a curl line and the matching `areal-agents eval`
 
 Waits for: the server's health, then its end or a signal. Unblocked by: the start's deadline, the server's end, SIGINT
-and SIGTERM (the first ends the server in order, a second at once).
+and SIGTERM (the first ends the server in order, a second at once; while the server starts, the first does).
 
 This module imports no vLLM. Not covered: TLS and more than one model (put a proxy in front).
 """

@@ -68,8 +68,8 @@ class Process:
         return "".join(self.lines)
 
 
-def served_model(folder: Path) -> Path:
-    """A random Llama with heads of 32 (vLLM's CPU kernels refuse 16) and the in-memory tokenizer."""
+def served_model(folder: Path, *, teach: bool = True) -> Path:
+    """A Llama with heads of 32 (vLLM's CPU kernels refuse 16) and the in-memory tokenizer; random, or also taught."""
     torch.manual_seed(0)
     tokenizer = tiny(CHATML)
     end = tokenizer.eos_token_id
@@ -78,7 +78,8 @@ def served_model(folder: Path) -> Path:
         num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
-    save_tiny(folder, taught(transformers.LlamaForCausalLM(config), tokenizer))
+    model = transformers.LlamaForCausalLM(config)
+    save_tiny(folder, taught(model, tokenizer) if teach else model)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -220,6 +221,7 @@ def test_ctrl_c_ends_it_and_leaves_no_process_memory_or_file(server: Process) ->
     pids = marked(server.mark)
     assert len(pids) >= 5  # the command, its guard, the server, the engine, its worker
     assert server.popen.pid in pids
+    assert [pid for pid in pids if b"guard.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     (folder,) = {s for pid in pids for s in variables(pid) if s.startswith("VLLM_RPC_BASE_PATH=")}
     sockets = Path(folder.partition("=")[2])
     assert [path for path in sockets.iterdir() if path.is_socket()]
