@@ -2,7 +2,7 @@
 
 import sys
 
-from areal_agents.cli import main
+from areal_agents.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,6 @@
 """The engine contract: token ids in, sampled token ids with their exact log-probabilities and versions out.
 
-Implementations: ``areal_agents.engines.transformers`` (laptops and tests) and ``areal_agents.engines.vllm``, each in a
+Implementations: ``engines.cpu.engine`` (laptops and tests) and ``engines.vllm.engine``, each in a
 process of its own; ``SupervisedEngine`` and ``EnginePool`` around them. Weights never travel through this interface; a
 ``WeightsRef`` says where they lie and how to prove that they arrived.
 """

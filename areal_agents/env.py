@@ -19,10 +19,10 @@ from typing import Any, ClassVar, SupportsFloat, overload
 import gymnasium
 
 from areal_agents.errors import EnvError
-from areal_agents.facade import run_sync
 from areal_agents.spaces import ChatSpace, TextSpace
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Info, Observation, StopReason, Task
+from areal_agents.utils.sync import run_sync
 
 Expert = Generator[str, Observation, None]
 
@@ -104,7 +104,7 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
 
     def step(self, action: AssistantMessage | str) -> tuple[Observation, SupportsFloat, bool, bool, Info]:
         if isinstance(action, str):
-            from areal_agents.toolcalls import parse_text  # late: only this facade needs it
+            from areal_agents.chat.toolcalls import parse_text  # late: only this facade needs it
 
             action = parse_text(action)
         return run_sync(self.astep(action))

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from areal_agents.dispatch import Dispatcher
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError
 from areal_agents.reward import Episode, RewardLike, judge
 from areal_agents.sandbox import SandboxBackend, SandboxSpec
 from areal_agents.tool import ToolResult
+from areal_agents.tool_dispatch import Dispatcher
 from areal_agents.types import (
     AssistantMessage,
     Info,

@@ -4,7 +4,7 @@
     python benchmarks/async.py --quick         # two updates each of sync and a staleness of 1: ages and counts
 
 Real engine, real learner; the tool sleeps 100 to 500 ms a turn, and the turns of a task are log-normal (1 to 12, see
-``text_envs.py``). Every run is ``areal_agents.train`` in a fresh process; modes take turns, ``--rounds`` times.
+``text_envs.py``). Every run is ``areal_agents.trainer.loop`` in a fresh process; modes take turns, ``--rounds`` times.
 Wall clock: from the first training episode to the end of the last update. Nothing imports this file.
 """
 
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from measure import Progress, table
+from measured_process import Side
 from record import Check, write
-from side import Side
 
 HERE = Path(__file__).resolve().parent
 STALENESS = (0, 1, 2, 4)

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from measure import covered, histogram
-from side import serve
+from measured_process import serve
 from text_envs import LongTail
 
-from areal_agents.config import TrainConfig
-from areal_agents.episode import EnginePolicy
-from areal_agents.track import read_metrics
-from areal_agents.train import train
-from areal_agents.trajectories import read_records
+from areal_agents.rollout.episode import EnginePolicy
+from areal_agents.settings.config import TrainConfig
+from areal_agents.tracking.tracker import read_metrics
+from areal_agents.tracking.trajectories import read_records
+from areal_agents.trainer.loop import train
 from areal_agents.types import Completion, Prompt
 
 requests: list[tuple[float, float]] = []

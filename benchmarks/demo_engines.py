@@ -70,7 +70,7 @@ def read(name: str, seed: int, out: Path) -> dict[str, Any]:
 
 def compared(runs: Path, name: str, seeds: list[int]) -> dict[str, Any]:
     """The paired comparison with the reference, over the attempts of ``seeds``."""
-    from areal_agents.compare import Evaluation, compare, load
+    from areal_agents.evaluation.compare import Evaluation, compare, load
 
     def merged(which: str) -> Evaluation:
         rewards: dict[Any, list[float]] = {}

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from measure import Progress, paired_ratio, summary, table
+from measured_process import Side
 from record import Check, write
-from side import Side
 from workload import CASES, HEADLINE, Case, Prompts, padded_tokens, request, targets
 
 HERE = Path(__file__).resolve().parent

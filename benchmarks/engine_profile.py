@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from areal_agents.engine import Sampling
-from areal_agents.engines.decoder import Decoder, Segment, Weights, pack_linear
-from areal_agents.engines.family import Shape
-from areal_agents.engines.sampler import Sampler
+from areal_agents.engines.cpu.architecture import Shape
+from areal_agents.engines.cpu.decoder import Decoder, Segment, Weights, pack_linear
+from areal_agents.engines.cpu.sampler import Sampler
 
 PROMPT, STEPS, BATCHES = 150, 24, (1, 8, 32)
 

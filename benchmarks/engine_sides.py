@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from side import serve
+from measured_process import serve
 
 Ids = list[int]
 
@@ -34,7 +34,7 @@ class Ours:
         return self._runner.run(self._answer(asked))
 
     async def _answer(self, asked: dict[str, Any]) -> dict[str, Any]:
-        from areal_agents.engines.transformers import TransformersEngine
+        from areal_agents.engines.cpu.engine import TransformersEngine
 
         if self._batch != asked["batch"]:
             if self._engine is not None:

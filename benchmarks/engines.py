@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from measure import Progress, paired_ratio, summary, table
+from measured_process import Side
 from record import Check, Kept, write
-from side import Side
 from workload import Case, Prompts, request
 
 HERE = Path(__file__).resolve().parent
@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     from areal_agents.models import resolve
-    from areal_agents.precision import resolve_precision
+    from areal_agents.utils.precision import resolve_precision
 
     model = str(resolve(options.model))
     precision = "bf16" if resolve_precision(options.precision).itemsize == 2 else "fp32"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_sides import Generate
-from side import serve
+from measured_process import serve
 
 Ids = list[int]
 MAX_BATCH = 64
@@ -40,8 +40,8 @@ class Engine:
         return self._runner.run(self._answer(asked))
 
     async def _start(self) -> None:
-        from areal_agents.engines.transformers import TransformersEngine
-        from areal_agents.engines.vllm import VLLMEngine
+        from areal_agents.engines.cpu.engine import TransformersEngine
+        from areal_agents.engines.vllm.engine import VLLMEngine
 
         cls: Any = {"vllm": VLLMEngine, "transformers": TransformersEngine}[self._kind]
         self._engine = await cls.start(self._model, precision=self._precision, threads=self._threads, **SETTINGS)
@@ -97,8 +97,8 @@ class Engine:
     def _buffers(self) -> Any:
         from safetensors.torch import load_file
 
-        from areal_agents.precision import resolve_precision
-        from areal_agents.weights import SharedWeights
+        from areal_agents.utils.precision import resolve_precision
+        from areal_agents.weights.base import SharedWeights
 
         tensors = load_file(f"{self._model}/model.safetensors")
         if not self._weights:
@@ -140,7 +140,8 @@ class Bare:
 
     def _start(self) -> None:
         """With our engine's arguments and environment; it blocks the loop for as long as it takes."""
-        from areal_agents.engines import protocol, vllm
+        from areal_agents.engines import protocol
+        from areal_agents.engines.vllm import engine as vllm
 
         model, precision, threads = self._settings
         self._sockets = tempfile.TemporaryDirectory(prefix="areal-bare-")
@@ -150,7 +151,7 @@ class Bare:
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from areal_agents.engines import vllm_worker
+        from areal_agents.engines.vllm import worker as vllm_worker
 
         given = SETTINGS | {"model": model, "precision": precision, "seed": 0}
         settings = protocol.VLLMSettings(

@@ -22,14 +22,14 @@ from measure import Progress, table
 from record import Check, write
 from workload import Case, Prompts
 
-from areal_agents.batch import Batch, rows_of
-from areal_agents.config import AlgorithmConfig, LearnerConfig
+from areal_agents.algorithms.batch import Batch, rows_of
 from areal_agents.engine import Sampling
 from areal_agents.engines.spec import EngineSpec
-from areal_agents.learner import TorchLearner
+from areal_agents.learner.learner import TorchLearner
 from areal_agents.models import resolve
-from areal_agents.precision import resolve_precision
+from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.types import AssistantMessage, Prompt, Task, Trajectory, Turn
+from areal_agents.utils.precision import resolve_precision
 
 GOAL = 1e-3
 KINDS = ("vllm", "transformers")

@@ -24,7 +24,7 @@ s(m + η), so s(m + η) − a(m) ≥ D_b. (3) a(b − η) ≤ a(m) and s(m + η)
 
 with ``step`` the least time of a learner step with its update. The window spans 2η + 1 steps and not η + 1, because a
 schedule that admits in bursts can hide several long groups behind one wait of the learner; the ideal above does not.
-``tests/test_simulate.py`` searches all schedules of small instances: bound ≤ optimum ≤ ideal (in seconds).
+``tests/benchmarks/test_simulate.py`` searches all schedules of small instances: bound ≤ optimum ≤ ideal (in seconds).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from typing import cast
 from simulate_model import Calibration, Case, Workload, generation_capacity, learner_capacity
 from simulate_run import Simulation
 
-from areal_agents.buffer import Buffer, Ticket
+from areal_agents.rollout.buffer import Buffer, Ticket
 from areal_agents.types import Group
 
 

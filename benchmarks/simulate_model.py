@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from areal_agents.buffer import OnExceed, Order
+from areal_agents.rollout.buffer import OnExceed, Order
 
 CAP = 8
 """An episode has at most this many times the mean tokens."""

@@ -15,9 +15,9 @@ from simulate_engines import Episode, Fleet
 from simulate_model import Calibration, Case, Workload, learner_capacity
 from simulate_run import TASK, Record
 
-from areal_agents.buffer import Buffer
-from areal_agents.engines.routing import Router
-from areal_agents.rollout import EpisodeRunner, Rollouts, TaskStream
+from areal_agents.engines.pool.router import Router
+from areal_agents.rollout.buffer import Buffer
+from areal_agents.rollout.producer import EpisodeRunner, Rollouts, TaskStream
 from areal_agents.types import Task, Trajectory
 
 

@@ -23,8 +23,8 @@ from typing import Any, cast
 from simulate_engines import Episode, Fleet
 from simulate_model import Calibration, Case, Workload, learner_capacity
 
-from areal_agents.buffer import Buffer, Ticket
-from areal_agents.engines.routing import Router
+from areal_agents.engines.pool.router import Router
+from areal_agents.rollout.buffer import Buffer, Ticket
 from areal_agents.types import Group, Task, Trajectory
 
 TASK = Task.make("simulated", split="train", seed=0, payload={})

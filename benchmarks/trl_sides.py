@@ -13,15 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from side import serve
+from measured_process import serve
 from text_envs import share_of
 
 
 def ours(asked: dict[str, Any]) -> dict[str, Any]:
-    """A whole synchronous run of ``areal_agents.train``."""
-    from areal_agents.config import TrainConfig
-    from areal_agents.track import read_metrics
-    from areal_agents.train import train
+    """A whole synchronous run of ``areal_agents.trainer.loop``."""
+    from areal_agents.settings.config import TrainConfig
+    from areal_agents.tracking.tracker import read_metrics
+    from areal_agents.trainer.loop import train
 
     prompts, group = asked["prompts"], asked["group"]
     config = TrainConfig.model_validate({

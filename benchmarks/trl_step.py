@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from measure import Progress, summary, table
+from measured_process import Side
 from record import Check, write
-from side import Side
 from text_envs import SingleTurn, messages, questions
 
 HERE = Path(__file__).resolve().parent

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from areal_agents import registry
-from areal_agents.chat import ChatFormat
+from areal_agents.chat.format import ChatFormat
 from areal_agents.types import Completion, ToolCall, system, tool_result, user
 
 EQUAL = 64

@@ -21,7 +21,7 @@ from typing import Final
 from areal_agents.errors import ArealError, SandboxError, SandboxUnavailable
 from areal_agents.sandbox import ProbeReport, Sandbox, SandboxSpec
 from areal_agents.sandboxes import launch, memory, probes, seccomp
-from areal_agents.sandboxes.holder import Holder
+from areal_agents.sandboxes.sandbox_process import Holder
 from areal_agents.sandboxes.session import BubblewrapSession
 
 MAX_POOLED_SPECS: Final = 2

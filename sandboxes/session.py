@@ -12,7 +12,7 @@ from typing import Any, Final
 from areal_agents.errors import SandboxError
 from areal_agents.sandbox import ExecResult, ExecStatus, Process, SandboxSpec
 from areal_agents.sandboxes import launch
-from areal_agents.sandboxes.holder import Finished, Holder
+from areal_agents.sandboxes.sandbox_process import Finished, Holder
 from areal_agents.sandboxes.supervisor import BAD_ARCHIVE
 
 FILE_TIMEOUT: Final = 30.0

@@ -1,4 +1,4 @@
-"""Environments for ``tests/test_check.py``: a good one, and one for each way to break the contract."""
+"""Environments for ``tests/conformance/test_check.py``: a good one, and one for each way to break the contract."""
 
 from __future__ import annotations
 

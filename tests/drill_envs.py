@@ -1,4 +1,4 @@
-"""Environments that misbehave on purpose, for ``tests/test_drills.py``."""
+"""Environments that misbehave on purpose, for ``tests/trainer/test_drills.py``."""
 
 from __future__ import annotations
 

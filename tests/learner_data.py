@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from areal_agents.batch import Batch, Row
-from areal_agents.config import AlgorithmConfig
+from areal_agents.algorithms.batch import Batch, Row
+from areal_agents.settings.config import AlgorithmConfig
 from tests.tiny_models import VOCABULARY
 
 

@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 from areal_agents.engine import Health, Sampling, UpdateReport, WeightsRef
-from areal_agents.engines.pool import EnginePool
-from areal_agents.engines.restartable import Restartable
+from areal_agents.engines.pool.pool import EnginePool
+from areal_agents.engines.pool.supervision import Restartable
 from areal_agents.errors import EngineError
 from areal_agents.types import Completion, Prompt
 

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from areal_agents import registry, settings
-from areal_agents.buffer import Buffer
-from areal_agents.chat import ChatFormat
-from areal_agents.config import TrainConfig
-from areal_agents.episode import Limits
-from areal_agents.evaluate import run_attempts
-from areal_agents.player import LocalPlayer, env_maker
+from areal_agents.chat.format import ChatFormat
+from areal_agents.evaluation.evaluate import run_attempts
 from areal_agents.reward import Episode, Verdict
-from areal_agents.rollout import EpisodeRunner, FailureBudget, Rollouts, TaskStream
+from areal_agents.rollout.buffer import Buffer
+from areal_agents.rollout.episode import Limits
+from areal_agents.rollout.player import LocalPlayer, env_maker
+from areal_agents.rollout.producer import EpisodeRunner, FailureBudget, Rollouts, TaskStream
+from areal_agents.settings.config import TrainConfig
 from areal_agents.tool import ToolError, tool
 from areal_agents.toolenv import ToolEnv
-from areal_agents.trajectories import Record, shard_path, write_shard
+from areal_agents.tracking.trajectories import Record, shard_path, write_shard
 from areal_agents.types import (
     AssistantMessage,
     Completion,

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from areal_agents.chat import ChatFormat
+from areal_agents.chat.format import ChatFormat
 from areal_agents.env import AgentEnv
-from areal_agents.episode import Limits
 from areal_agents.errors import SandboxError
+from areal_agents.rollout.episode import Limits
 from areal_agents.types import (
     AssistantMessage,
     Completion,

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 
 from areal_agents.engine import Engine, Sampling, WeightsRef
-from areal_agents.engines.transformers import TransformersEngine
+from areal_agents.engines.cpu.engine import TransformersEngine
 from areal_agents.types import Completion, Prompt
-from areal_agents.weights import SharedWeights
+from areal_agents.weights.base import SharedWeights
 from tests.tiny_models import VOCABULARY, forward_logprobs, save_tiny
 
 T = TypeVar("T")

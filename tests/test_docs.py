@@ -38,13 +38,13 @@ import pytest
 from packaging.requirements import Requirement
 
 from areal_agents import registry, settings
-from areal_agents.cli import _parse, main
-from areal_agents.commands import split_of
-from areal_agents.config import TrainConfig
+from areal_agents.cli.commands import split_of
+from areal_agents.cli.main import _parse, main
 from areal_agents.env import Expert
-from areal_agents.evaluate import EvalReport
+from areal_agents.evaluation.evaluate import EvalReport
 from areal_agents.reward import Episode, judge
-from areal_agents.track import read_metrics
+from areal_agents.settings.config import TrainConfig
+from areal_agents.tracking.tracker import read_metrics
 from areal_agents.types import Task
 from tests import doc_blocks
 from tests.chat_server import chat_server, completion
@@ -63,8 +63,8 @@ CHEAP = (
 )  # fmt: skip
 """Appended to a training that is run: the last word on a setting holds."""
 PRELUDES = {
-    "docs/algorithms.md": "import torch\nfrom areal_agents.losses import ppo, token_mean\n"
-    "from areal_agents.offpolicy import bypass\n"
+    "docs/algorithms.md": "import torch\nfrom areal_agents.algorithms.losses import ppo, token_mean\n"
+    "from areal_agents.algorithms.offpolicy import bypass\n"
     "logprobs_T = torch.full((4,), -1.0, requires_grad=True)\nbehaviour_T = torch.full((4,), -1.1)\n"
     "advantages_T = torch.ones(4)\nmask_T = torch.ones(4, dtype=torch.bool)\nsampled_tokens_of_the_whole_batch = 4\n"
 }
@@ -115,7 +115,7 @@ class Workshop:
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """The run has all that a run can have: a warm start, evaluations between steps, checkpoints."""
-    from areal_agents.train import train
+    from areal_agents.trainer.loop import train
 
     root = tmp_path_factory.mktemp("docs")
     model = tiny_chat_model(root / "model")
@@ -259,7 +259,7 @@ def _eval(command: Command, w: Workshop) -> list[str] | None:
     parsed, _ = _parse(list(command.words[1:]))
     if parsed.compare is not None:
         return list(command.words[1:])
-    if parsed.model.startswith("openai:"):  # needs a server: tests/test_openai_chat.py evaluates one
+    if parsed.model.startswith("openai:"):  # needs a server: tests/engines/openai/test_client.py evaluates one
         return None
     if needs_sandbox(split_of(parsed.env)[0]) and shutil.which("bwrap") is None:
         return None
@@ -286,7 +286,7 @@ def _serve(command: Command, w: Workshop) -> None:
 
 
 def _resize(command: Command, w: Workshop) -> None:
-    """Parsed: it needs a run that trains, as in tests/test_resize.py."""
+    """Parsed: it needs a run that trains, as in tests/trainer/test_resize.py."""
 
 
 def _as_it_stands(command: Command, w: Workshop) -> list[str]:

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from areal_agents import settings
-from areal_agents.check import CHECKS
-from areal_agents.commands import Command
+from areal_agents.cli.commands import Command
+from areal_agents.conformance.check import CHECKS
 from areal_agents.errors import ConfigError
-from areal_agents.resume import MAY_CHANGE
-from areal_agents.schema import settings as known_settings
+from areal_agents.settings.describe import settings as known_settings
 from areal_agents.tool import tool
+from areal_agents.trainer.resume import MAY_CHANGE
 from tests import doc_blocks
 from tests.doc_blocks import PAGES, ROOT
 
@@ -61,8 +61,8 @@ def test_settings_in_the_text_exist_and_take_the_values_given() -> None:
 def messages() -> str:
     """Every text in the code but docstrings, one a line; what is put in at run time is the character U+0000."""
     found: list[str] = []
-    for folder in ("areal_agents", "areal_agents/engines", "areal_agents/cluster", "sandboxes", "tools"):
-        for file in (ROOT / folder).glob("*.py"):
+    for folder in ("areal_agents", "sandboxes", "tools"):
+        for file in (ROOT / folder).rglob("*.py"):
             tree = ast.parse(file.read_text(encoding="utf-8"))
             prose = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}  # docstrings are no messages
             for node in (n for n in ast.walk(tree) if id(n) not in prose):

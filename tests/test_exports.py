@@ -69,9 +69,9 @@ def test_packages_listed_are_the_folders_there_are() -> None:
     folders = {"areal_agents"}
     for top, at in [("areal_agents", ROOT / "areal_agents"), *((f"areal_agents.{c}", ROOT / c) for c in COLLECTIONS)]:
         folders.add(top)
-        for folder in at.iterdir():
-            if folder.is_dir() and not folder.is_symlink() and any(folder.glob("*.py")):
-                folders.add(f"{top}.{folder.name}")
+        for init in at.rglob("*/__init__.py"):  # links are not followed
+            if "templates" not in init.parts:
+                folders.add(".".join([top, *init.parent.relative_to(at).parts]))
     folders |= {"areal_agents.configs", "areal_agents.envs.data"}  # data only
     assert set(settings["packages"]) == folders
     homes = {name: ROOT / folder for name, folder in settings["package-dir"].items()}

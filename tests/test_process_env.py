@@ -10,11 +10,11 @@ import gymnasium
 import numpy as np
 import pytest
 
+from areal_agents.chat.toolcalls import parse_text
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError
 from areal_agents.process_env import TextProcessEnv
 from areal_agents.spaces import TextSpace
-from areal_agents.toolcalls import parse_text
 from areal_agents.types import system, user
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from areal_agents.chat.toolcalls import parse_text
 from areal_agents.errors import EnvError, RewardError
 from areal_agents.reward import Episode, RewardLike, Verdict, boxed_number
 from areal_agents.sandbox import Sandbox
 from areal_agents.tool import ToolResult, tool
-from areal_agents.toolcalls import parse_text
 from areal_agents.toolenv import ToolEnv, without_reasoning
 from areal_agents.types import Message, Task, Text, system, user
 from tests.fake_sandbox import ScriptedBackend

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from areal_agents.trajectories import read_records
+from areal_agents.tracking.trajectories import read_records
 from areal_agents.types import Trajectory
 
 ROOT = Path(__file__).resolve().parents[1]

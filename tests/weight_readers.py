@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.distributed import BroadcastOptions
 
-from areal_agents import broadcast
-from areal_agents.disk_weights import DiskWeights
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import EngineError
-from areal_agents.weights import open_weights
+from areal_agents.weights import broadcast
+from areal_agents.weights.base import open_weights
+from areal_agents.weights.disk import DiskWeights
 
 
 def read(ref: WeightsRef, attempts: int, out: Connection) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 def child(path: str) -> int:
     from areal_agents import settings
     from areal_agents.errors import Interrupted
-    from areal_agents.train import run_training
+    from areal_agents.trainer.loop import run_training
 
     log = os.open(Path(path).with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -33,8 +33,8 @@ def child(path: str) -> int:
 
 
 def main() -> None:
-    import areal_agents.engines.transformers
-    import areal_agents.train  # noqa: F401 - imported for the children
+    import areal_agents.engines.cpu.engine
+    import areal_agents.trainer.loop  # noqa: F401 - imported for the children
 
     print("ready", flush=True)
     for line in sys.stdin:

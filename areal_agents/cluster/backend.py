@@ -1,6 +1,6 @@
 """A run on Ray: engines, learner and rollout workers as actors; the driver keeps the buffer, the loop and the files.
 
-    driver: train.py ── batches ──▶ LearnerActor ── WeightsRef ──▶ PoolActor ─▶ EngineActor × replicas
+    driver: trainer/loop.py ── batches ──▶ LearnerActor ── WeightsRef ──▶ PoolActor ─▶ EngineActor × replicas
        │ ▲                                                            ▲ generate
        │ └───────────────── trajectories ──── RolloutWorker × n ──────┘
        └────────────────────── tasks ──────────────▲
@@ -21,23 +21,23 @@ from pathlib import Path
 
 import ray
 
-from areal_agents.backend import Backend, Event, engine_spec, learner_settings, receivers, salt, supervision
-from areal_agents.cluster.engines import Resources
-from areal_agents.cluster.learner import RemoteLearner
-from areal_agents.cluster.pool import PoolSettings, RemotePool
-from areal_agents.cluster.rollouts import RolloutWorkers
-from areal_agents.cluster.session import Cluster, cluster
-from areal_agents.config import TrainConfig
-from areal_agents.cores import Cores
+from areal_agents.cluster.engine_actors import Resources
+from areal_agents.cluster.learner_actor import RemoteLearner
+from areal_agents.cluster.pool_actor import PoolSettings, RemotePool
+from areal_agents.cluster.ray_session import Cluster, cluster
+from areal_agents.cluster.rollout_workers import RolloutWorkers
 from areal_agents.engine import Transport
 from areal_agents.registry import EnvSpec
+from areal_agents.settings.config import TrainConfig
+from areal_agents.trainer.backend import Backend, Event, engine_spec, learner_settings, receivers, salt, supervision
+from areal_agents.trainer.threads import Cores
 
 
 @contextlib.asynccontextmanager
 async def open_ray(
     config: TrainConfig, spec: EnvSpec, model: Path, *, event: Event, resumed_at: int
 ) -> AsyncIterator[Backend]:
-    """See ``areal_agents.backend.open_backend``. Raises ConfigError where the cluster has not what is asked of it."""
+    """See ``trainer.backend.open_backend``. Raises ConfigError where the cluster has not what is asked of it."""
     c, hang = config.cluster, config.engine.hang_timeout
     if not c.learner_gpus:  # Ray does not hide GPUs from an actor that reserves none
         config = config.model_copy(update={"learner": config.learner.model_copy(update={"device": "cpu"})})
@@ -73,7 +73,7 @@ async def open_ray(
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """See ``areal_agents.backend.Elastic``."""
+    """See ``areal_agents.trainer.backend.Elastic``."""
 
     pool: RemotePool
     workers: RolloutWorkers

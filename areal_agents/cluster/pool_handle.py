@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from areal_agents.cluster.actors import WatchedActor
-from areal_agents.cluster.hosting import EngineHandle, Place
+from areal_agents.cluster.engine_host import EngineHandle, Place
+from areal_agents.cluster.watched_actor import WatchedActor
 from areal_agents.engine import Health, KVPolicy, Sampling, UpdateMode, UpdateReport, WeightsRef
 from areal_agents.types import Completion, Prompt
 

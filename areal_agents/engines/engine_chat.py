@@ -2,8 +2,8 @@
 
     messages ──ChatFormat──▶ ids ──engine──▶ sampled ids ──ChatFormat──▶ AssistantMessage
 
-Environments run on a loop of their own (``host.py``) and an engine belongs to the loop that started it: a call from
-another loop is carried over. It holds no conversation: every call is a whole prompt and a session of its own.
+Environments run on a loop of their own (``rollout/env_host.py``) and an engine belongs to the loop that started it: a
+call from another loop is carried over. It holds no conversation: every call is a whole prompt and a session of its own.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from areal_agents.chat import ChatFormat
-from areal_agents.chat_model import ChatReply
+from areal_agents.chat.format import ChatFormat
+from areal_agents.chat.remote import ChatReply
 from areal_agents.engine import Engine, Sampling
 from areal_agents.errors import EngineError
 from areal_agents.tool import ToolSpec

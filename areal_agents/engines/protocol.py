@@ -17,7 +17,7 @@ from areal_agents.engine import Health, KVPolicy, Sampling, UpdateMode, UpdateRe
 from areal_agents.types import Completion, Ids
 
 if TYPE_CHECKING:
-    from areal_agents.engines.family import Shape
+    from areal_agents.engines.cpu.architecture import Shape
 
 HEADER = struct.Struct("!Q")
 

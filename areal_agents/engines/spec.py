@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from areal_agents.engines.restartable import Restartable
+from areal_agents.engines.pool.supervision import Restartable
 
 Kind = Literal["transformers", "vllm"]
 _CLASSES = {
-    "transformers": ("areal_agents.engines.transformers", "TransformersEngine"),
-    "vllm": ("areal_agents.engines.vllm", "VLLMEngine"),
+    "transformers": ("areal_agents.engines.cpu.engine", "TransformersEngine"),
+    "vllm": ("areal_agents.engines.vllm.engine", "VLLMEngine"),
 }
 
 

@@ -1,0 +1,168 @@
+"""The training objective over rows: which tokens count, what they weigh, and their PPO loss.
+
+Bridges ``batch.Row`` (numpy, one path) and the element-wise functions of ``losses`` and ``offpolicy`` (torch, [T]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from areal_agents.algorithms import losses, offpolicy
+from areal_agents.algorithms.batch import Batch, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The sampled tokens of some rows, one after another; every field is [T]."""
+
+    ids: Tensor
+    behaviour: Tensor
+    """log μ."""
+    advantages: Tensor
+    versions: Tensor
+    turns: Tensor
+    episodes: Tensor
+    """Index of the episode inside the batch."""
+    proximal: Tensor
+    """log p; zeros where there is no proximal policy."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], proximal: Sequence[NDArray[np.float32]] | None) -> Tokens:
+        """``proximal``: for each row log p [T], where the row's mask is True."""
+
+        def column(parts: list[NDArray[np.generic]]) -> Tensor:
+            return torch.from_numpy(np.concatenate(parts))
+
+        old = [np.zeros(len(r), np.float32) for r in rows] if proximal is None else proximal
+        return cls(
+            ids=column([r.ids[r.mask] for r in rows]),
+            behaviour=column([r.logprobs[r.mask] for r in rows]),
+            advantages=column([r.advantages[r.mask] for r in rows]),
+            versions=column([r.versions[r.mask] for r in rows]),
+            turns=column([r.turns[r.mask] for r in rows]),
+            episodes=column([np.full(int(r.mask.sum()), r.episode, np.int64) for r in rows]),
+            proximal=column([p[r.mask] for r, p in zip(rows, old, strict=True)]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> Tokens:
+        return Tokens(*(getattr(self, f.name)[part] for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Denominators:
+    """Counts over a whole minibatch, rows without a gradient included, so that any split adds up to the same loss."""
+
+    tokens: int
+    tokens_E: Tensor
+    """int [E'], the sampled tokens of each episode of the batch over all its rows."""
+    episodes: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], *, total_episodes: int, episodes: int) -> Denominators:
+        """``rows`` of a minibatch of ``episodes`` episodes out of a batch of ``total_episodes``."""
+        tokens_E = torch.zeros(total_episodes, dtype=torch.int64)
+        for row in rows:
+            tokens_E[row.episode] += int(row.mask.sum())
+        return cls(int(tokens_E.sum()), tokens_E, episodes)
+
+
+def ppo_objective(
+    logprobs_T: Tensor,
+    tokens: Tokens,
+    counts: Denominators,
+    stats: offpolicy.OffPolicyStats,
+    *,
+    correction: Literal["bypass", "decoupled"],
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    truncate: float | None,
+    token_mask: tuple[float, float] | None,
+    aggregation: Literal["token", "episode"],
+    version: int,
+    max_staleness: int | None,
+) -> Tensor:
+    """These tokens' part of the minibatch's loss, a scalar; adds their off-policy figures to ``stats``.
+
+    bypass:     Σ 1[lo ≤ π/μ ≤ hi] · ppo(π/μ, A)        decoupled:  Σ min(p/μ, C)·1[lo ≤ p/μ ≤ hi] · ppo(π/p, A)
+    over tokens not older than ``max_staleness`` (None: any age), divided by ``counts``.
+    """
+    if correction == "bypass":
+        old_T = tokens.behaviour
+        corrected = offpolicy.bypass(logprobs_T, tokens.behaviour, token_mask=token_mask)
+    else:
+        old_T = tokens.proximal
+        corrected = offpolicy.decoupled(old_T, tokens.behaviour, truncate=truncate, token_mask=token_mask)
+    terms = losses.ppo(
+        logprobs_T, old_T, tokens.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+    )
+    kept_T, loss_T = corrected.kept_T, terms.loss_T * corrected.weight_T
+    if max_staleness is not None:
+        young_T = offpolicy.age_mask(tokens.versions, version=version, max_staleness=max_staleness)
+        kept_T, loss_T = kept_T & young_T, torch.where(young_T, loss_T, 0.0)
+    sampled_T = torch.ones_like(kept_T)
+    stats.add(
+        logprobs_T.detach(), tokens.behaviour, sampled_T, kept_T, terms.clipped_T, tokens.turns, tokens.versions,
+        version=version, episode_tokens_T=counts.tokens_E[tokens.episodes],
+    )  # fmt: skip
+    if aggregation == "token":
+        return losses.token_mean(loss_T, sampled_T, tokens=counts.tokens)
+    return losses.episode_mean(loss_T, sampled_T, tokens.episodes, counts.tokens_E, episodes=counts.episodes)
+
+
+def has_gradient(row: Row, *, version: int, max_staleness: int | None) -> bool:
+    """Whether any token of ``row`` can contribute a gradient: advantage not 0 and not over age."""
+    live = row.mask & (row.advantages != 0)
+    if max_staleness is not None:
+        live &= version - row.versions <= max_staleness
+    return bool(live.any())
+
+
+def split_episodes(episodes: int, parts: int, *, seed: int, version: int) -> list[NDArray[np.int64]]:
+    """A random partition of ``range(episodes)`` into at most ``parts`` non-empty sets, a function of its arguments.
+
+    No generator state lives between steps, so a resumed run shuffles as the uninterrupted one.
+    """
+    order = np.random.default_rng([seed, version]).permutation(episodes)
+    return [p for p in np.array_split(order, min(parts, max(episodes, 1))) if len(p)]
+
+
+def check_batch(batch: Batch, version: int) -> None:
+    """Raises ValueError for a batch of another version, without episodes, or with rows of unknown episodes."""
+    if batch.version != version:
+        raise ValueError(f"the batch is for version {batch.version}, the learner is at {version}")
+    if batch.episodes < 1:
+        raise ValueError("a batch without episodes has no loss")
+    for row in batch.rows:
+        if not 0 <= row.episode < batch.episodes:
+            raise ValueError(f"a row of episode {row.episode} in a batch of {batch.episodes} episodes")
+
+
+def sources(rows: Sequence[Row], at: Sequence[NDArray[np.int64]]) -> Tensor:
+    """Where the hidden states lie that predict the rows' sampled tokens: one token before each."""
+    if any(bool(r.mask[0]) for r in rows):
+        raise ValueError("a row's first token is sampled: it has no context, so no probability")
+    return torch.from_numpy(np.concatenate([a[np.flatnonzero(r.mask) - 1] for r, a in zip(rows, at, strict=True)]))
+
+
+def batch_counts(batch: Batch, live: Sequence[int], max_staleness: int | None) -> dict[str, float]:
+    """What the batch holds, the rows that are skipped included; ``live`` are the rows that are not."""
+    ages = np.concatenate([batch.version - r.versions[r.mask] for r in batch.rows] or [np.zeros(0, np.int64)])
+    over = 0.0 if max_staleness is None or not len(ages) else float((ages > max_staleness).mean())
+    return {
+        "tokens": float(len(ages)),
+        "rows": float(len(batch.rows)),
+        "rows_skipped": float(len(batch.rows) - len(live)),
+        "episodes": float(batch.episodes),
+        "over_age_share": over,
+    }

@@ -1,0 +1,91 @@
+"""The chat template with which another server renders a conversation as ``ChatFormat`` does.
+
+    OpenAI messages ──prelude──▶ the rows that ChatFormat gives its template ──the tokenizer's own template──▶ text
+
+The prelude puts tool calls back into the assistant's text as blocks, tools into the system message where the
+tokenizer's template ignores them, and results into user messages where it does not know the role ``tool``. It holds
+for what the Hermes parser reads from a model's text (``chat/toolcalls.py``); the text between two calls is lost in any
+OpenAI message, and becomes a newline.
+
+Not covered: a control token's text inside content. ``ChatFormat`` keeps it plain text (``chat/token_codec.py``); a
+server encodes the whole rendering at once, and takes it for the token.
+"""
+
+from __future__ import annotations
+
+from areal_agents.chat.format import ChatFormat
+from areal_agents.chat.toolcalls import CLOSE, OPEN
+from areal_agents.errors import TemplateError
+
+# Names start with areal_: the template that follows may use any other. `-` at both ends of every tag: no white space of
+# the prelude is written. The last tag has none at its end: the one newline after it goes with trim_blocks, as set by
+# transformers and every server that uses it, and the template begins at the start of a line, as it did.
+_ROWS = """\
+{%- set areal_ns = namespace(rows=[], joined=false, text='', tools=[], section='') -%}
+{%- for areal_m in messages -%}
+  {%- set areal_ns.text = areal_m['content'] if areal_m['content'] is string else '' -%}
+  {%- for areal_call in areal_m['tool_calls'] or [] if areal_m['role'] == 'assistant' -%}
+    {%- set areal_f = areal_call['function'] -%}
+    {%- set areal_args = areal_f['arguments'] or {} -%}
+    {%- set areal_args = areal_args if areal_args is string else areal_args | tojson -%}
+    {%- set areal_ns.text = areal_ns.text ~ ('' if loop.first else '\\n') ~ 'OPEN{"name": ' ~ (areal_f['name'] | tojson)
+        ~ ', "arguments": ' ~ areal_args ~ '}CLOSE' -%}
+  {%- endfor -%}
+  {%- if areal_m['role'] == 'tool' and WRAP -%}
+    {%- set areal_ns.text = '<tool_response>\\n' ~ areal_ns.text ~ '\\n</tool_response>' -%}
+    {%- if areal_ns.joined -%}
+      {%- set areal_ns.text = areal_ns.rows[-1]['content'] ~ '\\n' ~ areal_ns.text -%}
+      {%- set areal_ns.rows = areal_ns.rows[:-1] -%}
+    {%- endif -%}
+    {%- set areal_ns.rows = areal_ns.rows + [{'role': 'user', 'content': areal_ns.text}] -%}
+    {%- set areal_ns.joined = true -%}
+  {%- else -%}
+    {%- set areal_row = {'role': areal_m['role'], 'content': areal_ns.text} -%}
+    {%- if areal_m['tool_call_id'] and areal_m['role'] != 'assistant' -%}
+      {%- set areal_row = dict(areal_row, tool_call_id=areal_m['tool_call_id']) -%}
+    {%- endif -%}
+    {%- if areal_m['name'] and areal_m['role'] != 'assistant' -%}
+      {%- set areal_row = dict(areal_row, name=areal_m['name']) -%}
+    {%- endif -%}
+    {%- set areal_ns.rows = areal_ns.rows + [areal_row] -%}
+    {%- set areal_ns.joined = false -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- for areal_tool in tools or [] -%}
+  {%- set areal_f = areal_tool['function'] -%}
+  {%- set areal_f = {'name': areal_f['name'], 'description': areal_f['description'] or '',
+      'parameters': areal_f['parameters'] or {'type': 'object', 'properties': {}}} -%}
+  {%- set areal_ns.tools = areal_ns.tools + [{'type': 'function', 'function': areal_f}] -%}
+  {%- set areal_ns.section = areal_ns.section ~ (areal_f | tojson) ~ '\\n' -%}
+{%- endfor -%}
+"""
+_SECTION = """\
+{%- if areal_ns.tools -%}
+  {%- set areal_ns.section = '<tools>\\n' ~ areal_ns.section
+      ~ '</tools>\\nTo call a tool, write OPEN{"name": ..., "arguments": {...}}CLOSE' -%}
+  {%- if areal_ns.rows and areal_ns.rows[0]['role'] == 'system' -%}
+    {%- set areal_row = dict(areal_ns.rows[0], content=areal_ns.rows[0]['content'] ~ '\\n\\n' ~ areal_ns.section) -%}
+    {%- set areal_ns.rows = [areal_row] + areal_ns.rows[1:] -%}
+  {%- else -%}
+    {%- set areal_ns.rows = [{'role': 'system', 'content': areal_ns.section}] + areal_ns.rows -%}
+  {%- endif -%}
+{%- endif -%}
+{%- set tools = none -%}
+"""
+_TOOLS = "{%- set tools = areal_ns.tools if areal_ns.tools else none -%}\n"
+_MESSAGES = "{%- set messages = areal_ns.rows %}\n"
+
+
+def served_template(fmt: ChatFormat) -> str:
+    """A Jinja chat template for servers whose rendering, with tools, has the ids of ``fmt.first_prompt``.
+
+    Raises TemplateError where the tokenizer has several templates: which one a server takes is its own choice.
+    """
+    template = fmt.tokenizer.chat_template
+    if not isinstance(template, str):
+        raise TemplateError(
+            f"the tokenizer has {len(template)} chat templates ({', '.join(template)}): save it with the one to serve"
+        )
+    prelude = _ROWS + (_TOOLS if fmt.renders_tools else _SECTION)
+    prelude = prelude.replace("WRAP", "false" if fmt.accepts_tool_role else "true")
+    return prelude.replace("OPEN", OPEN).replace("CLOSE", CLOSE) + _MESSAGES + template

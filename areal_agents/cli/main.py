@@ -1,0 +1,107 @@
+"""The command line: parsing, exit codes and errors; the commands are in ``cli/commands.py``.
+
+Commands are parsed by tyro; ``train`` and ``demo`` take the dotted overrides of ``settings/loading.py`` besides. Exit
+codes: 0 done, 1 an error or a failed check (one message on standard error; the traceback with ``--debug`` or
+AREAL_DEBUG=1), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import tyro
+
+from areal_agents.cli.commands import Command, UsageError
+from areal_agents.errors import ArealError, Interrupted
+from areal_agents.tracking.console import plain
+
+DESCRIPTION = """An agentic multi-turn RL gym and trainer for language models.
+
+--version prints the version; --debug shows the traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Only tyro's own errors and ``--help`` raise SystemExit."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args or os.environ.get("AREAL_DEBUG", "") not in ("", "0")
+    args = [a for a in args if a != "--debug"]
+    if args[:1] == ["--version"]:
+        print(f"areal-agents {_version()}")
+        return 0
+    usual = warnings.formatwarning
+    warnings.formatwarning = _format_warning
+    if os.getcwd() not in sys.path:  # "module:Class" of the folder one works in, as `python -m` finds it
+        sys.path.append(os.getcwd())
+    try:
+        command, overrides = _parse(args)
+        code: int = command.run(overrides)
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (`| head`) has gone; Python's flush at exit would complain once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return 130
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ArealError, ExceptionGroup) as error:
+        deliberate = list(_leaves(error))
+        if debug or not all(isinstance(e, ArealError) for e in deliberate):
+            raise
+        for message in dict.fromkeys(str(e) for e in deliberate):
+            print(f"error: {plain(message)}", file=sys.stderr)  # it may quote what a model said
+        return 1
+    finally:
+        warnings.formatwarning = usual
+
+
+def _parse(args: list[str]) -> tuple[Any, list[str]]:
+    """The command, and the settings given on the command line of ``train`` or ``demo``."""
+    overrides: list[str] = []
+    if args[:1] in (["train"], ["demo"]):
+        from areal_agents.settings.describe import help_text
+        from areal_agents.settings.loading import split_overrides
+
+        args, overrides = split_overrides(args, keep=("--help", "--resume"))
+        if "-h" in args or "--help" in args:
+            try:
+                _tyro([args[0], "--help"])
+            except SystemExit:
+                print(help_text())
+                raise
+    return _tyro(args or ["--help"]), overrides
+
+
+def _tyro(args: list[str]) -> Any:
+    markers = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
+    return tyro.cli(Command, prog="areal-agents", description=DESCRIPTION, args=args, config=markers)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def _version() -> str:
+    try:
+        return version("areal-agents")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"warning: {message}\n"

@@ -1,0 +1,155 @@
+"""``areal-agents check ENV_ID``: does an environment keep the contract? One result a check, each with its reason.
+
+    contract ─▶ gymnasium, tasks, rng, tokens, reward          (skipped where the contract itself is broken)
+             └▶ seeds ─▶ isolation ─▶ aliasing, cancellation   (compare episodes, so they need the one before)
+
+Everything runs on a thread of its own: an environment that blocks it is reported, not waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from areal_agents import registry
+from areal_agents.conformance import contract, isolation, reward_audit
+from areal_agents.conformance.contract import Subject
+from areal_agents.conformance.scripted_episode import close_sandboxes
+from areal_agents.errors import ArealError
+
+Status = Literal["passed", "failed", "unaudited", "skipped"]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    name: str
+    status: Status
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What was found. ``unaudited`` and ``skipped`` are shown; only ``failed`` fails the report."""
+
+    env_id: str
+    results: tuple[CheckResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(r.status != "failed" for r in self.results)
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"env", "passed", "checks": [{"name", "status", "detail"}]}``."""
+        checks = [{"name": r.name, "status": r.status, "detail": r.detail} for r in self.results]
+        return {"env": self.env_id, "passed": self.passed, "checks": checks}
+
+    def __str__(self) -> str:
+        marks = {"passed": "ok", "failed": "FAILED"}
+        lines = [f"  {marks.get(r.status, r.status):<9} {r.name:<12} {r.detail}" for r in self.results]
+        return "\n".join([f"{self.env_id}: {'passed' if self.passed else 'FAILED'}", *lines])
+
+
+Check = Callable[[Subject], Awaitable[str]]
+CHECKS: Mapping[str, tuple[Check, tuple[str, ...]]] = {
+    "contract": (contract.contract, ()),
+    "gymnasium": (contract.gymnasium_checker, ("contract",)),
+    "tasks": (contract.tasks, ("contract",)),
+    "seeds": (contract.seeds, ("contract",)),
+    "isolation": (isolation.isolation, ("contract", "seeds")),
+    "aliasing": (isolation.aliasing, ("contract", "seeds", "isolation")),
+    "rng": (isolation.global_rng, ("contract",)),
+    "cancellation": (isolation.cancellation, ("contract", "seeds", "isolation")),
+    "tokens": (contract.tokens, ("contract",)),
+    "reward": (reward_audit.reward, ("contract",)),
+}
+"""Name → the check, and the checks that must have passed before it says anything."""
+
+
+def check(
+    env_id: str,
+    *,
+    tokenizer: str | Path | None = "smollm2",
+    timeout: float = 60.0,
+    kwargs: Mapping[str, Any] | None = None,
+    report: Callable[[CheckResult], None] | None = None,
+) -> CheckReport:
+    """Run every check on the environment ``env_id`` (or ``"module:Class"``).
+
+    ``tokenizer`` is a model name or folder for the token check; None skips it. ``timeout`` bounds one call into the
+    environment, in seconds; ten times as much bounds one check. ``kwargs`` go to the environment. ``report`` is told
+    each result as it is found. Raises RegistryError where the environment cannot be found; nothing else.
+    """
+    spec = registry.spec(env_id)
+    subject = Subject(replace(spec, kwargs={**spec.kwargs, **(kwargs or {})}), timeout, tokenizer)
+    found: queue.SimpleQueue[CheckResult] = queue.SimpleQueue()
+    abandoned = threading.Event()
+    worker = threading.Thread(target=_run_all, args=(subject, found, abandoned), name="areal-agents-check", daemon=True)
+    worker.start()
+    results: list[CheckResult] = []
+    blocked = ""
+    for name in CHECKS:
+        if blocked:
+            result = CheckResult(name, "skipped", f"{blocked} blocked the thread")
+        else:
+            try:
+                result = found.get(timeout=10 * timeout)
+            except queue.Empty:
+                blocked = name
+                abandoned.set()
+                detail = f"blocked its thread for more than {10 * timeout:g} s: use `await` instead of blocking calls"
+                result = CheckResult(name, "failed", detail)
+        results.append(result)
+        if report is not None:
+            report(result)
+    if not blocked:
+        worker.join(timeout)
+    return CheckReport(env_id, tuple(results))
+
+
+def _run_all(subject: Subject, found: queue.SimpleQueue[CheckResult], abandoned: threading.Event) -> None:
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    statuses: dict[str, Status] = {}
+    try:
+        for name, (run, needs) in CHECKS.items():
+            if abandoned.is_set():
+                break
+            broken = [n for n in needs if statuses[n] != "passed"]
+            if broken:
+                result = CheckResult(name, "skipped", f"needs {broken[0]}")
+            else:
+                result = loop.run_until_complete(_run(name, run, subject))
+            statuses[name] = result.status
+            found.put(result)
+        loop.run_until_complete(_clear_up())
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+async def _run(name: str, run: Check, subject: Subject) -> CheckResult:
+    try:
+        return CheckResult(name, "passed", await run(subject))
+    except contract.Unaudited as reason:
+        return CheckResult(name, "unaudited", str(reason))
+    except contract.Skipped as reason:
+        return CheckResult(name, "skipped", str(reason))
+    except ArealError as error:
+        return CheckResult(name, "failed", str(error))
+    except Exception as error:  # noqa: BLE001  the author's own code: whatever it raises is the finding
+        return CheckResult(name, "failed", f"{type(error).__name__}: {error}")
+
+
+async def _clear_up() -> None:
+    """Close sandboxes; give what an environment left behind a moment to end."""
+    await close_sandboxes()
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=1.0)

@@ -1,0 +1,114 @@
+"""The reward audit of ``conformance.check``: policies without skill earn at most chance, the gold answer earns 1.
+
+No gold answer and no expert: nothing shows that full reward can be earned, and the status is ``unaudited``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from areal_agents.conformance.contract import Subject, Unaudited
+from areal_agents.conformance.scripted_episode import Episode, Script, repeat, script_for
+from areal_agents.env import Expert
+from areal_agents.errors import CheckError
+from areal_agents.types import Observation, Task
+
+SLACK = 0.05
+"""What a policy without skill may earn above the declared chance."""
+TASKS = 64
+TASKS_WITH_CHANCE = 256
+"""More, where chance is not 0: the mean of few tasks is noise."""
+GOLD_TASKS = 16
+EXPERT_TASKS = 4
+
+Policy = Callable[[int], Script]
+
+
+async def reward(subject: Subject) -> str:
+    """Raises CheckError for a reward that can be had without skill, or not with it; Unaudited without a gold."""
+    spec = subject.spec
+    split = spec.splits[-1]
+    pool = spec.tasks(split)
+    limit = TASKS if spec.audit.chance == 0 else TASKS_WITH_CHANCE
+    tasks = [pool[i] for i in range(min(len(pool), limit))]
+    gold = [spec.gold(t) for t in tasks]
+    seen: list[str] = []
+    for name, policy in _policies(gold).items():
+        mean = await _mean(subject, tasks, policy)
+        if mean > spec.audit.chance + SLACK:
+            raise CheckError(
+                f"the policy {name!r} earns {mean:.3f} on {len(tasks)} tasks of {split!r}; declared chance is "
+                f"{spec.audit.chance:g} (+ {SLACK:g}): tighten the reward, or declare `chance`"
+            )
+        seen.append(f"{name} {mean:.2f}")
+    scored = await _skilled(subject, tasks, gold)
+    summary = f"{', '.join(seen)} (chance {spec.audit.chance:g})"
+    if not scored:
+        raise Unaudited(f"no gold() and no expert(): that full reward can be earned was not seen; {summary}")
+    return f"{' and '.join(scored)} earn 1; {summary}"
+
+
+def _policies(gold: Sequence[str | None]) -> dict[str, Policy]:
+    """Policies without skill; each maps a task's position to a script."""
+    known = [g for g in gold if g is not None]
+
+    def several(i: int) -> Script:
+        own = gold[i]
+        if own is None or len(known) < 3:
+            return repeat(" ".join(rf"\boxed{{{n}}}" for n in range(10)))
+        # In the middle: first and last must not be what counts either.
+        others = [g for g in (gold[i - 1], gold[(i + 1) % len(gold)]) if g is not None and g != own]
+        return repeat("\n".join([*others[:1], own, *others[1:]]) if len(others) == 2 else "")
+
+    def constant(i: int) -> Script:
+        other = next((g for g in known if g != gold[i]), r"\boxed{0}")
+        return repeat(other)
+
+    return {
+        "empty": lambda i: repeat(""),
+        "junk": lambda i: repeat("asdf 7 ;; {} qwer"),
+        "echo": lambda i: _echo,
+        "several": several,
+        "constant": constant,
+    }
+
+
+def _echo(shown: Observation) -> Expert:
+    """Says what it was shown last."""
+    while True:
+        shown = (yield "\n".join(m.text for m in shown)) or shown
+
+
+async def _mean(subject: Subject, tasks: Sequence[Task], policy: Policy) -> float:
+    total = 0.0
+    for i, task in enumerate(tasks):
+        total += await _play(subject, task, i, policy(i))
+    return total / len(tasks)
+
+
+async def _play(subject: Subject, task: Task, seed: int, script: Script) -> float:
+    return (await Episode(subject.spec.make, task, seed, script, subject.timeout).play()).total
+
+
+async def _skilled(subject: Subject, tasks: Sequence[Task], gold: Sequence[str | None]) -> list[str]:
+    """Who was seen to earn the full reward."""
+    spec = subject.spec
+    scored: list[str] = []
+    golden = [(t, g) for t, g in zip(tasks, gold, strict=True) if g is not None][:GOLD_TASKS]
+    for i, (task, answer) in enumerate(golden):
+        _require_full(await _play(subject, task, i, repeat(answer)), "gold()", task)
+    if golden:
+        scored.append(f"{len(golden)} gold answers")
+    played = 0
+    for i, task in enumerate(tasks[:EXPERT_TASKS]):
+        if spec.expert(task) is not None:
+            _require_full(await _play(subject, task, i, script_for(spec, task, "main")), "expert()", task)
+            played += 1
+    if played:
+        scored.append(f"{played} expert episodes")
+    return scored
+
+
+def _require_full(total: float, who: str, task: Task) -> None:
+    if abs(total - 1.0) > 1e-6:
+        raise CheckError(f"{who} earns {total:g} on task {task.id}, not 1: the reward or the {who} is wrong")

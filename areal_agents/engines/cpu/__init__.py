@@ -1,0 +1,1 @@
+"""The ``transformers`` engine: a lean decoder of the Llama family on processors."""

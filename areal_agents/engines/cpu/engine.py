@@ -1,0 +1,69 @@
+"""``TransformersEngine``: the Llama family on the CPU, decoded by a process of its own.
+
+    generate ──frames──▶ worker: continuous batching, KV between turns ──frames──▶ reader task ─▶ futures
+
+What it waits for, and until when, is in ``areal_agents.engines.process``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from areal_agents.engines import protocol as p
+from areal_agents.engines.cpu.architecture import Shape
+from areal_agents.engines.process import EngineProcess, environment, require_positive
+from areal_agents.utils.precision import Precision, number_format
+
+
+class TransformersEngine(EngineProcess):
+    """An ``Engine``. Start it with ``start``; it is an async context manager that closes itself.
+
+    It belongs to the event loop that started it.
+    """
+
+    name = "the transformers engine"
+    module = "areal_agents.engines.cpu.worker"
+
+    @classmethod
+    async def start(
+        cls,
+        model: str | Path,
+        *,
+        precision: Precision = "auto",
+        max_batch: int = 48,
+        kv_tokens: int = 65_536,
+        max_context: int = 2048,
+        threads: int = 1,
+        seed: int = 0,
+        shape: Shape | None = None,
+    ) -> TransformersEngine:
+        """Start a worker that serves ``model`` (a local folder or a hub id) as version 0.
+
+        max_batch: sequences decoded at once. kv_tokens: bound on tokens whose KV is kept, running requests (prompt and
+        max_tokens) and idle sessions together. max_context: longest prompt plus completion, cut to what the model's
+        positions allow. threads: cores of the worker. seed: of the engine's generator, for requests without their own.
+        shape: the model's, for a caller who has read it with this ``max_context``: only reading it takes transformers.
+
+        The batch's KV is address space of max_batch x max_context tokens; a page costs memory once it was used.
+        Raises ConfigError on a setting out of range, ModelError where the model cannot be loaded or computed,
+        EngineError where the worker does not start.
+        """
+        require_positive(max_batch=max_batch, kv_tokens=kv_tokens, max_context=max_context, threads=threads)
+        number = number_format(precision)
+        if shape is None:
+            shape = await asyncio.to_thread(Shape.read, model, max_context)
+        settings = p.Settings(str(model), shape, number, max_batch, kv_tokens, max_context, threads, seed)
+        return await cls.launch(settings, _environment(threads))
+
+    async def set_threads(self, threads: int) -> None:
+        """Compute with ``threads`` cores from the next step on."""
+        require_positive(threads=threads)
+        self._send(p.SetThreads(threads))
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Buffers of a step are reused instead of mapped anew."""
+    return environment(
+        OMP_NUM_THREADS=str(threads), MALLOC_MMAP_THRESHOLD_=str(1 << 28), MALLOC_TRIM_THRESHOLD_=str(1 << 29)
+    )

@@ -1,0 +1,227 @@
+"""Our messages ⇄ the JSON of OpenAI's chat completions. Pure: no network.
+
+A server that parses tool calls returns them beside the text. They are put back into the text as blocks, so that
+``AssistantMessage.text`` is whole (rewards, chat templates and saved episodes read it), and taken out again when the
+message is sent. A call that the server left in the text (it has no parser, or could not read the call) is found by our
+own parser; such a message is sent back as the text it is.
+
+The reply is hostile: it is only read as JSON, within the limits of ``chat/toolcalls.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from areal_agents.chat.remote import ChatReply
+from areal_agents.chat.toolcalls import CLOSE, MAX_CALLS, parse_text, read_arguments, write_block
+from areal_agents.errors import ConfigError, EngineError
+from areal_agents.tool import ToolSpec
+from areal_agents.types import AssistantMessage, CallStatus, Finish, Image, Message, Part, Text, ToolCall
+
+Json = dict[str, Any]
+
+_TEXT_ID = re.compile(r"call_\d+")  # the ids of calls that were found in text; those of a server are kept apart
+_MAX_ID = 256
+_URL = ("http://", "https://", "data:image/")
+
+
+def request_tools(tools: Sequence[ToolSpec]) -> list[Json]:
+    """The ``tools`` of a request."""
+    return [
+        {
+            "type": "function",
+            "function": {"name": t.name, "description": t.description, "parameters": dict(t.parameters)},
+        }
+        for t in tools
+    ]
+
+
+def request_messages(messages: Sequence[Message | AssistantMessage], *, text_calls: bool = True) -> list[Json]:
+    """The ``messages`` of a request.
+
+    ``text_calls=False`` is for servers that insist on a ``tool_calls`` entry for every result: calls found in text are
+    sent as such entries too, and the result of one that cannot be (it has no name) travels in a user message.
+    Raises ConfigError for an image that is no URL.
+    """
+    rows: list[Json] = []
+    called: set[str] = set()
+    for message in messages:
+        if isinstance(message, AssistantMessage):
+            row = _assistant(message, text_calls=text_calls)
+            called = {call["id"] for call in row.get("tool_calls", ())}
+        elif message.role == "tool" and not text_calls and message.tool_call_id not in called:
+            row = {"role": "user", "content": f"<tool_response>\n{_clean(message.text)}\n</tool_response>"}
+        else:
+            row = {"role": message.role, "content": _content(message.parts)}
+            named = {"tool_call_id": message.tool_call_id, "name": message.name}
+            row |= {key: _clean(value) for key, value in named.items() if value is not None}
+        rows.append(row)
+    return rows
+
+
+def read_reply(body: object, *, text_calls: bool = True) -> ChatReply:
+    """The first choice of a chat completion. Raises EngineError, saying what is missing, where it is none."""
+    choice = _first_choice(body)
+    message = _mapping(choice.get("message"), "choices[0].message")
+    finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
+    content = _text_of(message)
+    entries = message.get("tool_calls") or []
+    if not isinstance(entries, list):
+        raise EngineError("choices[0].message.tool_calls is no list")
+    if entries:
+        calls = _calls(entries)
+        text = content + "\n".join(call.raw for call in calls)
+        said = AssistantMessage((Text(text),), calls, finish)
+    else:
+        said = parse_text(content, finish) if text_calls else AssistantMessage((Text(content),), (), finish)
+    assert isinstance(body, dict)
+    usage = body.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    name = body.get("model")
+    return ChatReply(
+        said,
+        _count(usage.get("prompt_tokens")),
+        _count(usage.get("completion_tokens")),
+        _clean(name)[:_MAX_ID] if isinstance(name, str) else "",
+    )
+
+
+def error_text(body: bytes) -> tuple[str, str]:
+    """(message, code) of an error body; the start of the body where it is not OpenAI's form."""
+    plain = body.decode("utf-8", "replace").strip()
+    try:
+        value = json.loads(plain)
+    except (ValueError, RecursionError):
+        return plain, ""
+    error = value.get("error", value) if isinstance(value, dict) else value
+    if isinstance(error, dict):
+        message, code = error.get("message", error.get("detail", error)), error.get("code") or error.get("type") or ""
+        return (message if isinstance(message, str) else json.dumps(message)), str(code)
+    return (error if isinstance(error, str) else plain), ""
+
+
+# --- sending ----------------------------------------------------------------------------------------------------
+
+
+def _assistant(message: AssistantMessage, *, text_calls: bool) -> Json:
+    calls = message.tool_calls
+    found_in_text = text_calls and all(_TEXT_ID.fullmatch(c.id) for c in calls)
+    if not calls or found_in_text or any(not c.name.strip() for c in calls):
+        return {"role": "assistant", "content": _content(message.parts)}
+    entries = [
+        {"id": c.id, "type": "function", "function": {"name": _clean(c.name), "arguments": _arguments(c)}}
+        for c in calls
+    ]
+    return {"role": "assistant", "content": _clean(_without_blocks(message)), "tool_calls": entries}
+
+
+def _without_blocks(message: AssistantMessage) -> str:
+    """The text around the calls' blocks. Those of a server are its end; others are taken out where they stand."""
+    text, raws = message.text, [call.raw for call in message.tool_calls]
+    end = "\n".join(raws)
+    if text.endswith(end):
+        return text[: len(text) - len(end)]
+    for raw in raws:
+        before, _, after = text.partition(raw) if raw else (text, "", "")
+        text = before + after
+    return text
+
+
+def _arguments(call: ToolCall) -> str:
+    """The arguments as the model wrote them, where they stand in a block of ours; else as JSON of our own."""
+    head = write_block(call.name, "").removesuffix("}" + CLOSE)
+    if call.raw.startswith(head) and call.raw.endswith("}" + CLOSE):
+        return _clean(call.raw[len(head) : -len("}" + CLOSE)])
+    return json.dumps(dict(call.arguments), ensure_ascii=False)
+
+
+def _content(parts: Sequence[Part]) -> str | list[Json]:
+    if all(isinstance(p, Text) for p in parts):
+        return _clean("".join(p.text for p in parts if isinstance(p, Text)))
+    return [
+        {"type": "text", "text": _clean(p.text)}
+        if isinstance(p, Text)
+        else {"type": "image_url", "image_url": {"url": _image_url(p)}}
+        for p in parts
+    ]
+
+
+def _image_url(image: Image) -> str:
+    if not image.ref.startswith(_URL):
+        raise ConfigError(
+            f"image {image.ref[:80]!r} cannot be sent to a chat server: give an http(s) URL or a data:image/… URL"
+        )
+    return image.ref
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def _first_choice(body: object) -> Json:
+    reply = _mapping(body, "the body")
+    choices = reply.get("choices")
+    if isinstance(choices, list) and choices:
+        return _mapping(choices[0], "choices[0]")
+    if "error" in reply:
+        raise EngineError(f"the server answered with an error: {error_text(json.dumps(reply).encode())[0][:300]}")
+    raise EngineError("the body has no choices")
+
+
+def _mapping(value: object, what: str) -> Json:
+    if not isinstance(value, dict):
+        raise EngineError(f"{what} is no JSON object")
+    return value
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    """The content; a refusal's text where there is none. Parts that are no text (reasoning) are left out."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(
+            p["text"] for p in content if isinstance(p, dict) and p.get("type") == "text" and _is_text(p.get("text"))
+        )
+    if not content:
+        content = message.get("refusal")
+    return _clean(content) if isinstance(content, str) else ""
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _calls(entries: Sequence[object]) -> tuple[ToolCall, ...]:
+    calls: list[ToolCall] = []
+    taken: set[str] = set()
+    for i, entry in enumerate(entries):
+        row = _mapping(entry, f"tool_calls[{i}]")
+        function = _mapping(row.get("function"), f"tool_calls[{i}].function")
+        given = row.get("id")
+        free = isinstance(given, str) and 0 < len(given) <= _MAX_ID and given not in taken
+        id = _clean(given) if free and isinstance(given, str) and not _TEXT_ID.fullmatch(given) else f"served-{i}"
+        taken.add(id)
+        calls.append(_call(id, function, readable=i < MAX_CALLS))
+    return tuple(calls)
+
+
+def _call(id: str, function: Mapping[str, Any], *, readable: bool) -> ToolCall:
+    name, given = function.get("name"), function.get("arguments")
+    name = _clean(name).strip() if isinstance(name, str) else ""
+    text = _clean(given) if isinstance(given, str) else "" if given is None else json.dumps(given)
+    arguments: Mapping[str, Any]
+    status: CallStatus
+    arguments, status = read_arguments(text) if readable else ({}, "invalid_json")
+    if not name:
+        arguments, status = {}, "missing_name"
+    return ToolCall(id, name, arguments, write_block(name, text if text.strip() else "{}"), status)
+
+
+def _count(value: object) -> int | None:
+    """A server's number: it may send any, also one that no float holds."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else None

@@ -1,0 +1,1 @@
+"""Several engines as one: supervision, routing, growth and weight updates."""

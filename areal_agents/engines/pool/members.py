@@ -1,0 +1,205 @@
+"""``Replicas``: the members of an engine pool: who is routed to, who comes, who goes.
+
+joining ──current weights──▶ serving ──lost, or its update refused──▶ away ──back with current weights──▶ serving
+                                │                                       └─▶ failed for good: replica_lost, dropped
+                                └──removed──▶ draining ──its requests ended──▶ replica_removed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any
+
+from areal_agents.engines.pool.replica import Replica, SupervisedSettings
+from areal_agents.engines.pool.router import Router
+from areal_agents.engines.pool.supervision import Restartable
+from areal_agents.errors import EngineError
+
+
+class Replicas:
+    """``load(replica)`` says whether a fresh replica now serves the current weights; it may raise EngineError."""
+
+    def __init__(
+        self,
+        start: Callable[[int], Awaitable[Restartable]],
+        load: Callable[[Replica], Awaitable[bool]],
+        event: Callable[..., None],
+        settings: SupervisedSettings,
+    ) -> None:
+        self._start, self._load, self._event, self._settings = start, load, event, settings
+        self.router = Router()
+        self.failed = "the engine pool was not started: enter it with `async with`"
+        """Why no request will ever be served (again); empty while one may."""
+        self.changed = asyncio.Event()
+        """Set, and replaced by a new one, whenever a replica comes, is lost or goes."""
+        self._all: dict[int, Replica] = {}
+        self._gone: list[Replica] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __iter__(self) -> Iterator[Replica]:
+        return iter(list(self._all.values()))
+
+    def __len__(self) -> int:
+        """Replicas that serve, start or restart."""
+        return sum(r.state != "draining" for r in self._all.values())
+
+    def of(self, session: str) -> Replica:
+        """Where ``session`` is, or is now assigned. Raises EngineError where no replica serves."""
+        return self._all[self.router.assign(session)]
+
+    def release(self, session: str) -> Replica | None:
+        """Forget ``session``; returns where it was."""
+        index = self.router.replica(session)
+        self.router.release(session)
+        return None if index is None else self._all[index]
+
+    # --- who is routed to ------------------------------------------------------------------------------------------
+
+    def serve(self, replica: Replica) -> None:
+        """``replica`` serves the current weights: requests may come."""
+        if replica.engine.engine is None:  # lost again meanwhile
+            self.background(self._return(replica))
+        elif replica.state in ("joining", "away"):
+            if replica.state == "joining":
+                self._event("replica_added", replica=replica.index, version=replica.engine.version)
+            replica.state = "serving"
+            self.router.add(replica.index)
+            self._notify()
+
+    def withdraw(self, replica: Replica) -> None:
+        """No more requests for ``replica``, and those that run there move."""
+        if replica.state == "serving":
+            replica.state = "away"
+        self.router.remove(replica.index)
+        replica.move()
+        self._notify()
+
+    def drop(self, replica: Replica) -> None:
+        """``replica`` has failed for good."""
+        if self.failed or replica.state == "draining" or self._all.get(replica.index) is not replica:
+            return  # it goes, or is gone
+        del self._all[replica.index]
+        self.withdraw(replica)
+        reason = replica.engine.failed
+        self._event("replica_lost", replica=replica.index, reason=reason, left=len(self))
+        if not len(self):
+            self.fail(f"every replica of the engine pool is lost; the last one: {reason}")
+        self._gone.append(replica)
+        self.background(replica.engine.close())
+
+    def fail(self, reason: str) -> None:
+        """Every request raises from now on; the first reason stays."""
+        self.failed = self.failed or reason
+        for index in self._all:
+            self.router.remove(index)
+        self._notify()
+
+    def _told(self, replica: Replica, kind: str, fields: dict[str, Any]) -> None:
+        self._event(kind, replica=replica.index, **fields)
+        if kind == "engine_lost":
+            if replica.state == "serving":
+                self.background(self._return(replica))
+            self.withdraw(replica)
+
+    async def _return(self, replica: Replica) -> None:
+        """Route to ``replica`` again after its restart, or drop it."""
+        try:
+            await replica.engine.ready()
+        except EngineError:
+            self.drop(replica)
+        else:
+            self.serve(replica)
+
+    # --- who comes and goes ----------------------------------------------------------------------------------------
+
+    async def grow(self, by: int) -> None:
+        """Start ``by`` more at the lowest free numbers; raises the first error once all have settled."""
+        free = (i for i in itertools.count() if i not in self._all)
+        fresh = [Replica(i, self._start, self._told, self._settings) for i in itertools.islice(free, by)]
+        self._all |= {r.index: r for r in fresh}
+        results = await asyncio.gather(*(self._spawn(self._join(r)) for r in fresh), return_exceptions=True)
+        self._raise_first(results)
+
+    def _raise_first(self, results: list[BaseException | None]) -> None:
+        for error in results:
+            if isinstance(error, asyncio.CancelledError) and self.failed:  # `close` did that, not the caller
+                raise EngineError(self.failed)
+            if error is not None:
+                raise error
+
+    async def _join(self, replica: Replica) -> None:
+        try:
+            await replica.engine.__aenter__()
+            if await self._load(replica):
+                self.serve(replica)
+        except BaseException:
+            self._all.pop(replica.index, None)
+            served, replica.state = replica.state == "serving", "draining"  # an update may have come before `_load`
+            self.withdraw(replica)
+            replica.supersede()
+            if served and not self.failed:
+                self._event("replica_removed", replica=replica.index, left=len(self))
+            await replica.engine.close()
+            raise
+
+    async def shrink(self, by: int, *, seconds: float) -> None:
+        """End ``by``: those that do not serve first, then those with the fewest sessions.
+
+        Each ends after its requests; what still runs after ``seconds`` moves. It goes on where the caller is cancelled.
+        """
+        loads = self.router.loads()
+        stay = [r for r in self._all.values() if r.state != "draining"]
+        stay.sort(key=lambda r: (r.state == "serving", loads.get(r.index, 0), -r.index))
+        retired = asyncio.gather(*(self._spawn(self._retire(r, seconds)) for r in stay[:by]), return_exceptions=True)
+        self._raise_first(await asyncio.shield(retired))
+
+    async def _retire(self, replica: Replica, seconds: float) -> None:
+        replica.state = "draining"
+        self.router.remove(replica.index)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await replica.idle()
+        replica.move()
+        await replica.idle()
+        replica.supersede()
+        await replica.engine.close()
+        self._all.pop(replica.index, None)
+        self._event("replica_removed", replica=replica.index, left=len(self))
+
+    async def close(self) -> None:
+        """End every replica, also in the middle of anything. May be called twice."""
+        self.fail("the engine pool was closed")
+        for replica in self:
+            replica.supersede()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(r.engine.close() for r in [*self, *self._gone]))
+        self._all.clear()
+        self._gone.clear()
+
+    # --- tasks -----------------------------------------------------------------------------------------------------
+
+    def background(self, work: Awaitable[None]) -> None:
+        """Do ``work`` without anybody who awaits it; where it raises, the pool has failed."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception as error:  # noqa: BLE001  boundary: every later request raises it
+                self.fail(f"the engine pool failed: {type(error).__name__}: {error}")
+
+        self._spawn(guarded())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _notify(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()

@@ -1,0 +1,137 @@
+"""``VLLMEngine``: vLLM's ``AsyncLLM`` behind the engine contract, in a process of its own.
+
+    VLLMEngine (this process, without vLLM) ──frames──▶ worker: own queue, AsyncLLM ──ZMQ──▶ EngineCore ──▶ Worker(s)
+
+What it samples equals the transformers engine: token ids in and out, the log-probability of the distribution that was
+sampled (temperature, top_k, top_p and min_p applied; greedy: that of temperature 1), no defaults from the model's
+generation config, and stops at ``stop_ids`` (part of the completion), ``max_tokens`` and ``max_context`` alone.
+
+**Weights** are read (``open_weights``) and loaded inside vLLM's own worker process. One update is
+
+    read, verify ▶ pause between two steps ▶ load ▶ repack the tied head ▶ new label, new cache salt ▶ resume ▶ prove ▶
+    admit waiting requests again
+
+``inflight`` pauses with the KV kept; ``interrupt`` drops all KV, so that running requests are computed again, and the
+idle KV of both policies with it (vLLM can only drop the whole cache while requests run); ``drain`` finishes what runs.
+``kv = "recompute"``: later turns cannot hit older KV, because prompts are hashed with a salt that changes with the
+update; requests that had sampled nothing yet start again under the new salt. ``kv = "keep"`` keeps salt and cache.
+
+**Proof of version**: before the load, the checksum of what was read, computed in vLLM's worker; after it, where
+``ref.probe`` is set, the probe prompt's log-probabilities, computed anew, against the learner's (bounds in
+``engines.weights_proof``). Completions that end between the resume and the proof are held back until it holds.
+
+What is refused before anything was touched (gone, damaged, another model's shapes) is an EngineError, and the old
+weights stay in use. A load that breaks, or a proof that fails, makes the engine *lost*: ``failure`` is set and all its
+processes end, so that ``SupervisedEngine`` starts another one with the weights. Half-loaded weights are never served.
+
+Its processes end together: with ``close`` and ``kill``, when the worker dies, and when this process dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+import tempfile
+from pathlib import Path
+
+from areal_agents.engines import protocol as p
+from areal_agents.engines.process import EngineProcess, environment, require_positive
+from areal_agents.engines.vllm.cpu_build import is_cpu_build
+from areal_agents.errors import ConfigError
+from areal_agents.utils.precision import Precision, number_format
+
+INSTALL = 'pip install "areal-agents[vllm]" (a GPU), or see docs/engines.md for the build for processors'
+
+
+class VLLMEngine(EngineProcess):
+    """An ``Engine`` and ``Restartable``. Start it with ``start``; an async context manager that closes itself."""
+
+    name = "the vLLM engine"
+    module = "areal_agents.engines.vllm.worker"
+    start_seconds = 900.0
+    update_seconds = 900.0
+
+    _sockets: Path | None = None
+
+    @classmethod
+    async def start(
+        cls,
+        model: str | Path,
+        *,
+        precision: Precision = "auto",
+        max_batch: int = 48,
+        kv_tokens: int = 65_536,
+        max_context: int = 2048,
+        threads: int = 1,
+        seed: int = 0,
+        bind: str = "nobind",
+        block_size: int | None = None,
+        enforce_eager: bool | None = None,
+        gpu_memory_utilization: float = 0.9,
+        tensor_parallel_size: int = 1,
+    ) -> VLLMEngine:
+        """Start a worker that serves ``model`` (a local folder or a hub id) as version 0.
+
+        max_batch: sequences decoded at once. kv_tokens: on a CPU, the tokens whose KV fits; on a GPU
+        ``gpu_memory_utilization`` decides. A request takes its prompt and max_tokens from it while it runs, so none
+        is ever preempted. max_context: longest prompt plus completion, cut to what the model's positions allow.
+        seed: of the sampler, for requests without their own; engines with one seed sample the same tokens.
+        threads: of all ranks together, on a CPU. bind: where they run: ``nobind`` (as the system likes), ``auto``
+        (vLLM's own number and cores: one a physical core, one left free), or a list such as ``0-3``.
+        block_size: tokens a KV block, the unit of reuse between turns; None is 32 on a CPU and vLLM's own choice on a
+        GPU. enforce_eager: no compilation; None is True on a CPU.
+
+        Raises ConfigError on a setting out of range or where vLLM is not installed, ModelError where the model cannot
+        be loaded, EngineError where the worker does not start.
+        """
+        require_positive(
+            max_batch=max_batch, kv_tokens=kv_tokens, max_context=max_context, threads=threads,
+            tensor_parallel_size=tensor_parallel_size,
+        )  # fmt: skip
+        if block_size is not None:
+            require_positive(block_size=block_size)
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ConfigError(f"engine gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization:g}")
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigError(f"the vllm engine needs vLLM, which is not installed: {INSTALL}")
+        number = number_format(precision)
+        settings = p.VLLMSettings(
+            str(model), number, max_batch, kv_tokens, max_context, seed,
+            block_size, enforce_eager, gpu_memory_utilization, tensor_parallel_size,
+        )  # fmt: skip
+        sockets = Path(tempfile.mkdtemp(prefix="areal-vllm-"))
+        try:
+            engine = await cls.launch(
+                settings, _environment(model, sockets, bind=bind, threads=max(1, threads // tensor_parallel_size))
+            )
+        except BaseException:
+            shutil.rmtree(sockets, ignore_errors=True)
+            raise
+        engine._sockets = sockets
+        return engine
+
+    async def _end(self) -> None:
+        try:
+            await super()._end()
+        finally:
+            if self._sockets is not None:
+                shutil.rmtree(self._sockets, ignore_errors=True)
+
+
+def _environment(model: str | Path, sockets: Path, *, bind: str, threads: int) -> dict[str, str]:
+    """vLLM's own settings are environment variables; its processes inherit them."""
+    env = environment(
+        VLLM_RPC_BASE_PATH=str(sockets),
+        VLLM_WORKER_MULTIPROC_METHOD="spawn",  # a fork would inherit the pipes, and keep them open
+        VLLM_LOGGING_LEVEL="WARNING",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_CPU_OMP_THREADS_BIND=bind,
+        OMP_NUM_THREADS=str(threads),
+        **({"TMPDIR": str(sockets)} if is_cpu_build() else {}),  # torch's rendezvous; on a GPU compilers cache there
+    )
+    env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_tokens
+    with contextlib.suppress(OSError):
+        if Path(model).is_dir():
+            env["HF_HUB_OFFLINE"] = "1"
+    return env

@@ -1,0 +1,399 @@
+"""The vLLM engine's own process: ``python -m areal_agents.engines.vllm.worker PARENT_PID``, started by ``VLLMEngine``.
+
+    reader thread ──commands──▶ loop: own queue ──▶ one task a request ──▶ AsyncLLM ──ZMQ──▶ EngineCore ──▶ Worker(s)
+         │  end of pipe: exit at once    └─ one update after the other (vllm_update)
+
+Waits for: commands (unblocked by the client or the end of the pipe); AsyncLLM's answers, each with a deadline or until
+the request ends. EngineCore's death is seen within a quarter of a second and ends this process: no call outlives it.
+All of the process group ends with this process, see ``guard``. Stray prints, EngineCore's included, go to stderr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+import traceback
+from functools import partial
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from areal_agents.engine import Health, Sampling
+from areal_agents.engines import protocol as p
+from areal_agents.engines.cpu.worker import die_with_parent, take_pipes
+from areal_agents.engines.process_group_reaper import start_guard
+from areal_agents.engines.vllm.cpu_build import CPU_WORKER, IN_CORE
+from areal_agents.engines.vllm.queue import Queue, Request
+from areal_agents.engines.vllm.updates import Updates
+from areal_agents.engines.weights_proof import PROBE_TOKENS
+from areal_agents.errors import ArealError, EngineError
+from areal_agents.types import Completion, Finish
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    AsyncLLM = Any
+    RequestOutput = Any
+
+_CPU_BLOCK = 32
+_HEALTH_SECONDS = 5.0
+_CALL_SECONDS = 60.0
+_WATCH_SECONDS = 0.25
+
+
+class Server:
+    """Requests, health and the order of replies. Everything runs on one event loop."""
+
+    def __init__(self, llm: AsyncLLM, queue: Queue, precision: str, out: BinaryIO) -> None:
+        self.llm, self.queue, self.out = llm, queue, out
+        self.version = 0
+        self.updates = Updates(self, precision)
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self._requests: dict[int, Request] = {}
+        self._held: list[p.Reply] | None = None
+        self._finished_tokens = 0
+        self._attempts = 0
+        self._pulse: asyncio.Future[bool] | None = None
+
+    def send(self, reply: p.Reply) -> None:
+        self.out.write(p.encode(reply))
+
+    async def serve(self, inbox: asyncio.Queue[object]) -> None:
+        """Until ``Close``."""
+        watcher = asyncio.create_task(self._watch(), name="watcher")
+        background: set[asyncio.Task[None]] = {watcher}
+        while not isinstance(command := await inbox.get(), p.Close):
+            if isinstance(command, p.Update | p.AskHealth):
+                work = (
+                    partial(self.updates.run, command)
+                    if isinstance(command, p.Update)
+                    else partial(self._health, command)
+                )
+                task = asyncio.create_task(self._or_die(work), name=type(command).__name__)
+                background.add(task)
+                task.add_done_callback(background.discard)
+            else:
+                self._handle(command)
+            await asyncio.sleep(0)  # requests have their turn between two commands
+
+    def _handle(self, command: object) -> None:
+        match command:
+            case p.Generate(id=id, session=session, ids=ids, sampling=sampling):
+                try:
+                    self._requests[id] = self.queue.submit(id, session, ids, sampling)
+                except EngineError as error:
+                    self.send(p.Failed(id, str(error)))
+                    return
+                self.pump()
+            case p.Cancel(id=id) if id in self.tasks:
+                self.tasks[id].cancel()
+            case p.Cancel(id=id) if id in self._requests:
+                self.queue.finish(self._requests.pop(id))
+                self.pump()
+            case p.Cancel():
+                pass  # it had finished
+            case p.Release(session=session):
+                self.queue.release(session)
+            case _:
+                raise AssertionError(f"unknown command {command!r}")
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Hand vLLM the requests that fit."""
+        for request in self.queue.admit():
+            task = asyncio.create_task(self._or_die(partial(self._run, request)), name=f"request-{request.id}")
+            self.tasks[request.id] = task
+            task.add_done_callback(partial(self._never_began, request))
+
+    def _never_began(self, request: Request, task: asyncio.Task[None]) -> None:
+        """Clean up after a task that was cancelled before its first step: no ``finally`` of it runs."""
+        if self.tasks.get(request.id) is task:
+            del self.tasks[request.id], self._requests[request.id]
+            self.queue.finish(request)
+            self.pump()
+
+    async def _run(self, request: Request) -> None:
+        """One request to its end; a restart ends the task too, and the next ``pump`` begins another one."""
+        output: RequestOutput | None = None
+        try:
+            output = await self._sample(request)
+        except EngineError as error:
+            self._reply(p.Failed(request.id, str(error)))
+            return
+        finally:
+            del self.tasks[request.id]
+            if output is not None and output.outputs[0].finish_reason == "abort":  # by ``give_back``
+                self.queue.restart(request)
+            else:
+                tokens = len(output.outputs[0].token_ids) if output is not None else 0
+                self._finished_tokens += tokens
+                del self._requests[request.id]
+                self.queue.finish(request, len(request.ids) + tokens - 1 if tokens else 0)
+            self.pump()
+        if output.outputs[0].finish_reason != "abort":
+            self._reply(self._outcome(request, output.outputs[0]))
+
+    async def _sample(self, request: Request) -> RequestOutput:
+        """Raises EngineError where vLLM refuses the request or fails on it alone."""
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineGenerateError
+
+        self._attempts += 1
+        name = f"{request.id}-{self._attempts}"
+        prompt = tokens_input(list(request.ids), cache_salt=request.salt)
+        try:
+            params = sampling_params(request.sampling, request.max_tokens)
+            async for output in self.llm.generate(prompt, params, name):
+                last = output
+        except (ValueError, VLLMClientError) as error:
+            raise EngineError(f"vLLM refused the request: {error}") from error
+        except EngineGenerateError as error:
+            if self.llm.errored:
+                raise
+            cause = error.__cause__ or error
+            raise EngineError(f"vLLM failed on the request: {type(cause).__name__}: {cause}") from error
+        return last
+
+    def _outcome(self, request: Request, output: Any) -> p.Reply:
+        if output.finish_reason not in ("stop", "length"):
+            return p.Failed(request.id, f"vLLM ended the request with {output.finish_reason!r}")
+        logprobs = tuple(output.logprobs.logprobs)
+        if not all(map(math.isfinite, logprobs)):
+            return p.Failed(request.id, f"the model's logits are not finite at version {self.version}")
+        versions: list[int] = []
+        for span in output.weight_versions:
+            versions += [int(span.version)] * (span.end - span.start)
+        finish: Finish = "stop" if output.finish_reason == "stop" else "length"
+        return p.Done(request.id, Completion(tuple(output.token_ids), logprobs, tuple(versions), finish))
+
+    def _reply(self, reply: p.Reply) -> None:
+        if self._held is None:
+            self.send(reply)
+        else:
+            self._held.append(reply)
+
+    def hold(self) -> None:
+        """Keep completions back until ``let_go``."""
+        self._held = []
+
+    def let_go(self) -> None:
+        held, self._held = self._held, None
+        for reply in held or ():
+            self.send(reply)
+
+    def sampled(self) -> Mapping[int, int]:
+        """Tokens that running requests have so far, by request id. A step's tokens may still be on their way."""
+        states = self.llm.output_processor.request_states.values()
+        return {
+            int(state.external_req_id.partition("-")[0]): state.detokenizer.num_output_tokens()
+            for state in states
+            if state.external_req_id[0].isdigit()
+        }
+
+    async def give_back(self, requests: list[Request]) -> None:
+        """Take requests out of vLLM, to be admitted again. What they have sampled is lost."""
+        tasks = [self.tasks[request.id] for request in requests]
+        names = [
+            state.external_req_id
+            for state in self.llm.output_processor.request_states.values()
+            if any(state.external_req_id.startswith(f"{request.id}-") for request in requests)
+        ]
+        await self.llm.abort(names)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- health and death ------------------------------------------------------------------------------------------
+
+    async def _health(self, command: p.AskHealth) -> None:
+        """EngineCore answers between two steps; not while it loads weights, which has deadlines of its own.
+
+        A question that is still open is asked about, not repeated: a step longer than the wait is no hang, and its end
+        answers.
+        """
+        detail, ok = self.updates.doing, True
+        if not detail:
+            pulse = self._pulse = self._pulse or asyncio.ensure_future(self.llm.is_paused())
+            await asyncio.wait({pulse}, timeout=_HEALTH_SECONDS)
+            if pulse.done():
+                self._pulse = None
+                pulse.result()
+            else:
+                ok, detail = False, f"vLLM's EngineCore did not answer within {_HEALTH_SECONDS:g} s"
+        sampled = self.sampled()
+        kv = self.queue.idle_tokens + sum(len(r.ids) + sampled.get(r.id, 0) for r in self.queue.running.values())
+        total = self._finished_tokens + sum(sampled.values())
+        running, waiting = len(self.queue.running), len(self.queue.waiting)
+        self.send(p.HealthReport(command.id, Health(ok, self.version, running, waiting, kv, total, detail)))
+
+    async def _watch(self) -> None:
+        while not self.llm.errored:  # noqa: ASYNC110  vLLM sets a flag from a thread of its own
+            await asyncio.sleep(_WATCH_SECONDS)
+        self.die("vLLM's EngineCore or a worker of its died")
+
+    async def _or_die(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Whatever nobody expected ends the process: the client's calls fail then, instead of waiting."""
+        try:
+            await work()
+        except Exception as error:  # noqa: BLE001  boundary: recorded in the message that ends the engine
+            if self.llm.errored:
+                self.die("vLLM's EngineCore or a worker of its died")
+            traceback.print_exc()
+            self.die(str(error) if isinstance(error, ArealError) else f"{type(error).__name__}: {error}")
+
+    def die(self, reason: str) -> None:
+        """Say why, and end with all children: nothing that this engine computes may be used any more."""
+        with contextlib.suppress(OSError):
+            self.send(p.Lost(reason))
+        sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGKILL)  # the guard ends the rest
+
+
+def sampling_params(sampling: Sampling, max_tokens: int) -> Any:
+    """vLLM's form: stops at ``stop_ids`` alone, one log-probability a token, no text."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        max_tokens=max_tokens,
+        stop_token_ids=list(sampling.stop_ids),
+        ignore_eos=True,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def engine_args(settings: p.VLLMSettings, *, cpu: bool) -> tuple[dict[str, Any], Any]:
+    """Arguments of ``AsyncEngineArgs``, and the model's configuration. Raises OSError, ValueError."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(settings.model)
+    max_context = min(settings.max_context, config.max_position_embeddings)
+    arguments: dict[str, Any] = {
+        "model": settings.model,
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16" if settings.precision == "bf16" else "float32",
+        "max_model_len": max_context,
+        "max_num_seqs": settings.max_batch + 1,  # the probe runs beside a full batch
+        "seed": settings.seed,
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": True,
+        "block_size": settings.block_size,
+        "enforce_eager": cpu if settings.enforce_eager is None else settings.enforce_eager,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "worker_extension_cls": "areal_agents.engines.vllm.worker_extension.WorkerExtension",
+        "disable_log_stats": True,
+        "enable_log_requests": False,
+    }
+    if cpu:
+        block = arguments["block_size"] = settings.block_size or _CPU_BLOCK
+        blocks = kv_blocks(settings.kv_tokens, max_context, block)
+        arguments["kv_cache_memory_bytes"] = blocks * block * kv_bytes(config, 4 if settings.precision == "fp32" else 2)
+        arguments["worker_cls"] = CPU_WORKER
+        if settings.tensor_parallel_size == 1 and os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind":
+            arguments["distributed_executor_backend"] = IN_CORE
+    return arguments, config
+
+
+def kv_blocks(kv_tokens: int, max_context: int, block: int) -> int:
+    """Blocks for ``kv_tokens``, the probe and vLLM's null block; at least one whole context, which vLLM asks for."""
+    probe = -(-min(PROBE_TOKENS, max_context) // block)
+    return max(-(-kv_tokens // block) + probe, -(-max_context // block)) + 1
+
+
+def kv_bytes(config: Any, itemsize: int) -> int:
+    """Bytes of keys and values a token, all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * itemsize)
+
+
+async def build(settings: p.VLLMSettings, out: BinaryIO) -> Server:
+    """Start vLLM; blocks the loop for as long as it takes."""
+    from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM as LLM
+
+    cpu = current_platform.is_cpu()
+    arguments, config = engine_args(settings, cpu=cpu)
+    if arguments["enforce_eager"]:
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # the sampler's small functions would be compiled all the same
+    # It decides how many tokens a step prefills: on a GPU this one's default is 8192 or more, AsyncLLM's own is 2048.
+    usage = UsageContext.ENGINE_CONTEXT if cpu else UsageContext.LLM_CLASS
+    llm = LLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=usage)
+    cache = llm.vllm_config.cache_config
+    max_context, block = arguments["max_model_len"], cache.block_size
+    blocks = cache.num_gpu_blocks - 1 - -(-min(PROBE_TOKENS, max_context) // block)
+    if cpu:
+        blocks = min(blocks, -(-settings.kv_tokens // block))
+    queue = Queue(settings.max_batch, blocks, block, max_context, config.vocab_size)
+    async with asyncio.timeout(_CALL_SECONDS):
+        await llm.collective_rpc("areal_prepare")
+        await llm.update_weight_version("0")
+        await llm.get_supported_tasks()
+    return Server(llm, queue, settings.precision, out)
+
+
+async def run(settings: p.VLLMSettings, commands: BinaryIO, replies: BinaryIO) -> None:
+    inbox: asyncio.Queue[object] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    threading.Thread(target=_read, args=(commands, loop, inbox), name="reader", daemon=True).start()
+    try:
+        server = await build(settings, replies)
+    except TimeoutError as error:  # an OSError, but it says nothing about the model
+        traceback.print_exc()
+        replies.write(p.encode(p.Lost(f"vLLM did not start in time: {error or 'a worker of its did not answer'}")))
+        return
+    except (ArealError, OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        traceback.print_exc()
+        text = str(error) if isinstance(error, ArealError) else f"{type(error).__name__}: {error}"
+        replies.write(p.encode(p.Fatal(text)))
+        return
+    except Exception as error:  # noqa: BLE001  boundary: EngineCore's failures reach us as RuntimeErrors of many kinds
+        traceback.print_exc()
+        replies.write(p.encode(p.Lost(f"vLLM did not start: {type(error).__name__}: {error}")))
+        return
+    server.send(p.Ready(server.queue.max_context))
+    await server.serve(inbox)
+    await asyncio.to_thread(server.llm.shutdown, 2.0)
+    sys.stderr.flush()
+    os._exit(0)  # running requests need no end of their own
+
+
+def _read(commands: BinaryIO, loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[object]) -> None:
+    while (message := p.read_frame(commands)) is not None:
+        loop.call_soon_threadsafe(inbox.put_nowait, message)
+        if isinstance(message, p.Close):
+            return
+    os._exit(0)  # the parent is gone; the guard ends the children
+
+
+def main() -> int:
+    commands, replies = take_pipes()
+    guard = start_guard(os.environ["VLLM_RPC_BASE_PATH"])
+    die_with_parent(int(sys.argv[1]))
+    settings = p.read_frame(commands)
+    if not isinstance(settings, p.VLLMSettings):
+        return 1
+    asyncio.run(run(settings, commands, replies))
+    assert guard.stdin is not None  # held open to here
+    return 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # daemon threads hold the pipe; interpreter shutdown would race with them

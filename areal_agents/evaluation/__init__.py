@@ -1,0 +1,1 @@
+"""Held-out evaluation, its statistics, and episodes looked at once more."""

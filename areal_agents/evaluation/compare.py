@@ -1,0 +1,277 @@
+"""Two finished evaluations, task by task: the paired difference and what it can and cannot show.
+
+    RUN:LABEL or FOLDER ─▶ load ─▶ Evaluation ─┐
+                                               ├─▶ compare ─▶ Comparison
+    RUN:LABEL or FOLDER ─▶ load ─▶ Evaluation ─┘
+
+Both played the same tasks, so each task is its own control: its attempts are averaged on each side, and the difference
+B - A of those means is what the statistics are about. Tasks are the same where id and content hash agree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from areal_agents.errors import ConfigError
+from areal_agents.evaluation.paired import mean_interval, sign_test
+from areal_agents.evaluation.statistics import PASS
+from areal_agents.tracking.trajectories import read_records, shards
+
+FEW_TASKS = 30
+"""Below this the mean of the differences may be far from normal, which the t interval takes it for."""
+FEW_FLIPS = 10
+SHOWN = 20
+"""Task ids a list of the table."""
+
+TaskKey = tuple[str, str, str]
+"""Split, id and content hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a comparison needs of one evaluation."""
+
+    name: str
+    rewards: Mapping[TaskKey, Sequence[float]]
+    """Per task the rewards of its attempts."""
+    env: str | None = None
+    """The environment's id, where a file next to the trajectories says it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """Two means over the same tasks, and their difference."""
+
+    a: float
+    b: float
+    difference: float
+    """b - a."""
+    ci95: tuple[float, float] | None
+    """Of the difference; None where nothing can be said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """B against A over ``n`` shared tasks. Rates are in [0, 1]."""
+
+    a: str
+    b: str
+    n: int
+    attempts: tuple[int, int]
+    """Most attempts a task, on each side."""
+    pass_at_1: Paired
+    """The mean over tasks of the share of attempts that passed. The interval is Student's t over the n differences."""
+    reward: Paired
+    gained: tuple[str, ...]
+    """Ids of the tasks that B passes more often: its wins."""
+    lost: tuple[str, ...]
+    """Ids of the tasks that A passes more often."""
+    ties: int
+    p_value: float
+    """Exact two-sided sign test of gained against lost; with one attempt a task it is the exact McNemar test."""
+    left_out: tuple[int, int]
+    """Tasks of A and of B that the other one lacks."""
+    notes: tuple[str, ...] = ()
+    """What makes the numbers less certain than they look."""
+
+    def within(self, margin: float) -> bool:
+        """Whether the 95 % interval of pass@1's difference lies inside ±``margin``: then they are as good as equal."""
+        interval = self.pass_at_1.ci95
+        return interval is not None and -margin < interval[0] and interval[1] < margin
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def verdict(self) -> str:
+        """One sentence on pass@1."""
+        if self.pass_at_1.ci95 is None:
+            return "nothing can be said about the difference"
+        low, high = self.pass_at_1.ci95
+        if low > 0.0:
+            return f"B passes more often: between {100 * low:.1f} and {100 * high:.1f} points more"
+        if high < 0.0:
+            return f"B passes less often: between {-100 * high:.1f} and {-100 * low:.1f} points less"
+        return f"no difference shown: anything from {100 * low:+.1f} to {100 * high:+.1f} points fits these tasks"
+
+    def table(self) -> str:
+        """For people."""
+        head = ("", "A", "B", "B - A", "95 % CI")
+        rows = [head, *(_row(n, p) for n, p in (("pass@1", self.pass_at_1), ("reward", self.reward)))]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        test = "exact McNemar test" if self.attempts == (1, 1) else "exact sign test"
+        out = [
+            f"A: {self.a}    B: {self.b}",
+            f"{self.n} tasks, {self.attempts[0]} and {self.attempts[1]} attempts a task, paired by task",
+            "",
+            lines[0],
+            "─" * max(map(len, lines)),
+            *lines[1:],
+            "",
+            f"tasks: {len(self.gained)} gained, {len(self.lost)} lost, {self.ties} the same    "
+            f"p = {self.p_value:.3g} ({test})",
+        ]
+        out += [f"{what}: {_few(ids)}" for what, ids in (("gained", self.gained), ("lost", self.lost)) if ids]
+        out.append(self.verdict())
+        if any(self.left_out):
+            out.append(f"left out, not in both: {self.left_out[0]} tasks of A, {self.left_out[1]} of B")
+        return "\n".join([*out, *(f"note: {note}" for note in self.notes)])
+
+
+def compare(a: str | Path | Evaluation, b: str | Path | Evaluation, *, common: bool = False) -> Comparison:
+    """B against A: each a folder that ``areal-agents eval`` wrote, ``RUN:LABEL``, or an Evaluation already read.
+
+    ``common`` compares the tasks that are in both and leaves the others out; without it, different tasks are refused.
+    Raises ConfigError for that, for different splits, and for no shared task; ArealError for unreadable files.
+    """
+    one, two = (e if isinstance(e, Evaluation) else load(e) for e in (a, b))
+    shared = _shared(one, two, common=common)
+    passed = [(_passed(one.rewards[key]), _passed(two.rewards[key])) for key in shared]
+    means = [(_mean(one.rewards[key]), _mean(two.rewards[key])) for key in shared]
+    differences = [float(y - x) for x, y in passed]
+    gained = tuple(key[1] for key, d in zip(shared, differences, strict=True) if d > 0)
+    lost = tuple(key[1] for key, d in zip(shared, differences, strict=True) if d < 0)
+    n = len(shared)
+    return Comparison(
+        one.name, two.name, n, (_most(one, shared), _most(two, shared)),
+        pass_at_1=_paired([(float(x), float(y)) for x, y in passed], _pass_interval(differences)),
+        reward=_paired(means, mean_interval([y - x for x, y in means])),
+        gained=gained,
+        lost=lost,
+        ties=n - len(gained) - len(lost),
+        p_value=sign_test(len(gained), len(lost)),
+        left_out=(len(one.rewards) - n, len(two.rewards) - n),
+        notes=_notes(one, two, differences, shared),
+    )  # fmt: skip
+
+
+def load(source: str | Path) -> Evaluation:
+    """Read ``FOLDER`` (of ``areal-agents eval``) or ``RUN:LABEL`` (of a training run).
+
+    Raises ConfigError for what is neither, naming the run's evaluations; ArealError for a shard that cannot be read.
+    """
+    text = str(source)
+    folder, label = Path(text).expanduser(), ""
+    if not folder.is_dir():
+        before, colon, label = text.rpartition(":")
+        folder = Path(before).expanduser()
+        if not colon or not before or not folder.is_dir():
+            raise ConfigError(f"no such evaluation: {text}. Name a folder that `areal-agents eval` wrote, or RUN:LABEL")
+    kind = f"eval-{label}" if label else "eval"
+    rewards: dict[TaskKey, list[float]] = {}
+    for record in read_records(folder, kind=kind):
+        task = record.trajectory.task
+        rewards.setdefault((task.split, task.id, task.content_hash), []).append(record.trajectory.reward)
+    if not rewards:
+        raise ConfigError(_nothing_there(folder, label))
+    return Evaluation(text, rewards, _environment(folder))
+
+
+def _nothing_there(folder: Path, label: str) -> str:
+    labels = sorted({p.parent.name.removeprefix("eval-") for p in shards(folder) if p.parent.name.startswith("eval-")})
+    known = ", ".join(f"{folder}:{name}" for name in labels)
+    if label:
+        return f"{folder} has no evaluation {label!r}; it has {known or 'none'}"
+    if labels:
+        return f"{folder} is a training run: name one of its evaluations, {known}"
+    return f"{folder} holds no evaluation: name a folder that `areal-agents eval` wrote, or RUN:LABEL"
+
+
+def _environment(folder: Path) -> str | None:
+    """The environment's id, where report.json (of an evaluation) or config.toml (of a run) says it."""
+    try:
+        if (folder / "report.json").is_file():
+            return str(json.loads((folder / "report.json").read_text(encoding="utf-8"))["env"])
+        return str(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))["env"]["id"])
+    except (OSError, ValueError, KeyError, TypeError):  # the trajectories alone are enough to compare
+        return None
+
+
+def _shared(one: Evaluation, two: Evaluation, *, common: bool) -> list[TaskKey]:
+    """The tasks to compare, in A's order. Raises ConfigError where they differ and ``common`` does not allow it."""
+    splits = [sorted({key[0] for key in e.rewards}) for e in (one, two)]
+    if splits[0] != splits[1]:
+        raise ConfigError(
+            f"{one.name} is on split {', '.join(splits[0])}, {two.name} on {', '.join(splits[1])}: evaluate both on one"
+        )
+    shared = [key for key in one.rewards if key in two.rewards]
+    only_a, only_b = len(one.rewards) - len(shared), len(two.rewards) - len(shared)
+    if shared and (common or not (only_a or only_b)):
+        return shared
+    ids = {key[1] for key in one.rewards} & {key[1] for key in two.rewards}
+    changed = len(ids - {key[1] for key in shared})
+    detail = f"; {changed} have one id but different content (another difficulty or version?)" if changed else ""
+    found = (
+        f"{one.name} has {len(one.rewards)} tasks, {two.name} has {len(two.rewards)}, and {len(shared)} are in "
+        f"both{detail}"
+    )
+    action = "--common compares those" if shared else "evaluate both on the same tasks"
+    raise ConfigError(f"{found}: {action}")
+
+
+def _paired(values: Sequence[tuple[float, float]], interval: tuple[float, float] | None) -> Paired:
+    a, b = (_mean([pair[i] for pair in values]) for i in (0, 1))
+    return Paired(a, b, _mean([y - x for x, y in values]), interval)
+
+
+def _pass_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Student's t interval of the mean difference, which lies in [-1, 1].
+
+    Where all n differences are the same d (or n = 1) there is no variance to estimate. A task that differs has then at
+    most the probability q = 1 - 0.025^(1/n) (Clopper and Pearson 1934, none of n), and could do so by as much as the
+    bounds allow.
+    """
+    interval = mean_interval(differences)
+    if interval is None:
+        d, q = differences[0], 1.0 - 0.025 ** (1 / len(differences))
+        interval = d - q * (1 + d), d + q * (1 - d)
+    return max(-1.0, interval[0]), min(1.0, interval[1])
+
+
+def _notes(
+    one: Evaluation, two: Evaluation, differences: Sequence[float], shared: Sequence[TaskKey]
+) -> tuple[str, ...]:
+    n, flips = len(differences), sum(d != 0 for d in differences)
+    notes: list[str] = []
+    if n < FEW_TASKS:
+        notes.append(f"{n} tasks are few: the interval assumes {FEW_TASKS} or more; evaluate more with --n")
+    if len(set(differences)) == 1:
+        notes.append("every task has the same difference: the interval of pass@1 is an exact binomial bound")
+    elif flips < FEW_FLIPS <= n:
+        notes.append(f"only {flips} tasks differ: the t interval is rough, the test is exact")
+    uneven = sum(len(e.rewards[key]) < _most(e, shared) for e in (one, two) for key in shared)
+    if uneven:
+        notes.append(f"{uneven} times a task lacks attempts, which infrastructure failed: its mean is over the others")
+    if one.env and two.env and one.env != two.env:
+        notes.append(f"the environments differ: {one.env} and {two.env}")
+    return tuple(notes)
+
+
+def _most(evaluation: Evaluation, shared: Sequence[TaskKey]) -> int:
+    return max(len(evaluation.rewards[key]) for key in shared)
+
+
+def _passed(rewards: Sequence[float]) -> Fraction:
+    """Share of attempts that passed; exact, so that equal differences are equal numbers."""
+    return Fraction(sum(r >= PASS for r in rewards), len(rewards))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _row(name: str, pair: Paired) -> tuple[str, ...]:
+    interval = "–" if pair.ci95 is None else f"{pair.ci95[0]:+.3f} to {pair.ci95[1]:+.3f}"
+    return name, f"{pair.a:.3f}", f"{pair.b:.3f}", f"{pair.difference:+.3f}", interval
+
+
+def _few(ids: Sequence[str]) -> str:
+    more = len(ids) - SHOWN
+    return ", ".join(ids[:SHOWN]) + (f" and {more} more (--json lists all)" if more > 0 else "")

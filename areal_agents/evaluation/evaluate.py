@@ -1,0 +1,382 @@
+"""Evaluation on a held-out split: n tasks × k attempts, the statistics people trust, every trajectory saved."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from areal_agents import registry
+from areal_agents.chat.format import ChatFormat
+from areal_agents.chat.remote import ChatReply, remote_name
+from areal_agents.engine import Sampling
+from areal_agents.env import AgentEnv
+from areal_agents.errors import ConfigError
+from areal_agents.evaluation.statistics import PASS, clustered_interval, pass_at_k, pass_hat_k
+from areal_agents.models import resolve
+from areal_agents.registry import EnvSpec
+from areal_agents.rollout.episode import EnginePolicy, Limits
+from areal_agents.rollout.player import EpisodePlayer, EventSink, LocalPlayer, env_maker, prove_sandbox
+from areal_agents.rollout.producer import EpisodeRunner, FailureBudget
+from areal_agents.tracking.console import clock
+from areal_agents.tracking.tracker import Tracker
+from areal_agents.types import Task, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport:
+    """One evaluation. Rates are over scored attempts; ``infra_rate`` is over all of them."""
+
+    env: str
+    split: str
+    model: str
+    version: int
+    """The policy version that every attempt was sampled from."""
+    temperature: float
+    seed: int
+    n: int
+    """Tasks with at least one scored attempt."""
+    k: int
+    attempts: int
+    pass_at_1: float
+    ci95: tuple[float, float]
+    """Clustered by task."""
+    pass_at_k: float | None
+    """Over the tasks whose k attempts were all scored; None where there are none."""
+    pass_hat_k: float | None
+    reward: float
+    valid_call_rate: float
+    """Attempts with at least one tool call, all of whose calls were valid."""
+    accuracy_given_valid: float | None
+    """pass@1 among those; None where there are none."""
+    malformed_call_rate: float
+    """Share of all tool calls that were not valid."""
+    truncation_rate: float
+    infra_rate: float
+    turns: float
+    tokens: float
+    """Sampled tokens an attempt."""
+    seconds: float
+    served: str = ""
+    """Of a model behind a chat server: the name that the server gives itself for it, and the server's URL."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def line(self, label: str) -> str:
+        """One line for a log."""
+        low, high = self.ci95
+        return (
+            f"held-out, {label}: pass@1 {self.pass_at_1:.3f} ({low:.3f}–{high:.3f}), valid calls "
+            f"{self.valid_call_rate:.2f}, n = {self.n}, {self.seconds:.0f} s"
+        )
+
+    def table(self) -> str:
+        """For people."""
+        return compare_table({f"{self.env}:{self.split}": self})
+
+
+def calls_of(trajectory: Trajectory) -> tuple[int, int]:
+    """How many tool calls an episode made, and how many of them were valid."""
+    calls = [call for turn in trajectory.turns for call in turn.message.tool_calls]
+    return len(calls), sum(call.status == "ok" for call in calls)
+
+
+def summarize(
+    results: Sequence[tuple[Task, Sequence[Trajectory | None]]],
+    *,
+    env: str,
+    split: str,
+    model: str,
+    version: int,
+    temperature: float,
+    seed: int,
+    seconds: float,
+) -> EvalReport:
+    """The report of ``results``: per task its attempts, None for one that infrastructure failed.
+
+    pass@k and pass^k are averaged over the tasks whose k attempts were all scored. Raises ConfigError where no attempt
+    was scored.
+    """
+    scored = [(task, [t for t in tries if t is not None]) for task, tries in results]
+    scored = [(task, tries) for task, tries in scored if tries]
+    if not scored:
+        raise ConfigError(f"evaluation of {env}: every attempt failed; events.jsonl holds the errors")
+    k = max(len(tries) for _, tries in results)
+    everything = [t for _, tries in scored for t in tries]
+    total = len(everything)
+    wins = [sum(t.reward >= PASS for t in tries) for _, tries in scored]
+    counts = [len(tries) for _, tries in scored]
+    full = [(c, w) for c, w in zip(counts, wins, strict=True) if c == k]
+    calls = [calls_of(t) for t in everything]
+    valid = [t for t, (made, ok) in zip(everything, calls, strict=True) if made and made == ok]
+    made = sum(m for m, _ in calls)
+    return EvalReport(
+        env, split, model, version, temperature, seed, len(scored), k, total,
+        pass_at_1=sum(wins) / total,
+        ci95=clustered_interval(wins, counts),
+        pass_at_k=sum(pass_at_k(c, w, k) for c, w in full) / len(full) if full else None,
+        pass_hat_k=sum(pass_hat_k(c, w, k) for c, w in full) / len(full) if full else None,
+        reward=sum(t.reward for t in everything) / total,
+        valid_call_rate=len(valid) / total,
+        accuracy_given_valid=sum(t.reward >= PASS for t in valid) / len(valid) if valid else None,
+        malformed_call_rate=sum(m - ok for m, ok in calls) / made if made else 0.0,
+        truncation_rate=sum(t.truncated for t in everything) / total,
+        infra_rate=1.0 - total / sum(len(tries) for _, tries in results),
+        turns=sum(len(t.turns) for t in everything) / total,
+        tokens=sum(t.sampled_tokens for t in everything) / total,
+        seconds=seconds,
+    )  # fmt: skip
+
+
+async def run_attempts(
+    runner: EpisodeRunner,
+    tasks: Sequence[Task],
+    *,
+    k: int,
+    concurrency: int,
+    seed: int,
+    label: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[tuple[Task, list[Trajectory | None]]]:
+    """Play every task ``k`` times, ``concurrency`` episodes at once; attempts differ in their seed."""
+    slots = asyncio.Semaphore(concurrency)
+    done = 0
+
+    async def attempt(index: int, i: int) -> Trajectory | None:
+        nonlocal done
+        async with slots:
+            task = tasks[index]
+            result = await runner.run(
+                task, id=f"{label}/{index}/{i}", group=f"{label}/{index}", seed=attempt_seed(seed, i)
+            )
+        done += 1
+        progress(done, len(tasks) * k)
+        return result
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [[group.create_task(attempt(i, j)) for j in range(k)] for i in range(len(tasks))]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors.exceptions[0].__cause__
+    return [(task, [r.result() for r in row]) for task, row in zip(tasks, running, strict=True)]
+
+
+def attempt_seed(seed: int, attempt: int) -> int:
+    """The seed that attempt ``attempt`` at any task resets its environment with."""
+    return seed + attempt
+
+
+def compare_table(reports: dict[str, EvalReport]) -> str:
+    """Named reports side by side, for people."""
+    head = ("", "pass@1", "95 % CI", "valid calls", "pass | valid", "truncated", "infra")
+    rows = [head]
+    for name, r in reports.items():
+        given = "–" if r.accuracy_given_valid is None else f"{r.accuracy_given_valid:.3f}"
+        rows.append((
+            name, f"{r.pass_at_1:.3f}", f"{r.ci95[0]:.3f}–{r.ci95[1]:.3f}", f"{r.valid_call_rate:.3f}", given,
+            f"{r.truncation_rate:.3f}", f"{r.infra_rate:.3f}",
+        ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+
+
+def held_out(spec: EnvSpec, split: str, n: int, *, difficulty: float | None) -> list[Task]:
+    """The first ``n`` tasks of a split. Raises ConfigError where it has fewer."""
+    tasks = spec.tasks(split, difficulty=difficulty)
+    if len(tasks) < n:
+        raise ConfigError(f"{spec.id}:{split} has {len(tasks)} tasks, but n = {n}: lower it")
+    return [tasks[i] for i in range(n)]
+
+
+def refuse_used(out: Path) -> None:
+    """Raises ConfigError where ``out`` holds an evaluation or a run: two of them in one folder cannot be told apart."""
+    for name in ("report.json", "trajectories", "metrics.jsonl"):
+        if (out / name).exists():
+            raise ConfigError(
+                f"{out} already holds an evaluation or a run ({name}): choose another --out, or remove that folder"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """An OpenAI-compatible server, for a model called ``openai:MODEL``."""
+
+    url: str
+    """Up to and including ``/v1``."""
+    api_key_env: str | None = None
+    """Environment variable that holds the server's key."""
+    concurrency: int = 16
+    """Most requests, and episodes, at once."""
+    requests_per_minute: float | None = None
+    """Most requests started in a minute, retries included."""
+
+
+async def evaluate(
+    env_id: str,
+    *,
+    model: str,
+    split: str = "test",
+    n: int = 128,
+    k: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    out: Path = Path("runs/eval"),
+    max_turn_tokens: int = 160,
+    max_turns: int = 16,
+    max_context: int = 2048,
+    sandbox: str = "bubblewrap",
+    difficulty: float | None = None,
+    server: Server | None = None,
+) -> EvalReport:
+    """Evaluate ``model`` and write report.json and every trajectory to ``out``.
+
+    model: ``smollm2``, a folder, a hub id, or ``openai:MODEL``, which ``server`` serves. An episode of a served model
+    has no token ids; its limits on tokens are kept as far as the server reports what it sampled.
+
+    Raises ArealError subclasses: an ``out`` that holds an evaluation or a run already, unknown environment or split,
+    missing model, unavailable sandbox, a server that refuses, no scored attempt.
+    """
+    refuse_used(out)
+    name = remote_name(model)
+    if (name is None) != (server is None):
+        raise ConfigError(
+            f"model {model!r} and server {server!r}: a served model is called openai:MODEL and needs its server's URL "
+            "(--url), other models have none"
+        )
+    spec = registry.spec(env_id)
+    tasks = held_out(spec, split, n, difficulty=difficulty)
+    await prove_sandbox(spec, sandbox)
+    limits = Limits(max_context, max_turn_tokens, max_turn_tokens * max_turns, max_turns, 60.0, 300.0)
+    make_env = env_maker(spec, sandbox=sandbox, kwargs={})
+    sampling = Sampling(max_turn_tokens, temperature=temperature)
+    served, concurrency = Served(), 48 if server is None else server.concurrency
+    if server is not None and name is not None:
+        opener = _served(name, server, make_env, sampling, limits, served)
+    else:
+        opener = _local(model, make_env, sampling, limits, seed=seed)
+    watch = Stopwatch()
+    async with contextlib.AsyncExitStack() as stack:
+        tracker = stack.enter_context(Tracker(out, tensorboard=False))
+        player = await stack.enter_async_context(opener(tracker.event))
+        runner = EpisodeRunner(player, FailureBudget(window=64, share=0.25), max_retries=2, event=tracker.event)
+        try:
+            results = await run_attempts(
+                runner, tasks, k=k, concurrency=concurrency, seed=seed, label=split, progress=Progress(tracker.message)
+            )
+        finally:
+            await runner.close()
+        report = summarize(
+            results, env=env_id, split=split, model=model, version=0, temperature=temperature, seed=seed,
+            seconds=watch.seconds,
+        )  # fmt: skip
+        report = replace(report, served=served.text())
+        tracker.trajectories.write([t for _, tries in results for t in tries if t is not None], step=0, kind="eval")
+    (out / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    return report
+
+
+_Opener = Callable[[EventSink], contextlib.AbstractAsyncContextManager[EpisodePlayer]]
+
+
+def _local(model: str, make_env: Callable[[], AgentEnv], sampling: Sampling, limits: Limits, *, seed: int) -> _Opener:
+    """Opens a player on an engine of this machine, which ends with it. Raises ModelError at once."""
+    from areal_agents.engines.cpu.engine import TransformersEngine  # heavy: only evaluation and training need it
+
+    folder = resolve(model)
+    fmt = ChatFormat.load(folder)
+    threads = len(os.sched_getaffinity(0))
+
+    @contextlib.asynccontextmanager
+    async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:
+        async with await TransformersEngine.start(
+            folder, threads=threads, seed=seed, max_context=limits.max_context
+        ) as engine:
+            policy = EnginePolicy(engine, replace(sampling, stop_ids=fmt.stop_ids))
+            yield LocalPlayer(make_env, lambda task: policy, fmt, limits, event=event)
+
+    return open
+
+
+def _served(
+    name: str,
+    server: Server,
+    make_env: Callable[[], AgentEnv],
+    sampling: Sampling,
+    limits: Limits,
+    served: Served,
+) -> _Opener:
+    """Opens a player on a chat server, which tells ``served``. Raises ConfigError at once."""
+    from areal_agents.engines.openai.client import OpenAIChat
+    from areal_agents.rollout.chat_episode import ChatPlayer
+
+    # As many episodes as requests run at once: a request waits for nothing but the turns of all others.
+    waiting = 60.0 * server.concurrency / server.requests_per_minute if server.requests_per_minute else 0.0
+    chat = OpenAIChat(
+        name,
+        base_url=server.url,
+        api_key_env=server.api_key_env,
+        deadline=limits.request_timeout + waiting,
+        concurrency=server.concurrency,
+        requests_per_minute=server.requests_per_minute,
+    )
+    served.url = chat.url
+    # Twice the client's own deadline, whose message is better.
+    limits = replace(limits, request_timeout=2 * (limits.request_timeout + waiting))
+
+    @contextlib.asynccontextmanager
+    async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:
+        async with chat:
+            await chat.require_answer()
+            yield ChatPlayer(make_env, chat, sampling, limits, event=event, seen=served.see)
+
+    return open
+
+
+@dataclass
+class Served:
+    """Which models answered, by their server's own names."""
+
+    url: str = ""
+    names: set[str] = field(default_factory=set)
+
+    def see(self, reply: ChatReply) -> None:
+        self.names.add(reply.model or "a model without a name")
+
+    def text(self) -> str:
+        return f"{', '.join(sorted(self.names))} at {self.url}" if self.url else ""
+
+
+class Progress:
+    """Lines such as ``64/128 episodes, ETA 0:21``, at most one every few seconds."""
+
+    def __init__(
+        self, show: Callable[[str], None], *, label: str = "evaluating", what: str = "episodes", every: float = 5.0
+    ) -> None:
+        self._show, self._label, self._what, self._every = show, label, what, every
+        self._watch, self._last = Stopwatch(), 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        seconds = self._watch.seconds
+        if seconds - self._last >= self._every and done < total:
+            self._last = seconds
+            self._show(f"{self._label}: {done}/{total} {self._what}, ETA {clock(seconds / done * (total - done))}")
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start

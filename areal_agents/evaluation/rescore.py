@@ -1,0 +1,254 @@
+"""A new reward on saved episodes: what would it have paid, and what would training have made of it?
+
+    RUN/trajectories ─▶ episode_of ─▶ judge(new reward) ─▶ Rescored ─▶ reward_shift.py: compared with the old rewards
+                                          │ raises: counted, with the first traceback; never a zero
+
+Nothing is sampled and no environment runs, so a reward is tried on thousands of episodes in seconds. The run's own
+files are only read. Not covered: rewards that look at anything else than an ``Episode`` (an environment's own step
+rewards are replaced as a whole).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import importlib
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, cast
+
+from areal_agents import registry
+from areal_agents.env import AgentEnv
+from areal_agents.errors import ArealError, ConfigError, RegistryError
+from areal_agents.evaluation.saved_run import SavedRun, as_sampled
+from areal_agents.reward import Episode, RewardLike, Verdict, judge
+from areal_agents.tool import ToolResult
+from areal_agents.toolenv import ToolEnv, without_reasoning
+from areal_agents.tracking.trajectories import Record, read_shard
+from areal_agents.types import AssistantMessage, Message, Trajectory
+
+Answer = Callable[[Record], str]
+"""What the rubric gets to see of a record's final message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rescored:
+    """The old and the new rewards of one episode, one a turn: [K]; what a comparison needs and no more."""
+
+    id: str
+    kind: str
+    step: int
+    group: str
+    task: str
+    tokens_K: tuple[int, ...]
+    """Sampled tokens a turn."""
+    old_K: tuple[float, ...]
+    new_K: tuple[float, ...] | None
+    """None where the new reward failed."""
+    status: str = "ok"
+    """The verdict's."""
+
+    @property
+    def old(self) -> float:
+        return float(sum(self.old_K))
+
+    @property
+    def new(self) -> float:
+        """Raises ValueError where the new reward failed."""
+        if self.new_K is None:
+            raise ValueError(f"episode {self.id} has no new reward: the reward function failed on it")
+        return float(sum(self.new_K))
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One episode that the reward function failed on."""
+
+    episode: str
+    error: str
+    """Type and message, one line."""
+    trace: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Everything one rescoring brought, in the order of the files."""
+
+    episodes: tuple[Rescored, ...]
+    failures: tuple[Failure, ...]
+    skipped: int
+    """Episodes without a turn: there is nothing to reward."""
+    records: tuple[Record, ...]
+    """With the new rewards; empty unless they were asked for."""
+
+
+def load_reward(name: str) -> RewardLike:
+    """The reward behind ``pkg.module:name``, or the rubric of an environment (``module:Class`` or its id).
+
+    A reward is whatever ``ToolEnv.rubric`` may be: a function of an Episode, a Reward, a WeightedSum or a Gate.
+    Raises ConfigError where there is none.
+    """
+    found = _find(name)
+    if isinstance(found, type) and issubclass(found, AgentEnv):
+        rubric = getattr(found, "rubric", None)  # from the class: a function must not become a method
+        if rubric is None:
+            raise ConfigError(f"--reward {name}: {found.__name__} has no rubric: name a reward function instead")
+        return cast(RewardLike, rubric)
+    if isinstance(found, type):
+        raise ConfigError(f"--reward {name}: a class, but no environment: name an instance or a function")
+    if not callable(found):
+        raise ConfigError(
+            f"--reward {name}: a {type(found).__name__} is no reward: name a function of an Episode, a Reward, a "
+            "WeightedSum, a Gate or an environment"
+        )
+    return cast(RewardLike, found)
+
+
+def _find(name: str) -> Any:
+    module_name, colon, path = name.partition(":")
+    if not colon:
+        try:
+            return registry.spec(name).env_class()
+        except RegistryError as error:
+            raise ConfigError(f'--reward {name}: write "package.module:function" ({error})') from error
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a boundary: the author's module may raise anything
+        raise ConfigError(f"--reward {name}: importing {module_name!r} failed: {error!r}") from error
+    try:
+        return attrgetter(path)(module)
+    except AttributeError as error:
+        near = difflib.get_close_matches(path, [n for n in vars(module) if not n.startswith("_")], n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(f"--reward {name}: module {module_name!r} has no {path!r}{hint}") from error
+
+
+def answer_of(run: SavedRun) -> Answer:
+    """How the run's environment reads the answer from a final message. Raises RegistryError.
+
+    An environment that overrides ``ToolEnv.answer`` is made once and asked; it needs no sandbox for that.
+    """
+    cls = run.spec.env_class()
+    if not issubclass(cls, ToolEnv) or cls.answer is ToolEnv.answer:
+        return plain_answer
+    env = cast(ToolEnv, run.make_env())
+
+    def answer(record: Record) -> str:
+        env.begin(run.env_seed(record), {"task": record.trajectory.task})
+        return env.answer(as_sampled(record.trajectory.turns[-1].message))
+
+    return answer
+
+
+def plain_answer(record: Record) -> str:
+    """The text after the reasoning: what ``ToolEnv.answer`` does by default."""
+    return without_reasoning(record.trajectory.turns[-1].message.text)
+
+
+def episode_of(record: Record, answer: Answer = plain_answer) -> Episode:
+    """The Episode that the environment's rubric saw when the episode ended."""
+    trajectory = record.trajectory
+    shown = [*(turn.observation for turn in trajectory.turns), trajectory.final_observation]
+    messages: list[Message | AssistantMessage] = []
+    results: list[ToolResult] = []
+    for k, turn in enumerate(trajectory.turns):
+        messages += [*turn.observation, as_sampled(turn.message)]
+        texts = {m.tool_call_id: m.text for m in shown[k + 1] if m.role == "tool"}
+        for call, outcome in zip(turn.message.tool_calls, turn.tool_results, strict=False):
+            results.append(ToolResult(texts.get(call.id, ""), cast(Any, outcome.status), outcome.truncated))
+    messages += trajectory.final_observation
+    final = answer(record) if trajectory.stop_reason == "answer" else None
+    return Episode(trajectory.task, tuple(messages), final, tuple(results), trajectory.stop_reason)
+
+
+def with_verdict(trajectory: Trajectory, verdict: Verdict) -> Trajectory:
+    """``trajectory`` as if ``verdict`` had been its rubric's."""
+    last = len(trajectory.turns) - 1
+    rewards = verdict.turn_rewards or (*(0.0 for _ in range(last)), verdict.score)
+    turns = tuple(
+        replace(turn, reward=rewards[k], components=dict(verdict.components) if k == last else {})
+        for k, turn in enumerate(trajectory.turns)
+    )
+    return replace(trajectory, turns=turns)
+
+
+async def rescore(
+    paths: Sequence[Path],
+    reward: RewardLike,
+    *,
+    answer: Answer = plain_answer,
+    concurrency: int = 64,
+    keep: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Outcome:
+    """Judge every episode of the shards at ``paths``; at most ``concurrency`` calls of an async reward run at once.
+
+    ``keep``: return the records with their new rewards too (all of them in memory). Raises ArealError for a broken
+    shard; what the reward raises is a Failure of the outcome.
+    """
+    scorer = _Scorer(reward, answer, keep, progress)
+    jobs = enumerate(record for path in paths for record in read_shard(path))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(scorer.work(jobs))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors.exceptions[0].__cause__  # the first one; the rest were cancelled
+    order = sorted(scorer.episodes)
+    return Outcome(
+        tuple(scorer.episodes[i] for i in order),
+        tuple(failure for _, failure in sorted(scorer.failures.items())),
+        scorer.skipped,
+        tuple(scorer.records[i] for i in order if i in scorer.records),
+    )
+
+
+class _Scorer:
+    """The state that the workers of one rescoring share; results by the episode's place."""
+
+    def __init__(self, reward: RewardLike, answer: Answer, keep: bool, progress: Callable[[int], None]) -> None:
+        self._reward, self._answer, self._keep, self._progress = reward, answer, keep, progress
+        self.episodes: dict[int, Rescored] = {}
+        self.failures: dict[int, Failure] = {}
+        self.records: dict[int, Record] = {}
+        self.skipped = 0
+
+    async def work(self, jobs: Iterator[tuple[int, Record]]) -> None:
+        for place, record in jobs:
+            if record.trajectory.turns:
+                await self._score(place, record)
+            else:
+                self.skipped += 1
+            self._progress(len(self.episodes) + self.skipped)
+            await asyncio.sleep(0)  # a reward that never waits would keep an interrupt from being seen
+
+    async def _score(self, place: int, record: Record) -> None:
+        t = record.trajectory
+        new: tuple[float, ...] | None = None
+        status = "failed"
+        try:
+            verdict = await judge(self._reward, episode_of(record, self._answer))
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # ours, not the author's
+            summary = "".join(traceback.format_exception_only(error)).strip()
+            trace = "".join(traceback.format_exception(error))
+            self.failures[place] = Failure(t.id, summary, trace)
+        else:
+            scored = with_verdict(t, verdict)
+            new, status = tuple(turn.reward for turn in scored.turns), verdict.status
+            if self._keep:
+                self.records[place] = replace(record, trajectory=scored)
+        tokens = tuple(len(turn.completion.ids) for turn in t.turns)
+        old = tuple(turn.reward for turn in t.turns)
+        self.episodes[place] = Rescored(t.id, record.kind, record.step, t.group, t.task.id, tokens, old, new, status)
+
+
+def refuse_inside(path: Path, run: SavedRun) -> None:
+    """Raise ArealError where ``path`` would change the run's files."""
+    if path.resolve().is_relative_to(run.out.resolve()):
+        raise ArealError(f"{path} lies inside the run {run.out}, whose files stay as they are: name a file outside")

@@ -1,0 +1,334 @@
+"""What changes when rewards change: distribution, ranks, passes, and the signs of the advantages.
+
+The numbers of ``areal-agents rescore``. Ranks and signs matter more than values: a shifted or scaled reward with the
+same order trains much the same policy. Every share counts an episode once; episodes that the new reward failed on are
+in no number but ``failed``, and their groups in no advantage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal_agents.algorithms.advantages import ADVANTAGES, EpisodeRewards
+from areal_agents.evaluation.rescore import Outcome, Rescored
+from areal_agents.evaluation.saved_run import columns
+from areal_agents.evaluation.statistics import kendall_tau_b, spearman
+from areal_agents.settings.config import AlgorithmConfig
+from areal_agents.tracking.console import plain
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+BINS = 10
+BAR = 24
+"""Width of the histogram's longest bar in characters."""
+WORST = 10
+"""Flipped tasks that the table lists; the JSON holds all."""
+SHOWN_TRACE_LINES = 30
+_ZERO = 1e-9
+"""Advantages below this share of the group's largest reward (or of 1) are the rounding of zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Of one reward over episodes."""
+
+    mean: float
+    sd: float | None
+    """With n − 1; None for one episode."""
+    quantiles: dict[str, float]
+    counts: tuple[int, ...]
+    """Episodes a bin of ``RewardShift.edges``."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFlip:
+    """A task that passes under one reward and not under the other: at least half of its episodes pass."""
+
+    task: str
+    old_pass: float
+    new_pass: float
+    """Share of its episodes that pass."""
+    episodes: tuple[str, ...]
+    """The ones whose own pass flips."""
+
+
+@dataclass(frozen=True, slots=True)
+class SignChanges:
+    """How many of ``total`` (episodes, turns or sampled tokens) have an advantage of another sign."""
+
+    total: int = 0
+    flipped: int = 0
+    """From positive to negative or back: what was reinforced would be discouraged."""
+    to_zero: int = 0
+    from_zero: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdvantageShift:
+    """Advantages recomputed a group with the run's own estimator, from the old rewards and from the new."""
+
+    estimator: str
+    groups: int
+    skipped: int
+    """Groups left out: too few episodes, or the new reward failed on one of them."""
+    signal_old: int
+    signal_new: int
+    """Groups with an advantage that is not zero."""
+    signal_lost: int
+    signal_gained: int
+    episodes: SignChanges
+    """An episode counts in each column that one of its turns counts in."""
+    turns: SignChanges
+    tokens: SignChanges
+
+
+@dataclass(frozen=True, slots=True)
+class RewardShift:
+    """The whole comparison."""
+
+    reward: str
+    scored: int
+    failed: int
+    skipped: int
+    tasks: int
+    groups: int
+    statuses: dict[str, int]
+    """Verdicts by status."""
+    edges: tuple[float, ...]
+    old: Distribution
+    new: Distribution
+    changed: float
+    """Share of episodes whose reward is another number."""
+    spearman: float | None
+    kendall_tau_b: float | None
+    pass_at: float
+    pass_old: float
+    pass_new: float
+    """Share of episodes whose reward reaches ``pass_at``."""
+    episodes_flipped: int
+    tasks_flipped: float
+    """Share of tasks."""
+    flips: tuple[TaskFlip, ...]
+    """Worst first: the largest change of the pass rate."""
+    advantages: AdvantageShift | None
+    """None where the run did not train on these episodes."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def table(self) -> str:
+        """For people; safe for a terminal."""
+        parts = [self._head(), self._distributions(), self._histogram(), self._passes()]
+        if self.advantages is not None:
+            parts.append(_advantage_table(self.advantages))
+        return plain("\n\n".join(parts))
+
+    def _head(self) -> str:
+        odd = {s: n for s, n in self.statuses.items() if s != "ok"}
+        notes = [f"{n} {s}" for s, n in odd.items()] + ([f"{self.skipped} without a turn"] if self.skipped else [])
+        return (
+            f"{self.reward}: {self.scored} episodes, {self.tasks} tasks, {self.groups} groups; {self.failed} failed"
+            + (f" ({', '.join(notes)})" if notes else "")
+            + f"\nreward changed on {self.changed:.1%} of the episodes; Spearman ρ {_number(self.spearman)}, "
+            f"Kendall τ-b {_number(self.kendall_tau_b)}"
+        )
+
+    def _distributions(self) -> str:
+        rows = [["", "mean", "sd", *(_quantile_name(q) for q in QUANTILES)]]
+        for name, d in (("old", self.old), ("new", self.new)):
+            rows.append([name, f"{d.mean:.4g}", _number(d.sd), *(f"{x:.4g}" for x in d.quantiles.values())])
+        return columns(rows)
+
+    def _histogram(self) -> str:
+        tallest = max(*self.old.counts, *self.new.counts, 1)
+        rows = [["reward", "old", "", "new", ""]]
+        for i, (old, new) in enumerate(zip(self.old.counts, self.new.counts, strict=True)):
+            low, high = self.edges[i], self.edges[i + 1]
+            label = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+            rows.append([label, str(old), _bar(old, tallest), str(new), _bar(new, tallest)])
+        return columns(rows)
+
+    def _passes(self) -> str:
+        lines = [
+            f"pass (reward ≥ {self.pass_at:g}): {self.pass_old:.3f} of the episodes before, {self.pass_new:.3f} now; "
+            f"{self.episodes_flipped} episodes and {self.tasks_flipped:.1%} of the tasks flip"
+        ]
+        if self.flips:
+            rows = [["task", "pass, old", "pass, new", "for example"]]
+            rows += [[f.task, f"{f.old_pass:.2f}", f"{f.new_pass:.2f}", f.episodes[0]] for f in self.flips[:WORST]]
+            lines.append(columns(rows))
+        if len(self.flips) > WORST:
+            lines.append(f"… and {len(self.flips) - WORST} more (--json lists them)")
+        return "\n".join(lines)
+
+
+def compare(
+    outcome: Outcome, *, reward: str, algorithm: AlgorithmConfig | None = None, pass_at: float = 1.0
+) -> RewardShift:
+    """The comparison of an outcome's old and new rewards. Raises ValueError where no episode has a new reward.
+
+    ``algorithm``: whose advantages to recompute; None: none.
+    """
+    scored = [e for e in outcome.episodes if e.new_K is not None]
+    if not scored:
+        raise ValueError(f"{reward} failed on every episode: there is nothing to compare")
+    old, new = np.array([e.old for e in scored]), np.array([e.new for e in scored])
+    edges = _edges(np.concatenate([old, new]))
+    limit = pass_at - 1e-9
+    flips = _flips(scored, limit)
+    return RewardShift(
+        reward,
+        scored=len(scored),
+        failed=len(outcome.failures),
+        skipped=outcome.skipped,
+        tasks=len({e.task for e in scored}),
+        groups=len({(e.kind, e.group) for e in scored}),
+        statuses=dict(Counter(e.status for e in scored)),
+        edges=tuple(edges.tolist()),
+        old=_distribution(old, edges),
+        new=_distribution(new, edges),
+        changed=float((old != new).mean()),
+        spearman=spearman(old.tolist(), new.tolist()),
+        kendall_tau_b=kendall_tau_b(old.tolist(), new.tolist()),
+        pass_at=pass_at,
+        pass_old=float((old >= limit).mean()),
+        pass_new=float((new >= limit).mean()),
+        episodes_flipped=int(((old >= limit) != (new >= limit)).sum()),
+        tasks_flipped=len(flips) / len({e.task for e in scored}),
+        flips=tuple(flips),
+        advantages=None if algorithm is None else advantage_shift(outcome.episodes, algorithm),
+    )
+
+
+def advantage_shift(episodes: Sequence[Rescored], algorithm: AlgorithmConfig) -> AdvantageShift:
+    """The signs of the advantages, group by group, before and after."""
+    groups: dict[tuple[str, str], list[Rescored]] = defaultdict(list)
+    for e in episodes:
+        groups[e.kind, e.group].append(e)
+    counts: dict[str, Counter[str]] = {unit: Counter() for unit in ("episodes", "turns", "tokens")}
+    signal: Counter[str] = Counter()
+    for group in groups.values():
+        if len(group) < 2 or any(e.new_K is None for e in group):
+            signal["skipped"] += 1
+            continue
+        before = _signs([e.old_K for e in group], algorithm)
+        after = _signs([e.new_K or () for e in group], algorithm)
+        had, has = any(s.any() for s in before), any(s.any() for s in after)
+        for name, yes in {"old": had, "new": has, "lost": had and not has, "gained": has and not had}.items():
+            signal[name] += int(yes)
+        for e, old_K, new_K in zip(group, before, after, strict=True):
+            _count_changes(counts, e, old_K, new_K)
+    return AdvantageShift(
+        algorithm.advantage,
+        len(groups),
+        signal["skipped"],
+        signal["old"],
+        signal["new"],
+        signal["lost"],
+        signal["gained"],
+        *(SignChanges(**{f.name: c[f.name] for f in dataclasses.fields(SignChanges)}) for c in counts.values()),
+    )
+
+
+def _count_changes(
+    counts: dict[str, Counter[str]], episode: Rescored, old_K: NDArray[np.int8], new_K: NDArray[np.int8]
+) -> None:
+    tokens_K = np.array(episode.tokens_K)
+    changes = {
+        "total": np.ones(len(old_K), np.bool_),
+        "flipped": old_K * new_K < 0,
+        "to_zero": (old_K != 0) & (new_K == 0),
+        "from_zero": (old_K == 0) & (new_K != 0),
+    }
+    for name, where_K in changes.items():
+        counts["episodes"][name] += int(where_K.any())
+        counts["turns"][name] += int(where_K.sum())
+        counts["tokens"][name] += int(tokens_K[where_K].sum())
+
+
+def _signs(rewards: Sequence[tuple[float, ...]], algorithm: AlgorithmConfig) -> list[NDArray[np.int8]]:
+    """−1, 0 or 1 a turn, as ``train.batch_of`` would have it."""
+    group = [EpisodeRewards(r) for r in rewards]
+    if algorithm.advantage == "grpo":
+        advantages = ADVANTAGES["grpo"](group, normalize=algorithm.normalize)
+    else:
+        advantages = ADVANTAGES["turn_return"](group, gamma=algorithm.gamma)
+    zero = _ZERO * max(1.0, *(abs(x) for r in rewards for x in r))
+    return [np.where(np.abs(a) > zero, np.sign(a), 0).astype(np.int8) for a in (t.numpy() for t in advantages)]
+
+
+def _flips(scored: Sequence[Rescored], limit: float) -> list[TaskFlip]:
+    tasks: dict[str, list[Rescored]] = defaultdict(list)
+    for e in scored:
+        tasks[e.task].append(e)
+    flips = []
+    for task, tries in tasks.items():
+        old = sum(e.old >= limit for e in tries) / len(tries)
+        new = sum(e.new >= limit for e in tries) / len(tries)
+        if (old >= 0.5) != (new >= 0.5):
+            flipped = tuple(e.id for e in tries if (e.old >= limit) != (e.new >= limit))
+            flips.append(TaskFlip(task, old, new, flipped))
+    return sorted(flips, key=lambda f: (-abs(f.new_pass - f.old_pass), f.task))
+
+
+def _edges(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of equal bins over all values; of one bin where all are equal."""
+    low, high = float(values.min()), float(values.max())
+    return np.array([low, low]) if low == high else np.linspace(low, high, BINS + 1)
+
+
+def _distribution(values: NDArray[np.float64], edges: NDArray[np.float64]) -> Distribution:
+    quantiles = np.quantile(values, QUANTILES).tolist()
+    # The last bin holds its upper edge too; no value lies outside.
+    bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+    return Distribution(
+        float(values.mean()),
+        float(values.std(ddof=1)) if len(values) > 1 else None,
+        {_quantile_name(q): x for q, x in zip(QUANTILES, quantiles, strict=True)},
+        tuple(np.bincount(bins, minlength=len(edges) - 1).tolist()),
+    )
+
+
+def _quantile_name(q: float) -> str:
+    return {0.0: "min", 0.5: "median", 1.0: "max"}.get(q, f"{q:.0%}")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _bar(count: int, tallest: int) -> str:
+    return "█" * max(round(BAR * count / tallest), int(count > 0))
+
+
+def _advantage_table(shift: AdvantageShift) -> str:
+    lines = [
+        f"advantages ({shift.estimator}) over {shift.groups - shift.skipped} groups"
+        + (f", {shift.skipped} left out" if shift.skipped else "")
+        + f": {shift.signal_old} groups had a signal, {shift.signal_new} have one now; "
+        f"{shift.signal_lost} lose it, {shift.signal_gained} gain it"
+    ]
+    rows = [["share whose advantage", "changes sign", "becomes zero", "is no longer zero"]]
+    for name, c in (("episodes", shift.episodes), ("turns", shift.turns), ("tokens", shift.tokens)):
+        rows.append(
+            [f"{name} ({c.total})", *(f"{n / max(c.total, 1):.1%}" for n in (c.flipped, c.to_zero, c.from_zero))]
+        )
+    return "\n".join([*lines, columns(rows)])
+
+
+def failure_text(outcome: Outcome) -> str:
+    """How often the reward failed, by error, and the first traceback; safe for a terminal."""
+    total = len(outcome.episodes)
+    kinds = Counter(f.error.partition(":")[0] for f in outcome.failures)
+    first = outcome.failures[0]
+    trace = first.trace.rstrip().splitlines()[-SHOWN_TRACE_LINES:]
+    head = f"the reward failed on {len(outcome.failures)} of {total} episodes: " + ", ".join(
+        f"{n} × {kind}" for kind, n in kinds.most_common()
+    )
+    return plain("\n".join([head, f"first, on episode {first.episode}:", *(line[:300] for line in trace)]))

@@ -1,0 +1,171 @@
+"""A finished run as its files tell it: which environment, which seeds, which model, which episodes.
+
+    RUN/config.toml      a training run's settings       (or RUN/report.json: what ``areal-agents eval`` leaves)
+    RUN/trajectories/    its episodes
+
+For what reads runs and never writes them: ``evaluation/rescore.py`` and ``evaluation/replay.py``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from areal_agents import models, registry, settings
+from areal_agents.chat.toolcalls import find_blocks
+from areal_agents.env import AgentEnv
+from areal_agents.errors import ArealError
+from areal_agents.evaluation.evaluate import attempt_seed
+from areal_agents.registry import EnvSpec
+from areal_agents.rollout.player import env_maker
+from areal_agents.rollout.producer import group_seed
+from areal_agents.settings.config import AlgorithmConfig
+from areal_agents.tracking.exact_json import from_utf8
+from areal_agents.tracking.trajectories import Record, read_shard, shards, step_of
+from areal_agents.types import AssistantMessage, ToolCall
+
+_TRAIN_GROUP = re.compile(r"g(\d+)")
+_ATTEMPT = re.compile(r".*/(\d+)(?:~\d+)?", re.DOTALL)
+_FOUND_LATE = ("unknown_tool", "invalid_arguments")
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRun:
+    """What the files of one run say."""
+
+    out: Path
+    env_id: str
+    seed: int
+    model: str
+    sandbox: str = "bubblewrap"
+    env_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    step_timeout: float = 60.0
+    """Seconds for one reset or step."""
+    max_turns: int | None = None
+    """The runner's own limit on turns; None for an evaluation, whose report does not say."""
+    algorithm: AlgorithmConfig | None = None
+    """None for an evaluation: nothing was trained."""
+
+    @classmethod
+    def open(cls, out: Path) -> SavedRun:
+        """The run in folder ``out``. Raises ArealError where it is not one, ConfigError for broken settings."""
+        if (out / "config.toml").is_file():
+            c = settings.load(out / "config.toml")
+            return cls(
+                out, c.env.id, c.seed, c.model.path, c.env.sandbox, c.env.kwargs, c.env.step_timeout,
+                c.rollout.max_turns, c.algorithm,
+            )  # fmt: skip
+        try:
+            row = json.loads((out / "report.json").read_text(encoding="utf-8"))
+            return cls(out, str(row["env"]), int(row["seed"]), str(row["model"]))
+        except FileNotFoundError as error:
+            raise ArealError(
+                f"{out} holds neither config.toml nor report.json: name the folder of a run, such as runs/demo"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArealError(f"{out / 'report.json'} is no evaluation's report: {error!r}") from error
+
+    @property
+    def spec(self) -> EnvSpec:
+        """The run's environment. Raises RegistryError."""
+        return registry.spec(self.env_id)
+
+    def make_env(self, *, sandbox: str | None = None) -> AgentEnv:
+        """A new environment, made as the run made its own. Raises RegistryError."""
+        kwargs = dict(self.env_kwargs)
+        if sandbox and "sandbox" in kwargs:
+            kwargs["sandbox"] = sandbox
+        return env_maker(self.spec, sandbox=sandbox or self.sandbox, kwargs=kwargs)()
+
+    def env_seed(self, record: Record) -> int:
+        """The seed that the episode's environment was reset with: it follows from the run's seed and the ids.
+
+        Raises ArealError for ids that this package does not give.
+        """
+        trajectory = record.trajectory
+        if record.kind == "train" and (group := _TRAIN_GROUP.fullmatch(trajectory.group)):
+            return group_seed(self.seed, int(group[1]))
+        if record.kind != "train" and (attempt := _ATTEMPT.fullmatch(trajectory.id)):
+            return attempt_seed(self.seed, int(attempt[1]))
+        raise ArealError(
+            f"the seed of episode {trajectory.id!r} (group {trajectory.group!r}) cannot be told from its ids: name it "
+            "with --seed"
+        )
+
+    def shards(self, kind: str, *, first: int = 0, last: int | None = None) -> list[Path]:
+        """The shards of ``kind`` of the steps ``first`` to ``last``. Raises ArealError where there are none."""
+        found = shards(self.out, kind)
+        if not found:
+            kinds = sorted({path.parent.name for path in shards(self.out)})
+            there = f"there are {', '.join(kinds)}: name one with --kind" if kinds else "it has no episodes at all"
+            raise ArealError(f"{self.out} has no episodes of kind {kind!r}; {there}")
+        chosen = [path for path in found if first <= step_of(path) and (last is None or step_of(path) <= last)]
+        if not chosen:
+            raise ArealError(
+                f"{self.out} has no {kind!r} episodes of the steps {first} to {'the last' if last is None else last}: "
+                f"its steps are {step_of(found[0])} to {step_of(found[-1])}"
+            )
+        return chosen
+
+    def records(self, kind: str) -> Iterator[Record]:
+        """Every episode of ``kind``, a shard at a time. Raises ArealError."""
+        for path in self.shards(kind):
+            yield from read_shard(path)
+
+    def episode(self, kind: str, id: str) -> Record:
+        """The episode called ``id``. Raises ArealError, with near ids, where there is none."""
+        seen: list[str] = []
+        for path in self.shards(kind):
+            ids = episode_ids(path)
+            if id in ids:
+                return read_shard(path)[ids.index(id)]
+            seen += ids
+        near = difflib.get_close_matches(id, seen, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "--list lists them, --kind chooses another kind"
+        raise ArealError(f"{self.out} has no {kind!r} episode {id!r} among {len(seen)}: {hint}")
+
+    def model_folder(self) -> Path | None:
+        """A local folder with the run's tokenizer, or None. Nothing is downloaded."""
+        local = Path(self.model).expanduser()
+        cached = models.cache_dir() / "models" / self.model
+        known = [cached] if self.model in models.EMBEDDED else [local]
+        return next((f for f in [*known, self.out / "model"] if (f / "tokenizer.json").is_file()), None)
+
+
+def episode_ids(shard: Path) -> list[str]:
+    """The ids of a shard's episodes, in order, without reading their tokens. Raises ArealError for a broken file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(shard) as file:
+            return [from_utf8(id) for id in file.read(columns=["id"])["id"].to_pylist()]
+    except (OSError, KeyError, pa.ArrowException):
+        return [record.trajectory.id for record in read_shard(shard)]  # which says what is wrong with it
+
+
+def as_sampled(message: AssistantMessage) -> AssistantMessage:
+    """``message`` as the environment got it: its calls with the status that their text alone has.
+
+    The saved message says besides which calls the environment refused (``rollout/episode.py``).
+    """
+    return replace(message, tool_calls=tuple(_as_sampled(call) for call in message.tool_calls))
+
+
+def _as_sampled(call: ToolCall) -> ToolCall:
+    if call.status not in _FOUND_LATE:
+        return call
+    blocks = find_blocks(call.raw)
+    return replace(call, status=blocks[0].status) if blocks else call
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """``rows`` as lines with aligned columns; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])

@@ -1,0 +1,267 @@
+"""From packed tokens to log-probabilities, without [tokens × vocabulary] and without computing a shared prefix twice.
+
+    Pack ─▶ decoder (tree attention or padded) ─▶ hidden states ─▶ Scores, a chunk of positions at a time
+
+Not covered: models that normalise over experts or time across rows, image inputs, KV caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from areal_agents.errors import ModelError
+from areal_agents.learner.packing import Ints, Pack, pack_rows
+
+TREE = "areal_tree"
+"""The name under which ``tree_attention`` is known to transformers."""
+
+
+class Tree:
+    """The segments of one pack and their additive masks (made once, read by every layer)."""
+
+    def __init__(self, pack: Pack, device: torch.device) -> None:
+        self.device = device
+        self.segments = pack.segments
+        self.sizes = [s.stop - s.start for s in pack.segments]
+        self.masks = [self._mask(i) if s.path else None for i, s in enumerate(self.segments)]
+
+    def _mask(self, i: int) -> Tensor:
+        """[n, tokens before + n], 0 where a token of segment ``i`` may look, else -inf."""
+        n, before = self.sizes[i], sum(self.sizes[p] for p in self.segments[i].path)
+        return torch.full((n, before + n), float("-inf"), device=self.device).triu_(before + 1)
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    tree: Tree | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each segment to its path and causally to itself; transformers' attention interface.
+
+    query [1, H, N, D]; key, value [1, K, N, D] with H a multiple of K. Returns [1, N, H, D] in value's format.
+    Computed in fp32 on CPUs, where scaled_dot_product_attention is faster in it than in bf16 (its backward most) and
+    its scores keep their precision; on GPUs in the format of ``query``.
+    """
+    if tree is None or sliding_window is not None or softcap is not None:
+        raise ModelError("tree attention computes plain causal attention only")
+    dtype = torch.float32 if query.device.type == "cpu" else query.dtype
+    with torch.autocast(query.device.type, enabled=False):
+        # split has one backward for all its pieces; slices would each fill a tensor of the whole length.
+        queries = torch.split(query.to(dtype), tree.sizes, dim=2)
+        keys, values = torch.split(key.to(dtype), tree.sizes, dim=2), torch.split(value.to(dtype), tree.sizes, dim=2)
+        out: list[Tensor] = []
+        for i, (segment, mask) in enumerate(zip(tree.segments, tree.masks, strict=True)):
+            path = (*segment.path, i)
+            mask = None if mask is None else mask.to(dtype)
+            k = torch.cat([keys[p] for p in path], dim=2) if segment.path else keys[i]
+            v = torch.cat([values[p] for p in path], dim=2) if segment.path else values[i]
+            grouped = mask is None or query.device.type == "cpu"
+            if not grouped:  # CUDA's kernels that take a mask know no grouped heads; the fallback stores every score
+                k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            out.append(
+                nn.functional.scaled_dot_product_attention(
+                    queries[i],
+                    k,
+                    v,
+                    attn_mask=None if mask is None else mask.to(dtype),
+                    is_causal=mask is None,
+                    scale=scaling,
+                    enable_gqa=grouped,
+                )
+            )
+        return torch.cat(out, dim=2).transpose(1, 2).to(value.dtype), None
+
+
+AttentionInterface.register(TREE, tree_attention)
+
+
+def load_model(source: Path, device: torch.device | None = None) -> PreTrainedModel:
+    """A local transformers folder as an fp32 model on ``device``. Raises ModelError where it cannot be one."""
+    if not (source / "config.json").is_file():
+        raise ModelError(f"{source} is no model folder (no config.json): pull or name a local transformers model")
+    logging.disable_progress_bar()  # a second's loading; the bar would stand in the middle of the run's own output
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source} cannot be loaded as a causal language model: {error}") from error
+    model.eval()  # no dropout: π must be the policy that sampled
+    loaded: PreTrainedModel = model if device is None else model.to(device)
+    return loaded
+
+
+class Decoder:
+    """Runs a causal language model over packs. ``shared`` says whether it takes the tree layout.
+
+    Raises ModelError where the model's logits are not hidden · Wᵀ (+ b) of its base model.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.device: torch.device = model.device
+        self.base: nn.Module = model.base_model
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ModelError(
+                f"{type(model).__name__} has no linear output head: only causal language models are trained"
+            )
+        self.head = head
+        self.shared = False
+        # Three projections read what a norm wrote; autocast alone would cast it to bf16 for each of them.
+        for module in self.base.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.register_forward_hook(_cast_under_autocast)
+        self._probe()
+
+    def checkpoint_layers(self) -> None:
+        """From now on keep no layer's activations: the backward pass computes them again. Raises ModelError.
+
+        transformers does so in training mode only, which would also switch dropout on: so the layers alone, not what
+        is inside them, are set to it.
+        """
+        model, name = self.model, type(self.model).__name__
+        if not model.supports_gradient_checkpointing:
+            raise ModelError(f"{name} has no gradient checkpointing: set learner.gradient_checkpointing = false")
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": False})
+        for module in self.base.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                if any("dropout" in key and isinstance(p, float) and p > 0 for key, p in vars(module).items()):
+                    raise ModelError(f"{name}'s layers drop out themselves: set learner.gradient_checkpointing = false")
+                module.training = True
+
+    def autocast(self, enabled: bool = True) -> torch.autocast:
+        """bf16 autocast, or nothing in fp32. Its cache of cast weights lives until the outermost one exits."""
+        enabled = enabled and self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def hidden(self, pack: Pack) -> Tensor:
+        """Hidden states [N, D] of the base model's last layer, normalised."""
+        ids, positions = self._put(pack.ids).view(pack.shape), self._put(pack.positions).view(pack.shape)
+        if pack.segments:
+            out = self.base(input_ids=ids, position_ids=positions, use_cache=False, tree=Tree(pack, self.device))
+        else:
+            lengths = torch.tensor([len(a) for a in pack.at], device=self.device)
+            mask = positions < lengths[:, None]
+            out = self.base(input_ids=ids, position_ids=positions, attention_mask=mask.long(), use_cache=False)
+        states: Tensor = out.last_hidden_state
+        return states.reshape(pack.tokens, -1)
+
+    def _put(self, values: Ints) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+    def _probe(self) -> None:
+        """Prove on a few tokens that both layouts give the model's own log-probabilities; choose one."""
+        vocab = int(self.model.config.vocab_size)
+        rows: list[Ints] = [np.asarray(r, np.int64) % vocab for r in ([5, 6, 7, 8, 9], [5, 6, 7, 11, 3, 2], [5, 6, 7])]
+        expected = []
+        with torch.no_grad():
+            for row in rows:
+                logits = self.model(self._put(row)[None], use_cache=False).logits[0].float()
+                expected.append(torch.log_softmax(logits, -1)[:-1].gather(1, self._put(row[1:, None]))[:, 0])
+        if not self._agrees(rows, expected):
+            raise ModelError(
+                f"{type(self.model).__name__} computes its logits in a way this learner does not know (scaling, "
+                "soft-capping or a second head): use a plain causal decoder such as Llama, Qwen or SmolLM"
+            )
+        kinds = set(getattr(self.model.config, "layer_types", None) or ["full_attention"])
+        plain = self.model.config._attn_implementation
+        if kinds != {"full_attention"} or not self.model._can_set_attn_implementation():
+            return
+        self.model.set_attn_implementation(TREE)
+        self.shared = True
+        try:
+            self.shared = self._agrees(rows, expected)
+        except (ModelError, TypeError, RuntimeError):  # sliding windows, unknown arguments, other shapes
+            self.shared = False
+        if not self.shared:
+            self.model.set_attn_implementation(plain)
+
+    def _agrees(self, rows: Sequence[Ints], expected: Sequence[Tensor]) -> bool:
+        dtype, self.dtype = self.dtype, torch.float32
+        try:
+            for pack in pack_rows(rows, token_budget=64, shared=self.shared, min_shared=2):
+                hidden = self.hidden(pack)
+                for i, at in zip(pack.rows, pack.at, strict=True):
+                    scores = Scores(hidden[at[:-1]], self.head, self._put(rows[i][1:]), 1.0, self.dtype)
+                    if not torch.allclose(scores.logprobs_T, expected[i], atol=1e-3):
+                        return False
+        finally:
+            self.dtype = dtype
+        return True
+
+
+def _cast_under_autocast(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    kind = output.device.type
+    return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
+
+
+class Scores:
+    """log π(target) = log softmax(h · Wᵀ / temperature)[target] for one chunk of positions, and its backward.
+
+    The softmax is kept until ``backward``, so that the logits are computed once; drop the object before making the
+    next chunk's. Outside autograd: the head's gradient is added to fp32 ``weight.grad`` straight from the product.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, hidden: Tensor, head: nn.Linear, targets: Tensor, temperature: float, dtype: torch.dtype,
+        weight: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """hidden [T, D], targets int [T]; ``weight``: the head's weight already cast to ``dtype``."""
+        self.hidden = hidden.detach().to(dtype)
+        self.head, self.targets, self.temperature = head, targets[:, None], temperature
+        self.weight = head.weight.detach().to(dtype) if weight is None else weight
+        bias = None if head.bias is None else head.bias.detach().to(dtype)
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            logits = nn.functional.linear(self.hidden, self.weight, bias).float()
+            if dtype != torch.float32:
+                # A bf16 product rounds each logit to 8 bits. The target's own logit decides log π, so it is computed
+                # again in fp32: that removes a third of the mean error of log π for the price of one row a position.
+                exact = (self.hidden.float() * self.weight[targets].float()).sum(-1, keepdim=True)
+                logits.scatter_(1, self.targets, exact if bias is None else exact + bias[self.targets].float())
+        if temperature != 1.0:
+            logits.div_(temperature)
+        self.normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+        self.logits = logits
+        self.logprobs_T = (logits.gather(1, self.targets) - self.normaliser)[:, 0]
+
+    @torch.no_grad()
+    def backward(self, grad_T: Tensor) -> Tensor:
+        """Add to the head's gradients and return the gradient of ``hidden`` [T, D], given that of ``logprobs_T``.
+
+        Uses up the object. dL/dlogit_j = g/temperature · (1[j = target] − softmax_j).
+        """
+        g = (grad_T / self.temperature)[:, None]
+        grad = self.logits.sub_(self.normaliser).exp_().mul_(-g).scatter_add_(1, self.targets, g)
+        if self.head.bias is not None:
+            _accumulate(self.head.bias, grad.sum(0))
+        grad = grad.to(self.weight.dtype)
+        _accumulate(self.head.weight, grad.t() @ self.hidden)
+        return grad @ self.weight
+
+
+def _accumulate(parameter: Tensor, grad: Tensor) -> None:
+    if not parameter.requires_grad:
+        return
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad.add_(grad)

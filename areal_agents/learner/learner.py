@@ -1,0 +1,399 @@
+"""The learner: batches of rows in, new weights out. PyTorch in one process, on its processor or one GPU.
+
+    Batch ─▶ rows with a gradient ─▶ (decoupled: log p) ─▶ minibatches ─▶ packs ─▶ loss, backward ─▶ clip, AdamW
+                                                                                              │ version + 1
+                                          engines ◀─ WeightsRef ◀─ publish() ◀────────────────┘
+
+All work runs in the learner's one worker thread, so the event loop goes on and calls queue behind each other; a
+cancelled caller leaves its step running to the end. What waits: each call for the calls before it; ``publish`` also
+for one of two buffers, which is free again when an earlier ``publish`` context closes.
+
+Not covered: several processes or GPUs, LoRA, critics, a KL term.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import Tensor
+
+from areal_agents.algorithms import losses
+from areal_agents.algorithms.batch import Batch, Row
+from areal_agents.algorithms.objective import (
+    Denominators,
+    Tokens,
+    batch_counts,
+    check_batch,
+    has_gradient,
+    ppo_objective,
+    sources,
+    split_episodes,
+)
+from areal_agents.algorithms.offpolicy import OffPolicyStats
+from areal_agents.engine import Transport, WeightsRef
+from areal_agents.errors import CheckpointError, ModelError
+from areal_agents.learner.checkpoint import atomic_folder, read_weights, write_model, write_state
+from areal_agents.learner.forward import Decoder, Scores, load_model
+from areal_agents.learner.optim import adamw, learning_rate
+from areal_agents.learner.packing import pack_rows
+from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
+from areal_agents.utils.memory import peak_mib
+from areal_agents.utils.precision import resolve_device, resolve_precision
+from areal_agents.weights.publisher import Publisher, WeightsBuffer, master_weights, probe, probe_ids, weights_buffers
+
+Metrics = dict[str, float]
+Logprobs = list[NDArray[np.float32]]
+"""For each row, [T]: log π where the row's mask is True, else 0."""
+T = TypeVar("T")
+Objective = Callable[[Tensor, Tokens], Tensor]
+STATE = "learner.pt"
+
+
+class Learner(Protocol):
+    """What the trainer needs of a learner."""
+
+    @property
+    def version(self) -> int:
+        """Batches consumed; advances even when an optimizer step was skipped."""
+        ...
+
+    async def step(self, batch: Batch) -> Metrics: ...
+    async def logprobs(self, batch: Batch) -> Logprobs: ...
+    def publish(self) -> AbstractAsyncContextManager[WeightsRef]:
+        """The current weights; the reference is valid until the context closes."""
+        ...
+
+    async def save(self, path: Path) -> None: ...
+    async def load(self, path: Path) -> None: ...
+
+
+class TorchLearner:
+    """PPO over a transformers causal language model; the ``Learner`` of one process.
+
+    Master weights, gradients and AdamW's moments are fp32; ``learner.precision`` is the format of matrix products.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        learner: LearnerConfig,
+        algorithm: AlgorithmConfig,
+        total_steps: int,
+        seed: int = 0,
+        publish_dtype: torch.dtype = torch.bfloat16,
+        max_staleness: int | None = None,
+        threads: int | None = None,
+        transport: Transport = "shm",
+        weights_dir: Path | None = None,
+        weights_host: str = "127.0.0.1",
+        receivers: Callable[[], int] | None = None,
+    ) -> None:
+        """Load a local model folder.
+
+        Args:
+            total_steps: batches of the whole run, for the schedule.
+            max_staleness: tokens older than this many versions get no gradient (``on_exceed = "mask"``); None: any age.
+            threads: cores to compute with; None leaves PyTorch's choice.
+            transport: how ``publish`` reaches engines; the other three are explained at ``weights_buffers``.
+        Raises ModelError for a folder that is no causal language model this learner knows how to train, ConfigError
+        for a transport that cannot be had here.
+        """
+        self.source = Path(model)
+        self.config, self.algorithm = learner, algorithm
+        self.total_steps, self.seed, self.max_staleness = total_steps, seed, max_staleness
+        self.publish_dtype = publish_dtype
+        self._version = 0
+        self._threads = threads
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
+        self._decoder = self._executor.submit(self._with_threads, self._load).result()
+        self._model = self._decoder.model
+        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        self._optimizer = self._new_optimizer(learner.lr)
+        self._warm: torch.optim.AdamW | None = None
+        buffers = weights_buffers(
+            transport, self.tensors(), publish_dtype, weights_dir=weights_dir, host=weights_host, receivers=receivers
+        )
+        self._publisher = Publisher(buffers, self._run)
+        self._probe_ids = probe_ids(int(self._model.config.vocab_size), seed)
+
+    @property
+    def version(self) -> int:
+        """Batches consumed; advances even when an optimizer step was skipped."""
+        return self._version
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fp32 master weights by state-dict name; of tied tensors the first name alone."""
+        return master_weights(self._model)
+
+    def set_threads(self, n: int) -> None:
+        """Compute with ``n`` cores from the next micro-batch on. Raises ValueError for n < 1."""
+        if n < 1:
+            raise ValueError(f"threads = {n} must be at least 1")
+        self._threads = n
+
+    async def step(self, batch: Batch) -> Metrics:
+        """One optimizer step a minibatch, or none where a minibatch has no gradient or not a finite one.
+
+        Returns: loss, grad_norm (before clipping; means over minibatches), lr, skipped (steps without a finite
+        gradient), minibatches_empty (steps without any gradient); tokens (sampled), rows, rows_skipped, episodes,
+        over_age_share; tokens_forward (through the model, shared prefixes once), seconds, tokens_per_second (of
+        tokens_forward), memory_peak_mb (of the process); and ``OffPolicyStats`` under ``off_policy/``.
+
+        Rows whose advantages are all 0 have no gradient and are skipped: they count in the denominators and in
+        rows_skipped, and are missing from ``off_policy/``. So are rows of over-age tokens alone.
+        Raises ValueError for a batch of another version, without episodes, or with a sampled token that has no
+        context.
+        """
+        return await self._run(lambda: self._step(batch))
+
+    async def logprobs(self, batch: Batch) -> Logprobs:
+        """log π of every sampled token at the batch's temperature, under the current weights."""
+        return await self._run(lambda: self._logprobs(batch.rows, batch.temperature)[0])
+
+    async def sft_step(self, rows: Sequence[Row], *, lr: float) -> Metrics:
+        """One optimizer step on the mean cross-entropy of the masked tokens (the warm start).
+
+        It has an optimizer of its own, dropped at the first ``step``: moments of imitation say nothing about rewards.
+        The version stays; publish afterwards to serve the weights.
+        """
+        return await self._run(lambda: self._sft_step(tuple(rows), lr))
+
+    def publish(self) -> AbstractAsyncContextManager[WeightsRef]:
+        """The current weights, cast, with their probe, in one of two buffers; not refilled while the context is open.
+
+        Waits while both buffers are out; unblocked when one of those contexts closes.
+        """
+        return self._publisher.publish(self._fill)
+
+    async def export(self, path: Path) -> None:
+        """Write a transformers folder (weights in ``publish_dtype``, configuration, tokenizer), atomically."""
+        await self._run(lambda: self._write(path, self.publish_dtype, state=False))
+
+    async def save(self, path: Path) -> None:
+        """Write a checkpoint atomically: a transformers folder in fp32 plus optimizer, version and seed."""
+        await self._run(lambda: self._write(path, torch.float32, state=True))
+
+    async def load(self, path: Path) -> None:
+        """Go on from a checkpoint of ``save``. Raises ModelError where it is absent or of another model."""
+        await self._run(lambda: self._read(path))
+
+    async def close(self) -> None:
+        """Finish the running call and free the published weights."""
+        await asyncio.to_thread(self._executor.shutdown)
+        await asyncio.to_thread(self._publisher.close)
+
+    async def _run(self, job: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._with_threads, job)
+
+    def _with_threads(self, job: Callable[[], T]) -> T:
+        self._use_threads()
+        return job()
+
+    def _use_threads(self) -> None:
+        # OpenMP counts threads per calling thread: it has to be said here. A CPU's backward runs in this thread too.
+        if self._threads and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+
+    def _load(self) -> Decoder:
+        device = resolve_device(self.config.device)
+        dtype = resolve_precision(self.config.precision, gpu=device.type == "cuda")
+        decoder = Decoder(load_model(self.source, device), dtype)
+        if self.config.gradient_checkpointing:
+            decoder.checkpoint_layers()
+        return decoder
+
+    def _new_optimizer(self, lr: float) -> torch.optim.AdamW:
+        c = self.config
+        return adamw(self._model, lr=lr, weight_decay=c.weight_decay, betas=c.betas, eps=c.eps)
+
+    def _fill(self, buffer: WeightsBuffer) -> WeightsRef:
+        found = probe(self._decoder, self._probe_ids, self.publish_dtype)
+        return replace(buffer.fill(self.tensors(), self._version), probe=found)
+
+    def _step(self, batch: Batch) -> Metrics:
+        start = time.perf_counter()
+        check_batch(batch, self._version)
+        self._warm = None
+        c, version = self.config, self._version
+        live = [
+            i for i, r in enumerate(batch.rows) if has_gradient(r, version=version, max_staleness=self.max_staleness)
+        ]
+        proximal: dict[int, NDArray[np.float32]] = {}
+        forwarded = 0
+        if self.algorithm.correction == "decoupled":
+            found, forwarded = self._logprobs([batch.rows[i] for i in live], batch.temperature)
+            proximal = dict(zip(live, found, strict=True))
+        lr = learning_rate(version, peak=c.lr, total=self.total_steps, warmup=c.warmup_steps, schedule=c.schedule)
+        stats = OffPolicyStats()
+        loss, norms, skipped, empty = 0.0, [], 0, 0
+        parts = split_episodes(batch.episodes, c.minibatches, seed=self.seed, version=version)
+        for part in parts:
+            inside = set(part.tolist())
+            rows = [i for i in live if batch.rows[i].episode in inside]
+            counts = Denominators.of(
+                [r for r in batch.rows if r.episode in inside], total_episodes=batch.episodes, episodes=len(part)
+            )
+            if not rows:  # no gradient at all: AdamW would move by its momentum alone
+                empty += 1
+                continue
+            chosen = [batch.rows[i] for i in rows]
+            old = [proximal[i] for i in rows] if proximal else None
+            value, tokens = self._backward(chosen, old, batch.temperature, self._objective(counts, stats))
+            norm = self._apply(self._optimizer, lr)
+            loss, forwarded, skipped = loss + value / len(parts), forwarded + tokens, skipped + (norm is None)
+            norms += [] if norm is None else [norm]
+        self._version += 1
+        seconds = time.perf_counter() - start
+        return {
+            "loss": loss,
+            "grad_norm": float(np.mean(norms)) if norms else 0.0,
+            "lr": lr,
+            "skipped": float(skipped),
+            "minibatches_empty": float(empty),
+            **batch_counts(batch, live, self.max_staleness),
+            "tokens_forward": float(forwarded),
+            "seconds": seconds,
+            "tokens_per_second": forwarded / seconds,
+            "memory_peak_mb": peak_mib(),
+            **{f"off_policy/{name}": value for name, value in stats.result().items()},
+        }
+
+    def _objective(self, counts: Denominators, stats: OffPolicyStats) -> Objective:
+        a, version = self.algorithm, self._version
+
+        def objective(logprobs_T: Tensor, tokens: Tokens) -> Tensor:
+            return ppo_objective(
+                logprobs_T, tokens, counts, stats, correction=a.correction, clip_low=a.clip_low, clip_high=a.clip_high,
+                dual_clip=a.dual_clip, truncate=a.truncate, token_mask=a.token_mask, aggregation=a.aggregation,
+                version=version, max_staleness=self.max_staleness,
+            )  # fmt: skip
+
+        return objective
+
+    def _sft_step(self, rows: tuple[Row, ...], lr: float) -> Metrics:
+        start = time.perf_counter()
+        total = sum(int(r.mask.sum()) for r in rows)
+        if total == 0:
+            raise ValueError("the warm start got rows without a masked token: there is nothing to imitate")
+        if self._warm is None:
+            self._warm = self._new_optimizer(lr)
+
+        def objective(logprobs_T: Tensor, tokens: Tokens) -> Tensor:
+            loss_T = losses.cross_entropy(logprobs_T)
+            return losses.token_mean(loss_T, torch.ones_like(loss_T, dtype=torch.bool), tokens=total)
+
+        loss, forwarded = self._backward(rows, None, 1.0, objective)
+        norm = self._apply(self._warm, lr)
+        return {
+            "loss": loss,
+            "grad_norm": 0.0 if norm is None else norm,
+            "lr": lr,
+            "skipped": float(norm is None),
+            "tokens": float(total),
+            "rows": float(len(rows)),
+            "tokens_forward": float(forwarded),
+            "seconds": time.perf_counter() - start,
+            "memory_peak_mb": peak_mib(),
+        }
+
+    def _backward(
+        self,
+        rows: Sequence[Row],
+        proximal: Sequence[NDArray[np.float32]] | None,
+        temperature: float,
+        objective: Objective,
+    ) -> tuple[float, int]:
+        """Add the gradient of ``objective`` over ``rows``; returns its value and the tokens that went through."""
+        loss, forwarded, d = 0.0, 0, self._decoder
+        packs = pack_rows([r.ids for r in rows], token_budget=self.config.token_budget, shared=d.shared)
+        # One autocast for all packs: it casts each weight once. It must end before the weights change.
+        with d.autocast():
+            weight = d.head.weight.detach().to(d.dtype)
+            for pack in packs:
+                self._use_threads()
+                chosen = [rows[i] for i in pack.rows]
+                tokens = Tokens.of(chosen, None if proximal is None else [proximal[i] for i in pack.rows])
+                states = d.hidden(pack).index_select(0, sources(chosen, pack.at).to(d.device))
+                ids = tokens.ids.to(d.device)
+                grad = torch.empty_like(states)
+                for part in _chunks(len(tokens), self.config.logprob_chunk):
+                    scores = Scores(states[part], d.head, ids[part], temperature, d.dtype, weight)
+                    logprobs_T = scores.logprobs_T.cpu().requires_grad_()  # [T] numbers: the objective is no GPU's work
+                    with d.autocast(False):
+                        value = objective(logprobs_T, tokens[part])
+                        value.backward()  # type: ignore[no-untyped-call]
+                    assert logprobs_T.grad is not None
+                    grad[part] = scores.backward(logprobs_T.grad.to(d.device))
+                    loss += float(value.detach())
+                    del scores  # before the next chunk's logits
+                with d.autocast(False):
+                    states.backward(grad)  # type: ignore[no-untyped-call]
+                forwarded += pack.tokens
+        return loss, forwarded
+
+    def _apply(self, optimizer: torch.optim.AdamW, lr: float) -> float | None:
+        """Clip and step; None, and no step, where the gradient is not finite. Frees the gradients."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.grad_clip))
+        if math.isfinite(norm):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm if math.isfinite(norm) else None
+
+    @torch.no_grad()
+    def _logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[Logprobs, int]:
+        d = self._decoder
+        out: Logprobs = [np.zeros(len(r), np.float32) for r in rows]
+        packs = pack_rows([r.ids for r in rows], token_budget=self.config.token_budget, shared=d.shared)
+        with d.autocast():  # its own context: weights cast without a graph must not serve a later backward
+            weight = d.head.weight.to(d.dtype)
+            for pack in packs:
+                self._use_threads()
+                chosen = [rows[i] for i in pack.rows]
+                states = d.hidden(pack).index_select(0, sources(chosen, pack.at).to(d.device))
+                ids = torch.from_numpy(np.concatenate([r.ids[r.mask] for r in chosen])).to(d.device)
+                parts = [
+                    Scores(states[p], d.head, ids[p], temperature, d.dtype, weight).logprobs_T
+                    for p in _chunks(len(ids), self.config.logprob_chunk)
+                ]
+                flat = torch.cat(parts).cpu().numpy() if parts else np.zeros(0, np.float32)
+                ends = np.cumsum([int(r.mask.sum()) for r in chosen])
+                for i, values in zip(pack.rows, np.split(flat, ends[:-1]), strict=True):
+                    out[i][rows[i].mask] = values
+        return out, sum(p.tokens for p in packs)
+
+    def _write(self, path: Path, dtype: torch.dtype, *, state: bool) -> None:
+        try:
+            with atomic_folder(path) as folder:
+                write_model(folder, self.tensors(), source=self.source, dtype=dtype)
+                if state:
+                    optimizer = self._optimizer.state_dict()
+                    write_state(folder / STATE, {"version": self._version, "seed": self.seed, "optimizer": optimizer})
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+    def _read(self, path: Path) -> None:
+        if not (path / STATE).is_file():
+            raise ModelError(f"{path} holds no {STATE}: it is no checkpoint of this learner")
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        read_weights(path, self.tensors())
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._version, self.seed, self._warm = int(state["version"]), int(state["seed"]), None
+
+
+def _chunks(n: int, size: int) -> list[slice]:
+    return [slice(s, min(s + size, n)) for s in range(0, n, size)]

@@ -1,0 +1,168 @@
+"""Micro-batches: which rows go through the model together, and how they lie in memory.
+
+    rows ─▶ prefix tree ─▶ one flat sequence of segments          (``shared=True``)
+    rows ─▶ sorted by length ─▶ a padded rectangle [B, L]         (``shared=False``)
+
+Rows of one group start with the same prompt, and forked rows share whole turns. In the tree layout every distinct
+(context, token) pair is computed once: a *segment* is a run of tokens with one context, and its tokens attend to the
+segments on its path and to themselves. There is no padding. Hidden states depend on nothing but the path, so the
+rows' log-probabilities and gradients are those of the plain layout.
+
+Pure numpy; the attention that reads the layout is in ``learner/forward.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+MIN_SHARED = 16
+"""Shorter common runs are computed again: a segment of its own costs more than its tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens ``start:stop`` of the flat sequence; ``path`` are the indices of the segments before it, root first."""
+
+    start: int
+    stop: int
+    path: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """One micro-batch. ``shape`` is (1, N) in the tree layout and (B, L) in the padded one; N = B·L."""
+
+    rows: tuple[int, ...]
+    """Indices of the rows inside the sequence that was packed."""
+    shape: tuple[int, int]
+    ids: Ints
+    """[N]; 0 where padded."""
+    positions: Ints
+    """[N]: each token's place in its row."""
+    at: tuple[Ints, ...]
+    """For each of ``rows``, [T]: where its tokens lie in the flat sequence."""
+    segments: tuple[Segment, ...]
+    """The tree; empty in the padded layout."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model, padding included."""
+        return len(self.ids)
+
+
+class _Tree:
+    """Builds the segments of a set of rows that are sorted lexicographically."""
+
+    def __init__(self, rows: Sequence[Ints], min_shared: int) -> None:
+        self.rows = rows
+        self.min_shared = min_shared
+        self.size = 0
+        self.segments: list[Segment] = []
+        self.pieces: list[Ints] = []
+        self.offsets: list[int] = []
+        self.paths: dict[int, tuple[int, ...]] = {}
+        self._grow(list(range(len(rows))), 0, ())
+
+    def _emit(self, tokens: Ints, depth: int, path: tuple[int, ...]) -> tuple[int, ...]:
+        self.segments.append(Segment(self.size, self.size + len(tokens), path))
+        self.pieces.append(tokens)
+        self.offsets.append(depth)
+        self.size += len(tokens)
+        return (*path, len(self.segments) - 1)
+
+    def _grow(self, members: list[int], depth: int, path: tuple[int, ...]) -> None:
+        """Place the tokens from ``depth`` on of rows that agree on everything before it."""
+        first, last = self.rows[members[0]], self.rows[members[-1]]
+        # Sorted: what the first and the last have in common, all have in common.
+        common = len(first) if len(members) == 1 else _common(first, last)
+        if common - depth >= self.min_shared or len(members) == 1:
+            if common > depth:
+                path = self._emit(first[depth:common], depth, path)
+            depth = common
+        children: dict[int, list[int]] = {}
+        for m in members:
+            if len(self.rows[m]) == depth:
+                self.paths[m] = path
+            elif len(self.rows[m]) == common:  # ends inside a run that is too short to share
+                self.paths[m] = self._emit(self.rows[m][depth:], depth, path)
+            else:
+                children.setdefault(int(self.rows[m][common]), []).append(m)
+        for group in children.values():
+            self._grow(group, depth, path)
+
+    def at(self, member: int) -> Ints:
+        parts = [np.arange(self.segments[s].start, self.segments[s].stop) for s in self.paths[member]]
+        joined: Ints = np.concatenate(parts).astype(np.int64)  # numpy below 2.4 does not say its type
+        return joined
+
+
+def _common(a: Ints, b: Ints) -> int:
+    """Length of the longest common prefix."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+def _tree_pack(rows: Sequence[Ints], chosen: Sequence[int], min_shared: int) -> Pack:
+    tree = _Tree([rows[i] for i in chosen], min_shared)
+    positions = [o + np.arange(len(p)) for o, p in zip(tree.offsets, tree.pieces, strict=True)]
+    return Pack(
+        rows=tuple(chosen),
+        shape=(1, tree.size),
+        ids=np.concatenate(tree.pieces).astype(np.int64),
+        positions=np.concatenate(positions).astype(np.int64),
+        at=tuple(tree.at(m) for m in range(len(chosen))),
+        segments=tuple(tree.segments),
+    )
+
+
+def _padded_pack(rows: Sequence[Ints], chosen: Sequence[int]) -> Pack:
+    width = max(len(rows[i]) for i in chosen)
+    ids = np.zeros((len(chosen), width), np.int64)
+    for b, i in enumerate(chosen):
+        ids[b, : len(rows[i])] = rows[i]
+    return Pack(
+        rows=tuple(chosen),
+        shape=(len(chosen), width),
+        ids=ids.reshape(-1),
+        positions=np.tile(np.arange(width), len(chosen)),
+        at=tuple(b * width + np.arange(len(rows[i])) for b, i in enumerate(chosen)),
+        segments=(),
+    )
+
+
+def pack_rows(
+    rows: Sequence[Ints], *, token_budget: int, shared: bool = True, min_shared: int = MIN_SHARED
+) -> list[Pack]:
+    """Split ``rows`` (token ids, each at least one) into micro-batches of at most ``token_budget`` tokens.
+
+    Every row is in exactly one pack. A row longer than the budget is alone in its pack.
+    """
+    if any(len(r) == 0 for r in rows):
+        raise ValueError("a row without tokens cannot be packed")
+    if shared:
+        # Big-endian bytes of non-negative integers sort as the integers do: rows that share a prefix become neighbours.
+        order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">i8").tobytes())
+    else:
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    packs: list[Pack] = []
+    chosen: list[int] = []
+    last: Pack | None = None
+    for i in order:
+        trial_rows = [*chosen, i]
+        trial = _tree_pack(rows, trial_rows, min_shared) if shared else _padded_pack(rows, trial_rows)
+        if last is not None and trial.tokens > token_budget:
+            packs.append(last)
+            chosen = [i]
+            last = _tree_pack(rows, chosen, min_shared) if shared else _padded_pack(rows, chosen)
+        else:
+            chosen, last = trial_rows, trial
+    if last is not None:
+        packs.append(last)
+    return packs

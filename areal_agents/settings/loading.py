@@ -1,0 +1,327 @@
+"""Loading settings: TOML, then dotted overrides, then one pydantic ``model_validate`` of ``TrainConfig``.
+
+    demo.toml ──┐
+                ├─▶ one nested dict ─▶ unknown keys named, nearest ones offered ─▶ model_validate ─▶ TrainConfig
+    --a.b 3  ───┘
+
+Every problem is reported at once, each with the key, the file or flag it came from, its value and what was expected.
+TOML has no null: the word ``"none"`` stands for None in each setting that accepts it, and inside ``env.kwargs``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import ValidationError
+
+from areal_agents.errors import ConfigError
+from areal_agents.settings.config import TrainConfig
+from areal_agents.settings.describe import Setting, either, help_text, members, nearest, sections, settings
+
+__all__ = ["dump", "find", "help_text", "load", "shipped", "split_overrides"]
+
+Origins = dict[str, str]
+"""Dotted key to where it was set: a file's path or a flag."""
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def shipped() -> dict[str, Path]:
+    """The configurations that come with the package, by name."""
+    root = importlib.resources.files("areal_agents.configs")
+    return {f.name.removesuffix(".toml"): Path(str(f)) for f in root.iterdir() if f.name.endswith(".toml")}
+
+
+def find(path: Path | str) -> Path:
+    """The file behind ``path``: a file, or the bare name of a shipped configuration. Raises ConfigError."""
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    known = shipped()
+    bare = len(path.parts) == 1
+    if bare and path.name.removesuffix(".toml") in known:
+        return known[path.name.removesuffix(".toml")]
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a TOML file")
+    siblings = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, [*siblings, *known], n=3)
+    hint = f"Did you mean {either(near)}?" if near else f"Shipped configurations: {', '.join(sorted(known)) or 'none'}."
+    raise ConfigError(f"no such configuration: {path}. {hint}")
+
+
+def load(path: Path | str | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The settings of ``path`` (None: all defaults) under ``overrides``: ``--learner.lr 2e-6``, ``--learner.lr=2e-6``.
+
+    Raises ConfigError, which lists every problem of the file and the overrides together.
+    """
+    tree: dict[str, Any] = {}
+    origins: Origins = {}
+    problems: list[str] = []
+    if path is not None:
+        file = find(path)
+        try:
+            table = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} is not valid TOML: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+        _merge(tree, origins, problems, table, "", str(file))
+    for key, raw, flag in _pairs(overrides, problems):
+        _override(tree, origins, problems, key, raw, flag)
+    problems += _booleans(tree, origins)
+    try:
+        config = TrainConfig.model_validate(tree)
+    except ValidationError as error:
+        problems += [_sentence(e, origins) for e in error.errors()]
+        raise _failure(problems) from None
+    if problems:
+        raise _failure(problems)
+    return config
+
+
+def _failure(problems: Sequence[str]) -> ConfigError:
+    if len(problems) == 1:
+        return ConfigError(problems[0])
+    return ConfigError(f"{len(problems)} problems in the settings:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def _merge(
+    tree: dict[str, Any], origins: Origins, problems: list[str], table: Mapping[str, Any], prefix: str, origin: str
+) -> None:
+    for name, value in table.items():
+        key = prefix + name
+        if key in settings():
+            tree[name] = _none_of(value, settings()[key])
+            origins[key] = origin
+        elif key in sections():
+            if isinstance(value, dict):
+                _merge(tree.setdefault(name, {}), origins, problems, value, key + ".", origin)
+            else:
+                problems.append(
+                    f"{key} = {_show(value)} ({origin}): {key} is a section; write [{key}] and its settings"
+                )
+        elif isinstance(value, dict) and value:
+            problems += [_unknown(leaf, origin) for leaf in _leaves(value, key)]
+        else:
+            problems.append(_unknown(key, origin))
+
+
+def _booleans(tree: dict[str, Any], origins: Origins) -> list[str]:
+    """Problems of true or false given for a number, which pydantic would read as 1 or 0; removed from ``tree``."""
+    problems: list[str] = []
+    for setting in settings().values():
+        node: Any = tree
+        for part in setting.section.split(".") if setting.section else ():
+            node = node.get(part, {})
+        if isinstance(node.get(setting.name), bool) and not setting.boolean and not setting.free:
+            problems.append(_mismatch(setting, node.pop(setting.name), origins))
+    return problems
+
+
+def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}"
+
+
+def _none_of(value: Any, setting: Setting) -> Any:
+    if setting.free:
+        return _none_inside(value)
+    return None if setting.optional and _is_none(value) else value
+
+
+def _none_inside(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _none_inside(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_none_inside(v) for v in value]
+    return None if _is_none(value) else value
+
+
+def _is_none(value: Any) -> bool:
+    return isinstance(value, str) and value.lower() == "none"
+
+
+# --- overrides ---------------------------------------------------------------------------------------------------
+
+
+def split_overrides(args: Sequence[str], keep: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """``args`` parted into (everything else, overrides with their values); flags in ``keep`` are not overrides."""
+    rest: list[str] = []
+    overrides: list[str] = []
+    i = 0
+    while i < len(args):
+        token = args[i]
+        if not token.startswith("--") or token in keep:
+            rest.append(token)
+        else:
+            overrides.append(token)
+            if "=" not in token and i + 1 < len(args) and not args[i + 1].startswith("--"):
+                i += 1
+                overrides.append(args[i])
+        i += 1
+    return rest, overrides
+
+
+def _pairs(overrides: Sequence[str], problems: list[str]) -> Iterator[tuple[str, str | None, str]]:
+    """(dotted key, raw value or None, the flag as typed) of each override."""
+    i = 0
+    while i < len(overrides):
+        token = overrides[i]
+        i += 1
+        if not token.startswith("--") or token == "--":
+            problems.append(f"unexpected argument {token!r}: overrides look like --learner.lr 2e-6")
+            continue
+        flag, equals, raw = token.partition("=")
+        key = flag[2:]
+        value: str | None = raw if equals else None
+        if not equals and i < len(overrides) and not overrides[i].startswith("--"):
+            value = overrides[i]
+            i += 1
+        yield key, value, flag
+
+
+def _override(
+    tree: dict[str, Any], origins: Origins, problems: list[str], key: str, raw: str | None, flag: str
+) -> None:
+    setting = _setting_of(key)
+    if setting is None:
+        normal = key.replace("-", "_")
+        if normal in sections() and normal:
+            names = ", ".join(sections()[normal])
+            problems.append(f"{flag} is a section, not a setting: use --{normal}.NAME with one of {names}")
+        else:
+            problems.append(_unknown(key, flag))
+        return
+    if raw is None:
+        if not setting.boolean:
+            problems.append(f"{flag} needs a value: {setting.expects}")
+            return
+        raw = "true"
+    path = setting.key.split(".")
+    inner = key[len(setting.key) + 1 :].split(".") if setting.free and len(key) > len(setting.key) else []
+    node = tree
+    for name in (path + inner)[:-1]:
+        if not isinstance(node.get(name), dict):
+            node[name] = {}  # a value in the way (env.kwargs.a = 1, then env.kwargs.a.b) gives way to the later word
+        node = node[name]
+    node[(path + inner)[-1]] = _value(raw, setting)
+    origins[setting.key] = flag
+
+
+def _setting_of(key: str) -> Setting | None:
+    known = settings()
+    for candidate in (key, key.replace("-", "_")):
+        if candidate in known:
+            return known[candidate]
+    return next((s for s in known.values() if s.free and key.startswith(s.key + ".") and not key.endswith(".")), None)
+
+
+def _value(raw: str, setting: Setting) -> Any:
+    if setting.optional and _is_none(raw):
+        return None
+    quoted = len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "\"'"
+    if setting.textual and not quoted:
+        return raw
+    text = raw.lower() if raw in ("True", "False") else raw
+    try:
+        # Only one value may stand here: a newline would let a second assignment in.
+        value = tomllib.loads(f"value = {text}")["value"] if "\n" not in text else raw
+    except tomllib.TOMLDecodeError:
+        value = raw
+    return _none_of(value, setting)
+
+
+# --- messages ----------------------------------------------------------------------------------------------------
+
+
+def _unknown(key: str, origin: str) -> str:
+    near = nearest(key.replace("-", "_"))
+    section = key.rpartition(".")[0]
+    if near:
+        hint = f"did you mean {either(near)}?"
+    elif section in sections() and section:
+        hint = f"settings of {section}: {', '.join(sections()[section])}"
+    else:
+        hint = f"sections: {', '.join(s for s in sections() if s)}; top level: {', '.join(sections()[''])}"
+    return f"unknown setting {key} ({origin}): {hint}"
+
+
+def _sentence(error: Any, origins: Origins) -> str:
+    """One pydantic error in plain words."""
+    key = ".".join(str(part) for part in error["loc"])
+    while key and key not in settings() and key not in sections():
+        key = key.rpartition(".")[0]  # an element of a list, or a branch of a union
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    setting = settings().get(key)
+    if setting is None:
+        return f"{key or 'settings'}: {error['msg']}"
+    return _mismatch(setting, error["input"], origins)
+
+
+def _mismatch(setting: Setting, value: Any, origins: Origins) -> str:
+    hint = ""
+    choices = [c for m in members(setting.info.annotation) if get_origin(m) is Literal for c in get_args(m)]
+    if isinstance(value, str) and (near := difflib.get_close_matches(value, choices, n=1)):
+        hint = f"; did you mean {near[0]!r}?"
+    place = f" ({origins[setting.key]})" if setting.key in origins else ""
+    return f"{setting.key} = {_show(value)}{place}: expected {setting.expects}{hint}"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def dump(config: TrainConfig) -> str:
+    """``config`` as TOML that ``load`` reads back to an equal one. None is left out where it is the default."""
+    tree = config.model_dump(mode="python")
+    lines: list[str] = []
+    for section, names in sections().items():
+        if section:
+            lines += ["", f"[{section}]"]
+        table: Any = tree
+        for part in section.split(".") if section else ():
+            table = table[part]
+        for name in names:
+            default = settings()[f"{section}.{name}" if section else name].default
+            if table[name] is not None or default is not None:
+                lines.append(f"{name} = {_toml(table[name])}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case None:
+            return '"none"'
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value)
+        case str() | Path():
+            return _quoted(str(value))
+        case list() | tuple():
+            return "[" + ", ".join(_toml(v) for v in value) + "]"
+        case dict():
+            return "{" + ", ".join(f"{_quoted(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
+    if hasattr(value, "isoformat"):
+        return str(value.isoformat())
+    raise ConfigError(f"{value!r} of type {type(value).__name__} cannot be written as TOML")
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string: JSON's escapes are TOML's, but TOML wants the delete character escaped too."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

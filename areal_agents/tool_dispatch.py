@@ -1,0 +1,183 @@
+"""Running the tool calls of one message, in one sandbox session an episode.
+
+    calls ─▶ check (known tool, valid arguments) ─▶ run, neighbours in parallel where they allow it ─▶ results in order
+
+Whose failure it is, when the sandbox itself fails under a call: the call is replayed once in a fresh session, after
+the episode's earlier calls were run again to restore its files. If it fails again while a harmless command succeeds,
+the call is what breaks the sandbox: the model gets an error text. Otherwise a model would learn to kill its sandbox.
+If the harmless command fails too, the SandboxError passes to the runner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from areal_agents.errors import EnvError, SandboxError
+from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec
+from areal_agents.tool import ToolResult, ToolSpec
+from areal_agents.types import ToolCall
+from areal_agents.utils.sync import on_exit
+
+_CANARY = ("/bin/true",)
+_CANARY_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A call that may run: its tool and its validated arguments."""
+
+    spec: ToolSpec
+    arguments: Mapping[str, Any]
+
+    @property
+    def needs_sandbox(self) -> bool:
+        return "sandbox" in self.spec.injected.values()
+
+
+class Dispatcher:
+    """Checks and runs calls; owns the sandbox session, which is opened at the first call that needs one."""
+
+    def __init__(
+        self,
+        tools: Sequence[ToolSpec],
+        *,
+        sandbox: SandboxBackend | str | None,
+        sandbox_spec: SandboxSpec,
+        models: Mapping[str, Any],
+    ) -> None:
+        self._tools = {spec.name: spec for spec in tools}
+        if len(self._tools) != len(tools):
+            raise EnvError(f"two tools have the same name: {', '.join(spec.name for spec in tools)}")
+        self._backend = sandbox
+        self._sandbox_spec = sandbox_spec
+        self._models = dict(models)
+        self._session: AbstractAsyncContextManager[Sandbox] | None = None
+        self._sandbox: Sandbox | None = None
+        self._journal: list[_Ready] = []
+        self.replays = 0
+        """How often a fresh session saved a call in this episode."""
+
+    async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        """One result a call, in the calls' order. Raises SandboxError and EnvError; policy errors are results."""
+        checked = [self.check(call) for call in calls]
+        results: list[ToolResult] = []
+        while len(results) < len(checked):
+            rest = checked[len(results) :]
+            together = 1
+            while together < len(rest) and _parallel(rest[0]) and _parallel(rest[together]):
+                together += 1
+            results += await self._run_batch(rest[:together])
+        return results
+
+    def check(self, call: ToolCall) -> _Ready | ToolResult:
+        """The call ready to run, or the error text that tells the model what to write instead."""
+        usage = 'Write <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
+        if call.status == "unclosed":
+            return ToolResult(f"error: the call has no closing </tool_call>. {usage}", "malformed")
+        if call.status == "missing_name":
+            return ToolResult(f'error: the call has no "name". {usage}', "malformed")
+        if call.status == "invalid_json":
+            return ToolResult(f"error: the call is not valid JSON. {usage}", "malformed")
+        spec = self._tools.get(call.name)
+        if spec is None:
+            known = ", ".join(self._tools) or "none"
+            return ToolResult(f"error: no tool {call.name[:64]!r}; tools: {known}", "unknown_tool")
+        if call.status == "invalid_arguments":
+            return ToolResult(
+                f'error: "arguments" must be a JSON object. Expected: {spec.signature()}', "invalid_arguments"
+            )
+        arguments = spec.validate(call.arguments)
+        if isinstance(arguments, str):
+            return ToolResult(f"error: {arguments}", "invalid_arguments")
+        return _Ready(spec, arguments)
+
+    async def aclose(self) -> None:
+        """Close the session and forget its calls. May be called twice."""
+        self._journal, self.replays = [], 0
+        await self._close_session()
+
+    async def _run_batch(self, batch: Sequence[_Ready | ToolResult]) -> list[ToolResult]:
+        if any(isinstance(entry, _Ready) and entry.needs_sandbox for entry in batch):
+            await self._open_session()  # before the calls: two at once must not open two sessions
+        if len(batch) == 1:
+            outcomes = [await self._attempt(batch[0])]
+        else:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(self._attempt(entry)) for entry in batch]
+            except BaseExceptionGroup as failures:
+                raise failures.exceptions[0] from None
+            outcomes = [task.result() for task in tasks]
+        results = []
+        for entry, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, SandboxError):
+                assert isinstance(entry, _Ready)
+                outcome = await self._replay(entry)
+            if isinstance(entry, _Ready) and entry.needs_sandbox and outcome.status != "sandbox_failed":
+                self._journal.append(entry)
+            results.append(outcome)
+        return results
+
+    async def _attempt(self, entry: _Ready | ToolResult) -> ToolResult | SandboxError:
+        if isinstance(entry, ToolResult):
+            return entry
+        offered: dict[str, Any] = {"models": self._models}
+        if self._sandbox is not None:
+            offered["sandbox"] = self._sandbox
+        try:
+            return await entry.spec.invoke(entry.arguments, offered)
+        except SandboxError as error:
+            return error
+
+    async def _replay(self, entry: _Ready) -> ToolResult:
+        try:
+            await self._restore_session()
+            again = await self._attempt(entry)
+            if isinstance(again, ToolResult):
+                self.replays += 1
+                return again
+            await self._restore_session()
+        except SandboxError as error:
+            error.tool = entry.spec.name
+            raise
+        return ToolResult("error: this call made the sandbox fail twice; do something else", "sandbox_failed")
+
+    async def _restore_session(self) -> None:
+        """A fresh session in which the episode's earlier calls ran again. Raises SandboxError if it is broken too."""
+        with suppress(SandboxError):  # it failed already
+            await self._close_session()
+        sandbox = await self._open_session()
+        await sandbox.exec(_CANARY, timeout=_CANARY_TIMEOUT_S)
+        for earlier in self._journal:
+            outcome = await self._attempt(earlier)
+            if isinstance(outcome, SandboxError):
+                raise outcome
+
+    async def _open_session(self) -> Sandbox:
+        if self._sandbox is None:
+            backend = self._backend
+            if isinstance(backend, str):
+                # By name and late: the core does not import a collection.
+                sandboxes = importlib.import_module("areal_agents.sandboxes")
+                backend = sandboxes.shared(backend)
+                on_exit(sandboxes.close_shared)  # a loop of the caller's own is closed by the caller
+            if backend is None:
+                raise EnvError("a tool needs a sandbox, but the environment was made with sandbox=None")
+            session: AbstractAsyncContextManager[Sandbox] = backend.session(self._sandbox_spec)
+            self._sandbox = await session.__aenter__()
+            self._session = session
+        return self._sandbox
+
+    async def _close_session(self) -> None:
+        session, self._session, self._sandbox = self._session, None, None
+        if session is not None:
+            await session.__aexit__(None, None, None)
+
+
+def _parallel(entry: _Ready | ToolResult) -> bool:
+    return isinstance(entry, ToolResult) or entry.spec.parallel

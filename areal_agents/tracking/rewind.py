@@ -1,0 +1,97 @@
+"""Cutting a run's files back to a mark: metrics.jsonl and trajectory shards as they were at a checkpoint.
+
+    {"metrics_bytes": 1234, "shards": {"train": [[1, 10]], "eval-before": [[0, 0]]}}       first and last of each span
+
+Cutting twice is cutting once, so a process that dies in the middle leaves nothing to repair.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from areal_agents.errors import ArealError
+from areal_agents.tracking.trajectories import shards, step_of
+
+Spans = dict[str, list[list[int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What ``cut_back`` removed."""
+
+    rows: int
+    """Whole rows of metrics.jsonl."""
+    shards: int
+    missing: tuple[str, ...]
+    """Shards that the mark names and that are gone, as KIND/STEP; somebody deleted them."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def run_shards(out: Path) -> list[Path]:
+    """The shards in ``OUT/trajectories``, and nowhere else; none where there is no such folder."""
+    folder = out / "trajectories"
+    return shards(folder) if folder.is_dir() else []
+
+
+def spans(paths: Iterable[Path]) -> Spans:
+    """Shards as spans of steps by kind: a long run's mark stays short."""
+    out: Spans = {}
+    for kind, step in sorted((path.parent.name, step_of(path)) for path in paths):
+        of_kind = out.setdefault(kind, [])
+        if of_kind and of_kind[-1][1] == step - 1:
+            of_kind[-1][1] = step
+        else:
+            of_kind.append([step, step])
+    return out
+
+
+def cut_back(out: Path, mark: Mapping[str, Any]) -> Cut:
+    """Remove every metrics row, shard and half-written shard that is not in ``mark``; {} holds nothing.
+
+    Raises ArealError, before anything is removed, for a metrics.jsonl that is shorter than the mark or has no line end
+    there; OSError where a file cannot be changed.
+    """
+    try:
+        size: int = mark["metrics_bytes"] if mark else 0
+        kept: Spans = mark["shards"] if mark else {}
+        wanted = {(kind, step) for kind, of_kind in kept.items() for a, b in of_kind for step in range(a, b + 1)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArealError(f"{dict(mark)} is no mark of a run's files ({type(error).__name__}: {error})") from error
+    rows = _cut_metrics(out / "metrics.jsonl", size)
+    found = {(path.parent.name, step_of(path)): path for path in run_shards(out)}
+    late = [path for key, path in found.items() if key not in wanted]
+    for path in [*late, *(out / "trajectories").glob("*/.*.tmp")]:
+        path.unlink()
+    for folder in (out / "trajectories").glob("*/"):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    return Cut(rows, len(late), tuple(f"{kind}/{step}" for kind, step in sorted(wanted - found.keys())))
+
+
+def _cut_metrics(path: Path, size: int) -> int:
+    """Cut to ``size`` bytes; how many whole rows went."""
+    if not path.exists() and size == 0:
+        return 0
+    try:
+        with path.open("r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if end < size or (size > 0 and file.read(1) != b"\n"):
+                raise ArealError(
+                    f"{path} does not fit the checkpoint: {end} bytes, and a row was to end at {size}. It was changed "
+                    "by hand: put it back, or start a new run in another folder"
+                )
+            file.seek(size)
+            rows = sum(line.endswith(b"\n") for line in file)
+            file.truncate(size)
+            os.fsync(file.fileno())
+    except FileNotFoundError as error:
+        raise ArealError(f"{path} is gone, but the checkpoint needs it: put it back, or start a new run") from error
+    return rows

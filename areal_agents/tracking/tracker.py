@@ -1,0 +1,334 @@
+"""What a run leaves behind.
+
+    OUT/metrics.jsonl                            one object a log call: kind, step, time, then the metrics
+    OUT/events.jsonl                             one object an event: kind, time, then its fields
+    OUT/trajectories/KIND/step-000003.parquet    every episode (``trajectories.py``)
+    OUT/tensorboard/                             the same metrics for TensorBoard (``tensorboard.py``); on request
+                                                 for W&B (``wandb.py``)
+
+All writing happens on one background thread, in order, so the event loop never waits for a disk. An error there (a full
+disk) is raised by the next call. ``Tracker.mark`` says where the files end at a checkpoint, and ``Tracker(mark=...)``
+cuts them back to there: metrics and episodes are those of the surviving lineage, events are all that ever happened.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from areal_agents.errors import ArealError
+from areal_agents.tracking import console as display
+from areal_agents.tracking.rewind import Cut, cut_back, run_shards, spans
+from areal_agents.tracking.tensorboard import Board, Point, event_files
+from areal_agents.tracking.trajectories import Record, shard_path, write_shard
+from areal_agents.tracking.wandb import WandbLog, require_wandb
+from areal_agents.types import Trajectory
+from areal_agents.utils.files import append_whole, cut_torn_line, sync_folder, unwritable
+
+__all__ = ["Tracker", "TrajectoryWriter", "read_metrics"]
+
+RESERVED = frozenset({"kind", "step", "time"})
+T = TypeVar("T")
+
+
+class _Writer:
+    """Runs jobs that write files, on a thread of its own, in the order of the calls."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._files: dict[Path, io.FileIO] = {}
+        self._error: Exception | None = None
+        self.failure: Exception | None = None
+        """The first write that failed, also after it was raised."""
+        self._thread = threading.Thread(target=self._work, name="areal-track", daemon=True)
+        self._thread.start()
+
+    @property
+    def open(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run ``job`` after all before it. Raises ArealError if one of those failed."""
+        self._raise()
+        self._jobs.put(job)
+
+    def put(self, job: Callable[[], None]) -> None:
+        """``submit`` for threads that are nobody's to raise in."""
+        self._jobs.put(job)
+
+    def call(self, job: Callable[[], T]) -> T:
+        """What ``job()`` returns, once everything submitted before it is done."""
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(job())
+            except BaseException as error:
+                done.set_exception(error)
+                raise
+
+        self.put(run)
+        while not done.done():
+            with suppress(TimeoutError):
+                done.exception(timeout=0.5)
+            if not done.done() and not self.open:
+                raise ArealError("the tracker is closed: log before its `close`")
+        self._raise()
+        return done.result()
+
+    def sync(self) -> None:
+        """All files' lines are on the disk. For use inside ``call``."""
+        for path, file in self._files.items():
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise unwritable(path, error) from error
+
+    def close(self) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+        for file in self._files.values():
+            file.close()  # unbuffered: nothing is left to write
+        self._files.clear()
+        self._raise()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except Exception as error:  # noqa: BLE001 - kept, and raised in the caller's thread by the next call
+                self._error = self._error or error
+                self.failure = self.failure or error
+
+    def append(self, path: Path, line: str) -> None:
+        """Append one line, whole or not at all. For use inside jobs."""
+        try:
+            file = self._files.get(path)
+            if file is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = self._files[path] = io.FileIO(path, "a")
+            # A lone surrogate out of a model's text becomes \udXXX, which is JSON's own escape for it.
+            append_whole(file, (line + "\n").encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            raise unwritable(path, error) from error
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            reason = str(error) if isinstance(error, ArealError) else f"{type(error).__name__}: {error}"
+            raise ArealError(f"the run's files cannot be written: {reason}") from error
+
+
+class TrajectoryWriter:
+    """Writes episodes to ``OUT/trajectories/KIND/step-N.parquet``; serialised and written off the event loop."""
+
+    def __init__(self, out: Path, writer: _Writer) -> None:
+        self._out = out
+        self._writer = writer
+        self._known = set(run_shards(out))
+        self.written = set(self._known)
+        """The shards on the disk. For use on the writing thread."""
+
+    def write(self, trajectories: Iterable[Trajectory], *, step: int, kind: str = "train") -> None:
+        """The whole shard of (``kind``, ``step``), one row an episode.
+
+        Raises ArealError where that shard was written before, ``kind`` is no folder name, or an earlier write failed.
+        """
+        path = shard_path(self._out, kind, step)
+        if path in self._known:
+            raise ArealError(f"{path} is written already: one call holds all episodes of a kind and a step")
+        records = [Record(kind, step, t) for t in trajectories]
+
+        def job() -> None:
+            write_shard(path, records)
+            self.written.add(path)
+
+        self._writer.submit(job)
+        self._known.add(path)
+
+
+class Tracker:
+    """Metrics, events and episodes of one run.
+
+    ``steps`` is the run's length, for the display; ``wandb`` a W&B project (or ``entity/project``), which gets
+    ``config`` too. ``mark`` cuts an earlier run's files back to what ``Tracker.mark`` said ({}: to nothing) and goes on
+    from there; None appends to whatever there is. The result of cutting stands in ``cut``.
+
+    Raises ArealError where the files cannot be written or do not fit the mark; ConfigError without the wandb package.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        steps: int | None = None,
+        first_step: int = 0,
+        tensorboard: bool = True,
+        wandb: str = "",
+        console: bool = True,
+        config: Mapping[str, Any] | None = None,
+        mark: Mapping[str, Any] | None = None,
+    ) -> None:
+        if wandb:
+            require_wandb()  # before a file is touched
+        self.out = out
+        self._metrics, self._events = out / "metrics.jsonl", out / "events.jsonl"
+        self._board: Board | None = None
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for path in (self._metrics, self._events):
+                cut_torn_line(path)
+            self.cut: Cut | None = None if mark is None else cut_back(out, mark)
+            self._open_board(tensorboard, again=mark is not None)
+        except OSError as error:
+            raise unwritable(out, error) from error
+        self._writer = _Writer()
+        self.trajectories = TrajectoryWriter(out, self._writer)
+        self._display = display.display(steps, first_step) if console else display.Silent()
+        self._wandb: WandbLog | None = None
+        if self.cut is not None:
+            self.event("cut_back", **self.cut.to_json())
+        if wandb:
+            kept = [point_of(row) for row in self._rows()]
+            again = self.cut is not None and not self.cut.rows
+            self._wandb = WandbLog(
+                out, wandb, config=config or {}, rows=kept, go_on=again,
+                started=lambda where: self.message(f"W&B: {where}"), failed=self._wandb_failed,
+            )  # fmt: skip
+
+    def log(self, step: int, metrics: Mapping[str, float], *, kind: str = "train", show: bool = True) -> None:
+        """Record ``metrics`` of ``step`` (0 before the first update), and ``show`` them on the display.
+
+        NaN and infinities are written as null. ``time`` is the wall clock, for people: rows are in the order of the
+        calls, whatever that clock does.
+
+        Raises ValueError for a metric named kind, step or time; ArealError if an earlier write failed.
+        """
+        if taken := RESERVED & metrics.keys():
+            raise ValueError(f"metric names {sorted(taken)} are reserved: rename them")
+        values = {name: float(value) for name, value in metrics.items()}
+        row: dict[str, Any] = {"kind": kind, "step": int(step), "time": round(time.time(), 3)}
+        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+        def write() -> None:
+            # W&B gets a row that the file has, so that it never knows more than a resumed run.
+            self._writer.append(self._metrics, json.dumps(row, ensure_ascii=False, allow_nan=False))
+            self._publish(point_of(row))
+
+        self._writer.submit(write)
+        if show:
+            self._display.show(int(step), values, kind)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append to the run's event log: what happened, when. Values that JSON lacks are written as text."""
+        self._writer.submit(self._event_job(kind, fields))
+
+    def start_clock(self) -> None:
+        """The first step starts now: the estimate of the time left counts from here."""
+        self._display.start_clock()
+
+    def message(self, text: str) -> None:
+        """A line for the person watching, above the progress display."""
+        self._display.line(text)
+
+    def flush(self) -> None:
+        """Wait until all files hold everything logged so far. Raises ArealError if a write failed."""
+        self._writer.call(lambda: None)
+
+    def mark(self) -> dict[str, Any]:
+        """Where the files end now, for ``Tracker(mark=...)``: everything logged so far, safe on the disk. JSON-able.
+
+        Raises ArealError if a write ever failed.
+        """
+
+        def measure() -> dict[str, Any]:  # one place in the queue, whoever else logs meanwhile
+            if self._writer.failure is not None:  # whoever was told: no mark may be taken over the hole it left
+                raise self._writer.failure
+            self._writer.sync()
+            sync_folder(self.out)
+            size = self._metrics.stat().st_size if self._metrics.exists() else 0
+            return {"metrics_bytes": size, "shards": spans(self.trajectories.written)}
+
+        return self._writer.call(measure)
+
+    def close(self) -> None:
+        """End the display and the files. Raises ArealError if a write failed. A second call does nothing."""
+        if not self._writer.open:
+            return
+        try:
+            if self._wandb is not None:
+                with suppress(ArealError):  # the files' own error is raised below, by their `close`
+                    self._writer.call(lambda: None)
+                self._wandb.close()
+        finally:
+            self._display.close()
+            if self._board is not None:
+                self._writer.put(self._board.close)
+            self._writer.close()
+
+    def _event_job(self, kind: str, fields: Mapping[str, Any]) -> Callable[[], None]:
+        row = {"kind": kind, "time": round(time.time(), 3), **fields}
+        return lambda: self._writer.append(self._events, json.dumps(row, ensure_ascii=False, default=str))
+
+    def _wandb_failed(self, reason: str) -> None:
+        """Called on W&B's thread, so it leaves an earlier write's error to the next caller."""
+        self._writer.put(self._event_job("wandb_failed", {"error": reason}))
+        self.message(f"warning: W&B gets nothing more from this run: {reason}")
+
+    def _publish(self, point: Point) -> None:
+        if self._board is not None:
+            try:
+                self._board.add(point)
+            except OSError as error:
+                raise unwritable(self.out / "tensorboard", error) from error
+        if self._wandb is not None:
+            self._wandb.log(point)
+
+    def _open_board(self, tensorboard: bool, *, again: bool) -> None:
+        """A new event file; after a cut, instead of the old ones and with the points that remain."""
+        folder = self.out / "tensorboard"
+        old = event_files(folder) if again else []
+        if tensorboard or old:
+            board = Board(folder, map(point_of, self._rows()) if again else (), replaces=old)
+            if tensorboard:
+                self._board = board
+            else:
+                board.close()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return read_metrics(self.out) if self._metrics.exists() else []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            self.close()
+        except ArealError as late:
+            if error is None:
+                raise
+            error.add_note(str(late))  # what ended the run stays the error that is raised
+
+
+def read_metrics(out: Path, *, kind: str | None = None) -> list[dict[str, Any]]:
+    """The rows of ``OUT/metrics.jsonl``, of one kind or all; a last line cut short is left out."""
+    with (out / "metrics.jsonl").open(encoding="utf-8", newline="\n") as file:
+        rows = [json.loads(line) for line in file if line.endswith("\n")]
+    return [row for row in rows if kind is None or row["kind"] == kind]
+
+
+def point_of(row: Mapping[str, Any]) -> Point:
+    """A row of metrics.jsonl as kind, step, wall time and its finite values."""
+    values = {name: value for name, value in row.items() if name not in RESERVED and value is not None}
+    return row["kind"], row["step"], row["time"], values

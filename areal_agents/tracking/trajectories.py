@@ -1,0 +1,309 @@
+"""Trajectory files: Parquet shards that pandas, DuckDB and ``datasets`` read, and this package reads back exactly.
+
+    OUT/trajectories/KIND/step-000003.parquet       one shard a (kind, step), one row an episode
+
+A shard appears whole or not at all. Columns and queries: ``docs/trajectories.md``. Text and JSON columns are written by
+``exact_json``: plain, but for what UTF-8 and JSON lack.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from areal_agents.errors import ArealError
+from areal_agents.tracking.exact_json import dumps, from_utf8, loads, to_utf8
+from areal_agents.types import (
+    AssistantMessage,
+    Completion,
+    Image,
+    Message,
+    Part,
+    Task,
+    Text,
+    ToolCall,
+    ToolOutcome,
+    Trajectory,
+    Turn,
+)
+from areal_agents.utils.files import sync_folder, unwritable
+
+SCHEMA_VERSION = 2
+"""In the column ``schema_version`` and in the file's metadata; 1 was one JSON object a line."""
+_VERSION_KEY = b"areal_agents.schema_version"
+_NAME = re.compile(r"step-(\d{6,})\.parquet")
+_KIND = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row of a shard."""
+
+    kind: str
+    """``train``, ``demonstration``, ``eval-before``, …: the shard's folder."""
+    step: int
+    trajectory: Trajectory
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def shard_path(out: Path, kind: str, step: int) -> Path:
+    """``OUT/trajectories/KIND/step-000003.parquet``. Raises ArealError for a kind that is no plain folder name."""
+    if _KIND.fullmatch(kind) is None or step < 0:
+        raise ArealError(
+            f"trajectories of kind {kind!r}, step {step}: a kind is letters, digits, '.', '_' and '-', a step is >= 0"
+        )
+    return out / "trajectories" / kind / f"step-{step:06}.parquet"
+
+
+def shards(out: Path, kind: str | None = None) -> list[Path]:
+    """The shards of a run folder (or of its ``trajectories/``), of one kind or all, sorted by kind, then step.
+
+    Half-written files are left out. Raises ArealError where ``out`` is no folder.
+    """
+    if not out.is_dir():
+        raise ArealError(f"{out} is no folder: name a run's folder, such as runs/demo")
+    root = out / "trajectories" if (out / "trajectories").is_dir() else out
+    found = [(p.parent.name, int(m[1]), p) for p in root.glob("*/*.parquet") if (m := _NAME.fullmatch(p.name))]
+    return [path for k, _, path in sorted(found) if kind is None or k == kind]
+
+
+def step_of(path: Path) -> int:
+    """The step in a shard's name. Raises ArealError for another name."""
+    if (found := _NAME.fullmatch(path.name)) is None:
+        raise ArealError(f"{path} is no trajectory shard: its name is not step-NNNNNN.parquet")
+    return int(found[1])
+
+
+def write_shard(path: Path, records: Sequence[Record]) -> None:
+    """Write ``records`` to ``path``, in order, replacing it as a whole: it is on the disk when this returns.
+
+    Raises ArealError, with path and reason, where it cannot be written or a value cannot be stored; ``path`` is then
+    what it was before.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # hidden: readers of the folder pass over it
+    try:
+        table = pa.Table.from_pylist([_row(r) for r in records], schema=_schema())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            pq.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise ArealError(f"{path}: an episode holds a value that cannot be stored: {error}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def read_shard(path: Path) -> list[Record]:
+    """The records of one shard, equal to those that were written.
+
+    Raises ArealError for a file that is missing, broken or of another schema version.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY, b"").decode(errors="replace")
+            if version != str(SCHEMA_VERSION):
+                raise ArealError(
+                    f"{path}: trajectory schema_version {version or 'is missing'}, but this package reads "
+                    f"{SCHEMA_VERSION}: read it with the version of areal-agents that wrote it"
+                )
+            rows = file.read(use_threads=False).to_pylist()
+        return [_record(row) for row in rows]
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        raise ArealError(f"{path} is no readable trajectory shard: {type(error).__name__}: {error}") from error
+
+
+def read_records(out: Path, *, kind: str | None = None) -> Iterator[Record]:
+    """The records of a run folder (or of its ``trajectories/``) by kind, step and position; a shard at a time.
+
+    Raises ArealError as ``shards`` and ``read_shard`` do.
+    """
+    for path in shards(out, kind):
+        yield from read_shard(path)
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _schema() -> Any:
+    import pyarrow as pa
+
+    def struct(**fields: Any) -> Any:
+        return pa.struct(list(fields.items()))
+
+    text, ids = pa.string(), pa.list_(pa.int32())
+    message = struct(role=text, text=text, parts=text, tool_call_id=text, name=text)
+    call = struct(
+        id=text, name=text, arguments=text, raw=text, status=text, token_start=pa.int32(), token_end=pa.int32()
+    )
+    turn = struct(
+        prompt_suffix=ids, ids=ids, logprobs=pa.list_(pa.float64()), versions=ids, finish=text, text=text, parts=text,
+        message_finish=text, tool_calls=pa.list_(call), reward=pa.float64(), components=text, parent=pa.int32(),
+        observation=pa.list_(message), state_key=text,
+        tool_results=pa.list_(struct(status=text, truncated=pa.bool_())),
+    )  # fmt: skip
+    row = struct(
+        schema_version=pa.int32(), kind=text, step=pa.int64(), id=text, group=text, task_id=text, task_split=text,
+        task_seed=pa.int64(), content_hash=text, task_payload=text, reward=pa.float64(), terminated=pa.bool_(),
+        truncated=pa.bool_(), stop_reason=text, error=text, n_turns=pa.int32(), n_tool_calls=pa.int32(),
+        n_valid_tool_calls=pa.int32(), sampled_tokens=pa.int64(), min_version=pa.int32(), max_version=pa.int32(),
+        metrics=text, turns=pa.list_(turn), final_observation=pa.list_(message),
+    )  # fmt: skip
+    return pa.schema(list(row), metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()})
+
+
+def _row(record: Record) -> Row:
+    t = record.trajectory
+    calls = [call for turn in t.turns for call in turn.message.tool_calls]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": _text(record.kind),
+        "step": record.step,
+        "id": _text(t.id),
+        "group": _text(t.group),
+        "task_id": _text(t.task.id),
+        "task_split": _text(t.task.split),
+        "task_seed": t.task.seed,
+        "content_hash": _text(t.task.content_hash),
+        "task_payload": dumps(t.task.payload),
+        "reward": t.reward,
+        "terminated": t.terminated,
+        "truncated": t.truncated,
+        "stop_reason": t.stop_reason,
+        "error": _text(t.error),
+        "n_turns": len(t.turns),
+        "n_tool_calls": len(calls),
+        "n_valid_tool_calls": sum(call.status == "ok" for call in calls),
+        "sampled_tokens": t.sampled_tokens,
+        "min_version": t.min_version,
+        "max_version": max((v for turn in t.turns for v in turn.completion.versions), default=0),
+        "metrics": dumps(t.metrics),
+        "turns": [_turn_row(turn) for turn in t.turns],
+        "final_observation": [_message_row(m) for m in t.final_observation],
+    }
+
+
+def _record(row: Row) -> Record:
+    payload = loads(row["task_payload"])
+    task = Task(
+        _exact(row["task_id"]), _exact(row["task_split"]), row["task_seed"], payload, _exact(row["content_hash"])
+    )
+    trajectory = Trajectory(
+        id=_exact(row["id"]),
+        task=task,
+        group=_exact(row["group"]),
+        turns=tuple(_turn(turn) for turn in row["turns"]),
+        terminated=row["terminated"],
+        truncated=row["truncated"],
+        stop_reason=row["stop_reason"],
+        final_observation=tuple(_message(m) for m in row["final_observation"]),
+        metrics=loads(row["metrics"]),
+        error=_exact(row["error"]),
+    )
+    return Record(_exact(row["kind"]), row["step"], trajectory)
+
+
+def _turn_row(turn: Turn) -> Row:
+    done = turn.completion
+    return {
+        "prompt_suffix": turn.prompt_suffix,
+        "ids": done.ids,
+        "logprobs": done.logprobs,
+        "versions": done.versions,
+        "finish": done.finish,
+        **_parts_row(turn.message.parts),
+        "message_finish": turn.message.finish,
+        "tool_calls": [_call_row(call) for call in turn.message.tool_calls],
+        "reward": turn.reward,
+        "components": dumps(turn.components),
+        "parent": turn.parent,
+        "observation": [_message_row(m) for m in turn.observation],
+        "state_key": _text(turn.state_key),
+        "tool_results": [{"status": _text(r.status), "truncated": r.truncated} for r in turn.tool_results],
+    }
+
+
+def _turn(row: Row) -> Turn:
+    return Turn(
+        prompt_suffix=tuple(row["prompt_suffix"]),
+        completion=Completion(tuple(row["ids"]), tuple(row["logprobs"]), tuple(row["versions"]), row["finish"]),
+        message=AssistantMessage(_parts(row), tuple(_call(c) for c in row["tool_calls"]), row["message_finish"]),
+        reward=row["reward"],
+        components=loads(row["components"]),
+        parent=row["parent"],
+        observation=tuple(_message(m) for m in row["observation"]),
+        state_key=_exact(row["state_key"]),
+        tool_results=tuple(ToolOutcome(_exact(r["status"]), r["truncated"]) for r in row["tool_results"]),
+    )
+
+
+def _call_row(call: ToolCall) -> Row:
+    start, end = call.token_span or (None, None)
+    return {
+        "id": _text(call.id),
+        "name": _text(call.name),
+        "arguments": dumps(call.arguments),
+        "raw": _text(call.raw),
+        "status": call.status,
+        "token_start": start,
+        "token_end": end,
+    }
+
+
+def _call(row: Row) -> ToolCall:
+    start, end = row["token_start"], row["token_end"]
+    span = None if start is None else (start, end)
+    arguments: Mapping[str, Any] = loads(row["arguments"])
+    return ToolCall(_exact(row["id"]), _exact(row["name"]), arguments, _exact(row["raw"]), row["status"], span)
+
+
+def _message_row(message: Message) -> Row:
+    named = {"tool_call_id": _text(message.tool_call_id), "name": _text(message.name)}
+    return {"role": message.role, **_parts_row(message.parts), **named}
+
+
+def _message(row: Row) -> Message:
+    return Message(row["role"], _parts(row), _exact(row["tool_call_id"]), _exact(row["name"]))
+
+
+def _parts_row(parts: tuple[Part, ...]) -> Row:
+    """``text`` for people; ``parts`` only where they are not exactly one text."""
+    text = "".join(part.text for part in parts if isinstance(part, Text))
+    single = len(parts) == 1 and isinstance(parts[0], Text)
+    plain = [{"text": p.text} if isinstance(p, Text) else {"image": p.ref} for p in parts]
+    return {"text": _text(text), "parts": None if single else dumps(plain)}
+
+
+def _parts(row: Row) -> tuple[Part, ...]:
+    if row["parts"] is None:
+        return (Text(_exact(row["text"])),)
+    return tuple(Text(p["text"]) if "text" in p else Image(p["image"]) for p in loads(row["parts"]))
+
+
+def _text(text: str | None) -> str | None:
+    return None if text is None else to_utf8(text)
+
+
+def _exact(text: Any) -> Any:
+    return None if text is None else from_utf8(text)

@@ -1,0 +1,290 @@
+"""Training, in one sitting.
+
+    TaskStream ─▶ Rollouts ─▶ Buffer ─▶ next_batch ─▶ advantages ─▶ learner.step ─▶ (checkpoint, evaluation)
+                     ▲                                                   │ version v+1
+                     └── engine ◀── update_weights ◀── publish ──────────┘
+
+``learn`` waits for a batch (unblocked by finished groups), then for the learner's thread, then for the engine's
+acknowledgement. Rollouts go on all the while, as far as the staleness bound lets them. A signal is looked at between
+two steps; what is on the disk then, and how a run goes on from it, is in ``trainer/run_folder.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from areal_agents import registry, settings
+from areal_agents.algorithms.advantages import ADVANTAGES, EpisodeRewards
+from areal_agents.algorithms.batch import Batch, Row, rows_of
+from areal_agents.chat.remote import refuse_training, remote_name
+from areal_agents.engine import Sampling
+from areal_agents.errors import Interrupted, LearnerLost
+from areal_agents.evaluation.evaluate import EvalReport, Stopwatch, calls_of, compare_table
+from areal_agents.rollout.buffer import Buffer
+from areal_agents.rollout.producer import Rollouts, TaskStream
+from areal_agents.settings.config import AlgorithmConfig, TrainConfig
+from areal_agents.trainer.resume import begin
+from areal_agents.trainer.run import Run, open_run
+from areal_agents.trainer.run_folder import Commit, RunFolder, require_shared
+from areal_agents.trainer.signals import Stop, StopRequested, stop_on_signals
+from areal_agents.types import Group
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a finished run leaves behind."""
+
+    out: Path
+    model: Path
+    """The trained model: a folder that transformers loads."""
+    reports: dict[str, EvalReport]
+    """Held-out evaluations: ``before``, ``warm_start`` (where there was one), ``after_rl``, ``step_N``."""
+    seconds: float
+
+    def table(self) -> str:
+        """The evaluations side by side, for people."""
+        return compare_table(self.reports)
+
+
+async def train(config: TrainConfig, *, resume: bool = False, console: bool = True) -> RunResult:
+    """Run ``config`` to its end; with ``resume``, from the last commit in ``config.out``, if there is one.
+
+    A learner that is lost (``cluster.backend = "ray"``) is replaced: the run goes on from its last commit, at most
+    ``cluster.learner_restarts`` times.
+
+    SIGINT or SIGTERM once: the step is finished and saved, then Interrupted is raised; twice: at once. Raises
+    ArealError subclasses; ``config.out`` keeps everything until then, and a run that committed a step can be resumed.
+    """
+    watch = Stopwatch()
+    if remote_name(config.model.path) is not None:
+        refuse_training(config.model.path)
+    spec = registry.spec(config.env.id)  # first: a typo must not wait for a model, nor leave a folder
+    spec.tasks(config.env.split, difficulty=config.env.difficulty)
+    with RunFolder(config.out, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as folder:
+        commit, changes = begin(folder, config, resume=resume)
+        lives = _Lives(config)
+        while commit is None or not commit.complete:
+            with stop_on_signals(print) as stop:
+                try:
+                    reports = await _run(lives, folder, commit, stop, changes=changes, console=console)
+                    break
+                except (StopRequested, asyncio.CancelledError) as error:
+                    if not stop.requested:
+                        raise
+                    raise Interrupted(_how_to_go_on(config, folder, stop)) from error
+                except LearnerLost as error:
+                    lives.lost.append(str(error))
+                    if stop.requested or len(lives.lost) > config.cluster.learner_restarts:
+                        raise
+            commit, changes = begin(folder, lives.config, resume=True)
+        else:
+            reports = dict(commit.reports)
+    return RunResult(config.out, config.out / "model", reports, watch.seconds)
+
+
+@dataclass
+class _Lives:
+    """What a run takes from one learner to the next."""
+
+    config: TrainConfig
+    """As ``areal-agents resize`` has changed it."""
+    lost: list[str] = field(default_factory=list)
+    """Why the learners before this one ended."""
+
+
+async def _run(
+    lives: _Lives,
+    folder: RunFolder,
+    commit: Commit | None,
+    stop: Stop,
+    *,
+    changes: dict[str, tuple[object, object]],
+    console: bool,
+) -> dict[str, EvalReport]:
+    """All phases; each is skipped where the commit has it already."""
+    async with open_run(lives.config, folder, stop, commit=commit, console=console) as run:
+        try:
+            folder.write_settings(settings.dump(run.config))  # a resize may have come while it was opened
+            if commit is not None:
+                if lost := lives.lost:
+                    run.tracker.event("learner_replaced", reason=lost[-1], times=len(lost))
+                run.tracker.event("resumed", step=commit.step, changed={k: new for k, (_, new) in changes.items()})
+                run.tracker.message(f"resumed at step {commit.step} of {run.config.steps}")
+            return await _phases(run)
+        finally:
+            lives.config = run.config
+
+
+async def _phases(run: Run) -> dict[str, EvalReport]:
+    config, stop = run.config, run.stop
+    if config.eval.baseline:
+        await stop.race(run.evaluate("before"))
+    if config.warm_start.demonstrations:
+        if not run.warm_started:
+            await stop.race(run.warm_start())
+            await run.save(None)
+        if config.eval.baseline:
+            await stop.race(run.evaluate("warm_start"))
+    await learn(run)
+    await stop.race(run.evaluate("after_rl", step=config.steps))
+    await run.learner.export(config.out / "model")
+    require_shared(config.out / "model")
+    await run.finish()
+    return dict(run.reports)
+
+
+def _how_to_go_on(config: TrainConfig, folder: RunFolder, stop: Stop) -> str:
+    name = stop.signal.name if stop.signal else "a signal"
+    if not (config.out / "config.toml").exists():
+        return f"stopped by {name} before anything was begun"
+    commit = folder.read_commit() or Commit()
+    saved = f"step {commit.step} of {config.steps} is saved" if commit.step else "no step was finished"
+    return f"stopped by {name}; {saved}. Go on with:\n  areal-agents train {config.out / 'config.toml'} --resume"
+
+
+async def learn(run: Run) -> None:
+    """The RL phase: batches up to ``steps``, rollouts alongside."""
+    config, r, every = run.config, run.config.rollout, run.config.checkpoint.every
+    if run.learner.version >= config.steps:
+        return
+    Sampling(r.max_turn_tokens, r.temperature).require_trainable()
+    buffer = Buffer(
+        groups=r.groups, group_size=r.group_size, max_staleness=r.staleness, concurrency=r.concurrency,
+        on_exceed=r.on_exceed, order=r.order, total_batches=config.steps,
+    )  # fmt: skip
+    tasks = TaskStream(run.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed)
+    rollouts = Rollouts(buffer, tasks, run.runner, seed=config.seed, event=run.tracker.event)
+    try:
+        _restore(run, rollouts)
+        rollouts.start()
+        run.rollouts = rollouts
+        run.tracker.start_clock()
+        await _evaluate_if_due(run, run.learner.version, rollouts)
+        for step in range(run.learner.version + 1, config.steps + 1):
+            watch = Stopwatch()
+            try:
+                groups = await run.stop.race(rollouts.next_batch())
+            except StopRequested:
+                await run.save(rollouts)
+                raise
+            await _step(run, step, groups, rollouts, watch)
+            if run.stop.requested or step == config.steps or (every and step % every == 0):
+                await run.save(rollouts)
+            if run.stop.requested:
+                raise StopRequested
+            await _evaluate_if_due(run, step, rollouts)
+    finally:
+        run.rollouts = None
+        await rollouts.close()
+
+
+def _restore(run: Run, rollouts: Rollouts) -> None:
+    state = run.folder.read_rollouts(run.commit) if run.commit.checkpoint is not None else None
+    if state is None:
+        return
+    rollouts.restore(state)
+    size = rollouts.buffer.group_size
+    run.tracker.event(
+        "rollouts_restored",
+        buffered=len(state.buffer.buffered),
+        open=len(state.open),
+        finished=sum(len(g.finished) for g in state.open),
+        restarted=sum(size - len(g.finished) for g in state.open),
+    )
+
+
+async def _evaluate_if_due(run: Run, step: int, rollouts: Rollouts) -> None:
+    every = run.config.eval.every
+    if every and step and step % every == 0 and step < run.config.steps:
+        try:
+            await run.stop.race(run.evaluate(f"step_{step}", step=step))
+        except StopRequested:
+            await run.save(rollouts)
+            raise
+
+
+async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, watch: Stopwatch) -> None:
+    waited = watch.seconds
+    batch = batch_of(groups, run.config.algorithm, run.learner.version, run.config.rollout.temperature)
+    metrics = await _update(run, batch, rollouts)
+    update = await run.publish()
+    await run.engine.set_threads(run.cores.engine_alone)
+    rollouts.acknowledge(run.learner.version)
+    metrics |= rollout_metrics(groups, batch.version) | {
+        "wait_seconds": waited,
+        "step_seconds": watch.seconds,
+        "update_seconds": update,
+        "queue": float(rollouts.buffer.buffered),
+        "running": float(rollouts.buffer.running),
+        "discarded": float(rollouts.buffer.discarded),
+        "dropped": float(len(rollouts.buffer.dropped)),
+        "failed_attempts": float(run.budget.kinds.total()),
+    }
+    metrics["tokens_per_second"] = metrics["sampled_tokens"] / watch.seconds
+    run.tracker.trajectories.write([t for g in groups for t in g.trajectories], step=step, kind="train")
+    run.tracker.log(step, metrics)
+
+
+async def _update(run: Run, batch: Batch, rollouts: Rollouts) -> dict[str, float]:
+    """The learner's step. It takes over the engine's cores once the engine has run out of admitted work."""
+    run.learner.set_threads(run.cores.learner)
+    await run.engine.set_threads(run.cores.engine)
+
+    async def take_over() -> None:
+        await rollouts.idle()
+        run.learner.set_threads(run.cores.learner_alone)
+
+    watcher = asyncio.create_task(take_over())
+    try:
+        return dict(await run.learner.step(batch))
+    finally:
+        watcher.cancel()
+
+
+def batch_of(groups: list[Group], algorithm: AlgorithmConfig, version: int, temperature: float) -> Batch:
+    """Groups to training rows: advantages per group, one number a turn."""
+    rows: list[Row] = []
+    episode = 0
+    for group in groups:
+        rewards = [EpisodeRewards(tuple(t.reward for t in e.turns)) for e in group.trajectories]
+        if algorithm.advantage == "grpo":
+            advantages = ADVANTAGES["grpo"](rewards, normalize=algorithm.normalize)
+        else:
+            advantages = ADVANTAGES["turn_return"](rewards, gamma=algorithm.gamma)
+        for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
+            rows += rows_of(trajectory, advantage.tolist(), episode=episode)
+            episode += 1
+    return Batch(tuple(rows), episode, version, temperature)
+
+
+def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
+    """Means over *episodes*, never over turns or rows (T6); ages are over tokens, ``version`` is the learner's."""
+    episodes = [t for g in groups for t in g.trajectories]
+    n = len(episodes)
+    calls = [calls_of(t) for t in episodes]
+    ages = [version - v for t in episodes for turn in t.turns for v in turn.completion.versions]
+    rewards = [t.reward for t in episodes]
+    means = [sum(t.reward for t in g.trajectories) / len(g.trajectories) for g in groups]
+    return {
+        "reward": sum(rewards) / n,
+        "groups_with_signal": sum(
+            len({t.reward for t in g.trajectories}) > 1 for g in groups
+        ) / len(groups),
+        "groups_solved": sum(m >= 1.0 for m in means) / len(groups),
+        "valid_call_rate": sum(made > 0 and made == ok for made, ok in calls) / n,
+        "truncation_rate": sum(t.truncated for t in episodes) / n,
+        "turns": sum(len(t.turns) for t in episodes) / n,
+        "age": sum(ages) / max(len(ages), 1),
+        "age_max": float(max(ages, default=0)),
+        "sampled_tokens": float(sum(t.sampled_tokens for t in episodes)),
+        "episodes": float(n),
+        "generate_seconds": sum(t.metrics.get("generate_seconds", 0.0) for t in episodes) / n,
+        "env_seconds": sum(t.metrics.get("env_seconds", 0.0) for t in episodes) / n,
+    }  # fmt: skip
+
+
+def run_training(config: TrainConfig, *, resume: bool = False, console: bool = True) -> RunResult:
+    """``train`` for callers without an event loop (the command line)."""
+    return asyncio.run(train(config, resume=resume, console=console))

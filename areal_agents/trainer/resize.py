@@ -1,0 +1,105 @@
+"""Growing and shrinking a run while it trains: engines, rollout workers, episodes at once.
+
+What is changed becomes part of the run's settings (``config.toml``), so a resumed run goes on with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from areal_agents import settings
+from areal_agents.errors import ArealError, ConfigError
+from areal_agents.settings.config import Count, Section, TrainConfig
+
+if TYPE_CHECKING:
+    from areal_agents.trainer.run import Run
+
+
+class Resize(Section):
+    """What is asked for; None stays as it is."""
+
+    replicas: Count | None = None
+    """``engine.replicas``; on Ray only."""
+    rollout_workers: Count | None = None
+    """``cluster.rollout_workers``; on Ray only."""
+    concurrency: Count | None = None
+    """``rollout.concurrency``."""
+
+
+def sizes(config: TrainConfig) -> dict[str, int]:
+    """What a run has, by the names of ``Resize``."""
+    return {
+        "replicas": config.engine.replicas,
+        "rollout_workers": config.cluster.rollout_workers,
+        "concurrency": config.rollout.concurrency,
+    }
+
+
+async def answer_resize(run: Run, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Do what ``Resize`` in ``request`` asks; returns ``before`` and ``after``. Raises ConfigError, what growth raises.
+
+    Fewer episodes start before engines and workers go, and more only once they are there. A part that fails is undone;
+    the parts before it stay done and recorded.
+    """
+    try:
+        asked = Resize.model_validate(request)
+    except ValidationError as error:
+        raise ConfigError(f"this is no size of a run: {error}") from error
+    before = sizes(run.config)
+    _require(run, asked)
+    fewer = asked.concurrency is not None and asked.concurrency < before["concurrency"]
+    if fewer:
+        _episodes(run, asked)
+    elastic = run.backend.elastic
+    if asked.replicas is not None and elastic is not None:
+        try:
+            await elastic.set_replicas(asked.replicas)
+        except ArealError:
+            await elastic.set_replicas(before["replicas"])  # growth keeps those that started
+            raise
+        _record(run, "engine", replicas=asked.replicas)
+    if asked.rollout_workers is not None and elastic is not None:
+        await elastic.set_rollout_workers(asked.rollout_workers)
+        _record(run, "cluster", rollout_workers=asked.rollout_workers)
+    if not fewer:
+        _episodes(run, asked)
+    after = sizes(run.config)
+    run.tracker.event("resized", **after)
+    run.tracker.message("resized: " + ", ".join(f"{name} {n}" for name, n in after.items()))
+    return {"before": before, "after": after}
+
+
+def _require(run: Run, asked: Resize) -> None:
+    """Raise ConfigError for what this run cannot be."""
+    elastic, wanted = run.backend.elastic, sizes(run.config) | asked.model_dump(exclude_none=True)
+    if elastic is None and (asked.replicas is not None or asked.rollout_workers is not None):
+        raise ConfigError(
+            "cluster.backend = 'local' has this machine's cores and no others, so its engines and environments stay as "
+            "they are: only the concurrency can change. Run on cluster.backend = 'ray' to add and remove them"
+        )
+    least = run.config.rollout.group_size
+    if wanted["concurrency"] < least:
+        raise ConfigError(f"concurrency = {wanted['concurrency']} cannot hold one group of {least} episodes: raise it")
+    if elastic is not None and wanted["concurrency"] > wanted["rollout_workers"] * elastic.places:
+        raise ConfigError(
+            f"{wanted['concurrency']} episodes at once do not fit on {wanted['rollout_workers']} rollout workers of "
+            f"{elastic.places} places each: ask for {-(-wanted['concurrency'] // elastic.places)} workers, or for "
+            "fewer episodes at once"
+        )
+
+
+def _episodes(run: Run, asked: Resize) -> None:
+    if asked.concurrency is not None:
+        if run.rollouts is not None:
+            run.rollouts.set_concurrency(asked.concurrency)
+        _record(run, "rollout", concurrency=asked.concurrency)
+
+
+def _record(run: Run, section: str, **values: int) -> None:
+    """Into the settings of ``run``, here and on the disk."""
+    changed = getattr(run.config, section).model_copy(update=values)
+    run.config = run.config.model_copy(update={section: changed})
+    run.folder.write_settings(settings.dump(run.config))

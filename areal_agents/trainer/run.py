@@ -1,0 +1,246 @@
+"""The parts of one run, and what it does besides learning: warm start, evaluation, checkpoints.
+
+``open_run`` loads the model twice (engine and learner), the environment and the trackers, puts a resumed run back to
+its commit, and closes everything in reverse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from areal_agents import registry
+from areal_agents.chat.format import ChatFormat
+from areal_agents.engine import Sampling
+from areal_agents.errors import LearnerLost
+from areal_agents.evaluation.evaluate import EvalReport, Progress, Stopwatch, held_out, run_attempts, summarize
+from areal_agents.models import resolve
+from areal_agents.rollout.demonstrations import demonstration_rows
+from areal_agents.rollout.episode import Limits
+from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, prove_sandbox
+from areal_agents.rollout.producer import EpisodeRunner, FailureBudget, Rollouts, TaskStream
+from areal_agents.settings.config import TrainConfig
+from areal_agents.tracking.tracker import Tracker
+from areal_agents.trainer.backend import Backend, open_backend
+from areal_agents.trainer.control import answer_requests
+from areal_agents.trainer.resize import answer_resize
+from areal_agents.trainer.run_folder import Commit, RunFolder
+from areal_agents.trainer.signals import Stop
+
+
+@contextlib.asynccontextmanager
+async def open_run(
+    config: TrainConfig, folder: RunFolder, stop: Stop, *, commit: Commit | None = None, console: bool = True
+) -> AsyncIterator[Run]:
+    """Everything a run needs. ``commit``: where a resumed run goes on; None for a new one."""
+    spec = registry.spec(config.env.id)
+    if config.cluster.backend == "local":  # a cluster's workers prove theirs
+        await prove_sandbox(spec, config.env.sandbox)
+    model = resolve(config.model.path)
+    fmt = ChatFormat.load(model)
+    async with contextlib.AsyncExitStack() as stack:
+        tracker = stack.enter_context(_tracker(config, commit, console=console))
+        stack.enter_context(_noting_a_lost_learner(tracker))
+        done = commit or Commit()
+        backend = await stack.enter_async_context(
+            open_backend(config, spec, model, event=tracker.event, resumed_at=done.step)
+        )
+        run = Run(config, spec, fmt, backend, tracker, folder, stop, done, model)
+        stack.push_async_callback(run.runner.close)
+        await stack.enter_async_context(_answering(run))
+        if done.checkpoint is not None:
+            await run.learner.load(folder.learner_folder(done))
+            await run.publish()
+        yield run
+
+
+@contextlib.contextmanager
+def _noting_a_lost_learner(tracker: Tracker) -> Iterator[None]:
+    """Whether or not another one follows."""
+    try:
+        yield
+    except LearnerLost as error:
+        tracker.event("learner_lost", reason=str(error))
+        raise
+
+
+@contextlib.asynccontextmanager
+async def _answering(run: Run) -> AsyncIterator[None]:
+    """Whoever sees the run's folder may resize it meanwhile."""
+    answers = answer_requests(run.config.out, partial(answer_resize, run), event=run.tracker.event)
+    task = asyncio.create_task(answers, name="control")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def _tracker(config: TrainConfig, commit: Commit | None, *, console: bool) -> Tracker:
+    return Tracker(
+        config.out,
+        steps=config.steps,
+        first_step=commit.step if commit else 0,
+        tensorboard=config.track.tensorboard,
+        wandb=config.track.wandb,
+        config=config.model_dump(mode="json"),
+        mark=None if commit is None else commit.mark,
+        console=console,
+    )
+
+
+@dataclass
+class Run:
+    """The parts of one run and what it does with them."""
+
+    config: TrainConfig
+    spec: registry.EnvSpec
+    fmt: ChatFormat
+    backend: Backend
+    tracker: Tracker
+    folder: RunFolder
+    stop: Stop
+    commit: Commit
+    """What of this run is on the disk for good."""
+    model: Path
+    """The folder that the run started from."""
+
+    def __post_init__(self) -> None:
+        r = self.config.rollout
+        self.engine, self.learner, self.cores = self.backend.engine, self.backend.learner, self.backend.cores
+        self.reports: dict[str, EvalReport] = dict(self.commit.reports)
+        self.warm_started = self.commit.warm_started
+        self.budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
+        self.budget.kinds.update(self.commit.failures)
+        self.runner = self._runner(self._engine_player(r.temperature))
+        self.rollouts: Rollouts | None = None
+        """While it learns."""
+
+    async def publish(self) -> float:
+        """Hand the learner's weights to the engine; returns the seconds in which it could not sample."""
+        async with self.learner.publish() as ref:
+            report = await self.engine.update_weights(
+                ref, mode=self.config.engine.update_mode, kv=self.config.engine.kv
+            )
+        return report.seconds
+
+    async def warm_start(self) -> None:
+        """Cross-entropy on scripted demonstrations, through the same learner. The caller saves it."""
+        config, w = self.config, self.config.warm_start
+        tasks = TaskStream(self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1)
+        runner = self._runner(replace(self._engine_player(1.0), policy="expert"))
+        try:
+            played = await run_attempts(
+                runner, [tasks.next() for _ in range(w.demonstrations)], k=1, concurrency=16, seed=config.seed,
+                label="demonstration",
+            )  # fmt: skip
+        finally:
+            await runner.close()
+        trajectories = [t for _, tries in played for t in tries if t is not None]
+        rows = demonstration_rows(trajectories)
+        self.tracker.trajectories.write(trajectories, step=0, kind="demonstration")
+        self.learner.set_threads(self.cores.learner_alone)
+        await self.engine.set_threads(1)  # idle threads of another OpenMP pool would still cost a core
+        progress = Progress(self.tracker.message, label="warm start", what="demonstrations")
+        for epoch in range(w.epochs):
+            for start in range(0, len(rows), w.batch):
+                metrics = await self.learner.sft_step(rows[start : start + w.batch], lr=w.lr)
+                done = min(epoch * len(rows) + start + w.batch, w.epochs * len(rows))
+                self.tracker.log(done, metrics, kind="warm_start", show=False)
+                progress(done, w.epochs * len(rows))
+        await self.publish()
+        await self.engine.set_threads(self.cores.engine_alone)
+        self.warm_started = True
+
+    async def save(self, rollouts: Rollouts | None) -> None:
+        """Checkpoint and commit the state between two steps. Rollouts go on meanwhile."""
+        watch, step = Stopwatch(), self.learner.version
+        if self.commit.checkpoint is not None and self.commit.step == step:
+            return
+        state = rollouts.state() if rollouts is not None else None
+        mark = await asyncio.to_thread(self.tracker.mark)
+        name = await self.folder.save(step, self.learner, state)
+        self._commit(Commit(step, name, self.warm_started, mark, dict(self.reports), dict(self.budget.kinds)))
+        self.tracker.event("checkpoint", step=step, path=str(self.folder.checkpoints / name), seconds=watch.seconds)
+
+    def _commit(self, commit: Commit) -> None:
+        self.folder.commit(commit)
+        self.commit = commit
+
+    async def finish(self) -> None:
+        """Commit that nothing is left to do. The mark stays before the last evaluation: more steps may follow."""
+        await asyncio.to_thread(self.tracker.mark)  # for what it raises and syncs: that evaluation's files
+        self._commit(replace(self.commit, reports=dict(self.reports), complete=True))
+
+    async def evaluate(self, label: str, *, step: int = 0) -> EvalReport:
+        """Evaluate on the held-out split, or return the committed report of ``label``.
+
+        Nothing updates the weights meanwhile, so one version is measured.
+        """
+        if label in self.reports:
+            return self.reports[label]
+        config, e = self.config, self.config.eval
+        tasks = held_out(self.spec, e.split, e.n, difficulty=config.env.difficulty)
+        watch = Stopwatch()
+        runner = self._runner(self._engine_player(e.temperature))
+        try:
+            results = await run_attempts(
+                runner,
+                tasks,
+                k=e.k,
+                concurrency=config.engine.max_batch * config.engine.replicas,
+                seed=config.seed,
+                label=f"eval-{label}",
+                progress=Progress(self.tracker.message, label=f"evaluating ({label})"),
+            )
+        finally:
+            await runner.close()
+        report = summarize(
+            results, env=config.env.id, split=e.split, model=config.model.path, version=self.learner.version,
+            temperature=e.temperature, seed=config.seed, seconds=watch.seconds,
+        )  # fmt: skip
+        saved = [t for _, tries in results for t in tries if t is not None]
+        self.tracker.trajectories.write(saved, step=step, kind=f"eval-{label}")
+        self.tracker.log(step, _numbers(report), kind=f"eval/{label}", show=False)
+        self.tracker.message(report.line(label))
+        self.reports[label] = report
+        if self.commit.step == self.learner.version and label != "after_rl":
+            mark = await asyncio.to_thread(self.tracker.mark)
+            self._commit(replace(self.commit, mark=mark, reports=dict(self.reports)))
+        return report
+
+    def _runner(self, spec: PlayerSpec) -> EpisodeRunner:
+        """Counts and retries what a new player of ``spec`` plays, here or on the cluster's workers."""
+        player = (self.backend.players or self._local_player)(spec)
+        return EpisodeRunner(player, self.budget, max_retries=self.config.rollout.max_retries, event=self.tracker.event)
+
+    def _local_player(self, spec: PlayerSpec) -> EpisodePlayer:
+        return spec.build(self.engine, fmt=self.fmt, event=self.tracker.event)
+
+    def _engine_player(self, temperature: float) -> PlayerSpec:
+        config, r = self.config, self.config.rollout
+        return PlayerSpec(
+            env=self.spec,
+            model=self.model,
+            limits=Limits(
+                max_context=config.model.max_context,
+                max_turn_tokens=r.max_turn_tokens,
+                max_episode_tokens=r.max_episode_tokens,
+                max_turns=r.max_turns,
+                step_timeout=config.env.step_timeout,
+                request_timeout=config.engine.request_timeout,
+            ),
+            sampling=Sampling(r.max_turn_tokens, temperature=temperature, stop_ids=self.fmt.stop_ids),
+            sandbox=config.env.sandbox,
+            kwargs=config.env.kwargs,
+        )
+
+
+def _numbers(report: EvalReport) -> dict[str, float]:
+    """The report's scalars, for metrics.jsonl and TensorBoard."""
+    row = {k: float(v) for k, v in report.to_json().items() if isinstance(v, int | float)}
+    return row | {"ci95_low": report.ci95[0], "ci95_high": report.ci95[1]}

@@ -1,0 +1,317 @@
+"""The surviving lineage of a run: what is committed, and how a run goes on from it.
+
+    OUT/lock                            held by the process that writes this folder
+    OUT/commit.json                     which checkpoint, how much of the logs, which evaluations belong to the run
+    OUT/checkpoints/step-000010/        learner/ (weights, optimizer), rollouts.json, groups.parquet
+    OUT/reports.json                    the held-out evaluations, for people
+
+``commit.json`` is the commit point: it is replaced by one rename, after everything that it names is on the disk. What
+is not in it did not happen: on resume the logs are cut back to it and what it does not name is removed. So a kill at
+any moment costs the steps since the last commit and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from areal_agents.errors import CheckpointError, ConfigError
+from areal_agents.evaluation.evaluate import EvalReport
+from areal_agents.learner.checkpoint import atomic_folder, write_atomically
+from areal_agents.learner.learner import Learner
+from areal_agents.rollout.buffer import BufferState, Ticket
+from areal_agents.rollout.producer import OpenGroup, RolloutState, StreamState
+from areal_agents.tracking import exact_json
+from areal_agents.tracking.trajectories import Record, read_shard, write_shard
+from areal_agents.types import Group, Task, Trajectory
+
+COMMIT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The content of ``commit.json``."""
+
+    step: int = 0
+    """Learner steps done."""
+    checkpoint: str | None = None
+    """Name of the folder in ``checkpoints/``; None: the base model is still untouched."""
+    warm_started: bool = False
+    mark: Mapping[str, Any] = field(default_factory=dict)
+    """``Tracker.mark()``: how much of the logs belongs to the lineage."""
+    reports: Mapping[str, EvalReport] = field(default_factory=dict)
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Failed attempts so far, by kind."""
+    complete: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema_version": COMMIT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Commit:
+        """Raises CheckpointError for another schema version."""
+        values = dict(row)
+        if (version := values.pop("schema_version", None)) != COMMIT_VERSION:
+            raise CheckpointError(f"commit.json has schema_version {version}, this package reads {COMMIT_VERSION}")
+        reports = {k: EvalReport(**{**r, "ci95": tuple(r["ci95"])}) for k, r in values.pop("reports").items()}
+        return cls(**values, reports=reports)
+
+
+class NotShared(CheckpointError):
+    """The learner wrote where this process cannot see it."""
+
+
+def require_shared(folder: Path) -> None:
+    """Raise NotShared where ``folder``, which the learner has just written on its node, is not here."""
+    if not folder.is_dir():
+        raise NotShared(
+            f"the learner wrote {folder} on its own node, and here it is not: `out` must lie on a file system that is "
+            "shared with the learner's node. Set it there and begin anew, or run the learner on this node"
+        )
+
+
+class RunFolder:
+    """``config.out`` as the run's owner sees it: a lock, the commit point and the checkpoints. A context manager."""
+
+    def __init__(self, out: Path, *, keep: int = 1, keep_every: int = 0) -> None:
+        self.out, self.keep, self.keep_every = out, keep, keep_every
+        self._lock: TextIO | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    def __enter__(self) -> Self:
+        """Take the lock. Raises ConfigError while another process holds it (the kernel frees a dead one's)."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.out / "lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            message = f"{self.out} is in use by process {holder}: wait for it, or choose another --out"
+            raise ConfigError(message) from error
+        except OSError as error:
+            self._lock.close()
+            raise ConfigError(f"the file system of {self.out} has no locks ({error}): choose another --out") from error
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()}\n")
+        self._lock.flush()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def read_commit(self) -> Commit | None:
+        """What is committed; None where nothing is. Raises CheckpointError for a file that cannot be understood."""
+        path = self.out / "commit.json"
+        try:
+            return Commit.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            if self.checkpoints.is_dir() and any(_step_of(f.name) is not None for f in self.checkpoints.iterdir()):
+                # No moment of a run leaves this: the first commit comes before the first checkpoint.
+                raise CheckpointError(
+                    f"{self.out} holds checkpoints but no commit.json, without which nothing says what belongs to the "
+                    "run: put the file back, or start a new run in another folder"
+                ) from None
+            return None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({type(error).__name__}: {error}): put a copy back, or start a new run"
+            ) from error
+
+    def write_settings(self, toml: str) -> None:
+        """Replace ``config.toml``. Raises CheckpointError where it cannot be written; the old one stays."""
+        try:
+            write_atomically(self.out / "config.toml", toml)
+        except OSError as error:
+            raise CheckpointError(f"{self.out / 'config.toml'} cannot be written: {error}") from error
+
+    def clean(self, commit: Commit) -> None:
+        """Remove checkpoints that were never committed, and the remains of half-written folders."""
+        for folder in self.out.glob(".model.*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        if not self.checkpoints.is_dir():
+            return
+        for folder in self.checkpoints.iterdir():
+            step = _step_of(folder.name)
+            if step is None or step > commit.step or (step == commit.step and folder.name != commit.checkpoint):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def read_rollouts(self, commit: Commit) -> RolloutState | None:
+        """The rollout state of the committed checkpoint; None for one made before the first RL step began."""
+        assert commit.checkpoint is not None
+        folder = self.checkpoints / commit.checkpoint
+        try:
+            row = json.loads((folder / "rollouts.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder} is incomplete: {error}") from error
+        return None if row is None else _rollouts_from_json(row, read_shard(folder / "groups.parquet"))
+
+    def learner_folder(self, commit: Commit) -> Path:
+        assert commit.checkpoint is not None
+        return self.checkpoints / commit.checkpoint / "learner"
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+
+    async def save(self, step: int, learner: Learner, rollouts: RolloutState | None) -> str:
+        """Write the checkpoint of ``step``, complete or not at all; returns its name. It counts once it is committed.
+
+        Raises CheckpointError where it cannot be written; the committed one is untouched then.
+        """
+        name = f"step-{step:06d}"
+        try:
+            with atomic_folder(self.checkpoints / name) as folder:
+                await learner.save(folder / "learner")
+                require_shared(folder / "learner")
+                await asyncio.to_thread(_write_rollouts, folder, rollouts)
+        except NotShared:
+            raise
+        except (OSError, RuntimeError, CheckpointError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} cannot be written to {self.checkpoints} ({_free(self.out)} free): "
+                f"{error}. The last complete one is untouched. Free some space, then go on with --resume"
+            ) from error
+        return name
+
+    def commit(self, commit: Commit) -> None:
+        """Make ``commit`` the state of the run, then remove the checkpoints that the policy does not keep."""
+        try:
+            reports = {label: r.to_json() for label, r in commit.reports.items()}
+            write_atomically(self.out / "reports.json", json.dumps(reports, indent=2) + "\n")
+            write_atomically(self.out / "commit.json", json.dumps(commit.to_json(), indent=1) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.out} cannot be written ({_free(self.out)} free): {error}. The last commit is untouched. "
+                "Free some space, then go on with --resume"
+            ) from error
+        self._prune(commit)
+
+    def _prune(self, commit: Commit) -> None:
+        if not self.checkpoints.is_dir():
+            return
+        found = {step: f for f in self.checkpoints.iterdir() if (step := _step_of(f.name)) is not None}
+        newest = sorted((s for s in found if s <= commit.step), reverse=True)[: self.keep]
+        for step, folder in found.items():
+            forever = self.keep_every and step and step % self.keep_every == 0
+            if step not in newest and not forever and folder.name != commit.checkpoint:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step_of(name: str) -> int | None:
+    digits = name.removeprefix("step-")
+    return int(digits) if name.startswith("step-") and digits.isdecimal() else None
+
+
+def _free(path: Path) -> str:
+    return f"{shutil.disk_usage(path).free / 1e9:.2f} GB"
+
+
+# --- rollout state as files ------------------------------------------------------------------------------------------
+
+
+def _write_rollouts(folder: Path, state: RolloutState | None) -> None:
+    if state is None:
+        (folder / "rollouts.json").write_text("null\n")
+        return
+    buffered = [(g.order, i, t) for g in state.buffer.buffered for i, t in enumerate(g.trajectories)]
+    finished = [(g.ticket.order, i, t) for g in state.open for i, t in g.finished.items() if t is not None]
+    # A row's place in the list says whose it is: ``places`` below names group and index in the same order.
+    records = [Record("checkpoint", 0, t) for _, _, t in [*buffered, *finished]]
+    write_shard(folder / "groups.parquet", records)
+    row = {
+        "version": state.buffer.version,
+        "admitted": state.buffer.admitted,
+        "discarded": state.buffer.discarded,
+        "dropped": state.buffer.dropped,
+        "tasks_lost": state.tasks_lost,
+        "places": [(order, index) for order, index, _ in [*buffered, *finished]],
+        "buffered": [
+            {"id": g.id, "order": g.order, "version": g.admitted_version, "task": _task(g.task)}
+            for g in state.buffer.buffered
+        ],
+        "open": [
+            {
+                "order": g.ticket.order,
+                "version": g.ticket.version,
+                "task": _task(g.task),
+                "failed": [i for i, t in g.finished.items() if t is None],
+            }
+            for g in state.open
+        ],
+        "stream": {
+            "size": state.tasks.size,
+            "drawn": state.tasks.drawn,
+            "again": [_task(t) for t in state.tasks.again],
+            "requeued": state.tasks.requeued,
+            "recent": state.tasks.recent,
+        },
+    }
+    (folder / "rollouts.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
+
+
+def _rollouts_from_json(row: Mapping[str, Any], records: list[Record]) -> RolloutState:
+    episodes: dict[int, dict[int, Trajectory | None]] = {}
+    for (order, index), record in zip(row["places"], records, strict=True):
+        episodes.setdefault(order, {})[index] = record.trajectory
+    groups = tuple(
+        Group(
+            g["id"],
+            _task_of(g["task"]),
+            tuple(t for _, t in sorted(episodes[g["order"]].items()) if t is not None),
+            g["version"],
+            g["order"],
+        )
+        for g in row["buffered"]
+    )
+    open = tuple(
+        OpenGroup(
+            Ticket(g["order"], g["version"]),
+            _task_of(g["task"]),
+            {**dict.fromkeys(g["failed"]), **episodes.get(g["order"], {})},
+        )
+        for g in row["open"]
+    )
+    stream = row["stream"]
+    return RolloutState(
+        BufferState(
+            row["version"],
+            row["admitted"],
+            row["discarded"],
+            tuple(row["dropped"]),
+            tuple(g.ticket for g in open),
+            groups,
+        ),
+        open,
+        StreamState(
+            stream["size"],
+            stream["drawn"],
+            tuple(_task_of(t) for t in stream["again"]),
+            tuple(stream["requeued"]),
+            tuple(stream["recent"]),
+        ),
+        tuple(row["tasks_lost"]),
+    )
+
+
+def _task(task: Task) -> dict[str, Any]:
+    row = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
+    return row | {"payload": exact_json.dumps(dict(task.payload))}
+
+
+def _task_of(row: Mapping[str, Any]) -> Task:
+    return Task(**{**row, "payload": exact_json.loads(row["payload"])})

@@ -1,0 +1,279 @@
+"""Hand-worked numbers, loop references, and exact-enumeration bias tests of ``areal_agents.algorithms.advantages``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from areal_agents.algorithms.advantages import ADVANTAGES, EpisodeRewards, grpo, turn_return
+from areal_agents.errors import RewardError
+
+Rewards = Sequence[tuple[float, ...]]
+Estimator = Callable[[Rewards], list[list[float]]]
+
+
+def episodes(rewards: Rewards) -> list[EpisodeRewards]:
+    return [EpisodeRewards(r) for r in rewards]
+
+
+def lists(tensors: Sequence[Tensor]) -> list[list[float]]:
+    return [[float(x) for x in t] for t in tensors]
+
+
+def nearly(expected: Sequence[Sequence[float]], tolerance: float = 1e-5) -> object:
+    return [pytest.approx(list(e), abs=tolerance, rel=tolerance) for e in expected]
+
+
+# --- EpisodeRewards -------------------------------------------------------------------------------------------------
+
+
+def test_an_episode_needs_a_turn_and_finite_rewards() -> None:
+    with pytest.raises(ValueError, match="without a turn"):
+        EpisodeRewards(())
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(RewardError, match="turn 1"):
+            EpisodeRewards((0.0, bad))
+
+
+# --- grpo -----------------------------------------------------------------------------------------------------------
+
+
+def test_grpo_by_hand() -> None:
+    # R = 1, 0, 2 (0.5 + 1.5); mean 1; deviations 0, -1, 1; std = sqrt((0 + 1 + 1) / 2) = 1.
+    group = episodes([(1.0,), (0.0, 0.0), (0.5, 1.5)])
+    assert lists(grpo(group)) == nearly([[0.0], [-1.0, -1.0], [1.0, 1.0]])
+    assert all(a.dtype == torch.float32 for a in grpo(group))
+
+
+def test_grpo_divides_by_the_sample_std() -> None:
+    # R = 1, 0, 0, 0: mean 0.25; squares 0.5625 + 3 * 0.0625 = 0.75; std = sqrt(0.75 / 3) = 0.5.
+    # A = 0.75 / 0.5 = 1.5 and -0.25 / 0.5 = -0.5.
+    assert lists(grpo(episodes([(1.0,), (0.0,), (0.0,), (0.0,)]))) == nearly([[1.5], [-0.5], [-0.5], [-0.5]])
+
+
+def test_grpo_counts_a_trajectory_once() -> None:
+    # One 1-turn success, one 5-turn failure. Mean over trajectories 1/2: +0.5 and -0.5.
+    # Mean over the six turn rows 1/6: +5/6 = +0.83 and -1/6 = -0.17, which is wrong.
+    rewards = [(1.0,), (0.0,) * 5]
+    assert lists(grpo(episodes(rewards), normalize=False)) == [[0.5], [-0.5] * 5]
+    rows = [sum(r) for r in rewards for _ in r]
+    row_weighted = [sum(r) - sum(rows) / len(rows) for r in rewards]
+    assert row_weighted == pytest.approx([0.83, -0.17], abs=0.005)
+
+
+def test_grpo_of_equal_rewards_is_zero() -> None:
+    # 0.1 is not a binary fraction: the mean may be off by a rounding, which ε keeps from being blown up.
+    assert lists(grpo(episodes([(0.1,), (0.1,), (0.1,)]))) == nearly([[0.0]] * 3, 1e-9)
+
+
+def test_grpo_refuses_a_group_of_one() -> None:
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        grpo(episodes([(1.0,)]))
+
+
+# --- turn_return ----------------------------------------------------------------------------------------------------
+
+
+def test_turn_return_by_hand() -> None:
+    # G: (1, 2) -> 3, 2.   (4,) -> 4.   (0, 1, 5) -> 6, 6, 5.
+    # k = 0: 3 - (4 + 6)/2 = -2;  4 - (3 + 6)/2 = -0.5;  6 - (3 + 4)/2 = 2.5.
+    # k = 1: the second is over: 2 - 6 = -4;  6 - 2 = 4.     k = 2: nobody else: 5 - 0 = 5.
+    group = episodes([(1.0, 2.0), (4.0,), (0.0, 1.0, 5.0)])
+    assert lists(turn_return(group)) == [[-2.0, -4.0], [-0.5], [2.5, 4.0, 5.0]]
+    assert all(a.dtype == torch.float32 for a in turn_return(group))
+
+
+def test_turn_return_discounts_per_turn() -> None:
+    # γ = 0.5. (1, 2, 4): G_2 = 4, G_1 = 2 + 2 = 4, G_0 = 1 + 2 = 3.   (0, 8): G_1 = 8, G_0 = 4.
+    # k = 0: 3 - 4 = -1, 4 - 3 = 1.   k = 1: 4 - 8 = -4, 8 - 4 = 4.   k = 2: 4.
+    assert lists(turn_return(episodes([(1.0, 2.0, 4.0), (0.0, 8.0)]), gamma=0.5)) == [[-1.0, -4.0, 4.0], [1.0, 4.0]]
+
+
+def test_turn_return_keeps_the_scale_of_rewards() -> None:
+    # Never divided by a std: (10, 0) stays ±10.
+    assert lists(turn_return(episodes([(10.0,), (0.0,)]))) == [[10.0], [-10.0]]
+
+
+def test_turn_return_of_one_episode_has_baseline_zero() -> None:
+    assert lists(turn_return(episodes([(1.0, 2.0)]))) == [[3.0, 2.0]]
+
+
+def test_turn_return_refuses_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        turn_return([])
+    for gamma in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="gamma"):
+            turn_return(episodes([(1.0,)]), gamma=gamma)
+
+
+def test_registry() -> None:
+    assert set(ADVANTAGES) == {"grpo", "turn_return"}
+    assert ADVANTAGES["grpo"] is grpo
+    assert ADVANTAGES["turn_return"] is turn_return
+
+
+# --- against plain loops --------------------------------------------------------------------------------------------
+
+numbers = st.floats(-10.0, 10.0, allow_nan=False, width=32)
+groups = st.lists(st.lists(numbers, min_size=1, max_size=5).map(tuple), min_size=2, max_size=6)
+
+
+def loop_grpo(rewards: Rewards, normalize: bool) -> list[list[float]]:
+    totals = [sum(r) for r in rewards]
+    mean = sum(totals) / len(totals)
+    std = math.sqrt(sum((t - mean) ** 2 for t in totals) / (len(totals) - 1))
+    scale = std + 1e-6 if normalize else 1.0
+    return [[(t - mean) / scale] * len(r) for t, r in zip(totals, rewards, strict=True)]
+
+
+def loop_turn_return(rewards: Rewards, gamma: float = 1.0) -> list[list[float]]:
+    def g(r: tuple[float, ...], k: int) -> float:
+        return sum(gamma ** (j - k) * r[j] for j in range(k, len(r)))
+
+    out = []
+    for i, mine in enumerate(rewards):
+        row = []
+        for k in range(len(mine)):
+            others = [g(r, k) for j, r in enumerate(rewards) if j != i and len(r) > k]
+            row.append(g(mine, k) - (sum(others) / len(others) if others else 0.0))
+        out.append(row)
+    return out
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(groups, st.booleans())
+def test_grpo_equals_the_loop(rewards: Rewards, normalize: bool) -> None:
+    assert lists(grpo(episodes(rewards), normalize=normalize)) == nearly(loop_grpo(rewards, normalize), 1e-4)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(groups, st.floats(0.0, 1.0))
+def test_turn_return_equals_the_loop(rewards: Rewards, gamma: float) -> None:
+    assert lists(turn_return(episodes(rewards), gamma=gamma)) == nearly(loop_turn_return(rewards, gamma), 1e-4)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data(), groups)
+def test_the_order_of_a_group_does_not_matter(data: st.DataObject, rewards: Rewards) -> None:
+    order = data.draw(st.permutations(range(len(rewards))))
+    for estimate in (grpo, turn_return):
+        straight = lists(estimate(episodes(rewards)))
+        shuffled = lists(estimate(episodes([rewards[i] for i in order])))
+        assert shuffled == nearly([straight[i] for i in order], 1e-4)
+
+
+# --- bias, by exact enumeration -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One way an episode can go: its probability, its reward a turn, and ∇log π of each turn's choice by that turn's
+    logit (choice − probability for a Bernoulli choice)."""
+
+    probability: float
+    rewards: tuple[float, ...]
+    scores: tuple[float, ...]
+
+
+def expected_gradient(outcomes: Sequence[Outcome], group_size: int, estimate: Estimator) -> list[float]:
+    """E[(1/G) Σ_i A_{i,k}·score_{i,k}] for each turn's logit, summed over every joint outcome of the group."""
+    gradient = [0.0] * max(len(o.rewards) for o in outcomes)
+    for group in product(outcomes, repeat=group_size):
+        weight = math.prod(o.probability for o in group) / group_size
+        for outcome, advantages in zip(group, estimate([o.rewards for o in group]), strict=True):
+            for k, (a, score) in enumerate(zip(advantages, outcome.scores, strict=True)):
+                gradient[k] += weight * a * score
+    return gradient
+
+
+def true_gradient(outcomes: Sequence[Outcome]) -> list[float]:
+    """∇E[R] by the policy-gradient theorem, over single episodes: E[R·score_k]."""
+    turns = max(len(o.rewards) for o in outcomes)
+    return [
+        sum(o.probability * sum(o.rewards) * o.scores[k] for o in outcomes if len(o.scores) > k) for k in range(turns)
+    ]
+
+
+def package_turn_return(rewards: Rewards) -> list[list[float]]:
+    return lists(turn_return(episodes(rewards)))
+
+
+def zero_when_alone(rewards: Rewards) -> list[list[float]]:
+    """turn_return, but A = 0 where no other trajectory is alive."""
+    out = loop_turn_return(rewards)
+    return [[a if sum(len(r) > k for r in rewards) > 1 else 0.0 for k, a in enumerate(row)] for row in out]
+
+
+def inclusive_mean(rewards: Rewards) -> list[list[float]]:
+    """G_k minus the mean over all trajectories alive at k, the trajectory itself included."""
+    out = []
+    for mine in rewards:
+        alive = [[sum(r[k:]) for r in rewards if len(r) > k] for k in range(len(mine))]
+        out.append([sum(mine[k:]) - sum(alive[k]) / len(alive[k]) for k in range(len(mine))])
+    return out
+
+
+def reward_centred(rewards: Rewards) -> list[list[float]]:
+    """r_k minus the mean of r_k over those alive at k, then summed from k on."""
+    out = []
+    for mine in rewards:
+        alive = [[r[k] for r in rewards if len(r) > k] for k in range(len(mine))]
+        centred = [mine[k] - sum(alive[k]) / len(alive[k]) for k in range(len(mine))]
+        out.append([sum(centred[k:]) for k in range(len(mine))])
+    return out
+
+
+# Three turns. Turn 0 goes on with probability 0.5, turn 1 with 0.4, turn 2 is right with 0.5 and then earns 1.
+# So P(alive at turn 2) = 0.2 and J = 0.2 · 0.5. By the logits, p' = p(1 − p):
+#   turn 2: 0.2 · 0.25 = 0.05;  turn 1: 0.5 · (0.4 · 0.6) · 0.5 = 0.06;  turn 0: 0.25 · 0.4 · 0.5 = 0.05.
+THREE_TURNS = [
+    Outcome(0.5, (0.0,), (-0.5,)),
+    Outcome(0.5 * 0.6, (0.0, 0.0), (0.5, -0.4)),
+    Outcome(0.5 * 0.4 * 0.5, (0.0, 0.0, 0.0), (0.5, 0.6, -0.5)),
+    Outcome(0.5 * 0.4 * 0.5, (0.0, 0.0, 1.0), (0.5, 0.6, 0.5)),
+]
+
+
+def test_turn_return_is_unbiased_when_few_trajectories_live() -> None:
+    assert true_gradient(THREE_TURNS) == pytest.approx([0.05, 0.06, 0.05])
+    assert expected_gradient(THREE_TURNS, 4, package_turn_return) == pytest.approx([0.05, 0.06, 0.05], abs=1e-6)
+
+
+def test_zero_advantage_when_alone_shrinks_late_turns() -> None:
+    # Alone at turn 2 with probability 0.8³ = 0.512: 0.05 · (1 − 0.512) = 0.0244.
+    assert expected_gradient(THREE_TURNS, 4, zero_when_alone)[2] == pytest.approx(0.0244, abs=1e-6)
+
+
+def test_an_inclusive_mean_shrinks_late_turns() -> None:
+    # Factor 1 − E[1/n], n = 1 + Bin(3, 0.2): E[1/n] = (1 − 0.8⁴) / (4 · 0.2) = 0.738; 0.05 · 0.262 = 0.0131.
+    assert expected_gradient(THREE_TURNS, 4, inclusive_mean)[2] == pytest.approx(0.0131, abs=1e-6)
+
+
+# Reward 1 a turn; turn 0 goes on to turn 1 with probability 0.5; turn 1 has no choice. J = 1 + p, dJ/dlogit = 0.25.
+STOP_OR_GO_ON = [Outcome(0.5, (1.0,), (-0.5,)), Outcome(0.5, (1.0, 1.0), (0.5, 0.0))]
+
+
+@pytest.mark.parametrize("group_size", [2, 4])
+def test_centring_returns_is_unbiased_and_centring_rewards_is_not(group_size: int) -> None:
+    assert true_gradient(STOP_OR_GO_ON)[0] == pytest.approx(0.25)
+    assert expected_gradient(STOP_OR_GO_ON, group_size, package_turn_return)[0] == pytest.approx(0.25, abs=1e-6)
+    # Every reward equals the mean reward of its turn, so nothing is left.
+    assert expected_gradient(STOP_OR_GO_ON, group_size, reward_centred)[0] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("group_size", [2, 4])
+def test_grpo_without_division_is_scaled_by_its_own_place_in_the_mean(group_size: int) -> None:
+    # As its docstring says: (G − 1)/G of the true gradient.
+    def estimate(rewards: Rewards) -> list[list[float]]:
+        return lists(grpo(episodes(rewards), normalize=False))
+
+    expected = [g * (group_size - 1) / group_size for g in (0.05, 0.06, 0.05)]
+    assert expected_gradient(THREE_TURNS, group_size, estimate) == pytest.approx(expected, abs=1e-6)

@@ -1,0 +1,83 @@
+"""The chat template that is served renders OpenAI messages to the ids that ChatFormat gives ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_agents.chat.format import ChatFormat
+from areal_agents.chat.server_template import served_template
+from areal_agents.engines.openai.messages import read_reply, request_messages, request_tools
+from areal_agents.errors import TemplateError
+from areal_agents.tool import ToolSpec
+from areal_agents.types import AssistantMessage, Message, Text, system, tool_result, user
+from tests.chat_server import call
+from tests.tiny_tokenizer import CHATML, NO_TOOL_ROLE, THINKING, WITH_TOOLS, tiny
+
+TOOLS = (
+    ToolSpec(
+        "python",
+        'Run "code" & print <its> output, ünïcode.',
+        {"type": "object", "properties": {"code": {"type": "string", "default": "é"}}, "required": ["code"]},
+    ),
+    ToolSpec("noop", "", {"type": "object", "properties": {}}),
+)
+
+
+def said(content: str, *calls: tuple[str, Any]) -> AssistantMessage:
+    entries = [call(name, json.dumps(given, ensure_ascii=False), f"id{i}") for i, (name, given) in enumerate(calls)]
+    return read_reply({"choices": [{"message": {"content": content, "tool_calls": entries}}]}).message
+
+
+CALLS = said("I'll run it.\n", ("python", {"code": "print('<é>')\n", "n": [1, 2.5, None, True]}), ("noop", {}))
+RESULTS = tuple(tool_result(t, call=c) for t, c in zip(("é <1>\n", ""), CALLS.tool_calls, strict=True))
+CONVERSATIONS: dict[str, tuple[Message | AssistantMessage, ...]] = {
+    "user": (user(" hello\n\n"),),
+    "system": (system("Be brief."), user("hello")),
+    "calls": (system("Be brief."), user("run"), CALLS, *RESULTS),
+    "no system": (user("run"), CALLS, *RESULTS, said("<think>\nwhy\n</think>\n\nIt says é."), user("and again")),
+    "two turns": (user("run"), CALLS, *RESULTS, said("", ("noop", {})), RESULTS[1]),
+    "text alone": (user("q"), AssistantMessage((Text("plain"),)), user("r")),
+}
+
+
+def served_ids(fmt: ChatFormat, messages: tuple[Message | AssistantMessage, ...], tools: tuple[ToolSpec, ...]) -> Any:
+    """What vLLM does: arguments become objects, tools are complete models, the whole rendering is encoded at once."""
+    rows = request_messages(messages)
+    for row in rows:
+        for entry in row.get("tool_calls", ()):
+            entry["function"]["arguments"] = json.loads(entry["function"]["arguments"])
+    given = [{**t, "function": {**t["function"], "strict": None}} for t in request_tools(tools)]
+    text = fmt.tokenizer.apply_chat_template(
+        rows, tools=given or None, chat_template=served_template(fmt), tokenize=False, add_generation_prompt=True
+    )
+    return tuple(fmt.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("tools", [(), TOOLS], ids=["no tools", "tools"])
+@pytest.mark.parametrize(
+    "template", [CHATML, WITH_TOOLS, NO_TOOL_ROLE, THINKING, "  {% if true %}\n" + CHATML + "{% endif %}"]
+)
+def test_the_same_ids(template: str, tools: tuple[ToolSpec, ...], name: str) -> None:
+    fmt = ChatFormat(tiny(template))
+    messages = CONVERSATIONS[name]
+    assert served_ids(fmt, messages, tools) == fmt.first_prompt(messages, tools)
+
+
+def test_the_same_ids_with_smollm2(smollm2: Path) -> None:
+    fmt = ChatFormat.load(smollm2)
+    for tools in ((), TOOLS):
+        for messages in CONVERSATIONS.values():
+            assert served_ids(fmt, messages, tools) == fmt.first_prompt(messages, tools)
+    assert served_template(fmt) != fmt.tokenizer.chat_template
+
+
+def test_several_templates_are_refused() -> None:
+    fmt = ChatFormat(tiny(CHATML))
+    fmt.tokenizer.chat_template = {"default": CHATML, "tool_use": CHATML}
+    with pytest.raises(TemplateError, match=r"2 chat templates \(default, tool_use\): save it with the one to serve"):
+        served_template(fmt)

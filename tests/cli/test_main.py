@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_agents import registry
+from areal_agents.cli.commands import split_of
+from areal_agents.cli.main import main
+from areal_agents.errors import EngineError, RegistryError
+from areal_agents.settings.config import TrainConfig
+
+
+@dataclass
+class Recorder:
+    """Stands where ``train`` and ``evaluate`` are imported from; keeps what it was called with."""
+
+    calls: list[Any] = field(default_factory=list)
+    error: BaseException | None = None
+
+    async def train(self, config: TrainConfig, *, resume: bool = False) -> Any:
+        self.calls.append(config)
+        if self.error is not None:
+            raise self.error
+        return types.SimpleNamespace(table=lambda: "TABLE", out=config.out, model=config.out / "model")
+
+    async def evaluate(self, env_id: str, **kwargs: Any) -> Any:
+        print("progress")
+        self.calls.append((env_id, kwargs))
+        return types.SimpleNamespace(
+            table=lambda: "TABLE", to_json=lambda: {"pass_at_1": 0.5, "pass_at_k": float("nan")}
+        )
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    for name, home in {"train": "areal_agents.trainer.loop", "evaluate": "areal_agents.evaluation.evaluate"}.items():
+        module = types.ModuleType(home)
+        setattr(module, name, getattr(recorder, name))
+        monkeypatch.setitem(sys.modules, home, module)
+    return recorder
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["envs"], ["train", "--help"], ["train", "--lerner.lr", "1"], ["model", "list"]]
+)
+def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
+    code = f"""
+import sys
+from areal_agents.cli.main import main
+try:
+    main({argv!r})
+except SystemExit:
+    pass
+print("heavy:", sorted({{"torch", "transformers", "tensorboard", "matplotlib", "accelerate"}} & set(sys.modules)))
+"""
+    assert run_python(code).splitlines()[-1] == "heavy: []"
+
+
+def test_module_and_version() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "areal_agents", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("areal-agents 0.")
+
+
+def test_train_passes_file_and_overrides(
+    recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text("steps = 3\n")
+    argv = ["train", "--learner.lr", "2e-6", str(path), "--rollout.mode=sync", "--out", str(tmp_path / "run")]
+    assert main(argv) == 0
+    (config,) = recorder.calls
+    assert (config.steps, config.learner.lr, config.rollout.mode, config.out) == (3, 2e-6, "sync", tmp_path / "run")
+    assert (
+        capsys.readouterr().out == f"TABLE\nfiles: {tmp_path / 'run'}    trained model: {tmp_path / 'run' / 'model'}\n"
+    )
+    assert main(["train", "--seed", "4"]) == 0
+    assert recorder.calls[1] == TrainConfig(seed=4)
+
+
+def test_train_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "CONFIG" in out
+    assert "--rollout.max_staleness  (a whole number, at least 0; default: 1)" in out
+
+
+def test_eval_passes_its_options(recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "deep" / "report.json"
+    argv = [
+        "eval",
+        "areal/Arithmetic-v0:held_out",
+        "--model",
+        "m",
+        "--n",
+        "4",
+        "--k",
+        "2",
+        "--temperature",
+        "0.5",
+        "--seed",
+        "3",
+    ]
+    argv += ["--max-turn-tokens", "9", "--max-turns", "5", "--max-context", "99", "--difficulty", "0.5"]
+    assert main([*argv, "--sandbox", "s", "--out", str(tmp_path), "--json", str(report)]) == 0
+    expected = {
+        "split": "held_out",
+        "n": 4,
+        "k": 2,
+        "temperature": 0.5,
+        "seed": 3,
+        "max_turn_tokens": 9,
+        "max_turns": 5,
+    }
+    expected |= {"max_context": 99, "difficulty": 0.5, "sandbox": "s", "out": tmp_path, "model": "m"}
+    assert recorder.calls == [("areal/Arithmetic-v0", expected)]
+    assert json.loads(report.read_text()) == {"pass_at_1": 0.5, "pass_at_k": None}
+    assert capsys.readouterr().out == f"progress\nTABLE\nfiles: {tmp_path}\n"
+
+
+def test_eval_json_alone_on_standard_output(
+    recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "areal/Arithmetic-v0", "--model", "m", "--out", str(tmp_path), "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"pass_at_1": 0.5, "pass_at_k": None}
+    assert captured.err == f"progress\nTABLE\nfiles: {tmp_path}\n"
+    assert recorder.calls[0][1]["split"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("env", "parts"),
+    [
+        ("areal/Arithmetic-v0", ("areal/Arithmetic-v0", "test")),
+        ("areal/Arithmetic-v0:train", ("areal/Arithmetic-v0", "train")),
+        ("pkg.mod:Class", ("pkg.mod:Class", "test")),
+        ("pkg.mod:Class:train", ("pkg.mod:Class", "train")),
+        ("nonsense", ("nonsense", "test")),
+    ],
+)
+def test_split_of(env: str, parts: tuple[str, str]) -> None:
+    assert split_of(env) == parts
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["eval", "a/B-v0", "--model", "m", "--n", "0"], "error: --n is 0: it must be at least 1\n"),
+        (
+            ["eval", "a/B-v0", "--model", "m", "--temperature", "-1"],
+            "error: --temperature is -1.0: it must be at least 0",
+        ),
+        (["check"], "error: name an environment"),
+    ],
+)
+def test_usage_errors_are_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "argv", [["evl"], ["eval", "a/B-v0", "c"], ["train", "a", "b"], ["model"], ["eval", "x", "--modl", "m"]]
+)
+def test_parser_errors_are_2(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "nowhere.toml"], "error: no such configuration: nowhere.toml."),
+        (["train", "--lerner.lr", "3"], "error: unknown setting lerner.lr (--lerner.lr): did you mean learner.lr"),
+        (["model", "pull", "smolm2"], "error: no embedded model 'smolm2': did you mean 'smollm2'?\n"),
+        (["check", "areal/Arithmetik-v0"], "error: unknown environment 'areal/Arithmetik-v0' (did you mean 'areal/Ari"),
+        (["eval", "areal/Arithmetik-v0", "--model", "smollm2"], "error: unknown environment 'areal/Arithmetik-v0'"),
+    ],
+)
+def test_errors_are_one_message(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(message)
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder.error = EngineError("gone")
+    assert main(["train"]) == 1
+    with pytest.raises(EngineError, match="gone"):
+        main(["train", "--debug"])
+    monkeypatch.setenv("AREAL_DEBUG", "1")
+    with pytest.raises(EngineError, match="gone"):
+        main(["train"])
+
+
+def test_groups_of_errors(recorder: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder.error = ExceptionGroup(
+        "g", [EngineError("one"), ExceptionGroup("h", [RegistryError("two"), EngineError("one")])]
+    )
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == "error: one\nerror: two\n"
+    recorder.error = ExceptionGroup("g", [EngineError("one"), ZeroDivisionError("a bug")])
+    with pytest.raises(ExceptionGroup):  # a bug is never reduced to a message
+        main(["train"])
+
+
+def test_interrupt_is_130(recorder: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder.error = KeyboardInterrupt()
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    asyncio.set_event_loop(None)
+
+
+def test_envs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(registry, "load_errors", {"acme = acme_envs (acme)": ImportError("no module acme_envs")})
+    assert main(["envs"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("areal/Arithmetic-v0  ")
+    assert captured.err == "could not load acme = acme_envs (acme): ImportError: no module acme_envs\n"
+    assert main(["envs", "--json"]) == 0
+    listing = json.loads(capsys.readouterr().out)
+    assert "areal/Arithmetic-v0" in [row["id"] for row in listing["envs"]]
+    assert listing["load_errors"] == {"acme = acme_envs (acme)": "ImportError: no module acme_envs"}
+
+
+def test_check_reports_and_sets_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import areal_agents.conformance.check as module
+    from areal_agents.conformance.check import CheckReport, CheckResult
+
+    def check(env_id: str, *, tokenizer: str | None) -> CheckReport:
+        status: Any = "passed" if env_id == "a/Good-v0" else "failed"
+        return CheckReport(env_id, (CheckResult("seeds", status, f"tokenizer {tokenizer}"),))
+
+    monkeypatch.setattr(module, "check", check)
+    assert main(["check", "a/Good-v0", "--tokenizer", "none"]) == 0
+    assert "tokenizer None" in capsys.readouterr().out
+    assert main(["check", "a/Good-v0", "a/Bad-v0", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["env"], r["passed"]) for r in rows] == [("a/Good-v0", True), ("a/Bad-v0", False)]
+    assert main(["check", "a/Good-v0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["env"] == "a/Good-v0"
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -m areal_agents envs --json | true"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stderr == ""

@@ -1,0 +1,162 @@
+"""``areal-agents init``: names, the folder, and the generated package's own tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import areal_agents
+from areal_agents import settings
+from areal_agents.cli.main import main
+from areal_agents.cli.scaffold import PLACEHOLDER, TEMPLATE, init
+from areal_agents.errors import ConfigError
+
+FILES = {
+    ".gitignore", "README.md", "pyproject.toml", "train.toml", "acme_env/__init__.py", "acme_env/boxes.py",
+    "acme_env/env.py", "acme_env/rubric.py", "acme_env/tasks.py", "tests/test_acme_env.py",
+}  # fmt: skip
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_the_files_and_their_names(tmp_path: Path) -> None:
+    folder = init("acme_env", tmp_path / "new" / "place")
+    assert folder == tmp_path / "new" / "place" / "acme_env"
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == FILES
+    assert [p.name for p in folder.parent.iterdir()] == ["acme_env"]  # nothing of the work is left
+    for path in folder.rglob("*"):
+        assert PLACEHOLDER not in path.name
+        assert path.is_dir() or PLACEHOLDER not in path.read_text()
+    project = tomllib.loads((folder / "pyproject.toml").read_text())
+    assert project["project"]["name"] == "acme_env"
+    assert project["project"]["entry-points"]["areal_agents.envs"] == {"acme_env": "acme_env"}
+    assert project["tool"]["setuptools"]["packages"] == ["acme_env"]
+    assert settings.load(folder / "train.toml").env.id == "acme_env/Boxes-v0"
+
+
+@pytest.mark.slow
+def test_its_tests_pass_and_fail_with_a_broken_reward(tmp_path: Path) -> None:
+    folder = init("acme_env", tmp_path)
+    done = run(folder, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 passed" in done.stdout
+    rubric = folder / "acme_env" / "rubric.py"
+    text = rubric.read_text()
+    assert text.count("PARTIAL_CREDIT * share") == 1
+    rubric.write_text(text.replace("PARTIAL_CREDIT * share", "0.3"))  # pays whoever says anything
+    done = run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    assert done.returncode == 1
+    assert "test_the_environment_keeps_the_contract" in done.stdout
+    assert "the policy 'empty' earns 0.300 on 64 tasks" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_check_of_the_command_line_passes(tmp_path: Path, smollm2: Path) -> None:
+    folder = init("acme_env", tmp_path)
+    done = run(folder, "-m", "areal_agents", "check", "acme_env.env:Boxes", "--tokenizer", str(smollm2))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not re.findall("FAILED|unaudited|skipped", done.stdout)
+    assert "16 gold answers and 4 expert episodes earn 1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my-env", "'my-env' is no package name: .* for example 'my_env'"),
+        ("2d", "for example 'd'"),
+        ("_hidden", "for example 'hidden'"),
+        ("ends_", "for example 'ends'"),
+        ("a/b", "is no package name"),
+        ("../up", "is no package name"),
+        ("naïve", "is no package name"),
+        ("", "'' is no package name: use letters, digits and inner underscores, a letter first$"),
+        ("class", "is a keyword of Python"),
+        ("x" * 41, "has 41 characters: at most 40"),
+        ("json", "is a module of Python's standard library"),
+        ("torch", r"torch/__init__.py is imported by that name\. Choose another, for example 'torch_env'"),
+        ("areal_agents", "is an importable module"),
+        ("tests", "it is the folder of the tests"),
+        ("areal", "the namespace of the built-in environments"),
+    ],
+)
+def test_names_that_cannot_be_used(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    with pytest.raises(ConfigError, match=message):
+        init(name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_namespace_that_an_installed_package_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "site" / "acme-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[areal_agents.envs]\nacme = acme_environments\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    with pytest.raises(ConfigError, match="an installed package registers environments as acme/…"):
+        init("acme", tmp_path)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    taken = tmp_path / "acme_env"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=re.escape(f"{taken} exists already: choose another name, another --into")):
+        init("acme_env", tmp_path)
+    assert [p.name for p in taken.iterdir()] == ["mine.txt"]
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="exists already"):
+        init("dangling", tmp_path)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write .*; choose another --into"):
+        init("acme_env", tmp_path / "file")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "acme_env", "--into", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"  cd {tmp_path / 'acme_env'}\n" in out
+    assert "  acme_env/rubric.py\n" in out
+    assert "  areal-agents check acme_env/Boxes-v0\n" in out
+    assert main(["init", "acme_env", "--into", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'acme_env'} exists already")
+
+
+def test_every_command_of_the_generated_readme_exists() -> None:
+    """Their options too: each is parsed, none is run (tests/test_user_path.py runs them)."""
+    from areal_agents.cli.main import _parse
+
+    readme = (TEMPLATE / "README.md").read_text()
+    commands = re.findall(r"^    areal-agents ([^#\n]+)", readme, re.MULTILINE)
+    named = [command.split()[0] for command in commands]
+    assert named == ["check", "train", "eval", "eval", "replay", "replay", "rescore", "train"]
+    for command in commands:
+        parsed, _ = _parse(command.split())
+        assert type(parsed).__name__.lower() == command.split()[0]
+
+
+def test_the_template_is_shipped() -> None:
+    """pyproject.toml's patterns find every file that ``init`` copies."""
+    root = Path(__file__).resolve().parents[2]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "areal_agents"
+    ]
+    package = root / "areal_agents"
+    shipped = {p for pattern in patterns for p in package.glob(pattern)}
+    assert areal_agents.__file__ is not None
+    assert {
+        p.relative_to(TEMPLATE).as_posix().replace(PLACEHOLDER, "acme_env") for p in shipped if "env-package" in p.parts
+    } == FILES

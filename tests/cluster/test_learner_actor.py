@@ -1,0 +1,190 @@
+"""The learner in a real Ray actor: the same numbers as here, and a prompt end of everything when it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from areal_agents.errors import ConfigError, EngineError, LearnerLost, ModelError
+from areal_agents.learner.learner import TorchLearner
+from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
+from areal_agents.weights.base import AttachedWeights
+from tests.learner_data import make_batch
+from tests.processes import wait_gone
+from tests.tiny_models import save_tiny, tiny_model
+
+pytest.importorskip("ray")
+from areal_agents.cluster.learner_actor import RemoteLearner
+from tests.cluster.conftest import RaySession
+
+pytestmark = pytest.mark.ray
+
+SETTINGS: dict[str, Any] = {
+    "learner": LearnerConfig(lr=0.01, precision="fp32", token_budget=96, logprob_chunk=7),
+    "algorithm": AlgorithmConfig(),
+    "total_steps": 10,
+    "publish_dtype": torch.float32,
+    "threads": 1,
+}
+TIMINGS = {"seconds", "tokens_per_second", "memory_peak_mb"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model") / "m", tiny_model())
+
+
+def test_it_learns_what_a_local_learner_learns(session: RaySession, model: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    batches = [make_batch(tiny_model(), version=v, seed=v) for v in range(2)]
+
+    async def learn() -> None:
+        local = TorchLearner(model, **SETTINGS)
+        async with await RemoteLearner.start(model, num_cpus=0, health_interval=0.2, **SETTINGS) as remote:
+            assert remote.version == 0
+            assert remote.pid != os.getpid()
+            for learner in (local, remote):
+                learner.set_threads(1)
+            a, b = [await learner.sft_step(batches[0].rows[:2], lr=0.01) for learner in (local, remote)]
+            assert a.keys() == b.keys()
+            assert {k: a[k] for k in a.keys() - TIMINGS} == {k: b[k] for k in b.keys() - TIMINGS}
+            for batch in batches:
+                here, there = [await learner.logprobs(batch) for learner in (local, remote)]
+                assert all(np.array_equal(x, y) for x, y in zip(here, there, strict=True))
+                a, b = [await learner.step(batch) for learner in (local, remote)]
+                assert {k: a[k] for k in a.keys() - TIMINGS} == {k: b[k] for k in b.keys() - TIMINGS}
+                assert a["grad_norm"] > 0
+                assert remote.version == local.version == batch.version + 1
+                async with local.publish() as mine, remote.publish() as theirs:
+                    assert (theirs.version, theirs.checksum) == (mine.version, mine.checksum)
+                    with AttachedWeights(theirs) as attached:  # another process's memory, read from here
+                        assert all(torch.equal(t, local.tensors()[n]) for n, t in attached.tensors.items())
+            await the_files_are_the_same(local, remote, tmp_path)
+            with pytest.raises(ValueError, match="version"):  # a batch of the past: refused there as here
+                await remote.step(batches[0])
+            with pytest.raises(ValueError, match="at least 1"):
+                remote.set_threads(0)
+            with pytest.raises(ModelError, match=r"holds no learner\.pt"):
+                await remote.load(tmp_path / "nowhere")
+        assert wait_gone([remote.pid], 10) == []
+        with pytest.raises(LearnerLost, match="the learner was closed"):
+            await remote.logprobs(batches[0])
+        await local.close()
+
+    session.run(learn())
+
+
+async def the_files_are_the_same(local: TorchLearner, remote: RemoteLearner, folder: Path) -> None:
+    await remote.save(folder / "saved")
+    await remote.export(folder / "exported")
+    await local.export(folder / "mine")
+    name = "model.safetensors"
+    assert (folder / "exported" / name).read_bytes() == (folder / "mine" / name).read_bytes()
+    again = TorchLearner(folder / "saved", **SETTINGS)
+    await again.load(folder / "saved")
+    assert again.version == 2
+    assert all(torch.equal(t, local.tensors()[n]) for n, t in again.tensors().items())
+    await again.close()
+    await remote.sft_step(make_batch(tiny_model()).rows[:2], lr=0.1)
+    await remote.load(folder / "saved")
+    assert remote.version == 2
+    async with local.publish() as mine, remote.publish() as theirs:
+        assert theirs.checksum == mine.checksum
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_learner_ends_every_call_at_once(session: RaySession, model: Path, number: signal.Signals) -> None:
+    """Two publications are out, so a third waits: a call that is pending for certain when the process is lost."""
+
+    async def lose() -> None:
+        remote = await RemoteLearner.start(model, num_cpus=0, hang_seconds=3.0, health_interval=0.2, **SETTINGS)
+        entered = 0
+        async with AsyncExitStack() as stack:
+            refs = [await stack.enter_async_context(remote.publish()) for _ in range(2)]
+            third = asyncio.create_task(stack.enter_async_context(remote.publish()))
+            assert await remote.logprobs(make_batch(tiny_model()))  # answered while the third waits
+            assert not third.done()
+            begin = time.monotonic()
+            os.kill(remote.pid, number)
+            with pytest.raises(LearnerLost, match="that commit is whole: go on with --resume") as lost:
+                await third
+            assert time.monotonic() - begin < 20
+            assert ("died" if number is signal.SIGKILL else "no sign of health for 3 s") in str(lost.value)
+            entered = len(refs)
+        assert entered == 2  # both contexts were left without an error of their own
+        with pytest.raises(LearnerLost):
+            await remote.step(make_batch(tiny_model()))
+        remote.set_threads(1)
+        begin = time.monotonic()
+        await remote.close()
+        await remote.close()
+        assert time.monotonic() - begin < 15
+        assert wait_gone([remote.pid], 10) == []
+
+    session.run(lose())
+
+
+def test_weights_that_vanish_with_their_learner_are_its_loss(session: RaySession, model: Path) -> None:
+    async def lose() -> None:
+        remote = await RemoteLearner.start(model, num_cpus=0, health_interval=0.2, **SETTINGS)
+
+        async def update(number: int) -> None:
+            async with remote.publish():
+                os.kill(remote.pid, number)
+                if number:
+                    wait_gone([remote.pid], 10)
+                raise EngineError("no replica took the weights")
+
+        for _ in range(3):  # the learner lives: the error is the engine's, and the buffer free again
+            with pytest.raises(EngineError, match="no replica"):
+                await update(0)
+        with pytest.raises(LearnerLost, match="go on with --resume") as lost:
+            await update(signal.SIGKILL)
+        context: BaseException | None = lost.value
+        while context is not None and not isinstance(context, EngineError):
+            context = context.__context__
+        assert str(context) == "no replica took the weights"
+        await remote.close()
+
+    session.run(lose())
+
+
+def test_a_call_has_a_deadline_and_a_publication_can_be_given_up(session: RaySession, model: Path) -> None:
+    async def wait() -> None:
+        remote = await RemoteLearner.start(model, num_cpus=0, call_seconds=3.0, **SETTINGS)
+        async with remote.publish(), remote.publish():
+            given_up = asyncio.create_task(remote.publish().__aenter__())
+            await remote.logprobs(make_batch(tiny_model()))
+            given_up.cancel()
+            await asyncio.wait({given_up})
+            assert given_up.cancelled()
+        for _ in range(3):  # the one that was given up holds no buffer
+            async with remote.publish() as ref:
+                assert ref.version == 0
+        async with remote.publish(), remote.publish():
+            with pytest.raises(LearnerLost, match=r"did not answer 'publish' within 3 s"):
+                await remote.publish().__aenter__()
+        await remote.close()
+
+    session.run(wait())
+
+
+def test_a_learner_that_cannot_start_says_why(session: RaySession, tmp_path: Path) -> None:
+    async def start() -> None:
+        with pytest.raises(ModelError):
+            await RemoteLearner.start(tmp_path / "nothing", num_cpus=0, **SETTINGS)
+        asked = r"a learner that asks for 1000 CPU, 3 disk was not placed within 1 s: the cluster has 8 CPU in all"
+        options = {"resources": {"disk": 3}}
+        with pytest.raises(ConfigError, match=f"{asked}.*cluster.learner_cpus"):
+            await RemoteLearner.start(tmp_path, num_cpus=1000, options=options, place_seconds=1.0, **SETTINGS)
+
+    session.run(start())

@@ -1,0 +1,173 @@
+"""The conformance checker: a good environment passes, and each broken one fails in the check that is about it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_agents.conformance.check import CHECKS, CheckReport, CheckResult, check
+from areal_agents.conformance.scripted_episode import difference, plain, spoil, trace_difference
+from areal_agents.errors import RegistryError
+from tests import checked_envs, tiny_tokenizer
+from tests.tiny_tokenizer import tiny
+
+
+def run(name: str, *, timeout: float = 20.0, tokenizer: Path | None = None) -> CheckReport:
+    return check(f"tests.checked_envs:{name}", tokenizer=tokenizer, timeout=timeout)
+
+
+def by_name(report: CheckReport) -> dict[str, CheckResult]:
+    return {r.name: r for r in report.results}
+
+
+def statuses(report: CheckReport) -> dict[str, str]:
+    return {r.name: r.status for r in report.results}
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    tiny().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_good_environment_passes_everything(tokenizer: Path) -> None:
+    told: list[CheckResult] = []
+    report = check("tests.checked_envs:Good", tokenizer=tokenizer, report=told.append)
+    assert statuses(report) == dict.fromkeys(CHECKS, "passed"), str(report)
+    assert report.passed
+    assert tuple(told) == report.results
+    found = by_name(report)
+    assert found["tasks"].detail == "disjoint by content hash: train 8, test 8"
+    assert found["reward"].detail.startswith("8 gold answers and 4 expert episodes earn 1; empty 0.00, junk 0.00")
+    assert json.loads(json.dumps(report.to_json()))["checks"][0] == {
+        "name": "contract",
+        "status": "passed",
+        "detail": "5 turns, splits train, test",
+    }
+    assert str(report).startswith("tests.checked_envs:Good: passed\n  ok        contract")
+
+
+@pytest.mark.parametrize(
+    ("env", "failing", "reason"),
+    [
+        ("IgnoresSeed", "seeds", "episode 0 differs between two processes with one seed, call 1 (astep), observation"),
+        ("HashSeedDependent", "seeds", "call 0 (areset), observation[0].parts[0].text: 'Double"),
+        ("HashSeedTasks", "tasks", "task 0 of split 'train' differs between processes"),
+        ("OverlappingSplits", "tasks", "task test-0 of split 'test' has the same content as one of 'train'"),
+        ("AliasesHistory", "aliasing", "call 1 returned an object that changed later, call 0 (astep), info.history[1]"),
+        ("ReadsBackItsInfo", "aliasing", "writing into what an earlier call returned changes the episode, call 2"),
+        ("LeaksBetweenEpisodes", "isolation", "give another episode after other episodes, call 0 (areset)"),
+        ("SharesState", "isolation", "episode 0 of 4 differs when they run together, call 1 (astep), observation"),
+        ("SeedsGlobally", "rng", "uses the global generator of random: use self.np_random"),
+        ("TakesAnyAnswer", "reward", "the policy 'several' earns 1.000 on 8 tasks of 'test'; declared chance is 0"),
+        ("FindsTheAnswerAnywhere", "reward", "the policy 'several' earns 1.000"),
+        ("RewardsSilence", "reward", "the policy 'empty' earns 1.000"),
+        ("WrongGold", "reward", "gold() earns 0 on task test-200, not 1"),
+        ("RewardsNan", "contract", "returned the reward nan, which is not finite"),
+        ("RewardsText", "contract", "returned the reward '1.0', which is not a number"),
+        ("Raises", "contract", "astep (task train-100, turn 0) raised KeyError: 'no reply'"),
+        ("Exits", "contract", "called sys.exit(3)"),
+        ("RepeatsHistory", "contract", "observation 1 repeats the first one: return the new messages only"),
+        ("ReturnsLists", "contract", "it must be a tuple of Message"),
+        ("LeavesTasksBehind", "cancellation", "tasks of the environment still run: forever"),
+        ("CancelBreaksNeighbours", "cancellation", "cancelling astep of one episode changes another one, call 1"),
+        ("SkipsBegin", "gymnasium", "check_env:"),
+    ],
+)
+def test_each_broken_environment_fails_where_it_is_broken(env: str, failing: str, reason: str) -> None:
+    report = run(env)
+    assert not report.passed
+    found = by_name(report)[failing]
+    assert (found.status, reason in found.detail) == ("failed", True), str(report)
+    # gymnasium's own determinism checks see unseeded and leaking environments too.
+    others = {r.name for r in report.results if r.status == "failed"} - {failing, "gymnasium"}
+    assert others == set(), str(report)
+
+
+def test_a_broken_contract_skips_the_rest() -> None:
+    report = run("RewardsNan")
+    assert [r.detail for r in report.results[1:]] == ["needs contract"] * (len(CHECKS) - 1)
+
+
+def test_a_hanging_environment_is_reported() -> None:
+    found = by_name(run("Hangs", timeout=1.0))["contract"]
+    assert (found.status, found.detail) == ("failed", "astep (task train-100, turn 0) did not return within 1 s")
+
+
+def test_ignoring_cancellation_is_reported() -> None:
+    report = run("HangsOnCancel", timeout=2.0)
+    found = by_name(report)["cancellation"]
+    assert found.status == "failed", str(report)
+    assert found.detail.startswith("astep did not end within 2 s after it was cancelled")
+    assert [r.name for r in report.results if r.status == "failed"] == ["cancellation"]
+
+
+def test_a_blocking_environment_is_abandoned() -> None:
+    checked_envs.RELEASE.clear()
+    try:
+        report = run("Blocks", timeout=0.2)
+    finally:
+        checked_envs.RELEASE.set()
+    assert by_name(report)["contract"].detail.startswith("blocked its thread for more than 2 s")
+    assert {r.detail for r in report.results[1:]} == {"contract blocked the thread"}
+
+
+def test_without_gold_and_expert_it_is_unaudited() -> None:
+    report = run("Unaudited")
+    found = by_name(report)["reward"]
+    assert found.status == "unaudited", str(report)
+    assert found.detail.startswith("no gold() and no expert()")
+    assert report.passed
+
+
+def test_no_tokenizer_skips_the_token_check() -> None:
+    found = by_name(run("Unaudited"))["tokens"]
+    assert (found.status, found.detail) == ("skipped", "no tokenizer was given")
+
+
+def test_token_check(tmp_path: Path) -> None:
+    tiny(tiny_tokenizer.NO_TOOL_ROLE).save_pretrained(tmp_path)
+    found = by_name(run("TwoUserMessages", tokenizer=tmp_path))["tokens"]
+    assert found.status == "failed"
+    assert "cannot render the roles [user user]: roles must alternate" in found.detail
+    assert by_name(run("ShowsOneTool", tokenizer=tmp_path))["tokens"].status == "passed"
+    tiny(tiny_tokenizer.THINKING).save_pretrained(tmp_path)
+    assert "each turn is a sample" in by_name(run("Good", tokenizer=tmp_path))["tokens"].detail
+
+
+def test_a_missing_model_fails_the_token_check() -> None:
+    report = check("tests.checked_envs:Good", tokenizer="smollm3", timeout=20.0)
+    assert "did you mean 'smollm2'" in by_name(report)["tokens"].detail
+    assert not report.passed
+
+
+def test_an_unknown_environment_raises() -> None:
+    with pytest.raises(RegistryError, match="unknown environment"):
+        check("areal/Arithmetics-v0")
+
+
+def test_plain_values_and_their_differences() -> None:
+    assert plain({"b": {3, 1}, "a": (1.0, float("nan"))}) == {"a": [1.0, "nan"], "b": [1, 3]}
+    assert plain(object()) == "object"
+    assert difference({"a": [1, 2]}, {"a": [1, 3]}) == "a[1]: 2 and 3"
+    assert difference({"a": 1}, {}) == "a: 1 and '(absent)'"
+    assert difference([1], [True]) == "[0]: 1 and True"
+    assert difference([1], [1]) is None
+    assert trace_difference([], [{"call": "astep", "returned": []}]) == "call 0: the end and astep"
+
+
+def test_spoil_reaches_nested_containers() -> None:
+    inner: list[Any] = [1]
+    value: Any = ({"a": {"b": inner}}, 3)
+    spoil(value)
+    assert inner == ["spoiled"]
+    assert value == ({"spoiled": True}, 3)
+
+
+@pytest.mark.slow
+def test_the_built_in_environment_passes(tokenizer: Path) -> None:
+    report = check("areal/Arithmetic-v0", tokenizer=tokenizer)
+    assert statuses(report) == dict.fromkeys(CHECKS, "passed"), str(report)

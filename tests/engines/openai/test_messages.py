@@ -1,0 +1,129 @@
+"""Our messages to OpenAI's JSON and back: ids, statuses, hostile replies."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from areal_agents.engines.openai.messages import read_reply, request_messages
+from areal_agents.errors import ConfigError
+from areal_agents.types import AssistantMessage, Image, Message, Text, tool_result, user
+from tests.chat_server import call
+
+
+def reply_of(**message: Any) -> AssistantMessage:
+    return read_reply({"choices": [{"message": message}]}).message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "read"),
+    [
+        ('{"a": 1}', "ok", {"a": 1}),
+        ("", "ok", {}),
+        (None, "ok", {}),
+        ({"a": 1}, "ok", {"a": 1}),
+        ('{"a": ', "invalid_json", {}),
+        ('{"a": NaN}', "invalid_json", {}),
+        ('{"a": 1}}</tool_call><tool_call>{', "invalid_json", {}),
+        ("[" * 2000, "invalid_json", {}),
+        ('"{\\"a\\": 1}"', "ok", {"a": 1}),  # quoted once more, as in a block
+        ("[1]", "invalid_arguments", {}),
+        ("3", "invalid_arguments", {}),
+    ],
+)
+def test_arguments_get_a_status_never_an_exception(arguments: Any, status: str, read: Any) -> None:
+    message = reply_of(content=None, tool_calls=[{"id": "i", "function": {"name": "add", "arguments": arguments}}])
+    (one,) = message.tool_calls
+    assert (one.id, one.name, one.status, one.arguments) == ("i", "add", status, read)
+    assert message.text == one.raw
+    sent = request_messages([message])[0]
+    if isinstance(arguments, str) and arguments:
+        assert sent["tool_calls"][0]["function"]["arguments"] == arguments  # back as the model wrote it
+
+
+def test_calls_without_names_ids_or_room() -> None:
+    entries: list[Any] = [{"id": "same", "function": {"name": "f", "arguments": "{}"}}] * 2
+    entries += [{"id": None, "function": {"name": " ", "arguments": "{}"}}, {"id": "call_3", "function": {"name": "g"}}]
+    calls = reply_of(content="", tool_calls=entries).tool_calls
+    assert [c.id for c in calls] == ["same", "served-1", "served-2", "served-3"]
+    assert [c.status for c in calls] == ["ok", "ok", "missing_name", "ok"]
+    many = reply_of(content="", tool_calls=[{"id": str(i), "function": {"name": "f"}} for i in range(70)]).tool_calls
+    assert [c.status for c in many] == ["ok"] * 64 + ["invalid_json"] * 6
+
+
+def test_content_in_its_other_forms() -> None:
+    assert reply_of(content=None, refusal="no").text == "no"
+    assert reply_of(content=[{"type": "thinking", "text": "?"}, {"type": "text", "text": "a"}, 3]).text == "a"
+    assert reply_of(content="\ud800x").text == "?x"
+    assert reply_of().text == ""
+    cut = read_reply({"choices": [{"message": {"content": "a"}, "finish_reason": "length"}], "usage": {"x": True}})
+    assert (cut.message.finish, cut.completion_tokens) == ("length", None)
+
+
+def test_calls_that_the_server_left_in_the_text_are_found_and_sent_back_as_text() -> None:
+    text = 'so <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call> <tool_call>{bad</tool_call>'
+    message = reply_of(content=text)
+    assert [c.status for c in message.tool_calls] == ["ok", "invalid_json"]
+    results = [tool_result("2", call=message.tool_calls[0]), tool_result("error", call=message.tool_calls[1])]
+    assert request_messages([message, *results]) == [
+        {"role": "assistant", "content": text},
+        {"role": "tool", "content": "2", "tool_call_id": "call_0", "name": "add"},
+        {"role": "tool", "content": "error", "tool_call_id": "call_1"},
+    ]
+    # a server that insists on entries in tool_calls
+    assert request_messages([message, *results], text_calls=False) == [
+        {"role": "assistant", "content": text},
+        {"role": "user", "content": "<tool_response>\n2\n</tool_response>"},
+        {"role": "user", "content": "<tool_response>\nerror\n</tool_response>"},
+    ]
+    named = reply_of(content='so <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call> then')
+    row = request_messages([named], text_calls=False)[0]
+    assert (row["content"], row["tool_calls"][0]["function"]["arguments"]) == ("so  then", '{"a": 1}')
+    assert read_reply({"choices": [{"message": {"content": text}}]}, text_calls=False).message.tool_calls == ()
+
+
+def test_images() -> None:
+    seen = Message("user", (Text("what?"), Image("data:image/png;base64,AA")))
+    assert request_messages([seen])[0]["content"] == [
+        {"type": "text", "text": "what?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}},
+    ]
+    with pytest.raises(ConfigError, match=r"'/tmp/x\.png' cannot be sent"):
+        request_messages([Message("user", (Image("/tmp/x.png"),))])
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.text("abcXYZ_-0189", min_size=1, max_size=12)
+PLAIN = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@settings(max_examples=50)
+@given(
+    content=PLAIN.filter(lambda t: "<tool_call>" not in t),
+    calls=st.lists(st.tuples(NAMES, st.dictionaries(st.text(max_size=5), JSON_VALUES, max_size=3)), max_size=3),
+    results=st.lists(PLAIN, min_size=3, max_size=3),
+)
+def test_a_reply_comes_back_as_it_came(content: str, calls: list[tuple[str, Any]], results: list[str]) -> None:
+    entries = [call(name, json.dumps(arguments), f"id{i}") for i, (name, arguments) in enumerate(calls)]
+    message = reply_of(content=content, tool_calls=entries)
+    assert [(c.id, c.name, dict(c.arguments), c.status) for c in message.tool_calls] == [
+        (f"id{i}", name, arguments, "ok") for i, (name, arguments) in enumerate(calls)
+    ]
+    answers = [tool_result(text, call=c) for text, c in zip(results, message.tool_calls, strict=False)]
+    rows = request_messages([user("q"), message, *answers])
+    want: dict[str, Any] = {"role": "assistant", "content": content}
+    if entries:
+        want["tool_calls"] = entries
+    assert rows[1] == want
+    assert rows[2:] == [
+        {"role": "tool", "content": text, "tool_call_id": e["id"], "name": e["function"]["name"]}
+        for text, e in zip(results, entries, strict=False)
+    ]

@@ -1,0 +1,110 @@
+"""The worker process: its end, its parent's end, and models it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from areal_agents.engines.cpu.engine import TransformersEngine
+from areal_agents.errors import ConfigError, EngineError, ModelError
+from tests.served import Served, ask, ids_of
+from tests.tiny_models import save_tiny, tiny_model
+
+
+def test_a_killed_worker_fails_every_pending_request(tmp_path: Path) -> None:
+    it = Served(tiny_model(), tmp_path)
+
+    async def work() -> None:
+        tasks = [asyncio.create_task(ask(it.engine, ids_of(9, i), 240, f"k{i}")) for i in range(6)]
+        while (await it.engine.health()).running == 0:
+            pass
+        os.kill(it.engine.pid, signal.SIGKILL)
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, EngineError)
+            assert "exit code -9 (SIGKILL)" in str(result)
+        with pytest.raises(EngineError, match="SIGKILL"):
+            await ask(it.engine, (1,), 1, "later")
+        health = await it.engine.health()
+        assert not health.ok
+        assert "SIGKILL" in health.detail
+        await it.engine.release("k0")
+        await it.engine.close()
+
+    it.run(work())
+    it.close()
+
+
+def test_a_hung_worker_meets_the_deadline_and_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_agents.engines.process.CLOSE_SECONDS", 0.3)
+    it = Served(tiny_model(), tmp_path)
+
+    async def work() -> None:
+        os.kill(it.engine.pid, signal.SIGSTOP)
+        with pytest.raises(EngineError, match="no completion"):
+            await ask(it.engine, (1, 2), 5, "hung", deadline=0.2)
+        await it.engine.close()
+
+    it.run(work())
+    it.close()
+
+
+_PARENT = """
+import asyncio, sys
+from areal_agents.engine import Sampling
+from areal_agents.engines.cpu.engine import TransformersEngine
+from areal_agents.types import Prompt
+
+async def main():
+    engine = await TransformersEngine.start(sys.argv[1], precision="fp32", max_batch=2, max_context=512)
+    task = asyncio.create_task(
+        engine.generate(Prompt((1, 2, 3)), Sampling(500), session="busy", deadline=600)
+    )
+    while (await engine.health()).running == 0:
+        pass
+    print(engine.pid, flush=True)
+    await task
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def test_the_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, tiny_model())
+    root = Path(__file__).resolve().parents[2]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _PARENT, str(folder)],
+        stdout=subprocess.PIPE,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": "."},
+    )
+    assert parent.stdout is not None
+    with parent, contextlib.ExitStack() as stack:
+        stack.callback(parent.kill)
+        worker = os.pidfd_open(int(parent.stdout.readline()))
+        stack.callback(os.close, worker)
+        parent.kill()
+        ended, _, _ = select.select([worker], [], [], 20)
+        assert ended == [worker]
+
+
+def test_models_that_cannot_be_served(tmp_path: Path) -> None:
+    import transformers
+
+    transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
+
+    async def work() -> None:
+        with pytest.raises(ModelError, match="not 'gpt2'"):
+            await TransformersEngine.start(tmp_path)
+        with pytest.raises(ConfigError, match="max_batch must be at least 1"):
+            await TransformersEngine.start(tmp_path, max_batch=0)
+
+    asyncio.run(work())

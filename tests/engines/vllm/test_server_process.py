@@ -1,0 +1,168 @@
+"""What `areal-agents serve` starts, checks and says; the server itself is tested in tests/vllm."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import areal_agents
+from areal_agents.chat.format import ChatFormat
+from areal_agents.cli.main import main
+from areal_agents.engines.process_group_reaper import members
+from areal_agents.engines.vllm.cpu_build import CPU_WORKER
+from areal_agents.engines.vllm.server import (
+    Serving,
+    arguments,
+    base_url,
+    environment,
+    free_port,
+    serve,
+    usage_text,
+    write_files,
+)
+from areal_agents.errors import ConfigError
+from tests.processes import until, wait_gone
+from tests.tiny_tokenizer import CHATML, tiny
+
+
+def serving(**changes: Any) -> Serving:
+    return replace(Serving(Path("/m"), "runs/demo/model"), **changes)
+
+
+def test_the_command_line_and_its_files(tmp_path: Path) -> None:
+    line = arguments(serving(precision="fp32", arguments=("--max-num-seqs", "4")), tmp_path, cpu=True)
+    assert line[:4] == ["-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"]
+    given = dict(itertools.pairwise(line))
+    assert (given["--host"], given["--port"], given["--dtype"]) == ("127.0.0.1", "8000", "float32")
+    assert (given["--served-model-name"], given["--tool-call-parser"]) == ("runs/demo/model", "hermes")
+    assert "--enforce-eager" in line
+    assert given["--worker-cls"] == CPU_WORKER
+    assert line[-2:] == ["--max-num-seqs", "4"]
+    assert "--enforce-eager" not in arguments(serving(), tmp_path, cpu=False)
+    fmt = ChatFormat(tiny(CHATML))
+    write_files(fmt, tmp_path)
+    assert json.loads((Path(given["--generation-config"]) / "generation_config.json").read_text()) == {
+        "eos_token_id": list(fmt.stop_ids)
+    }
+    assert Path(given["--chat-template"]).read_text().endswith(CHATML)
+
+
+def test_the_environment_has_the_key_and_the_command_line_does_not() -> None:
+    base = {"PATH": "/bin", "KEY": "sk-1"}
+    files = Path("f")
+    env = environment(serving(api_key_env="KEY", threads=2), files, base, cpu=True)
+    assert (env["VLLM_API_KEY"], env["VLLM_CPU_OMP_THREADS_BIND"], env["OMP_NUM_THREADS"]) == ("sk-1", "nobind", "2")
+    assert (env["VLLM_CPU_KVCACHE_SPACE"], env["PATH"], env["VLLM_RPC_BASE_PATH"]) == ("1", "/bin", "f")
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(serving(), files, base, cpu=False)
+    assert "sk-1" not in " ".join(arguments(serving(api_key_env="KEY"), files, cpu=False))
+    with pytest.raises(ConfigError, match="variable NONE is not set"):
+        environment(serving(api_key_env="NONE"), files, base, cpu=True)
+
+
+def test_what_is_told() -> None:
+    text = usage_text(serving(host="0.0.0.0", port=81, name="it's", api_key_env="KEY"))
+    assert "curl http://127.0.0.1:81/v1/chat/completions" in text
+    assert '-H "Authorization: Bearer $KEY"' in text
+    assert "--url http://127.0.0.1:81/v1 --api-key-env KEY" in text
+    assert """--model 'openai:it'"'"'s'""" in text
+    assert base_url(serving(host="::1")) == "http://[::1]:8000"
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1, port {port}.*--port"):
+            free_port("127.0.0.1", port)
+    assert free_port("127.0.0.1", 0) > 0
+
+
+_SERVER = """
+import pathlib, signal, subprocess, sys, time
+def on_term(*_):
+    pathlib.Path("asked").touch()
+    if sys.argv[1] == "obeys":
+        pathlib.Path("in order").touch()
+        sys.exit()
+signal.signal(signal.SIGTERM, on_term)
+child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+assert sys.stdin.read() == ""
+pathlib.Path("up").touch()
+while True:
+    time.sleep(600)
+"""
+_COMMAND = """
+import asyncio, os, pathlib, sys
+from areal_agents.engines.vllm.server import Stop, guarded
+async def run():
+    async with guarded(["-S", *sys.argv[2:]], os.environ, pathlib.Path("files"), Stop(), float(sys.argv[1])) as process:
+        print(process.pid, flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+asyncio.run(run())
+"""
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "ended"])
+@pytest.mark.parametrize(("server", "grace"), [("obeys", 60), ("ignores", 3)])
+def test_the_server_ends_with_its_command(tmp_path: Path, server: str, grace: int, killed: bool) -> None:
+    """In order where it obeys SIGTERM, else after the grace, its children with it; a killed command's files go too."""
+    (tmp_path / "files").mkdir()
+    popen = subprocess.Popen(
+        [sys.executable, "-c", _COMMAND, str(grace), "-c", _SERVER, server], cwd=tmp_path, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(areal_agents.__file__).parents[1])},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    with popen:
+        assert popen.stdout is not None
+        assert popen.stdin is not None
+        group = int(popen.stdout.readline())
+        asyncio.run(until((tmp_path / "up").exists))
+        assert len(pids := members(group)) == 3  # the server, its guard, its child
+        if killed:
+            popen.kill()
+        else:
+            popen.stdin.write("\n")
+            popen.stdin.flush()
+        assert wait_gone(pids, 30) == []
+        assert (tmp_path / "asked").exists()
+        assert (tmp_path / "in order").exists() == (server == "obeys")
+        assert (tmp_path / "files").exists() != killed
+    assert popen.returncode == (-signal.SIGKILL if killed else 0)
+
+
+def test_without_vllm_the_command_to_install_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "vllm" else find(name, *more))
+    with pytest.raises(ConfigError, match=r'pip install "areal-agents\[vllm\]"'):
+        asyncio.run(serve(serving()))
+    assert main(["serve", "--model", "x"]) == 1
+    assert 'pip install "areal-agents[vllm]"' in capsys.readouterr().err
+
+
+def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--model", "x", "--port", "-1"]) == 2
+    assert "--port is -1" in capsys.readouterr().err
+    assert main(["serve", "--model", "x", "--vllm-args='"]) == 2
+    assert "No closing quotation" in capsys.readouterr().err
+    for moved in ("--port 9", "--host=::", "--ssl-keyfile f", "--uds s"):
+        assert main(["serve", "--model", "x", f"--vllm-args=--max-num-seqs 4 {moved}"]) == 2
+        assert "use serve's own --host and --port" in capsys.readouterr().err
+
+
+def test_the_module_imports_neither_vllm_nor_torch_early() -> None:
+    code = "import sys, areal_agents.cli.serve; print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,133 @@
+"""Evaluation: what counts as scored, valid and malformed; the table; tasks that are not there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from areal_agents import registry
+from areal_agents.errors import ConfigError, RegistryError, SandboxUnavailable
+from areal_agents.evaluation.evaluate import EvalReport, Progress, compare_table, evaluate, held_out, summarize
+from areal_agents.tracking.trajectories import read_records
+from areal_agents.types import AssistantMessage, CallStatus, Completion, Task, Text, ToolCall, Trajectory, Turn
+from tests.tiny_models import tiny_chat_model
+
+
+def attempt(reward: float, *statuses: CallStatus, truncated: bool = False) -> Trajectory:
+    calls = tuple(ToolCall(f"c{i}", "t", {}, "", s) for i, s in enumerate(statuses))
+    turn = Turn((1,), Completion((2, 3), (-1.0, -1.0), (0, 0), "stop"), AssistantMessage((Text("x"),), calls), reward)
+    return Trajectory("e", _task(0), "g", (turn,), not truncated, truncated, "answer")
+
+
+def _task(i: int) -> Task:
+    return Task.make(f"t{i}", split="test", seed=i, payload={"i": i})
+
+
+def report(*rows: list[Trajectory | None]) -> EvalReport:
+    results = [(_task(i), row) for i, row in enumerate(rows)]
+    return summarize(results, env="e", split="test", model="m", version=3, temperature=0.0, seed=0, seconds=1.0)
+
+
+def test_rates_by_hand() -> None:
+    r = report(
+        [attempt(1.0, "ok"), attempt(0.0, "ok", "invalid_json")],
+        [attempt(1.5, "ok", "ok"), attempt(1.0)],
+        [attempt(0.0, "unknown_tool", truncated=True), None],
+    )
+    assert (r.n, r.k, r.attempts) == (3, 2, 5)
+    assert r.pass_at_1 == pytest.approx(3 / 5)
+    assert r.infra_rate == pytest.approx(1 / 6)
+    # the third task lost an attempt: pass@2 and pass^2 are over the first two tasks, (1 of 2) and (2 of 2)
+    assert r.pass_at_k == 1.0
+    assert r.pass_hat_k == 0.5
+    assert r.valid_call_rate == pytest.approx(2 / 5)  # one call and all of them valid
+    assert r.accuracy_given_valid == 1.0
+    assert r.malformed_call_rate == pytest.approx(2 / 6)
+    assert r.truncation_rate == pytest.approx(1 / 5)
+    assert r.reward == pytest.approx(3.5 / 5)
+    assert r.tokens == 2.0
+    assert r.ci95[0] < 0.6 < r.ci95[1]
+
+
+def test_an_infrastructure_failure_is_no_wrong_answer() -> None:
+    assert report([attempt(1.0)], [None]).pass_at_1 == 1.0
+    assert report([attempt(1.0), None]).pass_at_k is None
+    with pytest.raises(ConfigError, match="every attempt failed"):
+        report([None], [None])
+
+
+def test_the_table_shows_what_is_not_known_as_a_dash() -> None:
+    text = compare_table({"before": report([attempt(0.0)]), "after": report([attempt(1.0, "ok")])})
+    lines = text.splitlines()
+    assert lines[0].split("  ")[0] == ""
+    assert lines[2].startswith("before")
+    assert "–" in lines[2].split()
+    assert "1.000" in lines[3]
+
+
+def test_more_tasks_than_there_are() -> None:
+    spec = registry.spec("tests.letters_env:Letters")
+    assert len(held_out(spec, "test", 8, difficulty=None)) == 8
+    with pytest.raises(ConfigError, match="test has 8 tasks, but n = 9"):
+        held_out(spec, "test", 9, difficulty=None)
+
+
+def test_progress_is_not_chatty() -> None:
+    lines: list[str] = []
+    progress = Progress(lines.append, every=0.0)
+    progress(1, 4)
+    progress(4, 4)
+    assert len(lines) == 1
+    assert lines[0].startswith("evaluating: 1/4 episodes, ETA")
+
+
+@pytest.mark.slow
+def test_a_real_engine_leaves_report_and_trajectories(tmp_path: Path) -> None:
+    model = tiny_chat_model(tmp_path / "model")
+    out = tmp_path / "out"
+    r = asyncio.run(
+        evaluate(
+            "tests.letters_env:Letters",
+            model=str(model),
+            n=4,
+            k=2,
+            temperature=1.0,
+            out=out,
+            max_turn_tokens=6,
+            max_context=256,
+        )
+    )
+    assert (r.n, r.k, r.attempts, r.infra_rate) == (4, 2, 8, 0.0)
+    saved = [r.trajectory for r in read_records(out, kind="eval")]
+    assert len(saved) == 8
+    assert json.loads((out / "report.json").read_text())["attempts"] == 8
+    assert sum(t.reward for t in saved) / 8 == pytest.approx(r.reward)
+
+
+@pytest.mark.parametrize("name", ["report.json", "trajectories/eval/step-000000.parquet", "metrics.jsonl"])
+def test_a_folder_that_is_used_already_is_refused_before_anything_is_loaded(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("x")
+    message = (
+        rf"{tmp_path} already holds an evaluation or a run \({name.split('/')[0]}\): choose another --out, or remove"
+    )
+    with pytest.raises(ConfigError, match=message):
+        asyncio.run(evaluate("tests.letters_env:Letters", model="no/such/folder", out=tmp_path))
+    assert (tmp_path / name).read_text() == "x"
+
+
+def test_names_that_do_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="areal/Arithmetic-v0"):
+        asyncio.run(evaluate("areal/Arithmetc-v0", model="smollm2", out=tmp_path))
+    with pytest.raises(RegistryError, match="no split 'tset'"):
+        asyncio.run(evaluate("tests.letters_env:Letters", split="tset", model="smollm2", out=tmp_path))
+
+
+def test_a_missing_sandbox_stops_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_agents.sandboxes.launch._PATH", str(tmp_path))
+    monkeypatch.setattr("areal_agents.sandboxes.bubblewrap._reports", {})
+    with pytest.raises(SandboxUnavailable, match="bubblewrap"):
+        asyncio.run(evaluate("areal/Arithmetic-v0", model="no/such/folder", out=tmp_path / "out"))

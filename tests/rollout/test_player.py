@@ -1,0 +1,180 @@
+"""What travels to other processes: recipes of players and errors; and who gets a place to play at."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_agents import registry
+from areal_agents.cluster.remote_errors import Failure, RemoteCause
+from areal_agents.cluster.worker_slots import Places
+from areal_agents.engine import Sampling
+from areal_agents.env import Expert
+from areal_agents.errors import (
+    ArealError,
+    ConfigError,
+    EnvError,
+    FailureBudgetError,
+    InfraError,
+    RewardError,
+    SandboxError,
+    SandboxUnavailable,
+    WorkerLost,
+)
+from areal_agents.rollout.player import PlayerSpec
+from areal_agents.rollout.producer import FailureBudget
+from areal_agents.types import Info, Observation, Task, Trajectory, user
+from tests.letters_env import Letters
+from tests.scripted import LIMITS
+from tests.tiny_tokenizer import CHATML, tiny
+
+
+def travelled(error: ArealError) -> ArealError:
+    failure: Failure = pickle.loads(pickle.dumps(Failure.of(error)))
+    return failure.error()
+
+
+class Talks(Letters):
+    """Its expert says letters only."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self.word = word
+
+    async def areset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Observation, Info]:
+        _, info = await super().areset(seed=seed, options=options)
+        return (user(self.word),), info
+
+    @classmethod
+    def expert(cls, task: Task) -> Expert:
+        yield "abc"
+        yield "ab1"
+
+
+def test_a_spec_travels_and_builds_a_player(tmp_path: Path) -> None:
+    tiny(CHATML).save_pretrained(tmp_path)
+    env = registry.spec("tests.rollout.test_player:Talks")
+    made = PlayerSpec(
+        env, tmp_path, LIMITS, Sampling(20, stop_ids=(1,)), sandbox="unsafe_local", kwargs={"word": "go"},
+        policy="expert",
+    )  # fmt: skip
+    again: PlayerSpec = pickle.loads(pickle.dumps(made))
+    assert again == made
+
+    async def play(spec: PlayerSpec) -> Trajectory:
+        player = spec.build(None)  # type: ignore[arg-type]  # an expert needs no engine
+        try:
+            return await player.play(env.tasks("train")[0], id="e", group="g", seed=0)
+        finally:
+            await player.close()
+
+    played = asyncio.run(play(again))
+    assert [t.reward for t in played.turns] == [0.5, pytest.approx(1 / 3)]
+    assert played.turns[0].observation == (user("go"),)
+    with pytest.raises(ConfigError, match=r"has no expert: set warm_start\.demonstrations = 0"):
+        asyncio.run(play(replace(again, env=registry.spec("tests.letters_env:Letters"), kwargs={})))
+
+
+def test_an_error_arrives_with_its_class_its_place_and_its_cause() -> None:
+    class Authors(SandboxError):
+        """Somebody else's subclass: the receiver may not be able to import it."""
+
+    try:
+        raise Authors("broken pipe") from OSError("no space left")
+    except Authors as error:
+        error.tool, error.turns, error.tokens = "python", 3, 57
+        arrived = travelled(error)
+    assert type(arrived) is SandboxError
+    assert isinstance(arrived, InfraError)
+    assert (str(arrived), arrived.tool, arrived.turns, arrived.tokens) == ("broken pipe", "python", 3, 57)
+    assert isinstance(arrived.__cause__, RemoteCause)
+    assert "OSError: no space left" in str(arrived.__cause__)
+
+
+def test_every_other_error_arrives_too() -> None:
+    refused = travelled(SandboxUnavailable("bubblewrap", "no user namespaces", "Install the profile."))
+    assert isinstance(refused, SandboxUnavailable)
+    assert (refused.backend, refused.probe, refused.remedy) == (
+        "bubblewrap", "no user namespaces", "Install the profile.",
+    )  # fmt: skip
+    for kind in (RewardError, EnvError, FailureBudgetError, ConfigError):
+        arrived = travelled(kind("why"))
+        assert (type(arrived), str(arrived), arrived.__cause__) == (kind, "why", None)
+
+
+def test_a_lost_workers_episodes_are_counted_but_not_charged() -> None:
+    budget = FailureBudget(window=4, share=0.25)
+    for _ in range(20):
+        budget.failure(WorkerLost("rollout worker 0 died"))
+    budget.failure(EnvError("first"))
+    assert budget.kinds == {"WorkerLost": 20, "EnvError": 1}
+    with pytest.raises(FailureBudgetError, match=r"2 of the last 2 .* First failure: first"):
+        budget.failure(EnvError("second"))
+
+
+def test_places_go_to_the_least_loaded_in_the_order_of_asking() -> None:
+    async def main() -> None:
+        places: Places[str] = Places(2)
+        places.add("a")
+        places.add("b")
+        assert [await places.take() for _ in range(4)] == ["a", "b", "a", "b"]
+        first, cancelled, third = (asyncio.create_task(places.take()) for _ in range(3))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        places.give_back("b")
+        assert await first == "b"
+        places.remove("a")  # its two are still taken, and no longer offered
+        places.give_back("a")
+        assert (places.taken("a"), places.taken("b")) == (1, 2)
+        await asyncio.sleep(0)
+        assert not third.done()
+        places.add("c")
+        assert await third == "c"
+        idle = asyncio.create_task(places.idle("a"))
+        await asyncio.sleep(0)
+        assert not idle.done()
+        places.give_back("a")
+        await asyncio.wait_for(idle, 5)
+
+    asyncio.run(main())
+
+
+def test_a_place_given_to_a_cancelled_taker_goes_on() -> None:
+    async def main() -> None:
+        places: Places[str] = Places(1)
+        places.add("a")
+        await places.take()
+        one, two = asyncio.create_task(places.take()), asyncio.create_task(places.take())
+        await asyncio.sleep(0)
+        places.give_back("a")  # handed to the first ...
+        one.cancel()  # ... who is cancelled before it wakes up
+        assert await asyncio.wait_for(two, 5) == "a"
+        await asyncio.gather(one, return_exceptions=True)
+        assert one.cancelled()
+        places.give_back("a")
+        assert places.taken("a") == 0
+
+    asyncio.run(main())
+
+
+def test_without_hope_whoever_waits_is_told() -> None:
+    async def main() -> None:
+        places: Places[str] = Places(1)
+        waiting = asyncio.create_task(places.take())
+        await asyncio.sleep(0)
+        places.fail(FailureBudgetError("the last one is gone"))
+        for take in (waiting, places.take()):
+            with pytest.raises(FailureBudgetError, match="the last one is gone"):
+                await take
+
+    asyncio.run(main())
+    with pytest.raises(ConfigError, match="at least 1"):
+        Places(0)

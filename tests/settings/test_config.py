@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from areal_agents.settings.config import AlgorithmConfig, LearnerConfig, RolloutConfig, TrainConfig
+from areal_agents.settings.describe import settings
+
+
+def test_is_frozen_and_refuses_unknown_fields() -> None:
+    config = TrainConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.steps = 3
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        TrainConfig.model_validate({"stepz": 3})
+
+
+def test_sync_mode_is_a_staleness_bound_of_zero() -> None:
+    assert RolloutConfig(mode="sync", max_staleness=3).staleness == 0
+    assert RolloutConfig(mode="async", max_staleness=3).staleness == 3
+
+
+def test_concurrency_must_hold_a_group() -> None:
+    with pytest.raises(
+        ValidationError, match=r"rollout.concurrency = 4 cannot hold one group of rollout.group_size = 8"
+    ):
+        RolloutConfig(concurrency=4, group_size=8)
+    assert RolloutConfig(concurrency=8, group_size=8).concurrency == 8
+
+
+def test_turn_must_be_shorter_than_the_context() -> None:
+    with pytest.raises(ValidationError, match=r"rollout.max_turn_tokens = 160 must be under model.max_context = 160"):
+        TrainConfig.model_validate({"model": {"max_context": 160}})
+
+
+def test_bypass_has_no_truncation() -> None:
+    with pytest.raises(ValidationError, match=r"algorithm.truncate"):
+        AlgorithmConfig(correction="bypass", truncate=2.0)
+    assert AlgorithmConfig(correction="decoupled", truncate=2.0).truncate == 2.0
+
+
+@pytest.mark.parametrize("mask", [(0.5, 0.9), (1.0, 2.0), (-0.1, 2.0), (2.0, 0.5)])
+def test_token_mask_must_enclose_one(mask: tuple[float, float]) -> None:
+    with pytest.raises(ValidationError, match="must enclose 1"):
+        AlgorithmConfig(token_mask=mask)
+
+
+@pytest.mark.parametrize("lr", [0.0, -1e-6, math.inf, math.nan])
+def test_learning_rate_is_positive_and_finite(lr: float) -> None:
+    with pytest.raises(ValidationError):
+        LearnerConfig(lr=lr)
+
+
+def test_every_setting_is_documented() -> None:
+    assert [s.key for s in settings().values() if not s.info.description] == []

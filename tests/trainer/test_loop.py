@@ -1,0 +1,143 @@
+"""The training loop's own parts: batches, metrics, warm start, the folder, and the split of the cores."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from areal_agents.errors import ConfigError, ModelError, RegistryError
+from areal_agents.rollout.demonstrations import demonstration_rows
+from areal_agents.settings.config import AlgorithmConfig, TrainConfig
+from areal_agents.tracking.tracker import read_metrics
+from areal_agents.tracking.trajectories import read_records
+from areal_agents.trainer.loop import batch_of, rollout_metrics, train
+from areal_agents.trainer.resume import refuse_taken
+from areal_agents.trainer.threads import split_cores
+from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn
+from tests.tiny_models import tiny_chat_model
+
+TASK = Task.make("t", split="train", seed=0, payload={})
+
+
+def episode(*rewards: float, tokens: int = 3) -> Trajectory:
+    turns = tuple(
+        Turn((9, 9), Completion((5,) * tokens, (-1.0,) * tokens, (2,) * tokens, "stop"), AssistantMessage(()), r,
+             parent=None if k == 0 else k - 1)
+        for k, r in enumerate(rewards)
+    )  # fmt: skip
+    return Trajectory("e", TASK, "g", turns, True, False, "answer")
+
+
+def group(*episodes: Trajectory) -> Group:
+    return Group("g", TASK, episodes, 0, 0)
+
+
+def test_a_batch_has_one_advantage_a_turn_and_counts_every_episode() -> None:
+    # returns: episode 0 is 0 + 1 at turn 0 and 1 at turn 1; episode 1 ends after turn 0 with 0.5.
+    # turn 0: 1 - 0.5 and 0.5 - 1; turn 1: nobody else is alive, baseline 0: 1.
+    batch = batch_of([group(episode(0.0, 1.0), episode(0.5))], AlgorithmConfig(), 4, 0.7)
+    assert (batch.episodes, batch.version, batch.temperature, len(batch.rows)) == (2, 4, 0.7, 2)
+    first, second = batch.rows
+    assert first.advantages[first.mask].tolist() == [0.5, 0.5, 0.5, 1.0, 1.0, 1.0]
+    assert second.advantages[second.mask].tolist() == [-0.5, -0.5, -0.5]
+    assert [r.episode for r in batch.rows] == [0, 1]
+
+
+def test_grpo_normalises_over_the_group() -> None:
+    batch = batch_of([group(episode(1.0), episode(0.0))], AlgorithmConfig(advantage="grpo", normalize=False), 0, 1.0)
+    assert [r.advantages[r.mask][0] for r in batch.rows] == [0.5, -0.5]
+
+
+def test_metrics_are_means_over_episodes_never_over_turns() -> None:
+    # four turns of reward 0 and one turn of reward 1: the mean over turns would be 0.2
+    metrics = rollout_metrics([group(episode(0.0, 0.0, 0.0, 0.0), episode(1.0))], 3)
+    assert (metrics["age"], metrics["age_max"]) == (1.0, 1.0)  # every token is of version 2
+    assert metrics["reward"] == 0.5
+    assert metrics["turns"] == 2.5
+    assert metrics["groups_with_signal"] == 1.0
+    assert metrics["sampled_tokens"] == 15.0
+
+
+def test_a_demonstration_without_reward_is_refused() -> None:
+    assert demonstration_rows([episode(0.0, 1.0)])[0].mask.sum() == 6
+    with pytest.raises(ConfigError, match="1 of 2 demonstrations earned no reward"):
+        demonstration_rows([episode(1.0), episode(0.0)])
+
+
+def test_cores_are_split_and_never_oversubscribed() -> None:
+    auto = split_cores(total=2)
+    assert (auto.engine_alone, auto.learner_alone, auto.engine, auto.learner) == (2, 2, 1, 1)
+    shared = split_cores(total=16, replicas=4)
+    assert (shared.engine_alone, shared.learner_alone, shared.engine, shared.learner) == (4, 16, 3, 1)
+    assert split_cores(total=2, replicas=3).engine == 1
+    assert (split_cores(total=16).engine, split_cores(total=16).learner) == (15, 1)
+    assert (split_cores(engine=3, total=8).learner, split_cores(learner=6, total=8).engine) == (5, 2)
+    one = split_cores(total=1)
+    assert (one.engine, one.learner) == (1, 1)
+    with pytest.raises(ConfigError, match="exceed the 4 cores"):
+        split_cores(engine=3, learner=2, total=4)
+
+
+def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
+    config = TrainConfig(out=tmp_path / "run")
+    refuse_taken(config)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("")
+    with pytest.raises(ConfigError, match="holds another run"):
+        refuse_taken(config)
+
+
+def test_wrong_names_fail_before_anything_is_loaded(tmp_path: Path) -> None:
+    bad_env = TrainConfig.model_validate({"out": tmp_path / "a", "env": {"id": "areal/Arithmetik-v0"}})
+    with pytest.raises(RegistryError, match="areal/Arithmetic-v0"):
+        asyncio.run(train(bad_env, console=False))
+    bad_model = TrainConfig.model_validate(
+        {"out": tmp_path / "b", "env": {"id": "tests.letters_env:Letters"}, "model": {"path": str(tmp_path / "none")}}
+    )
+    with pytest.raises(ModelError):
+        asyncio.run(train(bad_model, console=False))
+    assert not (tmp_path / "a").exists()  # the next attempt, with the right name, may use the same folder
+
+
+@pytest.mark.slow
+def test_without_a_baseline_only_the_end_is_evaluated(tmp_path: Path) -> None:
+    tree = {
+        "steps": 1, "out": tmp_path / "run", "env": {"id": "tests.test_docs:Spelled"},
+        "model": {"path": str(tiny_chat_model(tmp_path / "m")), "max_context": 128},
+        "engine": {"precision": "fp32"}, "learner": {"precision": "fp32"},
+        "rollout": {"groups": 1, "group_size": 2, "concurrency": 2, "max_turn_tokens": 4},
+        "warm_start": {"demonstrations": 2}, "eval": {"n": 2, "baseline": False},
+    }  # fmt: skip
+    result = asyncio.run(train(TrainConfig.model_validate(tree), console=False))
+    assert set(result.reports) == {"after_rl"}
+    assert "before" not in result.table()
+
+
+@pytest.mark.slow
+def test_the_demos_whole_path_on_few_tasks(tmp_path: Path, smollm2: Path) -> None:
+    """Real model, real sandbox, warm start, two asynchronous steps, evaluations, and the files they leave."""
+    config = TrainConfig.model_validate(
+        {
+            "steps": 2,
+            "out": tmp_path / "run",
+            "rollout": {"groups": 1, "group_size": 4, "concurrency": 4, "max_turn_tokens": 64},
+            "warm_start": {"demonstrations": 32, "lr": 5e-5},
+            "eval": {"n": 8},
+        }
+    )
+    result = asyncio.run(train(config, console=False))
+    assert set(result.reports) == {"before", "warm_start", "after_rl"}
+    assert result.reports["before"].valid_call_rate == 0.0
+    assert result.reports["warm_start"].valid_call_rate >= 0.5
+    rows = read_metrics(tmp_path / "run", kind="train")
+    assert [r["step"] for r in rows] == [1, 2]
+    assert all(r["age_max"] <= 1 for r in rows)
+    saved = [r.trajectory for r in read_records(tmp_path / "run", kind="train")]
+    assert len(saved) == 8  # two groups of four
+    assert {t.task.split for t in saved} == {"train"}
+    held_out = [r.trajectory for r in read_records(tmp_path / "run", kind="eval-after_rl")]
+    assert {t.task.split for t in held_out} == {"test"}
+    assert not {t.task.content_hash for t in held_out} & {t.task.content_hash for t in saved}
+    assert (result.model / "model.safetensors").is_file()

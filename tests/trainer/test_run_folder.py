@@ -1,0 +1,167 @@
+"""The commit point and the checkpoint's files: read back exactly, complete or not there, pruned by policy."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_agents.errors import CheckpointError, ConfigError
+from areal_agents.evaluation.evaluate import EvalReport
+from areal_agents.rollout.buffer import BufferState, Ticket
+from areal_agents.rollout.producer import OpenGroup, RolloutState, StreamState, TaskStream
+from areal_agents.trainer.run_folder import Commit, RunFolder
+from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn
+
+REPORT = EvalReport(
+    "e", "test", "m", 3, 0.0, 0, 4, 1, 4, 0.5, (0.25, 0.75), 0.5, None, 0.5, 1.0, None, 0.0, 0.0, 0.0, 2.0, 9.0, 1.5
+)
+
+
+def task(i: int) -> Task:
+    return Task.make(f"t{i}", split="train", seed=i, payload={"n": i, "deep": {"x": [1, 2.5, None]}})
+
+
+def episode(order: int, index: int, version: int = 2) -> Trajectory:
+    turn = Turn((1, 2), Completion((5,), (-0.1,), (version,), "stop"), AssistantMessage(()), 0.1)
+    return Trajectory(f"g{order}/{index}", task(order), f"g{order}", (turn,), True, False, "answer")
+
+
+def state() -> RolloutState:
+    buffered = Group("g3", task(3), (episode(3, 0), episode(3, 1)), 1, 3)
+    running = OpenGroup(Ticket(4, 2), task(4), {1: episode(4, 1), 0: None})
+    empty = OpenGroup(Ticket(5, 2), task(5), {})
+    odd = Task.make("t7", split="train", seed=7, payload={"board": ((1, 2), (3,)), "by": {5: "int key"}})
+    return RolloutState(
+        BufferState(2, 6, 1, ("t9",), (running.ticket, empty.ticket), (buffered,)),
+        (running, empty),
+        StreamState(8, 6, (odd,), ("t1", "t7"), (task(2).content_hash, task(6).content_hash)),
+        ("t1",),
+    )
+
+
+class FakeLearner:
+    """Writes one file, or as much of it as the disk holds."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    async def save(self, path: Path) -> None:
+        self.write(path)
+
+    def write(self, path: Path) -> None:
+        path.mkdir()
+        (path / "learner.pt").write_text("weights")
+        if self.error is not None:
+            raise self.error
+
+
+class FarLearner:
+    """Writes on a disk of its own."""
+
+    async def save(self, path: Path) -> None:
+        return None
+
+
+def save(folder: RunFolder, step: int, rollouts: RolloutState | None, error: Exception | None = None) -> str:
+    learner: Any = FakeLearner(error)
+    return asyncio.run(folder.save(step, learner, rollouts))
+
+
+def test_a_checkpoint_reads_back_exactly(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        assert folder.read_commit() is None
+        name = save(folder, 2, state())
+        commit = Commit(2, name, True, {"metrics": 17, "shards": []}, {"before": REPORT}, {"EnvError": 3})
+        folder.commit(commit)
+        assert folder.read_commit() == commit
+        assert folder.read_rollouts(commit) == state()
+        assert (folder.learner_folder(commit) / "learner.pt").read_text() == "weights"
+        assert json.loads((tmp_path / "reports.json").read_text())["before"]["pass_at_1"] == 0.5
+        none = Commit(3, save(folder, 3, None))
+        assert folder.read_rollouts(none) is None
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_failed_save_is_named_and_leaves_what_was_committed(tmp_path: Path, error: Exception) -> None:
+    with RunFolder(tmp_path) as folder:
+        commit = Commit(1, save(folder, 1, state()))
+        folder.commit(commit)
+        with pytest.raises(CheckpointError, match=r"step 2 cannot be written .* GB free.*go on with --resume"):
+            save(folder, 2, state(), error)
+        assert [f.name for f in folder.checkpoints.iterdir()] == ["step-000001"]
+        assert folder.read_commit() == commit
+        assert folder.read_rollouts(commit) == state()
+
+
+def test_what_was_never_committed_is_removed(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, keep=5) as folder:
+        for step in (0, 1, 2):
+            name = save(folder, step, None)
+            if step < 2:
+                folder.commit(Commit(step, name))
+        (folder.checkpoints / ".step-000003.tmp-12").mkdir()
+        commit = folder.read_commit()
+        assert commit is not None
+        folder.clean(commit)
+        assert sorted(f.name for f in folder.checkpoints.iterdir()) == ["step-000000", "step-000001"]
+        folder.clean(Commit())  # nothing committed: a checkpoint of step 0 does not count either
+        assert not list(folder.checkpoints.iterdir())
+
+
+def test_pruning_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, keep=2, keep_every=3) as folder:
+        for step in range(8):
+            folder.commit(Commit(step, save(folder, step, None)))
+        left = sorted(f.name for f in folder.checkpoints.iterdir())
+    assert left == ["step-000003", "step-000006", "step-000007"]
+
+
+def test_a_commit_that_cannot_be_understood_is_refused(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        cases = {"{": "cannot be read", '{"schema_version": 9}': "schema_version 9", "[]": "schema_version None"}
+        for text, message in cases.items():
+            (tmp_path / "commit.json").write_text(text)
+            with pytest.raises(CheckpointError, match=message):
+                folder.read_commit()
+
+
+def test_a_task_stream_goes_on_where_it_was() -> None:
+    tasks = [task(i) for i in range(5)]
+    stream = TaskStream(tasks, seed=3)
+    drawn = [stream.next() for _ in range(7)]  # into the second epoch
+    assert sorted(t.id for t in drawn[:5]) == ["t0", "t1", "t2", "t3", "t4"]
+    assert stream.requeue(drawn[6])
+    other = TaskStream(tasks, seed=3)
+    other.restore(stream.state())
+    assert other.next() == drawn[6]
+    assert not other.requeue(drawn[6])  # its second chance is spent, also after a resume
+    stream.next()
+    assert [other.next() for _ in range(12)] == [stream.next() for _ in range(12)]
+    with pytest.raises(ConfigError, match="has 4 tasks, the checkpoint was made with 5"):
+        TaskStream(tasks[:4], seed=3).restore(stream.state())
+    edited = [Task.make(t.id, split="train", seed=t.seed, payload={**t.payload, "n": -1}) for t in tasks]
+    with pytest.raises(ConfigError, match="are not those that the checkpoint was made with"):
+        TaskStream(edited, seed=3).restore(stream.state())
+
+
+def test_checkpoints_without_their_commit_are_never_swept_away(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.commit(Commit(1, save(folder, 1, None)))
+        (tmp_path / "commit.json").unlink()
+        with pytest.raises(CheckpointError, match=r"holds checkpoints but no commit\.json"):
+            folder.read_commit()
+        assert [f.name for f in folder.checkpoints.iterdir()] == ["step-000001"]
+
+
+def test_a_checkpoint_that_the_learner_wrote_elsewhere_is_none(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.commit(Commit(1, save(folder, 1, None)))
+        far: Any = FarLearner()
+        with pytest.raises(CheckpointError, match="`out` must lie on a file system that is shared") as raised:
+            asyncio.run(folder.save(2, far, None))
+        assert "Free some space" not in str(raised.value)
+        assert sorted(f.name for f in folder.checkpoints.iterdir()) == ["step-000001"]
