@@ -121,6 +121,7 @@ demo: $(STAMP)
 lint: .venv/.setup-dev
 	@.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports --no-cache --no-logo
 	.venv/bin/mypy
 
 test: .venv/.setup-dev lint

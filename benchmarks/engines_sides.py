@@ -98,7 +98,7 @@ class Engine:
         from safetensors.torch import load_file
 
         from areal_agents.utils.precision import resolve_precision
-        from areal_agents.weights.base import SharedWeights
+        from areal_agents.weights.shared_memory import SharedWeights
 
         tensors = load_file(f"{self._model}/model.safetensors")
         if not self._weights:

@@ -17,7 +17,9 @@ from simulate_run import TASK, Record
 
 from areal_agents.engines.pool.router import Router
 from areal_agents.rollout.buffer import Buffer
-from areal_agents.rollout.producer import EpisodeRunner, Rollouts, TaskStream
+from areal_agents.rollout.producer import Rollouts
+from areal_agents.rollout.retries import EpisodeRunner
+from areal_agents.rollout.tasks import TaskStream
 from areal_agents.types import Task, Trajectory
 
 

@@ -18,7 +18,9 @@ from areal_agents.reward import Episode, Verdict
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.episode import Limits
 from areal_agents.rollout.player import LocalPlayer, env_maker
-from areal_agents.rollout.producer import EpisodeRunner, FailureBudget, Rollouts, TaskStream
+from areal_agents.rollout.producer import Rollouts
+from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
+from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tool import ToolError, tool
 from areal_agents.toolenv import ToolEnv

@@ -13,7 +13,7 @@ import torch
 from areal_agents.engine import Engine, Sampling, WeightsRef
 from areal_agents.engines.cpu.engine import TransformersEngine
 from areal_agents.types import Completion, Prompt
-from areal_agents.weights.base import SharedWeights
+from areal_agents.weights.shared_memory import SharedWeights
 from tests.tiny_models import VOCABULARY, forward_logprobs, save_tiny
 
 T = TypeVar("T")

@@ -15,8 +15,8 @@ from torch.distributed import BroadcastOptions
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import EngineError
 from areal_agents.weights import broadcast
-from areal_agents.weights.base import open_weights
 from areal_agents.weights.disk import DiskWeights
+from areal_agents.weights.transports import open_weights
 
 
 def read(ref: WeightsRef, attempts: int, out: Connection) -> None:

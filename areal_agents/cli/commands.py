@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import math
 import re
 import sys
 import time
@@ -20,15 +18,12 @@ from typing import Annotated, Any
 
 import tyro
 
+from areal_agents.cli.common import UsageError, write_json
 from areal_agents.cli.resize import Resize
 from areal_agents.cli.saved_runs import Replay, Rescore
 from areal_agents.cli.serve import Serve
 from areal_agents.errors import ArealError, Interrupted
 from areal_agents.tracking.console import plain
-
-
-class UsageError(Exception):
-    """Wrong usage that the argument parser does not see; exit code 2."""
 
 
 @dataclass
@@ -349,24 +344,3 @@ def split_of(env: str) -> tuple[str, str]:
     if match is None:
         return env, "test"  # the registry says what is wrong with it
     return match["id"], match["split"] or "test"
-
-
-def write_json(value: Any, path: Path | None) -> None:
-    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=True, allow_nan=False)
-    if path is None:
-        print(text)
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ArealError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _without_nan(value: Any) -> Any:
-    """``value`` with NaN and infinities, which JSON lacks, as None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    return [_without_nan(v) for v in value] if isinstance(value, (list, tuple)) else value

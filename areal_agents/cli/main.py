@@ -16,7 +16,8 @@ from typing import Any
 
 import tyro
 
-from areal_agents.cli.commands import Command, UsageError
+from areal_agents.cli.commands import Command
+from areal_agents.cli.common import UsageError
 from areal_agents.errors import ArealError, Interrupted
 from areal_agents.tracking.console import plain
 

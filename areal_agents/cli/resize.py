@@ -11,6 +11,8 @@ from typing import Annotated
 
 import tyro
 
+from areal_agents.cli.common import UsageError
+
 NAMES = {"replicas": "engines", "rollout_workers": "rollout workers", "concurrency": "episodes at once"}
 
 
@@ -32,8 +34,6 @@ class Resize:
     """Most episodes at once from now on. More engines help only with enough of them."""
 
     def run(self, overrides: Sequence[str]) -> int:
-        from areal_agents.cli.commands import UsageError
-
         asked = {name: value for name in NAMES if (value := getattr(self, name)) is not None}
         if not asked:
             raise UsageError("name at least one of --replicas, --rollout-workers and --concurrency")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from areal_agents.cli.common import UsageError, write_json
 from areal_agents.errors import ArealError
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ class Rescore:
     """Also write the episodes with their new rewards here; the run's own files are never written."""
 
     def run(self, overrides: Sequence[str]) -> int:
-        from areal_agents.cli.commands import UsageError
-
         if self.concurrency < 1:
             raise UsageError(f"--concurrency is {self.concurrency}: it must be at least 1")
         first, last = _steps(self.steps)
@@ -57,8 +56,6 @@ class Rescore:
         with contextlib.redirect_stdout(sys.stderr) if to_stdout else contextlib.nullcontext():
             report, code = self._run(first, last)
         if to_stdout:
-            from areal_agents.cli.commands import write_json
-
             write_json(report, None)
         return code
 
@@ -76,8 +73,6 @@ class Rescore:
         failures = [{"episode": f.episode, "error": f.error} for f in outcome.failures]
         report = {"run": str(run.out), "kind": self.kind, "failures": failures} | self._compare(run, outcome)
         if self.json is not None and str(self.json) != "-":
-            from areal_agents.cli.commands import write_json
-
             write_json(report, self.json)
         if outcome.failures:
             from areal_agents.evaluation.reward_shift import failure_text
@@ -150,7 +145,6 @@ class Replay:
     """With --list: at most so many; 0: all."""
 
     def run(self, overrides: Sequence[str]) -> int:
-        from areal_agents.cli.commands import UsageError
         from areal_agents.evaluation.saved_run import SavedRun
 
         if self.list == bool(self.episode):
@@ -183,7 +177,6 @@ class Replay:
 
     def _replay(self, run: SavedRun) -> int:
         from areal_agents.chat.format import ChatFormat
-        from areal_agents.cli.commands import UsageError
         from areal_agents.evaluation.replay import replay
         from areal_agents.rollout.player import prove_sandbox
 
@@ -216,8 +209,6 @@ class Replay:
 
 def _steps(text: str) -> tuple[int, int | None]:
     """First and last step of ``A:B``, ``A:``, ``:B`` or one step. Raises UsageError."""
-    from areal_agents.cli.commands import UsageError
-
     match = re.fullmatch(r"(\d*):(\d*)|(\d+)", text)
     if not text:
         return 0, None

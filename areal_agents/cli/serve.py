@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from areal_agents.cli.common import UsageError
+
 
 @dataclass
 class Serve:
@@ -43,8 +45,6 @@ class Serve:
     """Further arguments of vLLM's server, in one string: ``--vllm-args="--max-num-seqs 64"``."""
 
     def run(self, overrides: Sequence[str]) -> int:
-        from areal_agents.cli.commands import UsageError
-
         for flag, value, least in (("--port", self.port, 0), ("--max-context", self.max_context, 2),
                                    ("--threads", self.threads, 0), ("--kv-gib", self.kv_gib, 1)):  # fmt: skip
             if value < least:

@@ -302,7 +302,7 @@ def _chat_format(tokenizer: str | Path) -> ChatFormat:
 
 async def _prompts(subject: Subject, form: ChatFormat, name: ScriptName, cut: bool) -> int:
     """Play one episode in tokens; ``cut`` leaves out each turn's end, as the length limit does."""
-    from areal_agents.chat.format import Conversation
+    from areal_agents.chat.conversation import Conversation
 
     episode = subject.episode(subject.sample()[0], name)
     turns = 0

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from areal_agents.chat.format import ChatFormat
-from areal_agents.chat.remote import ChatReply
+from areal_agents.chat_model import ChatReply
 from areal_agents.engine import Engine, Sampling
 from areal_agents.errors import EngineError
 from areal_agents.tool import ToolSpec

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents.errors import ConfigError
-from areal_agents.evaluation.paired import mean_interval, sign_test
-from areal_agents.evaluation.statistics import PASS
+from areal_agents.evaluation.statistics import PASS, mean_interval, sign_test
 from areal_agents.tracking.trajectories import read_records, shards
 
 FEW_TASKS = 30

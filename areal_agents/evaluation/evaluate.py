@@ -15,7 +15,7 @@ from typing import Any
 
 from areal_agents import registry
 from areal_agents.chat.format import ChatFormat
-from areal_agents.chat.remote import ChatReply, remote_name
+from areal_agents.chat_model import ChatReply, remote_name
 from areal_agents.engine import Sampling
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ConfigError
@@ -24,7 +24,7 @@ from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.episode import EnginePolicy, Limits
 from areal_agents.rollout.player import EpisodePlayer, EventSink, LocalPlayer, env_maker, prove_sandbox
-from areal_agents.rollout.producer import EpisodeRunner, FailureBudget
+from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.tracking.console import clock
 from areal_agents.tracking.tracker import Tracker
 from areal_agents.types import Task, Trajectory

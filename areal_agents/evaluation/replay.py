@@ -20,7 +20,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from areal_agents.chat.format import ChatFormat, Conversation
+from areal_agents.chat.conversation import Conversation
+from areal_agents.chat.format import ChatFormat
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError
 from areal_agents.evaluation.saved_run import as_sampled

@@ -48,10 +48,12 @@ from areal_agents.learner.checkpoint import atomic_folder, read_weights, write_m
 from areal_agents.learner.forward import Decoder, Scores, load_model
 from areal_agents.learner.optim import adamw, learning_rate
 from areal_agents.learner.packing import pack_rows
+from areal_agents.learner.probe import probe, probe_ids
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.utils.memory import peak_mib
 from areal_agents.utils.precision import resolve_device, resolve_precision
-from areal_agents.weights.publisher import Publisher, WeightsBuffer, master_weights, probe, probe_ids, weights_buffers
+from areal_agents.weights.publisher import Publisher, master_weights
+from areal_agents.weights.transports import WeightsBuffer, weights_buffers
 
 Metrics = dict[str, float]
 Logprobs = list[NDArray[np.float32]]

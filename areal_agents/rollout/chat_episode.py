@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from areal_agents.chat.remote import ChatReply, ContextLengthError, RequestRefused, reply_of
+from areal_agents.chat_model import ChatReply, ContextLengthError, RequestRefused, reply_of
 from areal_agents.engine import ChatModel, Sampling
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EngineError, EnvError

@@ -3,7 +3,7 @@
     areset ─▶ Conversation ─▶ generate ─▶ astep ─▶ … ─▶ (terminated | truncated | afinish) ─▶ Trajectory
 
 The generation slot is held per request, never across ``astep``. Whatever goes wrong is an InfraError (retried by
-``producer.py``) or the environment author's RewardError; what the *model* does wrong is the environment's to answer.
+``retries.py``) or the environment author's RewardError; what the *model* does wrong is the environment's to answer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
-from areal_agents.chat.format import ChatFormat, Conversation
+from areal_agents.chat.conversation import Conversation
+from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Engine, Sampling
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, EngineError, EnvError, InfraError, RewardError

@@ -1,6 +1,6 @@
 """Who plays an episode: the contract, the player of this process, and a recipe that travels to another one.
 
-``EpisodeRunner`` (``producer.py``) counts and retries; a player makes one attempt. ``LocalPlayer`` keeps environments
+``EpisodeRunner`` (``retries.py``) counts and retries; a player makes one attempt. ``LocalPlayer`` keeps environments
 on a thread of its own; a ``PlayerSpec`` is plain data and builds one wherever it is opened.
 """
 

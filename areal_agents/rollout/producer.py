@@ -1,6 +1,6 @@
 """Many episodes at once: tasks in, whole groups out, failures counted.
 
-    TaskStream ─▶ admit (rollout/buffer.py) ─▶ G × play (rollout/player.py) ─▶ complete ─▶ next_batch ─▶ learner
+    TaskStream ─▶ admit (buffer.py) ─▶ G × play (player.py) ─▶ complete ─▶ next_batch ─▶ learner
                      ▲                        │ InfraError: retried; too few left: discarded, task queued once more
                      └────────────────────────┘
 
@@ -14,158 +14,18 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections import Counter, deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from areal_agents.errors import ArealError, ConfigError, FailureBudgetError, InfraError, RewardError, WorkerLost
 from areal_agents.rollout.buffer import Buffer, BufferState, Ticket
-from areal_agents.rollout.player import EpisodePlayer, EventSink, no_events
+from areal_agents.rollout.player import EventSink, no_events
+from areal_agents.rollout.retries import EpisodeRunner
+from areal_agents.rollout.tasks import StreamState, TaskStream
 from areal_agents.types import Group, Task, Trajectory
 
 
 def group_seed(seed: int, order: int) -> int:
     """The seed that all episodes of the ``order``-th group of a run with ``seed`` reset their environment with."""
     return random.Random(f"{seed}/{order}").getrandbits(31)
-
-
-@dataclass(frozen=True, slots=True)
-class StreamState:
-    """A task stream's place. ``size`` and ``recent`` guard against another task set."""
-
-    size: int
-    drawn: int
-    again: tuple[Task, ...]
-    requeued: tuple[str, ...]
-    recent: tuple[str, ...]
-    """Content hashes of the tasks drawn last."""
-
-
-class TaskStream:
-    """Tasks in a seeded random order, every task once an epoch, discarded tasks once more."""
-
-    def __init__(self, tasks: Sequence[Task], *, seed: int) -> None:
-        if not tasks:
-            raise ConfigError("the training split has no tasks")
-        self._tasks = tasks
-        self._rng = random.Random(seed)
-        self._drawn = 0
-        self._recent: deque[int] = deque(maxlen=16)
-        self._order: list[int] = []
-        self._again: deque[Task] = deque()
-        self._requeued: set[str] = set()
-
-    def next(self) -> Task:
-        return self._again.popleft() if self._again else self._tasks[self._draw()]
-
-    def _draw(self) -> int:
-        if not self._order:
-            self._order = list(range(len(self._tasks)))
-            self._rng.shuffle(self._order)
-        self._drawn += 1
-        self._recent.append(self._order.pop())
-        return self._recent[-1]
-
-    def requeue(self, task: Task) -> bool:
-        """Queue a discarded task again, once. False where it has had its second chance."""
-        if task.id in self._requeued:
-            return False
-        self._requeued.add(task.id)
-        self._again.append(task)
-        return True
-
-    def state(self) -> StreamState:
-        recent = tuple(self._tasks[i].content_hash for i in self._recent)
-        return StreamState(len(self._tasks), self._drawn, tuple(self._again), tuple(sorted(self._requeued)), recent)
-
-    def restore(self, state: StreamState) -> None:
-        """Go on from ``state``, in a new stream of the same tasks and seed. Raises ConfigError for other tasks."""
-        if state.size != len(self._tasks):
-            raise ConfigError(
-                f"the training split has {len(self._tasks)} tasks, the checkpoint was made with {state.size}: "
-                "resume with the same tasks, or start a new run"
-            )
-        for _ in range(state.drawn):
-            self._draw()
-        if tuple(self._tasks[i].content_hash for i in self._recent) != state.recent:
-            raise ConfigError(
-                "the training split's tasks are not those that the checkpoint was made with: resume with the same "
-                "tasks, or start a new run"
-            )
-        self._again, self._requeued = deque(state.again), set(state.requeued)
-
-
-class FailureBudget:
-    """Failed attempts among the last ``window``; over ``share`` of the window the run stops."""
-
-    def __init__(self, *, window: int, share: float) -> None:
-        self._outcomes: deque[bool] = deque(maxlen=window)
-        self._limit = share * window
-        self._first: BaseException | None = None
-        self.kinds: Counter[str] = Counter()
-
-    def success(self) -> None:
-        self._outcomes.append(False)
-
-    def failure(self, error: ArealError) -> None:
-        """Count a failed attempt. Raises FailureBudgetError, caused by the first failure, when the budget is spent.
-
-        An episode whose worker was lost is counted in ``kinds`` alone: one loss fails every episode that the worker
-        played, and how often workers are lost has a limit of its own.
-        """
-        self.kinds[type(error).__name__] += 1
-        if isinstance(error, WorkerLost):
-            return
-        self._outcomes.append(True)
-        self._first = self._first or error
-        failed = sum(self._outcomes)
-        if failed > self._limit:
-            raise FailureBudgetError(
-                f"{failed} of the last {len(self._outcomes)} episode attempts failed, the budget is "
-                f"{self._limit:g} (rollout.failure_budget × rollout.failure_window). First failure: {self._first}"
-            ) from self._first
-
-
-class EpisodeRunner:
-    """Runs episodes on a player; retries infrastructure failures and counts them against the budget."""
-
-    def __init__(
-        self, player: EpisodePlayer, budget: FailureBudget, *, max_retries: int, event: EventSink = no_events
-    ) -> None:
-        self.player = player
-        self.budget = budget
-        self._max_retries = max_retries
-        self._event = event
-
-    async def run(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory | None:
-        """One trajectory, or None after ``max_retries`` retries or a final failure. Raises FailureBudgetError."""
-        attempt = 0
-        while True:
-            attempt_id = id if attempt == 0 else f"{id}~{attempt}"
-            try:
-                trajectory = await self.player.play(task, id=attempt_id, group=group, seed=seed)
-            except (InfraError, RewardError) as error:
-                attempt += 1
-                retry = isinstance(error, InfraError) and not error.final and attempt <= self._max_retries
-                self._event(
-                    "episode_failed", episode=id, task=task.id, error=type(error).__name__, detail=str(error),
-                    attempt=attempt, retried=retry, **_where(error),
-                )  # fmt: skip
-                self.budget.failure(error)
-                if not retry:
-                    return None
-            else:
-                self.budget.success()
-                return trajectory
-
-    async def close(self) -> None:
-        """Close the player."""
-        await self.player.close()
-
-
-def _where(error: ArealError) -> dict[str, object]:
-    """Where in its episode an infrastructure failure struck."""
-    return {"tool": error.tool, "turns": error.turns, "tokens": error.tokens} if isinstance(error, InfraError) else {}
 
 
 @dataclass(slots=True)

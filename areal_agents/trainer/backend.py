@@ -1,18 +1,15 @@
 """What a run computes with: engine, learner and players, on this machine or on a Ray cluster.
 
-    cluster.backend = "local"   engines: processes of this machine · learner: this process · episodes: this process
+    cluster.backend = "local"   engines: processes of this machine · learner, episodes: this process (``local.py``)
     cluster.backend = "ray"     all of them actors (``cluster/backend.py``)
 
-Nothing else of the trainer knows the difference.
+Here: the parts, and the options of each from the settings. ``run.py`` picks by name.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import importlib
-import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,17 +19,14 @@ import torch
 from areal_agents.algorithms.batch import Row
 from areal_agents.engine import Engine, Transport
 from areal_agents.engines.cpu.architecture import Shape
-from areal_agents.engines.pool.pool import EnginePool
 from areal_agents.engines.pool.replica import SupervisedSettings
-from areal_agents.engines.pool.supervised import SupervisedEngine
-from areal_agents.engines.pool.supervision import Restartable, Threaded
-from areal_agents.engines.spec import EngineSpec, process_seed
-from areal_agents.errors import ConfigError
-from areal_agents.learner.learner import Learner, Metrics, TorchLearner
+from areal_agents.engines.pool.supervision import Threaded
+from areal_agents.engines.spec import EngineSpec
+from areal_agents.learner.learner import Learner, Metrics
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec
 from areal_agents.settings.config import TrainConfig
-from areal_agents.trainer.threads import Cores, split_cores
+from areal_agents.trainer.threads import Cores
 from areal_agents.utils.precision import resolve_precision
 
 Event = Callable[..., None]
@@ -79,64 +73,12 @@ class Backend:
     """None: the sizes are fixed."""
 
 
-@contextlib.asynccontextmanager
-async def open_backend(
-    config: TrainConfig, spec: EnvSpec, model: Path, *, event: Event, resumed_at: int = 0
-) -> AsyncIterator[Backend]:
-    """Everything started; ended in reverse. Raises what the parts raise.
+class OpenBackend(Protocol):
+    """How a backend is opened: ``local.open_local``, ``cluster.backend.open_ray``."""
 
-    spec: the environment; the workers of a cluster prove its sandbox, here the caller has.
-    resumed_at: the step that the run goes on from: its engines must not draw the random numbers of its first life.
-    """
-    if config.cluster.backend == "ray":
-        opened = importlib.import_module("areal_agents.cluster.backend").open_ray
-    else:
-        opened = _open_local
-    async with opened(config, spec, model, event=event, resumed_at=resumed_at) as backend:
-        yield backend
-
-
-@contextlib.asynccontextmanager
-async def _open_local(
-    config: TrainConfig, spec: EnvSpec, model: Path, *, event: Event, resumed_at: int
-) -> AsyncIterator[Backend]:
-    replicas = config.engine.replicas
-    if config.engine.kind == "vllm" and replicas > 1 and torch.cuda.is_available():
-        raise ConfigError(
-            f"engine.replicas = {replicas} vLLM engines would all take the first GPU: set cluster.backend = 'ray' and "
-            "cluster.engine_gpus, which gives each its own"
-        )
-    cores = split_cores(config.engine.threads, config.learner.threads, replicas=replicas)
-    # vLLM's threads stay as many as they were at its start, so it never has the learner's.
-    threads = cores.engine if config.engine.kind == "vllm" else cores.engine_alone
-    spec_of_one = await asyncio.to_thread(engine_spec, config, model, threads=threads)
-    start = _starter(config, spec_of_one, salt(resumed_at))
-    supervised = supervision(config)
-    async with contextlib.AsyncExitStack() as stack:
-        if replicas == 1:
-            one = SupervisedEngine(lambda: start(0), event=event, **supervised)
-            engine: RunEngine = await stack.enter_async_context(one)
-        else:
-            pool = EnginePool(start, replicas=replicas, event=event, **supervised)
-            engine = await stack.enter_async_context(pool)
-        # `auto` is shared memory: engines and learner are on this machine.
-        transport: Transport = "shm" if config.engine.transport == "auto" else config.engine.transport
-        learner = TorchLearner(
-            model, **learner_settings(config, transport, threads=cores.learner),
-            receivers=lambda: receivers(config, engine.replicas if isinstance(engine, EnginePool) else 1),
-        )  # fmt: skip
-        stack.push_async_callback(learner.close)
-        yield Backend(engine, learner, cores)
-
-
-def _starter(config: TrainConfig, spec: EngineSpec, salt: str) -> Callable[[int], Any]:
-    """Starts a process of a replica: each with a seed of its own."""
-    processes = itertools.count()
-
-    async def start(index: int) -> Restartable:
-        return await spec.start(process_seed(config.seed, salt=salt, index=index, nth=next(processes)))
-
-    return start
+    def __call__(
+        self, config: TrainConfig, spec: EnvSpec, model: Path, *, event: Event, resumed_at: int
+    ) -> contextlib.AbstractAsyncContextManager[Backend]: ...
 
 
 def salt(resumed_at: int) -> str:

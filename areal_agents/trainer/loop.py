@@ -18,13 +18,15 @@ from pathlib import Path
 from areal_agents import registry, settings
 from areal_agents.algorithms.advantages import ADVANTAGES, EpisodeRewards
 from areal_agents.algorithms.batch import Batch, Row, rows_of
-from areal_agents.chat.remote import refuse_training, remote_name
+from areal_agents.chat_model import refuse_training, remote_name
 from areal_agents.engine import Sampling
 from areal_agents.errors import Interrupted, LearnerLost
 from areal_agents.evaluation.evaluate import EvalReport, Stopwatch, calls_of, compare_table
 from areal_agents.rollout.buffer import Buffer
-from areal_agents.rollout.producer import Rollouts, TaskStream
+from areal_agents.rollout.producer import Rollouts
+from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import AlgorithmConfig, TrainConfig
+from areal_agents.trainer.resize import answering
 from areal_agents.trainer.resume import begin
 from areal_agents.trainer.run import Run, open_run
 from areal_agents.trainer.run_folder import Commit, RunFolder, require_shared
@@ -104,7 +106,7 @@ async def _run(
     console: bool,
 ) -> dict[str, EvalReport]:
     """All phases; each is skipped where the commit has it already."""
-    async with open_run(lives.config, folder, stop, commit=commit, console=console) as run:
+    async with open_run(lives.config, folder, stop, commit=commit, console=console) as run, answering(run):
         try:
             folder.write_settings(settings.dump(run.config))  # a resize may have come while it was opened
             if commit is not None:

@@ -5,17 +5,19 @@ What is changed becomes part of the run's settings (``config.toml``), so a resum
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
+from typing import Any
 
 from pydantic import ValidationError
 
 from areal_agents import settings
 from areal_agents.errors import ArealError, ConfigError
 from areal_agents.settings.config import Count, Section, TrainConfig
-
-if TYPE_CHECKING:
-    from areal_agents.trainer.run import Run
+from areal_agents.trainer.control import answer_requests
+from areal_agents.trainer.run import Run
 
 
 class Resize(Section):
@@ -27,6 +29,18 @@ class Resize(Section):
     """``cluster.rollout_workers``; on Ray only."""
     concurrency: Count | None = None
     """``rollout.concurrency``."""
+
+
+@contextlib.asynccontextmanager
+async def answering(run: Run) -> AsyncIterator[None]:
+    """Whoever sees the run's folder may resize it meanwhile."""
+    answers = answer_requests(run.config.out, partial(answer_resize, run), event=run.tracker.event)
+    task = asyncio.create_task(answers, name="control")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def sizes(config: TrainConfig) -> dict[str, int]:

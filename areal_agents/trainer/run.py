@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from areal_agents import registry
@@ -22,12 +22,12 @@ from areal_agents.models import resolve
 from areal_agents.rollout.demonstrations import demonstration_rows
 from areal_agents.rollout.episode import Limits
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, prove_sandbox
-from areal_agents.rollout.producer import EpisodeRunner, FailureBudget, Rollouts, TaskStream
+from areal_agents.rollout.producer import Rollouts
+from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
+from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import Tracker
-from areal_agents.trainer.backend import Backend, open_backend
-from areal_agents.trainer.control import answer_requests
-from areal_agents.trainer.resize import answer_resize
+from areal_agents.trainer.backend import Backend, OpenBackend
 from areal_agents.trainer.run_folder import Commit, RunFolder
 from areal_agents.trainer.signals import Stop
 
@@ -47,15 +47,24 @@ async def open_run(
         stack.enter_context(_noting_a_lost_learner(tracker))
         done = commit or Commit()
         backend = await stack.enter_async_context(
-            open_backend(config, spec, model, event=tracker.event, resumed_at=done.step)
+            _backend_of(config)(config, spec, model, event=tracker.event, resumed_at=done.step)
         )
         run = Run(config, spec, fmt, backend, tracker, folder, stop, done, model)
         stack.push_async_callback(run.runner.close)
-        await stack.enter_async_context(_answering(run))
         if done.checkpoint is not None:
             await run.learner.load(folder.learner_folder(done))
             await run.publish()
         yield run
+
+
+_BACKENDS = {"local": "areal_agents.trainer.local:open_local", "ray": "areal_agents.cluster.backend:open_ray"}
+"""By the name in ``cluster.backend``; imported when opened, so that a run without Ray needs none."""
+
+
+def _backend_of(config: TrainConfig) -> OpenBackend:
+    module, _, name = _BACKENDS[config.cluster.backend].partition(":")
+    found: OpenBackend = getattr(importlib.import_module(module), name)
+    return found
 
 
 @contextlib.contextmanager
@@ -66,18 +75,6 @@ def _noting_a_lost_learner(tracker: Tracker) -> Iterator[None]:
     except LearnerLost as error:
         tracker.event("learner_lost", reason=str(error))
         raise
-
-
-@contextlib.asynccontextmanager
-async def _answering(run: Run) -> AsyncIterator[None]:
-    """Whoever sees the run's folder may resize it meanwhile."""
-    answers = answer_requests(run.config.out, partial(answer_resize, run), event=run.tracker.event)
-    task = asyncio.create_task(answers, name="control")
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 def _tracker(config: TrainConfig, commit: Commit | None, *, console: bool) -> Tracker:

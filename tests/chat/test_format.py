@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal_agents.chat.format import ChatFormat, Conversation, parse_text
+from areal_agents.chat.conversation import Conversation
+from areal_agents.chat.format import ChatFormat, parse_text
 from areal_agents.chat.toolcalls import MAX_CALLS, find_blocks
 from areal_agents.errors import ModelError, TemplateError
 from areal_agents.types import AssistantMessage, Completion, Ids, Message, Text, system, tool_result, user

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from areal_agents.algorithms.batch import rows_of
-from areal_agents.chat.format import ChatFormat, Conversation
+from areal_agents.chat.conversation import Conversation
+from areal_agents.chat.format import ChatFormat
 from areal_agents.errors import TemplateError
 from areal_agents.types import (
     AssistantMessage,

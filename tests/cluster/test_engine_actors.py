@@ -17,7 +17,7 @@ from areal_agents.engine import Sampling, WeightsRef
 from areal_agents.engines.spec import EngineSpec
 from areal_agents.errors import ConfigError, EngineError, ModelError
 from areal_agents.types import Completion, Prompt
-from areal_agents.weights.base import SharedWeights
+from areal_agents.weights.shared_memory import SharedWeights
 from tests.cluster.conftest import RaySession, engine_worker
 from tests.cluster.hosted_engine import FixedThreads, FixedThreadsSpec
 from tests.processes import alive, wait_gone

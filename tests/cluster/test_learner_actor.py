@@ -17,7 +17,7 @@ import torch
 from areal_agents.errors import ConfigError, EngineError, LearnerLost, ModelError
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
-from areal_agents.weights.base import AttachedWeights
+from areal_agents.weights.shared_memory import AttachedWeights
 from tests.learner_data import make_batch
 from tests.processes import wait_gone
 from tests.tiny_models import save_tiny, tiny_model

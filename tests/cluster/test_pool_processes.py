@@ -16,7 +16,7 @@ from areal_agents.engines.cpu.engine import TransformersEngine
 from areal_agents.engines.pool.pool import EnginePool
 from areal_agents.engines.pool.supervision import Restartable
 from areal_agents.types import Completion, Prompt
-from areal_agents.weights.base import SharedWeights
+from areal_agents.weights.shared_memory import SharedWeights
 from tests.served import assert_logprobs, ids_of
 from tests.tiny_models import save_tiny, tiny_model
 

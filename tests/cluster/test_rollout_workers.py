@@ -29,7 +29,7 @@ from areal_agents.errors import (
 )
 from areal_agents.rollout.episode import Limits
 from areal_agents.rollout.player import PlayerSpec
-from areal_agents.rollout.producer import EpisodeRunner, FailureBudget
+from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.types import Task, Trajectory
 from tests.conftest import require
 from tests.processes import alive, descendants, wait_gone

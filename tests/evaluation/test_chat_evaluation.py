@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from areal_agents.algorithms.batch import rows_of
-from areal_agents.chat.remote import ContextLengthError
 from areal_agents.chat.toolcalls import parse_text
+from areal_agents.chat_model import ContextLengthError
 from areal_agents.cli.main import main
 from areal_agents.engine import Sampling
 from areal_agents.errors import ConfigError, EnvError

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from areal_agents.evaluation.paired import mean_interval, sign_test, student_t_quantile
+from areal_agents.evaluation.statistics import mean_interval, sign_test, student_t_quantile
 
 
 @pytest.mark.parametrize(

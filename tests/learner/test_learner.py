@@ -22,7 +22,7 @@ from areal_agents.errors import ModelError
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.learner.packing import pack_rows
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
-from areal_agents.weights.base import AttachedWeights
+from areal_agents.weights.shared_memory import AttachedWeights
 from tests.learner_data import make_batch, naive_loss, row_logprobs
 from tests.tiny_models import save_tiny, tiny_model
 

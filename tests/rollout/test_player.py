@@ -28,7 +28,7 @@ from areal_agents.errors import (
     WorkerLost,
 )
 from areal_agents.rollout.player import PlayerSpec
-from areal_agents.rollout.producer import FailureBudget
+from areal_agents.rollout.retries import FailureBudget
 from areal_agents.types import Info, Observation, Task, Trajectory, user
 from tests.letters_env import Letters
 from tests.scripted import LIMITS

@@ -12,7 +12,9 @@ import pytest
 from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.player import LocalPlayer
-from areal_agents.rollout.producer import EpisodeRunner, FailureBudget, Rollouts, TaskStream
+from areal_agents.rollout.producer import Rollouts
+from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
+from areal_agents.rollout.tasks import TaskStream
 from areal_agents.types import Group
 from tests.scripted import LIMITS, Script, ScriptedEnv, ScriptedPolicy, broken_sandbox, fmt, task
 

@@ -12,7 +12,8 @@ import pytest
 from areal_agents.errors import CheckpointError, ConfigError
 from areal_agents.evaluation.evaluate import EvalReport
 from areal_agents.rollout.buffer import BufferState, Ticket
-from areal_agents.rollout.producer import OpenGroup, RolloutState, StreamState, TaskStream
+from areal_agents.rollout.producer import OpenGroup, RolloutState
+from areal_agents.rollout.tasks import StreamState, TaskStream
 from areal_agents.trainer.run_folder import Commit, RunFolder
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn
 

@@ -12,10 +12,10 @@ import torch
 from areal_agents.engine import Transport, WeightsRef
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.learner.learner import TorchLearner
+from areal_agents.learner.probe import probe_ids
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
-from areal_agents.weights.base import open_weights
 from areal_agents.weights.disk import DiskWeights
-from areal_agents.weights.publisher import WeightsBuffer, probe_ids, weights_buffers
+from areal_agents.weights.transports import WeightsBuffer, open_weights, weights_buffers
 from tests.tiny_models import VOCABULARY, forward_logprobs, save_tiny, tiny_model
 
 

@@ -14,7 +14,8 @@ import torch
 
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import EngineError
-from areal_agents.weights.base import AttachedWeights, SharedWeights, checksum, layout
+from areal_agents.weights.base import checksum, layout
+from areal_agents.weights.shared_memory import AttachedWeights, SharedWeights
 
 
 def tensors() -> dict[str, torch.Tensor]:

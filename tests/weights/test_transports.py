@@ -31,10 +31,9 @@ from areal_agents.engines.cpu.architecture import Shape
 from areal_agents.engines.cpu.decoder import Decoder, Weights
 from areal_agents.engines.cpu.worker import Prepared, Updater
 from areal_agents.errors import ConfigError, EngineError
-from areal_agents.weights.base import open_weights
 from areal_agents.weights.broadcast import BroadcastWeights, Limits, receive
 from areal_agents.weights.disk import DiskWeights, remove_leftovers
-from areal_agents.weights.publisher import weights_buffers
+from areal_agents.weights.transports import open_weights, weights_buffers
 from tests import weight_readers
 from tests.tiny_models import tiny_model
 

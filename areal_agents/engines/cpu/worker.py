@@ -64,7 +64,7 @@ class Updater(threading.Thread):
 
     def run(self) -> None:
         from areal_agents.engines.cpu.decoder import Weights
-        from areal_agents.weights.base import open_weights
+        from areal_agents.weights.transports import open_weights
 
         while True:
             update = self.updates.get()

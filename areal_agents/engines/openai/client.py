@@ -27,7 +27,7 @@ from typing import Any
 
 import httpx
 
-from areal_agents.chat.remote import ChatReply, ContextLengthError, RequestRefused
+from areal_agents.chat_model import ChatReply, ContextLengthError, RequestRefused
 from areal_agents.engine import Sampling
 from areal_agents.engines.openai.messages import error_text, read_reply, request_messages, request_tools
 from areal_agents.engines.openai.rate_limit import Backoff, Clock, Pace, retry_after

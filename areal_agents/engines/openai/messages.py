@@ -15,8 +15,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from areal_agents.chat.remote import ChatReply
 from areal_agents.chat.toolcalls import CLOSE, MAX_CALLS, parse_text, read_arguments, write_block
+from areal_agents.chat_model import ChatReply
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, CallStatus, Finish, Image, Message, Part, Text, ToolCall

@@ -23,7 +23,7 @@ from areal_agents.errors import EngineError
 
 if TYPE_CHECKING:
     from areal_agents.engines.vllm.queue import Request
-    from areal_agents.engines.vllm.worker import Server
+    from areal_agents.engines.vllm.requests import Requests
 
 _OPEN_SECONDS = 240.0
 _DRAIN_SECONDS = 600.0
@@ -41,7 +41,7 @@ _POLL_SECONDS = 0.02, 0.2
 class Updates:
     """One after the other. ``doing`` says what EngineCore is busy with; empty where it answers between steps."""
 
-    def __init__(self, server: Server, precision: str) -> None:
+    def __init__(self, server: Requests, precision: str) -> None:
         self.doing = ""
         self._server = server
         self._prover = Prover(precision)

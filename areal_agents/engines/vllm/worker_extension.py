@@ -82,7 +82,7 @@ class Opening(threading.Thread):
     def run(self) -> None:
         import torch
 
-        from areal_agents.weights.base import open_weights
+        from areal_agents.weights.transports import open_weights
 
         try:
             if self._device.type == "cuda":

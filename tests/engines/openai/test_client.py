@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from areal_agents.chat.remote import ContextLengthError, RequestRefused, refuse_training, remote_name
+from areal_agents.chat_model import ContextLengthError, RequestRefused, refuse_training, remote_name
 from areal_agents.engine import Sampling
 from areal_agents.engines.openai.client import OpenAIChat
 from areal_agents.engines.openai.rate_limit import Backoff, Clock, Pace, retry_after

@@ -22,7 +22,7 @@ from areal_agents.errors import ConfigError, EngineError
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.types import Completion, Prompt
-from areal_agents.weights.base import AttachedWeights, SharedWeights
+from areal_agents.weights.shared_memory import AttachedWeights, SharedWeights
 from tests.processes import MARKER, alive, marked, wait_gone, wait_marked
 from tests.served import assert_logprobs, ids_of
 from tests.tiny_models import save_tiny, tiny_chat_model, tiny_model

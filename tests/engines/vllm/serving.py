@@ -13,7 +13,7 @@ import torch
 from areal_agents.engine import Probe, UpdateReport, WeightsRef
 from areal_agents.engines.vllm.engine import VLLMEngine
 from areal_agents.types import Completion
-from areal_agents.weights.base import SharedWeights
+from areal_agents.weights.shared_memory import SharedWeights
 from tests.served import Served, ids_of
 from tests.tiny_models import forward_logprobs, vllm_model
 

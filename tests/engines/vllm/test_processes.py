@@ -23,7 +23,7 @@ from areal_agents.engines.process_group_reaper import members
 from areal_agents.engines.vllm.engine import VLLMEngine
 from areal_agents.errors import EngineError
 from areal_agents.types import Prompt
-from areal_agents.weights.base import SharedWeights
+from areal_agents.weights.shared_memory import SharedWeights
 from tests.engines.vllm.serving import probed, publish
 from tests.served import ask, assert_logprobs, ids_of
 from tests.tiny_models import save_tiny, vllm_model

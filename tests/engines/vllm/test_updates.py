@@ -13,7 +13,7 @@ import torch
 from areal_agents.engine import Transport
 from areal_agents.errors import EngineError
 from areal_agents.types import Completion
-from areal_agents.weights.publisher import weights_buffers
+from areal_agents.weights.transports import weights_buffers
 from tests.engines.vllm.serving import BLOCK, like, probed, publish, sampling, update
 from tests.served import Served, ask, assert_logprobs, ids_of
 from tests.tiny_models import forward_logprobs, segmented_logprobs, vllm_model

@@ -1,0 +1,35 @@
+"""What several commands use: the error of wrong usage, and JSON for files and standard output."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from areal_agents.errors import ArealError
+
+
+class UsageError(Exception):
+    """Wrong usage that the argument parser does not see; exit code 2."""
+
+
+def write_json(value: Any, path: Path | None) -> None:
+    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=True, allow_nan=False)
+    if path is None:
+        print(text)
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ArealError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _without_nan(value: Any) -> Any:
+    """``value`` with NaN and infinities, which JSON lacks, as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return [_without_nan(v) for v in value] if isinstance(value, (list, tuple)) else value

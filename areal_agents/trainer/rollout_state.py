@@ -1,0 +1,109 @@
+"""The rollouts of a checkpoint as files: ``rollouts.json``, and the episodes in ``groups.parquet``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from areal_agents.rollout.buffer import BufferState, Ticket
+from areal_agents.rollout.producer import OpenGroup, RolloutState
+from areal_agents.rollout.tasks import StreamState
+from areal_agents.tracking import exact_json
+from areal_agents.tracking.trajectories import Record, write_shard
+from areal_agents.types import Group, Task, Trajectory
+
+
+def write_rollouts(folder: Path, state: RolloutState | None) -> None:
+    if state is None:
+        (folder / "rollouts.json").write_text("null\n")
+        return
+    buffered = [(g.order, i, t) for g in state.buffer.buffered for i, t in enumerate(g.trajectories)]
+    finished = [(g.ticket.order, i, t) for g in state.open for i, t in g.finished.items() if t is not None]
+    # A row's place in the list says whose it is: ``places`` below names group and index in the same order.
+    records = [Record("checkpoint", 0, t) for _, _, t in [*buffered, *finished]]
+    write_shard(folder / "groups.parquet", records)
+    row = {
+        "version": state.buffer.version,
+        "admitted": state.buffer.admitted,
+        "discarded": state.buffer.discarded,
+        "dropped": state.buffer.dropped,
+        "tasks_lost": state.tasks_lost,
+        "places": [(order, index) for order, index, _ in [*buffered, *finished]],
+        "buffered": [
+            {"id": g.id, "order": g.order, "version": g.admitted_version, "task": _task(g.task)}
+            for g in state.buffer.buffered
+        ],
+        "open": [
+            {
+                "order": g.ticket.order,
+                "version": g.ticket.version,
+                "task": _task(g.task),
+                "failed": [i for i, t in g.finished.items() if t is None],
+            }
+            for g in state.open
+        ],
+        "stream": {
+            "size": state.tasks.size,
+            "drawn": state.tasks.drawn,
+            "again": [_task(t) for t in state.tasks.again],
+            "requeued": state.tasks.requeued,
+            "recent": state.tasks.recent,
+        },
+    }
+    (folder / "rollouts.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
+
+
+def rollouts_from_json(row: Mapping[str, Any], records: list[Record]) -> RolloutState:
+    episodes: dict[int, dict[int, Trajectory | None]] = {}
+    for (order, index), record in zip(row["places"], records, strict=True):
+        episodes.setdefault(order, {})[index] = record.trajectory
+    groups = tuple(
+        Group(
+            g["id"],
+            _task_of(g["task"]),
+            tuple(t for _, t in sorted(episodes[g["order"]].items()) if t is not None),
+            g["version"],
+            g["order"],
+        )
+        for g in row["buffered"]
+    )
+    open = tuple(
+        OpenGroup(
+            Ticket(g["order"], g["version"]),
+            _task_of(g["task"]),
+            {**dict.fromkeys(g["failed"]), **episodes.get(g["order"], {})},
+        )
+        for g in row["open"]
+    )
+    stream = row["stream"]
+    return RolloutState(
+        BufferState(
+            row["version"],
+            row["admitted"],
+            row["discarded"],
+            tuple(row["dropped"]),
+            tuple(g.ticket for g in open),
+            groups,
+        ),
+        open,
+        StreamState(
+            stream["size"],
+            stream["drawn"],
+            tuple(_task_of(t) for t in stream["again"]),
+            tuple(stream["requeued"]),
+            tuple(stream["recent"]),
+        ),
+        tuple(row["tasks_lost"]),
+    )
+
+
+def _task(task: Task) -> dict[str, Any]:
+    row = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
+    return row | {"payload": exact_json.dumps(dict(task.payload))}
+
+
+def _task_of(row: Mapping[str, Any]) -> Task:
+    return Task(**{**row, "payload": exact_json.loads(row["payload"])})

@@ -1,0 +1,86 @@
+"""Weights in shared memory: one flat buffer a version, described by a ``WeightsRef``.
+
+The buffer is an anonymous memory file (``memfd_create``): its locator ``/proc/<pid>/fd/<n>`` is readable by
+processes of the same user and it vanishes with its owner, so no crash can leave shared memory behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Mapping
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from areal_agents.engine import WeightsRef
+from areal_agents.errors import EngineError
+from areal_agents.weights.base import check, checksum, layout, views
+
+
+class SharedWeights:
+    """One writable buffer, owned by the learner's process."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self.manifest, self.nbytes = layout(tensors.items(), dtype)
+        self._fd = os.memfd_create("areal-weights", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, max(self.nbytes, 1))
+        self._map = mmap.mmap(self._fd, max(self.nbytes, 1))
+        self._buffer = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._tensors = views(self._buffer, self.manifest)
+
+    def fill(self, tensors: Mapping[str, Tensor], version: int) -> WeightsRef:
+        """Copy (and cast) ``tensors`` in and return the reference to them."""
+        with torch.no_grad():
+            for name, target in self._tensors.items():
+                target.copy_(tensors[name])
+        return WeightsRef(
+            version=version,
+            locator=f"/proc/{os.getpid()}/fd/{self._fd}",
+            manifest=self.manifest,
+            checksum=checksum(memoryview(self._map)[: self.nbytes]),
+            nbytes=self.nbytes,
+        )
+
+    def close(self) -> None:
+        """Drop the owner's mapping and descriptor; readers keep theirs until they close."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._tensors = {}
+            self._buffer = torch.empty(0, dtype=torch.uint8)
+            # The mapping holds a descriptor of its own. Whoever still reads a tensor of it ends it later.
+            with contextlib.suppress(BufferError):
+                self._map.close()
+
+
+class AttachedWeights:
+    """A read-only view of a ``WeightsRef``; a context manager. Raises EngineError when it is gone or damaged."""
+
+    def __init__(self, ref: WeightsRef, *, verify: bool = True) -> None:
+        try:
+            fd = os.open(ref.locator, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise EngineError(
+                f"weights v{ref.version} at {ref.locator} are gone: {error.strerror}. Shared memory reaches processes "
+                'of the same user and host alone; elsewhere set transport = "disk"'
+            ) from error
+        try:
+            self._map = mmap.mmap(fd, ref.nbytes, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
+        except (ValueError, OSError) as error:
+            raise EngineError(f"weights v{ref.version}: {ref.nbytes} bytes cannot be mapped: {error}") from error
+        finally:
+            os.close(fd)
+        if verify:
+            check(ref, memoryview(self._map))
+        self.tensors = views(torch.frombuffer(self._map, dtype=torch.uint8), ref.manifest)
+
+    def __enter__(self) -> AttachedWeights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.tensors = {}
