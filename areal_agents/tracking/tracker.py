@@ -190,7 +190,7 @@ class Tracker:
             for path in (self._metrics, self._events):
                 cut_torn_line(path)
             self.cut: Cut | None = None if mark is None else cut_back(out, mark)
-            self._open_board(tensorboard, again=mark is not None)
+            self._open_board(tensorboard)
         except OSError as error:
             raise unwritable(out, error) from error
         self._writer = _Writer()
@@ -295,12 +295,11 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log(point)
 
-    def _open_board(self, tensorboard: bool, *, again: bool) -> None:
-        """A new event file; after a cut, instead of the old ones and with the points that remain."""
+    def _open_board(self, tensorboard: bool) -> None:
+        """Write all rows there are to a new event file; where TensorBoard is off, only to replace old ones."""
         folder = self.out / "tensorboard"
-        old = event_files(folder) if again else []
-        if tensorboard or old:
-            board = Board(folder, map(point_of, self._rows()) if again else (), replaces=old)
+        if tensorboard or event_files(folder):
+            board = Board(folder, map(point_of, self._rows()))
             if tensorboard:
                 self._board = board
             else:
