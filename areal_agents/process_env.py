@@ -30,6 +30,7 @@ from areal_agents.env import AgentEnv, LazyTasks
 from areal_agents.errors import EnvError
 from areal_agents.toolenv import without_reasoning
 from areal_agents.types import AssistantMessage, Info, Observation, Task, system, user
+from areal_agents.utils.parent import end_with_parent
 
 _MAX_LINE_BYTES = 16 << 20
 _STDERR_TAIL_BYTES = 2000
@@ -201,16 +202,9 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else repr(value)
 
 
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def main() -> None:
     """Serve the environment named by the arguments over the original stdin and stdout."""
-    _end_with_parent()
+    end_with_parent()
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the environment prints must not mix with the replies
     _serve(sys.argv[1], json.loads(sys.argv[2]), sys.stdin.buffer, replies)

@@ -74,7 +74,7 @@ class EngineProcess:
         Raises ModelError where the worker cannot serve the model, EngineError where it does not start.
         """
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", cls.module, str(os.getpid())),
+            *(sys.executable, "-P", "-m", cls.module),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The engine's own process: ``python -m areal_agents.engines.cpu.worker PARENT``, started by ``TransformersEngine``.
+"""The engine's own process: ``python -m areal_agents.engines.cpu.worker``, started by ``TransformersEngine``.
 
     reader thread ──commands──▶ loop: commands, admit, one prefill chunk, one decode step ──▶ replies on the pipe
          │  end of pipe: exit at once            ▲
@@ -10,7 +10,6 @@ Stray prints go to stderr; descriptors 0 and 1 are moved away before anything el
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import signal
@@ -25,6 +24,7 @@ from areal_agents.engine import Health, UpdateReport
 from areal_agents.engines import protocol as p
 from areal_agents.errors import ArealError
 from areal_agents.utils.memory import trim
+from areal_agents.utils.parent import end_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -250,13 +250,6 @@ def take_pipes() -> tuple[BinaryIO, BinaryIO]:
     return commands, replies
 
 
-def die_with_parent(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 def _read(commands: BinaryIO, inbox: Inbox) -> None:
     while (message := p.read_frame(commands)) is not None:
         inbox.put(message)
@@ -298,7 +291,7 @@ def _parameters(settings: p.Settings, dtype: dtype) -> Mapping[str, Tensor]:
 
 def main() -> int:
     commands, replies = take_pipes()
-    die_with_parent(int(sys.argv[1]))
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     settings = p.read_frame(commands)
     if not isinstance(settings, p.Settings):

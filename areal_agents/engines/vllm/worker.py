@@ -1,4 +1,4 @@
-"""The vLLM engine's own process: ``python -m areal_agents.engines.vllm.worker PARENT_PID``, started by ``VLLMEngine``.
+"""The vLLM engine's own process: ``python -m areal_agents.engines.vllm.worker``, started by ``VLLMEngine``.
 
     reader thread ──commands──▶ loop: own queue ──▶ one task a request ──▶ AsyncLLM ──ZMQ──▶ EngineCore ──▶ Worker(s)
          │  end of pipe: exit at once    └─ one update after the other (vllm_update)
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from areal_agents.engine import Health
 from areal_agents.engines import protocol as p
-from areal_agents.engines.cpu.worker import die_with_parent, take_pipes
+from areal_agents.engines.cpu.worker import take_pipes
 from areal_agents.engines.process_group_reaper import start_guard
 from areal_agents.engines.vllm.cpu_build import CPU_WORKER, IN_CORE
 from areal_agents.engines.vllm.queue import Queue
@@ -30,6 +30,7 @@ from areal_agents.engines.vllm.requests import Requests
 from areal_agents.engines.vllm.updates import Updates
 from areal_agents.engines.weights_proof import PROBE_TOKENS
 from areal_agents.errors import ArealError, EngineError
+from areal_agents.utils.parent import end_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -251,7 +252,7 @@ def _read(commands: BinaryIO, loop: asyncio.AbstractEventLoop, inbox: asyncio.Qu
 def main() -> int:
     commands, replies = take_pipes()
     guard = start_guard(os.environ["VLLM_RPC_BASE_PATH"])
-    die_with_parent(int(sys.argv[1]))
+    end_with_parent()
     settings = p.read_frame(commands)
     if not isinstance(settings, p.VLLMSettings):
         return 1
