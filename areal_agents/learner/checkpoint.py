@@ -1,12 +1,10 @@
-"""Model folders and learner checkpoints on disk, complete or not there at all."""
+"""Model folders and learner states on disk."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,55 +15,6 @@ from areal_agents.errors import ModelError
 
 WEIGHTS = "model.safetensors"
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill; on a clean exit it is on disk and at ``path``, else it is gone.
-
-    A folder already at ``path`` is replaced: it is moved aside first, so a crash between two renames leaves it under
-    ``.NAME.old-PID`` beside the complete new one, ``.NAME.tmp-PID``.
-    """
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    try:
-        yield new
-        for file in [*new.rglob("*"), new]:
-            _fsync(file)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-    os.rename(new, path)
-    _fsync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by a file with ``text``; readers and crashes see the old content or the new. Raises OSError."""
-    new = path.with_name(f".{path.name}.tmp")
-    try:
-        new.write_text(text, encoding="utf-8")
-        _fsync(new)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
-    os.replace(new, path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def write_model(folder: Path, tensors: Mapping[str, Tensor], *, source: Path, dtype: torch.dtype) -> None:

@@ -44,12 +44,13 @@ from areal_agents.algorithms.objective import (
 from areal_agents.algorithms.offpolicy import OffPolicyStats
 from areal_agents.engine import Transport, WeightsRef
 from areal_agents.errors import CheckpointError, ModelError
-from areal_agents.learner.checkpoint import atomic_folder, read_weights, write_model, write_state
+from areal_agents.learner.checkpoint import read_weights, write_model, write_state
 from areal_agents.learner.forward import Decoder, Scores, load_model
 from areal_agents.learner.optim import adamw, learning_rate
 from areal_agents.learner.packing import pack_rows
 from areal_agents.learner.probe import probe, probe_ids
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
+from areal_agents.utils.files import atomic_folder
 from areal_agents.utils.memory import peak_mib
 from areal_agents.utils.precision import resolve_device, resolve_precision
 from areal_agents.weights.publisher import Publisher, master_weights

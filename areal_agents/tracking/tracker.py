@@ -34,7 +34,7 @@ from areal_agents.tracking.tensorboard import Board, Point, event_files
 from areal_agents.tracking.trajectories import Record, shard_path, write_shard
 from areal_agents.tracking.wandb import WandbLog, require_wandb
 from areal_agents.types import Trajectory
-from areal_agents.utils.files import append_whole, cut_torn_line, sync_folder, unwritable
+from areal_agents.utils.files import append_whole, cut_torn_line, sync, unwritable
 
 __all__ = ["Tracker", "TrajectoryWriter", "read_metrics"]
 
@@ -256,7 +256,7 @@ class Tracker:
             if self._writer.failure is not None:  # whoever was told: no mark may be taken over the hole it left
                 raise self._writer.failure
             self._writer.sync()
-            sync_folder(self.out)
+            sync(self.out)
             size = self._metrics.stat().st_size if self._metrics.exists() else 0
             return {"metrics_bytes": size, "shards": spans(self.trajectories.written)}
 

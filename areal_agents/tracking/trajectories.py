@@ -9,10 +9,8 @@ A shard appears whole or not at all. Columns and queries: ``docs/trajectories.md
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from areal_agents.types import (
     Trajectory,
     Turn,
 )
-from areal_agents.utils.files import sync_folder, unwritable
+from areal_agents.utils.files import atomic_file, unwritable
 
 SCHEMA_VERSION = 2
 """In the column ``schema_version`` and in the file's metadata; 1 was one JSON object a line."""
@@ -92,23 +90,15 @@ def write_shard(path: Path, records: Sequence[Record]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # hidden: readers of the folder pass over it
     try:
         table = pa.Table.from_pylist([_row(r) for r in records], schema=_schema())
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with atomic_file(path) as file:  # hidden until it is whole: readers of the folder pass over it
             pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        sync_folder(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
     except (pa.ArrowException, TypeError, OverflowError) as error:
         raise ArealError(f"{path}: an episode holds a value that cannot be stored: {error}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def read_shard(path: Path) -> list[Record]:

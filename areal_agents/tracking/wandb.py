@@ -26,6 +26,7 @@ from typing import Any
 
 from areal_agents.errors import ConfigError
 from areal_agents.tracking.tensorboard import Point
+from areal_agents.utils.files import write_atomically
 
 PATIENCE = 60.0
 """Seconds that starting a W&B run, and at the end uploading the rest, may take."""
@@ -139,6 +140,4 @@ class WandbLog:
         return state if isinstance(state, dict) else {}
 
     def _save(self, state: Mapping[str, str | int]) -> None:
-        part = self._file.with_name(".wandb.json.tmp")
-        part.write_text(json.dumps(state) + "\n", encoding="utf-8")
-        part.replace(self._file)
+        write_atomically(self._file, json.dumps(state) + "\n")

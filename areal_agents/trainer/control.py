@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents.errors import ArealError
-from areal_agents.learner.checkpoint import write_atomically
-from areal_agents.utils.files import unwritable
+from areal_agents.utils.files import unwritable, write_atomically
 
 _POLL_SECONDS = 1.0
 _LOOK_SECONDS = 0.1

@@ -26,11 +26,11 @@ from typing import Any, Self, TextIO
 
 from areal_agents.errors import CheckpointError, ConfigError
 from areal_agents.evaluation.evaluate import EvalReport
-from areal_agents.learner.checkpoint import atomic_folder, write_atomically
 from areal_agents.learner.learner import Learner
 from areal_agents.rollout.producer import RolloutState
 from areal_agents.tracking.trajectories import read_shard
 from areal_agents.trainer.rollout_state import rollouts_from_json, write_rollouts
+from areal_agents.utils.files import atomic_folder, write_atomically
 
 COMMIT_VERSION = 1
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from areal_agents.errors import ArealError
 
@@ -50,9 +54,66 @@ def cut_torn_line(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """The names in ``folder`` are on the disk: a new or renamed file outlives a power cut. Raises OSError."""
-    handle = os.open(folder, os.O_RDONLY)
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to fill: on a clean exit it is on the disk and at ``path``, else ``path`` is as before.
+
+    One process at a time may write to ``path``. Raises OSError.
+    """
+    new = path.with_name(f".{path.name}.tmp")
+    try:
+        with new.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by a file with ``text``; readers and crashes see the old content or the new. Raises OSError."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder to fill; on a clean exit it is on the disk and at ``path``, else it is gone.
+
+    A folder already at ``path`` is replaced: it is moved aside first, so a crash between two renames leaves it under
+    ``.NAME.old-PID`` beside the complete new one, ``.NAME.tmp-PID``.
+    """
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        for file in [*new.rglob("*"), new]:
+            sync(file)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+    os.rename(new, path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk. Raises OSError.
+
+    Without it for folders a power cut may undo a rename and keep what came after it: a commit that names a removed
+    checkpoint.
+    """
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

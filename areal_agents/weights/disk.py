@@ -22,12 +22,14 @@ import socket
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import ConfigError, EngineError
+from areal_agents.utils.files import atomic_file
 from areal_agents.weights.base import LoadedWeights, adler32, check, layout
 
 _PREFIX = "areal-weights-"
@@ -70,16 +72,13 @@ class DiskWeights:
         """
         self._fills += 1
         path = self.folder / f"v{version}-{self._fills}.safetensors"
-        new = path.with_suffix(".tmp")
         try:
             if self._file is not None:
                 self._file.unlink(missing_ok=True)
-            found = self._write(new, tensors, version)
-            os.rename(new, path)
-            _sync(self.folder)
+            # A plain file: engines may run as another user, and safetensors' own writer lets its user alone read.
+            with atomic_file(path) as file:
+                found = self._write(file, tensors, version)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
             raise EngineError(self._refused(version, error)) from error
         self._file = path
         return WeightsRef(version, str(path), self.manifest, f"adler32:{found:08x}", self.nbytes, transport="disk")
@@ -91,19 +90,15 @@ class DiskWeights:
             self._lock = -1
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor], version: int) -> int:
+    def _write(self, file: BinaryIO, tensors: Mapping[str, Tensor], version: int) -> int:
         found = 1
-        # A plain open: engines may run as another user, and safetensors' own writer lets its user alone read.
-        with path.open("wb") as file:
-            file.write(self._header(version))
-            with torch.no_grad():
-                for entry in self.manifest:
-                    cast = tensors[entry.name].detach().to("cpu", self._dtype).contiguous()
-                    data = cast.reshape(-1).view(torch.uint8).numpy().data
-                    found = adler32(data, found)
-                    file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        file.write(self._header(version))
+        with torch.no_grad():
+            for entry in self.manifest:
+                cast = tensors[entry.name].detach().to("cpu", self._dtype).contiguous()
+                data = cast.reshape(-1).view(torch.uint8).numpy().data
+                found = adler32(data, found)
+                file.write(data)
         return found
 
     def _header(self, version: int) -> bytes:
@@ -219,11 +214,3 @@ def _new_folder(weights_dir: Path) -> tuple[Path, int]:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
     return folder, lock
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from areal_agents.tracking.rewind import spans
 from areal_agents.tracking.tensorboard import Board
 from areal_agents.tracking.tracker import Tracker, read_metrics
 from areal_agents.tracking.trajectories import read_records, read_shard, shard_path, shards
-from areal_agents.utils.files import cut_torn_line
+from tests.small_disk import fill, small_disk
 from tests.tracking.test_trajectories import example
 
 
@@ -248,15 +245,6 @@ def test_spans() -> None:
     assert spans(shard_path(Path("x"), kind, step) for kind, step in names) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "left"), [(b"", b""), (b"a\n", b"a\n"), (b"a", b""), (b"a\nb", b"a\n"), (b"a\n" + b"b" * 200_000, b"a\n")]
-)
-def test_torn_lines(tmp_path: Path, text: bytes, left: bytes) -> None:
-    (tmp_path / "x").write_bytes(text)
-    cut_torn_line(tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == left
-
-
 # --- TensorBoard -------------------------------------------------------------------------------------------------
 
 
@@ -304,23 +292,6 @@ def test_tensorboard_keeps_kinds_whose_steps_lie_beyond_the_cut(tmp_path: Path) 
 # --- full disks and odd clocks -----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "areal-test", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False) if os.geteuid() == 0 else None
-    if done is None or done.returncode:
-        reason = "not root" if done is None else done.stderr
-        if os.environ.get("CI"):
-            pytest.fail(f"the full-disk test needs a tmpfs: {reason}")
-        pytest.skip(f"no tmpfs: {reason}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 # TensorBoard's writing thread ends with the error that its flush raises.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("tensorboard", [False, True])
@@ -330,8 +301,7 @@ def test_a_full_disk(tmp_path: Path, tensorboard: bool) -> None:
             tracker.log(1, {"loss": 1.0})
             tracker.trajectories.write([example(1.0)], step=1)
             mark = tracker.mark()
-            ballast = disk / "ballast"
-            ballast.write_bytes(b"x" * os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize)
+            ballast = fill(disk)
             tracker.trajectories.write([example(2.0)], step=2)
             with pytest.raises(ArealError, match=r"step-000002\.parquet cannot be written \(No space left") as caught:
                 tracker.flush()
@@ -360,20 +330,20 @@ def test_a_full_disk(tmp_path: Path, tensorboard: bool) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboard_on_a_full_disk_raises_at_every_row_and_hangs_at_none(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
-        folder, ballast = disk / "tensorboard", disk / "ballast"
+        folder = disk / "tensorboard"
         rows = [("train", step, 1.7e9 + step, {"loss": float(step)}) for step in range(1, 400)]  # 20 kB, 5 pages
         full = Board(folder)
         full.add(rows[0])
-        ballast.write_bytes(b"x" * os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize)
+        ballast = fill(disk)
         written = [rows[0]]
 
-        def fill() -> None:
+        def add_all() -> None:
             for row in rows[1:]:
                 full.add(row)
                 written.append(row)
 
         with pytest.raises(OSError, match="No space left"):
-            fill()
+            add_all()
         with pytest.raises(OSError, match="No space left"):
             full.add(rows[-1])
         full.close()
