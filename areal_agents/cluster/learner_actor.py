@@ -30,6 +30,7 @@ from areal_agents.cluster.watched_actor import ActorLost, ActorSilent, WatchedAc
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import ArealError, ConfigError, EngineError, LearnerLost
 from areal_agents.learner.learner import Logprobs, Metrics, TorchLearner
+from areal_agents.utils.closing import AsyncClosing
 
 Method = Literal["step", "logprobs", "sft_step", "save", "load", "export"]
 _CLOSE_SECONDS = 30.0
@@ -120,7 +121,7 @@ class LearnerActor:
             await self._made.close()
 
 
-class RemoteLearner:
+class RemoteLearner(AsyncClosing):
     """A ``TorchLearner`` on a Ray actor, with the same methods. It belongs to the event loop that started it."""
 
     def __init__(
@@ -181,12 +182,6 @@ class RemoteLearner:
             raise
         actor.watch(node, pid)
         return cls(actor, version, call_seconds=call_seconds, receivers=receivers)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.close()
 
     @property
     def version(self) -> int:

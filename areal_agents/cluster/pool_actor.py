@@ -26,8 +26,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -41,6 +40,7 @@ from areal_agents.engines.pool.pool import EnginePool
 from areal_agents.engines.pool.replica import SupervisedSettings
 from areal_agents.engines.spec import EngineSpec, process_seed
 from areal_agents.errors import ArealError, EngineError
+from areal_agents.utils.closing import AsyncClosing
 
 _POLL_SECONDS = 20.0
 _START_SECONDS = 60.0
@@ -131,7 +131,7 @@ class PoolActor(EngineHost):
         return list(self._events.items())
 
 
-class RemotePool(EngineHandle):
+class RemotePool(EngineHandle, AsyncClosing):
     """An ``Engine`` with ``resize`` on the pool's actor: ``async with await RemotePool.start(...) as pool``.
 
     Pickled, it becomes a ``PoolHandle`` for another process of the cluster.
@@ -181,14 +181,6 @@ class RemotePool(EngineHandle):
         self._update_seconds = settings.update_seconds
         self._resize_seconds = settings.resize_seconds
         self._poller = asyncio.create_task(self._poll(), name="pool-events")
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     @property
     def replicas(self) -> int:

@@ -34,6 +34,7 @@ from areal_agents.registry import EnvSpec
 from areal_agents.rollout.episode import Limits
 from areal_agents.rollout.player import EventSink, PlayerSpec, no_events
 from areal_agents.types import Task, Trajectory
+from areal_agents.utils.closing import AsyncClosing
 
 _CANCEL_SECONDS = 20.0
 _CLOSE_SECONDS = 90.0
@@ -51,7 +52,7 @@ class _Worker:
         """Its end is no loss."""
 
 
-class RolloutWorkers:
+class RolloutWorkers(AsyncClosing):
     """A pool of rollout workers: ``async with RolloutWorkers(engine, env, …) as workers: workers.player(spec)``.
 
     It belongs to the event loop that entered it.
@@ -122,9 +123,6 @@ class RolloutWorkers:
             await self.close()
             raise
         return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.close()
 
     @property
     def pids(self) -> dict[int, int]:

@@ -16,7 +16,6 @@ import signal
 import sys
 from collections import deque
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import areal_agents
@@ -25,6 +24,7 @@ from areal_agents.engines import protocol as p
 from areal_agents.engines.process_group_reaper import members
 from areal_agents.errors import ConfigError, EngineError, ModelError
 from areal_agents.types import Completion, Prompt
+from areal_agents.utils.closing import AsyncClosing
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ _GROUP_SECONDS = 8.0
 _STDERR_LINES = 30
 
 
-class EngineProcess:
+class EngineProcess(AsyncClosing):
     """What every engine with a worker process does; an async context manager that closes itself.
 
     It belongs to the event loop that started it. The worker leads a session of its own; ``close`` and ``kill`` end the
@@ -93,14 +93,6 @@ class EngineProcess:
             raise
         engine._max_context = ready.max_context
         return engine
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     @property
     def version(self) -> int:

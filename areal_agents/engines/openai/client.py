@@ -22,7 +22,6 @@ import os
 import random
 import re
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import httpx
@@ -34,6 +33,7 @@ from areal_agents.engines.openai.rate_limit import Backoff, Clock, Pace, retry_a
 from areal_agents.errors import ArealError, ConfigError, EngineError, ModelError
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Message
+from areal_agents.utils.closing import AsyncClosing
 
 _RETRIED = frozenset({408, 409, 429})
 _ERROR_BYTES = 65_536
@@ -49,7 +49,7 @@ class _Transient(Exception):
         self.after = after
 
 
-class OpenAIChat:
+class OpenAIChat(AsyncClosing):
     """A ChatModel behind an OpenAI-compatible server. An async context manager; it belongs to one event loop.
 
     model: name by which the server knows it. base_url: up to and including ``/v1``.
@@ -114,14 +114,6 @@ class OpenAIChat:
         self._transport = transport
         self._client: httpx.AsyncClient | None = None
         self._closed = False
-
-    async def __aenter__(self) -> OpenAIChat:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def close(self) -> None:
         """Close the connections; later calls raise EngineError. May be called twice."""

@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from types import TracebackType
 from typing import Self, Unpack
 
 from areal_agents.engine import Health, KVPolicy, Sampling, UpdateMode, UpdateReport, WeightsRef
@@ -41,12 +40,13 @@ from areal_agents.engines.pool.supervision import Restartable
 from areal_agents.engines.pool.update import PoolUpdate, summed
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.types import Completion, Prompt
+from areal_agents.utils.closing import AsyncClosing
 
 _MOVES = 4
 """Replicas a request may lose: one that is lost with every replica it is sent to would end them all."""
 
 
-class EnginePool:
+class EnginePool(AsyncClosing):
     """An ``Engine`` of ``replicas`` engines: ``async with EnginePool(start, replicas=2, event=...) as pool``.
 
     It belongs to the event loop that entered it.
@@ -91,11 +91,6 @@ class EnginePool:
             await self.close()
             raise
         return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     @property
     def version(self) -> int:

@@ -26,7 +26,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
-from types import TracebackType
 from typing import Self
 
 from areal_agents.engine import Health, KVPolicy, Sampling, UpdateMode, UpdateReport, WeightsRef
@@ -42,11 +41,12 @@ from areal_agents.engines.pool.supervision import (
 )
 from areal_agents.errors import ArealError, ConfigError, EngineError
 from areal_agents.types import Completion, Prompt
+from areal_agents.utils.closing import AsyncClosing
 
 _END_SECONDS = 30.0
 
 
-class SupervisedEngine:
+class SupervisedEngine(AsyncClosing):
     """An ``Engine`` around ``start() -> Restartable``: ``async with SupervisedEngine(start, event=...) as engine``.
 
     It belongs to the event loop that entered it. Refused requests (a prompt that does not fit, a missed deadline) are
@@ -108,11 +108,6 @@ class SupervisedEngine:
         self._version, self._failed = engine.version, ""
         self._serve(engine)
         return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     @property
     def version(self) -> int:

@@ -1,0 +1,19 @@
+"""``async with`` for what has a ``close``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Self
+
+
+class AsyncClosing(ABC):
+    """A base class for what is closed at the end of ``async with``."""
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
