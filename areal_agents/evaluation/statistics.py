@@ -2,14 +2,14 @@
 
 pass_at_k, pass_hat_k, clustered_interval      of attempts that share tasks
 mean_interval, sign_test                       of differences, paired by task
-spearman, kendall_tau_b                        rank correlation
+spearman                                       rank correlation
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,67 +113,23 @@ def sign_test(wins: int, losses: int) -> float:
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Spearman's ρ: Pearson's correlation of mid-ranks, so ties share their mean rank. In O(n log n).
 
-    ``x`` and ``y`` are pairs, [n]. None where it is undefined: fewer than two pairs, or all of one side equal.
+    ``x`` and ``y`` are pairs, [n]. None where it is undefined: fewer than two pairs, or all of one side equal. Raises
+    ValueError for unequal lengths or a number that is not finite.
     """
-    a, b = (_ranks(values) for values in _pairs_of(x, y))
+    if len(x) != len(y):
+        raise ValueError(f"a rank correlation needs pairs: {len(x)} and {len(y)} numbers are not equally many")
+    if not np.isfinite([*x, *y]).all():
+        raise ValueError("a rank correlation needs finite numbers: leave out NaN and infinities")
+    a, b = _ranks(x), _ranks(y)
     if len(a) < 2 or a.min() == a.max() or b.min() == b.max():
         return None
     a, b = a - a.mean(), b - b.mean()
     return float(np.clip((a @ b) / np.sqrt((a @ a) * (b @ b)), -1.0, 1.0))
 
 
-def kendall_tau_b(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Kendall's τ-b = (C − D) / √((P − T_x)(P − T_y)) over the P = n(n − 1)/2 pairs; C concordant, D discordant.
-
-    T_x and T_y count the pairs tied in x and in y (Kendall 1945). In O(n log n), by counting the inversions of y in the
-    order of x (Knight 1966).
-
-    ``x`` and ``y`` are pairs, [n]. None where it is undefined: fewer than two pairs, or all of one side equal.
-    """
-    a, b = _pairs_of(x, y)
-    order = np.lexsort((b, a))  # by x, then by y: pairs tied in x are no inversion
-    a, b = a[order], b[order]
-    pairs = len(a) * (len(a) - 1) // 2
-    tied_x, tied_y = _tied(a), _tied(b)
-    if pairs in (tied_x, tied_y):
-        return None
-    tied_both = _tied(np.unique(np.stack([a, b]), axis=1, return_inverse=True)[1].ravel())
-    # C + D = pairs tied in neither; D = inversions of y.
-    discordant = _sort_and_count(b)[1]
-    difference = pairs - tied_x - tied_y + tied_both - 2 * discordant
-    return difference / (math.sqrt(pairs - tied_x) * math.sqrt(pairs - tied_y))
-
-
-def _pairs_of(x: Sequence[float], y: Sequence[float]) -> tuple[Floats, Floats]:
-    """Both as arrays [n]. Raises ValueError for unequal lengths or a number that is not finite."""
-    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if len(a) != len(b):
-        raise ValueError(f"a rank correlation needs pairs: {len(a)} and {len(b)} numbers are not equally many")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("a rank correlation needs finite numbers: leave out NaN and infinities")
-    return a, b
-
-
-def _ranks(values: Floats) -> Floats:
+def _ranks(values: Sequence[float]) -> Floats:
     """Ranks from 1, [n]; equal values share the mean of theirs."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     ranks: Floats = (last - (counts - 1) / 2)[inverse]
     return ranks
-
-
-def _tied(values: NDArray[Any]) -> int:
-    """How many pairs of ``values`` are equal."""
-    counts = np.unique(values, return_counts=True)[1]
-    return int((counts * (counts - 1) // 2).sum())
-
-
-def _sort_and_count(values: Floats) -> tuple[Floats, int]:
-    """``values`` sorted, and the number of pairs i < j with values[i] > values[j]: a merge sort."""
-    n = len(values)
-    if n <= 32:
-        return np.sort(values), int(np.triu(values[:, None] > values[None, :], 1).sum())
-    left, below = _sort_and_count(values[: n // 2])
-    right, above = _sort_and_count(values[n // 2 :])
-    across = n // 2 * len(right) - int(np.searchsorted(left, right, side="right").sum())
-    return np.sort(np.concatenate([left, right]), kind="stable"), below + above + across
