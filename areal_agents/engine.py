@@ -83,7 +83,6 @@ class WeightsRef:
     manifest: tuple[TensorEntry, ...]
     checksum: str
     nbytes: int
-    kind: Literal["full", "lora"] = "full"
     transport: Transport = "shm"
     probe: Probe | None = None
 

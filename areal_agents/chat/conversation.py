@@ -80,7 +80,8 @@ class Conversation:
 
         By default the history ends right after the turn's completion, and ``add_observation`` comes next: the fork's
         next turn has ``parent == turn``. With ``resample=True`` it ends right before the completion: the same prompt
-        and suffix, so the fork's next turn is a sibling of ``turn``. This conversation is unchanged.
+        and suffix, so the fork's next turn is a sibling of ``turn``. This conversation is unchanged. Agent
+        endpoints need it, for agents that branch; the built-in episode does not.
         """
         if not 0 <= turn < len(self._turns):
             raise ValueError(f"turn {turn} does not exist: this conversation has {len(self._turns)} turns")
@@ -94,7 +95,10 @@ class Conversation:
         return out
 
     def restart(self, messages: Sequence[ChatMessage]) -> Conversation:
-        """A fork with an edited or summarised history: its next turn is a new root, a whole prompt (T5)."""
+        """A fork with an edited or summarised history: its next turn is a new root, a whole prompt (T5).
+
+        Context management needs it; the built-in episode ends where its context is full.
+        """
         out = self._empty()
         out._start(tuple(messages))
         return out

@@ -151,8 +151,6 @@ class EngineProcess(AsyncClosing):
         turn, ``keep`` reuses it. Raises EngineError where the weights are gone, damaged or of another model; the old
         ones then stay in use.
         """
-        if ref.kind != "full":
-            raise EngineError(f"{self.name} takes full weights, not {ref.kind}")
         if mode not in ("inflight", "interrupt", "drain") or kv not in ("recompute", "keep"):
             raise ConfigError(f"unknown update mode {mode!r} or kv {kv!r}")
         id = next(self._ids)
