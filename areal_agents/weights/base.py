@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 from typing import Protocol, Self
 
 import torch
@@ -69,21 +68,17 @@ class OpenWeights(Protocol):
         ...
 
     def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
 class LoadedWeights:
-    """Weights that were copied into a buffer of this process; a context manager."""
+    """Weights in a buffer of this process; a context manager."""
 
     def __init__(self, ref: WeightsRef, buffer: Tensor) -> None:
         self.tensors = views(buffer, ref.manifest)
 
-    def __enter__(self) -> LoadedWeights:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.tensors = {}

@@ -10,14 +10,13 @@ import contextlib
 import mmap
 import os
 from collections.abc import Mapping
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import EngineError
-from areal_agents.weights.base import check, checksum, layout, views
+from areal_agents.weights.base import LoadedWeights, check, checksum, layout, views
 
 
 class SharedWeights:
@@ -56,7 +55,7 @@ class SharedWeights:
                 self._map.close()
 
 
-class AttachedWeights:
+class AttachedWeights(LoadedWeights):
     """A read-only view of a ``WeightsRef``; a context manager. Raises EngineError when it is gone or damaged."""
 
     def __init__(self, ref: WeightsRef, *, verify: bool = True) -> None:
@@ -68,19 +67,11 @@ class AttachedWeights:
                 'of the same user and host alone; elsewhere set transport = "disk"'
             ) from error
         try:
-            self._map = mmap.mmap(fd, ref.nbytes, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
+            mapping = mmap.mmap(fd, ref.nbytes, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
         except (ValueError, OSError) as error:
             raise EngineError(f"weights v{ref.version}: {ref.nbytes} bytes cannot be mapped: {error}") from error
         finally:
             os.close(fd)
         if verify:
-            check(ref, memoryview(self._map))
-        self.tensors = views(torch.frombuffer(self._map, dtype=torch.uint8), ref.manifest)
-
-    def __enter__(self) -> AttachedWeights:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.tensors = {}
+            check(ref, memoryview(mapping))
+        super().__init__(ref, torch.frombuffer(mapping, dtype=torch.uint8))
