@@ -62,7 +62,7 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class WeightsProbe:
     """What a model with these weights says: an engine that serves them must say nearly the same.
 
     How nearly is the engine's to decide: it depends on the format that the engine computes in.
@@ -84,7 +84,7 @@ class WeightsRef:
     checksum: str
     nbytes: int
     transport: Transport = "shm"
-    probe: Probe | None = None
+    probe: WeightsProbe | None = None
 
 
 @dataclass(frozen=True, slots=True)

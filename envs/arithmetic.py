@@ -56,7 +56,7 @@ class _Story:
     answer: int
 
 
-Shape = Callable[[_Numbers, str, str], _Story]
+StoryShape = Callable[[_Numbers, str, str], _Story]
 
 
 def _given_away(n: _Numbers, name: str, item: str) -> _Story:
@@ -136,7 +136,7 @@ def _theatre(n: _Numbers, name: str, item: str) -> _Story:
     return _Story(text, f"{a}*{b}+{c}*{d}-{e}", a * b + c * d - e)
 
 
-_SHAPES: tuple[tuple[float, float, Shape], ...] = (
+_SHAPES: tuple[tuple[float, float, StoryShape], ...] = (
     (0.0, 0.4, _given_away),
     (0.0, 0.4, _per_day),
     (0.3, 1.0, _savings),

@@ -44,7 +44,7 @@ from areal_agents.utils.closing import AsyncClosing
 
 _POLL_SECONDS = 20.0
 _START_SECONDS = 60.0
-Event = tuple[str, dict[str, Any]]
+PoolEvent = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class PoolActor(EngineHost):
 
     def __init__(self) -> None:
         super().__init__()
-        self._events: dict[int, Event] = {}
+        self._events: dict[int, PoolEvent] = {}
         self._numbers = itertools.count(1)
         self._news = asyncio.Event()
         self._processes = itertools.count()
@@ -119,7 +119,7 @@ class PoolActor(EngineHost):
         self._events[next(self._numbers)] = kind, fields
         self._news.set()
 
-    async def events(self, seen: int, seconds: float) -> list[tuple[int, Event]]:
+    async def events(self, seen: int, seconds: float) -> list[tuple[int, PoolEvent]]:
         """Events after number ``seen``, which are forgotten up to there; waits up to ``seconds`` for the first."""
         for number in [n for n in self._events if n <= seen]:
             del self._events[number]

@@ -31,13 +31,13 @@ _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 3.0
 _ROUNDS = 20
 
-Process = tuple[int, int]
+RayProcess = tuple[int, int]
 """Process id and start time, which together are never used twice."""
 
 
-def of(folder: str) -> set[Process]:
+def of(folder: str) -> set[RayProcess]:
     """The processes of the Ray in ``folder``, what its actors started included."""
-    found: set[Process] = set()
+    found: set[RayProcess] = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
@@ -64,7 +64,7 @@ def _belongs(entry: Path, folder: str) -> bool:
     return False
 
 
-def end(processes: Collection[Process], seconds: float) -> list[int]:
+def end(processes: Collection[RayProcess], seconds: float) -> list[int]:
     """Wait for the end of ``processes``, and kill what is left after ``seconds``; returns what had to be killed.
 
     Blocks: call it in a thread.

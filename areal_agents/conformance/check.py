@@ -54,8 +54,8 @@ class CheckReport:
         return "\n".join([f"{self.env_id}: {'passed' if self.passed else 'FAILED'}", *lines])
 
 
-Check = Callable[[Subject], Awaitable[str]]
-CHECKS: Mapping[str, tuple[Check, tuple[str, ...]]] = {
+CheckFunction = Callable[[Subject], Awaitable[str]]
+CHECKS: Mapping[str, tuple[CheckFunction, tuple[str, ...]]] = {
     "contract": (contract.contract, ()),
     "gymnasium": (contract.gymnasium_checker, ("contract",)),
     "tasks": (contract.tasks, ("contract",)),
@@ -132,7 +132,7 @@ def _run_all(subject: Subject, found: queue.SimpleQueue[CheckResult], abandoned:
         loop.close()
 
 
-async def _run(name: str, run: Check, subject: Subject) -> CheckResult:
+async def _run(name: str, run: CheckFunction, subject: Subject) -> CheckResult:
     try:
         return CheckResult(name, "passed", await run(subject))
     except contract.Unaudited as reason:

@@ -21,7 +21,7 @@ TASKS_WITH_CHANCE = 256
 GOLD_TASKS = 16
 EXPERT_TASKS = 4
 
-Policy = Callable[[int], Script]
+ScriptOf = Callable[[int], Script]
 
 
 async def reward(subject: Subject) -> str:
@@ -48,7 +48,7 @@ async def reward(subject: Subject) -> str:
     return f"{' and '.join(scored)} earn 1; {summary}"
 
 
-def _policies(gold: Sequence[str | None]) -> dict[str, Policy]:
+def _policies(gold: Sequence[str | None]) -> dict[str, ScriptOf]:
     """Policies without skill; each maps a task's position to a script."""
     known = [g for g in gold if g is not None]
 
@@ -79,7 +79,7 @@ def _echo(shown: Observation) -> Expert:
         shown = (yield "\n".join(m.text for m in shown)) or shown
 
 
-async def _mean(subject: Subject, tasks: Sequence[Task], policy: Policy) -> float:
+async def _mean(subject: Subject, tasks: Sequence[Task], policy: ScriptOf) -> float:
     total = 0.0
     for i, task in enumerate(tasks):
         total += await _play(subject, task, i, policy(i))

@@ -219,7 +219,7 @@ class EngineProcess(AsyncClosing):
                 return True
         return False
 
-    async def _ask(self, id: int, command: p.Command, kind: type[T], seconds: float) -> T:
+    async def _ask(self, id: int, command: p.WorkerCommand, kind: type[T], seconds: float) -> T:
         """Send ``command`` and wait for its reply. Raises TimeoutError past ``seconds``."""
         if self._failure is not None:
             raise EngineError(self._failure)
@@ -232,13 +232,13 @@ class EngineProcess(AsyncClosing):
         finally:
             self._pending.pop(id, None)
 
-    def _send(self, command: p.Command) -> None:
+    def _send(self, command: p.WorkerCommand) -> None:
         """Queue a command that has no reply; nothing happens where the worker is gone."""
         stdin = self._process.stdin
         if stdin is not None and not stdin.is_closing():
             stdin.write(p.encode(command))
 
-    async def _write(self, message: p.AnySettings | p.Command) -> None:
+    async def _write(self, message: p.AnySettings | p.WorkerCommand) -> None:
         stdin = self._process.stdin
         assert stdin is not None
         try:

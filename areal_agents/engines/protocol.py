@@ -142,11 +142,11 @@ class HealthReport:
     health: Health
 
 
-Command = Generate | Cancel | Release | Update | SetThreads | AskHealth | Close
+WorkerCommand = Generate | Cancel | Release | Update | SetThreads | AskHealth | Close
 Reply = Ready | Fatal | Lost | Done | Failed | Updated | HealthReport
 
 
-def encode(message: AnySettings | Command | Reply) -> bytes:
+def encode(message: AnySettings | WorkerCommand | Reply) -> bytes:
     """One frame: an 8-byte length and a pickle."""
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return HEADER.pack(len(body)) + body

@@ -30,7 +30,7 @@ from areal_agents.toolenv import ToolEnv, without_reasoning
 from areal_agents.tracking.trajectories import Record, read_shard
 from areal_agents.types import AssistantMessage, Message, Trajectory
 
-Answer = Callable[[Record], str]
+ReadAnswer = Callable[[Record], str]
 """What the rubric gets to see of a record's final message."""
 
 
@@ -64,7 +64,7 @@ class Rescored:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class RewardFailure:
     """One episode that the reward function failed on."""
 
     episode: str
@@ -78,7 +78,7 @@ class Outcome:
     """Everything one rescoring brought, in the order of the files."""
 
     episodes: tuple[Rescored, ...]
-    failures: tuple[Failure, ...]
+    failures: tuple[RewardFailure, ...]
     skipped: int
     """Episodes without a turn: there is nothing to reward."""
     records: tuple[Record, ...]
@@ -126,7 +126,7 @@ def _find(name: str) -> Any:
         raise ConfigError(f"--reward {name}: module {module_name!r} has no {path!r}{hint}") from error
 
 
-def answer_of(run: SavedRun) -> Answer:
+def answer_of(run: SavedRun) -> ReadAnswer:
     """How the run's environment reads the answer from a final message. Raises RegistryError.
 
     An environment that overrides ``ToolEnv.answer`` is made once and asked; it needs no sandbox for that.
@@ -148,7 +148,7 @@ def plain_answer(record: Record) -> str:
     return without_reasoning(record.trajectory.turns[-1].message.text)
 
 
-def episode_of(record: Record, answer: Answer = plain_answer) -> Episode:
+def episode_of(record: Record, answer: ReadAnswer = plain_answer) -> Episode:
     """The Episode that the environment's rubric saw when the episode ended."""
     trajectory = record.trajectory
     shown = [*(turn.observation for turn in trajectory.turns), trajectory.final_observation]
@@ -179,7 +179,7 @@ async def rescore(
     paths: Sequence[Path],
     reward: RewardLike,
     *,
-    answer: Answer = plain_answer,
+    answer: ReadAnswer = plain_answer,
     concurrency: int = 64,
     keep: bool = False,
     progress: Callable[[int], None] = lambda done: None,
@@ -187,7 +187,7 @@ async def rescore(
     """Judge every episode of the shards at ``paths``; at most ``concurrency`` calls of an async reward run at once.
 
     ``keep``: return the records with their new rewards too (all of them in memory). Raises ArealError for a broken
-    shard; what the reward raises is a Failure of the outcome.
+    shard; what the reward raises is a RewardFailure of the outcome.
     """
     scorer = _Scorer(reward, answer, keep, progress)
     jobs = enumerate(record for path in paths for record in read_shard(path))
@@ -209,10 +209,10 @@ async def rescore(
 class _Scorer:
     """The state that the workers of one rescoring share; results by the episode's place."""
 
-    def __init__(self, reward: RewardLike, answer: Answer, keep: bool, progress: Callable[[int], None]) -> None:
+    def __init__(self, reward: RewardLike, answer: ReadAnswer, keep: bool, progress: Callable[[int], None]) -> None:
         self._reward, self._answer, self._keep, self._progress = reward, answer, keep, progress
         self.episodes: dict[int, Rescored] = {}
-        self.failures: dict[int, Failure] = {}
+        self.failures: dict[int, RewardFailure] = {}
         self.records: dict[int, Record] = {}
         self.skipped = 0
 
@@ -237,7 +237,7 @@ class _Scorer:
                 raise  # ours, not the author's
             summary = "".join(traceback.format_exception_only(error)).strip()
             trace = "".join(traceback.format_exception(error))
-            self.failures[place] = Failure(t.id, summary, trace)
+            self.failures[place] = RewardFailure(t.id, summary, trace)
         else:
             scored = with_verdict(t, verdict)
             new, status = tuple(turn.reward for turn in scored.turns), verdict.status

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from areal_agents.engine import Probe
+from areal_agents.engine import WeightsProbe
 from areal_agents.learner.forward import Decoder
 from areal_agents.learner.packing import pack_rows
 
@@ -23,7 +23,7 @@ def probe_ids(vocabulary: int, seed: int, n: int = PROBE_TOKENS) -> tuple[int, .
 
 
 @torch.no_grad()
-def probe(decoder: Decoder, ids: tuple[int, ...], dtype: torch.dtype) -> Probe:
+def probe(decoder: Decoder, ids: tuple[int, ...], dtype: torch.dtype) -> WeightsProbe:
     """What the model says to ``ids`` with its weights rounded to ``dtype``, as they are published.
 
     Computed in fp32, whatever the learner's precision: a difference to it is the engine's rounding, or other weights.
@@ -40,7 +40,7 @@ def probe(decoder: Decoder, ids: tuple[int, ...], dtype: torch.dtype) -> Probe:
         bias = None if head.bias is None else _round(head.bias, dtype)
         logits = nn.functional.linear(hidden[:-1].float(), weight, bias)
     logprobs_T = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
-    return Probe(ids, tuple(logprobs_T.tolist()))
+    return WeightsProbe(ids, tuple(logprobs_T.tolist()))
 
 
 def _round(tensor: Tensor, dtype: torch.dtype) -> Tensor:

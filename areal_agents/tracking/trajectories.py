@@ -37,7 +37,7 @@ SCHEMA_VERSION = 2
 _VERSION_KEY = b"areal_agents.schema_version"
 _NAME = re.compile(r"step-(\d{6,})\.parquet")
 _KIND = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
-Row = dict[str, Any]
+ParquetRow = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ def _schema() -> Any:
     return pa.schema(list(row), metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()})
 
 
-def _row(record: Record) -> Row:
+def _row(record: Record) -> ParquetRow:
     t = record.trajectory
     calls = [call for turn in t.turns for call in turn.message.tool_calls]
     return {
@@ -194,7 +194,7 @@ def _row(record: Record) -> Row:
     }
 
 
-def _record(row: Row) -> Record:
+def _record(row: ParquetRow) -> Record:
     payload = loads(row["task_payload"])
     task = Task(
         _exact(row["task_id"]), _exact(row["task_split"]), row["task_seed"], payload, _exact(row["content_hash"])
@@ -214,7 +214,7 @@ def _record(row: Row) -> Record:
     return Record(_exact(row["kind"]), row["step"], trajectory)
 
 
-def _turn_row(turn: Turn) -> Row:
+def _turn_row(turn: Turn) -> ParquetRow:
     done = turn.completion
     return {
         "prompt_suffix": turn.prompt_suffix,
@@ -234,7 +234,7 @@ def _turn_row(turn: Turn) -> Row:
     }
 
 
-def _turn(row: Row) -> Turn:
+def _turn(row: ParquetRow) -> Turn:
     return Turn(
         prompt_suffix=tuple(row["prompt_suffix"]),
         completion=Completion(tuple(row["ids"]), tuple(row["logprobs"]), tuple(row["versions"]), row["finish"]),
@@ -248,7 +248,7 @@ def _turn(row: Row) -> Turn:
     )
 
 
-def _call_row(call: ToolCall) -> Row:
+def _call_row(call: ToolCall) -> ParquetRow:
     start, end = call.token_span or (None, None)
     return {
         "id": _text(call.id),
@@ -261,23 +261,23 @@ def _call_row(call: ToolCall) -> Row:
     }
 
 
-def _call(row: Row) -> ToolCall:
+def _call(row: ParquetRow) -> ToolCall:
     start, end = row["token_start"], row["token_end"]
     span = None if start is None else (start, end)
     arguments: Mapping[str, Any] = loads(row["arguments"])
     return ToolCall(_exact(row["id"]), _exact(row["name"]), arguments, _exact(row["raw"]), row["status"], span)
 
 
-def _message_row(message: Message) -> Row:
+def _message_row(message: Message) -> ParquetRow:
     named = {"tool_call_id": _text(message.tool_call_id), "name": _text(message.name)}
     return {"role": message.role, **_parts_row(message.parts), **named}
 
 
-def _message(row: Row) -> Message:
+def _message(row: ParquetRow) -> Message:
     return Message(row["role"], _parts(row), _exact(row["tool_call_id"]), _exact(row["name"]))
 
 
-def _parts_row(parts: tuple[Part, ...]) -> Row:
+def _parts_row(parts: tuple[Part, ...]) -> ParquetRow:
     """``text`` for people; ``parts`` only where they are not exactly one text."""
     text = "".join(part.text for part in parts if isinstance(part, Text))
     single = len(parts) == 1 and isinstance(parts[0], Text)
@@ -285,7 +285,7 @@ def _parts_row(parts: tuple[Part, ...]) -> Row:
     return {"text": _text(text), "parts": None if single else dumps(plain)}
 
 
-def _parts(row: Row) -> tuple[Part, ...]:
+def _parts(row: ParquetRow) -> tuple[Part, ...]:
     if row["parts"] is None:
         return (Text(_exact(row["text"])),)
     return tuple(Text(p["text"]) if "text" in p else Image(p["image"]) for p in loads(row["parts"]))

@@ -30,12 +30,12 @@ _POLL_SECONDS = 1.0
 _LOOK_SECONDS = 0.1
 _ENDED = "the run ended before this was done"
 
-Answer = Mapping[str, Any]
+ControlReply = Mapping[str, Any]
 """JSON: whatever the handler returns, or ``error``."""
 
 
 async def answer_requests(
-    out: Path, handle: Callable[[Mapping[str, Any]], Awaitable[Answer]], *, event: Callable[..., None]
+    out: Path, handle: Callable[[Mapping[str, Any]], Awaitable[ControlReply]], *, event: Callable[..., None]
 ) -> None:
     """Answer one request after the other until cancelled. What an earlier process left unanswered is thrown away.
 
@@ -62,7 +62,7 @@ def _clear(folder: Path) -> None:
 
 
 async def _answer(
-    path: Path, handle: Callable[[Mapping[str, Any]], Awaitable[Answer]], event: Callable[..., None]
+    path: Path, handle: Callable[[Mapping[str, Any]], Awaitable[ControlReply]], event: Callable[..., None]
 ) -> None:
     reply, answer = path.with_suffix(".reply"), {"error": _ENDED}
     beating = asyncio.create_task(_beat(path.parent))
@@ -107,7 +107,7 @@ def _touch(reply: Path, n: int) -> None:
 
 async def ask(
     out: Path, request: Mapping[str, Any], *, silent_seconds: float = 90.0, message: Callable[[str], None]
-) -> Answer:
+) -> ControlReply:
     """What the run in ``out`` answers. ``message`` is told every 10 s what is waited for.
 
     Cancelling withdraws the request, unless the run has begun with it. Raises ArealError for the run's own error, for
@@ -137,7 +137,7 @@ async def ask(
     finally:
         path.unlink(missing_ok=True)
         reply.unlink(missing_ok=True)
-    answer: Answer = json.loads(text)
+    answer: ControlReply = json.loads(text)
     if "error" in answer:
         raise ArealError(str(answer["error"]))
     return answer

@@ -38,7 +38,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.weights.base import LoadedWeights, check, checksum, layout, views
-from areal_agents.weights.process_group import Broadcaster, Group, broadcast, open_group
+from areal_agents.weights.process_group import Broadcaster, BroadcastGroup, broadcast, open_group
 
 _POLL = 0.02
 """Seconds between two looks at the store: a wait in it that meets its deadline prints to stderr, a look does not."""
@@ -47,7 +47,7 @@ _SLOWEST = 25e6
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RoundLimits:
     """How long the parts of a round take at most, in seconds."""
 
     grace: float = 5.0
@@ -75,7 +75,7 @@ class BroadcastWeights:
         *,
         host: str = "127.0.0.1",
         receivers: Callable[[], int] | None = None,
-        limits: Limits | None = None,
+        limits: RoundLimits | None = None,
     ) -> None:
         """Allocate the buffer; ``fill`` opens the port.
 
@@ -89,7 +89,7 @@ class BroadcastWeights:
             raise ConfigError(f'transport = "{backend}" needs {needs}, and this process has none: set "disk" or "shm"')
         self.manifest, self.nbytes = layout(tensors.items(), dtype)
         self._backend, self._host, self._receivers = backend, host, receivers
-        self._limits = limits or Limits()
+        self._limits = limits or RoundLimits()
         self._buffer = torch.zeros(self.nbytes, dtype=torch.uint8, pin_memory=backend == "nccl")
         self._tensors = views(self._buffer, self.manifest)
         self._sender: Sender | None = None
@@ -129,7 +129,7 @@ class Sender:
     """Offers one version on a port until ``stop``: a thread that runs one round after the other."""
 
     def __init__(
-        self, buffer: Tensor, checksum: str, backend: Broadcaster, host: str, expected: int | None, limits: Limits
+        self, buffer: Tensor, checksum: str, backend: Broadcaster, host: str, expected: int | None, limits: RoundLimits
     ) -> None:
         """expected: receivers of this version, None where unknown. Raises EngineError where ``host`` is not ours."""
         self.failures: deque[str] = deque(maxlen=100)
@@ -140,7 +140,7 @@ class Sender:
         self._known = 0
         self._open: set[int] = set()
         self._stopping = threading.Event()
-        self._group: Group | None = None
+        self._group: BroadcastGroup | None = None
         try:
             listening = socket.create_server((host, 0), family=_family(host))
         except OSError as error:

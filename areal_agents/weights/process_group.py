@@ -23,7 +23,7 @@ _LAST_SECONDS = 5.0
 _POLL = 0.005
 
 
-class Group(Protocol):
+class BroadcastGroup(Protocol):
     """What is used of PyTorch's process groups."""
 
     def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions) -> Work: ...
@@ -32,7 +32,9 @@ class Group(Protocol):
 
 
 @contextlib.contextmanager
-def open_group(backend: Broadcaster, store: Store, rank: int, world: int, seconds: float, host: str) -> Iterator[Group]:
+def open_group(
+    backend: Broadcaster, store: Store, rank: int, world: int, seconds: float, host: str
+) -> Iterator[BroadcastGroup]:
     """A process group outside torch.distributed's own list; its connections end with the context.
 
     host: the address of this machine that the others reach. Raises RuntimeError where it is not formed in ``seconds``.
@@ -64,7 +66,7 @@ def open_group(backend: Broadcaster, store: Store, rank: int, world: int, second
 
 
 def broadcast(
-    group: Group, buffer: Tensor, bucket: int, end: float,
+    group: BroadcastGroup, buffer: Tensor, bucket: int, end: float,
     stopping: threading.Event | None = None,
 ) -> None:  # fmt: skip
     """Bring rank 0's ``buffer`` (flat bytes) to all, a bucket after the other. Raises RuntimeError after ``end``."""

@@ -107,7 +107,7 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class RowSegment:
     """Consecutive tokens of one row: ids at positions start .. start + len(ids) - 1."""
 
     row: int
@@ -115,7 +115,7 @@ class Segment:
     ids: Sequence[int]
 
 
-class Decoder:
+class CPUDecoder:
     """The model and the KV of ``max_batch`` rows: [layers, 2, blocks, rows, kv heads, BLOCK, head_dim].
 
     Positions are cut into blocks so that one block of rows 0..n-1 is dense: oneDNN copies what is not, at the price of
@@ -188,7 +188,7 @@ class Decoder:
         return self._logits(hidden)
 
     @torch.inference_mode()
-    def prefill(self, segments: Sequence[Segment]) -> Tensor:
+    def prefill(self, segments: Sequence[RowSegment]) -> Tensor:
         """Compute several rows' tokens in one packed pass; logits [segments, vocabulary] after each one's last."""
         shape = self.shape
         ids = torch.tensor([i for s in segments for i in s.ids])

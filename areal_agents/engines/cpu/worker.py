@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor, dtype
 
     from areal_agents.engines.cpu.architecture import Shape
-    from areal_agents.engines.cpu.decoder import Decoder, Weights
+    from areal_agents.engines.cpu.decoder import CPUDecoder, Weights
     from areal_agents.engines.cpu.sampler import Sampler
     from areal_agents.engines.cpu.scheduler import Request, Scheduler
 
@@ -57,7 +57,7 @@ Inbox = queue.SimpleQueue[object]
 class Updater(threading.Thread):
     """Attaches, verifies and packs new weights beside the loop, one update after the other."""
 
-    def __init__(self, shape: Shape, decoder: Decoder, inbox: Inbox) -> None:
+    def __init__(self, shape: Shape, decoder: CPUDecoder, inbox: Inbox) -> None:
         super().__init__(name="updater", daemon=True)
         self.updates: queue.SimpleQueue[p.Update] = queue.SimpleQueue()
         self._shape, self._dtype, self._inbox = shape, decoder.dtype, inbox
@@ -81,7 +81,7 @@ class Worker:
     """The loop. Waits for: a command when idle (unblocked by the client or the end of the pipe); never otherwise."""
 
     def __init__(
-        self, decoder: Decoder, scheduler: Scheduler, sampler: Sampler, inbox: Inbox, out: BinaryIO, updater: Updater
+        self, decoder: CPUDecoder, scheduler: Scheduler, sampler: Sampler, inbox: Inbox, out: BinaryIO, updater: Updater
     ) -> None:
         self.decoder, self.scheduler, self.sampler = decoder, scheduler, sampler
         self.inbox, self.out, self.updater = inbox, out, updater
@@ -181,14 +181,14 @@ class Worker:
     # --- steps -----------------------------------------------------------------------------------------------------
 
     def _prefill(self) -> None:
-        from areal_agents.engines.cpu.decoder import Segment
+        from areal_agents.engines.cpu.decoder import RowSegment
 
         decoding = any(request.pending == 1 for request in self.scheduler.running())
         plan = self.scheduler.prefill_plan(PREFILL_WHILE_DECODING if decoding else PREFILL_ALONE)
         if not plan:
             return
         segments = [
-            Segment(request.row, request.computed, request.ids[request.computed : request.computed + n].tolist())
+            RowSegment(request.row, request.computed, request.ids[request.computed : request.computed + n].tolist())
             for request, n in plan
         ]
         logits = self.decoder.prefill(segments)
@@ -259,7 +259,7 @@ def _read(commands: BinaryIO, inbox: Inbox) -> None:
 def _build(settings: p.Settings, inbox: Inbox, replies: BinaryIO) -> tuple[Worker, int]:
     import torch
 
-    from areal_agents.engines.cpu.decoder import Decoder, Weights
+    from areal_agents.engines.cpu.decoder import CPUDecoder, Weights
     from areal_agents.engines.cpu.sampler import Sampler
     from areal_agents.engines.cpu.scheduler import Scheduler
     from areal_agents.utils.precision import resolve_precision
@@ -270,7 +270,7 @@ def _build(settings: p.Settings, inbox: Inbox, replies: BinaryIO) -> tuple[Worke
     dtype = resolve_precision(settings.precision)
     weights = Weights.build(shape, _parameters(settings, dtype), dtype)
     trim()
-    decoder = Decoder(shape, weights, dtype, max_batch=settings.max_batch, max_context=max_context)
+    decoder = CPUDecoder(shape, weights, dtype, max_batch=settings.max_batch, max_context=max_context)
     scheduler = Scheduler(decoder, max_batch=settings.max_batch, kv_tokens=settings.kv_tokens, max_context=max_context)
     updater = Updater(shape, decoder, inbox)
     updater.start()

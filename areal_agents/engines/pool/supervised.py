@@ -32,10 +32,10 @@ from areal_agents.engine import Health, KVPolicy, Sampling, UpdateMode, UpdateRe
 from areal_agents.engines.pool.supervision import (
     Bounded,
     Life,
+    PendingUpdate,
     Restartable,
     RestartLimit,
     Threaded,
-    Update,
     answers,
     lives,
 )
@@ -96,7 +96,7 @@ class SupervisedEngine(AsyncClosing):
         self._max_context = 0
         self._ref: WeightsRef | None = None
         self._ref_valid = True
-        self._update: Update | None = None
+        self._update: PendingUpdate | None = None
         self._updates = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -170,7 +170,7 @@ class SupervisedEngine(AsyncClosing):
         weights then stay in use until the engine is lost; the next successful update heals it.
         """
         async with self._updates:
-            update = Update(ref)
+            update = PendingUpdate(ref)
             self._update = update
             self._notify()
             try:
@@ -245,7 +245,7 @@ class SupervisedEngine(AsyncClosing):
             if not self._pending:
                 self._busy.clear()
 
-    async def _apply(self, update: Update, mode: UpdateMode, kv: KVPolicy) -> UpdateReport:
+    async def _apply(self, update: PendingUpdate, mode: UpdateMode, kv: KVPolicy) -> UpdateReport:
         while True:
             while self._life is None and not update.applied.done():
                 if self._failed:
@@ -374,7 +374,7 @@ class SupervisedEngine(AsyncClosing):
             elif self._update is None and self._ref_valid:
                 return
 
-    async def _load(self, engine: Restartable, ref: WeightsRef, update: Update | None) -> UpdateReport | None:
+    async def _load(self, engine: Restartable, ref: WeightsRef, update: PendingUpdate | None) -> UpdateReport | None:
         """None where ``engine`` lives but refused ``ref``. Raises EngineError where it was lost again."""
         try:
             async with asyncio.timeout(self._update_seconds):

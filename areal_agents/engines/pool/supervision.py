@@ -59,7 +59,7 @@ class Life:
 
 
 @dataclass(eq=False, slots=True)
-class Update:
+class PendingUpdate:
     """An ``update_weights`` in progress. ``applied`` is resolved where a restart applied it."""
 
     ref: WeightsRef

@@ -27,7 +27,7 @@ _INT32 = 2**31
 
 
 @dataclass(eq=False, slots=True)
-class Request:
+class QueuedRequest:
     """One ``generate`` in the worker."""
 
     id: int
@@ -56,13 +56,13 @@ class Queue:
     vocabulary: int
     admitting: bool = True
     epoch: int = 0
-    waiting: list[Request] = field(default_factory=list)
-    running: dict[int, Request] = field(default_factory=dict)
+    waiting: list[QueuedRequest] = field(default_factory=list)
+    running: dict[int, QueuedRequest] = field(default_factory=dict)
     idle: OrderedDict[str, int] = field(default_factory=OrderedDict)
     """Tokens of KV by session, the least recently used first."""
     _sessions: set[str] = field(default_factory=set)
 
-    def submit(self, id: int, session: str, ids: Ids, sampling: Sampling) -> Request:
+    def submit(self, id: int, session: str, ids: Ids, sampling: Sampling) -> QueuedRequest:
         """Queue a request. Raises EngineError where it can never run."""
         if not ids:
             raise EngineError("the prompt is empty: at least one token id is needed")
@@ -85,14 +85,14 @@ class Queue:
             )
         if session in self._sessions:
             raise EngineError(f"session {session!r} already has a running request: one turn at a time")
-        request = Request(id, session, ids, sampling, total - len(ids), blocks)
+        request = QueuedRequest(id, session, ids, sampling, total - len(ids), blocks)
         self._sessions.add(session)
         self.waiting.append(request)
         return request
 
-    def admit(self) -> list[Request]:
+    def admit(self) -> list[QueuedRequest]:
         """Take the requests that vLLM gets now, with their salt."""
-        out: list[Request] = []
+        out: list[QueuedRequest] = []
         while self.admitting and self.waiting and len(self.running) < self.max_batch:
             request = self.waiting[0]
             if self.reserved + request.blocks > self.blocks:
@@ -105,13 +105,13 @@ class Queue:
             out.append(request)
         return out
 
-    def restart(self, request: Request) -> None:
+    def restart(self, request: QueuedRequest) -> None:
         """Put a running request back to the front: vLLM gave it up before it had sampled a token."""
         del self.running[request.id]
         request.running = False
         self.waiting = sorted([request, *self.waiting], key=lambda r: r.id)
 
-    def finish(self, request: Request, computed: int = 0) -> None:
+    def finish(self, request: QueuedRequest, computed: int = 0) -> None:
         """Take a request out. ``computed``: tokens whose KV exists and may be reused."""
         self._sessions.discard(request.session)
         if not request.running:
@@ -131,7 +131,7 @@ class Queue:
             if request.session == session:
                 request.discard = True
 
-    def update(self, *, kv: KVPolicy, cleared: bool, computed: Callable[[Request], int]) -> int:
+    def update(self, *, kv: KVPolicy, cleared: bool, computed: Callable[[QueuedRequest], int]) -> int:
         """The weights changed. Returns the number of tokens whose KV no later turn reads.
 
         cleared: vLLM's whole cache was dropped, and running requests begin anew; else, unless ``kv`` is "keep",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from areal_agents.engine import Sampling
 from areal_agents.engines import protocol as p
-from areal_agents.engines.vllm.queue import Queue, Request
+from areal_agents.engines.vllm.queue import Queue, QueuedRequest
 from areal_agents.errors import EngineError
 from areal_agents.types import Completion, Finish
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class Requests(ABC):
-    """Every request from its queue to its reply. ``worker.Server`` sends the replies, and decides on death."""
+    """Every request from its queue to its reply. ``worker.VLLMWorker`` sends the replies, and decides on death."""
 
     def __init__(self, llm: AsyncLLM, queue: Queue) -> None:
         self.llm, self.queue = llm, queue
         self.version = 0
         self.tasks: dict[int, asyncio.Task[None]] = {}
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[int, QueuedRequest] = {}
         self._held: list[p.Reply] | None = None
         self._finished_tokens = 0
         self._attempts = 0
@@ -48,14 +48,14 @@ class Requests(ABC):
             self.tasks[request.id] = task
             task.add_done_callback(partial(self._never_began, request))
 
-    def _never_began(self, request: Request, task: asyncio.Task[None]) -> None:
+    def _never_began(self, request: QueuedRequest, task: asyncio.Task[None]) -> None:
         """Clean up after a task that was cancelled before its first step: no ``finally`` of it runs."""
         if self.tasks.get(request.id) is task:
             del self.tasks[request.id], self._requests[request.id]
             self.queue.finish(request)
             self.pump()
 
-    async def _run(self, request: Request) -> None:
+    async def _run(self, request: QueuedRequest) -> None:
         """One request to its end; a restart ends the task too, and the next ``pump`` begins another one."""
         output: RequestOutput | None = None
         try:
@@ -76,7 +76,7 @@ class Requests(ABC):
         if output.outputs[0].finish_reason != "abort":
             self._reply(self._outcome(request, output.outputs[0]))
 
-    async def _sample(self, request: Request) -> RequestOutput:
+    async def _sample(self, request: QueuedRequest) -> RequestOutput:
         """Raises EngineError where vLLM refuses the request or fails on it alone."""
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
@@ -98,7 +98,7 @@ class Requests(ABC):
             raise EngineError(f"vLLM failed on the request: {type(cause).__name__}: {cause}") from error
         return last
 
-    def _outcome(self, request: Request, output: Any) -> p.Reply:
+    def _outcome(self, request: QueuedRequest, output: Any) -> p.Reply:
         if output.finish_reason not in ("stop", "length"):
             return p.Failed(request.id, f"vLLM ended the request with {output.finish_reason!r}")
         logprobs = tuple(output.logprobs.logprobs)
@@ -134,7 +134,7 @@ class Requests(ABC):
             if state.external_req_id[0].isdigit()
         }
 
-    async def give_back(self, requests: list[Request]) -> None:
+    async def give_back(self, requests: list[QueuedRequest]) -> None:
         """Take requests out of vLLM, to be admitted again. What they have sampled is lost."""
         tasks = [self.tasks[request.id] for request in requests]
         names = [

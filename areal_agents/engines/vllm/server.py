@@ -190,7 +190,7 @@ async def serve(serving: Serving, *, say: Callable[[str], None] = print, start_s
 
 @contextlib.asynccontextmanager
 async def guarded(
-    command: list[str], env: Mapping[str, str], files: Path, stop: Stop, grace: float = _GRACE_SECONDS
+    command: list[str], env: Mapping[str, str], files: Path, stop: StopSignals, grace: float = _GRACE_SECONDS
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """``python COMMAND`` as the leader of a new process group, which ends with the block, or with this process."""
     guard = [guard_script, str(files), str(grace)]
@@ -213,7 +213,7 @@ async def guarded(
 async def _run(
     process: asyncio.subprocess.Process,
     serving: Serving,
-    stop: Stop,
+    stop: StopSignals,
     say: Callable[[str], None],
     start_seconds: float,
 ) -> int:
@@ -259,7 +259,7 @@ async def _healthy(url: str, seconds: float) -> bool:
     return False
 
 
-async def _end(process: asyncio.subprocess.Process, stop: Stop, grace: float) -> None:
+async def _end(process: asyncio.subprocess.Process, stop: StopSignals, grace: float) -> None:
     """End the server and everything that it started: in order, and after the grace or a second signal at once."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
@@ -281,7 +281,7 @@ async def _end(process: asyncio.subprocess.Process, stop: Stop, grace: float) ->
     await process.wait()
 
 
-class Stop:
+class StopSignals:
     """Whether one signal came, and whether another."""
 
     def __init__(self) -> None:
@@ -292,9 +292,9 @@ class Stop:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Stop]:
-    """SIGINT and SIGTERM set ``Stop``; outside the main thread signals are left alone."""
-    stop, loop, added = Stop(), asyncio.get_running_loop(), []
+def _signals() -> Iterator[StopSignals]:
+    """SIGINT and SIGTERM set ``StopSignals``; outside the main thread signals are left alone."""
+    stop, loop, added = StopSignals(), asyncio.get_running_loop(), []
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError, RuntimeError):  # not the main thread
             loop.add_signal_handler(number, stop.on_signal)

@@ -22,7 +22,7 @@ from areal_agents.engines.weights_proof import PROBE_TOKENS, Prover
 from areal_agents.errors import EngineError
 
 if TYPE_CHECKING:
-    from areal_agents.engines.vllm.queue import Request
+    from areal_agents.engines.vllm.queue import QueuedRequest
     from areal_agents.engines.vllm.requests import Requests
 
 _OPEN_SECONDS = 240.0
@@ -139,7 +139,7 @@ class Updates:
         server, queue = self._server, self._server.queue
         sampled = server.sampled()
 
-        def computed(request: Request) -> int:
+        def computed(request: QueuedRequest) -> int:
             count = sampled.get(request.id, 0)
             return len(request.ids) + count - 1 if count else 0
 

@@ -44,7 +44,7 @@ _CALL_SECONDS = 60.0
 _WATCH_SECONDS = 0.25
 
 
-class Server(Requests):
+class VLLMWorker(Requests):
     """Commands, updates and health around the requests. Everything runs on one event loop."""
 
     def __init__(self, llm: AsyncLLM, queue: Queue, precision: str, out: BinaryIO) -> None:
@@ -188,7 +188,7 @@ def kv_bytes(config: Any, itemsize: int) -> int:
     return int(2 * config.num_hidden_layers * heads * size * itemsize)
 
 
-async def build(settings: p.VLLMSettings, out: BinaryIO) -> Server:
+async def build(settings: p.VLLMSettings, out: BinaryIO) -> VLLMWorker:
     """Start vLLM; blocks the loop for as long as it takes."""
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -212,7 +212,7 @@ async def build(settings: p.VLLMSettings, out: BinaryIO) -> Server:
         await llm.collective_rpc("areal_prepare")
         await llm.update_weight_version("0")
         await llm.get_supported_tasks()
-    return Server(llm, queue, settings.precision, out)
+    return VLLMWorker(llm, queue, settings.precision, out)
 
 
 async def run(settings: p.VLLMSettings, commands: BinaryIO, replies: BinaryIO) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from areal_agents.engine import Probe, TensorEntry, WeightsRef
+from areal_agents.engine import TensorEntry, WeightsProbe, WeightsRef
 from areal_agents.engines import process_group_reaper
 from areal_agents.engines.vllm.engine import VLLMEngine
 from areal_agents.engines.vllm.worker import engine_args, kv_blocks, kv_bytes
@@ -25,7 +25,7 @@ from areal_agents.errors import ConfigError, EngineError
 from tests.tiny_models import tiny_config, vllm_model
 
 TRUTH = (-1.0, -2.0, -3.0, -4.0)
-REF = WeightsRef(3, "", (), "", 0, probe=Probe((1, 2, 3, 4, 5), TRUTH))
+REF = WeightsRef(3, "", (), "", 0, probe=WeightsProbe((1, 2, 3, 4, 5), TRUTH))
 
 
 def off(*gaps: float) -> list[float]:
