@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -132,10 +133,21 @@ def test_the_readmes_environment_is_complete_in_under_30_lines() -> None:
     assert len([line for line in code.splitlines() if line.strip() and not line.startswith("#")]) < 30
 
 
-def test_the_readmes_map_names_every_room_and_contract_and_no_other() -> None:
-    lines = PAGES["README.md"].split("## Files")[1].split("areal_agents/ ")[1].split("envs/ tools/")[0].splitlines()
+def test_the_map_names_every_room_and_contract_and_no_other() -> None:
+    page = PAGES["docs/layout.md"]
+    lines = page.split("areal_agents/ ")[1].split("envs/ tools/")[0].splitlines()
     named = {word for line in lines[1:] for word in re.split(r" {2,}", line.strip())[0].split()}
     package = ROOT / "areal_agents"
     rooms = {f"{p.parent.name}/" for p in package.glob("*/__init__.py") if not p.parent.is_symlink()}
     contracts = {p.stem for p in package.glob("*.py") if not p.name.startswith("__")}
     assert named == rooms | contracts
+
+
+def test_the_order_of_rooms_on_the_page_is_the_one_that_is_checked() -> None:
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    shown = PAGES["docs/layout.md"].split("## Who imports whom")[1].split("## Where to add one")[0]
+    lines = [line.strip() for line in shown.splitlines() if line.startswith("    ")]
+    assert [set(re.split(r" · | ", line)) for line in lines] == [
+        set(re.split(r" [:|] ", layer)) for layer in contract["layers"]
+    ]
+
