@@ -18,7 +18,7 @@ _LAST_RESORT_SECONDS = 10.0
 
 
 class StopRequested(BaseException):
-    """Raised by ``Stop.race`` and ``Stop.check`` where a signal came. No Exception: only the run's own code may catch it."""
+    """Raised by ``Stop.race`` and ``Stop.check`` after a signal. No Exception: only the run's own code may catch it."""
 
 
 class Stop:
