@@ -39,7 +39,7 @@ from areal_agents.types import (
 from tests.tiny_tokenizer import CHATML, tiny
 
 LIMITS = Limits(
-    max_context=700, max_turn_tokens=90, max_episode_tokens=120, max_turns=8, step_timeout=20.0, request_timeout=5.0
+    max_context=700, max_turn_tokens=90, max_episode_tokens=120, max_turns=8, step_timeout=60.0, request_timeout=60.0
 )
 """The token budget is under what ``Mixed`` allows: the runner ends some of its episodes."""
 

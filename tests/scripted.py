@@ -26,7 +26,7 @@ from areal_agents.types import (
 from tests.tiny_tokenizer import CHATML, tiny
 
 LIMITS = Limits(
-    max_context=400, max_turn_tokens=20, max_episode_tokens=100, max_turns=8, step_timeout=5.0, request_timeout=5.0
+    max_context=400, max_turn_tokens=20, max_episode_tokens=100, max_turns=8, step_timeout=60.0, request_timeout=60.0
 )
 
 

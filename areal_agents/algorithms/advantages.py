@@ -1,6 +1,6 @@
 """Advantages: from a group's rewards to one number a turn.
 
-Pure functions of rewards, one an estimator, registered by name in ``ADVANTAGES``. A group is G independent episodes
+Pure functions of rewards, one an estimator, registered by name in ``registry.py``. A group is G independent episodes
 of one task; a trajectory counts once in every mean, however many turns, tokens or training rows it became.
 
 Notation: r_{i,k} reward of turn k of trajectory i (k from 0, K_i turns), R_i = Σ_k r_{i,k},
@@ -12,14 +12,17 @@ Not covered: critics, and discounting inside a turn.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from areal_agents.algorithms.registry import ADVANTAGES, Choice
 from areal_agents.errors import RewardError
+from areal_agents.types import Group
 
 STD_EPS = 1e-6
 """Added to the group's standard deviation: equal rewards give advantage 0, not 0/0."""
@@ -42,7 +45,31 @@ class EpisodeRewards:
                 raise RewardError(f"the reward of turn {k} is {reward}: rewards must be finite numbers")
 
 
-def grpo(group: Sequence[EpisodeRewards], *, normalize: bool = True) -> list[Tensor]:
+def advantages_of(group: Group, choice: Choice) -> list[Tensor]:
+    """Return the advantages of a group's episodes by the estimator of ``choice``: float32 [K_i] each, one a turn.
+
+    Raises ConfigError for an unknown estimator, ValueError where it returns another shape, what it raises itself.
+    """
+    rewards = [EpisodeRewards(tuple(t.reward for t in e.turns)) for e in group.trajectories]
+    return estimate(rewards, choice)
+
+
+def estimate(rewards: Sequence[EpisodeRewards], choice: Choice) -> list[Tensor]:
+    """Return what the estimator of ``choice`` makes of ``rewards``, and look at its shape: see ``advantages_of``."""
+    advantages: list[Tensor] = ADVANTAGES.bound(choice)(rewards)
+    shapes, expected = [tuple(a.shape) for a in advantages], [(len(e.rewards_K),) for e in rewards]
+    if shapes != expected:
+        raise ValueError(
+            f"{choice.kind} returned advantages of shapes {shapes}: expected one number a turn, {expected}"
+        )
+    return advantages
+
+
+def grpo(
+    group: Sequence[EpisodeRewards],
+    *,
+    normalize: Annotated[bool, Field(description="Divide by the group's standard deviation.")] = True,
+) -> list[Tensor]:
     """A_i = (R_i − mean(R)) / (std(R) + ε), the same for every turn of trajectory i.
 
     GRPO (2402.03300, outcome supervision). mean and std (n − 1 in its denominator) are over the group's trajectories.
@@ -62,7 +89,11 @@ def grpo(group: Sequence[EpisodeRewards], *, normalize: bool = True) -> list[Ten
     return [a.expand(len(e.rewards_K)).float() for a, e in zip(advantages_G, group, strict=True)]
 
 
-def turn_return(group: Sequence[EpisodeRewards], *, gamma: float = 1.0) -> list[Tensor]:
+def turn_return(
+    group: Sequence[EpisodeRewards],
+    *,
+    gamma: Annotated[float, Field(ge=0.0, le=1.0, description="Discount per turn.")] = 1.0,
+) -> list[Tensor]:
     """A_{i,k} = G_{i,k} − mean of G_{j,k} over the *other* trajectories j ≠ i with K_j > k.
 
     Leave-one-out REINFORCE (RLOO, 2402.14740) on turn returns. Without another trajectory alive at k the baseline is
@@ -95,7 +126,3 @@ def turn_return(group: Sequence[EpisodeRewards], *, gamma: float = 1.0) -> list[
     baseline_GK = torch.where(others_GK > 0, baseline_GK, 0.0)
     advantages_GK = (returns_GK - baseline_GK).float()
     return [advantages_GK[i, : len(e.rewards_K)].clone() for i, e in enumerate(group)]
-
-
-ADVANTAGES: Mapping[str, Callable[..., list[Tensor]]] = MappingProxyType({"grpo": grpo, "turn_return": turn_return})
-"""Estimators by the name that ``algorithm.advantage`` selects them with."""

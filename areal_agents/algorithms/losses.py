@@ -12,11 +12,10 @@ the denominator unknown until the last forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from areal_agents.algorithms.offpolicy import check_same_shape, log_ratio
@@ -36,9 +35,13 @@ def ppo(
     old_logprobs_T: Tensor,
     advantages_T: Tensor,
     *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
+    clip_low: Annotated[float, Field(gt=0.0, description="Lower clip range of the ratio.")] = 0.2,
+    clip_high: Annotated[
+        float, Field(gt=0.0, description="Upper clip range of the ratio (clip-higher: larger than ``clip_low``).")
+    ] = 0.2,
+    dual_clip: Annotated[
+        float, Field(gt=1.0, description="Bound on the loss of negative advantages, as a multiple of |A|.")
+    ] = 3.0,
 ) -> LossTerms:
     """L = max(−r·A, −clip(r, 1−ε_low, 1+ε_high)·A); for A < 0: L = min(c·|A|, that).   r = π/p
 
@@ -104,7 +107,3 @@ def episode_mean(loss_T: Tensor, mask_T: Tensor, episode_T: Tensor, tokens_E: Te
     if bool((tokens_T < 1).any()):
         raise ValueError("tokens_E counts no token for an episode that has sampled tokens: count all its rows")
     return torch.where(mask_T, loss_T / tokens_T, 0.0).sum() / episodes
-
-
-LOSSES: Mapping[str, Callable[..., LossTerms]] = MappingProxyType({"ppo": ppo})
-"""Policy losses by name."""

@@ -1,4 +1,4 @@
-"""The training objective over rows: which tokens count, what they weigh, and their PPO loss.
+"""The training objective over rows: which tokens count, what they weigh, and their loss.
 
 Bridges ``batch.Row`` (numpy, one path) and the element-wise functions of ``losses`` and ``offpolicy`` (torch, [T]).
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from areal_agents.algorithms import losses, offpolicy
 from areal_agents.algorithms.batch import Batch, Row
+from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,48 +77,85 @@ class Denominators:
         return cls(int(tokens_E.sum()), tokens_E, episodes)
 
 
-def ppo_objective(
-    logprobs_T: Tensor,
-    tokens: Tokens,
-    counts: Denominators,
-    stats: offpolicy.OffPolicyStats,
-    *,
-    correction: Literal["bypass", "decoupled"],
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    truncate: float | None,
-    token_mask: tuple[float, float] | None,
-    aggregation: Literal["token", "episode"],
-    version: int,
-    max_staleness: int | None,
-) -> Tensor:
-    """These tokens' part of the minibatch's loss, a scalar; adds their off-policy figures to ``stats``.
+class PolicyObjective:
+    """The objective that the settings choose: a loss a token, weighted by a correction, summed over a minibatch.
 
-    bypass:     Σ 1[lo ≤ π/μ ≤ hi] · ppo(π/μ, A)        decoupled:  Σ min(p/μ, C)·1[lo ≤ p/μ ≤ hi] · ppo(π/p, A)
-    over tokens not older than ``max_staleness`` (None: any age), divided by ``counts``.
+        Σ weight · loss(π/old, A)        old = p where the correction takes ``proximal_T``, else μ
+
+    bypass:     Σ 1[lo ≤ π/μ ≤ hi] · loss(π/μ, A)        decoupled:  Σ min(p/μ, C)·1[lo ≤ p/μ ≤ hi] · loss(π/p, A)
     """
-    if correction == "bypass":
-        old_T = tokens.behaviour
-        corrected = offpolicy.bypass(logprobs_T, tokens.behaviour, token_mask=token_mask)
-    else:
-        old_T = tokens.proximal
-        corrected = offpolicy.decoupled(old_T, tokens.behaviour, truncate=truncate, token_mask=token_mask)
-    terms = losses.ppo(
-        logprobs_T, old_T, tokens.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
-    )
-    kept_T, loss_T = corrected.kept_T, terms.loss_T * corrected.weight_T
-    if max_staleness is not None:
-        young_T = offpolicy.age_mask(tokens.versions, version=version, max_staleness=max_staleness)
-        kept_T, loss_T = kept_T & young_T, torch.where(young_T, loss_T, 0.0)
-    sampled_T = torch.ones_like(kept_T)
-    stats.add(
-        logprobs_T.detach(), tokens.behaviour, sampled_T, kept_T, terms.clipped_T, tokens.turns, tokens.versions,
-        version=version, episode_tokens_T=counts.tokens_E[tokens.episodes],
-    )  # fmt: skip
-    if aggregation == "token":
-        return losses.token_mean(loss_T, sampled_T, tokens=counts.tokens)
-    return losses.episode_mean(loss_T, sampled_T, tokens.episodes, counts.tokens_E, episodes=counts.episodes)
+
+    def __init__(
+        self,
+        *,
+        loss: Choice,
+        correction: Choice,
+        aggregation: Literal["token", "episode"],
+        max_staleness: int | None = None,
+    ) -> None:
+        """Look the two functions up.
+
+        Args:
+            loss: of ``registry.LOSSES``.
+            correction: of ``registry.CORRECTIONS``.
+            aggregation: mean over all sampled tokens, or over episodes of the mean over their tokens.
+            max_staleness: older tokens are masked; None: none is.
+
+        Raises:
+            ConfigError: for an unknown name or a wrong parameter.
+        """
+        self._loss, self._correction = LOSSES.bound(loss), CORRECTIONS.bound(correction)
+        self._takes = CORRECTIONS.takes(correction)
+        self._aggregation, self._max_staleness = aggregation, max_staleness
+
+    @property
+    def needs_proximal(self) -> bool:
+        """Whether log p must be there: it costs a forward pass without gradient a batch."""
+        return "proximal_T" in self._takes
+
+    def __call__(
+        self,
+        logprobs_T: Tensor,
+        tokens: Tokens,
+        counts: Denominators,
+        stats: offpolicy.OffPolicyStats,
+        *,
+        version: int,
+    ) -> Tensor:
+        """Return these tokens' part of the minibatch's loss, a scalar; their off-policy figures go to ``stats``.
+
+        Args:
+            logprobs_T: log π with gradient, float [T].
+            tokens: everything else about the T tokens.
+            counts: what the sum is divided by.
+            stats: is told of every token.
+            version: the learner's.
+
+        Raises:
+            ValueError: what the loss and the correction raise.
+        """
+        columns = {"logprobs_T": logprobs_T, "behaviour_T": tokens.behaviour, "proximal_T": tokens.proximal}
+        corrected = self._correction(**{name: columns[name] for name in self._takes})
+        old_T = tokens.proximal if self.needs_proximal else tokens.behaviour
+        terms = self._loss(logprobs_T, old_T, tokens.advantages)
+        kept_T, loss_T = corrected.kept_T, terms.loss_T * corrected.weight_T
+        if self._max_staleness is not None:
+            young_T = offpolicy.age_mask(tokens.versions, version=version, max_staleness=self._max_staleness)
+            kept_T, loss_T = kept_T & young_T, torch.where(young_T, loss_T, 0.0)
+        sampled_T = torch.ones_like(kept_T)
+        stats.add(
+            logprobs_T.detach(), tokens.behaviour, sampled_T, kept_T, terms.clipped_T, tokens.turns, tokens.versions,
+            version=version, episode_tokens_T=counts.tokens_E[tokens.episodes],
+        )  # fmt: skip
+        match self._aggregation:
+            case "token":
+                return losses.token_mean(loss_T, sampled_T, tokens=counts.tokens)
+            case "episode":
+                return losses.episode_mean(
+                    loss_T, sampled_T, tokens.episodes, counts.tokens_E, episodes=counts.episodes
+                )
+            case other:
+                raise ValueError(f"aggregation must be 'token' or 'episode', got {other!r}")
 
 
 def has_gradient(row: Row, *, version: int, max_staleness: int | None) -> bool:

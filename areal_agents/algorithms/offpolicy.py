@@ -10,12 +10,11 @@ NaN for log-probabilities that are not NaN themselves. Weights carry no gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 LOG_RATIO_BOUND = 20.0
@@ -43,7 +42,25 @@ class Correction(NamedTuple):
     """bool [T], False where masked."""
 
 
-def bypass(logprobs_T: Tensor, behaviour_T: Tensor, *, token_mask: tuple[float, float] | None) -> Correction:
+def _around_one(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not 0.0 <= bounds[0] < 1.0 < bounds[1]:
+        raise ValueError(f"the bounds {list(bounds)} must enclose 1, for example [0.5, 5.0]")
+    return bounds
+
+
+Bounds = Annotated[tuple[float, float], AfterValidator(_around_one)]
+"""Of a ratio: [lo, hi] with 0 ≤ lo < 1 < hi."""
+
+
+def bypass(
+    logprobs_T: Tensor,
+    behaviour_T: Tensor,
+    *,
+    token_mask: Annotated[Bounds | None, Field(description="Tokens whose π/μ lies outside get no gradient.")] = (
+        0.5,
+        5.0,
+    ),
+) -> Correction:
     """weight = 1[lo ≤ u ≤ hi],  u = π/μ.
 
     No proximal policy: the loss takes its ratio to the sampler, r = u, and its clip bounds the distance to the
@@ -58,7 +75,17 @@ def bypass(logprobs_T: Tensor, behaviour_T: Tensor, *, token_mask: tuple[float, 
 
 
 def decoupled(
-    proximal_T: Tensor, behaviour_T: Tensor, *, truncate: float | None, token_mask: tuple[float, float] | None
+    proximal_T: Tensor,
+    behaviour_T: Tensor,
+    *,
+    truncate: Annotated[
+        float | None,
+        Field(gt=0.0, description="Truncated importance sampling: the weight p/μ is capped at this (2 is usual)."),
+    ] = None,
+    token_mask: Annotated[Bounds | None, Field(description="Tokens whose p/μ lies outside get no gradient.")] = (
+        0.5,
+        5.0,
+    ),
 ) -> Correction:
     """weight = min(ρ, C)·1[lo ≤ ρ ≤ hi],  ρ = p/μ; with PPO on r = π/p:  L = −E[ρ·min(r·A, clip(r)·A)].
 
@@ -88,10 +115,6 @@ def age_mask(versions_T: Tensor, *, version: int, max_staleness: int) -> Tensor:
         raise ValueError(f"max_staleness = {max_staleness} must not be negative")
     _no_future(versions_T, version)
     return (versions_T >= 0) & (version - versions_T <= max_staleness)
-
-
-CORRECTIONS: Mapping[str, Callable[..., Correction]] = MappingProxyType({"bypass": bypass, "decoupled": decoupled})
-"""Corrections by the name that ``algorithm.correction`` selects them with."""
 
 
 @dataclass
@@ -208,9 +231,7 @@ def _inside(ratio_T: Tensor, bounds: tuple[float, float] | None) -> Tensor:
     """1[lo ≤ ratio ≤ hi]; all True without bounds."""
     if bounds is None:
         return torch.ones_like(ratio_T, dtype=torch.bool)
-    low, high = bounds
-    if not 0.0 <= low < 1.0 < high:
-        raise ValueError(f"token_mask = {bounds} must enclose 1, for example (0.5, 5.0)")
+    low, high = _around_one(bounds)
     return (ratio_T >= low) & (ratio_T <= high)
 
 

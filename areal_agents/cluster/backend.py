@@ -27,6 +27,7 @@ from areal_agents.cluster.pool_actor import PoolSettings, RemotePool
 from areal_agents.cluster.ray_session import Cluster, cluster
 from areal_agents.cluster.rollout_workers import RolloutWorkers
 from areal_agents.engine import Transport
+from areal_agents.engine_kind import engine_kind
 from areal_agents.registry import EnvSpec
 from areal_agents.settings.config import TrainConfig
 from areal_agents.trainer.backend import Backend, Event, engine_spec, learner_settings, receivers, salt, supervision
@@ -128,4 +129,4 @@ def _transport(config: TrainConfig, joined: Cluster) -> Transport:
     if joined.private or sum(bool(node["Alive"]) for node in ray.nodes()) == 1:
         return "shm"
     gpus = config.cluster.learner_gpus and config.cluster.engine_gpus and config.learner.device != "cpu"
-    return "nccl" if gpus and config.engine.kind == "vllm" else "disk"
+    return "nccl" if gpus and engine_kind(config.engine.kind).takes_gpus else "disk"

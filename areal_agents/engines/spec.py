@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
+from areal_agents.engine_kind import KindName, engine_kind
 from areal_agents.engines.pool.supervision import Restartable
-
-Kind = Literal["transformers", "vllm"]
-_CLASSES = {
-    "transformers": ("areal_agents.engines.cpu.engine", "TransformersEngine"),
-    "vllm": ("areal_agents.engines.vllm.engine", "VLLMEngine"),
-}
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """``Class.start(model, seed=..., **options)`` of the engine of this kind."""
 
-    kind: Kind
+    kind: KindName
     model: str
     """A folder or hub id that the engine's node can read."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -29,8 +23,7 @@ class EngineSpec:
 
     async def start(self, seed: int) -> Restartable:
         """Start a process. Imports the engine's module; raises what its ``start`` raises."""
-        module, name = _CLASSES[self.kind]
-        engine = getattr(importlib.import_module(module), name)
+        engine = engine_kind(self.kind).load()
         return cast(Restartable, await engine.start(self.model, seed=seed, **self.options))
 
 

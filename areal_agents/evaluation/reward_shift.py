@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_agents.algorithms.advantages import ADVANTAGES, EpisodeRewards
+from areal_agents.algorithms.advantages import EpisodeRewards, estimate
 from areal_agents.evaluation.rescore import Outcome, Rescored
 from areal_agents.evaluation.saved_run import columns
 from areal_agents.evaluation.statistics import spearman
@@ -187,7 +187,7 @@ def advantage_shift(episodes: Sequence[Rescored], algorithm: AlgorithmConfig) ->
         for e, old_K, new_K in zip(group, before, after, strict=True):
             tokens.update(_changed_tokens(np.array(e.tokens_K), old_K, new_K))
     return AdvantageShift(
-        algorithm.advantage,
+        algorithm.advantage.kind,
         len(groups),
         signal["skipped"],
         signal["old"],
@@ -209,12 +209,8 @@ def _changed_tokens(tokens_K: NDArray[np.int64], old_K: NDArray[np.int8], new_K:
 
 
 def _signs(rewards: Sequence[tuple[float, ...]], algorithm: AlgorithmConfig) -> list[NDArray[np.int8]]:
-    """−1, 0 or 1 a turn, as ``train.batch_of`` would have it."""
-    group = [EpisodeRewards(r) for r in rewards]
-    if algorithm.advantage == "grpo":
-        advantages = ADVANTAGES["grpo"](group, normalize=algorithm.normalize)
-    else:
-        advantages = ADVANTAGES["turn_return"](group, gamma=algorithm.gamma)
+    """−1, 0 or 1 a turn, of the advantages that training would compute."""
+    advantages = estimate([EpisodeRewards(r) for r in rewards], algorithm.advantage)
     zero = _ZERO * max(1.0, *(abs(x) for r in rewards for x in r))
     return [np.where(np.abs(a) > zero, np.sign(a), 0).astype(np.int8) for a in (t.numpy() for t in advantages)]
 

@@ -33,11 +33,11 @@ from areal_agents.algorithms import losses
 from areal_agents.algorithms.batch import Batch, Row
 from areal_agents.algorithms.objective import (
     Denominators,
+    PolicyObjective,
     Tokens,
     batch_counts,
     check_batch,
     has_gradient,
-    ppo_objective,
     sources,
     split_episodes,
 )
@@ -121,6 +121,10 @@ class TorchLearner:
         self.config, self.algorithm = learner, algorithm
         self.total_steps, self.seed, self.max_staleness = total_steps, seed, max_staleness
         self.publish_dtype = publish_dtype
+        self._policy = PolicyObjective(
+            loss=algorithm.loss, correction=algorithm.correction, aggregation=algorithm.aggregation,
+            max_staleness=max_staleness,
+        )  # fmt: skip
         self._version = 0
         self._threads = threads
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
@@ -239,7 +243,7 @@ class TorchLearner:
         ]
         proximal: dict[int, NDArray[np.float32]] = {}
         forwarded = 0
-        if self.algorithm.correction == "decoupled":
+        if self._policy.needs_proximal:
             found, forwarded = self._logprobs([batch.rows[i] for i in live], batch.temperature)
             proximal = dict(zip(live, found, strict=True))
         lr = learning_rate(version, peak=c.lr, total=self.total_steps, warmup=c.warmup_steps, schedule=c.schedule)
@@ -278,16 +282,8 @@ class TorchLearner:
         }
 
     def _objective(self, counts: Denominators, stats: OffPolicyStats) -> Objective:
-        a, version = self.algorithm, self._version
-
-        def objective(logprobs_T: Tensor, tokens: Tokens) -> Tensor:
-            return ppo_objective(
-                logprobs_T, tokens, counts, stats, correction=a.correction, clip_low=a.clip_low, clip_high=a.clip_high,
-                dual_clip=a.dual_clip, truncate=a.truncate, token_mask=a.token_mask, aggregation=a.aggregation,
-                version=version, max_staleness=self.max_staleness,
-            )  # fmt: skip
-
-        return objective
+        version = self._version
+        return lambda logprobs_T, tokens: self._policy(logprobs_T, tokens, counts, stats, version=version)
 
     def _sft_step(self, rows: tuple[Row, ...], lr: float) -> Metrics:
         start = time.perf_counter()

@@ -18,7 +18,7 @@ import torch
 
 from areal_agents.algorithms.batch import Row
 from areal_agents.engine import Engine, Transport
-from areal_agents.engines.cpu.architecture import Shape
+from areal_agents.engine_kind import engine_kind
 from areal_agents.engines.pool.replica import SupervisedSettings
 from areal_agents.engines.pool.supervision import Threaded
 from areal_agents.engines.spec import EngineSpec
@@ -88,7 +88,7 @@ def salt(resumed_at: int) -> str:
 
 def engine_spec(config: TrainConfig, model: Path, *, threads: int) -> EngineSpec:
     """How one engine is started."""
-    e = config.engine
+    e, kind = config.engine, engine_kind(config.engine.kind)
     options: dict[str, Any] = {
         "precision": "bf16" if engine_dtype(config) == torch.bfloat16 else "fp32",
         "max_batch": e.max_batch,
@@ -96,26 +96,21 @@ def engine_spec(config: TrainConfig, model: Path, *, threads: int) -> EngineSpec
         "max_context": config.model.max_context,
         "threads": threads,
     }
-    if e.kind == "vllm":
-        options |= {
-            "gpu_memory_utilization": e.gpu_memory,
-            "tensor_parallel_size": e.tensor_parallel,
-        }
-    else:
-        options["shape"] = Shape.read(model, config.model.max_context)
+    options |= {argument: getattr(e, setting) for setting, argument in kind.own.items()}
+    options |= kind.prepare(model, config.model.max_context)
     return EngineSpec(e.kind, str(model.absolute()), options)
 
 
 def engine_dtype(config: TrainConfig) -> torch.dtype:
     """What the engines compute in, decided here once: their nodes may differ from this one."""
     placed = config.cluster.backend == "ray" and config.cluster.engine_gpus > 0
-    gpu = config.engine.kind == "vllm" and (placed or torch.cuda.is_available())
+    gpu = engine_kind(config.engine.kind).takes_gpus and (placed or torch.cuda.is_available())
     return resolve_precision(config.engine.precision, gpu=gpu)
 
 
 def supervision(config: TrainConfig) -> SupervisedSettings:
-    """``SupervisedEngine``'s numbers. vLLM loads, and on GPUs compiles, for minutes."""
-    start_seconds = 900.0 if config.engine.kind == "vllm" else 300.0
+    """``SupervisedEngine``'s numbers."""
+    start_seconds = engine_kind(config.engine.kind).start_seconds
     return {
         "hang_seconds": config.engine.hang_timeout,
         "start_seconds": start_seconds,

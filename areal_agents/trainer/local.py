@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from areal_agents.engine import Transport
+from areal_agents.engine_kind import engine_kind
 from areal_agents.engines.pool.pool import EnginePool
 from areal_agents.engines.pool.supervised import SupervisedEngine
 from areal_agents.engines.pool.supervision import Restartable
@@ -43,14 +44,15 @@ async def open_local(
     resumed_at: the step that the run goes on from: its engines must not draw the random numbers of its first life.
     """
     replicas = config.engine.replicas
-    if config.engine.kind == "vllm" and replicas > 1 and torch.cuda.is_available():
+    kind = engine_kind(config.engine.kind)
+    if kind.takes_gpus and replicas > 1 and torch.cuda.is_available():
         raise ConfigError(
-            f"engine.replicas = {replicas} vLLM engines would all take the first GPU: set cluster.backend = 'ray' and "
-            "cluster.engine_gpus, which gives each its own"
+            f"engine.replicas = {replicas} {config.engine.kind} engines would all take the first GPU: set "
+            "cluster.backend = 'ray' and cluster.engine_gpus, which gives each its own"
         )
     cores = split_cores(config.engine.threads, config.learner.threads, replicas=replicas)
-    # vLLM's threads stay as many as they were at its start, so it never has the learner's.
-    threads = cores.engine if config.engine.kind == "vllm" else cores.engine_alone
+    # An engine that keeps its threads never gets the learner's.
+    threads = cores.engine if kind.fixed_threads else cores.engine_alone
     spec_of_one = await asyncio.to_thread(engine_spec, config, model, threads=threads)
     start = _starter(config, spec_of_one, salt(resumed_at))
     supervised = supervision(config)

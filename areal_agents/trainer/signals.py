@@ -18,7 +18,7 @@ _LAST_RESORT_SECONDS = 10.0
 
 
 class StopRequested(BaseException):
-    """Raised by ``Stop.race`` where a signal came first. No Exception: only the run's own code may catch it."""
+    """Raised by ``Stop.race`` and ``Stop.check`` after a signal. No Exception: only the run's own code may catch it."""
 
 
 class Stop:
@@ -36,6 +36,11 @@ class Stop:
     def request(self, number: signal.Signals) -> None:
         self.signal = number
         self._event.set()
+
+    def check(self) -> None:
+        """Raise StopRequested where a stop was asked for."""
+        if self.requested:
+            raise StopRequested
 
     async def race(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of ``work``. Where a stop comes first: cancels it, waits for its end and raises StopRequested."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from areal_agents.algorithms.registry import Choice
 from areal_agents.evaluation.rescore import Outcome, Rescored
 from areal_agents.evaluation.reward_shift import SignChanges, advantage_shift, compare
 from areal_agents.evaluation.statistics import spearman
@@ -84,16 +85,21 @@ def test_turns_of_one_episode_change_apart() -> None:
 def test_rounding_is_no_signal() -> None:
     """Ten times 0.1 leaves 1e-17 over its mean, which GRPO divides by 1e-6."""
     group = [rescored("g", "t0", (0.1,), (100.1,)) for _ in range(10)]
-    shift = advantage_shift(group, AlgorithmConfig(advantage="grpo"))
+    shift = advantage_shift(group, AlgorithmConfig(advantage=Choice("grpo")))
     assert (shift.signal_old, shift.signal_new) == (0, 0)
 
 
 @pytest.mark.parametrize(
-    "algorithm",
-    [AlgorithmConfig(), AlgorithmConfig(gamma=0.5), AlgorithmConfig(advantage="grpo"),
-     AlgorithmConfig(advantage="grpo", normalize=False)],
-)  # fmt: skip
-def test_signs_are_those_that_training_computes(algorithm: AlgorithmConfig) -> None:
+    "advantage",
+    [
+        Choice("turn_return"),
+        Choice("turn_return", {"gamma": 0.5}),
+        Choice("grpo"),
+        Choice("grpo", {"normalize": False}),
+    ],
+)
+def test_signs_are_those_that_training_computes(advantage: Choice) -> None:
+    algorithm = AlgorithmConfig(advantage=advantage)
     rewards = [(0.0, 1.0), (0.5,), (1.0, -1.0, 0.25), (0.0,)]
     trajectories = tuple(record(0, i, *r).trajectory for i, r in enumerate(rewards))
     batch = batch_of([Group("g0", TASKS[0], trajectories, 0, 0)], algorithm, 0, 1.0)

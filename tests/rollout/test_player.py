@@ -142,7 +142,7 @@ def test_places_go_to_the_least_loaded_in_the_order_of_asking() -> None:
         await asyncio.sleep(0)
         assert not idle.done()
         places.give_back("a")
-        await asyncio.wait_for(idle, 5)
+        await asyncio.wait_for(idle, 120)
 
     asyncio.run(main())
 
@@ -156,7 +156,7 @@ def test_a_place_given_to_a_cancelled_taker_goes_on() -> None:
         await asyncio.sleep(0)
         places.give_back("a")  # handed to the first ...
         one.cancel()  # ... who is cancelled before it wakes up
-        assert await asyncio.wait_for(two, 5) == "a"
+        assert await asyncio.wait_for(two, 120) == "a"
         await asyncio.gather(one, return_exceptions=True)
         assert one.cancelled()
         places.give_back("a")

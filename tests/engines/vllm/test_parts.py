@@ -114,7 +114,7 @@ def test_without_vllm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
 _LEADER = """
 import subprocess, sys, time
 sys.path.insert(0, sys.argv[1])
-from guard import start_guard
+from process_group_reaper import start_guard
 guard = start_guard(sys.argv[2])
 child = subprocess.Popen([sys.executable, "-S", "-c", "import time; print('up', flush=True); time.sleep(600)"])
 time.sleep(600)
