@@ -150,4 +150,3 @@ def test_the_order_of_rooms_on_the_page_is_the_one_that_is_checked() -> None:
     assert [set(re.split(r" · | ", line)) for line in lines] == [
         set(re.split(r" [:|] ", layer)) for layer in contract["layers"]
     ]
-
