@@ -191,7 +191,7 @@ def test_advantages_of_another_shape_are_refused() -> None:
 
 @pytest.mark.parametrize("value", [3, None, [1]])
 def test_what_is_no_choice_is_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match="algorithm|advantage|Choice"):
+    with pytest.raises(ValueError, match=r"(algorithm|advantage|Choice)"):
         AlgorithmConfig(advantage=value)
 
 
