@@ -7,9 +7,11 @@ sandbox itself failed. Implementations live in ``areal_agents.sandboxes``.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Literal, Protocol
 
 ExecStatus = Literal["ok", "error", "timeout", "oom", "output_limit"]
@@ -93,3 +95,8 @@ class SandboxBackend(Protocol):
     async def aclose(self) -> None:
         """Free pools and helper processes. Sessions still open are ended."""
         ...
+
+
+def backends() -> ModuleType:
+    """Return ``areal_agents.sandboxes``. It is imported by name and late: the core does not depend on a collection."""
+    return importlib.import_module("areal_agents.sandboxes")

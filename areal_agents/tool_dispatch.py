@@ -11,14 +11,13 @@ If the harmless command fails too, the SandboxError passes to the runner.
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from areal_agents.errors import EnvError, SandboxError
-from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec
+from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec, backends
 from areal_agents.tool import ToolResult, ToolSpec
 from areal_agents.types import ToolCall
 from areal_agents.utils.sync import on_exit
@@ -162,10 +161,8 @@ class Dispatcher:
         if self._sandbox is None:
             backend = self._backend
             if isinstance(backend, str):
-                # By name and late: the core does not import a collection.
-                sandboxes = importlib.import_module("areal_agents.sandboxes")
-                backend = sandboxes.shared(backend)
-                on_exit(sandboxes.close_shared)  # a loop of the caller's own is closed by the caller
+                backend = backends().shared(backend)
+                on_exit(backends().close_shared)  # a loop of the caller's own is closed by the caller
             if backend is None:
                 raise EnvError("a tool needs a sandbox, but the environment was made with sandbox=None")
             session: AbstractAsyncContextManager[Sandbox] = backend.session(self._sandbox_spec)

@@ -202,7 +202,7 @@ class Trajectory:
 
     @property
     def sampled_tokens(self) -> int:
-        """Without token ids (``rollout/chat_episode.py``): what the model's server reported, 0 where nothing."""
+        """Without token ids (``rollout/chat_policy.py``): what the model's server reported, 0 where nothing."""
         ids = sum(len(t.completion.ids) for t in self.turns)
         return ids or int(self.metrics.get("completion_tokens", 0))
 

@@ -11,7 +11,8 @@ from typing import Any
 from areal_agents.chat.format import ChatFormat
 from areal_agents.env import AgentEnv
 from areal_agents.errors import SandboxError
-from areal_agents.rollout.episode import Limits
+from areal_agents.rollout.episode import EpisodeDriver, Limits
+from areal_agents.rollout.token_policy import TokenPolicy
 from areal_agents.types import (
     AssistantMessage,
     Completion,
@@ -30,8 +31,7 @@ LIMITS = Limits(
 )
 
 
-def fmt() -> ChatFormat:
-    return ChatFormat(tiny(CHATML))
+FMT = ChatFormat(tiny(CHATML))
 
 
 def task(i: int = 0, **payload: Any) -> Task:
@@ -93,29 +93,28 @@ class ScriptedEnv(AgentEnv):
         self.script.closed += 1
 
 
-@dataclass
-class ScriptedPolicy:
+class ScriptedPolicy(TokenPolicy):
     """Says the same ids every turn; ``version`` labels them."""
 
-    ids: tuple[int, ...]
-    version: int = 0
-    before: Callable[[], Any] = lambda: None
-    released: list[str] = field(default_factory=list)
-    prompts: list[tuple[int, ...]] = field(default_factory=list)
+    def __init__(
+        self,
+        ids: tuple[int, ...],
+        version: int = 0,
+        limits: Limits = LIMITS,
+    ) -> None:
+        super().__init__(FMT, limits)
+        self.ids, self.version = ids, version
+        self.released: list[str] = []
+        self.prompts: list[tuple[int, ...]] = []
 
-    async def act(self, prompt: Prompt, *, max_tokens: int, session: str, deadline: float) -> Completion:
-        result = self.before()
-        if asyncio.iscoroutine(result):
-            await result
+    async def sample(self, prompt: Prompt, max_tokens: int, episode: EpisodeDriver) -> Completion:
         self.prompts.append(prompt.ids)
         ids = self.ids[:max_tokens]
         finish = "stop" if len(ids) == len(self.ids) else "length"
         return Completion(ids, (-0.5,) * len(ids), (self.version,) * len(ids), finish)  # type: ignore[arg-type]
 
-    def observe(self, observation: Observation) -> None: ...
-
-    async def release(self, session: str) -> None:
-        self.released.append(session)
+    async def close(self, episode: EpisodeDriver) -> None:
+        self.released.append(episode.id)
 
 
 def block_the_loop(seconds: float) -> None:

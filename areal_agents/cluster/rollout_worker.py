@@ -1,7 +1,7 @@
 """What runs inside a rollout worker: environments and sandboxes of many episodes, in a process of their own.
 
-    play ─▶ LocalPlayer (one a PlayerSpec) ─▶ run_episode ─▶ EnvHost: environment, sandbox
-                                                   └─▶ engine handle ─▶ engines, wherever they are
+    play ─▶ LocalPlayer (one a PlayerSpec) ─▶ EpisodeDriver ─▶ EnvHost: environment, sandbox
+                                                     └─▶ engine handle ─▶ engines, wherever they are
 
 The worker may be on another node than the engines and the driver; task, trajectory and token ids are all that travel.
 """

@@ -19,8 +19,8 @@ from typing import Any, Literal
 from areal_agents import registry
 from areal_agents.conformance import contract, isolation, reward_audit
 from areal_agents.conformance.contract import Subject
-from areal_agents.conformance.scripted_episode import close_sandboxes
 from areal_agents.errors import ArealError
+from areal_agents.sandbox import backends
 
 Status = Literal["passed", "failed", "unaudited", "skipped"]
 
@@ -147,7 +147,7 @@ async def _run(name: str, run: CheckFunction, subject: Subject) -> CheckResult:
 
 async def _clear_up() -> None:
     """Close sandboxes; give what an environment left behind a moment to end."""
-    await close_sandboxes()
+    await backends().close_shared()
     left = asyncio.all_tasks() - {asyncio.current_task()}
     for task in left:
         task.cancel()

@@ -16,16 +16,14 @@ import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
-import numpy as np
 
-from areal_agents.conformance.scripted_episode import Episode, ScriptName, finite, script_for, trace_difference
-from areal_agents.env import AgentEnv
+from areal_agents.conformance.scripted_episode import ScriptedEpisode, ScriptName, script_for, trace_difference
 from areal_agents.errors import CheckError, TemplateError
 from areal_agents.registry import EnvSpec
-from areal_agents.types import Completion, Finish, Message, StopReason, Task, content_hash
+from areal_agents.types import Completion, Finish, Task, content_hash
 
 if TYPE_CHECKING:
     from areal_agents.chat.format import ChatFormat
@@ -63,16 +61,22 @@ class Subject:
             self._sample = _first_tasks(self.spec, self.spec.splits[0], EPISODES)
         return self._sample
 
-    def episode(self, task: Task, name: ScriptName = "main") -> Episode:
+    def episode(self, task: Task, name: ScriptName = "main") -> ScriptedEpisode:
         """A new scripted episode; its seed is the task's position in the sample."""
         seed = self.sample().index(task)
-        return Episode(self.spec.make, task, seed, script_for(self.spec, task, name), self.timeout)
+        return ScriptedEpisode(self.spec.make, task, seed, script_for(self.spec, task, name), self.timeout)
+
+    async def played(self, task: Task, name: ScriptName = "main") -> ScriptedEpisode:
+        """A new scripted episode, played to its end."""
+        episode = self.episode(task, name)
+        await episode.play()
+        return episode
 
     async def alone(self, task: Task, name: ScriptName = "main") -> list[Any]:
         """The trace of the episode when nothing else happens; played once."""
         key = (task.id, name)
         if key not in self._alone:
-            self._alone[key] = (await self.episode(task, name).play()).trace
+            self._alone[key] = (await self.played(task, name)).trace
         return self._alone[key]
 
     def children(self) -> list[dict[str, Any]]:
@@ -99,20 +103,18 @@ async def contract(subject: Subject) -> str:
     await idle.close()
     names: tuple[ScriptName, ...] = ("main", "clumsy")
     for name in names:
-        episode = subject.episode(subject.sample()[0], name)
-        await episode.play()
+        episode = await subject.played(subject.sample()[0], name)
         await episode.close()  # aclose may be called twice
-        _returned_values(episode)
-        turns += len(episode.rewards)
+        _shown(episode)
+        turns += len(episode.turns)
     ended = subject.episode(subject.sample()[0], "clumsy")
     try:
         await ended.open()
-        await ended.step()
-        if not ended.done:
-            await ended.finish()
+        await ended.turn()
+        if not ended.ended:
+            await ended.finish("max_turns")
     finally:
         await ended.close()
-    _returned_values(ended)
     return f"{turns} turns, splits {', '.join(spec.splits)}"
 
 
@@ -127,24 +129,11 @@ def _first_tasks(spec: EnvSpec, split: str, count: int) -> tuple[Task, ...]:
     return found
 
 
-def _returned_values(episode: Episode) -> None:
-    for entry, result in zip(episode.trace, episode.returned, strict=True):
-        what = entry["call"]
-        info = result[-1]
-        if not isinstance(info, dict) or not all(isinstance(k, str) for k in info):
-            raise CheckError(f"{what} returned info {info!r:.120}, which is not a dict with text keys")
-        for name, value in info.get("components", {}).items():
-            finite(value, f"{what}: info['components'][{name!r}]")
-        if "stop_reason" in info and info["stop_reason"] not in get_args(StopReason):
-            raise CheckError(
-                f"{what}: info['stop_reason'] is {info['stop_reason']!r}: use {', '.join(get_args(StopReason))}"
-            )
-        if what == "astep" and not all(isinstance(x, bool | np.bool_) for x in result[2:4]):
-            raise CheckError(f"astep returned terminated {result[2]!r} and truncated {result[3]!r}: both must be bool")
-    first = episode.observations[0]
-    for k, observation in enumerate(episode.observations):
-        if not isinstance(observation, tuple) or not all(isinstance(m, Message) for m in observation):
-            raise CheckError(f"observation {k} is {observation!r:.120}: it must be a tuple of Message")
+def _shown(episode: ScriptedEpisode) -> None:
+    """Check the observations, beyond what the driver of every episode checks of returned values."""
+    observations = [*(turn.observation for turn in episode.turns), episode.observation]
+    first = observations[0]
+    for k, observation in enumerate(observations):
         if not episode.env.observation_space.contains(observation):
             raise CheckError(f"observation {k} is not in observation_space {episode.env.observation_space}")
         if k and first and observation[: len(first)] == first:
@@ -308,25 +297,24 @@ async def _prompts(subject: Subject, form: ChatFormat, name: ScriptName, cut: bo
     turns = 0
     try:
         await episode.open()
-        environment: AgentEnv = episode.env
-        talk = Conversation(form, episode.observations[0], environment.tools)
-        while not episode.done:
+        talk = Conversation(form, episode.observation, episode.tools)
+        while not episode.ended:
             prompt = talk.prompt.ids
             text = form.tokenizer.decode(list(prompt))
-            missing = [t.name for t in environment.tools if t.name not in text]
+            missing = [t.name for t in episode.tools if t.name not in text]
             if missing:
                 raise CheckError(f"the prompt does not name the tool {missing[0]!r}")
-            await episode.step()
-            ids = form.encode_turn(episode.said)
+            await episode.turn()
+            ids = form.encode_turn(episode.turns[-1].message.text)
             ids = ids[:-1] if cut and len(ids) > 1 else ids
             finish: Finish = "length" if cut else "stop"
             talk.add_completion(Completion(ids, (0.0,) * len(ids), (0,) * len(ids), finish))
-            talk.add_observation(episode.observations[-1])
+            talk.add_observation(episode.observation)
             turns += 1
             if form.history == "append" and talk.prompt.ids[: len(prompt) + len(ids)] != prompt + ids:
                 raise CheckError(f"turn {turns}: the next prompt does not extend the last one")
             shown = form.tokenizer.decode(list(talk.suffix))
-            lost = [m.text for m in episode.observations[-1] if m.text.strip() not in shown]
+            lost = [m.text for m in episode.observation if m.text.strip() not in shown]
             if lost:
                 raise CheckError(f"turn {turns}: the chat template leaves out the message {lost[0]!r:.120}")
     except TemplateError as error:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from areal_agents.conformance.contract import Subject, Unaudited
-from areal_agents.conformance.scripted_episode import Episode, Script, repeat, script_for
+from areal_agents.conformance.scripted_episode import ScriptedEpisode, repeat, script_for
 from areal_agents.env import Expert
 from areal_agents.errors import CheckError
+from areal_agents.rollout.script import Script
 from areal_agents.types import Observation, Task
 
 SLACK = 0.05
@@ -87,7 +88,9 @@ async def _mean(subject: Subject, tasks: Sequence[Task], policy: ScriptOf) -> fl
 
 
 async def _play(subject: Subject, task: Task, seed: int, script: Script) -> float:
-    return (await Episode(subject.spec.make, task, seed, script, subject.timeout).play()).total
+    episode = ScriptedEpisode(subject.spec.make, task, seed, script, subject.timeout)
+    await episode.play()
+    return episode.total
 
 
 async def _skilled(subject: Subject, tasks: Sequence[Task], gold: Sequence[str | None]) -> list[str]:

@@ -22,9 +22,11 @@ from areal_agents.errors import ConfigError
 from areal_agents.evaluation.statistics import PASS, clustered_interval, pass_at_k, pass_hat_k
 from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec
-from areal_agents.rollout.episode import EnginePolicy, Limits
+from areal_agents.rollout.chat_policy import ChatPolicy
+from areal_agents.rollout.episode import Limits
 from areal_agents.rollout.player import EpisodePlayer, EventSink, LocalPlayer, env_maker, prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
+from areal_agents.rollout.token_policy import EnginePolicy
 from areal_agents.tracking.console import clock
 from areal_agents.tracking.tracker import Tracker
 from areal_agents.types import Task, Trajectory
@@ -300,8 +302,8 @@ def _local(model: str, make_env: Callable[[], AgentEnv], sampling: Sampling, lim
         async with await TransformersEngine.start(
             folder, threads=threads, seed=seed, max_context=limits.max_context
         ) as engine:
-            policy = EnginePolicy(engine, replace(sampling, stop_ids=fmt.stop_ids))
-            yield LocalPlayer(make_env, lambda task: policy, fmt, limits, event=event)
+            how = replace(sampling, stop_ids=fmt.stop_ids)
+            yield LocalPlayer(make_env, lambda task: EnginePolicy(engine, how, fmt, limits), limits, event=event)
 
     return open
 
@@ -316,7 +318,6 @@ def _served(
 ) -> _Opener:
     """Opens a player on a chat server, which tells ``served``. Raises ConfigError at once."""
     from areal_agents.engines.openai.client import OpenAIChat
-    from areal_agents.rollout.chat_episode import ChatPlayer
 
     # As many episodes as requests run at once: a request waits for nothing but the turns of all others.
     waiting = 60.0 * server.concurrency / server.requests_per_minute if server.requests_per_minute else 0.0
@@ -332,11 +333,14 @@ def _served(
     # Twice the client's own deadline, whose message is better.
     limits = replace(limits, request_timeout=2 * (limits.request_timeout + waiting))
 
+    def policy(task: Task) -> ChatPolicy:
+        return ChatPolicy(chat, sampling, limits, seen=served.see)
+
     @contextlib.asynccontextmanager
     async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:
         async with chat:
             await chat.require_answer()
-            yield ChatPlayer(make_env, chat, sampling, limits, event=event, seen=served.see)
+            yield LocalPlayer(make_env, policy, limits, event=event)
 
     return open
 

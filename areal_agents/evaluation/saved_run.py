@@ -152,7 +152,7 @@ def episode_ids(shard: Path) -> list[str]:
 def as_sampled(message: AssistantMessage) -> AssistantMessage:
     """``message`` as the environment got it: its calls with the status that their text alone has.
 
-    The saved message says besides which calls the environment refused (``rollout/episode.py``).
+    The saved message says besides which calls the environment refused (``rollout/env_results.py``).
     """
     return replace(message, tool_calls=tuple(_as_sampled(call) for call in message.tool_calls))
 

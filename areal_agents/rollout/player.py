@@ -6,7 +6,6 @@ on a thread of its own; a ``PlayerSpec`` is plain data and builds one wherever i
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +19,9 @@ from areal_agents.errors import ConfigError, FailureBudgetError, InfraError
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.demonstrations import ExpertPolicy
 from areal_agents.rollout.env_host import EnvHost, HostLost
-from areal_agents.rollout.episode import EnginePolicy, Limits, Policy, run_episode
-from areal_agents.sandbox import SandboxBackend
+from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy
+from areal_agents.rollout.token_policy import EnginePolicy
+from areal_agents.sandbox import SandboxBackend, backends
 from areal_agents.types import Task, Trajectory
 
 EventSink = Callable[..., None]
@@ -50,29 +50,41 @@ class EpisodePlayer(Protocol):
         ...
 
 
-class HostPlayer:
-    """Keeps environments on an ``EnvHost`` of this process, which is replaced when an environment wedges it.
+class LocalPlayer:
+    """Keeps environments on an ``EnvHost`` of this process, which is replaced when an environment wedges it."""
 
-    event: is told host_lost (an innocent episode starts again, at no cost), host_replaced and close_failed.
-    """
+    def __init__(
+        self,
+        make_env: Callable[[], AgentEnv],
+        policy: Callable[[Task], Policy],
+        limits: Limits,
+        *,
+        event: EventSink = no_events,
+    ) -> None:
+        """Start the first host.
 
-    def __init__(self, make_env: Callable[[], AgentEnv], limits: Limits, *, event: EventSink = no_events) -> None:
-        self._make_env, self._limits, self._event = make_env, limits, event
+        Args:
+            make_env: makes the environment of one attempt, on the host.
+            policy: makes whoever takes the turns of one attempt at the task.
+            limits: of every episode; the policy keeps those on tokens.
+            event: is told host_lost (an innocent episode starts again, at no cost), host_replaced and close_failed.
+        """
+        self._make_env, self._policy, self._limits, self._event = make_env, policy, limits, event
         self._host = EnvHost()
         self._hosts_lost = 0
 
     async def play(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory:
         """One attempt; see ``EpisodePlayer``. Raises FailureBudgetError where hosts are lost again and again."""
         while True:
-            host = self._healthy_host()
+            episode = EpisodeDriver(
+                self._make_env, task, self._policy(task), self._healthy_host(), id=id, seed=seed,
+                step_timeout=self._limits.step_timeout, max_turns=self._limits.max_turns,
+            )  # fmt: skip
             try:
-                return await self._attempt(task, host, id=id, group=group, seed=seed)
+                await episode.play()
+                return episode.trajectory(group)
             except HostLost:
                 self._event("host_lost", episode=id, task=task.id)
-
-    async def _attempt(self, task: Task, host: EnvHost, *, id: str, group: str, seed: int) -> Trajectory:
-        """One attempt on ``host``. Raises HostLost, besides what ``play`` raises."""
-        raise NotImplementedError
 
     def _healthy_host(self) -> EnvHost:
         if self._host.wedged:
@@ -89,34 +101,9 @@ class HostPlayer:
     async def close(self) -> None:
         """End what environments share (sandbox pools) and stop the host."""
         try:
-            await self._host.close(_close_sandboxes)
+            await self._host.close(backends().close_shared)
         except InfraError as error:  # noted, not raised: it must not hide why the run ends
             self._event("close_failed", error=type(error).__name__, detail=str(error))
-
-
-class LocalPlayer(HostPlayer):
-    """Plays turns of token ids. ``policy``: whoever takes those of one attempt at the task; called once an attempt."""
-
-    def __init__(
-        self,
-        make_env: Callable[[], AgentEnv],
-        policy: Callable[[Task], Policy],
-        fmt: ChatFormat,
-        limits: Limits,
-        *,
-        event: EventSink = no_events,
-    ) -> None:
-        super().__init__(make_env, limits, event=event)
-        self._policy, self._fmt = policy, fmt
-
-    async def _attempt(self, task: Task, host: EnvHost, *, id: str, group: str, seed: int) -> Trajectory:
-        return await run_episode(
-            self._make_env, task, self._policy(task), self._fmt, self._limits, id=id, group=group, seed=seed, host=host
-        )
-
-
-async def _close_sandboxes() -> None:
-    await importlib.import_module("areal_agents.sandboxes").close_shared()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,15 +133,14 @@ class PlayerSpec:
         make_env = env_maker(self.env, sandbox=self.sandbox, kwargs=self.kwargs)
 
         def policy(task: Task) -> Policy:
-            return self._expert(task, fmt) if self.policy == "expert" else EnginePolicy(engine, self.sampling)
+            if self.policy == "engine":
+                return EnginePolicy(engine, self.sampling, fmt, self.limits)
+            expert = self.env.expert(task)
+            if expert is None:
+                raise ConfigError(f"{self.env.id} has no expert: set warm_start.demonstrations = 0")
+            return ExpertPolicy(expert, task, fmt, self.limits)
 
-        return LocalPlayer(make_env, policy, fmt, self.limits, event=event)
-
-    def _expert(self, task: Task, fmt: ChatFormat) -> Policy:
-        expert = self.env.expert(task)
-        if expert is None:
-            raise ConfigError(f"{self.env.id} has no expert: set warm_start.demonstrations = 0")
-        return ExpertPolicy(expert, fmt)
+        return LocalPlayer(make_env, policy, self.limits, event=event)
 
 
 def env_maker(spec: EnvSpec, *, sandbox: str, kwargs: Mapping[str, Any]) -> Callable[[], AgentEnv]:
@@ -170,7 +156,7 @@ async def prove_sandbox(spec: EnvSpec, sandbox: str) -> None:
     cls = spec.env_class()
     if "sandbox" not in inspect.signature(cls).parameters or not any(t.needs_sandbox for t in cls.tools):
         return
-    backend: SandboxBackend = importlib.import_module("areal_agents.sandboxes").get(sandbox)
+    backend: SandboxBackend = backends().get(sandbox)
     try:
         await backend.probe()
     finally:
