@@ -1,4 +1,4 @@
-"""``async with`` for what has a ``close``."""
+"""A base class that gives ``async with`` to classes with a ``close``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Self
 
 
 class AsyncClosing(ABC):
-    """A base class for what is closed at the end of ``async with``."""
+    """A base class for objects that ``async with`` closes at its end."""
 
     @abstractmethod
     async def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""Writing files so that a killed process or a full disk leaves them whole."""
+"""Functions that write files so that a killed process or a full disk leaves them whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from areal_agents.errors import ArealError
 
 
 def unwritable(path: Path, error: OSError) -> ArealError:
-    """The error for a file of a run that cannot be written: path, reason, next action."""
+    """Return the error for a file of a run that cannot be written, with path, reason and next action."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     action = "free some space on that disk" if full else "make it writable"
     reason = error.strerror or str(error)
@@ -23,7 +23,10 @@ def unwritable(path: Path, error: OSError) -> ArealError:
 
 
 def append_whole(file: io.FileIO, data: bytes) -> None:
-    """Append ``data`` to an unbuffered file, or nothing of it. Raises OSError."""
+    """Append ``data`` to an unbuffered file, or nothing of it.
+
+    Raises OSError.
+    """
     end = os.fstat(file.fileno()).st_size
     left = memoryview(data)
     try:
@@ -35,7 +38,10 @@ def append_whole(file: io.FileIO, data: bytes) -> None:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Remove what follows the last newline: the line a killed process was writing. Raises OSError."""
+    """Remove what follows the last newline, which is the line that a killed process was writing.
+
+    Raises OSError.
+    """
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -56,9 +62,10 @@ def cut_torn_line(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Give a file to fill: on a clean exit it is on the disk and at ``path``, else ``path`` is as before.
+    """Give a file to fill, which takes the place of ``path`` on a clean exit.
 
-    One process at a time may write to ``path``. Raises OSError.
+    It is on the disk then. Without a clean exit ``path`` is as before. One process at a time may write to ``path``.
+    Raises OSError.
     """
     new = path.with_name(f".{path.name}.tmp")
     try:
@@ -74,16 +81,21 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by a file with ``text``; readers and crashes see the old content or the new. Raises OSError."""
+    """Replace ``path`` by a file with ``text``.
+
+    Readers and crashes see the old content or the new. Raises OSError.
+    """
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a new folder to fill; on a clean exit it is on the disk and at ``path``, else it is gone.
+    """Give a new folder to fill, which takes the place of ``path`` on a clean exit.
 
-    A folder already at ``path`` is replaced: it is moved aside first, so a crash between two renames leaves it under
+    It is on the disk then. Without a clean exit it is gone.
+
+    A folder already at ``path`` is replaced. It is moved aside first, so a crash between two renames leaves it under
     ``.NAME.old-PID`` beside the complete new one, ``.NAME.tmp-PID``.
     """
     path = path.absolute()
@@ -108,10 +120,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk. Raises OSError.
+    """Flush a file, or the names in a folder, to the disk.
 
-    Without it for folders a power cut may undo a rename and keep what came after it: a commit that names a removed
-    checkpoint.
+    Folders need it too. A power cut may else undo a rename and keep what came after it, such as a commit that names a
+    removed checkpoint. Raises OSError.
     """
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Ending with the parent process."""
+"""A request to Linux that ends this process with its parent."""
 
 from __future__ import annotations
 

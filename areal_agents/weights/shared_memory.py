@@ -1,7 +1,7 @@
-"""Weights in shared memory: one flat buffer a version, described by a ``WeightsRef``.
+"""Weights in shared memory, one flat buffer a version, described by a ``WeightsRef``.
 
-The buffer is an anonymous memory file (``memfd_create``): its locator ``/proc/<pid>/fd/<n>`` is readable by
-processes of the same user and it vanishes with its owner, so no crash can leave shared memory behind.
+The buffer is an anonymous memory file (``memfd_create``). Its locator ``/proc/<pid>/fd/<n>`` is readable by processes
+of the same user. It vanishes with its owner, so no crash can leave shared memory behind.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from areal_agents.weights.base import LoadedWeights, check, checksum, layout, vi
 
 
 class SharedWeights:
-    """One writable buffer, owned by the learner's process."""
+    """A writable buffer, owned by the learner's process."""
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.manifest, self.nbytes = layout(tensors.items(), dtype)
@@ -44,7 +44,10 @@ class SharedWeights:
         )
 
     def close(self) -> None:
-        """Drop the owner's mapping and descriptor; readers keep theirs until they close."""
+        """Drop the owner's mapping and descriptor.
+
+        Readers keep theirs until they close.
+        """
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -56,7 +59,10 @@ class SharedWeights:
 
 
 class AttachedWeights(LoadedWeights):
-    """A read-only view of a ``WeightsRef``; a context manager. Raises EngineError when it is gone or damaged."""
+    """A read-only view of a ``WeightsRef``, as a context manager.
+
+    Raises EngineError when the weights are gone or damaged.
+    """
 
     def __init__(self, ref: WeightsRef, *, verify: bool = True) -> None:
         try:
