@@ -55,7 +55,7 @@ class EngineProcess(AsyncClosing):
     update_seconds: ClassVar[float] = 300.0
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
-        """Use the engine's ``start``."""
+        """Take over ``process``. Callers use the engine's ``start`` instead."""
         self._process = process
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)

@@ -4,7 +4,7 @@ It is pure bookkeeping, without asyncio, Ray or a clock.
 
 A session stays on the replica that it was given first, where its prefix is cached. A new session, and one whose replica
 is gone, goes to the least loaded replica: the fewest sessions, then the fewest running requests, then the lowest index.
-Sessions count first because each of them comes back for its next turn; what runs at this moment only breaks ties.
+Sessions count first because each of them comes back for its next turn. What runs at this moment only breaks ties.
 """
 
 from __future__ import annotations
