@@ -1,4 +1,7 @@
-"""The facts of the ``transformers`` engine; importing them imports no torch."""
+"""The facts of the ``transformers`` engine.
+
+Importing them imports no torch.
+"""
 
 from __future__ import annotations
 

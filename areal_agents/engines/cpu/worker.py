@@ -5,7 +5,7 @@
          └─ updater thread: attach, verify, pack ┘ swapped in between two decode steps
 
 The process ends when its parent does: the pipe closes (also while decoding), and Linux sends SIGKILL as a second means.
-Stray prints go to stderr; descriptors 0 and 1 are moved away before anything else runs.
+Stray prints go to stderr, because descriptors 0 and 1 are moved away before anything else runs.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from areal_agents.engines.cpu.scheduler import Request, Scheduler
 
 PREFILL_WHILE_DECODING = 256
-"""Prompt tokens computed between two decode steps: running requests stall for a fraction of a second at most."""
+"""Prompt tokens computed between two decode steps. Running requests stall for a fraction of a second at most."""
 PREFILL_ALONE = 1024
 _PIPE_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
 class Prepared:
-    """What the updater thread hands to the loop."""
+    """New weights on their way from the updater thread to the loop, or the error that they met."""
 
     update: p.Update
     weights: Weights | None
@@ -55,7 +55,7 @@ Inbox = queue.SimpleQueue[object]
 
 
 class Updater(threading.Thread):
-    """Attaches, verifies and packs new weights beside the loop, one update after the other."""
+    """The thread that attaches, verifies and packs new weights beside the loop, one update after the other."""
 
     def __init__(self, shape: Shape, decoder: CPUDecoder, inbox: Inbox) -> None:
         super().__init__(name="updater", daemon=True)
@@ -78,7 +78,10 @@ class Updater(threading.Thread):
 
 
 class Worker:
-    """The loop. Waits for: a command when idle (unblocked by the client or the end of the pipe); never otherwise."""
+    """The loop that takes commands, decodes and replies.
+
+    Waits for: a command when idle, unblocked by the client or the end of the pipe. It never waits otherwise.
+    """
 
     def __init__(
         self, decoder: CPUDecoder, scheduler: Scheduler, sampler: Sampler, inbox: Inbox, out: BinaryIO, updater: Updater
@@ -138,6 +141,7 @@ class Worker:
                 self.updater.updates.put(command)
             case Prepared(weights=None):
                 self.send(p.Failed(command.update.id, command.error))
+            # Behind an update that drains the next ones wait too, whatever their mode: versions keep their order.
             case Prepared() if self._draining or (command.update.mode == "drain" and self.scheduler.running()):
                 self.scheduler.admitting = False
                 self._draining.append(command)
@@ -217,7 +221,7 @@ class Worker:
         tokens, logprobs = self.sampler.sample(logits, [request.sampling for request in requests], generators)
         self.sampled += len(requests)
         for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
-            if logprob != logprob:
+            if logprob != logprob:  # NaN
                 self._fail_non_finite(request)
                 continue
             finish = request.append(token, logprob, self.scheduler.version)
@@ -228,13 +232,13 @@ class Worker:
 
     def _fail_non_finite(self, request: Request) -> None:
         self._generators.pop(request.id, None)
-        self.decoder.wipe(request.row)
+        self.decoder.wipe(request.row)  # NaN in its KV would reach the row's next request through masked positions
         self.scheduler.cancel(request.id)
         self.send(p.Failed(request.id, f"the model's logits are not finite at version {self.scheduler.version}"))
 
 
 def take_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """The protocol's streams, on descriptors that no library prints to."""
+    """Return the protocol's streams, on descriptors that no library prints to."""
     commands = os.fdopen(os.dup(0), "rb")
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     null = os.open(os.devnull, os.O_RDONLY)

@@ -1,4 +1,7 @@
-"""The facts of the ``vllm`` engine; importing them imports no vLLM."""
+"""The facts of the ``vllm`` engine.
+
+Importing them imports no vLLM.
+"""
 
 from __future__ import annotations
 
