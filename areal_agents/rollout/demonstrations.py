@@ -14,7 +14,10 @@ from areal_agents.types import Completion, Observation, Prompt, Trajectory
 
 @dataclass(slots=True)
 class ExpertPolicy:
-    """Plays what ``AgentEnv.expert`` yields. Its tokens were never sampled: log-probability 0, version 0."""
+    """A policy that plays what ``AgentEnv.expert`` yields.
+
+    Its tokens were never sampled, so they have log-probability 0 and version 0.
+    """
 
     expert: Expert
     fmt: ChatFormat
@@ -22,6 +25,11 @@ class ExpertPolicy:
     _observation: Observation = field(default_factory=tuple)
 
     async def act(self, prompt: Prompt, *, max_tokens: int, session: str, deadline: float) -> Completion:
+        """Play the expert's next turn.
+
+        The arguments are those of every ``Policy``. An expert reads none of them: it answers the last observation.
+        Raises EnvError where it stopped before the environment ended the episode.
+        """
         try:
             text = self.expert.send(self._observation) if self._started else next(self.expert)
         except StopIteration as error:
@@ -38,7 +46,10 @@ class ExpertPolicy:
 
 
 def demonstration_rows(trajectories: Sequence[Trajectory]) -> list[Row]:
-    """Rows whose mask covers the expert's tokens. Raises ConfigError where a demonstration earned nothing."""
+    """Build rows whose mask covers the expert's tokens.
+
+    Raises ConfigError where a demonstration earned nothing.
+    """
     failed = [t.task.id for t in trajectories if t.reward <= 0]
     if failed:
         raise ConfigError(
