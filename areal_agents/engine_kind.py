@@ -1,4 +1,7 @@
-"""What a run must know of an engine before one is started. Each engine states it in its own folder (``kind.py``)."""
+"""The facts that a run must know of an engine before one is started.
+
+Each engine states them in its own folder (``kind.py``).
+"""
 
 from __future__ import annotations
 
@@ -44,11 +47,11 @@ class EngineKind:
 
 
 def engine_kind(name: KindName) -> EngineKind:
-    """Look up an engine's facts. Imports no engine."""
+    """Look up an engine's facts, and import no engine."""
     found: EngineKind = importlib.import_module(_PLACES[name]).KIND
     return found
 
 
 def owner_of(setting: str) -> KindName | None:
-    """Name the engine that alone reads ``engine.SETTING``; None where all do."""
+    """Name the engine that alone reads ``engine.SETTING``, or return None where all do."""
     return next((name for name in get_args(KindName) if setting in engine_kind(name).own), None)

@@ -1,11 +1,11 @@
-"""Running the tool calls of one message, in one sandbox session an episode.
+"""The dispatch of one message's tool calls, in one sandbox session an episode.
 
     calls ─▶ check (known tool, valid arguments) ─▶ run, neighbours in parallel where they allow it ─▶ results in order
 
-Whose failure it is, when the sandbox itself fails under a call: the call is replayed once in a fresh session, after
-the episode's earlier calls were run again to restore its files. If it fails again while a harmless command succeeds,
-the call is what breaks the sandbox: the model gets an error text. Otherwise a model would learn to kill its sandbox.
-If the harmless command fails too, the SandboxError passes to the runner.
+Whose failure is it, when the sandbox itself fails under a call? The call is replayed once in a fresh session, after the
+episode's earlier calls were run again to restore its files. If it fails again while a harmless command succeeds, the
+call is what breaks the sandbox, and the model gets an error text. Otherwise a model would learn to kill its sandbox. If
+the harmless command fails too, the SandboxError passes to the runner.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class _Ready:
 
 
 class Dispatcher:
-    """Checks and runs calls; owns the sandbox session, which is opened at the first call that needs one."""
+    """The runner of an episode's tool calls, which checks them and owns the sandbox session.
+
+    The session is opened at the first call that needs one.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,17 @@ class Dispatcher:
         sandbox_spec: SandboxSpec,
         models: Mapping[str, Any],
     ) -> None:
+        """Take the tools of one environment.
+
+        Args:
+            tools: what the model may call.
+            sandbox: a backend or the name of one; None where no tool needs it.
+            sandbox_spec: what a session may use.
+            models: passed to tools that ask for ``models``.
+
+        Raises:
+            EnvError: for two tools of the same name.
+        """
         self._tools = {spec.name: spec for spec in tools}
         if len(self._tools) != len(tools):
             raise EnvError(f"two tools have the same name: {', '.join(spec.name for spec in tools)}")
@@ -62,7 +76,10 @@ class Dispatcher:
         """How often a fresh session saved a call in this episode."""
 
     async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
-        """One result a call, in the calls' order. Raises SandboxError and EnvError; policy errors are results."""
+        """Run the calls of one message, and return one result for each, in order.
+
+        Raises SandboxError and EnvError. Policy errors are results.
+        """
         checked = [self.check(call) for call in calls]
         results: list[ToolResult] = []
         while len(results) < len(checked):
@@ -74,7 +91,7 @@ class Dispatcher:
         return results
 
     def check(self, call: ToolCall) -> _Ready | ToolResult:
-        """The call ready to run, or the error text that tells the model what to write instead."""
+        """Make a call ready to run, or write the error text that tells the model what to write instead."""
         usage = 'Write <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
         if call.status == "unclosed":
             return ToolResult(f"error: the call has no closing </tool_call>. {usage}", "malformed")
@@ -96,7 +113,10 @@ class Dispatcher:
         return _Ready(spec, arguments)
 
     async def aclose(self) -> None:
-        """Close the session and forget its calls. May be called twice."""
+        """Close the session and forget its calls.
+
+        May be called twice.
+        """
         self._journal, self.replays = [], 0
         await self._close_session()
 
@@ -140,6 +160,7 @@ class Dispatcher:
             if isinstance(again, ToolResult):
                 self.replays += 1
                 return again
+            # A harmless command and the earlier calls: where they succeed, this call is what breaks the sandbox.
             await self._restore_session()
         except SandboxError as error:
             error.tool = entry.spec.name
@@ -147,7 +168,10 @@ class Dispatcher:
         return ToolResult("error: this call made the sandbox fail twice; do something else", "sandbox_failed")
 
     async def _restore_session(self) -> None:
-        """A fresh session in which the episode's earlier calls ran again. Raises SandboxError if it is broken too."""
+        """Open a fresh session and run the episode's earlier calls in it again.
+
+        Raises SandboxError if it is broken too.
+        """
         with suppress(SandboxError):  # it failed already
             await self._close_session()
         sandbox = await self._open_session()

@@ -1,6 +1,6 @@
 """The training objective over rows: which tokens count, what they weigh, and their loss.
 
-Bridges ``batch.Row`` (numpy, one path) and the element-wise functions of ``losses`` and ``offpolicy`` (torch, [T]).
+It bridges ``batch.Row`` (numpy, one path) and the element-wise functions of ``losses`` and ``offpolicy`` (torch, [T]).
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, Choice
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The sampled tokens of some rows, one after another; every field is [T]."""
+    """The sampled tokens of some rows, one after another.
+
+    Every field is [T].
+    """
 
     ids: Tensor
     behaviour: Tensor
@@ -36,7 +39,11 @@ class Tokens:
 
     @classmethod
     def of(cls, rows: Sequence[Row], proximal: Sequence[NDArray[np.float32]] | None) -> Tokens:
-        """``proximal``: for each row log p [T], where the row's mask is True."""
+        """Collect the sampled tokens of ``rows``.
+
+        ``proximal`` holds log p for each row, float [T], where the row's mask is True. It is None without a proximal
+        policy.
+        """
 
         def column(parts: list[NDArray[np.generic]]) -> Tensor:
             return torch.from_numpy(np.concatenate(parts))
@@ -61,7 +68,10 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Denominators:
-    """Counts over a whole minibatch, rows without a gradient included, so that any split adds up to the same loss."""
+    """The counts over a whole minibatch, rows without a gradient included.
+
+    So any split into micro-batches adds up to the same loss.
+    """
 
     tokens: int
     tokens_E: Tensor
@@ -70,7 +80,7 @@ class Denominators:
 
     @classmethod
     def of(cls, rows: Sequence[Row], *, total_episodes: int, episodes: int) -> Denominators:
-        """``rows`` of a minibatch of ``episodes`` episodes out of a batch of ``total_episodes``."""
+        """Count the ``rows`` of a minibatch of ``episodes`` episodes, out of a batch of ``total_episodes``."""
         tokens_E = torch.zeros(total_episodes, dtype=torch.int64)
         for row in rows:
             tokens_E[row.episode] += int(row.mask.sum())
@@ -122,7 +132,9 @@ class PolicyObjective:
         *,
         version: int,
     ) -> Tensor:
-        """Return these tokens' part of the minibatch's loss, a scalar; their off-policy figures go to ``stats``.
+        """Return these tokens' part of the minibatch's loss, a scalar.
+
+        Their off-policy figures go to ``stats``.
 
         Args:
             logprobs_T: log π with gradient, float [T].
@@ -142,6 +154,7 @@ class PolicyObjective:
         if self._max_staleness is not None:
             young_T = offpolicy.age_mask(tokens.versions, version=version, max_staleness=self._max_staleness)
             kept_T, loss_T = kept_T & young_T, torch.where(young_T, loss_T, 0.0)
+        # All of them, masked or not: a masked token still counts in the denominator (``losses`` says why).
         sampled_T = torch.ones_like(kept_T)
         stats.add(
             logprobs_T.detach(), tokens.behaviour, sampled_T, kept_T, terms.clipped_T, tokens.turns, tokens.versions,
@@ -159,7 +172,10 @@ class PolicyObjective:
 
 
 def has_gradient(row: Row, *, version: int, max_staleness: int | None) -> bool:
-    """Whether any token of ``row`` can contribute a gradient: advantage not 0 and not over age."""
+    """Say whether any token of ``row`` can contribute a gradient.
+
+    Such a token has an advantage that is not 0, and is not over age.
+    """
     live = row.mask & (row.advantages != 0)
     if max_staleness is not None:
         live &= version - row.versions <= max_staleness
@@ -167,16 +183,25 @@ def has_gradient(row: Row, *, version: int, max_staleness: int | None) -> bool:
 
 
 def split_episodes(episodes: int, parts: int, *, seed: int, version: int) -> list[NDArray[np.int64]]:
-    """A random partition of ``range(episodes)`` into at most ``parts`` non-empty sets, a function of its arguments.
+    """Split ``range(episodes)`` at random into at most ``parts`` non-empty sets.
 
     No generator state lives between steps, so a resumed run shuffles as the uninterrupted one.
+
+    Args:
+        episodes: how many there are in the batch.
+        parts: most sets.
+        seed: the run's.
+        version: the learner's, so that each step shuffles anew.
+
+    Returns:
+        Index arrays, int64, which depend on the arguments alone.
     """
     order = np.random.default_rng([seed, version]).permutation(episodes)
     return [p for p in np.array_split(order, min(parts, max(episodes, 1))) if len(p)]
 
 
 def check_batch(batch: Batch, version: int) -> None:
-    """Raises ValueError for a batch of another version, without episodes, or with rows of unknown episodes."""
+    """Raise ValueError for a batch of another version, without episodes, or with rows of unknown episodes."""
     if batch.version != version:
         raise ValueError(f"the batch is for version {batch.version}, the learner is at {version}")
     if batch.episodes < 1:
@@ -187,14 +212,21 @@ def check_batch(batch: Batch, version: int) -> None:
 
 
 def sources(rows: Sequence[Row], at: Sequence[NDArray[np.int64]]) -> Tensor:
-    """Where the hidden states lie that predict the rows' sampled tokens: one token before each."""
+    """Find the hidden states that predict the rows' sampled tokens.
+
+    They lie one token before each. ``at`` holds the places of each row's tokens among the states, int [T]. Raises
+    ValueError where a row's first token is sampled.
+    """
     if any(bool(r.mask[0]) for r in rows):
         raise ValueError("a row's first token is sampled: it has no context, so no probability")
     return torch.from_numpy(np.concatenate([a[np.flatnonzero(r.mask) - 1] for r, a in zip(rows, at, strict=True)]))
 
 
 def batch_counts(batch: Batch, live: Sequence[int], max_staleness: int | None) -> dict[str, float]:
-    """What the batch holds, the rows that are skipped included; ``live`` are the rows that are not."""
+    """Count what the batch holds, the rows that are skipped included.
+
+    ``live`` are the indices of the rows that are not skipped.
+    """
     ages = np.concatenate([batch.version - r.versions[r.mask] for r in batch.rows] or [np.zeros(0, np.int64)])
     over = 0.0 if max_staleness is None or not len(ages) else float((ages > max_staleness).mean())
     return {

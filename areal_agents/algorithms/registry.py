@@ -1,4 +1,6 @@
-"""Algorithms by name: ours, those of installed packages, and ``module:function``.
+"""The registries of algorithms by name.
+
+They know ours, those of installed packages, and ``module:function``.
 
     algorithm.advantage    ADVANTAGES     a group's rewards ─▶ advantages, one tensor [K] an episode
     algorithm.loss         LOSSES         log π, log of the old policy, advantages ─▶ LossTerms, [T]
@@ -38,7 +40,7 @@ class Choice:
 
 
 class Parameters(BaseModel):
-    """What the parameters of every algorithm have in common: see ``Registry.parameters``."""
+    """The base of every algorithm's parameters (see ``Registry.parameters``)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -64,18 +66,27 @@ class Registry:
         self._builtin = dict(builtin)
 
     def names(self) -> list[str]:
-        """Return the known names: ours first, then those of installed packages. Imports nothing."""
+        """Return the known names: ours first, then those of installed packages.
+
+        Imports nothing.
+        """
         return [*self._builtin, *sorted({e.name for e in self._entry_points()} - self._builtin.keys())]
 
     def function(self, kind: str) -> Callable[..., Any]:
-        """Import the algorithm ``kind``. Raises ConfigError where there is none, or none that fits this registry."""
+        """Import the algorithm ``kind``.
+
+        Raises ConfigError where there is none, or none that fits this registry.
+        """
         found: Any = _import(self._place(kind), f"{self.key}.kind = {kind!r}")
         self._require_signature(kind, found)
         algorithm: Callable[..., Any] = found
         return algorithm
 
     def parameters(self, kind: str) -> type[Parameters]:
-        """Read the parameters of ``kind`` off its signature, as a pydantic model. Raises ConfigError."""
+        """Read the parameters of ``kind`` off its signature, as a pydantic model.
+
+        Raises ConfigError as ``function`` does.
+        """
         function = self.function(kind)
         hints = typing.get_type_hints(function, include_extras=True)
         fields: dict[str, Any] = {}
@@ -85,9 +96,9 @@ class Registry:
         return create_model(kind.replace(":", "."), __base__=Parameters, **fields)
 
     def read(self, value: Any) -> Any:
-        """Make a Choice of a name, or of a table with ``kind`` and parameters. Raises ValueError with every problem.
+        """Make a Choice of a name, or of a table with ``kind`` and parameters.
 
-        What is neither is returned as it is: pydantic says what is wrong with it.
+        What is neither is returned as it is: pydantic says what is wrong with it. Raises ValueError with every problem.
         """
         if isinstance(value, str):
             value = Choice(value)
@@ -109,16 +120,19 @@ class Registry:
         return value
 
     def require(self, kind: str) -> None:
-        """Raise ConfigError where there is no ``kind``. What is not ours is imported, and must fit."""
+        """Raise ConfigError where there is no ``kind``.
+
+        What is not ours is imported, and must fit.
+        """
         self._place(kind)
         if kind not in self._builtin:
             self.parameters(kind)
 
     def choose(self, kind: str, options: Mapping[str, Any]) -> Choice:
-        """Make the choice of ``kind`` with ``options``. Raises pydantic's ValidationError.
+        """Make the choice of ``kind`` with ``options``.
 
-        It keeps the options that are not the defaults, so that equal choices are equal. Ours without parameters are
-        not imported: their defaults are right.
+        It keeps the options that are not the defaults, so that equal choices are equal. Ours without parameters are not
+        imported: their defaults are right. Raises pydantic's ValidationError.
         """
         if options or kind not in self._builtin:
             model = self.parameters(kind)
@@ -127,7 +141,7 @@ class Registry:
         return Choice(kind, options)
 
     def unknown(self, kind: str, parameter: str) -> str:
-        """Say that ``kind`` has no ``parameter``, which it has, and whose it is."""
+        """Write that ``kind`` has no ``parameter``, which parameters it has, and which kind has that one."""
         owners = [k for k in self._builtin if parameter in self.parameters(k).model_fields]
         own = list(self.parameters(kind).model_fields)
         known = ", ".join(own) or "none"
@@ -138,7 +152,10 @@ class Registry:
         return f"{self.key}.{parameter} is no parameter of {self.key}.kind = {kind!r}, which has {known}{hint}"
 
     def options(self, choice: Choice) -> dict[str, Any]:
-        """Return every parameter of ``choice``, defaults included. Raises ConfigError where one is wrong."""
+        """Return every parameter of ``choice``, defaults included.
+
+        Raises ConfigError where one is wrong.
+        """
         try:
             return dict(self.parameters(choice.kind).model_validate(dict(choice.options)))
         except ValidationError as error:
@@ -158,7 +175,10 @@ class Registry:
         return _positional(self.function(choice.kind))
 
     def _place(self, kind: str) -> str:
-        """``module:function`` of ``kind``. Raises ConfigError for an unknown name, or one that two packages use."""
+        """Find the ``module:function`` of ``kind``.
+
+        Raises ConfigError for an unknown name, or one that two packages use.
+        """
         places = sorted({e.value for e in self._entry_points() if e.name == kind})
         if kind in self._builtin:
             if places:

@@ -15,7 +15,10 @@ from areal_agents.types import Completion, Prompt, Task, Trajectory
 
 
 class ExpertPolicy(TokenPolicy):
-    """Says what an expert says, as tokens. They were never sampled: log-probability 0, version 0."""
+    """A policy that says what ``AgentEnv.expert`` yields, as tokens.
+
+    They were never sampled, so they have log-probability 0 and version 0.
+    """
 
     def __init__(self, expert: Expert, task: Task, fmt: ChatFormat, limits: Limits) -> None:
         super().__init__(fmt, limits)
@@ -30,7 +33,10 @@ class ExpertPolicy(TokenPolicy):
 
 
 def demonstration_rows(trajectories: Sequence[Trajectory]) -> list[Row]:
-    """Rows whose mask covers the expert's tokens. Raises ConfigError where a demonstration earned nothing."""
+    """Build rows whose mask covers the expert's tokens.
+
+    Raises ConfigError where a demonstration earned nothing.
+    """
     failed = [t.task.id for t in trajectories if t.reward <= 0]
     if failed:
         raise ConfigError(

@@ -54,7 +54,10 @@ class Record:
 
 
 def shard_path(out: Path, kind: str, step: int) -> Path:
-    """``OUT/trajectories/KIND/step-000003.parquet``. Raises ArealError for a kind that is no plain folder name."""
+    """Return ``OUT/trajectories/KIND/step-000003.parquet`` for a kind and a step.
+
+    Raises ArealError for a kind that is no plain folder name, or a negative step.
+    """
     if _KIND.fullmatch(kind) is None or step < 0:
         raise ArealError(
             f"trajectories of kind {kind!r}, step {step}: a kind is letters, digits, '.', '_' and '-', a step is >= 0"
@@ -63,9 +66,9 @@ def shard_path(out: Path, kind: str, step: int) -> Path:
 
 
 def shards(out: Path, kind: str | None = None) -> list[Path]:
-    """The shards of a run folder (or of its ``trajectories/``), of one kind or all, sorted by kind, then step.
+    """List the shards of a run folder (or of its ``trajectories/``), sorted by kind, then step.
 
-    Half-written files are left out. Raises ArealError where ``out`` is no folder.
+    ``kind`` chooses one kind, None all. Half-written files are left out. Raises ArealError where ``out`` is no folder.
     """
     if not out.is_dir():
         raise ArealError(f"{out} is no folder: name a run's folder, such as runs/demo")
@@ -75,17 +78,20 @@ def shards(out: Path, kind: str | None = None) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step in a shard's name. Raises ArealError for another name."""
+    """Read the step in a shard's name.
+
+    Raises ArealError for another name.
+    """
     if (found := _NAME.fullmatch(path.name)) is None:
         raise ArealError(f"{path} is no trajectory shard: its name is not step-NNNNNN.parquet")
     return int(found[1])
 
 
 def write_shard(path: Path, records: Sequence[Record]) -> None:
-    """Write ``records`` to ``path``, in order, replacing it as a whole: it is on the disk when this returns.
+    """Write ``records`` to ``path``, in order, and replace the file as a whole.
 
-    Raises ArealError, with path and reason, where it cannot be written or a value cannot be stored; ``path`` is then
-    what it was before.
+    It is on the disk when this returns. Raises ArealError, with path and reason, where it cannot be written or a value
+    cannot be stored. ``path`` is then what it was before.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -102,7 +108,7 @@ def write_shard(path: Path, records: Sequence[Record]) -> None:
 
 
 def read_shard(path: Path) -> list[Record]:
-    """The records of one shard, equal to those that were written.
+    """Read the records of one shard, equal to those that were written.
 
     Raises ArealError for a file that is missing, broken or of another schema version.
     """
@@ -124,9 +130,9 @@ def read_shard(path: Path) -> list[Record]:
 
 
 def read_records(out: Path, *, kind: str | None = None) -> Iterator[Record]:
-    """The records of a run folder (or of its ``trajectories/``) by kind, step and position; a shard at a time.
+    """Read the records of a run folder (or of its ``trajectories/``), a shard at a time.
 
-    Raises ArealError as ``shards`` and ``read_shard`` do.
+    They come by kind, step and position. Raises ArealError as ``shards`` and ``read_shard`` do.
     """
     for path in shards(out, kind):
         yield from read_shard(path)
@@ -278,7 +284,7 @@ def _message(row: ParquetRow) -> Message:
 
 
 def _parts_row(parts: tuple[Part, ...]) -> ParquetRow:
-    """``text`` for people; ``parts`` only where they are not exactly one text."""
+    """Write parts as ``text`` for people, and as ``parts`` only where they are not exactly one text."""
     text = "".join(part.text for part in parts if isinstance(part, Text))
     single = len(parts) == 1 and isinstance(parts[0], Text)
     plain = [{"text": p.text} if isinstance(p, Text) else {"image": p.ref} for p in parts]
