@@ -78,7 +78,7 @@ class Subject:
     async def alone(self, task: Task, name: ScriptName = "main") -> list[Any]:
         """Return the trace of the episode when nothing else happens.
 
-        The episode is played at the first call alone.
+        The episode is played at the first call only.
         """
         key = (task.id, name)
         if key not in self._alone:
