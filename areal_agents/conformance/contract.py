@@ -1,7 +1,7 @@
 """Checks of returned values, tasks, seeds and tokens (``areal_agents.conformance.check``).
 
-Each check returns what it saw, or raises CheckError with the reason. Scripted episodes are compared call by call:
-the same task and seed must give the same episode in another process.
+Each check returns what it saw, or raises CheckError with the reason. Scripted episodes are compared call by call. The
+same task and seed must give the same episode in another process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_TASKS = 10_000
 PROCESS_TASKS = 256
 """Tasks of a split that are compared across processes."""
 EPISODES = 4
-"""Tasks of the sample: as many episodes run together."""
+"""Tasks of the sample. As many episodes run together."""
 
 
 class Unaudited(Exception):
@@ -56,31 +56,37 @@ class Subject:
     _children: list[dict[str, Any]] = field(default_factory=list)
 
     def sample(self) -> tuple[Task, ...]:
-        """The first tasks of the first split."""
+        """Return the first tasks of the first split."""
         if not self._sample:
             self._sample = _first_tasks(self.spec, self.spec.splits[0], EPISODES)
         return self._sample
 
     def episode(self, task: Task, name: ScriptName = "main") -> ScriptedEpisode:
-        """A new scripted episode; its seed is the task's position in the sample."""
+        """Make a new scripted episode.
+
+        Its seed is the task's position in the sample.
+        """
         seed = self.sample().index(task)
         return ScriptedEpisode(self.spec.make, task, seed, script_for(self.spec, task, name), self.timeout)
 
     async def played(self, task: Task, name: ScriptName = "main") -> ScriptedEpisode:
-        """A new scripted episode, played to its end."""
+        """Play a new scripted episode to its end."""
         episode = self.episode(task, name)
         await episode.play()
         return episode
 
     async def alone(self, task: Task, name: ScriptName = "main") -> list[Any]:
-        """The trace of the episode when nothing else happens; played once."""
+        """Return the trace of the episode when nothing else happens.
+
+        The episode is played at the first call only.
+        """
         key = (task.id, name)
         if key not in self._alone:
             self._alone[key] = (await self.played(task, name)).trace
         return self._alone[key]
 
     def children(self) -> list[dict[str, Any]]:
-        """What two processes with different PYTHONHASHSEED report of tasks and episodes."""
+        """Return what two processes with different PYTHONHASHSEED report of tasks and episodes."""
         if not self._children:
             self._children = _in_two_processes(self)
         return self._children
@@ -90,7 +96,7 @@ class Subject:
 
 
 async def contract(subject: Subject) -> str:
-    """Types and values of everything that tasks, areset, astep, afinish and aclose return."""
+    """Check types and values of everything that tasks, areset, astep, afinish and aclose return."""
     spec, turns = subject.spec, 0
     if not spec.splits:
         raise CheckError(f"{spec.env_class().__name__}.splits is empty: name at least one split")
@@ -99,7 +105,7 @@ async def contract(subject: Subject) -> str:
     if not 0.0 <= spec.audit.chance <= 1.0:
         raise CheckError(f"chance {spec.audit.chance} must lie in [0, 1]")
     idle = subject.episode(subject.sample()[0])
-    await idle.close()
+    await idle.close()  # aclose may be called without an areset
     await idle.close()
     names: tuple[ScriptName, ...] = ("main", "clumsy")
     for name in names:
@@ -143,7 +149,7 @@ def _shown(episode: ScriptedEpisode) -> None:
 
 
 async def gymnasium_checker(subject: Subject) -> str:
-    """Gymnasium's own ``check_env``; its warnings are errors."""
+    """Run Gymnasium's own ``check_env``, with its warnings as errors."""
     from gymnasium.utils.env_checker import check_env
 
     spec = subject.spec
@@ -173,7 +179,7 @@ async def gymnasium_checker(subject: Subject) -> str:
 
 
 async def tasks(subject: Subject) -> str:
-    """Ids are unique, hashes are those of the payloads, splits share no content, and processes agree."""
+    """Check that ids are unique, hashes are those of the payloads, splits share no content and processes agree."""
     spec = subject.spec
     owner: dict[str, str] = {}
     counts: list[str] = []
@@ -208,7 +214,10 @@ async def tasks(subject: Subject) -> str:
 
 
 async def seeds(subject: Subject) -> str:
-    """The same tasks and seeds give the same episodes in two processes with different PYTHONHASHSEED."""
+    """Check that the same tasks and seeds give the same episodes in two processes.
+
+    The processes have different PYTHONHASHSEED.
+    """
     one, two = subject.children()
     for i, (a, b) in enumerate(zip(one["traces"], two["traces"], strict=True)):
         failed = next((e["call"] for e in a if e["call"].startswith("failed")), None)
@@ -266,7 +275,7 @@ def _answer(child: subprocess.Popen[str], request: str, answer: Path, *, timeout
 
 
 async def tokens(subject: Subject) -> str:
-    """Each prompt is the one before it, the sampled ids and the new messages, exactly."""
+    """Check that each prompt is exactly the one before it, the sampled ids and the new messages."""
     if subject.tokenizer is None:
         raise Skipped("no tokenizer was given")
     form = _chat_format(subject.tokenizer)
@@ -290,7 +299,10 @@ def _chat_format(tokenizer: str | Path) -> ChatFormat:
 
 
 async def _prompts(subject: Subject, form: ChatFormat, name: ScriptName, cut: bool) -> int:
-    """Play one episode in tokens; ``cut`` leaves out each turn's end, as the length limit does."""
+    """Play one episode in tokens and return how many turns it had.
+
+    ``cut`` leaves out each turn's end, as the length limit does.
+    """
     from areal_agents.chat.conversation import Conversation
 
     episode = subject.episode(subject.sample()[0], name)

@@ -1,4 +1,4 @@
-"""Checks that episodes do not touch each other, nor what was returned before (``areal_agents.conformance.check``).
+"""Checks that episodes touch neither each other nor what was returned before (``areal_agents.conformance.check``).
 
 The same task and seed must give the same episode beside other episodes, after its returned values were spoilt, and
 beside an episode that was cancelled.
@@ -24,7 +24,7 @@ SECONDS = (0.02, 0.2)
 
 
 async def isolation(subject: Subject) -> str:
-    """Episodes that run together are those that run alone; a second run is the first."""
+    """Check that an episode is the same alone, a second time and together with others."""
     alone = [await subject.alone(task) for task in subject.sample()]
     again = await subject.played(subject.sample()[0])
     found = trace_difference(alone[0], again.trace)
@@ -43,7 +43,10 @@ async def isolation(subject: Subject) -> str:
 def _require_same(
     expected: list[Any], episode: ScriptedEpisode, error: ArealError | None, what: str, remedy: str
 ) -> None:
-    """Raise CheckError where the episode is not the expected one. One that ended in ``error`` is compared so far."""
+    """Raise CheckError where the episode is not the expected one.
+
+    An episode that ended in ``error`` is compared as far as it went, and its error is a finding in any case.
+    """
     found = trace_difference(expected[: len(episode.trace)] if error else expected, episode.trace)
     if found or error:
         raise CheckError(f"{what}, {found or error}{remedy}")
@@ -52,7 +55,10 @@ def _require_same(
 async def _rest(
     *episodes: ScriptedEpisode, before_turn: Callable[[ScriptedEpisode], None] = lambda episode: None
 ) -> ArealError | None:
-    """Play ``episodes`` to their ends, turn by turn together, and close them. Returns what stopped them."""
+    """Play ``episodes`` together, turn by turn to their ends, and close them.
+
+    Return the error that stopped them, or None.
+    """
     try:
         await asyncio.gather(*(e.open() for e in episodes if not e.trace))
         while running := [e for e in episodes if not e.ended]:
@@ -68,7 +74,7 @@ async def _rest(
 
 
 async def aliasing(subject: Subject) -> str:
-    """What was returned never changes afterwards, and changing it changes nothing."""
+    """Check that what was returned never changes afterwards, and that changing it changes nothing."""
     task = subject.sample()[0]
     names: tuple[ScriptName, ...] = ("main", "clumsy")
     for name in names:
@@ -85,7 +91,7 @@ async def aliasing(subject: Subject) -> str:
 
 
 async def global_rng(subject: Subject) -> str:
-    """Playing an episode leaves the generators of random, numpy and torch alone."""
+    """Check that playing an episode leaves the generators of random, numpy and torch alone."""
     import torch
 
     def states() -> dict[str, Any]:
@@ -94,7 +100,8 @@ async def global_rng(subject: Subject) -> str:
 
     old = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        # A state that no earlier episode can have left: an environment that seeds would only repeat its own.
+        # A state that no earlier episode can have left. An environment that seeds a generator always leaves the same
+        # state, so from there nothing would seem to change.
         fresh = time.time_ns() % 2**32
         random.seed(fresh)
         np.random.seed(fresh)
@@ -116,7 +123,10 @@ async def global_rng(subject: Subject) -> str:
 
 
 async def cancellation(subject: Subject) -> str:
-    """astep and areset end when cancelled, aclose works then, and a neighbouring episode notices nothing."""
+    """Check that astep and areset end when they are cancelled.
+
+    ``aclose`` must work then, and a neighbouring episode must notice nothing.
+    """
     sample = subject.sample()
     expected = await subject.alone(sample[-1])
     # Whatever serves all episodes (a sandbox pool) exists by now.
@@ -138,9 +148,10 @@ async def cancellation(subject: Subject) -> str:
 
 
 async def _cancel(victim: ScriptedEpisode, call: str, moment: float) -> None:
-    """Cancel ``call`` after ``moment``: an int counts turns of the event loop, a float seconds.
+    """Cancel ``call`` after ``moment``.
 
-    The environment is called directly: a host in between would take the cancellation, and turns of the loop.
+    An int counts turns of the event loop, a float counts seconds. The environment is called directly, because a host
+    in between would take the cancellation and use turns of the loop.
     """
     env = victim.env
     if call == "areset":
@@ -178,7 +189,10 @@ async def _no_tasks_left(before: set[asyncio.Task[Any]]) -> None:
 
 
 def _of_sandboxes(task: asyncio.Task[Any]) -> bool:
-    """A sandbox pool refills itself between episodes; its tasks are not an episode's."""
+    """Say whether ``task`` belongs to a sandbox pool.
+
+    A pool refills itself between episodes, so its tasks are not an episode's.
+    """
     frame = getattr(task.get_coro(), "cr_frame", None)
     scope: Mapping[str, Any] = frame.f_globals if frame is not None else {}
     return str(scope.get("__name__", "")).startswith("areal_agents.sandboxes")

@@ -1,6 +1,7 @@
-"""The reward audit of ``conformance.check``: policies without skill earn at most chance, the gold answer earns 1.
+"""The reward audit of ``conformance.check``.
 
-No gold answer and no expert: nothing shows that full reward can be earned, and the status is ``unaudited``.
+Policies without skill may earn at most chance. The gold answer and the expert must earn 1. Where there is neither gold
+answer nor expert, nothing shows that full reward can be earned, and the status is ``unaudited``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ ScriptOf = Callable[[int], Script]
 
 
 async def reward(subject: Subject) -> str:
-    """Raises CheckError for a reward that can be had without skill, or not with it; Unaudited without a gold."""
+    """Check that the full reward can be had with skill, and not without it.
+
+    Raises:
+        CheckError: a policy without skill earns too much, or a gold answer or expert too little.
+        Unaudited: there is no gold answer and no expert.
+    """
     spec = subject.spec
     split = spec.splits[-1]
     pool = spec.tasks(split)
@@ -50,7 +56,10 @@ async def reward(subject: Subject) -> str:
 
 
 def _policies(gold: Sequence[str | None]) -> dict[str, ScriptOf]:
-    """Policies without skill; each maps a task's position to a script."""
+    """Return the policies without skill, by name.
+
+    Each maps a task's position to a script.
+    """
     known = [g for g in gold if g is not None]
 
     def several(i: int) -> Script:
@@ -75,7 +84,7 @@ def _policies(gold: Sequence[str | None]) -> dict[str, ScriptOf]:
 
 
 def _echo(shown: Observation) -> Expert:
-    """Says what it was shown last."""
+    """Say what was shown last."""
     while True:
         shown = (yield "\n".join(m.text for m in shown)) or shown
 
@@ -94,7 +103,10 @@ async def _play(subject: Subject, task: Task, seed: int, script: Script) -> floa
 
 
 async def _skilled(subject: Subject, tasks: Sequence[Task], gold: Sequence[str | None]) -> list[str]:
-    """Who was seen to earn the full reward."""
+    """Return who was seen to earn the full reward.
+
+    Raises CheckError for a gold answer or expert that does not.
+    """
     spec = subject.spec
     scored: list[str] = []
     golden = [(t, g) for t, g in zip(tasks, gold, strict=True) if g is not None][:GOLD_TASKS]

@@ -1,9 +1,10 @@
-"""Scripted episodes: play fixed texts against an environment and record everything it returns, comparably.
+"""Scripted episodes, which play fixed texts against an environment and record everything it returns.
 
     script (texts) ─▶ EpisodeDriver ─▶ astep ─▶ trace: one plain JSON value a call, taken before anything reads it
 
-``python -m areal_agents.conformance.scripted_episode`` plays episodes in a process of its own (for
-``conformance.check``): the request is JSON on standard input, the answer a JSON file that the request names.
+Traces can be compared, also across processes. ``python -m areal_agents.conformance.scripted_episode`` plays episodes
+in a process of its own (for ``conformance.check``). Its request is JSON on standard input. Its answer is a JSON file
+that the request names.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ CLUMSY = (
 
 
 def repeat(*texts: str) -> Script:
-    """Say ``texts`` in order and then the last one for ever."""
+    """Make a script that says ``texts`` in order and then the last one for ever."""
 
     def play() -> Expert:
         for turn in itertools.count():
@@ -52,7 +53,10 @@ def repeat(*texts: str) -> Script:
 
 
 def script_for(spec: EnvSpec, task: Task, name: ScriptName) -> Script:
-    """``main`` is the environment's expert, else its gold answer, else small talk; ``clumsy`` makes mistakes."""
+    """Return the script ``name`` for one task.
+
+    ``main`` is the environment's expert, else its gold answer, else small talk. ``clumsy`` makes mistakes.
+    """
     if name == "clumsy":
         return repeat(*CLUMSY)
     expert = spec.expert(task)
@@ -63,14 +67,19 @@ def script_for(spec: EnvSpec, task: Task, name: ScriptName) -> Script:
 
 
 class OwnLoop:
-    """The running event loop as an episode's ``Host``: ``check`` counts its turns and its tasks.
+    """The running event loop as an episode's ``Host``.
 
-    Whatever goes wrong is a CheckError that names the call.
+    It is the checks' own loop, because they count its turns and its tasks. Whatever goes wrong is a CheckError that
+    names the call.
     """
 
     async def call(self, make: Callable[[], Awaitable[T]], *, timeout: float, what: str) -> T:
-        """Await ``make()``. Raises CheckError after ``timeout`` seconds, even where it ignores its cancellation."""
+        """Await ``make()`` for at most ``timeout`` seconds.
+
+        Raises CheckError after that, even where the call ignores its cancellation.
+        """
         task = asyncio.ensure_future(make())
+        # Not asyncio.timeout, which would wait on where the cancellation is ignored.
         await asyncio.wait({task}, timeout=timeout)
         if not task.done():
             task.cancel()
@@ -84,7 +93,10 @@ class OwnLoop:
 
 
 class ScriptedEpisode(EpisodeDriver):
-    """One scripted episode. ``trace`` has one entry a call; ``returned`` holds the very objects."""
+    """One episode that a script plays and that is recorded.
+
+    ``trace`` has one entry a call. ``returned`` holds the very objects that the calls returned.
+    """
 
     def __init__(self, make: Callable[[], AgentEnv], task: Task, seed: int, script: Script, timeout: float) -> None:
         self.env = make()
@@ -101,7 +113,10 @@ class ScriptedEpisode(EpisodeDriver):
             self.trace.append({"call": call, "returned": plain(result)})
 
     async def close(self) -> None:
-        """Close the environment, a never opened one too. Raises CheckError where that fails: it is a finding."""
+        """Close the environment, also one that was never opened.
+
+        Raises CheckError where that fails, because it is a finding.
+        """
         await self.script.close(self)
         await self.call("aclose", self.env.aclose)
 
@@ -111,7 +126,10 @@ class ScriptedEpisode(EpisodeDriver):
 
 
 def plain(value: Any) -> Any:
-    """A JSON value that is equal for equal values in every process. Sets and mappings are sorted."""
+    """Return a JSON value that is equal for equal values in every process.
+
+    Sets and mappings are sorted.
+    """
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -127,12 +145,12 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    text = repr(value)
+    text = repr(value)  # with an address in it, it would differ between processes
     return type(value).__qualname__ if " at 0x" in text else text
 
 
 def difference(one: Any, two: Any, path: str = "") -> str | None:
-    """Where two plain values first differ, with both values; None where they are equal."""
+    """Return where two plain values first differ, with both values, or None where they are equal."""
     if isinstance(one, dict) and isinstance(two, dict):
         for key in [*one, *(k for k in two if k not in one)]:
             found = difference(one.get(key, "(absent)"), two.get(key, "(absent)"), f"{path}.{key}")
@@ -151,7 +169,7 @@ def difference(one: Any, two: Any, path: str = "") -> str | None:
 
 
 def trace_difference(one: list[Any], two: list[Any]) -> str | None:
-    """``difference`` of two traces, with the call in words."""
+    """Return the ``difference`` of two traces, with the call in words."""
     for i, (a, b) in enumerate(itertools.zip_longest(one, two)):
         if a is None or b is None or a["call"] != b["call"]:
             return f"call {i}: {a['call'] if a else 'the end'} and {b['call'] if b else 'the end'}"
@@ -163,7 +181,10 @@ def trace_difference(one: list[Any], two: list[Any]) -> str | None:
 
 
 def spoil(value: Any) -> None:
-    """Write junk into every mutable container inside ``value``; what the caller itself passed in is left alone."""
+    """Write junk into every mutable container inside ``value``.
+
+    Messages, calls and tasks, which the caller itself passed in, are left alone.
+    """
     if isinstance(value, AssistantMessage | ToolCall | Task):
         return
     if isinstance(value, dict):
@@ -188,7 +209,7 @@ def spoil(value: Any) -> None:
 
 
 def _main() -> None:
-    """The child process: tasks and traces of the requested environment, written to the requested file."""
+    """Write tasks and traces of the requested environment to the requested file, as a child process."""
     request = json.load(sys.stdin)
     sys.path[:] = request["path"]
     spec = EnvSpec(request["id"], request["entry_point"], pickle.loads(base64.b64decode(request["kwargs"])))

@@ -1,13 +1,13 @@
-"""A saved episode once more: the same task, seed and assistant messages, in a fresh environment with real tools.
+"""The replay of a saved episode, with the same task, seed and messages in a fresh environment with real tools.
 
     record ─▶ areset(task, seed) ─▶ astep(recorded message) ─▶ … ─▶ afinish, where the runner had ended it
                    │                      │
                    └── compared with the record as it goes: observations, prompt ids, parsed calls, tool results,
                        ending, rewards, components
 
-The recorded messages are played however the environment answers, so only the first difference is sure to be a cause;
-later ones may follow from it. Turns count from 0, as in the files. Not covered: whether the engine would sample the
-same tokens again.
+The recorded assistant messages are played however the environment answers. So only the first difference is sure to be
+a cause, and later ones may follow from it. Turns count from 0, as in the files. Not covered: whether the engine would
+sample the same tokens again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SHOWN_IDS = 8
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that came out otherwise."""
+    """One thing that came out otherwise than recorded."""
 
     turn: int
     """The turn at which it showed, from 0."""
@@ -53,21 +53,21 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class ReplayReport:
-    """One replayed episode."""
+    """The result of one replayed episode."""
 
     record: Record
     seed: int
     differences: tuple[Difference, ...]
-    """In the order in which they showed; empty: identical."""
+    """In the order in which they showed. Empty where the replay was identical."""
     tokens_checked: bool
-    """Whether prompts were rebuilt and completions parsed again; False where no tokenizer was given."""
+    """Whether prompts were rebuilt and completions parsed again. False where no tokenizer was given."""
 
     @property
     def identical(self) -> bool:
         return not self.differences
 
     def text(self) -> str:
-        """For people; safe for a terminal."""
+        """Return the report as text for people, safe for a terminal."""
         t = self.record.trajectory
         head = f"episode {t.id} (task {t.task.id}, {self.record.kind}, step {self.record.step}), seed {self.seed}, "
         head += f"{len(t.turns)} turn{'' if len(t.turns) == 1 else 's'}: "
@@ -92,10 +92,19 @@ async def replay(
 ) -> ReplayReport:
     """Play the record's messages in an environment of ``make_env`` and compare.
 
-    ``fmt``: the run's chat format; with it, prompts are rebuilt and completions parsed again. ``step_timeout``:
-    seconds for one reset or step. ``max_turns``: the runner's limit in the run, which tells its end by turns from the
-    environment's own; None where nobody knows it. An exception of the environment is a difference; an ArealError (a
-    sandbox that fails, a step that hangs) says nothing about the episode and is raised.
+    An exception of the environment is a difference.
+
+    Args:
+        record: the saved episode.
+        make_env: makes the environment.
+        seed: the environment is reset with it.
+        fmt: the run's chat format. With it, prompts are rebuilt and completions parsed again.
+        step_timeout: seconds for one reset or step.
+        max_turns: the runner's limit in the run, which tells its end by turns from the environment's own. None where
+            nobody knows it.
+
+    Raises:
+        ArealError: a sandbox failed or a step hung, which says nothing about the episode.
     """
     recorded = record.trajectory
     playback = Playback(recorded, fmt, max_turns)
@@ -117,7 +126,10 @@ class _RecordEnds(Exception):
 
 
 class Playback(Policy):
-    """Says what a record says, whatever it is answered. Notes where it is shown something else."""
+    """A policy that says what a record says, whatever it is answered.
+
+    It notes where it is shown something else.
+    """
 
     def __init__(self, recorded: Trajectory, fmt: ChatFormat | None, max_turns: int | None) -> None:
         self.differences: list[Difference] = []
@@ -148,6 +160,10 @@ class Playback(Policy):
         return Said(parsed, turn.completion, suffix, parent, tokens)
 
     def _ended_by_the_runner(self) -> bool:
+        """Say whether the runner ended the recorded episode, so that it has to end this one too.
+
+        Environments end episodes for ``max_turns`` as well. Below the runner's limit it was the environment.
+        """
         t, limit = self._recorded, self._max_turns
         if not t.truncated or t.terminated:
             return False
@@ -160,7 +176,10 @@ class Playback(Policy):
 
 
 async def _play(episode: EpisodeDriver) -> None:
-    """Play; the environment's own faults stay in the episode. Raises every other ArealError."""
+    """Play the episode, which keeps the environment's own faults.
+
+    Raises every other ArealError.
+    """
     try:
         with contextlib.suppress(_RecordEnds):
             await episode.play()
@@ -180,7 +199,7 @@ def _differences(recorded: Trajectory, episode: EpisodeDriver) -> Iterator[Diffe
         if turn.state_key != now.state_key:
             yield Difference(k, "state key", f"recorded {turn.state_key}, replayed {now.state_key}")
     if len(episode.turns) == len(recorded.turns) and episode.observation != recorded.final_observation:
-        # Noted at the last turn: it is what followed it, and no later turn shows it.
+        # Noted at the last turn, because it followed that turn and no later turn shows it.
         last = max(0, len(recorded.turns) - 1)
         yield Difference(last, "observation", _diff(_lines(recorded.final_observation), _lines(episode.observation)))
     # An end that was not reached might have changed the rewards of all turns: they are then not compared.
@@ -256,7 +275,7 @@ def _ids_diff(recorded: Sequence[int], rebuilt: Sequence[int]) -> str:
 
 
 def _diff(recorded: list[str], replayed: list[str]) -> str:
-    """A short unified diff."""
+    """Return a short unified diff."""
     lines = list(difflib.unified_diff(recorded, replayed, "recorded", "replayed", lineterm="", n=2))
     return _cut(lines) if lines else "the same text in other parts"
 

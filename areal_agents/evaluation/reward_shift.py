@@ -1,8 +1,8 @@
-"""What changes when rewards change: the mean, ranks, passes, and the signs of the advantages.
+"""The changes that a new reward brings to the mean, to ranks and passes, and to the signs of the advantages.
 
-The numbers of ``areal-agents rescore``. Ranks and signs matter more than values: a shifted or scaled reward with the
-same order trains much the same policy. Every share counts an episode once; episodes that the new reward failed on are
-in no number but ``failed``, and their groups in no advantage.
+These are the numbers of ``areal-agents rescore``. Ranks and signs matter more than values, because a shifted or scaled
+reward with the same order trains much the same policy. Every share counts an episode once. Episodes that the new reward
+failed on are in no number but ``failed``, and their groups in no advantage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from areal_agents.settings.config import AlgorithmConfig
 from areal_agents.tracking.console import plain
 
 WORST = 10
-"""Flipped tasks that the table lists; the JSON holds all."""
+"""Flipped tasks that the table lists. The JSON holds all."""
 SHOWN_TRACE_LINES = 30
 _ZERO = 1e-9
 """Advantages below this share of the group's largest reward (or of 1) are the rounding of zero."""
@@ -32,7 +32,10 @@ _ZERO = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class TaskFlip:
-    """A task that passes under one reward and not under the other: at least half of its episodes pass."""
+    """A task that passes under one reward and not under the other.
+
+    A task passes where at least half of its episodes do.
+    """
 
     task: str
     old_pass: float
@@ -44,18 +47,21 @@ class TaskFlip:
 
 @dataclass(frozen=True, slots=True)
 class SignChanges:
-    """How many of ``total`` sampled tokens have an advantage of another sign."""
+    """The numbers of sampled tokens, out of ``total``, whose advantage has another sign than before."""
 
     total: int = 0
     flipped: int = 0
-    """From positive to negative or back: what was reinforced would be discouraged."""
+    """From positive to negative or back. What was reinforced would be discouraged."""
     to_zero: int = 0
     from_zero: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class AdvantageShift:
-    """Advantages recomputed a group with the run's own estimator, from the old rewards and from the new."""
+    """The change of the advantages from the old rewards to the new ones.
+
+    Both are computed again, group by group, with the run's own estimator.
+    """
 
     estimator: str
     groups: int
@@ -72,7 +78,7 @@ class AdvantageShift:
 
 @dataclass(frozen=True, slots=True)
 class RewardShift:
-    """The whole comparison."""
+    """The whole comparison of the new rewards with the old ones."""
 
     reward: str
     scored: int
@@ -95,7 +101,7 @@ class RewardShift:
     tasks_flipped: float
     """Share of tasks."""
     flips: tuple[TaskFlip, ...]
-    """Worst first: the largest change of the pass rate."""
+    """Worst first, which is the largest change of the pass rate."""
     advantages: AdvantageShift | None
     """None where the run did not train on these episodes."""
 
@@ -103,7 +109,7 @@ class RewardShift:
         return dataclasses.asdict(self)
 
     def table(self) -> str:
-        """For people; safe for a terminal."""
+        """Return the comparison as text for people, safe for a terminal."""
         parts = [self._head(), self._passes()]
         if self.advantages is not None:
             parts.append(_advantage_table(self.advantages))
@@ -136,9 +142,16 @@ class RewardShift:
 def compare(
     outcome: Outcome, *, reward: str, algorithm: AlgorithmConfig | None = None, pass_at: float = 1.0
 ) -> RewardShift:
-    """The comparison of an outcome's old and new rewards. Raises ValueError where no episode has a new reward.
+    """Compare an outcome's new rewards with its old ones.
 
-    ``algorithm``: whose advantages to recompute; None: none.
+    Args:
+        outcome: of one rescoring.
+        reward: the new reward's name, for the report.
+        algorithm: whose advantages to compute again. None leaves them out.
+        pass_at: the reward from which on an episode passes.
+
+    Raises:
+        ValueError: no episode has a new reward.
     """
     scored = [e for e in outcome.episodes if e.new_K is not None]
     if not scored:
@@ -169,7 +182,7 @@ def compare(
 
 
 def advantage_shift(episodes: Sequence[Rescored], algorithm: AlgorithmConfig) -> AdvantageShift:
-    """The signs of the advantages, group by group, before and after."""
+    """Compare the signs of the advantages before and after, group by group."""
     groups: dict[tuple[str, str], list[Rescored]] = defaultdict(list)
     for e in episodes:
         groups[e.kind, e.group].append(e)
@@ -199,7 +212,7 @@ def advantage_shift(episodes: Sequence[Rescored], algorithm: AlgorithmConfig) ->
 
 
 def _changed_tokens(tokens_K: NDArray[np.int64], old_K: NDArray[np.int8], new_K: NDArray[np.int8]) -> dict[str, int]:
-    """The fields of ``SignChanges`` for one episode of K turns."""
+    """Return the fields of ``SignChanges`` for one episode of K turns."""
     return {
         "total": int(tokens_K.sum()),
         "flipped": int(tokens_K[old_K * new_K < 0].sum()),
@@ -209,7 +222,7 @@ def _changed_tokens(tokens_K: NDArray[np.int64], old_K: NDArray[np.int8], new_K:
 
 
 def _signs(rewards: Sequence[tuple[float, ...]], algorithm: AlgorithmConfig) -> list[NDArray[np.int8]]:
-    """−1, 0 or 1 a turn, of the advantages that training would compute."""
+    """Return the signs of the advantages that training would compute: −1, 0 or 1 a turn."""
     advantages = estimate([EpisodeRewards(r) for r in rewards], algorithm.advantage)
     zero = _ZERO * max(1.0, *(abs(x) for r in rewards for x in r))
     return [np.where(np.abs(a) > zero, np.sign(a), 0).astype(np.int8) for a in (t.numpy() for t in advantages)]
@@ -243,7 +256,10 @@ def _advantage_table(shift: AdvantageShift) -> str:
 
 
 def failure_text(outcome: Outcome) -> str:
-    """How often the reward failed, by error, and the first traceback; safe for a terminal."""
+    """Say how often the reward failed, by error, and show the first traceback.
+
+    The text is safe for a terminal.
+    """
     total = len(outcome.episodes)
     kinds = Counter(f.error.partition(":")[0] for f in outcome.failures)
     first = outcome.failures[0]

@@ -1,14 +1,12 @@
-"""The learner: batches of rows in, new weights out. PyTorch in one process, on its processor or one GPU.
+"""The learner, which turns batches of rows into new weights with PyTorch in one process, on its CPU or one GPU.
 
     Batch ─▶ rows with a gradient ─▶ (decoupled: log p) ─▶ minibatches ─▶ packs ─▶ loss, backward ─▶ clip, AdamW
                                                                                               │ version + 1
                                           engines ◀─ WeightsRef ◀─ publish() ◀────────────────┘
 
-All work runs in the learner's one worker thread, so the event loop goes on and calls queue behind each other; a
-cancelled caller leaves its step running to the end. What waits: each call for the calls before it; ``publish`` also
-for one of two buffers, which is free again when an earlier ``publish`` context closes.
-
-Not covered: several processes or GPUs, LoRA, critics, a KL term.
+All work runs in the learner's one worker thread. So the event loop goes on, and a cancelled caller leaves its step
+running to the end. Each call waits for the calls before it. ``publish`` also waits for one of two buffers, which is
+free again when an earlier ``publish`` context closes. Not covered: several processes or GPUs, LoRA, critics, a KL term.
 """
 
 from __future__ import annotations
@@ -65,20 +63,20 @@ STATE = "learner.pt"
 
 
 class Learner(Protocol):
-    """What the trainer needs of a learner."""
+    """The part of a learner that the trainer needs."""
 
     @property
     def version(self) -> int:
-        """Batches consumed; advances even when an optimizer step was skipped."""
+        """Batches consumed, those included whose optimizer steps were skipped."""
         ...
 
     async def step(self, batch: Batch) -> Metrics: ...
     async def logprobs(self, batch: Batch) -> Logprobs:
-        """Compute log π under the current weights, for KL terms and critics; ``step`` needs no call of it."""
+        """Compute log π under the current weights, for KL terms and critics. ``step`` needs no call of it."""
         ...
 
     def publish(self) -> AbstractAsyncContextManager[WeightsRef]:
-        """The current weights; the reference is valid until the context closes."""
+        """Hand out the current weights, by a reference that is valid until the context closes."""
         ...
 
     async def save(self, path: Path) -> None: ...
@@ -86,9 +84,9 @@ class Learner(Protocol):
 
 
 class TorchLearner:
-    """PPO over a transformers causal language model; the ``Learner`` of one process.
+    """The ``Learner`` of one process, which trains a transformers causal language model with PPO.
 
-    Master weights, gradients and AdamW's moments are fp32; ``learner.precision`` is the format of matrix products.
+    Master weights, gradients and AdamW's moments are fp32. ``learner.precision`` is the format of matrix products.
     """
 
     def __init__(
@@ -111,11 +109,12 @@ class TorchLearner:
 
         Args:
             total_steps: batches of the whole run, for the schedule.
-            max_staleness: tokens older than this many versions get no gradient (``on_exceed = "mask"``); None: any age.
-            threads: cores to compute with; None leaves PyTorch's choice.
-            transport: how ``publish`` reaches engines; the other three are explained at ``weights_buffers``.
-        Raises ModelError for a folder that is no causal language model this learner knows how to train, ConfigError
-        for a transport that cannot be had here.
+            max_staleness: tokens older than so many versions get no gradient (``on_exceed = "mask"``). None is any age.
+            threads: cores to compute with. None leaves PyTorch's choice.
+            transport: how ``publish`` reaches engines. ``weights_buffers`` explains the three that follow.
+        Raises:
+            ModelError: the folder is no causal language model that this learner can train.
+            ConfigError: the transport cannot be had here.
         """
         self.source = Path(model)
         self.config, self.algorithm = learner, algorithm
@@ -141,11 +140,10 @@ class TorchLearner:
 
     @property
     def version(self) -> int:
-        """Batches consumed; advances even when an optimizer step was skipped."""
         return self._version
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fp32 master weights by state-dict name; of tied tensors the first name alone."""
+        """Return the fp32 master weights by state-dict name, tied tensors under their first name alone."""
         return master_weights(self._model)
 
     def set_threads(self, n: int) -> None:
@@ -155,36 +153,36 @@ class TorchLearner:
         self._threads = n
 
     async def step(self, batch: Batch) -> Metrics:
-        """One optimizer step a minibatch, or none where a minibatch has no gradient or not a finite one.
+        """Take one optimizer step a minibatch, or none where a minibatch has no gradient or not a finite one.
 
-        Returns: loss, grad_norm (before clipping; means over minibatches), lr, skipped (steps without a finite
-        gradient), minibatches_empty (steps without any gradient); tokens (sampled), rows, rows_skipped, episodes,
-        over_age_share; tokens_forward (through the model, shared prefixes once), seconds, tokens_per_second (of
-        tokens_forward), memory_peak_mb (of the process); and ``OffPolicyStats`` under ``off_policy/``.
-
-        Rows whose advantages are all 0 have no gradient and are skipped: they count in the denominators and in
-        rows_skipped, and are missing from ``off_policy/``. So are rows of over-age tokens alone.
-        Raises ValueError for a batch of another version, without episodes, or with a sampled token that has no
-        context.
+        Returns:
+            loss, grad_norm (before clipping): means over minibatches. lr: the same for all of them.
+            skipped, minibatches_empty: steps without a finite gradient, and without any gradient.
+            tokens (sampled), rows, rows_skipped, episodes, over_age_share: of the batch.
+            tokens_forward, tokens_per_second: through the model, shared prefixes once.
+            seconds, memory_peak_mb (of the process), and ``OffPolicyStats`` under ``off_policy/``.
+        Rows whose advantages are all 0 and rows of over-age tokens alone have no gradient and are skipped. They count
+        in the denominators and in rows_skipped, and are missing from ``off_policy/``.
+        Raises ValueError for a batch of another version, without episodes, or with a sampled token without context.
         """
         return await self._run(lambda: self._step(batch))
 
     async def logprobs(self, batch: Batch) -> Logprobs:
-        """log π of every sampled token at the batch's temperature, under the current weights."""
+        """Compute log π of every sampled token at the batch's temperature, under the current weights."""
         return await self._run(lambda: self._logprobs(batch.rows, batch.temperature)[0])
 
     async def sft_step(self, rows: Sequence[Row], *, lr: float) -> Metrics:
-        """One optimizer step on the mean cross-entropy of the masked tokens (the warm start).
+        """Take one optimizer step on the mean cross-entropy of the masked tokens (the warm start).
 
-        It has an optimizer of its own, dropped at the first ``step``: moments of imitation say nothing about rewards.
-        The version stays; publish afterwards to serve the weights.
+        It has an optimizer of its own, dropped at the first ``step``, as moments of imitation say nothing about
+        rewards. The version stays the same. Publish afterwards to serve the weights.
         """
         return await self._run(lambda: self._sft_step(tuple(rows), lr))
 
     def publish(self) -> AbstractAsyncContextManager[WeightsRef]:
-        """The current weights, cast, with their probe, in one of two buffers; not refilled while the context is open.
+        """Hand out the current weights, cast and with their probe, in one of two buffers.
 
-        Waits while both buffers are out; unblocked when one of those contexts closes.
+        It is not filled again while the context is open. Waits while both are out. Unblocked when a context closes.
         """
         return self._publisher.publish(self._fill)
 
@@ -318,7 +316,7 @@ class TorchLearner:
         temperature: float,
         objective: Objective,
     ) -> tuple[float, int]:
-        """Add the gradient of ``objective`` over ``rows``; returns its value and the tokens that went through."""
+        """Add the gradient of ``objective`` over ``rows``, and return its value and the tokens that went through."""
         loss, forwarded, d = 0.0, 0, self._decoder
         packs = pack_rows([r.ids for r in rows], token_budget=self.config.token_budget, shared=d.shared)
         # One autocast for all packs: it casts each weight once. It must end before the weights change.
@@ -330,7 +328,7 @@ class TorchLearner:
                 tokens = Tokens.of(chosen, None if proximal is None else [proximal[i] for i in pack.rows])
                 states = d.hidden(pack).index_select(0, sources(chosen, pack.at).to(d.device))
                 ids = tokens.ids.to(d.device)
-                grad = torch.empty_like(states)
+                grad = torch.empty_like(states)  # filled by chunks: the logits of all tokens would be too large
                 for part in _chunks(len(tokens), self.config.logprob_chunk):
                     scores = Scores(states[part], d.head, ids[part], temperature, d.dtype, weight)
                     logprobs_T = scores.logprobs_T.cpu().requires_grad_()  # [T] numbers: the objective is no GPU's work
@@ -347,7 +345,7 @@ class TorchLearner:
         return loss, forwarded
 
     def _apply(self, optimizer: torch.optim.AdamW, lr: float) -> float | None:
-        """Clip and step; None, and no step, where the gradient is not finite. Frees the gradients."""
+        """Clip, step and free the gradients. Return their norm, or None without a step where it is not finite."""
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.grad_clip))
         if math.isfinite(norm):
             for group in optimizer.param_groups:

@@ -1,8 +1,8 @@
-"""Turns of a ChatModel: messages instead of token ids, for evaluation alone.
+"""The policy of a ChatModel, whose turns are messages instead of token ids, for evaluation alone.
 
-Environment, tools, rewards, limits and seeds are those of training. What a turn sampled is known as far as the server
-reports it (``metrics["completion_tokens"]``, ``metrics["prompt_tokens"]``). No turn has token ids, so no training row
-can be made of such an episode (``batch.rows_of`` refuses it).
+Environment, tools, rewards, limits and seeds are those of training. How many tokens a turn sampled is known as far as
+the server reports it (``metrics["completion_tokens"]``, ``metrics["prompt_tokens"]``). No turn has token ids, so no
+training row can be made of such an episode (``batch.rows_of`` refuses it).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _REPORTED = ("prompt_tokens", "completion_tokens")
 
 
 class ChatPolicy(Policy):
-    """Says what a ChatModel replies. The model stays the caller's: ``close`` leaves it open.
+    """A policy that says what a ChatModel replies.
 
-    Every request has a seed of its own (``request_seed``). ``seen``: is told every reply.
+    The model stays the caller's: ``close`` leaves it open. Every request has a seed of its own (``request_seed``).
     """
 
     def __init__(
@@ -35,6 +35,14 @@ class ChatPolicy(Policy):
         *,
         seen: Callable[[ChatReply], None] = lambda reply: None,
     ) -> None:
+        """Prepare for one episode.
+
+        Args:
+            model: is asked for each message.
+            sampling: of every request. The room that ``limits`` leave may lower ``max_tokens``.
+            limits: on the tokens of the episode and on the seconds of a request.
+            seen: is called with every reply.
+        """
         self._model, self._sampling, self._limits, self._seen = model, sampling, limits, seen
         self._messages: list[Message | AssistantMessage] = []
         self._context = 0  # tokens of the last prompt and its reply, as reported
@@ -78,7 +86,7 @@ class ChatPolicy(Policy):
 def request_seed(seed: int, id: str, turn: int) -> int:
     """Return the sampling seed of an episode's turn, in [0, 2^31).
 
-    A server draws the same noise for the same seed: episodes that share one would succeed and fail together, whatever
-    their tasks.
+    A server draws the same noise for the same seed. Episodes that shared a seed would therefore succeed and fail
+    together, whatever their tasks.
     """
     return random.Random(f"{seed}/{id}/{turn}").getrandbits(31)

@@ -1,4 +1,4 @@
-"""What an environment's calls return, checked against the contract of ``env.py`` before anything uses it.
+"""The check of what an environment's calls return, against the contract of ``env.py`` and before anything uses it.
 
     areset, astep, afinish ─▶ read ─▶ Returned, which shares no list or dictionary with the environment
 
@@ -29,7 +29,10 @@ RETURNS: Mapping[Call, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """What one call returned; a part that the call does not have is empty."""
+    """The checked values that one call returned.
+
+    A part that the call does not have is empty.
+    """
 
     where: str
     """The call, for messages about it."""
@@ -42,7 +45,7 @@ class Returned:
     turn_rewards: tuple[float, ...] | None = None
     state_key: str | None = None
     tool_results: tuple[ToolOutcome, ...] = ()
-    """How the turn's tool calls ended; empty where the records have another shape: they are the environment's own."""
+    """How the turn's tool calls ended. Empty where the environment gives records of another shape, as it may."""
 
     @property
     def ending(self) -> StopReason:
@@ -50,7 +53,10 @@ class Returned:
         return self.stop_reason or ("answer" if self.terminated else "max_turns")
 
     def marked(self, message: AssistantMessage) -> AssistantMessage:
-        """``message`` with what the environment found out about its calls: unknown tools, invalid arguments (T7)."""
+        """Return ``message`` with what the environment found out about its calls (T7).
+
+        A call that named an unknown tool or had invalid arguments gets that status.
+        """
         found = [r.status for r in self.tool_results]
         if len(found) != len(message.tool_calls):
             return message
@@ -66,7 +72,9 @@ class Returned:
 def read(call: Call, result: object, where: str) -> Returned:
     """Check the ``result`` of ``call`` and copy what counts.
 
-    Raises EnvError (the contract is broken) and RewardError (a number is not one, or not finite).
+    Raises:
+        EnvError: the result breaks the contract.
+        RewardError: a reward or component is not a number, or not finite.
     """
     if call == "aclose":
         return Returned(where)
@@ -116,7 +124,10 @@ def _read_info(info: Any, where: str) -> Returned:
 
 
 def _finite(value: Any, name: str, where: str) -> float:
-    """``value`` as a float. Raises RewardError where it is no finite number; a text is none."""
+    """Return ``value`` as a float.
+
+    Raises RewardError where it is no finite number. A text is never a number.
+    """
     number: float | None = None
     if hasattr(type(value), "__float__"):  # float() would read a text
         with suppress(TypeError, ValueError, OverflowError, RuntimeError):  # huge integers, tensors of several numbers
@@ -129,6 +140,6 @@ def _finite(value: Any, name: str, where: str) -> float:
 
 
 def short(value: object) -> str:
-    """The start of ``value``'s text form, for a message."""
+    """Return the start of ``value``'s text form, for a message."""
     text = repr(value)
     return text if len(text) <= 120 else text[:120] + "…"

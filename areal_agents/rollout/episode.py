@@ -1,11 +1,13 @@
-"""One episode: an environment and a policy take turns until one of them is done.
+"""The driver of one episode, in which an environment and a policy take turns until one of them is done.
 
     areset ─▶ policy.say ─▶ astep ─▶ … ─▶ (terminated | truncated | afinish) ─▶ aclose
 
 Training, evaluation, ``check`` and ``replay`` drive environments by this file alone. They differ in their policy: an
 engine or an expert (``token_policy.py``), a chat model (``chat_policy.py``), a script (``script.py``), a saved episode
-(``evaluation/replay.py``). Whatever goes wrong is an InfraError (retried by ``retries.py``) or the environment author's
-RewardError; what the *model* does wrong is the environment's to answer.
+(``evaluation/replay.py``).
+
+Whatever goes wrong is an InfraError, which ``retries.py`` retries, or a RewardError, which the environment's author has
+to mend. A mistake of the *model* is no error: the environment answers it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the runner allows one episode; tokens are sampled tokens unless said otherwise."""
+    """The limits that the runner sets for one episode.
+
+    Tokens are sampled tokens unless said otherwise.
+    """
 
     max_context: int
     """Prompt and completion together."""
@@ -41,7 +46,9 @@ class Limits:
     def room(self, *, used: int, spent: int) -> int | StopReason:
         """Return how many tokens the next turn may sample, or why there is none.
 
-        ``used``: tokens of its prompt. ``spent``: tokens sampled in the turns before it.
+        Args:
+            used: tokens of the turn's prompt.
+            spent: tokens sampled in the turns before it.
         """
         if used >= self.max_context:
             return "context"
@@ -52,7 +59,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One turn of a policy: the message, and the tokens that it was sampled as."""
+    """One turn of a policy, as a message and as the tokens that it was sampled as."""
 
     message: AssistantMessage
     completion: Completion
@@ -65,36 +72,42 @@ class Said:
 
     @classmethod
     def as_text(cls, message: AssistantMessage, turn: int, *, tokens: int = 0) -> Said:
-        """The turn with index ``turn`` of a policy that gives no token ids."""
+        """Make the turn with index ``turn`` of a policy that gives no token ids."""
         return cls(message, Completion((), (), (), message.finish), (), turn - 1 if turn else None, tokens)
 
 
 class Policy:
-    """Whoever says the messages of one episode."""
+    """The side of one episode that says the assistant's messages."""
 
     async def say(self, episode: EpisodeDriver) -> Said | StopReason:
-        """Answer ``episode.observation``, which is new; or say why the runner must end the episode."""
+        """Answer ``episode.observation``, which is new, or return why the runner must end the episode."""
         raise NotImplementedError
 
     async def close(self, episode: EpisodeDriver) -> None:
-        """Free what the episode holds. Called once or more, also where nothing was said."""
+        """Free what the policy holds for the episode.
+
+        It is called once or more, also where nothing was said.
+        """
 
 
 class Host(Protocol):
-    """Where an environment's coroutines run; ``EnvHost`` is one."""
+    """A place where an environment's coroutines run, such as ``EnvHost``."""
 
-    async def call(self, make: Callable[[], Awaitable[T]], *, timeout: float, what: str) -> T: ...
+    async def call(self, make: Callable[[], Awaitable[T]], *, timeout: float, what: str) -> T:
+        """Await ``make()`` for at most ``timeout`` seconds. ``what`` names the call in errors."""
+        ...
 
 
 def _unseen(call: Call, result: object) -> None:
-    """An observer that looks at nothing."""
+    """Look at nothing, where an episode has no observer."""
 
 
 @dataclass(eq=False)
 class EpisodeDriver:
-    """Drives one episode, call by call or as a whole (``play``). Every call into the environment goes through ``call``.
+    """The driver of one episode, call by call or as a whole (``play``).
 
-    The policy runs on the caller's event loop, the environment on ``host``.
+    Every call into the environment goes through ``call``. The policy runs on the caller's event loop, the environment
+    on ``host``.
     """
 
     make_env: Callable[[], AgentEnv]
@@ -107,9 +120,9 @@ class EpisodeDriver:
     step_timeout: float
     """Seconds for one call into the environment."""
     max_turns: int | None = None
-    """After so many turns the episode is finished; None leaves that to environment and policy."""
+    """After so many turns the episode is finished. None leaves that to environment and policy."""
     saw: Callable[[Call, object], None] = _unseen
-    """Is told what a call returned, the very object, before anything reads it."""
+    """Is given each call and what it returned, before anything reads it. It gets the very object, not a copy."""
 
     observation: Observation = field(default=(), init=False)
     """The messages that were shown last."""
@@ -137,10 +150,12 @@ class EpisodeDriver:
         return tuple(self._opened().tools)
 
     async def play(self) -> None:
-        """Play the whole episode; it is closed however it ends.
+        """Play the whole episode and close it, however it ends.
 
-        Raises InfraError (engine, sandbox or environment failed: try again) and RewardError (a reward is no finite
-        number: trying again is useless).
+        Raises:
+            InfraError: the engine, the sandbox or the environment failed. Another attempt may succeed.
+            RewardError: a reward is no finite number, or ``turn_rewards`` has not one entry a turn. Another attempt is
+                useless.
         """
         try:
             await self.open()
@@ -162,7 +177,7 @@ class EpisodeDriver:
         self.observation = (await self.call("areset", create)).observation
 
     async def turn(self) -> None:
-        """Take one turn; after the last one that a limit allows, finish the episode."""
+        """Take one turn, and finish the episode after the last one that a limit allows."""
         start = time.perf_counter()
         said = await self.policy.say(self)
         self.count("generate_seconds", time.perf_counter() - start)
@@ -191,7 +206,10 @@ class EpisodeDriver:
             self._credit(got)
 
     async def finish(self, reason: StopReason) -> None:
-        """End the episode for ``reason``; the environment scores what exists. There must be a turn."""
+        """End the episode for ``reason`` and let the environment score what exists.
+
+        The score is added to the last turn's reward, so there must be a turn.
+        """
         env = self._opened()
         got = await self.call("afinish", lambda: env.afinish(reason))
         self.truncated, self.stop_reason = True, reason
@@ -217,7 +235,8 @@ class EpisodeDriver:
     async def close(self) -> None:
         """Close the policy, and the environment where there is one.
 
-        A failing ``aclose`` is counted and kept in ``close_error``, not raised: it must not hide why the episode ended.
+        A failing ``aclose`` is counted and kept in ``close_error``. It is not raised, because it must not hide why the
+        episode ended.
         """
         try:
             await self.policy.close(self)
@@ -241,7 +260,10 @@ class EpisodeDriver:
         self.metrics[name] = self.metrics.get(name, 0.0) + amount
 
     async def call(self, call: Call, make: Callable[[], Awaitable[object]]) -> Returned:
-        """Call into the environment. The boundary at which an author's exception becomes a fault and an EnvError."""
+        """Call into the environment, check what it returns and copy what counts.
+
+        This is the boundary at which an exception of the environment's author becomes a fault and an EnvError.
+        """
 
         async def guarded() -> object:
             try:
@@ -254,7 +276,7 @@ class EpisodeDriver:
         where = f"{call} (task {self.task.id}, turn {turn})"
         try:
             result = await self.host.call(guarded, timeout=self.step_timeout, what=where)
-        except ArealError:
+        except ArealError:  # it says already whose failure it is: the host's, a sandbox's, the environment's
             raise
         except Exception as error:  # third-party code: recorded, attached, counted
             failed = EnvError(f"{where} raised {type(error).__name__}: {error}")

@@ -1,7 +1,8 @@
-"""Who plays an episode: the contract, the player of this process, and a recipe that travels to another one.
+"""The players of episodes: their contract, the player of this process, and a recipe that travels to another one.
 
-``EpisodeRunner`` (``retries.py``) counts and retries; a player makes one attempt. ``LocalPlayer`` keeps environments
-on a thread of its own; a ``PlayerSpec`` is plain data and builds one wherever it is opened.
+A player makes one attempt at an episode. ``EpisodeRunner`` (``retries.py``) counts the attempts and retries.
+``LocalPlayer`` keeps environments on a thread of its own. A ``PlayerSpec`` is plain data and builds a ``LocalPlayer``
+wherever it is opened.
 """
 
 from __future__ import annotations
@@ -31,27 +32,42 @@ _MAX_HOSTS_LOST = 20
 
 
 def no_events(kind: str, **fields: object) -> None:
-    """An event sink for callers without a log."""
+    """Drop an event, for callers without a log."""
 
 
 class EpisodePlayer(Protocol):
-    """Plays episodes, many at once."""
+    """A player of episodes, many at once."""
 
     async def play(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory:
-        """One attempt at one episode; ``id`` is the attempt's own and the engine's session.
+        """Make one attempt at one episode.
 
-        Raises InfraError (try again) and RewardError (trying again is useless). Cancelling it closes the environment
-        and aborts the engine's request.
+        Cancelling it closes the environment and aborts the engine's request.
+
+        Args:
+            task: the task to play.
+            id: the attempt's own, and the engine's session.
+            group: the group that the trajectory belongs to.
+            seed: the environment is reset with it.
+
+        Raises:
+            InfraError: another attempt may succeed.
+            RewardError: another attempt is useless.
         """
         ...
 
     async def close(self) -> None:
-        """Cancel what still plays and end what the environments share (sandbox pools). Raises nothing deliberate."""
+        """Cancel what still plays and end what the environments share (sandbox pools).
+
+        It raises nothing on purpose.
+        """
         ...
 
 
 class LocalPlayer:
-    """Keeps environments on an ``EnvHost`` of this process, which is replaced when an environment wedges it."""
+    """The player that keeps environments on an ``EnvHost`` of this process.
+
+    The host is replaced when an environment wedges it, which is to block its thread.
+    """
 
     def __init__(
         self,
@@ -74,7 +90,10 @@ class LocalPlayer:
         self._hosts_lost = 0
 
     async def play(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory:
-        """One attempt; see ``EpisodePlayer``. Raises FailureBudgetError where hosts are lost again and again."""
+        """Make one attempt, as ``EpisodePlayer.play`` promises.
+
+        Raises FailureBudgetError where hosts are lost again and again.
+        """
         while True:
             episode = EpisodeDriver(
                 self._make_env, task, self._policy(task), self._healthy_host(), id=id, seed=seed,
@@ -83,7 +102,7 @@ class LocalPlayer:
             try:
                 await episode.play()
                 return episode.trajectory(group)
-            except HostLost:
+            except HostLost:  # another environment blocked the thread: this episode is innocent and starts again
                 self._event("host_lost", episode=id, task=task.id)
 
     def _healthy_host(self) -> EnvHost:
@@ -108,7 +127,10 @@ class LocalPlayer:
 
 @dataclass(frozen=True, slots=True)
 class PlayerSpec:
-    """A ``LocalPlayer`` as plain data. It is picklable where the environment's keyword arguments are."""
+    """A recipe for a ``LocalPlayer``, as plain data.
+
+    It is picklable where the environment's keyword arguments are.
+    """
 
     env: EnvSpec
     """The environment; its entry point must be importable where the player is built."""
@@ -125,9 +147,16 @@ class PlayerSpec:
     """Who takes the turns: the engine, or the environment's scripted expert."""
 
     def build(self, engine: Engine, *, fmt: ChatFormat | None = None, event: EventSink = no_events) -> LocalPlayer:
-        """The player, on this process. ``fmt``: the format of ``model`` where the caller has loaded it.
+        """Build the player in this process.
 
-        Raises ModelError where ``model`` has no tokenizer and RegistryError where the environment cannot be imported.
+        Args:
+            engine: samples the turns.
+            fmt: the chat format of ``model``, where the caller has loaded it.
+            event: as for ``LocalPlayer``.
+
+        Raises:
+            ModelError: ``model`` has no tokenizer.
+            RegistryError: the environment cannot be imported.
         """
         fmt = fmt or ChatFormat.load(self.model)
         make_env = env_maker(self.env, sandbox=self.sandbox, kwargs=self.kwargs)
@@ -144,7 +173,10 @@ class PlayerSpec:
 
 
 def env_maker(spec: EnvSpec, *, sandbox: str, kwargs: Mapping[str, Any]) -> Callable[[], AgentEnv]:
-    """A constructor of ``spec``'s environment; ``sandbox`` is passed where the environment takes one."""
+    """Return a constructor of ``spec``'s environment.
+
+    ``sandbox`` is passed where the environment takes one and ``kwargs`` hold none.
+    """
     given = dict(kwargs)
     if "sandbox" in inspect.signature(spec.env_class()).parameters:
         given.setdefault("sandbox", sandbox)
@@ -152,7 +184,10 @@ def env_maker(spec: EnvSpec, *, sandbox: str, kwargs: Mapping[str, Any]) -> Call
 
 
 async def prove_sandbox(spec: EnvSpec, sandbox: str) -> None:
-    """Probe the backend before anything slow starts, where a tool of ``spec`` needs one. Raises SandboxUnavailable."""
+    """Probe the sandbox backend before anything slow starts, where a tool of ``spec`` needs one.
+
+    Raises SandboxUnavailable.
+    """
     cls = spec.env_class()
     if "sandbox" not in inspect.signature(cls).parameters or not any(t.needs_sandbox for t in cls.tools):
         return

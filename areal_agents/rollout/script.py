@@ -1,4 +1,4 @@
-"""Turns out of a script: an environment's expert, or fixed texts."""
+"""The policy that reads its turns from a script, which is an environment's expert or fixed texts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from areal_agents.rollout.episode import EpisodeDriver, Policy, Said
 from areal_agents.types import Observation, Task
 
 Script = Callable[[Observation], Expert]
-"""Makes the speaker of one episode from its first observation; the speaker is then sent each new one."""
+"""Makes the speaker of one episode from its first observation. The speaker is then sent each new one."""
 
 
 class ScriptPolicy(Policy):
-    """Says a script's texts, without token ids."""
+    """A policy that says a script's texts, without token ids."""
 
     def __init__(self, script: Script, task: Task) -> None:
         self._script, self._task = script, task
@@ -25,7 +25,10 @@ class ScriptPolicy(Policy):
         return Said.as_text(parse_text(self.text(episode.observation)), len(episode.turns))
 
     def text(self, shown: Observation) -> str:
-        """Answer ``shown``. Raises EnvError where the script stops or fails: an expert is the environment's part."""
+        """Answer ``shown``.
+
+        Raises EnvError where the script stops or fails, because an expert is a part of the environment.
+        """
         try:
             if self._speaker is None:
                 self._speaker = self._script(shown)

@@ -1,8 +1,8 @@
-"""Turns as token ids: the policies that training rows are made from.
+"""The policies whose turns are token ids, from which training rows are made.
 
     episode.observation ─▶ Conversation ─▶ sample (an engine, an expert) ─▶ ids ─▶ message
 
-The generation slot is held per request, never across ``astep``.
+A generation slot of the engine is held for one request, never across ``astep``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from areal_agents.types import Completion, Prompt, StopReason
 
 
 class TokenPolicy(Policy):
-    """Keeps the conversation and the limits on tokens; subclasses sample."""
+    """A policy that keeps the conversation and the limits on tokens.
+
+    Subclasses implement ``sample``.
+    """
 
     def __init__(self, fmt: ChatFormat, limits: Limits) -> None:
         self.fmt, self.limits = fmt, limits
@@ -49,7 +52,7 @@ class TokenPolicy(Policy):
 
 
 class EnginePolicy(TokenPolicy):
-    """Samples from an engine; the episode's id is its session."""
+    """A policy that samples from an engine, with the episode's id as its session."""
 
     def __init__(self, engine: Engine, sampling: Sampling, fmt: ChatFormat, limits: Limits) -> None:
         super().__init__(fmt, limits)
@@ -61,12 +64,12 @@ class EnginePolicy(TokenPolicy):
         return await self._engine.generate(prompt, sampling, session=episode.id, deadline=deadline)
 
     async def close(self, episode: EpisodeDriver) -> None:
-        with contextlib.suppress(EngineError):
+        with contextlib.suppress(EngineError):  # a failed release must not hide why the episode ended
             await self._engine.release(episode.id)
 
 
 def continued(conversation: Conversation | None, fmt: ChatFormat, episode: EpisodeDriver) -> Conversation:
-    """Add what the episode shows now to ``conversation``; None begins one."""
+    """Add what the episode shows now to ``conversation``, or begin a new one where it is None."""
     if conversation is None:
         return Conversation(fmt, episode.observation, episode.tools)
     conversation.add_observation(episode.observation)
