@@ -24,14 +24,33 @@ CUDA = torch.device("cuda", 0)
 _INDEX_OF_CUDA, _INDEX_OF_META = 1, 14
 
 
+class AttentionCalls(TorchFunctionMode):
+    """Records the arguments of every call of scaled_dot_product_attention, and answers with its first.
+
+    What the function does with fake tensors depends on how PyTorch was built.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict[str, Any]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **given)
+        query, key, value = args
+        self.calls.append({"query": query, "key": key, "value": value} | given)
+        return query.clone()
+
+
 @contextmanager
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[AttentionCalls]:
     """Make every tensor inside a fake one, and let autocast believe in a GPU that computes in bf16."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     monkeypatch.setattr(forward, "causal_lower_right", _causal_lower_right)
-    with _device_guard(), FakeTensorMode():
-        yield
+    with _device_guard(), FakeTensorMode(), AttentionCalls() as calls:
+        yield calls
 
 
 def _causal_lower_right(*sizes: int) -> CausalBias:
@@ -76,20 +95,6 @@ def move(decoder: forward.Decoder) -> None:
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA)
     decoder.device = CUDA
-
-
-class AttentionCalls(TorchFunctionMode):
-    """Records the arguments of every call of scaled_dot_product_attention, and lets it go on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[dict[str, Any]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            self.calls.append(dict(zip(("query", "key", "value"), args, strict=True)) | given)
-        return func(*args, **given)
 
 
 def is_dense(mask: Tensor | None) -> bool:

@@ -18,7 +18,7 @@ from areal_agents.learner.learner import TorchLearner
 from areal_agents.learner.packing import Pack, Segment, pack_rows
 from areal_agents.learner.probe import probe
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
-from tests.fake_cuda import CUDA, AttentionCalls, fake_cuda, is_dense, move
+from tests.fake_cuda import CUDA, fake_cuda, is_dense, move
 from tests.learner.test_forward import rows_with_shared_prefixes
 from tests.learner_data import make_batch
 from tests.tiny_models import save_tiny, tiny_model
@@ -32,9 +32,9 @@ def one_pack() -> Pack:
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_attention_gets_the_autocast_format_and_no_dense_mask(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, pack = Decoder(tiny_model(kind), torch.bfloat16), one_pack()
-    with fake_cuda(monkeypatch):
+    with fake_cuda(monkeypatch) as spy:
         move(decoder)
-        with AttentionCalls() as spy, decoder.autocast():
+        with decoder.autocast():
             hidden = decoder.hidden(pack)
         assert (hidden.device, hidden.dtype) == (CUDA, torch.bfloat16)
     assert len(spy.calls) == 3 * len(pack.segments), "one call a layer and segment"
@@ -57,9 +57,9 @@ def test_fp32_attention_leaves_no_grouped_heads_to_the_kernel_and_no_dense_mask(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     decoder, pack = Decoder(tiny_model(), torch.float32), one_pack()
-    with fake_cuda(monkeypatch):
+    with fake_cuda(monkeypatch) as spy:
         move(decoder)
-        with AttentionCalls() as spy, decoder.autocast():
+        with decoder.autocast():
             assert decoder.hidden(pack).dtype == torch.float32
     for call in spy.calls:
         assert {call[name].dtype for name in ("query", "key", "value")} == {torch.float32}
@@ -109,13 +109,13 @@ def test_a_step_has_its_tensors_on_one_device(
     made = TorchLearner(save_tiny(tmp_path / "m", model), learner=config, algorithm=AlgorithmConfig(), total_steps=1)
     backward, passes = Tensor.backward, list[torch.dtype]()
 
-    def layers(states: Tensor, grad: Tensor | None = None) -> None:
+    def layers(states: Tensor, gradient: Tensor | None = None, **kwargs: Any) -> None:
         if states.device == CUDA:
-            assert grad is not None
-            assert (grad.device, grad.dtype, grad.shape) == (CUDA, states.dtype, states.shape)
+            assert gradient is not None
+            assert (gradient.device, gradient.dtype, gradient.shape) == (CUDA, states.dtype, states.shape)
             passes.append(states.dtype)
         else:
-            backward(states, grad)  # type: ignore[no-untyped-call]
+            backward(states, gradient, **kwargs)  # type: ignore[no-untyped-call]
 
     monkeypatch.setattr(Tensor, "backward", layers)
     monkeypatch.setattr(Tensor, "__float__", lambda tensor: 1.0)  # of the loss and the gradient's norm

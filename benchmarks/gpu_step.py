@@ -1,0 +1,122 @@
+"""A whole learner step: ``TorchLearner`` on groups of rows, by the size of its chunks and packs, and what fits.
+
+A step is two packs, each a group of 8 rows behind a prompt that is an eighth of the pack. The first step of a learner
+makes AdamW's moments, the second is measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_models import (
+    free,
+    kernels,
+    operations,
+    peak_gib,
+    random_batch,
+    random_model,
+    reset_peak,
+    sizes,
+    synchronize,
+    unless_too_large,
+)
+from gpu_parts import Row, Settings, main
+
+from areal_agents.learner.learner import TorchLearner
+from areal_agents.learner.packing import pack_rows
+from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
+
+PACKS = 2
+ROOM = 8 << 30
+"""Bytes for the largest model's folder."""
+
+
+def saved_model(name: str, folder: Path, device: torch.device) -> Path:
+    """Write a random model in bf16, as models are shared."""
+    model = random_model(name, device, torch.bfloat16)
+    model.save_pretrained(folder / name)
+    del model
+    free(device)
+    return folder / name
+
+
+def step_row(made: TorchLearner, device: torch.device, tokens: int, *, profiled: bool) -> Row:
+    """One measured step with packs of ``tokens``. Raises torch.OutOfMemoryError."""
+
+    def batch() -> Any:
+        return random_batch(PACKS, tokens, made._model.config.vocab_size, version=made.version)
+
+    asyncio.run(made.step(batch()))
+    reset_peak(device)
+    chosen = batch()
+    metrics = asyncio.run(made.step(chosen))
+    synchronize(device)
+    packs = pack_rows([row.ids for row in chosen.rows], token_budget=tokens, shared=made._decoder.shared)
+    scored = int(sum(row.mask.sum() for row in chosen.rows))
+    row: Row = {
+        "fits": True, "seconds": round(metrics["seconds"], 4), "packs": len(packs), "scored": scored,
+        "tokens_per_s": round(metrics["tokens_per_second"]), "peak_gib": peak_gib(device),
+        "tflops": round(operations(made._model.config, packs, scored) / metrics["seconds"] / 1e12, 3),
+        "loss": metrics["loss"], "grad_norm": metrics["grad_norm"], "skipped": metrics["skipped"],
+        "tree_chosen": made._decoder.shared,
+    }  # fmt: skip
+    if profiled:
+        again = batch()
+        slowest, busy = kernels(device, lambda: asyncio.run(made.step(again)))
+        row |= {"kernel_seconds": round(busy, 4), "kernels": slowest}
+    return row
+
+
+def learner_rows(
+    name: str, folder: Path, device: torch.device, *, checkpointing: bool, chunks: tuple[int, ...],
+    packs: tuple[int, ...], profiled: bool,
+) -> Iterator[Row]:  # fmt: skip
+    """Rows of one learner: each chunk with the smallest pack, then larger packs until one does not fit."""
+    made = TorchLearner(
+        folder, algorithm=AlgorithmConfig(), total_steps=1000, seed=0,
+        learner=LearnerConfig(device=device.type, gradient_checkpointing=checkpointing, token_budget=packs[0]),
+    )  # fmt: skip
+    about = {"model": name, "gradient_checkpointing": checkpointing}
+    largest, fits = 0, True
+    for chunk, tokens in [(c, packs[0]) for c in chunks] + [(chunks[0], t) for t in packs[1:]]:
+        if tokens > packs[0] and not fits:
+            break
+        made.config = made.config.model_copy(update={"logprob_chunk": chunk, "token_budget": tokens})
+        wanted = profiled and (chunk, tokens) == (chunks[0], packs[0])
+        found = unless_too_large(lambda tokens=tokens, wanted=wanted: step_row(made, device, tokens, profiled=wanted))
+        fits = found is not None
+        largest = max(largest, tokens) if fits else largest
+        yield {"what": "step", **about, "chunk": chunk, "pack": tokens, **(found or {"fits": False})}
+    yield {"what": "largest pack", **about, "pack": largest, "next": None if fits else tokens}
+    asyncio.run(made.close())
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    device = torch.device(settings.device)
+    chunks = (16, 64) if settings.tiny else (512, 4096) if settings.quick else (512, 2048, 8192)
+    packs = (320, 640) if settings.tiny else (8192, 16_384, 32_768, 65_536)
+    memory = Path("/dev/shm")  # faster than a disk
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > ROOM
+    folder = Path(tempfile.mkdtemp(prefix="areal-gpu-", dir=memory if roomy else None))
+    try:
+        for name in sizes(settings, ("1.5B", "0.5B", "3B"), ("1.5B",)):
+            source = saved_model(name, folder, device)
+            for checkpointing in (True, False):
+                yield from learner_rows(
+                    name, source, device, checkpointing=checkpointing, chunks=chunks, packs=packs,
+                    profiled=name == "1.5B" and device.type == "cuda",
+                )  # fmt: skip
+                free(device)
+            shutil.rmtree(source)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(rows)
