@@ -52,8 +52,16 @@ class Member:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+def member_process(member: Member, out: Connection) -> None:
+    """Be ``member``; send why, where it fails by something else than what a group raises."""
+    try:
+        take_part(member, out)
+    except Exception as error:  # noqa: BLE001  boundary: the part records it
+        out.send({"failed": f"{type(error).__name__}: {error}"[:300]})
+
+
 def take_part(member: Member, out: Connection) -> None:
-    """Be ``member``: send that it began, then the seconds of each step, or what was raised and after how long."""
+    """Send that it began, then the seconds of each step, or what was raised and after how long."""
     os.environ.update(member.environment)
     if member.backend == "nccl":
         torch.cuda.set_device(member.rank % torch.cuda.device_count())
@@ -94,7 +102,7 @@ def run_members(members: list[Member]) -> list[Row]:
         started = []
         for member in members:
             ours, theirs = context.Pipe()
-            process = context.Process(target=take_part, args=(member, theirs))
+            process = context.Process(target=member_process, args=(member, theirs))
             process.start()
             theirs.close()
             stack.callback(ours.close)
@@ -107,7 +115,7 @@ def run_members(members: list[Member]) -> list[Row]:
                 try:
                     if ours.poll(max(end - time.monotonic(), 0)):
                         row |= ours.recv()
-                        row["outcome"] = "raised" if "raised" in row else outcome
+                        row["outcome"] = next((name for name in ("failed", "raised") if name in row), outcome)
                 except EOFError:
                     process.join(STARTUP)
                     row["outcome"] = f"ended with {ending(process.exitcode)}"

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from gpu_parts import Settings
+from gpu_parts import Settings, is_attention
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
@@ -165,9 +165,9 @@ def free(device: torch.device) -> None:
 
 
 def kernels(device: torch.device, work: Callable[[], object], *, most: int = 12) -> tuple[list[list[Any]], float]:
-    """Return the ``most`` kernels (on a CPU: operations) that take longest in ``work``, and all their seconds.
+    """Return what takes longest in ``work``, and the seconds of all: kernels, or on a CPU operations.
 
-    Each is [name, calls, milliseconds].
+    The ``most`` longest, and all of attention, each [name, calls, milliseconds].
     """
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as prof:
@@ -181,4 +181,5 @@ def kernels(device: torch.device, work: Callable[[], object], *, most: int = 12)
             found.append([event.key, event.count, event.self_device_time_total / 1e3])
     found.sort(key=lambda item: -item[2])
     total = sum(item[2] for item in found) / 1e3
-    return [[name[:120], calls, round(ms, 3)] for name, calls, ms in found[:most]], total
+    kept = found[:most] + [item for item in found[most:] if is_attention(item[0])]
+    return [[name[:120], calls, round(ms, 3)] for name, calls, ms in kept], total

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from measured_process import TAIL, tree
 
 HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
+ROOM = 16 << 30
+"""Bytes for the folders of all models of a part."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,10 @@ def run(part: Part, settings: Settings, *, seconds: float) -> Outcome:
     command += ["--tiny"] * settings.tiny + ["--quick"] * settings.quick
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     start, rows = time.monotonic(), list[Row]()
-    with tempfile.TemporaryFile("w+", errors="replace") as stderr:
+    with tempfile.TemporaryFile("w+", errors="replace") as stderr, _scratch() as scratch:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": path, "TMPDIR": scratch},
         )  # fmt: skip
         assert process.stdout is not None
         reader = threading.Thread(target=_read, args=(part.name, process.stdout, rows), daemon=True)
@@ -128,6 +131,13 @@ def main(measure: Callable[[Settings], Iterator[Row]]) -> None:
     write({"end": True})
 
 
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder for a part's files, in memory where that has room: it goes with a part that is killed, too."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > ROOM
+    return tempfile.TemporaryDirectory(prefix="areal-gpu-", dir=memory if roomy else None)
+
+
 def _read(name: str, lines: IO[str], rows: list[Row]) -> None:
     for line in lines:
         with contextlib.suppress(json.JSONDecodeError):  # the last line of a process that was killed
@@ -144,6 +154,11 @@ def _end(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def is_attention(kernel: str) -> bool:
+    """Whether a kernel or operation of this name computes attention, or the softmax of one that stores its scores."""
+    return any(mark in kernel.lower() for mark in ("flash", "fmha", "attention", "softmax", "cudnn"))
 
 
 def ending(code: int | None) -> str:

@@ -7,8 +7,8 @@ makes AdamW's moments, the second is measured.
 from __future__ import annotations
 
 import asyncio
-import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,6 @@ from areal_agents.learner.packing import pack_rows
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 
 PACKS = 2
-ROOM = 8 << 30
-"""Bytes for the largest model's folder."""
 
 
 def saved_model(name: str, folder: Path, device: torch.device) -> Path:
@@ -53,16 +51,19 @@ def step_row(made: TorchLearner, device: torch.device, tokens: int, *, profiled:
         return random_batch(PACKS, tokens, made._model.config.vocab_size, version=made.version)
 
     asyncio.run(made.step(batch()))
+    synchronize(device)
     reset_peak(device)
     chosen = batch()
+    start = time.perf_counter()
     metrics = asyncio.run(made.step(chosen))
-    synchronize(device)
+    synchronize(device)  # its own clock stops before the last update has
+    taken = time.perf_counter() - start
     packs = pack_rows([row.ids for row in chosen.rows], token_budget=tokens, shared=made._decoder.shared)
     scored = int(sum(row.mask.sum() for row in chosen.rows))
     row: Row = {
-        "fits": True, "seconds": round(metrics["seconds"], 4), "packs": len(packs), "scored": scored,
-        "tokens_per_s": round(metrics["tokens_per_second"]), "peak_gib": peak_gib(device),
-        "tflops": round(operations(made._model.config, packs, scored) / metrics["seconds"] / 1e12, 3),
+        "fits": True, "seconds": round(taken, 4), "packs": len(packs), "scored": scored,
+        "tokens_per_s": round(metrics["tokens_forward"] / taken), "peak_gib": peak_gib(device),
+        "tflops": round(operations(made._model.config, packs, scored) / taken / 1e12, 3),
         "loss": metrics["loss"], "grad_norm": metrics["grad_norm"], "skipped": metrics["skipped"],
         "tree_chosen": made._decoder.shared,
     }  # fmt: skip
@@ -83,17 +84,20 @@ def learner_rows(
         learner=LearnerConfig(device=device.type, gradient_checkpointing=checkpointing, token_budget=packs[0]),
     )  # fmt: skip
     about = {"model": name, "gradient_checkpointing": checkpointing}
-    largest, fits = 0, True
+    largest, refused = 0, None
     for chunk, tokens in [(c, packs[0]) for c in chunks] + [(chunks[0], t) for t in packs[1:]]:
-        if tokens > packs[0] and not fits:
-            break
         made.config = made.config.model_copy(update={"logprob_chunk": chunk, "token_budget": tokens})
         wanted = profiled and (chunk, tokens) == (chunks[0], packs[0])
         found = unless_too_large(lambda tokens=tokens, wanted=wanted: step_row(made, device, tokens, profiled=wanted))
-        fits = found is not None
-        largest = max(largest, tokens) if fits else largest
         yield {"what": "step", **about, "chunk": chunk, "pack": tokens, **(found or {"fits": False})}
-    yield {"what": "largest pack", **about, "pack": largest, "next": None if fits else tokens}
+        if found is None:
+            made._optimizer.zero_grad(set_to_none=True)  # what the step left
+            free(device)
+        if chunk == chunks[0]:
+            largest, refused = (tokens, None) if found else (largest, tokens)
+            if refused:
+                break
+    yield {"what": "largest pack", **about, "pack": largest, "next": refused}
     asyncio.run(made.close())
 
 
@@ -101,21 +105,15 @@ def rows(settings: Settings) -> Iterator[Row]:
     device = torch.device(settings.device)
     chunks = (16, 64) if settings.tiny else (512, 4096) if settings.quick else (512, 2048, 8192)
     packs = (320, 640) if settings.tiny else (8192, 16_384, 32_768, 65_536)
-    memory = Path("/dev/shm")  # faster than a disk
-    roomy = memory.is_dir() and shutil.disk_usage(memory).free > ROOM
-    folder = Path(tempfile.mkdtemp(prefix="areal-gpu-", dir=memory if roomy else None))
-    try:
+    with tempfile.TemporaryDirectory() as folder:
         for name in sizes(settings, ("1.5B", "0.5B", "3B"), ("1.5B",)):
-            source = saved_model(name, folder, device)
+            source = saved_model(name, Path(folder), device)
             for checkpointing in (True, False):
                 yield from learner_rows(
                     name, source, device, checkpointing=checkpointing, chunks=chunks, packs=packs,
                     profiled=name == "1.5B" and device.type == "cuda",
                 )  # fmt: skip
                 free(device)
-            shutil.rmtree(source)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gpu_parts import Outcome, Row
+from gpu_parts import Outcome, Row, is_attention
 from measure import table
 from record import Check
 
@@ -74,7 +75,8 @@ def summarize(found: Sequence[Outcome]) -> str:
         ]),
         ("weights handed to another process", rows_of(found, "weights", what="handed to another process")),
         ("process groups, seconds", [
-            cells(r, "case", "rank", "outcome", "deadline", "after", "made", "sent", "ended", "seconds", "raised")
+            cells(r, "case", "rank", "outcome", "deadline", "after", "made", "sent", "ended", "seconds", "raised",
+                  "failed")
             for r in rows_of(found, "groups")
         ]),
         ("publish probe, |Δ log p| of a bf16 forward, nats", rows_of(found, "probe", what="version")),
@@ -87,8 +89,7 @@ def summarize(found: Sequence[Outcome]) -> str:
 
 def attention_kernels(row: Row) -> list[list[Any]]:
     """Return the kernels of ``row`` that compute attention, by their names."""
-    marks = ("flash", "fmha", "attention", "softmax", "cudnn")
-    return [kernel for kernel in row.get("kernels", []) if any(mark in kernel[0].lower() for mark in marks)]
+    return [kernel for kernel in row.get("kernels", []) if is_attention(kernel[0])]
 
 
 def checks(found: Sequence[Outcome], *, on_gpu: bool) -> list[Check]:
@@ -97,11 +98,12 @@ def checks(found: Sequence[Outcome], *, on_gpu: bool) -> list[Check]:
             for o in found]  # fmt: skip
     ran = {o.name for o in found}
 
-    def add(part: str, name: str, rows: Iterable[Row], value: Callable[[Row], float], bound: float, goal: str) -> None:
-        values = [value(row) for row in rows]
-        worst = max(values, default=float("nan"))  # a comparison with it never holds
-        if part in ran:
-            held.append(Check(name, worst, goal, worst <= bound, "" if values else "no row says it"))
+    def add(part: str, name: str, rows: Iterable[Row], error: Callable[[Row], float], bound: float, goal: str) -> None:
+        values = [error(row) for row in rows]
+        worst = max(values, default=math.inf)
+        if part in ran:  # JSON has no infinity
+            value = worst if math.isfinite(worst) else None
+            held.append(Check(name, value, goal, worst <= bound, "" if values else "no row says it"))
 
     for kind, bound in KERNEL_ERROR.items():
         add("attention", f"error of attention, {kind}", rows_of(found, "attention", what="kernel", format=kind),
@@ -122,7 +124,7 @@ def checks(found: Sequence[Outcome], *, on_gpu: bool) -> list[Check]:
     arrived = [r for r in rows_of(found, "weights") if "equal" in r]
     add("weights", "weights that arrived changed", arrived, lambda r: float(not r["equal"]), 0, "== 0")
     add("groups", "seconds of a missing member over the deadline", rows_of(found, "groups", case="missing"),
-        lambda r: r["after"] / r["deadline"] if r["outcome"] == "raised" else float("inf"), 1.5, "<= 1.5")  # fmt: skip
+        lambda r: r["after"] / r["deadline"] if r["outcome"] == "raised" else math.inf, 1.5, "<= 1.5")  # fmt: skip
     alone = [r for case in ("alone", "alone again") for r in rows_of(found, "groups", case=case)]
     add("groups", "groups of one that failed", alone, lambda r: float(not r.get("equal")), 0, "== 0")
     add("probe", "versions that the prover refused", rows_of(found, "probe", what="version"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.attention.bias import CausalBias
 
+from areal_agents.learner import checkpoint
 from areal_agents.learner.forward import Decoder, Tree, tree_attention
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.learner.packing import Pack, Segment, pack_rows
@@ -137,3 +138,18 @@ def test_a_step_has_its_tensors_on_one_device(
     assert len(passes) > 1
     assert set(passes) == {torch.bfloat16 if precision == "bf16" else torch.float32}
     asyncio.run(made.close())
+
+
+def test_a_models_file_is_written_from_tensors_of_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path, tiny_model())
+    written: list[dict[str, Tensor]] = []
+    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, path, metadata: written.append(tensors))
+    with fake_cuda(monkeypatch):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / checkpoint.WEIGHTS).touch()
+        tensors = {"a": torch.empty(3, 2, device=CUDA).t()}
+        checkpoint.write_model(tmp_path / "out", tensors, source=tmp_path, dtype=torch.bfloat16)
+    ((name, tensor),) = written[0].items()
+    assert (name, tensor.device.type, tensor.dtype, tensor.is_contiguous()) == ("a", "cpu", torch.bfloat16, True)
