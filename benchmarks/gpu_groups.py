@@ -25,7 +25,7 @@ from gpu_parts import Row, Settings, ending, main
 from torch.distributed import PrefixStore, TCPStore
 
 from areal_agents.engine import WeightsRef
-from areal_agents.weights.broadcast import BroadcastWeights, Limits, receive
+from areal_agents.weights.broadcast import BroadcastWeights, RoundLimits, receive
 from areal_agents.weights.process_group import Broadcaster, broadcast, open_group
 
 HOST = "127.0.0.1"
@@ -161,7 +161,7 @@ def rows(settings: Settings) -> Iterator[Row]:
     backend: Broadcaster = "nccl" if nccl else "gloo"
     cards = torch.cuda.device_count() if nccl else 0
     nbytes, missing, patience = (1 << 26, 2.0, 20.0) if settings.tiny else (1 << 30, 10.0, 15.0)
-    bucket = min(Limits().bucket, nbytes // 4)
+    bucket = min(RoundLimits().bucket, nbytes // 4)
     store = TCPStore(HOST, 0, None, True, timeout=timedelta(seconds=STARTUP), wait_for_workers=False)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["areal_agents.weights.broadcast"])
 

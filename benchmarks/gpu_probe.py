@@ -16,7 +16,7 @@ import torch
 from gpu_models import random_model, seconds, sizes
 from gpu_parts import Row, Settings, main
 
-from areal_agents.engine import Probe, WeightsRef
+from areal_agents.engine import WeightsProbe, WeightsRef
 from areal_agents.engines.weights_proof import Mismatch, Prover
 from areal_agents.errors import EngineError
 from areal_agents.learner.forward import Decoder
@@ -71,7 +71,7 @@ def fp32_row(name: str, decoder: Decoder) -> Row:
     here = probe(decoder, ids, torch.bfloat16)
     model = decoder.model.cpu()
     model.set_attn_implementation("sdpa")  # as a new model has it
-    there: Probe = probe(Decoder(model, torch.float32), ids, torch.bfloat16)
+    there: WeightsProbe = probe(Decoder(model, torch.float32), ids, torch.bfloat16)
     gap = Mismatch.of(here.logprobs, there.logprobs)
     return {"what": "fp32", "model": name, "mean": float(f"{gap.mean:.3g}"), "max": float(f"{gap.max:.3g}")}
 
