@@ -1,6 +1,10 @@
 """AReaL Agents: an agentic multi-turn RL gym and trainer for language models.
 
 The names below are the public interface. They are imported at first use, so that ``import areal_agents`` stays light.
+The environments that come with the package are registered at once, by name, so that ``gymnasium.make`` knows them:
+
+    import areal_agents, gymnasium
+    env = gymnasium.make("areal/Arithmetic-v0")
 """
 
 from __future__ import annotations
@@ -42,6 +46,9 @@ _HOMES = {
     "areal_agents.types": ("AssistantMessage", "Message", "Task", "ToolCall"),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+# Registers names alone; an environment's module is imported by ``make``. Gymnasium takes 0.05 s beside numpy.
+from areal_agents import envs as envs  # noqa: E402
 
 # The decorator shares its name with its module. Importing a submodule binds the module to that name here, after
 # which `__getattr__` would no longer be asked: this import is done at once and the name is bound to the decorator.

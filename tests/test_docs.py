@@ -366,9 +366,8 @@ def test_metrics_and_their_page_agree(heading: str, kinds: str, workshop: Worksh
 
 @pytest.mark.parametrize("page", ["README.md"])
 def test_gymnasium_makes_the_readmes_environment_too(page: str, here: Workshop) -> None:
-    module = importlib.import_module("my_envs")
-    env = gymnasium.make("my/Scales-v0").unwrapped
-    assert isinstance(env, module.Scales)
+    env = gymnasium.make("my_envs:my/Scales-v0").unwrapped
+    assert isinstance(env, importlib.import_module("my_envs").Scales)
     observation, _ = env.reset(seed=0)
     dogs = int(re.findall(r"\d+", observation[-1].text)[0])
     _, reward, terminated, _, _ = env.step(rf"\boxed{{{20 * dogs}}}")
