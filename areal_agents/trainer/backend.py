@@ -18,8 +18,7 @@ import torch
 
 from areal_agents.algorithms.batch import Row
 from areal_agents.engine import Engine, Transport
-from areal_agents.engines.cpu.architecture import Shape
-from areal_agents.engines.pool.replica import SupervisedSettings
+from areal_agents.engines.local import engine_spec
 from areal_agents.engines.pool.supervision import Threaded
 from areal_agents.engines.spec import EngineSpec
 from areal_agents.learner.learner import Learner, Metrics
@@ -27,7 +26,7 @@ from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec
 from areal_agents.settings.config import TrainConfig
 from areal_agents.trainer.threads import Cores
-from areal_agents.utils.precision import resolve_precision
+from areal_agents.utils.precision import Format, resolve_precision
 
 Event = Callable[..., None]
 
@@ -86,24 +85,10 @@ def salt(resumed_at: int) -> str:
     return str(resumed_at) if resumed_at else ""
 
 
-def engine_spec(config: TrainConfig, model: Path, *, threads: int) -> EngineSpec:
-    """How one engine is started."""
-    e = config.engine
-    options: dict[str, Any] = {
-        "precision": "bf16" if engine_dtype(config) == torch.bfloat16 else "fp32",
-        "max_batch": e.max_batch,
-        "kv_tokens": e.kv_tokens,
-        "max_context": config.model.max_context,
-        "threads": threads,
-    }
-    if e.kind == "vllm":
-        options |= {
-            "gpu_memory_utilization": e.gpu_memory,
-            "tensor_parallel_size": e.tensor_parallel,
-        }
-    else:
-        options["shape"] = Shape.read(model, config.model.max_context)
-    return EngineSpec(e.kind, str(model.absolute()), options)
+def engine_spec_of(config: TrainConfig, model: Path, *, threads: int) -> EngineSpec:
+    """Return how one engine of a run is started."""
+    number: Format = "bf16" if engine_dtype(config) == torch.bfloat16 else "fp32"
+    return engine_spec(config.engine, model, max_context=config.model.max_context, threads=threads, format=number)
 
 
 def engine_dtype(config: TrainConfig) -> torch.dtype:
@@ -111,16 +96,6 @@ def engine_dtype(config: TrainConfig) -> torch.dtype:
     placed = config.cluster.backend == "ray" and config.cluster.engine_gpus > 0
     gpu = config.engine.kind == "vllm" and (placed or torch.cuda.is_available())
     return resolve_precision(config.engine.precision, gpu=gpu)
-
-
-def supervision(config: TrainConfig) -> SupervisedSettings:
-    """``SupervisedEngine``'s numbers. vLLM loads, and on GPUs compiles, for minutes."""
-    start_seconds = 900.0 if config.engine.kind == "vllm" else 300.0
-    return {
-        "hang_seconds": config.engine.hang_timeout,
-        "start_seconds": start_seconds,
-        "update_seconds": start_seconds + 300.0,  # an engine that is lost during it starts again first
-    }
 
 
 def receivers(config: TrainConfig, replicas: int) -> int:
