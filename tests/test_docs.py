@@ -38,7 +38,6 @@ import pytest
 from packaging.requirements import Requirement
 
 from areal_agents import registry, settings
-from areal_agents.cli.commands import split_of
 from areal_agents.cli.main import _parse, main
 from areal_agents.env import Expert
 from areal_agents.evaluation.evaluate import EvalReport
@@ -256,14 +255,16 @@ def _eval(command: Command, w: Workshop) -> list[str] | None:
 
     Only parsed where the model is a server's, or the environment needs a sandbox and this machine has no bubblewrap.
     """
-    parsed, _ = _parse(list(command.words[1:]))
+    parsed, overrides = _parse(list(command.words[1:]))
     if parsed.compare is not None:
         return list(command.words[1:])
-    if parsed.model.startswith("openai:"):  # needs a server: tests/engines/openai/test_client.py evaluates one
+    config = parsed.settings(overrides)
+    # A server: tests/engines/openai/test_client.py evaluates one. vLLM: tests/engines/vllm.
+    if parsed.url or config.engine.kind == "vllm":
         return None
-    if needs_sandbox(split_of(parsed.env)[0]) and shutil.which("bwrap") is None:
+    if needs_sandbox(config.env.id) and shutil.which("bwrap") is None:
         return None
-    model = parsed.model if Path(parsed.model).is_dir() else str(w.model)
+    model = config.model.path if Path(config.model.path).is_dir() else str(w.model)
     small = replaced(list(command.words[1:]), model=model, n="2", max_turn_tokens="8", max_turns="2")
     return replaced(small, out=f"out-{command.line}")
 

@@ -22,6 +22,7 @@ from areal_agents.rollout.demonstrations import ExpertPolicy
 from areal_agents.rollout.env_host import EnvHost, HostLost
 from areal_agents.rollout.episode import EnginePolicy, Limits, Policy, run_episode
 from areal_agents.sandbox import SandboxBackend
+from areal_agents.settings.config import TrainConfig
 from areal_agents.types import Task, Trajectory
 
 EventSink = Callable[..., None]
@@ -155,6 +156,18 @@ class PlayerSpec:
         if expert is None:
             raise ConfigError(f"{self.env.id} has no expert: set warm_start.demonstrations = 0")
         return ExpertPolicy(expert, fmt)
+
+
+def limits_of(config: TrainConfig) -> Limits:
+    """Return the limits that the settings put on an episode."""
+    return Limits(
+        max_context=config.model.max_context,
+        max_turn_tokens=config.rollout.max_turn_tokens,
+        max_episode_tokens=config.rollout.episode_tokens,
+        max_turns=config.rollout.max_turns,
+        step_timeout=config.env.step_timeout,
+        request_timeout=config.engine.request_timeout,
+    )
 
 
 def env_maker(spec: EnvSpec, *, sandbox: str, kwargs: Mapping[str, Any]) -> Callable[[], AgentEnv]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import annotated_types as at
@@ -145,14 +146,26 @@ def either(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
 
 
-def help_text() -> str:
-    """Every setting with its accepted values, default and meaning, grouped by section."""
+def help_text(
+    *,
+    leave_out: Callable[[str], object] = lambda key: None,
+    short: Mapping[str, str] = MappingProxyType({}),
+    defaults: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Every setting with its accepted values, default and meaning, grouped by section.
+
+    ``leave_out``: of each key, whether it is not shown. ``short``: other names of settings. ``defaults``: what is shown
+    in a default's place.
+    """
     lines = ["settings (in the TOML file, or on the command line as --SECTION.NAME VALUE):"]
+    also = {key: f", --{name.replace('_', '-')}" for name, key in short.items()}
     for section, names in sections().items():
-        lines += ["", f"[{section}]" if section else "top level"]
-        for name in names:
-            setting = settings()[f"{section}.{name}" if section else name]
-            lines.append(f"  --{setting.key}  ({setting.expects}; default: {_shown_default(setting.default)})")
+        shown = [s for n in names if not leave_out((s := settings()[f"{section}.{n}" if section else n]).key)]
+        lines += ["", f"[{section}]" if section else "top level"] if shown else []
+        for setting in shown:
+            key = f"--{setting.key}{also.get(setting.key, '')}"
+            default = defaults.get(setting.key) or _shown_default(setting.default)
+            lines.append(f"  {key}  ({setting.expects}; default: {default})")
             lines += [f"      {line}" for line in (setting.info.description or "").splitlines()]
     return "\n".join(lines)
 
