@@ -5,6 +5,12 @@ The environments that come with the package are registered at once, by name, so 
 
     import areal_agents, gymnasium
     env = gymnasium.make("areal/Arithmetic-v0")
+
+Training and evaluation are async functions, for ``asyncio.run`` in a script and ``await`` in a notebook:
+
+    config = areal_agents.TrainConfig(steps=20)
+    result = asyncio.run(areal_agents.train(config))
+    report = asyncio.run(areal_agents.evaluate("areal/Arithmetic-v0", model=result.model, n=64))
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from areal_agents.env import AgentEnv, LazyTasks
+    from areal_agents.evaluation.evaluate import evaluate
     from areal_agents.process_env import TextProcessEnv
     from areal_agents.registry import EnvSpec, make, register, spec, specs
     from areal_agents.reward import (
@@ -28,21 +35,26 @@ if TYPE_CHECKING:
         sole_boxed,
     )
     from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec
+    from areal_agents.settings.config import TrainConfig
     from areal_agents.spaces import ChatSpace, TextSpace
     from areal_agents.tool import ToolError, ToolResult, ToolSpec, tool
     from areal_agents.toolenv import ToolEnv
+    from areal_agents.trainer.loop import train
     from areal_agents.types import AssistantMessage, Message, Task, ToolCall
 
 _HOMES = {
     "areal_agents.env": ("AgentEnv", "LazyTasks"),
+    "areal_agents.evaluation.evaluate": ("evaluate",),
     "areal_agents.process_env": ("TextProcessEnv",),
     "areal_agents.registry": ("EnvSpec", "make", "register", "spec", "specs"),
     "areal_agents.reward": (
         "Episode", "Gate", "Reward", "Verdict", "WeightedSum", "boxed", "boxed_number", "number", "sole_boxed",
     ),
     "areal_agents.sandbox": ("Sandbox", "SandboxBackend", "SandboxSpec"),
+    "areal_agents.settings.config": ("TrainConfig",),
     "areal_agents.spaces": ("ChatSpace", "TextSpace"),
     "areal_agents.toolenv": ("ToolEnv",),
+    "areal_agents.trainer.loop": ("train",),
     "areal_agents.types": ("AssistantMessage", "Message", "Task", "ToolCall"),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -75,10 +87,12 @@ __all__ = [
     "ToolError",
     "ToolResult",
     "ToolSpec",
+    "TrainConfig",
     "Verdict",
     "WeightedSum",
     "boxed",
     "boxed_number",
+    "evaluate",
     "make",
     "number",
     "register",
@@ -86,6 +100,7 @@ __all__ = [
     "spec",
     "specs",
     "tool",
+    "train",
 ]
 
 

@@ -17,8 +17,8 @@ COLLECTIONS = ("envs", "tools", "sandboxes")
 PUBLIC = {
     "AgentEnv", "AssistantMessage", "ChatSpace", "EnvSpec", "Episode", "Gate", "LazyTasks", "Message", "Reward",
     "Sandbox", "SandboxBackend", "SandboxSpec", "Task", "TextProcessEnv", "TextSpace", "ToolCall", "ToolEnv",
-    "ToolError", "ToolResult", "ToolSpec", "Verdict", "WeightedSum", "boxed", "boxed_number", "make", "number",
-    "register", "sole_boxed", "spec", "specs", "tool",
+    "ToolError", "ToolResult", "ToolSpec", "TrainConfig", "Verdict", "WeightedSum", "boxed", "boxed_number", "evaluate",
+    "make", "number", "register", "sole_boxed", "spec", "specs", "tool", "train",
 }  # fmt: skip
 
 

@@ -256,7 +256,12 @@ class TrackConfig(Section):
 
 
 class TrainConfig(Section):
-    """A whole run."""
+    """A whole run.
+
+    config = TrainConfig(steps=20, env=EnvConfig(id="my_envs:Scales"), learner=LearnerConfig(lr=2e-6))
+    config = TrainConfig.model_validate({"steps": 20, "env": {"id": "my_envs:Scales"}, "learner": {"lr": 2e-6}})
+    config = areal_agents.settings.load("mine.toml", ["--learner.lr", "2e-6"])
+    """
 
     steps: Count = 10
     """Learner steps (batches)."""
