@@ -22,7 +22,10 @@ REMOTE = "openai:"
 
 
 class ContextLengthError(EngineError):
-    """The conversation is longer than the model's context; the server's limit is in the message."""
+    """The conversation is longer than the model's context.
+
+    The server's limit is in the message.
+    """
 
 
 class RequestRefused(EngineError):
@@ -57,14 +60,27 @@ class MeteredChatModel(Protocol):
 async def reply_of(
     model: ChatModel, messages: Sequence[Message | AssistantMessage], tools: Sequence[ToolSpec], sampling: Sampling
 ) -> ChatReply:
-    """The model's reply; its costs are None where the model does not report them."""
+    """Ask ``model`` for a reply, and for its costs where it reports them.
+
+    Args:
+        model: any chat model.
+        messages: the conversation so far.
+        tools: what the model may call.
+        sampling: how to sample.
+
+    Returns:
+        The reply; its costs are None where the model does not report them.
+    """
     if isinstance(model, MeteredChatModel):
         return await model.reply(messages, tools, sampling)
     return ChatReply(await model.chat(messages, tools, sampling))
 
 
 def remote_name(model: str) -> str | None:
-    """MODEL of ``openai:MODEL``; None for every other model. Raises ConfigError where the name is missing."""
+    """Return MODEL of ``openai:MODEL``, or None for every other model.
+
+    Raises ConfigError where the name is missing.
+    """
     if not model.startswith(REMOTE):
         return None
     name = model.removeprefix(REMOTE)
@@ -74,7 +90,10 @@ def remote_name(model: str) -> str | None:
 
 
 def refuse_training(model: str) -> NoReturn:
-    """Raises ConfigError: a model behind a chat API gives neither token ids nor log-probabilities (T1, T3)."""
+    """Raise ConfigError for a model behind a chat API.
+
+    It gives neither token ids nor log-probabilities (T1, T3).
+    """
     raise ConfigError(
         f"{model} cannot be trained: a chat server returns text, but training needs the sampled token ids (T1) and the "
         "log-probability of each under the policy that sampled it (T3), and no weights could be sent back. Train a "

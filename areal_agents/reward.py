@@ -1,11 +1,13 @@
-"""The reward contract: a finished episode in, a checked verdict out; rubrics compose rewards.
+"""The reward contract: a finished episode goes in, a checked verdict comes out.
+
+Rubrics compose rewards:
 
     def correct(episode: Episode) -> bool: ...
     rubric = Gate({"correct": correct, "brief": (brief, 0.1)}, on="correct")
 
 A reward is an async callable that returns a Verdict, or any function, sync or async, that returns a number. Every
 number is checked: NaN, an infinity or a non-number raises RewardError and is never taken for zero. Answers are read
-only from a declared slot (``boxed``) and by a strict grammar (``number``): nothing of a model's text is evaluated.
+only from a declared slot (``boxed``) and by a strict grammar (``number``). Nothing of a model's text is evaluated.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ MAX_NUMBER_CHARS = 256
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """What a reward may look at."""
+    """The part of an episode that a reward may look at."""
 
     task: Task
     messages: tuple[Message | AssistantMessage, ...]
@@ -50,7 +52,10 @@ class Episode:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``score`` is the episode's reward; ``components`` explain it and are logged, not trained on."""
+    """The result of a reward.
+
+    ``score`` is the episode's reward. ``components`` explain it and are logged, not trained on.
+    """
 
     score: float
     components: Mapping[str, float] = field(default_factory=dict)
@@ -68,7 +73,10 @@ RewardLike: TypeAlias = "Reward | Callable[[Episode], Score | Awaitable[Score]]"
 
 
 async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verdict:
-    """Call any kind of reward and check every number of its verdict. Raises RewardError."""
+    """Call any kind of reward, and check every number of its verdict.
+
+    Raises RewardError.
+    """
     label = name or getattr(reward, "__name__", type(reward).__name__)
     value: Any = reward(episode)
     if inspect.isawaitable(value):
@@ -91,7 +99,10 @@ async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verd
 
 
 class WeightedSum:
-    """Σ weight · score over named rewards; a value is a reward (weight 1) or ``(reward, weight)``."""
+    """A rubric that adds named rewards up, each times its weight.
+
+    A value is a reward (weight 1) or ``(reward, weight)``.
+    """
 
     def __init__(self, rewards: Mapping[str, RewardLike | tuple[RewardLike, float]]) -> None:
         if not rewards:
@@ -108,7 +119,10 @@ class WeightedSum:
         return self._combine(verdicts, frozenset(verdicts), episode)
 
     def _combine(self, verdicts: Mapping[str, Verdict], counted: frozenset[str], episode: Episode) -> Verdict:
-        """Add up the ``counted`` parts; components always show what every part scored."""
+        """Add up the ``counted`` parts.
+
+        Components always show what every part scored.
+        """
         weighted = {name: (self._parts[name][1], v) for name, v in verdicts.items() if name in counted}
         score = sum(weight * v.score for weight, v in weighted.values())
         turn_rewards: list[float] | None = None
@@ -130,8 +144,8 @@ class WeightedSum:
 class Gate(WeightedSum):
     """A WeightedSum whose other rewards count only where ``on`` scored at least ``threshold``.
 
-    This is the rubric for format and style rewards: without the gate a policy can collect them while every answer
-    is wrong.
+    This is the rubric for format and style rewards. Without the gate a policy can collect them while every answer is
+    wrong.
     """
 
     def __init__(
@@ -166,7 +180,7 @@ def _finite(value: object, name: str, episode: Episode) -> float:
 
 
 def boxed_all(text: str) -> tuple[str, ...]:
-    r"""The contents of every balanced ``\boxed{…}``, in the order of their closing braces, in linear time.
+    r"""Find the contents of every balanced ``\boxed{…}``, in the order of their closing braces, in linear time.
 
     ``\{`` and ``\}`` are literal braces. An inner box of a nested one is left out.
     """
@@ -186,13 +200,16 @@ def boxed_all(text: str) -> tuple[str, ...]:
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last balanced ``\boxed{…}``, or None."""
+    r"""Find the content of the last balanced ``\boxed{…}``, or return None."""
     found = boxed_all(text)
     return found[-1] if found else None
 
 
 def sole_boxed(text: str) -> str | None:
-    r"""The content of the ``\boxed{…}``, or None where there is none or several differ: hedging is no answer."""
+    r"""Find the content of the ``\boxed{…}``, or return None where there is none or several differ.
+
+    Hedging is no answer.
+    """
     found = {content.strip() for content in boxed_all(text)}
     return found.pop() if len(found) == 1 else None
 
@@ -202,11 +219,11 @@ _NUMBER = re.compile(rf"([+-]?)(?:({_INTEGER})/({_INTEGER})|({_INTEGER})?(?:\.([
 
 
 def number(text: str) -> sympy.Rational | None:
-    """The exact value of a strictly written number, or None.
+    """Read the exact value of a strictly written number, or return None.
 
-    Grammar: an optional sign; digits, with thousands commas where they are placed correctly; an optional decimal
-    part; or a fraction a/b of two integers with b ≠ 0. Surrounding spaces and dollar signs are dropped, nothing
-    else is. At most 256 characters.
+    Grammar: an optional sign; digits, with thousands commas where they are placed correctly; an optional decimal part;
+    or a fraction a/b of two integers with b ≠ 0. Surrounding spaces and dollar signs are dropped, nothing else is. At
+    most 256 characters.
     """
     if len(text) > MAX_NUMBER_CHARS:
         return None
@@ -229,7 +246,10 @@ def number(text: str) -> sympy.Rational | None:
 
 
 def boxed_number(key: str = "answer") -> Callable[[Episode], float]:
-    r"""A reward: 1 where the answer's only ``\boxed{…}`` equals the number in ``task.payload[key]``, else 0."""
+    r"""Make a reward that compares the answer's only ``\boxed{…}`` with the number in ``task.payload[key]``.
+
+    It is 1 where they are equal, else 0.
+    """
 
     def correct(episode: Episode) -> float:
         gold = number(str(episode.task.payload[key]))

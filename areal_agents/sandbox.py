@@ -1,15 +1,17 @@
 """The sandbox contract: hostile code runs inside, and only bytes come out.
 
-A *backend* proves itself with ``probe`` and opens *sessions*; a session is one episode's private ``/work``.
-``exec`` never raises for what the code does (that is an ``ExecResult``); it raises ``SandboxError`` when the
-sandbox itself failed. Implementations live in ``areal_agents.sandboxes``.
+A *backend* proves itself with ``probe`` and opens *sessions*. A session is one episode's private ``/work``. ``exec``
+never raises for what the code does (that is an ``ExecResult``). It raises ``SandboxError`` when the sandbox itself
+failed. Implementations live in ``areal_agents.sandboxes``.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Literal, Protocol
 
 ExecStatus = Literal["ok", "error", "timeout", "oom", "output_limit"]
@@ -17,7 +19,10 @@ ExecStatus = Literal["ok", "error", "timeout", "oom", "output_limit"]
 
 @dataclass(frozen=True, slots=True)
 class ExecResult:
-    """What one process did. ``stdout`` and ``stderr`` hold what it printed until its end, however it ended."""
+    """The end of one process.
+
+    ``stdout`` and ``stderr`` hold what it printed until its end, however it ended.
+    """
 
     status: ExecStatus
     exit_code: int | None
@@ -28,7 +33,7 @@ class ExecResult:
 
 @dataclass(frozen=True, slots=True)
 class SandboxSpec:
-    """What a session may use; sizes in bytes, times in seconds."""
+    """The limits of a session, with sizes in bytes and times in seconds."""
 
     memory: int = 512 << 20
     """Bound on everything the session's processes and tmpfs hold together."""
@@ -51,6 +56,8 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
+    """The self-probes of a backend, all of which held."""
+
     backend: str
     probes: tuple[Probe, ...] = ()
     memory_bound: str = ""
@@ -67,11 +74,27 @@ class Process(Protocol):
 
 
 class Sandbox(Protocol):
-    """One session. Processes die after each ``exec``; files in /work live until the session closes."""
+    """One session.
+
+    Processes die after each ``exec``. Files in /work live until the session closes.
+    """
 
     async def exec(
         self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float, max_output: int = 1 << 20
-    ) -> ExecResult: ...
+    ) -> ExecResult:
+        """Run a program in /work to its end, whatever that is.
+
+        Args:
+            argv: the program and its arguments.
+            stdin: the bytes that the program reads.
+            timeout: seconds until it is killed.
+            max_output: bytes of stdout and stderr together, beyond which it is killed.
+
+        Raises:
+            SandboxError: when the sandbox itself failed.
+        """
+        ...
+
     async def spawn(self, argv: Sequence[str]) -> Process: ...
     async def write_file(self, path: str, data: bytes) -> None: ...
     async def read_file(self, path: str, max_bytes: int) -> bytes: ...
@@ -80,16 +103,29 @@ class Sandbox(Protocol):
 
 
 class SandboxBackend(Protocol):
+    """A kind of sandbox, which opens sessions."""
+
     name: str
 
     async def probe(self) -> ProbeReport:
-        """Prove the isolation from inside. Raises SandboxUnavailable with the failed probe and its remedy."""
+        """Prove the isolation from inside.
+
+        Raises SandboxUnavailable with the failed probe and its remedy.
+        """
         ...
 
     def session(self, spec: SandboxSpec) -> AbstractAsyncContextManager[Sandbox]:
-        """Open a session. Lazy: resources are taken at the first call that needs them."""
+        """Open a session.
+
+        It is lazy: resources are taken at the first call that needs them.
+        """
         ...
 
     async def aclose(self) -> None:
-        """Free pools and helper processes. Sessions still open are ended."""
+        """Free pools and helper processes, and end sessions that are still open."""
         ...
+
+
+def backends() -> ModuleType:
+    """Return ``areal_agents.sandboxes``. It is imported by name and late: the core does not depend on a collection."""
+    return importlib.import_module("areal_agents.sandboxes")

@@ -18,7 +18,10 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 class TextSpace(Space["AssistantMessage | str"]):
-    """Every string without lone surrogates (what UTF-8 can carry); an AssistantMessage belongs to it too."""
+    """Every string without lone surrogates (what UTF-8 can carry).
+
+    An AssistantMessage belongs to it too.
+    """
 
     def __init__(self, seed: int | None = None) -> None:
         super().__init__(shape=None, dtype=None, seed=seed)
@@ -28,7 +31,10 @@ class TextSpace(Space["AssistantMessage | str"]):
         return False
 
     def sample(self, mask: Any | None = None, probability: Any | None = None) -> str:
-        """A short random text, one character in four from all of Unicode, the others printable ASCII."""
+        """Draw a short random text.
+
+        One character in four comes from all of Unicode, the others are printable ASCII.
+        """
         return _random_text(self)
 
     def contains(self, x: Any) -> bool:
@@ -57,7 +63,7 @@ class ChatSpace(Space[Observation]):
         return False
 
     def sample(self, mask: Any | None = None, probability: Any | None = None) -> Observation:
-        """One to three messages of random text."""
+        """Draw one to three messages of random text."""
         count = int(self.np_random.integers(1, 4))
         return tuple(Message("user", (Text(_random_text(self)),)) for _ in range(count))
 

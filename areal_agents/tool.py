@@ -35,12 +35,15 @@ _JSON_KEYWORDS_DROPPED = ("title", "additionalProperties")
 
 
 class ToolError(Exception):
-    """Raised inside a tool: the message is shown to the model as the call's result. It is not a failure of the run."""
+    """An error that a tool raises on purpose.
+
+    The model sees its message as the call's result. It is not a failure of the run.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What the model sees of one call, and how the call ended."""
+    """The end of one call, and what the model sees of it."""
 
     text: str
     status: ToolStatus = "ok"
@@ -52,8 +55,8 @@ class ToolResult:
 class ToolSpec:
     """A tool: what the model is told about it, and the function behind it.
 
-    ``parameters`` is a JSON schema of an object, compact because it is part of every prompt. ``timeout`` is in
-    seconds of wall clock for one call. A spec pickles by reference: its function must be importable.
+    ``parameters`` is a JSON schema of an object, compact because it is part of every prompt. ``timeout`` is in seconds
+    of wall clock for one call. A spec pickles by reference, so its function must be importable.
     """
 
     name: str
@@ -80,7 +83,10 @@ class ToolSpec:
         return "sandbox" in self.injected.values()
 
     def validate(self, arguments: Mapping[str, Any]) -> dict[str, Any] | str:
-        """The checked (and leniently converted, ``"3"`` → ``3``) arguments, or the error text for the model."""
+        """Check arguments.
+
+        Returns them, leniently converted (``"3"`` → ``3``), or the error text for the model.
+        """
         if self.arguments_model is None:
             return dict(arguments)
         try:
@@ -91,7 +97,7 @@ class ToolSpec:
         return {name: getattr(checked, name) for name in type(checked).model_fields}
 
     def signature(self) -> str:
-        """``python(code: string)``: what an error text shows."""
+        """Write the signature that an error text shows, such as ``python(code: string)``."""
         properties = self.parameters.get("properties", {})
         required = self.parameters.get("required", [])
         shown = (
@@ -119,6 +125,7 @@ class ToolSpec:
             async with clock:
                 value = await self.function(**arguments, **extra)
         except TimeoutError as error:
+            # Not this clock but the tool's own code timed out: the author's bug, and nothing the model did.
             if not clock.expired():
                 raise EnvError(f"tool {self.name!r} raised {error!r}") from error
             return ToolResult(f"the call ran longer than {self.timeout:g} s and was stopped", "timeout")
@@ -131,7 +138,7 @@ class ToolSpec:
         return self._cut(value if isinstance(value, ToolResult) else ToolResult(_text(value)))
 
     async def __call__(self, *args: Any, **kwargs: Any) -> object:
-        """The undecorated function, so that tools can call each other."""
+        """Call the undecorated function, so that tools can call each other."""
         if self.function is None:
             raise EnvError(f"tool {self.name!r} has no function: it can be described to a model but not called")
         return await self.function(*args, **kwargs)
@@ -150,9 +157,19 @@ def tool(
 ) -> Callable[[ToolFunction], ToolSpec]:
     """Turn an async function into a ToolSpec.
 
-    The schema comes from the type hints, the description from the docstring's first paragraph, a parameter's
-    description from its line in a Google-style ``Args:`` section. Raises TypeError where the function cannot be a
-    tool: not async, a positional-only or variadic parameter, a parameter without a type.
+    The schema comes from the type hints. The description comes from the docstring's first paragraph, a parameter's
+    description from its line in a Google-style ``Args:`` section.
+
+    Args:
+        timeout: seconds of wall clock for one call.
+        parallel: calls of one message may run at the same time.
+        max_output_chars: a longer result loses its middle.
+        name: what the model calls it; None takes the function's name.
+
+    Raises:
+        TypeError: where the function cannot be a tool: not async, a positional-only or variadic parameter, a parameter
+            without a type.
+        ValueError: for a timeout or a ``max_output_chars`` that is too small.
     """
     if timeout <= 0 or max_output_chars < 64:
         raise ValueError(f"tool: timeout = {timeout} must be > 0 and max_output_chars = {max_output_chars} >= 64")
@@ -182,7 +199,10 @@ def tool(
 
 
 def cut_middle(text: str, limit: int) -> tuple[str, bool]:
-    """``text`` of at most ``limit`` characters: head and tail stay, the middle becomes a marker."""
+    """Cut ``text`` to at most ``limit`` characters, and say whether that was needed.
+
+    Head and tail stay, the middle becomes a marker.
+    """
     if len(text) <= limit:
         return text, False
     marker = f"\n[... {len(text) - limit} of {len(text)} characters cut ...]\n"
@@ -225,7 +245,7 @@ def _annotation(parameter: inspect.Parameter, function: ToolFunction, tool_name:
 
 
 def _docstring(function: ToolFunction) -> tuple[str, dict[str, str]]:
-    """The first paragraph, and the descriptions of an ``Args:`` section."""
+    """Read the first paragraph, and the descriptions of an ``Args:`` section."""
     text = inspect.cleandoc(function.__doc__ or "")
     summary = " ".join(text.split("\n\n")[0].split())
     if summary.startswith("Args:"):
@@ -244,7 +264,10 @@ def _docstring(function: ToolFunction) -> tuple[str, dict[str, str]]:
 
 
 def _compact(schema: Any, *, inside_properties: bool = False) -> Any:
-    """The schema without keywords that tell a model nothing; a *parameter* called ``title`` stays."""
+    """Drop the keywords of a schema that tell a model nothing.
+
+    A *parameter* called ``title`` stays.
+    """
     if isinstance(schema, list):
         return [_compact(item) for item in schema]
     if not isinstance(schema, dict):

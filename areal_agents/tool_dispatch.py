@@ -1,24 +1,23 @@
-"""Running the tool calls of one message, in one sandbox session an episode.
+"""The dispatch of one message's tool calls, in one sandbox session an episode.
 
     calls ─▶ check (known tool, valid arguments) ─▶ run, neighbours in parallel where they allow it ─▶ results in order
 
-Whose failure it is, when the sandbox itself fails under a call: the call is replayed once in a fresh session, after
-the episode's earlier calls were run again to restore its files. If it fails again while a harmless command succeeds,
-the call is what breaks the sandbox: the model gets an error text. Otherwise a model would learn to kill its sandbox.
-If the harmless command fails too, the SandboxError passes to the runner.
+Whose failure is it, when the sandbox itself fails under a call? The call is replayed once in a fresh session, after the
+episode's earlier calls were run again to restore its files. If it fails again while a harmless command succeeds, the
+call is what breaks the sandbox, and the model gets an error text. Otherwise a model would learn to kill its sandbox. If
+the harmless command fails too, the SandboxError passes to the runner.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from areal_agents.errors import EnvError, SandboxError
-from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec
+from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec, backends
 from areal_agents.tool import ToolResult, ToolSpec
 from areal_agents.types import ToolCall
 from areal_agents.utils.sync import on_exit
@@ -40,7 +39,10 @@ class _Ready:
 
 
 class Dispatcher:
-    """Checks and runs calls; owns the sandbox session, which is opened at the first call that needs one."""
+    """The runner of an episode's tool calls, which checks them and owns the sandbox session.
+
+    The session is opened at the first call that needs one.
+    """
 
     def __init__(
         self,
@@ -50,6 +52,17 @@ class Dispatcher:
         sandbox_spec: SandboxSpec,
         models: Mapping[str, Any],
     ) -> None:
+        """Take the tools of one environment.
+
+        Args:
+            tools: what the model may call.
+            sandbox: a backend or the name of one; None where no tool needs it.
+            sandbox_spec: what a session may use.
+            models: passed to tools that ask for ``models``.
+
+        Raises:
+            EnvError: for two tools of the same name.
+        """
         self._tools = {spec.name: spec for spec in tools}
         if len(self._tools) != len(tools):
             raise EnvError(f"two tools have the same name: {', '.join(spec.name for spec in tools)}")
@@ -63,7 +76,10 @@ class Dispatcher:
         """How often a fresh session saved a call in this episode."""
 
     async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
-        """One result a call, in the calls' order. Raises SandboxError and EnvError; policy errors are results."""
+        """Run the calls of one message, and return one result for each, in order.
+
+        Raises SandboxError and EnvError. Policy errors are results.
+        """
         checked = [self.check(call) for call in calls]
         results: list[ToolResult] = []
         while len(results) < len(checked):
@@ -75,7 +91,7 @@ class Dispatcher:
         return results
 
     def check(self, call: ToolCall) -> _Ready | ToolResult:
-        """The call ready to run, or the error text that tells the model what to write instead."""
+        """Make a call ready to run, or write the error text that tells the model what to write instead."""
         usage = 'Write <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
         if call.status == "unclosed":
             return ToolResult(f"error: the call has no closing </tool_call>. {usage}", "malformed")
@@ -97,7 +113,10 @@ class Dispatcher:
         return _Ready(spec, arguments)
 
     async def aclose(self) -> None:
-        """Close the session and forget its calls. May be called twice."""
+        """Close the session and forget its calls.
+
+        May be called twice.
+        """
         self._journal, self.replays = [], 0
         await self._close_session()
 
@@ -141,6 +160,7 @@ class Dispatcher:
             if isinstance(again, ToolResult):
                 self.replays += 1
                 return again
+            # A harmless command and the earlier calls: where they succeed, this call is what breaks the sandbox.
             await self._restore_session()
         except SandboxError as error:
             error.tool = entry.spec.name
@@ -148,7 +168,10 @@ class Dispatcher:
         return ToolResult("error: this call made the sandbox fail twice; do something else", "sandbox_failed")
 
     async def _restore_session(self) -> None:
-        """A fresh session in which the episode's earlier calls ran again. Raises SandboxError if it is broken too."""
+        """Open a fresh session and run the episode's earlier calls in it again.
+
+        Raises SandboxError if it is broken too.
+        """
         with suppress(SandboxError):  # it failed already
             await self._close_session()
         sandbox = await self._open_session()
@@ -162,10 +185,8 @@ class Dispatcher:
         if self._sandbox is None:
             backend = self._backend
             if isinstance(backend, str):
-                # By name and late: the core does not import a collection.
-                sandboxes = importlib.import_module("areal_agents.sandboxes")
-                backend = sandboxes.shared(backend)
-                on_exit(sandboxes.close_shared)  # a loop of the caller's own is closed by the caller
+                backend = backends().shared(backend)
+                on_exit(backends().close_shared)  # a loop of the caller's own is closed by the caller
             if backend is None:
                 raise EnvError("a tool needs a sandbox, but the environment was made with sandbox=None")
             session: AbstractAsyncContextManager[Sandbox] = backend.session(self._sandbox_spec)

@@ -1,4 +1,4 @@
-"""Environments made of a system prompt, tools and a rubric: what most authors subclass.
+"""Environments made of a system prompt, tools and a rubric, which most authors subclass.
 
     message without calls ─▶ the final answer ─▶ rubric ─▶ terminated
     message with calls ────▶ check ─▶ run ─▶ one tool message a call ─▶ next turn
@@ -36,14 +36,17 @@ if TYPE_CHECKING:
 
 
 class ToolEnv(AgentEnv):
-    """Implement ``prompt`` and ``tasks``; set ``tools`` and ``rubric``. ``gold`` and ``expert`` make it auditable."""
+    """The base class of environments made of a system prompt, tools and a rubric.
+
+    Implement ``prompt`` and ``tasks``, and set ``tools`` and ``rubric``. ``gold`` and ``expert`` make it auditable.
+    """
 
     system_prompt: str = ""
     rubric: ClassVar[RewardLike]
     """Scores a finished episode: a Rubric, a Reward, or a function of an Episode that returns a number."""
     max_turns: int = 8
     turn_limit_stated: ClassVar[bool] = False
-    """Whether the prompt tells the model of ``max_turns``: reaching the limit then terminates, else it truncates."""
+    """Whether the prompt tells the model of ``max_turns``. Reaching the limit then terminates, else it truncates."""
     sandbox_spec: ClassVar[SandboxSpec] = SandboxSpec()
 
     def __init__(
@@ -53,7 +56,13 @@ class ToolEnv(AgentEnv):
         models: Mapping[str, ChatModel] | None = None,
         max_turns: int | None = None,
     ) -> None:
-        """``sandbox`` is a backend or the name of one; None where no tool needs it. ``models`` are judges and users."""
+        """Make an environment, whose sandbox is opened when a tool needs it.
+
+        Args:
+            sandbox: a backend or the name of one. None where no tool needs it.
+            models: judges and simulated users, by name.
+            max_turns: at least 1, in place of the class's own.
+        """
         super().__init__()
         self._rubric = getattr(type(self), "rubric", None)  # from the class: a function must not become a method
         if self._rubric is None:
@@ -70,15 +79,21 @@ class ToolEnv(AgentEnv):
     # What an author implements or overrides
 
     def prompt(self, task: Task) -> str:
-        """The first user message."""
+        """Return the first user message."""
         raise NotImplementedError(f"{type(self).__name__} must implement prompt")
 
     def is_final(self, action: AssistantMessage) -> bool:
-        """Whether this message ends the task. Default: it contains no tool call, not even a malformed one."""
+        """Say whether this message ends the task.
+
+        By default it does where it contains no tool call, not even a malformed one.
+        """
         return not action.tool_calls
 
     def answer(self, action: AssistantMessage) -> str:
-        """What the rubric gets to see of the final message. Default: its text after the reasoning."""
+        """Return what the rubric gets to see of the final message.
+
+        By default that is its text after the reasoning.
+        """
         return without_reasoning(action.text)
 
     # The contract
@@ -94,7 +109,13 @@ class ToolEnv(AgentEnv):
         return observation, {}
 
     async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
-        """One turn. Raises EnvError after the end, RewardError for a broken reward, SandboxError (see Dispatcher)."""
+        """Take one turn, which scores a final message or runs the tools that the message calls.
+
+        Raises:
+            EnvError: the episode has ended.
+            RewardError: the reward is broken.
+            SandboxError: see ``Dispatcher``.
+        """
         self._require_running()
         self._messages.append(action)
         if self.is_final(action):
@@ -125,7 +146,7 @@ class ToolEnv(AgentEnv):
             raise EnvError(f"{type(self).__name__}: no episode is running; call reset first")
 
     async def _score(self, reason: StopReason, answer: str | None) -> tuple[float, Info]:
-        """The reward of the last turn, and what explains it."""
+        """End the episode and return the last turn's reward, with the info that explains it."""
         self._running = False
         episode = Episode(self.task, tuple(self._messages), answer, tuple(self._results), reason)
         assert self._rubric is not None
@@ -140,7 +161,7 @@ class ToolEnv(AgentEnv):
 
 
 def without_reasoning(text: str) -> str:
-    """``text`` after its last ``</think>``; nothing where a ``<think>`` is left open."""
+    """Return ``text`` after its last ``</think>``, without what follows a ``<think>`` that is left open."""
     rest = text.rpartition("</think>")[2]
     return rest.partition("<think>")[0]
 

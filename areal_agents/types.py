@@ -2,7 +2,7 @@
 
     Task ─▶ Message* ─▶ Prompt ─▶ Completion ─▶ AssistantMessage ─▶ Turn* ─▶ Trajectory
 
-Token ids are plain ``tuple[int, ...]``; ``logprobs`` are natural logarithms at the sampler's temperature.
+Token ids are plain ``tuple[int, ...]``. ``logprobs`` are natural logarithms at the sampler's temperature.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Text:
+    """A text part of a message."""
+
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
+    """An image part of a message."""
+
     ref: str
     """A locator (path or URL); the pixels never travel inside a message."""
 
@@ -43,7 +47,10 @@ Part = Text | Image
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One call as it stood in the model's output. ``arguments`` is empty unless ``status`` is past JSON."""
+    """One call as it stood in the model's output.
+
+    ``arguments`` is empty where ``status`` says that they could not be read.
+    """
 
     id: str
     name: str
@@ -56,7 +63,10 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message the environment shows the model (or, role ``assistant``, one that it showed as history)."""
+    """One message that the environment shows the model.
+
+    With role ``assistant`` it is one that the environment showed as history.
+    """
 
     role: Role
     parts: tuple[Part, ...]
@@ -65,7 +75,7 @@ class Message:
 
     @property
     def text(self) -> str:
-        """The text parts, joined; images are left out."""
+        """The text parts, joined, without images."""
         return "".join(p.text for p in self.parts if isinstance(p, Text))
 
 
@@ -88,29 +98,35 @@ Info = dict[str, Any]
 
 
 def system(text: str) -> Message:
-    """A system message of one text part."""
+    """Make a system message of one text part."""
     return Message("system", (Text(text),))
 
 
 def user(text: str) -> Message:
-    """A user message of one text part."""
+    """Make a user message of one text part."""
     return Message("user", (Text(text),))
 
 
 def tool_result(text: str, *, call: ToolCall) -> Message:
-    """The result of one tool call, as the model will see it."""
+    """Make the result of one tool call, as the model will see it."""
     return Message("tool", (Text(text),), tool_call_id=call.id, name=call.name or None)
 
 
 def content_hash(payload: Mapping[str, Any]) -> str:
-    """SHA-256 over canonical JSON: equal payloads hash equal in every process. Raises TypeError on non-JSON values."""
+    """Compute SHA-256 over canonical JSON, so that equal payloads hash equal in every process.
+
+    Raises TypeError on non-JSON values.
+    """
     text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One thing to do. The gold answer stays inside ``payload`` and never reaches an observation."""
+    """One thing to do.
+
+    The gold answer stays inside ``payload`` and never reaches an observation.
+    """
 
     id: str
     split: str
@@ -120,19 +136,31 @@ class Task:
 
     @classmethod
     def make(cls, id: str, *, split: str, seed: int, payload: Mapping[str, Any]) -> Task:
-        """A task whose hash is computed from ``payload``."""
+        """Make a task, whose hash is computed from ``payload``.
+
+        Args:
+            id: name of the task.
+            split: the split that it belongs to.
+            seed: the task's own seed.
+            payload: what the environment knows of it, the gold answer included; JSON values.
+
+        Raises:
+            TypeError: for a payload that is not JSON.
+        """
         return cls(id, split, seed, dict(payload), content_hash(payload))
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
+    """The token ids to sample from, and their images."""
+
     ids: Ids
     media: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What an engine sampled: three parallel sequences, one entry a token."""
+    """The tokens that an engine sampled: three parallel sequences, one entry a token."""
 
     ids: Ids
     logprobs: tuple[float, ...]
@@ -151,7 +179,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class ToolOutcome:
-    """How one tool call ended, as the environment reported it; its text is the tool message that answers the call."""
+    """The end of one tool call, as the environment reported it.
+
+    Its text is the tool message that answers the call.
+    """
 
     status: str
     """``ToolResult.status``: ok, error, timeout, …"""
@@ -202,13 +233,19 @@ class Trajectory:
 
     @property
     def sampled_tokens(self) -> int:
-        """Without token ids (``rollout/chat_episode.py``): what the model's server reported, 0 where nothing."""
+        """The number of sampled tokens.
+
+        Without token ids (``rollout/chat_policy.py``) it is what the model's server reported, or 0.
+        """
         ids = sum(len(t.completion.ids) for t in self.turns)
         return ids or int(self.metrics.get("completion_tokens", 0))
 
     @property
     def min_version(self) -> int:
-        """The oldest policy that sampled any of its tokens; 0 for an episode without tokens."""
+        """The oldest policy that sampled any of its tokens.
+
+        It is 0 for an episode without tokens.
+        """
         return min((v for t in self.turns for v in t.completion.versions), default=0)
 
 
@@ -225,7 +262,10 @@ class Group:
 
 
 def messages_to_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Plain dictionaries for files and chat templates; images become ``{"type": "image", "ref": …}`` parts."""
+    """Turn messages into plain dictionaries, for files and chat templates.
+
+    Images become ``{"type": "image", "ref": …}`` parts.
+    """
     out: list[dict[str, Any]] = []
     for message in messages:
         only_text = all(isinstance(p, Text) for p in message.parts)

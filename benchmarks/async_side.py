@@ -1,7 +1,7 @@
 """One run of ``benchmarks/async.py`` in a process of its own: ``train`` as a user calls it, and when the engine worked.
 
-The engine is idle while it has no request. Requests are timed where the trainer makes them (``EnginePolicy.act``); the
-rest is read from what every run leaves behind, ``metrics.jsonl`` and the trajectories.
+The engine is idle while it has no request. Requests are timed where the trainer makes them (``EnginePolicy.sample``).
+The rest is read from what every run leaves behind, ``metrics.jsonl`` and the trajectories.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from measure import covered, histogram
 from measured_process import serve
 from text_envs import LongTail
 
-from areal_agents.rollout.episode import EnginePolicy
+from areal_agents.rollout.episode import EpisodeDriver
+from areal_agents.rollout.token_policy import EnginePolicy
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import read_records
@@ -28,15 +29,15 @@ requests: list[tuple[float, float]] = []
 
 
 class TimedPolicy:
-    """``EnginePolicy.act`` with its start and end noted."""
+    """``EnginePolicy.sample`` with its start and end noted."""
 
-    plain = EnginePolicy.act
+    plain = EnginePolicy.sample
 
     @staticmethod
-    async def act(self: EnginePolicy, prompt: Prompt, *, max_tokens: int, session: str, deadline: float) -> Completion:
+    async def sample(self: EnginePolicy, prompt: Prompt, max_tokens: int, episode: EpisodeDriver) -> Completion:
         start = time.time()
         try:
-            return await TimedPolicy.plain(self, prompt, max_tokens=max_tokens, session=session, deadline=deadline)
+            return await TimedPolicy.plain(self, prompt, max_tokens, episode)
         finally:
             requests.append((start, time.time()))
 
@@ -69,7 +70,7 @@ def ages_of(out: Path) -> list[int]:
 
 def handle(asked: dict[str, Any]) -> dict[str, Any]:
     """Wall clock from the first training episode to the end of the last step, and who idled how long in it."""
-    EnginePolicy.act = TimedPolicy.act  # type: ignore[method-assign]
+    EnginePolicy.sample = TimedPolicy.sample  # type: ignore[method-assign]
     config = config_of(asked)
     asyncio.run(train(config, console=False))
     rows = read_metrics(config.out, kind="train")

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from areal_agents.engine import Sampling
 from areal_agents.engines.cpu.architecture import Shape
-from areal_agents.engines.cpu.decoder import Decoder, Segment, Weights, pack_linear
+from areal_agents.engines.cpu.decoder import CPUDecoder, RowSegment, Weights, pack_linear
 from areal_agents.engines.cpu.sampler import Sampler
 
 PROMPT, STEPS, BATCHES = 150, 24, (1, 8, 32)
@@ -48,7 +48,7 @@ class Clock:
         return timed
 
 
-class TimedDecoder(Decoder):
+class TimedDecoder(CPUDecoder):
     """A decoder whose attention is timed."""
 
     clock: Clock | None = None
@@ -67,7 +67,7 @@ def timed_weights(weights: Weights, clock: Clock) -> Weights:
     return replace(weights, layers=tuple(layers), head=clock.wrap("linear", weights.head))
 
 
-def step_seconds(decoder: Decoder, sampler: Sampler, batch: int, start: int, clock: Clock | None) -> list[float]:
+def step_seconds(decoder: CPUDecoder, sampler: Sampler, batch: int, start: int, clock: Clock | None) -> list[float]:
     """Seconds of each step: decode, then sample."""
     samplings, own = [Sampling(64)] * batch, [None] * batch
     sample = clock.wrap("sampling", sampler.sample) if clock else sampler.sample
@@ -81,7 +81,7 @@ def step_seconds(decoder: Decoder, sampler: Sampler, batch: int, start: int, clo
 
 def profile(decoder: TimedDecoder, batch: int) -> dict[str, Any]:
     """One batch size: the plain step, then each class's share of a step with clocks."""
-    segments = [Segment(row, 0, [7 + row] * PROMPT) for row in range(batch)]
+    segments = [RowSegment(row, 0, [7 + row] * PROMPT) for row in range(batch)]
     for i in range(0, batch, 4):
         decoder.prefill(segments[i : i + 4])
     sampler, clock, weights = Sampler(0), Clock(), decoder.weights

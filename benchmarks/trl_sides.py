@@ -33,7 +33,7 @@ def ours(asked: dict[str, Any]) -> dict[str, Any]:
             "mode": "sync", "groups": prompts, "group_size": group, "concurrency": prompts * group, "max_turns": 1,
             "max_turn_tokens": asked["tokens"], "temperature": 1.0,
         },
-        "algorithm": {"advantage": "grpo", "normalize": True, "aggregation": "token"},
+        "algorithm": {"advantage": {"kind": "grpo", "normalize": True}, "aggregation": "token"},
         "learner": {"lr": asked["lr"], "precision": "bf16"} | asked.get("learner", {}),
         "eval": {"n": 1},
     })  # fmt: skip

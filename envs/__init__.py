@@ -1,3 +1,5 @@
+"""The environments of this package, registered by their ids."""
+
 if __name__ != "areal_agents.envs":
     raise ImportError("import areal_agents.envs, not envs")
 

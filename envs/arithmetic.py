@@ -1,8 +1,8 @@
 """``areal/Arithmetic-v0``: word problems whose numbers are too large to work out without the python tool.
 
 Tasks are procedural: task i of a split is a pure function of (split, difficulty, i). A problem belongs to the test
-split where its content hash falls into one bucket of eight, and to the train split otherwise, so no problem is in
-both, whatever the difficulties.
+split where its content hash falls into one bucket of eight, and to the train split otherwise. So no problem is in both,
+whatever the difficulties.
 """
 
 from __future__ import annotations
@@ -29,21 +29,24 @@ _ITEMS = ("apples", "beads", "cards", "coins", "nails", "pens", "shells", "stamp
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """Draws the numbers of one problem; bounds grow tenfold for factors and a hundredfold for sums with difficulty."""
+    """The numbers of one problem, drawn at random.
+
+    With difficulty, the bounds grow tenfold for factors and a hundredfold for sums.
+    """
 
     rng: Random
     difficulty: float
 
     def small(self) -> int:
-        """A factor: 12 to 99 at difficulty 0, to 999 at 1."""
+        """Draw a factor: 12 to 99 at difficulty 0, to 999 at 1."""
         return self.rng.randint(12, int(10 ** (2 + self.difficulty)) - 1)
 
     def big(self) -> int:
-        """A factor or summand: 101 to 999 at difficulty 0, to 99999 at 1."""
+        """Draw a factor or summand: 101 to 999 at difficulty 0, to 99999 at 1."""
         return self.rng.randint(101, int(10 ** (3 + 2 * self.difficulty)) - 1)
 
     def below(self, limit: int) -> int:
-        """What can be taken away from ``limit``, at most a big number."""
+        """Draw what can be taken away from ``limit``, at most a big number."""
         return self.rng.randint(11, max(12, min(limit - 1, int(10 ** (3 + 2 * self.difficulty)) - 1)))
 
 
@@ -56,7 +59,7 @@ class _Story:
     answer: int
 
 
-Shape = Callable[[_Numbers, str, str], _Story]
+StoryShape = Callable[[_Numbers, str, str], _Story]
 
 
 def _given_away(n: _Numbers, name: str, item: str) -> _Story:
@@ -136,7 +139,7 @@ def _theatre(n: _Numbers, name: str, item: str) -> _Story:
     return _Story(text, f"{a}*{b}+{c}*{d}-{e}", a * b + c * d - e)
 
 
-_SHAPES: tuple[tuple[float, float, Shape], ...] = (
+_SHAPES: tuple[tuple[float, float, StoryShape], ...] = (
     (0.0, 0.4, _given_away),
     (0.0, 0.4, _per_day),
     (0.3, 1.0, _savings),
@@ -149,7 +152,9 @@ _SHAPES: tuple[tuple[float, float, Shape], ...] = (
     (0.8, 1.0, _shared),
     (0.8, 1.0, _theatre),
 )
-"""(lowest, highest difficulty, shape): two operations; three; other structures, up to four operations."""
+"""Each row is (lowest difficulty, highest difficulty, shape).
+
+The first shapes have two operations, the next three. The last have other structures, with up to four."""
 
 
 class Arithmetic(ToolEnv):
@@ -199,5 +204,5 @@ def _task(split: str, difficulty: float, index: int) -> Task:
 
 
 def split_of(hash: str) -> str:
-    """The split that a problem of this content hash belongs to."""
+    """Return the split that a problem of this content hash belongs to."""
     return "test" if int(hash[:8], 16) % _TEST_BUCKETS == 0 else "train"

@@ -27,14 +27,14 @@ _shared: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[int, str], Sand
 
 
 def names() -> tuple[str, ...]:
-    """The registered backend names."""
+    """Return the registered backend names."""
     return tuple(sorted(_BACKENDS))
 
 
 def get(name: str) -> SandboxBackend:
-    """A new backend with its default settings; the caller closes it with ``aclose``.
+    """Build a new backend with its default settings.
 
-    Raises RegistryError for a name that is unknown or cannot be imported.
+    The caller closes it with ``aclose``. Raises RegistryError for a name that is unknown or cannot be imported.
     """
     target = _BACKENDS.get(name, name)
     module_name, colon, attribute = target.partition(":")
@@ -50,11 +50,12 @@ def get(name: str) -> SandboxBackend:
 
 
 def shared(name: str) -> SandboxBackend:
-    """The backend ``name`` of this process and the running event loop, built at first use.
+    """Return the backend ``name`` of this process and the running event loop.
 
-    Raises RegistryError as ``get`` does and RuntimeError outside an event loop.
+    It is built at first use. Raises RegistryError as ``get`` does, and RuntimeError outside an event loop.
     """
     backends = _shared.setdefault(asyncio.get_running_loop(), {})
+    # A forked child has a copy of this dictionary, and must neither use nor close its parent's backends.
     key = (os.getpid(), name)
     if key not in backends:
         backends[key] = get(name)

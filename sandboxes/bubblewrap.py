@@ -1,4 +1,6 @@
-"""bubblewrap: namespaces, seccomp, rlimits and a memory bound, without a daemon or an image.
+"""Sandboxes made by bubblewrap, without a daemon or an image.
+
+Namespaces, seccomp, rlimits and a memory bound hold what runs inside.
 
     host                                          sandbox (own user, pid, net, ipc, uts, cgroup, mount namespaces)
     BubblewrapBackend ─ pool of Holders
@@ -31,15 +33,25 @@ _reports: dict[tuple[int, str, int], tuple[ProbeReport, memory.MemoryBound]] = {
 
 
 class BubblewrapBackend:
-    """Sessions in bubblewrap. Belongs to one event loop.
+    """A backend whose sessions run in bubblewrap.
 
-    ``pool``: sandboxes kept started for the next session, for each of the last two specs; taken, never reused.
-    ``python``: the interpreter inside, below /usr. ``uid_base``: a root host runs slot n as uid ``uid_base`` + n.
+    It belongs to one event loop.
     """
 
     name = "bubblewrap"
 
     def __init__(self, *, pool: int = 2, python: str = "/usr/bin/python3", uid_base: int = 200_000) -> None:
+        """Check the settings, and start nothing yet.
+
+        Args:
+            pool: sandboxes kept started for the next session, for each of the last two specs. They are taken, never
+                reused.
+            python: path of the interpreter inside, below /usr.
+            uid_base: a root host runs slot n as uid ``uid_base`` + n.
+
+        Raises:
+            ValueError: for a negative ``pool``, a ``python`` elsewhere, or a ``uid_base`` below 1000.
+        """
         if pool < 0:
             raise ValueError(f"pool must be 0 or more, got {pool}.")
         if not python.startswith("/usr/"):
@@ -54,9 +66,9 @@ class BubblewrapBackend:
         self._closed = False
 
     async def probe(self) -> ProbeReport:
-        """Run real code inside and check what holds it; once a process and setting.
+        """Run real code inside and check what holds it.
 
-        Raises SandboxUnavailable with the failed probe and its remedy.
+        This happens once for each process and setting. Raises SandboxUnavailable with the failed probe and its remedy.
         """
         return (await self._proved())[0]
 
@@ -101,6 +113,7 @@ class BubblewrapBackend:
             try:
                 holder = await asyncio.shield(task)
             except asyncio.CancelledError:
+                # The shielded start goes on without its caller, and nobody else would close that sandbox.
                 self._discard_later(task)
                 raise
             except SandboxError:
@@ -128,9 +141,10 @@ class BubblewrapBackend:
 
     @contextlib.asynccontextmanager
     async def session(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
-        """A session; its sandbox is taken at the first call. The first session of a process runs the probes.
+        """Open a session, whose sandbox is taken at its first call.
 
-        Its calls raise SandboxUnavailable when a probe fails and ConfigError for a spec that cannot be bounded.
+        The first session of a process runs the probes. A session's calls raise SandboxUnavailable when a probe fails,
+        and ConfigError for a spec that cannot be bounded.
         """
         session = BubblewrapSession(spec, self._acquire)
         self._sessions.add(session)
@@ -141,7 +155,10 @@ class BubblewrapBackend:
             await session.close()
 
     async def aclose(self) -> None:
-        """End open sessions and the pool. Idempotent."""
+        """End open sessions and the pool.
+
+        May be called twice.
+        """
         self._closed = True
         tasks = [task for warm in self._warm.values() for task in warm]
         self._warm.clear()

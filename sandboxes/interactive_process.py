@@ -12,12 +12,17 @@ SEND_TIMEOUT = 30.0
 
 
 class LiveProcess:
-    """Implements ``areal_agents.sandbox.Process``; stderr arrives interleaved with stdout.
+    """A process that lives across turns, as the host sees it.
 
-    ``recv`` returns b"" when nothing came within its timeout and when the process has ended (then ``ended`` is true).
+    Implements ``areal_agents.sandbox.Process``. Its stderr arrives interleaved with its stdout. ``recv`` returns b""
+    when nothing came within its timeout, and also when the process has ended (then ``ended`` is true).
     """
 
     def __init__(self, stdin: int, stdout: int, end: Callable[[], Awaitable[None]]) -> None:
+        """Take over the host's ends of the pipes.
+
+        ``end`` kills the process and waits until it is gone.
+        """
         self._stdin, self._stdout = stdin, stdout
         self._end = end
         self._sending, self._receiving = asyncio.Lock(), asyncio.Lock()
@@ -27,7 +32,11 @@ class LiveProcess:
             os.set_blocking(descriptor, False)
 
     async def send(self, data: bytes) -> None:
-        """Write to stdin. Raises BrokenPipeError when the process has ended, SandboxError when it does not read."""
+        """Write ``data`` to the process's stdin.
+
+        Raises BrokenPipeError when the process has ended, and SandboxError when it does not read for SEND_TIMEOUT
+        seconds.
+        """
         view = memoryview(data)
         async with self._sending:
             while view:
@@ -42,7 +51,10 @@ class LiveProcess:
                         ) from None
 
     async def recv(self, max_bytes: int, *, timeout: float) -> bytes:
-        """What it printed next, 1 to ``max_bytes`` bytes; b"" after ``timeout`` seconds of silence or its end."""
+        """Return what the process printed next.
+
+        That is 1 to ``max_bytes`` bytes, or b"" after ``timeout`` seconds of silence or after the process's end.
+        """
         async with self._receiving:
             while self._stdout >= 0:
                 try:
@@ -56,7 +68,10 @@ class LiveProcess:
             return b""
 
     async def kill(self) -> None:
-        """End it and wait until it is gone. Safe to call twice."""
+        """End the process and wait until it is gone.
+
+        May be called twice.
+        """
         if self._stdout >= 0:
             try:
                 await self._end()
@@ -64,7 +79,10 @@ class LiveProcess:
                 self.close()
 
     async def _ready(self, timeout: float, *, write: bool) -> bool:
-        """Wait for a pipe; False after ``timeout`` seconds. ``close`` ends the wait too, and then the pipe is -1."""
+        """Wait until a pipe is ready, and return False when ``timeout`` seconds have passed.
+
+        ``close`` ends the wait too, and the pipe's descriptor is then -1.
+        """
         loop = asyncio.get_running_loop()
         descriptor = self._stdin if write else self._stdout
         add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
@@ -88,6 +106,7 @@ class LiveProcess:
             os.close(self._stdin)
             os.close(self._stdout)
             self._stdin = self._stdout = -1
+        # Whoever waits in `send` or `recv` wakes up now and finds the pipes closed.
         for future in self._waiting:
             _finish(future)
         self.ended = True

@@ -29,13 +29,19 @@ profile bwrap /usr/bin/bwrap flags=(unconfined) {
 
 @dataclass(frozen=True, slots=True)
 class Tools:
+    """The paths of the programs that start a sandbox."""
+
     bwrap: str
     setpriv: str | None
+    """None unless the host is root."""
     python: str = "/usr/bin/python3"
 
 
 def find_tools(*, root: bool, python: str) -> Tools:
-    """Locate the programs. Raises SandboxUnavailable that names the package to install."""
+    """Locate the programs that start a sandbox.
+
+    Raises SandboxUnavailable, which names the package to install.
+    """
     bwrap, setpriv = (shutil.which(name, path=_PATH) for name in ("bwrap", "setpriv"))
     if bwrap is None:
         remedy = "Install it: apt-get install bubblewrap (Debian, Ubuntu) or dnf install bubblewrap (Fedora, RHEL)."
@@ -51,12 +57,15 @@ def find_tools(*, root: bool, python: str) -> Tools:
 
 @cache
 def supervisor_source() -> bytes:
-    """The program of pid 1, which it reads from its stdin."""
+    """Read the program of pid 1, which gets it on its stdin."""
     return Path(__file__).with_name("supervisor.py").read_bytes()
 
 
 def _system_folders() -> list[str]:
-    """Read-only /usr and, with it, what the host keeps beside it; links stay links."""
+    """Return the arguments that mount /usr and its neighbours read-only.
+
+    Links stay links.
+    """
     arguments = ["--ro-bind", "/usr", "/usr"]
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
         path = Path("/", name)
@@ -71,7 +80,16 @@ def _system_folders() -> list[str]:
 
 
 def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, seccomp: int, info: int) -> list[str]:
-    """bwrap around the supervisor (its source on stdin). ``uid``: drop to it first (a root host)."""
+    """Build the bwrap command that starts the supervisor, whose source comes on its stdin.
+
+    Args:
+        tools: paths of the programs.
+        spec: its ``disk`` is the size of each tmpfs, in bytes.
+        uid: user to become first, on a root host; None stays the caller.
+        control: descriptor of the supervisor's end of the control socket.
+        seccomp: descriptor of the filter, as BPF.
+        info: descriptor to which bwrap writes the supervisor's pid, as JSON.
+    """
     drop = []
     if uid is not None:
         assert tools.setpriv is not None
@@ -94,7 +112,7 @@ def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, s
 
 
 def explain(stderr: str) -> tuple[str, str]:
-    """(what failed, remedy) when bwrap did not start."""
+    """Return what failed and its remedy, for a bwrap that did not start."""
     problem = f"bwrap did not start: {stderr.strip()[-400:] or 'no message'}"
     if _setting("kernel/apparmor_restrict_unprivileged_userns") == "1":
         remedy = (

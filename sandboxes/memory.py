@@ -1,4 +1,4 @@
-"""How the memory of a whole session is bounded, in order of preference: cgroup, systemd scope, rlimits.
+"""The bound on the memory of a whole session: a cgroup, else a systemd scope, else rlimits.
 
 RLIMIT_AS bounds one process, and many small processes hold what one may not. A cgroup bounds them together. Without
 one, the number of processes times the address space of each, plus the tmpfs sizes, must stay below the limit.
@@ -41,16 +41,20 @@ class MemoryBound(Protocol):
     def wrap(self, command: list[str], spec: SandboxSpec) -> list[str]: ...
     def environment(self) -> dict[str, str]: ...
     def limits(self, spec: SandboxSpec) -> dict[str, int]:
-        """RLIMIT name to value for each process. Raises ConfigError for a spec without room for one."""
+        """Return RLIMIT names and values for each process.
+
+        Raises ConfigError for a spec that leaves no room for a process.
+        """
         ...
 
     def meter(self, name: str, spec: SandboxSpec) -> Meter: ...
 
 
 def _left_by_disk(spec: SandboxSpec) -> int:
-    """Bytes for processes when /work, /tmp and /dev/shm are full. Raises ConfigError when no process fits.
+    """Return the bytes left for processes when /work, /tmp and /dev/shm are full.
 
-    The files count as memory. Without this room a full disk would leave nothing to kill but the sandbox itself.
+    The files count as memory. Without this room a full disk would leave nothing to kill but the sandbox itself. Raises
+    ConfigError when no process fits.
     """
     left = spec.memory - 3 * spec.disk - SUPERVISOR
     if left < MIN_ADDRESS_SPACE:
@@ -63,7 +67,10 @@ def _left_by_disk(spec: SandboxSpec) -> int:
 
 
 def _limits(spec: SandboxSpec, processes: int, address_space: int) -> dict[str, int]:
-    """RLIMIT values of one process; pid 1 of the sandbox takes one place of NPROC."""
+    """Return the RLIMIT values of one process.
+
+    Pid 1 of the sandbox takes one place of NPROC.
+    """
     return {
         "CPU": spec.cpu_seconds,
         "AS": address_space,
@@ -76,6 +83,8 @@ def _limits(spec: SandboxSpec, processes: int, address_space: int) -> dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class CgroupMeter:
+    """The cgroup of one session."""
+
     folder: Path
     version: Literal[1, 2]
 
@@ -83,7 +92,7 @@ class CgroupMeter:
         (self.folder / "cgroup.procs").write_text(str(pid))
 
     def oom_kills(self) -> int:
-        """How many processes the kernel killed here for memory."""
+        """Count the processes that the kernel killed here for memory."""
         file = self.folder / ("memory.oom_control" if self.version == 1 else "memory.events")
         try:
             fields = dict(line.split() for line in file.read_text().splitlines())
@@ -92,7 +101,10 @@ class CgroupMeter:
         return int(fields.get("oom_kill", 0))
 
     def close(self) -> None:
-        """Remove the cgroup; the kernel may need a moment after the last process."""
+        """Remove the cgroup.
+
+        The kernel may need a moment after the last process, so this tries for about 0.1 s.
+        """
         for _ in range(50):
             try:
                 self.folder.rmdir()
@@ -106,7 +118,10 @@ class CgroupMeter:
 
 @dataclass(frozen=True, slots=True)
 class CgroupBound:
-    """One child of ``parent`` a session. ``parent`` has the memory controller for its children."""
+    """A bound by cgroups, one child of ``parent`` for each session.
+
+    ``parent`` has the memory controller for its children.
+    """
 
     parent: Path
     version: Literal[1, 2]
@@ -127,7 +142,10 @@ class CgroupBound:
         return _limits(spec, spec.processes, max(2 * spec.memory, 1 << 30))
 
     def meter(self, name: str, spec: SandboxSpec) -> CgroupMeter:
-        """Create the cgroup ``name`` with the limit set. Raises SandboxError."""
+        """Create the cgroup ``name`` with the limit set.
+
+        Raises SandboxError where it cannot be created.
+        """
         meter = CgroupMeter(self.parent / name, self.version)
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -139,6 +157,7 @@ class CgroupBound:
             else:
                 (meter.folder / "memory.max").write_text(str(spec.memory))
                 swap = meter.folder / "memory.swap.max"
+            # v1 counts memory and swap together, v2 counts swap alone: both values leave no swap.
             if swap.exists():
                 swap.write_text(str(spec.memory if self.version == 1 else 0))
         except OSError as error:
@@ -147,6 +166,8 @@ class CgroupBound:
 
 
 class NoMeter:
+    """A meter for sessions without a cgroup."""
+
     def attach(self, pid: int) -> None:
         pass
 
@@ -158,12 +179,16 @@ class NoMeter:
 
 
 class ScopeMeter:
-    """Counts in the cgroup that systemd made; systemd removes it with its last process."""
+    """A meter that counts in the cgroup that systemd made.
+
+    Systemd removes that cgroup with its last process.
+    """
 
     def __init__(self) -> None:
         self._meter: CgroupMeter | None = None
 
     def attach(self, pid: int) -> None:
+        """Find the cgroup that systemd put ``pid`` in."""
         for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
             number, _, path = line.split(":", 2)
             if number == "0":
@@ -178,7 +203,7 @@ class ScopeMeter:
 
 @dataclass(frozen=True, slots=True)
 class ScopeBound:
-    """A transient scope of the user's systemd a session."""
+    """A bound by transient scopes of the user's systemd, one for each session."""
 
     @property
     def kind(self) -> Kind:
@@ -190,7 +215,10 @@ class ScopeBound:
         return ["systemd-run", "--user", "--scope", "--quiet", "--collect", *options, "--", *command]
 
     def environment(self) -> dict[str, str]:
-        """What systemd-run needs to find the user's manager; bwrap's --clearenv keeps it out of the sandbox."""
+        """Return what systemd-run needs to find the user's manager.
+
+        bwrap's --clearenv keeps it out of the sandbox.
+        """
         names = ("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
         return {name: os.environ[name] for name in names if name in os.environ}
 
@@ -204,7 +232,10 @@ class ScopeBound:
 
 @dataclass(frozen=True, slots=True)
 class RlimitBound:
-    """Fewer processes, each with a share of the memory that /work, /tmp and /dev/shm leave."""
+    """A bound by rlimits alone.
+
+    Fewer processes may run, each with a share of the memory that /work, /tmp and /dev/shm leave.
+    """
 
     @property
     def kind(self) -> Kind:
@@ -217,7 +248,10 @@ class RlimitBound:
         return {}
 
     def limits(self, spec: SandboxSpec) -> dict[str, int]:
-        """Before Linux 5.14 NPROC counts every process of the user on the host, so that fewer may start."""
+        """Divide the memory among as many processes as fit.
+
+        Before Linux 5.14 NPROC counts every process of the user on the host, so that fewer may start.
+        """
         left = _left_by_disk(spec)
         processes = min(spec.processes, left // MIN_ADDRESS_SPACE)
         return _limits(spec, processes, left // processes)
@@ -227,7 +261,10 @@ class RlimitBound:
 
 
 def detect(own: str | None = None, mounts: str | None = None) -> MemoryBound:
-    """The best bound this host allows. ``own`` and ``mounts`` default to /proc/self/cgroup and /proc/self/mountinfo."""
+    """Find the best bound that this host allows.
+
+    ``own`` and ``mounts`` default to the texts of /proc/self/cgroup and /proc/self/mountinfo.
+    """
     if os.geteuid() == 0:
         own = Path("/proc/self/cgroup").read_text() if own is None else own
         mounts = Path("/proc/self/mountinfo").read_text() if mounts is None else mounts
@@ -240,7 +277,10 @@ def detect(own: str | None = None, mounts: str | None = None) -> MemoryBound:
 
 
 def find_cgroup(own: str, mounts: str) -> CgroupBound | None:
-    """A cgroup under which this process may create children with a memory limit: v1, v2 or hybrid."""
+    """Find a cgroup under which this process may create children with a memory limit.
+
+    The host may have v1, v2 or both (hybrid). Returns None where there is no such cgroup.
+    """
     paths = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in own.splitlines()}
     for line in mounts.splitlines():
         before, _, after = line.partition(" - ")
@@ -252,6 +292,7 @@ def find_cgroup(own: str, mounts: str) -> CgroupBound | None:
             if parent and _can_create(parent, "memory.limit_in_bytes"):
                 return CgroupBound(parent, 1)
         elif kind == "cgroup2" and (parent := _below(mount, root, paths.get(""))):
+            # In v2 a cgroup that holds processes gives its children no memory controller: look further up too.
             for folder in (parent, *parent.parents):
                 if not folder.is_relative_to(mount):
                     break
@@ -261,7 +302,7 @@ def find_cgroup(own: str, mounts: str) -> CgroupBound | None:
 
 
 def _below(mount: str, root: str, path: str | None) -> Path | None:
-    """Where the cgroup ``path`` is visible under ``mount``, which shows the hierarchy from ``root`` on."""
+    """Locate the cgroup ``path`` under ``mount``, which shows the hierarchy from ``root`` on."""
     if path is None:
         return None
     inner = path.removeprefix(root.rstrip("/")) if path.startswith(root) else ""
@@ -269,7 +310,10 @@ def _below(mount: str, root: str, path: str | None) -> Path | None:
 
 
 def _enabled(folder: Path) -> bool:
-    """Whether children of a v2 cgroup get the memory controller; asks for it where the kernel allows."""
+    """Say whether children of a v2 cgroup get the memory controller.
+
+    Asks for it where the kernel allows.
+    """
     control = folder / "cgroup.subtree_control"
     with contextlib.suppress(OSError):
         if "memory" not in control.read_text().split():
@@ -296,7 +340,10 @@ def _can_create(parent: Path, limit: str) -> bool:
 
 
 def _scope_works() -> bool:
-    """Whether a scope really gets its limit: the user's manager accepts it also where it has no memory controller."""
+    """Start a scope, and say whether it really gets its limit.
+
+    The user's manager accepts a limit also where it has no memory controller.
+    """
     look = 'read -r line < /proc/self/cgroup; cat "/sys/fs/cgroup${line#0::}/memory.max"'
     spec = SandboxSpec(memory=64 << 20)
     command = ScopeBound().wrap(["/bin/sh", "-c", look], spec)

@@ -1,4 +1,4 @@
-"""Host ends of a child's pipes, driven by the event loop: bounded reads, patient writes."""
+"""The host's ends of a child's pipes, driven by the event loop: bounded reads, patient writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CHUNK: Final = 1 << 16
 
 @dataclass(slots=True)
 class Fds:
-    """Descriptors to close unless taken over."""
+    """A set of descriptors that are closed unless somebody takes them over."""
 
     open: set[int] = field(default_factory=set)
 
@@ -41,14 +41,24 @@ class Fds:
 
 
 class Pump:
-    """Collects stdout and stderr and feeds stdin; keeps ``max_output`` bytes and calls ``on_limit`` once beyond.
+    """The host's side of one program's pipes: it collects stdout and stderr, and feeds stdin.
 
-    Takes ownership of the three descriptors (host ends). ``close`` is idempotent.
+    It keeps the first ``max_output`` bytes and calls ``on_limit`` once when there are more. It owns the three
+    descriptors (host ends). ``close`` may be called twice.
     """
 
     def __init__(
         self, stdin: tuple[int, bytes] | None, stdout: int, stderr: int, max_output: int, on_limit: Callable[[], None]
     ) -> None:
+        """Start to pump on the running event loop.
+
+        Args:
+            stdin: a descriptor and the bytes to write to it; None feeds nothing.
+            stdout: descriptor to read.
+            stderr: descriptor to read.
+            max_output: bytes to keep of stdout and stderr together.
+            on_limit: called when they hold more.
+        """
         self._loop = asyncio.get_running_loop()
         self._kept = {stdout: bytearray(), stderr: bytearray()}
         self._stdout, self._stderr = stdout, stderr
@@ -130,7 +140,10 @@ class Pump:
 
 
 async def readable(descriptor: int, timeout: float) -> bool:
-    """Wait until a descriptor can be read; False when ``timeout`` seconds have passed. It must stay open meanwhile."""
+    """Wait until a descriptor can be read, and return False when ``timeout`` seconds have passed.
+
+    The descriptor must stay open meanwhile.
+    """
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
     loop.add_reader(descriptor, event.set)

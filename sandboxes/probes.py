@@ -1,4 +1,7 @@
-"""What a backend must prove from inside before it runs anything: real code tries, the host decides."""
+"""The proof that a backend gives before it runs anything.
+
+Real code tries from inside, and the host decides what that means.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,10 @@ for _ in range(count):
 
 @contextlib.contextmanager
 def _listeners() -> Iterator[tuple[int, str]]:
-    """A TCP port on the host's loopback and an abstract socket, which must be out of reach."""
+    """Open a TCP port on the host's loopback and an abstract socket, and yield their names.
+
+    Both must be out of reach from inside.
+    """
     with socket.socket() as tcp, socket.socket(socket.AF_UNIX) as unix:
         tcp.bind(("127.0.0.1", 0))
         tcp.listen()
@@ -152,9 +158,16 @@ CHECKS: Final[tuple[_Check, ...]] = (
 
 
 async def run(backend: str, sandbox: Sandbox, bound: MemoryBound, host_uid: int) -> ProbeReport:
-    """Probe a session opened with ``SPEC``. Raises SandboxUnavailable at the first probe that fails.
+    """Probe a session that was opened with ``SPEC``.
 
-    ``host_uid``: whom the host sees running the sandbox. The uid map inside does not tell: bwrap nests two namespaces.
+    Args:
+        backend: name of the backend, for the report and the errors.
+        sandbox: the session.
+        bound: how the session's memory is bounded.
+        host_uid: whom the host sees running the sandbox. The uid map inside does not tell: bwrap nests two namespaces.
+
+    Raises:
+        SandboxUnavailable: at the first probe that fails.
     """
     with _listeners() as (port, abstract):
         argv = ["/usr/bin/python3", "-I", "-c", _LOOK, str(port), abstract]
@@ -175,7 +188,7 @@ async def run(backend: str, sandbox: Sandbox, bound: MemoryBound, host_uid: int)
 
 
 async def _memory(backend: str, sandbox: Sandbox, bound: MemoryBound) -> Probe:
-    """Eight processes try to hold 1.5 times the bound at one time."""
+    """Let eight processes try to hold 1.5 times the bound at one time."""
     share = SPEC.memory * 3 // 2 // 8
     argv = ["/usr/bin/python3", "-I", "-c", HOLD, "8", str(share)]
     result = await sandbox.exec(argv, timeout=_TIMEOUT)

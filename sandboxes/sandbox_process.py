@@ -35,10 +35,11 @@ _names = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """How a request ended. ``code``: exit code, minus a signal number, or None when it was killed from here."""
+    """The end of a request."""
 
     cause: Literal["exit", "timeout", "output_limit", "lost"]
     code: int | None
+    """Exit code, or minus a signal number; None when the request was killed from here."""
     stdout: bytes
     stderr: bytes
     oom: bool
@@ -47,7 +48,7 @@ class Finished:
 
 
 class Holder:
-    """A sandbox that has started. One request at a time, plus any number of live processes."""
+    """A started sandbox, which runs one request at a time and any number of live processes."""
 
     def __init__(self, control: socket.socket, process: subprocess.Popen[bytes], spec: SandboxSpec) -> None:
         self._loop = asyncio.get_running_loop()
@@ -72,10 +73,18 @@ class Holder:
 
     @classmethod
     async def start(cls, tools: launch.Tools, spec: SandboxSpec, bound: MemoryBound, uid_base: int | None) -> Holder:
-        """Start a sandbox. ``uid_base``: drop to ``uid_base`` + slot (a root host); None: stay the caller.
+        """Start a sandbox.
 
-        Raises SandboxError when bwrap does not come up, SandboxUnavailable without seccomp, ConfigError for a spec that
-        leaves no room.
+        Args:
+            tools: paths of the programs.
+            spec: what the session may use.
+            bound: how its memory is bounded.
+            uid_base: a root host drops to ``uid_base`` + slot; None stays the caller.
+
+        Raises:
+            SandboxError: when bwrap does not come up.
+            SandboxUnavailable: without seccomp.
+            ConfigError: for a spec that leaves no room.
         """
         limits, program = bound.limits(spec), seccomp.program()
         slot = uids.acquire(uid_base) if uid_base is not None else None
@@ -123,18 +132,23 @@ class Holder:
         return self.meter.oom_kills() if self.meter else 0
 
     def host_uid(self) -> int:
-        """The real uid of the supervisor as the host sees it."""
+        """Read the real uid of the supervisor, as the host sees it."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("Uid:")).split()[1])
-
-    # Requests.
 
     async def run(
         self, request: dict[str, Any], *, stdin: bytes | None, timeout: float, max_output: int, seekable: bool = False
     ) -> Finished:
-        """Run one request to its end; every process it left behind is dead when this returns or raises.
+        """Run one request to its end.
 
-        ``seekable``: stdin is a file instead of a pipe. Cause "lost": the sandbox died meanwhile.
+        Every process that it left behind is dead when this returns or raises. Cause "lost": the sandbox died meanwhile.
+
+        Args:
+            request: what the supervisor is to do, as JSON.
+            stdin: the bytes that the program reads.
+            timeout: seconds until the request is killed.
+            max_output: bytes of stdout and stderr together, beyond which it is killed.
+            seekable: stdin is a file instead of a pipe.
         """
         async with self._lock:
             fds = Fds()
@@ -217,7 +231,7 @@ class Holder:
             self.kill()
 
     async def spawn(self, request: dict[str, Any]) -> LiveProcess:
-        """Start a live process; it survives ``run`` and dies with the holder."""
+        """Start a live process, which survives ``run`` and dies with the holder."""
         async with self._lock:
             fds = Fds()
             try:
@@ -266,16 +280,18 @@ class Holder:
             reply.cancel()
         self._waiting.clear()
 
-    # The end.
-
     def kill(self) -> None:
-        """Kill everything inside at once; ``close`` still has to collect it."""
+        """Kill everything inside at once, and leave it to ``close`` to collect."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def close(self) -> None:
-        """End the sandbox, wait until it is gone, free its uid and cgroup. Survives cancellation; idempotent."""
+        """End the sandbox, wait until it is gone, and free its uid and cgroup.
+
+        Survives cancellation. May be called twice.
+        """
+        # A cancelled caller waits on: a sandbox that is closed by half would keep its uid and its cgroup.
         task = self._loop.create_task(self._close())
         cancelled = False
         while not task.done():
@@ -308,7 +324,7 @@ class Holder:
             self.slot.release()
 
     async def _exited(self, timeout: float) -> bool:
-        """Wait for pid 1 (the kernel lets it end after everything else in its namespace), then for bwrap."""
+        """Wait for pid 1, which the kernel lets end after everything else in its namespace, then for bwrap."""
         try:
             async with asyncio.timeout(timeout):
                 if self._inner >= 0:
@@ -343,7 +359,7 @@ def _popen(
     info: int,
     errors: int,
 ) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """Start bwrap and return the host's end of the control socket. Raises OSError.
+    """Start bwrap, and return the host's end of the control socket with the process. Raises OSError.
 
     Call it in the loop's thread: --die-with-parent means the thread that started it.
     """
@@ -375,7 +391,7 @@ def _popen(
 
 
 def _inner_pid(info: int) -> int:
-    """The supervisor's pid on the host, which bwrap wrote before it started it."""
+    """Read the supervisor's pid on the host, which bwrap wrote before it started it."""
     os.set_blocking(info, False)
     try:
         return int(json.loads(os.read(info, 4096))["child-pid"])

@@ -1,4 +1,7 @@
-"""The seccomp filter of every sandboxed process: dangerous system calls fail, foreign architectures are killed."""
+"""The seccomp filter of every sandboxed process.
+
+Dangerous system calls fail, and a call of a foreign architecture kills the process.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 
 @cache
 def program() -> bytes:
-    """The filter as BPF for ``bwrap --seccomp``.
+    """Compile the filter to BPF, for ``bwrap --seccomp``.
 
     Raises SandboxUnavailable when pyseccomp or libseccomp is missing.
     """

@@ -1,4 +1,4 @@
-"""One bubblewrap session: a private /work, opened at first use."""
+"""A bubblewrap session: a private /work, opened at first use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ MAX_PATH: Final = 4096
 
 
 def inside_work(path: str) -> str:
-    """``path`` relative to /work. Raises ValueError for ``..``, an absolute path elsewhere, or no file name."""
+    """Return ``path`` relative to /work.
+
+    Raises ValueError for ``..``, an absolute path elsewhere, or no file name.
+    """
     path.encode()  # UnicodeEncodeError is a ValueError
     parts = path.split("/")
     if path.startswith("/"):
@@ -36,10 +39,12 @@ def inside_work(path: str) -> str:
 
 
 class BubblewrapSession:
-    """Implements ``areal_agents.sandbox.Sandbox``. Calls of one session run one after the other.
+    """A session in bubblewrap, whose calls run one after the other.
 
-    A session whose sandbox died (code filled its memory until the kernel took pid 1) has lost its files: the call
-    under way reports ``oom``, later ones raise SandboxError.
+    Implements ``areal_agents.sandbox.Sandbox``.
+
+    A session whose sandbox died (code filled its memory until the kernel took pid 1) has lost its files. The call under
+    way reports ``oom``, later ones raise SandboxError.
     """
 
     def __init__(self, spec: SandboxSpec, acquire: Callable[[SandboxSpec], Awaitable[Holder]]) -> None:
@@ -62,9 +67,19 @@ class BubblewrapSession:
     ) -> ExecResult:
         """Run a program in /work until it and all its descendants are gone.
 
-        ``max_output`` bounds stdout and stderr together. Status ``timeout`` also stands for the CPU limit, ``oom`` for
-        any process of the session that the kernel killed for memory meanwhile. A program that cannot be started is an
-        ``error`` with exit code 126 or 127, as in a shell. Raises SandboxError when the sandbox failed.
+        Args:
+            argv: the program and its arguments.
+            stdin: the bytes that the program reads.
+            timeout: seconds until everything is killed.
+            max_output: bytes of stdout and stderr together, beyond which everything is killed.
+
+        Returns:
+            How it ended. Status ``timeout`` also stands for the CPU limit, and ``oom`` for any process of the session
+            that the kernel killed for memory meanwhile. A program that cannot be started is an ``error`` with exit code
+            126 or 127, as in a shell.
+
+        Raises:
+            SandboxError: when the sandbox failed.
         """
         holder = await self._open()
         request = self._request(holder, argv)
@@ -95,20 +110,26 @@ class BubblewrapSession:
         await self._files({"op": "write", "path": inside_work(path)}, path, stdin=data)
 
     async def read_file(self, path: str, max_bytes: int) -> bytes:
-        """The content of a regular file below /work.
+        """Return the content of a regular file below /work.
 
-        Raises ValueError for a path outside /work, FileNotFoundError, OSError: EFBIG above ``max_bytes``, ELOOP or
-        ENOTDIR for a symlink on the way, EINVAL for a pipe.
+        Raises ValueError for a path outside /work, FileNotFoundError where there is none, and OSError otherwise: EFBIG
+        above ``max_bytes``, ELOOP or ENOTDIR for a symlink on the way, EINVAL for a pipe.
         """
         request = {"op": "read", "path": inside_work(path), "max_bytes": max_bytes}
         return await self._files(request, path, max_output=max_bytes)
 
     async def snapshot(self) -> bytes:
-        """A tar of the regular files and folders below /work. Links, pipes and sockets are left out."""
+        """Return a tar of the regular files and folders below /work.
+
+        Links, pipes and sockets are left out.
+        """
         return await self._files({"op": "pack"}, "/work", max_output=self._archive_limit)
 
     async def restore(self, data: bytes) -> None:
-        """Replace /work by a ``snapshot``. Raises ValueError for links, devices, ``..`` or no tar; OSError if full."""
+        """Replace /work by a ``snapshot``.
+
+        Raises ValueError for links, devices, ``..`` or no tar, and OSError where /work is full.
+        """
         if len(data) > self._archive_limit:
             raise ValueError(f"a snapshot of {len(data)} bytes is over the limit of {self._archive_limit}.")
         await self._files({"op": "unpack"}, "/work", stdin=data, seekable=True)
@@ -145,7 +166,10 @@ class BubblewrapSession:
         return finished.stdout
 
     async def close(self) -> None:
-        """End everything inside and forget /work. Idempotent."""
+        """End everything inside and forget /work.
+
+        May be called twice.
+        """
         async with self._opening:
             self._closed = True
             holder, self._holder = self._holder, None

@@ -1,8 +1,8 @@
-"""Process 1 inside a sandbox: starts what the host asks for, kills what is left, moves files.
+"""Process 1 inside a sandbox: it starts what the host asks for, kills what is left, and moves files.
 
-Sent to the sandbox as text and run by its system Python, so it imports only the standard library. As pid 1 it cannot
-be signalled from inside, and it is not dumpable, so code with the same uid can neither read its memory nor its
-descriptors. The host owns every pipe; this process sees requests and reports exit statuses, nothing else.
+Sent to the sandbox as text and run by its system Python, so it imports only the standard library. As pid 1 it cannot be
+signalled from inside, and it is not dumpable, so code with the same uid can neither read its memory nor its
+descriptors. The host owns every pipe. This process sees requests and reports exit statuses, nothing else.
 
 Messages on the SEQPACKET control socket (big-endian, fixed size):
 
@@ -41,7 +41,7 @@ CHUNK = 1 << 16
 
 
 def open_parent(root: int, path: str, *, create: bool) -> tuple[int, str]:
-    """Descriptor of the directory that holds ``path`` (relative to ``root``), and the last name. The caller closes."""
+    """Open the folder of ``path`` (relative to ``root``) and return it with the last name. The caller closes it."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not parts or ".." in parts:
         raise OSError(errno.EINVAL, "not a path inside /work", path)
@@ -59,7 +59,14 @@ def open_parent(root: int, path: str, *, create: bool) -> tuple[int, str]:
 
 
 def write_file(root: int, path: str, source: IO[bytes], size: int = -1) -> None:
-    """Write ``source`` (to its end, or ``size`` bytes) to ``path``. Raises OSError; a symlink is never followed."""
+    """Write ``source`` to ``path``, and never follow a symlink. Raises OSError.
+
+    Args:
+        root: descriptor of the directory that ``path`` starts at.
+        path: of a regular file; missing folders are made.
+        source: the bytes.
+        size: how many of them to write; -1 means all.
+    """
     directory, name = open_parent(root, path, create=True)
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -92,7 +99,14 @@ def open_regular(directory: int, name: str) -> IO[bytes]:
 
 
 def read_file(root: int, path: str, max_bytes: int, sink: IO[bytes]) -> None:
-    """Copy ``path`` to ``sink``. Raises OSError: EFBIG when it holds more than ``max_bytes``."""
+    """Copy ``path`` to ``sink``. Raises OSError.
+
+    Args:
+        root: descriptor of the directory that ``path`` starts at.
+        path: of a regular file.
+        max_bytes: a larger file is refused with EFBIG.
+        sink: takes the bytes.
+    """
     directory, name = open_parent(root, path, create=False)
     try:
         source = open_regular(directory, name)
@@ -108,7 +122,7 @@ def read_file(root: int, path: str, max_bytes: int, sink: IO[bytes]) -> None:
 
 
 def walk(root: int, prefix: str = "") -> Iterator[tuple[str, int, str]]:
-    """(path, directory descriptor, name) of every regular file and directory below ``root``, sorted."""
+    """Yield (path, directory descriptor, name) of every regular file and directory below ``root``, sorted."""
     for name in sorted(os.listdir(root)):
         mode = os.stat(name, dir_fd=root, follow_symlinks=False).st_mode
         if stat.S_ISREG(mode):
@@ -123,7 +137,7 @@ def walk(root: int, prefix: str = "") -> Iterator[tuple[str, int, str]]:
 
 
 def pack(root: int, sink: IO[bytes]) -> None:
-    """Write a tar of the regular files and directories below ``root``; links, pipes and devices are left out."""
+    """Write a tar of the regular files and directories below ``root``, without links, pipes and devices."""
     import tarfile
 
     with tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as archive:
@@ -191,11 +205,8 @@ def make_directory(root: int, path: str) -> None:
         os.close(directory)
 
 
-# Processes.
-
-
 def file_operation(request: dict[str, Any]) -> int:
-    """Run one file operation on stdin and stdout; returns 0, an errno or BAD_ARCHIVE, the child's exit code."""
+    """Run one file operation on stdin and stdout, and return its exit code: 0, an errno or BAD_ARCHIVE."""
     root = os.open("/work", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     source, sink = open(0, "rb", closefd=False), open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115
     try:
@@ -236,7 +247,7 @@ def apply_limits(limits: dict[str, int]) -> None:
 
 
 def child(request: dict[str, Any], fds: list[int]) -> int:
-    """Become the requested process; returns an exit code only when there is no program to become."""
+    """Become the requested process, or return an exit code where there is no program to become."""
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
@@ -260,6 +271,8 @@ def child(request: dict[str, Any], fds: list[int]) -> int:
 
 
 class Supervisor:
+    """The loop of pid 1, which serves the host's requests."""
+
     def __init__(self, control: socket.socket) -> None:
         self.control = control
         self.running: dict[int, int] = {}
@@ -313,7 +326,7 @@ class Supervisor:
         (self.spawned if mode == SPAWN else self.running)[pid] = ident
 
     def reap(self, flags: int = os.WNOHANG) -> bool:
-        """Collect the dead and report them; False when no child is left."""
+        """Collect the dead and report them, and return False when no child is left."""
         while True:
             try:
                 pid, status = os.waitpid(-1, flags)
@@ -328,6 +341,7 @@ class Supervisor:
                 self.control.send(FRAME.pack(EXIT, ident, code))
             elif pid in self.spawned:
                 ident = self.spawned.pop(pid)
+                # A sweep also kills what a running request started: while there is one, its own end sweeps.
                 if not self.running:
                     self.sweep()
                 self.control.send(FRAME.pack(EXIT, ident, code))

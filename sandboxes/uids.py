@@ -1,4 +1,7 @@
-"""One unprivileged uid a sandbox, when the host is root. Two processes of a host never hold the same slot."""
+"""One unprivileged uid for each sandbox, when the host is root.
+
+Two processes of a host never hold the same slot.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,27 @@ MAX_SLOTS = 4096
 
 @dataclass(slots=True)
 class Slot:
-    """A held slot: ``uid`` (and gid) is this sandbox's alone until ``release``."""
+    """A held slot, whose ``uid`` (and gid) is this sandbox's alone until ``release``."""
 
     index: int
     uid: int
     _descriptor: int
 
     def release(self) -> None:
-        """Give the slot back. Safe to call twice."""
+        """Give the slot back.
+
+        May be called twice.
+        """
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 def acquire(base: int, locks: Path = LOCKS) -> Slot:
-    """Lock the first free slot; its uid is ``base`` + index. The lock ends with the process that holds it.
+    """Lock the first free slot.
 
-    Raises SandboxError when all are held or the lock folder cannot be written.
+    Its uid is ``base`` + index. The lock ends with the process that holds it. Raises SandboxError when all slots are
+    held, or the lock folder cannot be written.
     """
     try:
         locks.mkdir(mode=0o700, parents=True, exist_ok=True)

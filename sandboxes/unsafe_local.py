@@ -1,11 +1,15 @@
 """Plain subprocesses in a temporary folder, for code you wrote yourself. NO ISOLATION.
 
-What it does: rlimits for each process, a scrubbed environment, a deadline, bounded output, a folder of its own that is
+There are rlimits for each process, a scrubbed environment, a deadline, bounded output, and a folder of its own that is
 removed at the end.
 
-What it does not do: it does not hide the host's files, processes, network or kernel; it does not bound the memory or
-the disk of a session; it does not stop a process that left its process group (a daemon outlives the call); the code
-runs with the rights of the caller. No backend falls back to this one: it must be named.
+What it does not do:
+
+* It does not hide the host's files, processes, network or kernel.
+* It does not bound the memory or the disk of a session.
+* It does not stop a process that left its process group (a daemon outlives the call).
+
+The code runs with the rights of the caller. No backend falls back to this one: it must be named.
 """
 
 from __future__ import annotations
@@ -34,7 +38,10 @@ _PRLIMIT: Final = "/usr/bin/prlimit"
 
 
 class UnsafeLocalBackend:
-    """No isolation: see the module's docstring. The name says so, and it is used only when it is named."""
+    """A backend without isolation, as the module's docstring says.
+
+    Its name says so too, and it is used only when it is named.
+    """
 
     name = "unsafe_local"
 
@@ -42,14 +49,17 @@ class UnsafeLocalBackend:
         self._sessions: set[UnsafeLocalSession] = set()
 
     async def probe(self) -> ProbeReport:
-        """Check that the limits can be set. Proves nothing about isolation, of which there is none."""
+        """Check that the limits can be set.
+
+        Proves nothing about isolation, of which there is none.
+        """
         if not os.access(_PRLIMIT, os.X_OK):
             raise SandboxUnavailable(self.name, f"{_PRLIMIT} was not found", "Install it: apt-get install util-linux.")
         return ProbeReport(self.name, (Probe("limits", True, _PRLIMIT),), "rlimits", ("No isolation of any kind.",))
 
     @contextlib.asynccontextmanager
     async def session(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
-        """A temporary folder, made at the first call and removed at the end."""
+        """Open a session with a temporary folder, made at its first call and removed at its end."""
         session = UnsafeLocalSession(spec)
         self._sessions.add(session)
         try:
@@ -65,7 +75,10 @@ class UnsafeLocalBackend:
 
 
 class UnsafeLocalSession:
-    """Implements ``areal_agents.sandbox.Sandbox``; ``/work`` in a path of a file call names its folder."""
+    """A session of plain subprocesses in a folder of its own.
+
+    Implements ``areal_agents.sandbox.Sandbox``. ``/work`` in the path of a file call means its folder.
+    """
 
     def __init__(self, spec: SandboxSpec) -> None:
         self._spec = spec
@@ -103,7 +116,22 @@ class UnsafeLocalSession:
     async def exec(
         self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float, max_output: int = 1 << 20
     ) -> ExecResult:
-        """Run a program in the session's folder; its process group is dead afterwards."""
+        """Run a program in the session's folder.
+
+        Its process group is dead afterwards.
+
+        Args:
+            argv: the program and its arguments.
+            stdin: the bytes that the program reads.
+            timeout: seconds until the process group is killed.
+            max_output: bytes of stdout and stderr together, beyond which it is killed.
+
+        Returns:
+            How it ended. Status ``timeout`` also stands for the CPU limit.
+
+        Raises:
+            SandboxError: when the host cannot start a process.
+        """
         _check_argv(argv)
         async with self._lock:
             start, fds = time.monotonic(), pipes.Fds()
@@ -139,7 +167,10 @@ class UnsafeLocalSession:
             return ExecResult(status, None if ended_here else code, pump.stdout, pump.stderr, seconds)
 
     async def spawn(self, argv: Sequence[str]) -> Process:
-        """Start a process that lives until it is killed or the session closes. Raises OSError and ValueError."""
+        """Start a process that lives until it is killed or the session closes.
+
+        Raises OSError and ValueError.
+        """
         _check_argv(argv)
         fds = pipes.Fds()
         try:
@@ -161,24 +192,33 @@ class UnsafeLocalSession:
         return live
 
     async def write_file(self, path: str, data: bytes) -> None:
-        """Write a file below the folder; no symlink is followed. Raises ValueError and OSError."""
+        """Write a file below the folder, and follow no symlink.
+
+        Raises ValueError and OSError.
+        """
         relative = inside_work(path)
         await self._files(lambda root: supervisor.write_file(root, relative, io.BytesIO(data)))
 
     async def read_file(self, path: str, max_bytes: int) -> bytes:
-        """Read a regular file below the folder. Raises ValueError and OSError (EFBIG, ELOOP, ENOTDIR, EINVAL)."""
+        """Read a regular file below the folder.
+
+        Raises ValueError and OSError (EFBIG, ELOOP, ENOTDIR, EINVAL).
+        """
         relative, sink = inside_work(path), io.BytesIO()
         await self._files(lambda root: supervisor.read_file(root, relative, max_bytes, sink))
         return sink.getvalue()
 
     async def snapshot(self) -> bytes:
-        """A tar of the regular files and folders."""
+        """Return a tar of the regular files and folders."""
         sink = io.BytesIO()
         await self._files(lambda root: supervisor.pack(root, sink))
         return sink.getvalue()
 
     async def restore(self, data: bytes) -> None:
-        """Replace the folder's content by a ``snapshot``. Raises ValueError for links, devices, ``..`` or no tar."""
+        """Replace the folder's content by a ``snapshot``.
+
+        Raises ValueError for links, devices, ``..`` or no tar.
+        """
         await self._files(lambda root: supervisor.unpack(root, io.BytesIO(data)))
 
     async def _files(self, operation: Callable[[int], Any]) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from areal_agents.algorithms.batch import Batch, Row
+from areal_agents.algorithms.registry import CORRECTIONS, LOSSES
 from areal_agents.settings.config import AlgorithmConfig
 from tests.tiny_models import VOCABULARY
 
@@ -69,6 +70,9 @@ def naive_loss(
     proximal: Sequence[NDArray[np.float32]] | None = None, max_staleness: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The PPO loss of a minibatch as the formulas say it, without any of the package's functions."""
+    low, high, dual = (LOSSES.options(a.loss)[name] for name in ("clip_low", "clip_high", "dual_clip"))
+    correction = {"truncate": None, **CORRECTIONS.options(a.correction)}
+    truncate, token_mask = correction["truncate"], correction["token_mask"]
     per_episode: dict[int, int] = {}
     for i in rows:
         per_episode[batch.rows[i].episode] = per_episode.get(batch.rows[i].episode, 0) + int(batch.rows[i].mask.sum())
@@ -79,12 +83,12 @@ def naive_loss(
         pi = row_logprobs(model, row, batch.temperature)
         p = mu if proximal is None else torch.from_numpy(proximal[i][row.mask])
         r = torch.exp(pi - p)
-        surrogate = torch.maximum(-r * adv, -r.clamp(1 - a.clip_low, 1 + a.clip_high) * adv)
-        surrogate = torch.where(adv < 0, torch.minimum(a.dual_clip * adv.abs(), surrogate), surrogate)
+        surrogate = torch.maximum(-r * adv, -r.clamp(1 - low, 1 + high) * adv)
+        surrogate = torch.where(adv < 0, torch.minimum(dual * adv.abs(), surrogate), surrogate)
         u = torch.exp((pi if proximal is None else p) - mu).detach()
-        weight = torch.ones_like(u) if proximal is None else (u if a.truncate is None else u.clamp(max=a.truncate))
-        if a.token_mask is not None:
-            weight = weight * ((u >= a.token_mask[0]) & (u <= a.token_mask[1]))
+        weight = torch.ones_like(u) if proximal is None else (u if truncate is None else u.clamp(max=truncate))
+        if token_mask is not None:
+            weight = weight * ((u >= token_mask[0]) & (u <= token_mask[1]))
         if max_staleness is not None:
             weight = weight * torch.from_numpy(batch.version - row.versions[row.mask] <= max_staleness)
         if a.aggregation == "token":

@@ -7,7 +7,6 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,11 +15,12 @@ from areal_agents.chat.format import ChatFormat
 from areal_agents.evaluation.evaluate import run_attempts
 from areal_agents.reward import Episode, Verdict
 from areal_agents.rollout.buffer import Buffer
-from areal_agents.rollout.episode import Limits
+from areal_agents.rollout.episode import EpisodeDriver, Limits
 from areal_agents.rollout.player import LocalPlayer, env_maker
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.rollout.tasks import TaskStream
+from areal_agents.rollout.token_policy import TokenPolicy
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tool import ToolError, tool
 from areal_agents.toolenv import ToolEnv
@@ -39,7 +39,7 @@ from areal_agents.types import (
 from tests.tiny_tokenizer import CHATML, tiny
 
 LIMITS = Limits(
-    max_context=700, max_turn_tokens=90, max_episode_tokens=120, max_turns=8, step_timeout=20.0, request_timeout=5.0
+    max_context=700, max_turn_tokens=90, max_episode_tokens=120, max_turns=8, step_timeout=60.0, request_timeout=60.0
 )
 """The token budget is under what ``Mixed`` allows: the runner ends some of its episodes."""
 
@@ -125,23 +125,18 @@ class Mixed(ToolEnv):
         return observation, reward + (0.125 if self.drift == "reward" else 0.0), terminated, truncated, info
 
 
-@dataclass
-class Talker:
+class Talker(TokenPolicy):
     """Says lines at random; ``rng`` is its own."""
 
-    rng: random.Random
-    fmt: ChatFormat
-    said: Sequence[str] = SAID
+    def __init__(self, rng: random.Random, fmt: ChatFormat, said: Sequence[str]) -> None:
+        super().__init__(fmt, LIMITS)
+        self.rng, self.said = rng, said
 
-    async def act(self, prompt: Prompt, *, max_tokens: int, session: str, deadline: float) -> Completion:
+    async def sample(self, prompt: Prompt, max_tokens: int, episode: EpisodeDriver) -> Completion:
         whole = self.fmt.encode_turn(self.rng.choice(self.said))
         ids = whole[:max_tokens]
         finish: Any = "stop" if len(ids) == len(whole) else "length"
         return Completion(ids, tuple(-self.rng.random() for _ in ids), (0,) * len(ids), finish)
-
-    def observe(self, observation: Observation) -> None: ...
-
-    async def release(self, session: str) -> None: ...
 
 
 def tokenizer_folder(folder: Path) -> Path:
@@ -152,7 +147,7 @@ def tokenizer_folder(folder: Path) -> Path:
 def player(env_id: str, model: Path, said: Sequence[str], *, seed: int = 0, **kwargs: Any) -> LocalPlayer:
     fmt, rng = ChatFormat.load(model), random.Random(seed)
     make = env_maker(registry.spec(env_id), sandbox="bubblewrap", kwargs=kwargs)
-    return LocalPlayer(make, lambda task: Talker(random.Random(rng.random()), fmt, said), fmt, LIMITS)
+    return LocalPlayer(make, lambda task: Talker(random.Random(rng.random()), fmt, said), LIMITS)
 
 
 def training_run(

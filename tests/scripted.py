@@ -11,7 +11,8 @@ from typing import Any
 from areal_agents.chat.format import ChatFormat
 from areal_agents.env import AgentEnv
 from areal_agents.errors import SandboxError
-from areal_agents.rollout.episode import Limits
+from areal_agents.rollout.episode import EpisodeDriver, Limits
+from areal_agents.rollout.token_policy import TokenPolicy
 from areal_agents.types import (
     AssistantMessage,
     Completion,
@@ -26,12 +27,11 @@ from areal_agents.types import (
 from tests.tiny_tokenizer import CHATML, tiny
 
 LIMITS = Limits(
-    max_context=400, max_turn_tokens=20, max_episode_tokens=100, max_turns=8, step_timeout=5.0, request_timeout=5.0
+    max_context=400, max_turn_tokens=20, max_episode_tokens=100, max_turns=8, step_timeout=60.0, request_timeout=60.0
 )
 
 
-def fmt() -> ChatFormat:
-    return ChatFormat(tiny(CHATML))
+FMT = ChatFormat(tiny(CHATML))
 
 
 def task(i: int = 0, **payload: Any) -> Task:
@@ -93,29 +93,28 @@ class ScriptedEnv(AgentEnv):
         self.script.closed += 1
 
 
-@dataclass
-class ScriptedPolicy:
+class ScriptedPolicy(TokenPolicy):
     """Says the same ids every turn; ``version`` labels them."""
 
-    ids: tuple[int, ...]
-    version: int = 0
-    before: Callable[[], Any] = lambda: None
-    released: list[str] = field(default_factory=list)
-    prompts: list[tuple[int, ...]] = field(default_factory=list)
+    def __init__(
+        self,
+        ids: tuple[int, ...],
+        version: int = 0,
+        limits: Limits = LIMITS,
+    ) -> None:
+        super().__init__(FMT, limits)
+        self.ids, self.version = ids, version
+        self.released: list[str] = []
+        self.prompts: list[tuple[int, ...]] = []
 
-    async def act(self, prompt: Prompt, *, max_tokens: int, session: str, deadline: float) -> Completion:
-        result = self.before()
-        if asyncio.iscoroutine(result):
-            await result
+    async def sample(self, prompt: Prompt, max_tokens: int, episode: EpisodeDriver) -> Completion:
         self.prompts.append(prompt.ids)
         ids = self.ids[:max_tokens]
         finish = "stop" if len(ids) == len(self.ids) else "length"
         return Completion(ids, (-0.5,) * len(ids), (self.version,) * len(ids), finish)  # type: ignore[arg-type]
 
-    def observe(self, observation: Observation) -> None: ...
-
-    async def release(self, session: str) -> None:
-        self.released.append(session)
+    async def close(self, episode: EpisodeDriver) -> None:
+        self.released.append(episode.id)
 
 
 def block_the_loop(seconds: float) -> None:

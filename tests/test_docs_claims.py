@@ -9,15 +9,18 @@ import ast
 import dataclasses
 import inspect
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from areal_agents import settings
+from areal_agents.algorithms.registry import REGISTRIES
 from areal_agents.cli.commands import Command
 from areal_agents.conformance.check import CHECKS
 from areal_agents.errors import ConfigError
+from areal_agents.settings.describe import parameters
 from areal_agents.settings.describe import settings as known_settings
 from areal_agents.settings.evaluation import SHORT
 from areal_agents.tool import tool
@@ -47,13 +50,16 @@ def test_settings_in_the_text_exist_and_take_the_values_given() -> None:
     seen = 0
     for page in PAGES:
         for code in doc_blocks.inline_code(page):
-            found = re.fullmatch(rf"({'|'.join(sections)})\.(\w+)(?: = (.+))?", code)
+            found = re.fullmatch(rf"({'|'.join(sections)})\.([\w.]+)(?: = (.+))?", code)
             if found is None or code.endswith((".py", ".jsonl", ".toml")):
                 continue
             key, seen = f"{found[1]}.{found[2]}", seen + 1
-            assert key in known_settings(), f"{page}: {code}"
+            chosen, _, name = key.rpartition(".")
+            kinds = REGISTRIES[chosen].names() if chosen in REGISTRIES else []
+            owners = [kind for kind in kinds if name in parameters(chosen, kind)]
+            assert key in known_settings() or owners, f"{page}: {code}"
             if found[3] and re.fullmatch(r"-?[\d.e-]+|\"[^…]*\"|true|false|\[[\d., ]+\]", found[3]):  # no placeholder
-                partner = ["--algorithm.correction", "decoupled"] if key == "algorithm.truncate" else []
+                partner = [f"--{chosen}", owners[0]] if owners else []
                 settings.load(None, [*partner, f"--{key}", found[3]])
     assert seen > 50
     with pytest.raises(ConfigError):  # the test can fail
@@ -130,10 +136,20 @@ def test_the_readmes_environment_is_complete_in_under_30_lines() -> None:
     assert len([line for line in code.splitlines() if line.strip() and not line.startswith("#")]) < 30
 
 
-def test_the_readmes_map_names_every_file_and_no_other() -> None:
-    files = PAGES["README.md"].split("## Files")[1]
-    modules = {p.name for p in (ROOT / "areal_agents").glob("*.py") if not p.name.startswith("__")}
-    named = set(re.findall(r"\b(\w+\.py)\b", files))
-    assert not sorted(modules - named), "README's file map lacks them"
-    exist = {p.name for folder in ("areal_agents", "envs", "tools", "sandboxes") for p in (ROOT / folder).glob("*.py")}
-    assert not sorted(named - exist), "README's file map names files that are not there"
+def test_the_map_names_every_room_and_contract_and_no_other() -> None:
+    page = PAGES["docs/layout.md"]
+    lines = page.split("areal_agents/ ")[1].split("envs/ tools/")[0].splitlines()
+    named = {word for line in lines[1:] for word in re.split(r" {2,}", line.strip())[0].split()}
+    package = ROOT / "areal_agents"
+    rooms = {f"{p.parent.name}/" for p in package.glob("*/__init__.py") if not p.parent.is_symlink()}
+    contracts = {p.stem for p in package.glob("*.py") if not p.name.startswith("__")}
+    assert named == rooms | contracts
+
+
+def test_the_order_of_rooms_on_the_page_is_the_one_that_is_checked() -> None:
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    shown = PAGES["docs/layout.md"].split("## Who imports whom")[1].split("## Where to add one")[0]
+    lines = [line.strip() for line in shown.splitlines() if line.startswith("    ")]
+    assert [set(re.split(r" · | ", line)) for line in lines] == [
+        set(re.split(r" [:|] ", layer)) for layer in contract["layers"]
+    ]

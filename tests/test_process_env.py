@@ -60,7 +60,7 @@ class Game(TextProcessEnv):
 
 def play(*texts: str, env: AgentEnv | None = None) -> list[tuple[Any, ...]]:
     async def main() -> list[tuple[Any, ...]]:
-        game = env or Game(step_timeout=20)
+        game = env or Game(step_timeout=120)
         try:
             steps: list[tuple[Any, ...]] = [await game.areset(options={"task": Game.tasks("train")[0]})]
             return steps + [await game.astep(parse_text(text)) for text in texts]

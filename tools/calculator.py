@@ -1,4 +1,4 @@
-"""The ``calculator`` tool: exact arithmetic on a parsed expression, without ``eval`` and within fixed bounds."""
+"""The ``calculator`` tool, exact arithmetic on a parsed expression, without ``eval`` and within fixed bounds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ async def calculator(expression: str) -> str:
 
 
 def evaluate(expression: str) -> Fraction:
-    """The exact value. Raises ToolError, with a text for the model, for anything but bounded arithmetic."""
+    """Compute the exact value of an expression.
+
+    Raises ToolError, with a text for the model, for anything but bounded arithmetic.
+    """
     if len(expression) > MAX_CHARS:
         raise ToolError(f"error: the expression has {len(expression)} characters, more than {MAX_CHARS}")
     try:
@@ -51,7 +54,7 @@ def evaluate(expression: str) -> Fraction:
 
 
 def show(value: Fraction) -> str:
-    """``7``, ``1/3 (about 0.333333333333)``."""
+    """Write a value as the model sees it, such as ``7`` or ``1/3 (about 0.333333333333)``."""
     if value.denominator == 1:
         return str(value.numerator)
     try:
@@ -81,7 +84,7 @@ def _value(node: ast.expr, source: str) -> Fraction:
 
 
 def _literal(node: ast.expr, constant: int | float, source: str) -> Fraction:
-    """The number as it is written: 0.1 is one tenth, not the nearest float."""
+    """Read a number as it is written: 0.1 is one tenth, not the nearest float."""
     text = (ast.get_source_segment(source, node) or "").replace("_", "")
     exponent = text.lower().partition("e")[2]
     if exponent and abs(int(exponent)) > MAX_BITS // 4:  # Fraction("1e999999999") would build the integer

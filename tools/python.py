@@ -1,4 +1,4 @@
-"""The ``python`` tool: code runs as a process of its own inside the episode's sandbox."""
+"""The ``python`` tool, whose code runs as a process of its own inside the episode's sandbox."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def python(code: str, *, sandbox: Sandbox) -> ToolResult:
 
 
 def describe(done: ExecResult) -> ToolResult:
-    """What a model is told about a finished run: its output, and what went wrong."""
+    """Describe a finished run for the model: what it printed, and what went wrong."""
     stdout = done.stdout.decode(errors="replace").strip("\n")
     if done.status == "ok":
         return ToolResult(stdout or "(no output; use print)")

@@ -1,10 +1,13 @@
-"""Advantages: from a group's rewards to one number a turn.
+"""Advantage estimators: from a group's rewards to one number a turn.
 
-Pure functions of rewards, one an estimator, registered by name in ``ADVANTAGES``. A group is G independent episodes
-of one task; a trajectory counts once in every mean, however many turns, tokens or training rows it became.
+Pure functions of rewards, one an estimator, registered by name in ``registry.py``. A group is G independent episodes of
+one task. A trajectory counts once in every mean, however many turns, tokens or training rows it became.
 
-Notation: r_{i,k} reward of turn k of trajectory i (k from 0, K_i turns), R_i = Σ_k r_{i,k},
-G_{i,k} = Σ_{j≥k} γ^{j−k} r_{i,j}. Sums run in float64, results are float32.
+    r_{i,k}                              reward of turn k of trajectory i (k from 0, K_i turns)
+    R_i = Σ_k r_{i,k}                    return of trajectory i
+    G_{i,k} = Σ_{j≥k} γ^{j−k} r_{i,j}    return from turn k on
+
+Sums run in float64, results are float32.
 
 Not covered: critics, and discounting inside a turn.
 """
@@ -12,14 +15,17 @@ Not covered: critics, and discounting inside a turn.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from areal_agents.algorithms.registry import ADVANTAGES, Choice
 from areal_agents.errors import RewardError
+from areal_agents.types import Group
 
 STD_EPS = 1e-6
 """Added to the group's standard deviation: equal rewards give advantage 0, not 0/0."""
@@ -42,13 +48,43 @@ class EpisodeRewards:
                 raise RewardError(f"the reward of turn {k} is {reward}: rewards must be finite numbers")
 
 
-def grpo(group: Sequence[EpisodeRewards], *, normalize: bool = True) -> list[Tensor]:
-    """A_i = (R_i − mean(R)) / (std(R) + ε), the same for every turn of trajectory i.
+def advantages_of(group: Group, choice: Choice) -> list[Tensor]:
+    """Return the advantages of a group's episodes by the estimator of ``choice``.
+
+    There is one float32 tensor [K_i] for each episode, one number a turn. Raises ConfigError for an unknown estimator,
+    ValueError where it returns another shape, and what the estimator itself raises.
+    """
+    rewards = [EpisodeRewards(tuple(t.reward for t in e.turns)) for e in group.trajectories]
+    return estimate(rewards, choice)
+
+
+def estimate(rewards: Sequence[EpisodeRewards], choice: Choice) -> list[Tensor]:
+    """Return what the estimator of ``choice`` makes of ``rewards``, and check its shape.
+
+    Returns and raises as ``advantages_of`` does.
+    """
+    advantages: list[Tensor] = ADVANTAGES.bound(choice)(rewards)
+    shapes, expected = [tuple(a.shape) for a in advantages], [(len(e.rewards_K),) for e in rewards]
+    if shapes != expected:
+        raise ValueError(
+            f"{choice.kind} returned advantages of shapes {shapes}: expected one number a turn, {expected}"
+        )
+    return advantages
+
+
+def grpo(
+    group: Sequence[EpisodeRewards],
+    *,
+    normalize: Annotated[bool, Field(description="Divide by the group's standard deviation.")] = True,
+) -> list[Tensor]:
+    """Compare each episode's return with the mean of its group.
+
+        A_i = (R_i − mean(R)) / (std(R) + ε),  the same for every turn of trajectory i
 
     GRPO (2402.03300, outcome supervision). mean and std (n − 1 in its denominator) are over the group's trajectories.
     ``normalize=False`` leaves the division out (Dr. GRPO, 2503.20783).
 
-    Bias: R_i is part of its own baseline, which scales the expected gradient by (G − 1)/G; the division weights tasks
+    Bias: R_i is part of its own baseline, which scales the expected gradient by (G − 1)/G. The division weights tasks
     by the inverse spread of their rewards, so hard and easy tasks weigh more than the objective says.
 
     Returns one float32 tensor [K_i] per episode. Raises ValueError for a group of fewer than two episodes.
@@ -62,15 +98,22 @@ def grpo(group: Sequence[EpisodeRewards], *, normalize: bool = True) -> list[Ten
     return [a.expand(len(e.rewards_K)).float() for a, e in zip(advantages_G, group, strict=True)]
 
 
-def turn_return(group: Sequence[EpisodeRewards], *, gamma: float = 1.0) -> list[Tensor]:
-    """A_{i,k} = G_{i,k} − mean of G_{j,k} over the *other* trajectories j ≠ i with K_j > k.
+def turn_return(
+    group: Sequence[EpisodeRewards],
+    *,
+    gamma: Annotated[float, Field(ge=0.0, le=1.0, description="Discount per turn.")] = 1.0,
+) -> list[Tensor]:
+    """Compare each turn's return with the mean over the group's other episodes at that turn.
 
-    Leave-one-out REINFORCE (RLOO, 2402.14740) on turn returns. Without another trajectory alive at k the baseline is
-    0. Never A = 0 there: that shrinks the gradient of late turns. Never divided by a per-turn std.
+        A_{i,k} = G_{i,k} − mean of G_{j,k} over the *other* trajectories j ≠ i with K_j > k
+
+    Leave-one-out REINFORCE (RLOO, 2402.14740) on turn returns. Without another trajectory alive at k the baseline is 0.
+    A is not set to 0 there, because that would shrink the gradient of late turns. It is never divided by a per-turn
+    std.
 
     Bias: none for γ = 1. The baseline of (i, k) depends on the other trajectories alone, which are independent of i's
-    actions given the task. γ < 1 trades bias for variance. Centring *rewards* per turn and then summing would be
-    biased when the policy chooses when to stop.
+    actions given the task. γ < 1 trades bias for variance. Centring *rewards* per turn and then summing would be biased
+    when the policy chooses when to stop.
 
     Returns one float32 tensor [K_i] per episode. Raises ValueError for an empty group or γ outside [0, 1].
     """
@@ -95,7 +138,3 @@ def turn_return(group: Sequence[EpisodeRewards], *, gamma: float = 1.0) -> list[
     baseline_GK = torch.where(others_GK > 0, baseline_GK, 0.0)
     advantages_GK = (returns_GK - baseline_GK).float()
     return [advantages_GK[i, : len(e.rewards_K)].clone() for i, e in enumerate(group)]
-
-
-ADVANTAGES: Mapping[str, Callable[..., list[Tensor]]] = MappingProxyType({"grpo": grpo, "turn_return": turn_return})
-"""Estimators by the name that ``algorithm.advantage`` selects them with."""

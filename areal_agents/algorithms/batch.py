@@ -1,8 +1,8 @@
-"""From trajectories to training rows.
+"""The way from trajectories to training rows.
 
-A *row* is one root-to-leaf path through an episode's turns: a plain conversation is one row, a forked or
-rewritten one is several. Each sampled token trains in exactly one row (T5); everything an episode's weight
-depends on is counted over the episode, never over its rows (T6).
+A *row* is one root-to-leaf path through an episode's turns. A plain conversation is one row, a forked or rewritten one
+is several. Each sampled token trains in exactly one row (T5). Everything that an episode's weight depends on is counted
+over the episode, never over its rows (T6).
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from areal_agents.types import Trajectory
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence of T tokens. ``mask`` is True on the sampled tokens that train in this row."""
+    """One sequence of T tokens.
+
+    ``mask`` is True on the sampled tokens that train in this row.
+    """
 
     ids: NDArray[np.int64]  # [T]
     mask: NDArray[np.bool_]  # [T]
@@ -36,7 +39,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one learner step. ``version`` is the policy version that the learner holds."""
+    """The rows of one learner step.
+
+    ``version`` is the policy version that the learner holds.
+    """
 
     rows: tuple[Row, ...]
     episodes: int
@@ -46,7 +52,7 @@ class Batch:
 
 
 def _paths(trajectory: Trajectory) -> list[list[int]]:
-    """Root-to-leaf paths of turn indices, in order of their leaves."""
+    """List the root-to-leaf paths of turn indices, in order of their leaves."""
     parents = [t.parent for t in trajectory.turns]
     for k, parent in enumerate(parents):
         if parent is not None and not 0 <= parent < k:
@@ -63,11 +69,18 @@ def _paths(trajectory: Trajectory) -> list[list[int]]:
 
 
 def rows_of(trajectory: Trajectory, advantages: Sequence[float], *, episode: int) -> list[Row]:
-    """The rows of one episode; ``advantages`` has one number a turn, broadcast to the turn's sampled tokens.
+    """Cut one episode into training rows.
 
     A turn that several paths share trains in the first of them. A path on which nothing trains gives no row.
-    Raises ValueError where ``advantages`` does not have one entry a turn, or a turn's parent is no earlier turn;
-    ConfigError for a turn without token ids (a chat server's model played it).
+
+    Args:
+        trajectory: the episode.
+        advantages: one number a turn, given to each of the turn's sampled tokens.
+        episode: its index inside the batch.
+
+    Raises:
+        ValueError: where ``advantages`` does not have one entry a turn, or a turn's parent is no earlier turn.
+        ConfigError: for a turn without token ids (a chat server's model played it).
     """
     if len(advantages) != len(trajectory.turns):
         raise ValueError(f"{len(advantages)} advantages for {len(trajectory.turns)} turns of {trajectory.id}")
@@ -88,7 +101,7 @@ def rows_of(trajectory: Trajectory, advantages: Sequence[float], *, episode: int
 
 
 def _row(trajectory: Trajectory, path: list[int], fresh: set[int], advantages: Sequence[float], episode: int) -> Row:
-    """One path as a row; the turns in ``fresh`` train."""
+    """Lay one path out as a row, in which the turns in ``fresh`` train."""
     length = sum(len(trajectory.turns[k].prompt_suffix) + len(trajectory.turns[k].completion.ids) for k in path)
     row = Row(
         ids=np.zeros(length, np.int64),

@@ -1,29 +1,28 @@
 """Policy losses per token, and how tokens add up to one number.
 
 μ is the policy that sampled (behaviour), p the proximal policy, π the current one. Element-wise functions return
-``loss_T``; the caller multiplies it with the weight of ``offpolicy`` and sums it with an aggregation. The
-aggregations take their denominators from outside, for the whole batch: the losses (and gradients) of any split into
-micro-batches add up exactly to the undivided batch's.
+``loss_T``. The caller multiplies it with the weight of ``offpolicy`` and sums it with an aggregation. The aggregations
+take their denominators from outside, for the whole batch. So the losses (and gradients) of any split into micro-batches
+add up exactly to the undivided batch's.
 
-A token that a correction masks adds 0 to the numerator and still counts in the denominator. Dividing by the kept
-tokens instead would raise the weight of the rest whenever tokens are masked, tie the step size to the mask, and make
-the denominator unknown until the last forward pass.
+A token that a correction masks adds 0 to the numerator and still counts in the denominator. Dividing by the kept tokens
+instead would raise the weight of the rest whenever tokens are masked, tie the step size to the mask, and make the
+denominator unknown until the last forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from areal_agents.algorithms.offpolicy import check_same_shape, log_ratio
 
 
 class LossTerms(NamedTuple):
-    """What a loss says about each token."""
+    """The outcome of a loss, one entry a token."""
 
     loss_T: Tensor
     """float [T], to be minimised; carries the gradient."""
@@ -36,21 +35,37 @@ def ppo(
     old_logprobs_T: Tensor,
     advantages_T: Tensor,
     *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
+    clip_low: Annotated[float, Field(gt=0.0, description="Lower clip range of the ratio.")] = 0.2,
+    clip_high: Annotated[
+        float, Field(gt=0.0, description="Upper clip range of the ratio (clip-higher: larger than ``clip_low``).")
+    ] = 0.2,
+    dual_clip: Annotated[
+        float, Field(gt=1.0, description="Bound on the loss of negative advantages, as a multiple of |A|.")
+    ] = 3.0,
 ) -> LossTerms:
-    """L = max(−r·A, −clip(r, 1−ε_low, 1+ε_high)·A); for A < 0: L = min(c·|A|, that).   r = π/p
+    """Compute the clipped PPO loss of each token.
 
-    PPO (1707.06347, eq. 7), clip-higher (DAPO, 2503.14476), dual clip (1912.09729; c = ``dual_clip``, 3 is usual,
-    infinity turns it off). Computed as −A·r̃ with r̃ = min(r, 1+ε_high) for A ≥ 0 and clamp(r, 1−ε_low, c) for A < 0,
-    which is the same number.
+        L = max(−r·A, −clip(r, 1−ε_low, 1+ε_high)·A),  r = π/p
+        L = min(c·|A|, that)  for A < 0
 
-    The gradient is −A·r·∇log π, and 0 where clipped: A > 0 and r > 1+ε_high; A < 0 and r < 1−ε_low or r > c.
-    log r is clamped to ±``LOG_RATIO_BOUND``; past the bound the gradient is 0.
+    PPO (1707.06347, eq. 7), clip-higher (DAPO, 2503.14476), dual clip (1912.09729). It is computed as −A·r̃, which is
+    the same number:
 
-    Args: log π with gradient, log p (or log μ when bypassing; detached here) and A, all float [T].
-    Raises ValueError for unequal shapes, ε_low or ε_high ≤ 0, c ≤ 1.
+        r̃ = min(r, 1+ε_high) for A ≥ 0,  clamp(r, 1−ε_low, c) for A < 0
+
+    The gradient is −A·r·∇log π, and 0 where clipped: A > 0 and r > 1+ε_high; A < 0 and r < 1−ε_low or r > c. log r is
+    clamped to ±``LOG_RATIO_BOUND``. Past the bound the gradient is 0.
+
+    Args:
+        logprobs_T: log π with gradient, float [T].
+        old_logprobs_T: log p (or log μ when bypassing), float [T]; detached here.
+        advantages_T: A, float [T].
+        clip_low: ε_low.
+        clip_high: ε_high.
+        dual_clip: c (3 is usual); infinity turns it off.
+
+    Raises:
+        ValueError: for unequal shapes, ε_low or ε_high ≤ 0, c ≤ 1.
     """
     check_same_shape(logprobs_T=logprobs_T, old_logprobs_T=old_logprobs_T, advantages_T=advantages_T)
     if clip_low <= 0.0 or clip_high <= 0.0:
@@ -70,16 +85,28 @@ def ppo(
 
 
 def cross_entropy(logprobs_T: Tensor) -> Tensor:
-    """L = −log π, float [T]: imitation of the given tokens (the warm start). Raises ValueError unless 1-D."""
+    """Compute L = −log π, float [T], to imitate the given tokens (the warm start).
+
+    Raises ValueError unless 1-D.
+    """
     check_same_shape(logprobs_T=logprobs_T)
     return -logprobs_T
 
 
 def token_mean(loss_T: Tensor, mask_T: Tensor, *, tokens: float) -> Tensor:
-    """Σ_t mask·loss / N, a scalar. Every sampled token of the batch weighs the same (DAPO, 2503.14476).
+    """Sum these tokens' part of the mean over the batch's sampled tokens.
 
-    Long episodes weigh more than short ones. ``mask_T`` (bool [T]) is True on sampled tokens; ``tokens`` (N) counts
-    them over the *whole batch*, tokens masked by a correction included. Raises ValueError for N ≤ 0 or unequal shapes.
+        Σ_t mask·loss / N,  a scalar
+
+    Every sampled token of the batch weighs the same (DAPO, 2503.14476). Long episodes weigh more than short ones.
+
+    Args:
+        loss_T: float [T].
+        mask_T: bool [T], True on sampled tokens.
+        tokens: N, the sampled tokens of the *whole batch*, tokens masked by a correction included.
+
+    Raises:
+        ValueError: for N ≤ 0 or unequal shapes.
     """
     check_same_shape(loss_T=loss_T, mask_T=mask_T)
     if not tokens > 0:
@@ -88,13 +115,23 @@ def token_mean(loss_T: Tensor, mask_T: Tensor, *, tokens: float) -> Tensor:
 
 
 def episode_mean(loss_T: Tensor, mask_T: Tensor, episode_T: Tensor, tokens_E: Tensor, *, episodes: float) -> Tensor:
-    """(1/E) Σ_e (1/N_e) Σ_{t in e} mask·loss, a scalar. Every episode weighs the same (GRPO, 2402.03300).
+    """Sum these tokens' part of the mean over episodes, each the mean over its own tokens.
 
-    A token of a long episode weighs less: a failure is punished less per token the longer it is.
-    ``episode_T`` (int [T]) is each token's episode, an index of ``tokens_E`` ([E']: N_e, the sampled tokens of each
-    episode over *all its rows* and all micro-batches), so that an episode's weight does not depend on how many rows it
-    became. ``episodes`` (E) counts the whole batch's, the ones without a gradient included.
-    Raises ValueError for E ≤ 0, unequal shapes, or a sampled token whose episode counts no tokens.
+        (1/E) Σ_e (1/N_e) Σ_{t in e} mask·loss,  a scalar
+
+    Every episode weighs the same (GRPO, 2402.03300). A token of a long episode weighs less: a failure is punished less
+    per token the longer it is.
+
+    Args:
+        loss_T: float [T].
+        mask_T: bool [T], True on sampled tokens.
+        episode_T: int [T], each token's episode, an index of ``tokens_E``.
+        tokens_E: N_e, int [E'], the sampled tokens of each episode over *all its rows* and all micro-batches, so that
+            an episode's weight does not depend on how many rows it became.
+        episodes: E, the whole batch's, the ones without a gradient included.
+
+    Raises:
+        ValueError: for E ≤ 0, unequal shapes, or a sampled token whose episode counts no tokens.
     """
     check_same_shape(loss_T=loss_T, mask_T=mask_T, episode_T=episode_T)
     check_same_shape(tokens_E=tokens_E)
@@ -104,7 +141,3 @@ def episode_mean(loss_T: Tensor, mask_T: Tensor, episode_T: Tensor, tokens_E: Te
     if bool((tokens_T < 1).any()):
         raise ValueError("tokens_E counts no token for an episode that has sampled tokens: count all its rows")
     return torch.where(mask_T, loss_T / tokens_T, 0.0).sum() / episodes
-
-
-LOSSES: Mapping[str, Callable[..., LossTerms]] = MappingProxyType({"ppo": ppo})
-"""Policy losses by name."""

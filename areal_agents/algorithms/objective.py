@@ -1,6 +1,6 @@
-"""The training objective over rows: which tokens count, what they weigh, and their PPO loss.
+"""The training objective over rows: which tokens count, what they weigh, and their loss.
 
-Bridges ``batch.Row`` (numpy, one path) and the element-wise functions of ``losses`` and ``offpolicy`` (torch, [T]).
+It bridges ``batch.Row`` (numpy, one path) and the element-wise functions of ``losses`` and ``offpolicy`` (torch, [T]).
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from torch import Tensor
 
 from areal_agents.algorithms import losses, offpolicy
 from areal_agents.algorithms.batch import Batch, Row
+from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, Choice
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The sampled tokens of some rows, one after another; every field is [T]."""
+    """The sampled tokens of some rows, one after another.
+
+    Every field is [T].
+    """
 
     ids: Tensor
     behaviour: Tensor
@@ -35,7 +39,11 @@ class Tokens:
 
     @classmethod
     def of(cls, rows: Sequence[Row], proximal: Sequence[NDArray[np.float32]] | None) -> Tokens:
-        """``proximal``: for each row log p [T], where the row's mask is True."""
+        """Collect the sampled tokens of ``rows``.
+
+        ``proximal`` holds log p for each row, float [T], where the row's mask is True. It is None without a proximal
+        policy.
+        """
 
         def column(parts: list[NDArray[np.generic]]) -> Tensor:
             return torch.from_numpy(np.concatenate(parts))
@@ -60,7 +68,10 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Denominators:
-    """Counts over a whole minibatch, rows without a gradient included, so that any split adds up to the same loss."""
+    """The counts over a whole minibatch, rows without a gradient included.
+
+    So any split into micro-batches adds up to the same loss.
+    """
 
     tokens: int
     tokens_E: Tensor
@@ -69,59 +80,102 @@ class Denominators:
 
     @classmethod
     def of(cls, rows: Sequence[Row], *, total_episodes: int, episodes: int) -> Denominators:
-        """``rows`` of a minibatch of ``episodes`` episodes out of a batch of ``total_episodes``."""
+        """Count the ``rows`` of a minibatch of ``episodes`` episodes, out of a batch of ``total_episodes``."""
         tokens_E = torch.zeros(total_episodes, dtype=torch.int64)
         for row in rows:
             tokens_E[row.episode] += int(row.mask.sum())
         return cls(int(tokens_E.sum()), tokens_E, episodes)
 
 
-def ppo_objective(
-    logprobs_T: Tensor,
-    tokens: Tokens,
-    counts: Denominators,
-    stats: offpolicy.OffPolicyStats,
-    *,
-    correction: Literal["bypass", "decoupled"],
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    truncate: float | None,
-    token_mask: tuple[float, float] | None,
-    aggregation: Literal["token", "episode"],
-    version: int,
-    max_staleness: int | None,
-) -> Tensor:
-    """These tokens' part of the minibatch's loss, a scalar; adds their off-policy figures to ``stats``.
+class PolicyObjective:
+    """The objective that the settings choose: a loss a token, weighted by a correction, summed over a minibatch.
 
-    bypass:     Σ 1[lo ≤ π/μ ≤ hi] · ppo(π/μ, A)        decoupled:  Σ min(p/μ, C)·1[lo ≤ p/μ ≤ hi] · ppo(π/p, A)
-    over tokens not older than ``max_staleness`` (None: any age), divided by ``counts``.
+        Σ weight · loss(π/old, A)        old = p where the correction takes ``proximal_T``, else μ
+
+    bypass:     Σ 1[lo ≤ π/μ ≤ hi] · loss(π/μ, A)        decoupled:  Σ min(p/μ, C)·1[lo ≤ p/μ ≤ hi] · loss(π/p, A)
     """
-    if correction == "bypass":
-        old_T = tokens.behaviour
-        corrected = offpolicy.bypass(logprobs_T, tokens.behaviour, token_mask=token_mask)
-    else:
-        old_T = tokens.proximal
-        corrected = offpolicy.decoupled(old_T, tokens.behaviour, truncate=truncate, token_mask=token_mask)
-    terms = losses.ppo(
-        logprobs_T, old_T, tokens.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
-    )
-    kept_T, loss_T = corrected.kept_T, terms.loss_T * corrected.weight_T
-    if max_staleness is not None:
-        young_T = offpolicy.age_mask(tokens.versions, version=version, max_staleness=max_staleness)
-        kept_T, loss_T = kept_T & young_T, torch.where(young_T, loss_T, 0.0)
-    sampled_T = torch.ones_like(kept_T)
-    stats.add(
-        logprobs_T.detach(), tokens.behaviour, sampled_T, kept_T, terms.clipped_T, tokens.turns, tokens.versions,
-        version=version, episode_tokens_T=counts.tokens_E[tokens.episodes],
-    )  # fmt: skip
-    if aggregation == "token":
-        return losses.token_mean(loss_T, sampled_T, tokens=counts.tokens)
-    return losses.episode_mean(loss_T, sampled_T, tokens.episodes, counts.tokens_E, episodes=counts.episodes)
+
+    def __init__(
+        self,
+        *,
+        loss: Choice,
+        correction: Choice,
+        aggregation: Literal["token", "episode"],
+        max_staleness: int | None = None,
+    ) -> None:
+        """Look the two functions up.
+
+        Args:
+            loss: of ``registry.LOSSES``.
+            correction: of ``registry.CORRECTIONS``.
+            aggregation: mean over all sampled tokens, or over episodes of the mean over their tokens.
+            max_staleness: older tokens are masked; None: none is.
+
+        Raises:
+            ConfigError: for an unknown name or a wrong parameter.
+        """
+        self._loss, self._correction = LOSSES.bound(loss), CORRECTIONS.bound(correction)
+        self._takes = CORRECTIONS.takes(correction)
+        self._aggregation, self._max_staleness = aggregation, max_staleness
+
+    @property
+    def needs_proximal(self) -> bool:
+        """Whether log p must be there: it costs a forward pass without gradient a batch."""
+        return "proximal_T" in self._takes
+
+    def __call__(
+        self,
+        logprobs_T: Tensor,
+        tokens: Tokens,
+        counts: Denominators,
+        stats: offpolicy.OffPolicyStats,
+        *,
+        version: int,
+    ) -> Tensor:
+        """Return these tokens' part of the minibatch's loss, a scalar.
+
+        Their off-policy figures go to ``stats``.
+
+        Args:
+            logprobs_T: log π with gradient, float [T].
+            tokens: everything else about the T tokens.
+            counts: what the sum is divided by.
+            stats: is told of every token.
+            version: the learner's.
+
+        Raises:
+            ValueError: what the loss and the correction raise.
+        """
+        columns = {"logprobs_T": logprobs_T, "behaviour_T": tokens.behaviour, "proximal_T": tokens.proximal}
+        corrected = self._correction(**{name: columns[name] for name in self._takes})
+        old_T = tokens.proximal if self.needs_proximal else tokens.behaviour
+        terms = self._loss(logprobs_T, old_T, tokens.advantages)
+        kept_T, loss_T = corrected.kept_T, terms.loss_T * corrected.weight_T
+        if self._max_staleness is not None:
+            young_T = offpolicy.age_mask(tokens.versions, version=version, max_staleness=self._max_staleness)
+            kept_T, loss_T = kept_T & young_T, torch.where(young_T, loss_T, 0.0)
+        # All of them, masked or not: a masked token still counts in the denominator (``losses`` says why).
+        sampled_T = torch.ones_like(kept_T)
+        stats.add(
+            logprobs_T.detach(), tokens.behaviour, sampled_T, kept_T, terms.clipped_T, tokens.turns, tokens.versions,
+            version=version, episode_tokens_T=counts.tokens_E[tokens.episodes],
+        )  # fmt: skip
+        match self._aggregation:
+            case "token":
+                return losses.token_mean(loss_T, sampled_T, tokens=counts.tokens)
+            case "episode":
+                return losses.episode_mean(
+                    loss_T, sampled_T, tokens.episodes, counts.tokens_E, episodes=counts.episodes
+                )
+            case other:
+                raise ValueError(f"aggregation must be 'token' or 'episode', got {other!r}")
 
 
 def has_gradient(row: Row, *, version: int, max_staleness: int | None) -> bool:
-    """Whether any token of ``row`` can contribute a gradient: advantage not 0 and not over age."""
+    """Say whether any token of ``row`` can contribute a gradient.
+
+    Such a token has an advantage that is not 0, and is not over age.
+    """
     live = row.mask & (row.advantages != 0)
     if max_staleness is not None:
         live &= version - row.versions <= max_staleness
@@ -129,16 +183,25 @@ def has_gradient(row: Row, *, version: int, max_staleness: int | None) -> bool:
 
 
 def split_episodes(episodes: int, parts: int, *, seed: int, version: int) -> list[NDArray[np.int64]]:
-    """A random partition of ``range(episodes)`` into at most ``parts`` non-empty sets, a function of its arguments.
+    """Split ``range(episodes)`` at random into at most ``parts`` non-empty sets.
 
     No generator state lives between steps, so a resumed run shuffles as the uninterrupted one.
+
+    Args:
+        episodes: how many there are in the batch.
+        parts: most sets.
+        seed: the run's.
+        version: the learner's, so that each step shuffles anew.
+
+    Returns:
+        Index arrays, int64, which depend on the arguments alone.
     """
     order = np.random.default_rng([seed, version]).permutation(episodes)
     return [p for p in np.array_split(order, min(parts, max(episodes, 1))) if len(p)]
 
 
 def check_batch(batch: Batch, version: int) -> None:
-    """Raises ValueError for a batch of another version, without episodes, or with rows of unknown episodes."""
+    """Raise ValueError for a batch of another version, without episodes, or with rows of unknown episodes."""
     if batch.version != version:
         raise ValueError(f"the batch is for version {batch.version}, the learner is at {version}")
     if batch.episodes < 1:
@@ -149,14 +212,21 @@ def check_batch(batch: Batch, version: int) -> None:
 
 
 def sources(rows: Sequence[Row], at: Sequence[NDArray[np.int64]]) -> Tensor:
-    """Where the hidden states lie that predict the rows' sampled tokens: one token before each."""
+    """Find the hidden states that predict the rows' sampled tokens.
+
+    They lie one token before each. ``at`` holds the places of each row's tokens among the states, int [T]. Raises
+    ValueError where a row's first token is sampled.
+    """
     if any(bool(r.mask[0]) for r in rows):
         raise ValueError("a row's first token is sampled: it has no context, so no probability")
     return torch.from_numpy(np.concatenate([a[np.flatnonzero(r.mask) - 1] for r, a in zip(rows, at, strict=True)]))
 
 
 def batch_counts(batch: Batch, live: Sequence[int], max_staleness: int | None) -> dict[str, float]:
-    """What the batch holds, the rows that are skipped included; ``live`` are the rows that are not."""
+    """Count what the batch holds, the rows that are skipped included.
+
+    ``live`` are the indices of the rows that are not skipped.
+    """
     ages = np.concatenate([batch.version - r.versions[r.mask] for r in batch.rows] or [np.zeros(0, np.int64)])
     over = 0.0 if max_staleness is None or not len(ages) else float((ages > max_staleness).mean())
     return {

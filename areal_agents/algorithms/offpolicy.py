@@ -1,8 +1,8 @@
-"""Off-policy correction: what to do about tokens that another policy sampled, and how far off they are.
+"""Off-policy corrections for tokens that another policy sampled, and figures that say how far off they are.
 
-μ is the policy that sampled (behaviour), p the proximal policy, π the current one; ρ = p/μ, r = π/p, u = π/μ.
-A correction returns a detached weight a token, which multiplies the loss of ``losses``; it is 0 where the token is
-masked. The masked token still counts in the loss's denominator (``losses`` says why).
+μ is the policy that sampled (behaviour), p the proximal policy, π the current one; ρ = p/μ, r = π/p, u = π/μ. A
+correction returns a detached weight a token, which multiplies the loss of ``losses``. The weight is 0 where the token
+is masked. The masked token still counts in the loss's denominator (``losses`` says why).
 
 All log ratios are clamped to ±``LOG_RATIO_BOUND`` before they are exponentiated, so no ratio is infinite and none is
 NaN for log-probabilities that are not NaN themselves. Weights carry no gradient, so the bound has no part in one here.
@@ -10,12 +10,11 @@ NaN for log-probabilities that are not NaN themselves. Weights carry no gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 LOG_RATIO_BOUND = 20.0
@@ -23,19 +22,24 @@ LOG_RATIO_BOUND = 20.0
 
 
 def log_ratio(numerator_T: Tensor, denominator_T: Tensor) -> Tensor:
-    """clamp(log a − log b, ±LOG_RATIO_BOUND), [T]. Inside the bound the gradient passes, past it it is 0."""
+    """Compute the log ratio a/b of two probabilities, bounded to ±LOG_RATIO_BOUND.
+
+        clamp(log a − log b, ±LOG_RATIO_BOUND),  float [T]
+
+    Inside the bound the gradient passes. Past it the gradient is 0.
+    """
     return torch.clamp(numerator_T - denominator_T, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
 def check_same_shape(**tensors: Tensor) -> None:
-    """Raises ValueError unless all are 1-D and equally long."""
+    """Raise ValueError unless all tensors are 1-D and equally long."""
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     if len(set(shapes.values())) != 1 or any(len(s) != 1 for s in shapes.values()):
         raise ValueError(f"expected 1-D tensors of one length, got {shapes}")
 
 
 class Correction(NamedTuple):
-    """What a correction says about each token."""
+    """The outcome of a correction, one entry a token."""
 
     weight_T: Tensor
     """float [T], detached; multiplies the loss; 0 where masked."""
@@ -43,14 +47,41 @@ class Correction(NamedTuple):
     """bool [T], False where masked."""
 
 
-def bypass(logprobs_T: Tensor, behaviour_T: Tensor, *, token_mask: tuple[float, float] | None) -> Correction:
-    """weight = 1[lo ≤ u ≤ hi],  u = π/μ.
+def _around_one(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not 0.0 <= bounds[0] < 1.0 < bounds[1]:
+        raise ValueError(f"the bounds {list(bounds)} must enclose 1, for example [0.5, 5.0]")
+    return bounds
 
-    No proximal policy: the loss takes its ratio to the sampler, r = u, and its clip bounds the distance to the
+
+Bounds = Annotated[tuple[float, float], AfterValidator(_around_one)]
+"""Of a ratio: [lo, hi] with 0 ≤ lo < 1 < hi."""
+
+
+def bypass(
+    logprobs_T: Tensor,
+    behaviour_T: Tensor,
+    *,
+    token_mask: Annotated[Bounds | None, Field(description="Tokens whose π/μ lies outside get no gradient.")] = (
+        0.5,
+        5.0,
+    ),
+) -> Correction:
+    """Mask the tokens whose ratio to the sampler is far from 1.
+
+        weight = 1[lo ≤ u ≤ hi],  u = π/μ
+
+    There is no proximal policy. The loss takes its ratio to the sampler, r = u, and its clip bounds the distance to the
     sampler. The mask on u follows IcePop (bounds 0.5 and 5), with the ratio left to the loss.
 
     Bias: towards the sampler, by the clip and by the masked tokens.
-    Args: log π (detached here) and log μ, float [T]. Raises ValueError for unequal shapes or bounds not around 1.
+
+    Args:
+        logprobs_T: log π, float [T]; detached here.
+        behaviour_T: log μ, float [T].
+        token_mask: [lo, hi]; None masks nothing.
+
+    Raises:
+        ValueError: for unequal shapes or bounds not around 1.
     """
     u_T = _ratio(logprobs_T, behaviour_T)
     kept_T = _inside(u_T, token_mask)
@@ -58,16 +89,35 @@ def bypass(logprobs_T: Tensor, behaviour_T: Tensor, *, token_mask: tuple[float, 
 
 
 def decoupled(
-    proximal_T: Tensor, behaviour_T: Tensor, *, truncate: float | None, token_mask: tuple[float, float] | None
+    proximal_T: Tensor,
+    behaviour_T: Tensor,
+    *,
+    truncate: Annotated[
+        float | None,
+        Field(gt=0.0, description="Truncated importance sampling: the weight p/μ is capped at this (2 is usual)."),
+    ] = None,
+    token_mask: Annotated[Bounds | None, Field(description="Tokens whose p/μ lies outside get no gradient.")] = (
+        0.5,
+        5.0,
+    ),
 ) -> Correction:
-    """weight = min(ρ, C)·1[lo ≤ ρ ≤ hi],  ρ = p/μ; with PPO on r = π/p:  L = −E[ρ·min(r·A, clip(r)·A)].
+    """Weight each token by the ratio of the proximal policy to the sampler.
 
-    Decoupled PPO (2110.00641; AReaL, 2505.24298). C = ``truncate`` is truncated importance sampling (2 is usual), None
-    leaves ρ as it is; the mask is IcePop's (0.5 and 5).
+        weight = min(ρ, C)·1[lo ≤ ρ ≤ hi],  ρ = p/μ
 
-    Bias: none from ρ alone, at a variance that grows with the distance; C and the mask trade it for bias.
-    Args: log p (detached here) and log μ, float [T]. Raises ValueError for unequal shapes, C ≤ 0, or bounds not
-    around 1.
+    With PPO on r = π/p the loss is L = −E[ρ·min(r·A, clip(r)·A)]. This is decoupled PPO (2110.00641; AReaL,
+    2505.24298). C makes it truncated importance sampling. The mask is IcePop's (0.5 and 5).
+
+    Bias: none from ρ alone, at a variance that grows with the distance. C and the mask trade that variance for bias.
+
+    Args:
+        proximal_T: log p, float [T]; detached here.
+        behaviour_T: log μ, float [T].
+        truncate: C (2 is usual); None leaves ρ as it is.
+        token_mask: [lo, hi]; None masks nothing.
+
+    Raises:
+        ValueError: for unequal shapes, C ≤ 0, or bounds not around 1.
     """
     if truncate is not None and not truncate > 0:
         raise ValueError(f"truncate = {truncate} must be positive, or None for no truncation")
@@ -78,10 +128,17 @@ def decoupled(
 
 
 def age_mask(versions_T: Tensor, *, version: int, max_staleness: int) -> Tensor:
-    """1[0 ≤ v and version − v ≤ η], bool [T]: the tokens young enough to train on (``on_exceed = "mask"``).
+    """Mark the tokens that are young enough to train on (``on_exceed = "mask"``).
 
-    ``versions_T`` (int [T]) is the version that sampled each token, −1 on tokens that were not sampled (False here).
-    Raises ValueError for a token from a version after ``version`` or η < 0.
+        1[0 ≤ v and version − v ≤ η],  bool [T]
+
+    Args:
+        versions_T: v, int [T]: the version that sampled each token; −1 on tokens that were not sampled (False here).
+        version: the learner's.
+        max_staleness: η.
+
+    Raises:
+        ValueError: for a token from a version after ``version``, or η < 0.
     """
     check_same_shape(versions_T=versions_T)
     if max_staleness < 0:
@@ -90,16 +147,13 @@ def age_mask(versions_T: Tensor, *, version: int, max_staleness: int) -> Tensor:
     return (versions_T >= 0) & (version - versions_T <= max_staleness)
 
 
-CORRECTIONS: Mapping[str, Callable[..., Correction]] = MappingProxyType({"bypass": bypass, "decoupled": decoupled})
-"""Corrections by the name that ``algorithm.correction`` selects them with."""
-
-
 @dataclass
 class OffPolicyStats:
-    """How far off the policy the tokens were: ``add`` each micro-batch, then ``result``.
+    """Figures that say how far off the policy the tokens were.
 
-    Everything is a mean over sampled tokens (``mask_T``), masked ones included, so any split into micro-batches gives
-    the same result. Holds Python numbers only: no tensor, no graph.
+    Call ``add`` for each micro-batch, then ``result``. Everything is a mean over sampled tokens (``mask_T``), masked
+    ones included, so any split into micro-batches gives the same result. Holds Python numbers only: no tensor, no
+    graph.
     """
 
     tokens: int = 0
@@ -121,12 +175,22 @@ class OffPolicyStats:
         version: int,
         episode_tokens_T: Tensor | None = None,
     ) -> None:
-        """Counts the sampled tokens of one micro-batch.
+        """Count the sampled tokens of one micro-batch.
 
-        Args, all [T]: log π, log μ; ``mask_T`` sampled; ``kept_T`` not masked by the correction or by age;
-        ``clipped_T`` clipped by the loss; turn index; sampling version; and, for the masked share by episode length,
-        the sampled tokens of the token's episode. ``version`` is the learner's.
-        Raises ValueError for unequal shapes or a token from a version after ``version``.
+        Args:
+            logprobs_T: log π, float [T].
+            behaviour_T: log μ, float [T].
+            mask_T: bool [T], True on sampled tokens.
+            kept_T: bool [T], False where the correction or the age masks the token.
+            clipped_T: bool [T], True where the loss clips the token.
+            turns_T: int [T], turn index.
+            versions_T: int [T], version that sampled the token.
+            version: the learner's.
+            episode_tokens_T: int [T], sampled tokens of the token's episode, for the masked share by episode length;
+                None leaves that share out.
+
+        Raises:
+            ValueError: for unequal shapes, or a token from a version after ``version``.
         """
         given = {"logprobs_T": logprobs_T, "behaviour_T": behaviour_T, "mask_T": mask_T, "kept_T": kept_T}
         given |= {"clipped_T": clipped_T, "turns_T": turns_T, "versions_T": versions_T}
@@ -160,7 +224,9 @@ class OffPolicyStats:
                 self._by_length[low] = count + n, masked + round(total)
 
     def result(self) -> dict[str, float]:
-        """The metrics by name; just ``{"tokens": 0.0}`` where no token was added.
+        """Return the metrics by name.
+
+        Where no token was added, they are just ``{"tokens": 0.0}``.
 
         ess             (Σu)² / (N·Σu²), in (0, 1]; 1 on policy
         kl_k1, kl_k3    KL(μ‖π) from μ's samples: mean(−log u), and mean(u − 1 − log u) ≥ 0 (Schulman, "Approximating
@@ -192,25 +258,23 @@ class OffPolicyStats:
 
 
 def _grouped(keys_N: Tensor, values_N: Tensor) -> list[tuple[int, int, float]]:
-    """(key, count, sum of values) for each distinct key."""
+    """Return (key, count, sum of values) for each distinct key."""
     unique_M, index_N, count_M = torch.unique(keys_N, return_inverse=True, return_counts=True)
     total_M = torch.zeros(len(unique_M), dtype=torch.float64, device=values_N.device).index_add_(0, index_N, values_N)
     return list(zip(unique_M.tolist(), count_M.tolist(), total_M.tolist(), strict=True))
 
 
 def _ratio(numerator_T: Tensor, denominator_T: Tensor) -> Tensor:
-    """exp of the bounded log ratio, detached."""
+    """Compute exp of the bounded log ratio, detached."""
     check_same_shape(numerator_T=numerator_T, denominator_T=denominator_T)
     return torch.exp(log_ratio(numerator_T.detach(), denominator_T.detach()))
 
 
 def _inside(ratio_T: Tensor, bounds: tuple[float, float] | None) -> Tensor:
-    """1[lo ≤ ratio ≤ hi]; all True without bounds."""
+    """Mark the ratios that lie in [lo, hi], or all of them without bounds."""
     if bounds is None:
         return torch.ones_like(ratio_T, dtype=torch.bool)
-    low, high = bounds
-    if not 0.0 <= low < 1.0 < high:
-        raise ValueError(f"token_mask = {bounds} must enclose 1, for example (0.5, 5.0)")
+    low, high = _around_one(bounds)
     return (ratio_T >= low) & (ratio_T <= high)
 
 

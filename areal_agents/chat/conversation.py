@@ -1,4 +1,4 @@
-"""Conversations: the append-only token history of one episode, and the tree that its forks make."""
+"""The append-only token history of one episode, and the tree that its forks make."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from areal_agents.types import AssistantMessage, Completion, Ids, Image, Message
 class Conversation:
     """The append-only token history of one episode (T1), and the tree that forks of it make (T5).
 
-    Turns are numbered in the order in which they are sampled, over all forks of one conversation: the numbers are
-    indices into ``Trajectory.turns``. Per turn: read ``prompt``, ``suffix`` and ``parent``, generate, then
-    ``add_completion``, then ``add_observation`` before the next ``prompt``.
+    Turns are numbered in the order in which they are sampled, over all forks of one conversation. The numbers are
+    indices into ``Trajectory.turns``.
 
-    With ``history="template"`` every prompt is rendered anew: ``parent`` is None and ``suffix`` is the
-    whole prompt.
+    For each turn, read ``prompt``, ``suffix`` and ``parent``, generate, and call ``add_completion``. Then call
+    ``add_observation`` before the next ``prompt``.
+
+    With ``history="template"`` every prompt is rendered anew: ``parent`` is None and ``suffix`` is the whole prompt.
     """
 
     def __init__(self, fmt: ChatFormat, messages: Sequence[Message], tools: Sequence[ToolLike] = ()) -> None:
@@ -40,7 +41,10 @@ class Conversation:
 
     @property
     def suffix(self) -> Ids:
-        """The ids shown since the parent turn's last sampled token; the whole prompt where ``parent`` is None."""
+        """The ids shown since the parent turn's last sampled token.
+
+        They are the whole prompt where ``parent`` is None.
+        """
         if self._suffix is None:
             raise ValueError("the last turn has no observation yet: call add_observation before the next prompt")
         return self._suffix
@@ -52,12 +56,15 @@ class Conversation:
 
     @property
     def prompt(self) -> Prompt:
-        """What to generate from now."""
+        """The prompt to generate from now."""
         media = [p for m in self._messages for p in m.parts if isinstance(p, Image)]
         return Prompt(self._context + self.suffix, tuple(media))
 
     def add_completion(self, completion: Completion) -> AssistantMessage:
-        """Append the sampled turn, and return what it says. It becomes the turn with the next index."""
+        """Append the sampled turn, and return what it says.
+
+        It becomes the turn with the next index.
+        """
         suffix = self.suffix
         message = self.fmt.parse(completion.ids, completion.finish)
         self._turns.append(_Node(self._messages, self._context, self._parent, suffix, completion, message))
@@ -65,7 +72,10 @@ class Conversation:
         return message
 
     def add_observation(self, messages: Sequence[Message]) -> None:
-        """Append what the environment answered. Raises ValueError where no sampled turn waits for an answer."""
+        """Append what the environment answered.
+
+        Raises ValueError where no sampled turn waits for an answer.
+        """
         if self._suffix is not None or not self._turns:
             raise ValueError("an observation follows a completion: call add_completion first")
         self._messages += tuple(messages)
@@ -76,11 +86,14 @@ class Conversation:
             self._suffix = self.fmt.suffix(messages, self._turns[self._last].completion)
 
     def fork(self, turn: int, *, resample: bool = False) -> Conversation:
-        """Another conversation that shares the history of ``turn`` (an index over all forks).
+        """Start another conversation that shares the history of ``turn`` (an index over all forks).
 
-        By default the history ends right after the turn's completion, and ``add_observation`` comes next: the fork's
-        next turn has ``parent == turn``. With ``resample=True`` it ends right before the completion: the same prompt
-        and suffix, so the fork's next turn is a sibling of ``turn``. This conversation is unchanged.
+        By default the history ends right after the turn's completion, and ``add_observation`` comes next. The fork's
+        next turn then has ``parent == turn``. With ``resample=True`` the history ends right before the completion. The
+        prompt and the suffix are then the same, so the fork's next turn is a sibling of ``turn``.
+
+        This conversation is unchanged. Agent endpoints need forks, for agents that branch. The built-in episode does
+        not.
         """
         if not 0 <= turn < len(self._turns):
             raise ValueError(f"turn {turn} does not exist: this conversation has {len(self._turns)} turns")
@@ -94,7 +107,11 @@ class Conversation:
         return out
 
     def restart(self, messages: Sequence[ChatMessage]) -> Conversation:
-        """A fork with an edited or summarised history: its next turn is a new root, a whole prompt (T5)."""
+        """Start a fork with an edited or summarised history.
+
+        Its next turn is a new root, a whole prompt (T5). Context management needs it. The built-in episode ends where
+        its context is full.
+        """
         out = self._empty()
         out._start(tuple(messages))
         return out

@@ -43,7 +43,7 @@ _DUMMY = ({"role": "system", "content": "S."}, {"role": "user", "content": "U."}
 
 
 class ToolLike(Protocol):
-    """What a tool shows the model; ``areal_agents.tool.ToolSpec`` is one."""
+    """Anything that describes a tool to the model, as ``areal_agents.tool.ToolSpec`` does."""
 
     @property
     def name(self) -> str: ...
@@ -54,13 +54,15 @@ class ToolLike(Protocol):
 
 
 class ChatFormat:
-    """A tokenizer with its chat template and tool-call format. Pure: it holds no conversation and no engine.
+    """A tokenizer with its chat template and tool-call format.
 
-    ``stop_ids`` are the ids that end an assistant turn: the one the template writes after assistant content, and the
-    tokenizer's eos. ``history`` is "template" where the template rewrites its past (drops ``<think>`` from earlier
-    turns, say), else "append"; a caller who wants past thinking kept under such a template passes ``history="append"``.
+    It is pure: it holds no conversation and no engine.
 
-    Raises TemplateError, naming the rule and the remedy, where the template cannot keep rules T1 to T4.
+    ``stop_ids`` are the ids that end an assistant turn. By default they are the one that the template writes after
+    assistant content, and the tokenizer's eos.
+
+    ``history`` is "template" where the template rewrites its past (drops ``<think>`` from earlier turns, say), else
+    "append". A caller who wants past thinking kept under such a template passes ``history="append"``.
     """
 
     history: History
@@ -78,6 +80,17 @@ class ChatFormat:
         stop_ids: Sequence[int] | None = None,
         history: History | None = None,
     ) -> None:
+        """Find out, once, what the tokenizer and its template are like.
+
+        Args:
+            tokenizer: has a Rust backend and a chat template.
+            tool_format: how the model writes its tool calls.
+            stop_ids: None takes the default.
+            history: None asks the template.
+
+        Raises:
+            TemplateError: where the template cannot keep rules T1 to T4. It names the rule and the remedy.
+        """
         if tool_format != "hermes":
             raise TemplateError(f'tool_format {tool_format!r} is unknown: use "hermes"')
         if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -99,7 +112,10 @@ class ChatFormat:
 
     @classmethod
     def load(cls, model: str | Path) -> ChatFormat:
-        """The format of a local model folder. Raises ModelError where no tokenizer can be loaded from it."""
+        """Load the format of a local model folder.
+
+        Raises ModelError where no tokenizer can be loaded from it.
+        """
         if not Path(model).is_dir():
             raise ModelError(f"{model} is not a folder: pull the model first and pass its local folder")
         try:
@@ -111,7 +127,7 @@ class ChatFormat:
     # ── messages to ids ──────────────────────────────────────────────────────────────────────────────────────────
 
     def first_prompt(self, messages: Sequence[ChatMessage], tools: Sequence[ToolLike] = ()) -> Ids:
-        """The ids of a whole conversation with its tools, up to and including the generation prompt."""
+        """Return the ids of a whole conversation with its tools, the generation prompt included."""
         rows = self._rows(messages)
         specs = [_schema(t) for t in tools] if self.renders_tools else None
         if tools and not self.renders_tools:
@@ -122,10 +138,10 @@ class ChatFormat:
         return self._codec.encode_rendered(self._render(rows, tools=specs or None, generate=True), held)
 
     def suffix(self, messages: Sequence[ChatMessage], previous: Completion) -> Ids:
-        """The ids between ``previous``'s last sampled token and the next turn's first (T2).
+        """Return the ids between ``previous``'s last sampled token and the next turn's first (T2).
 
-        Starts with the turn's end token where ``previous`` lacks it (a length stop, or another stop id; T4), then
-        what the template writes between turns, ``messages``, and the generation prompt.
+        They start with the turn's end token where ``previous`` lacks it (a length stop, or another stop id; T4). Then
+        comes what the template writes between turns, ``messages``, and the generation prompt.
         """
         rows, held = self._codec.hold(self._rows(messages))
         dummy = [*_DUMMY, {"role": "assistant", "content": _MARK}]
@@ -141,13 +157,19 @@ class ChatFormat:
         return ids[1:] if closed else ids
 
     def encode_turn(self, text: str) -> Ids:
-        """A scripted assistant turn (demonstrations, experts): the content's ids and the turn's end id."""
+        """Encode a scripted assistant turn, of a demonstration or an expert.
+
+        Returns the content's ids and the turn's end id.
+        """
         return (*self._codec.encode(text), self._turn_end)
 
     # ── ids to messages ──────────────────────────────────────────────────────────────────────────────────────────
 
     def parse(self, completion_ids: Ids, finish: Finish) -> AssistantMessage:
-        """The message that sampled ids say: text, and tool calls with status and token span (T7). Never raises."""
+        """Read the message that sampled ids say.
+
+        It has the text, and tool calls with status and token span (T7). Never raises.
+        """
         ids = completion_ids[:-1] if completion_ids and completion_ids[-1] in self.stop_ids else completion_ids
         text = self._codec.decode(ids)
         blocks = find_blocks(text, thinking=self.thinks_first)
@@ -170,7 +192,10 @@ class ChatFormat:
         return str(text)
 
     def _rows(self, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-        """Template rows. Results travel as user messages where the template does not know role ``tool``."""
+        """Turn messages into rows for the template.
+
+        Results travel as user messages where the template does not know role ``tool``.
+        """
         rows: list[dict[str, Any]] = []
         wrapped = False
         for message in messages:
@@ -191,7 +216,7 @@ class ChatFormat:
     # ── what the tokenizer and its template are like, found once ─────────────────────────────────────────────────
 
     def _assistant_frame(self) -> tuple[str, str]:
-        """The rendered text before and after an assistant message's content."""
+        """Render an assistant message, and return the text before and after its content."""
         rows = [*_DUMMY, {"role": "assistant", "content": _MARK}, {"role": "user", "content": "V."}]
         text = self._render(rows)
         if text.count(_MARK) != 1:
@@ -232,7 +257,10 @@ class ChatFormat:
             return False
 
     def _probe_history(self) -> History:
-        """ "append" where a past turn, thinking included, renders as its prompt, its text and the suffix did."""
+        """Find out whether the template rewrites its past.
+
+        "append" means that a past turn, thinking included, renders as its prompt, its text and the suffix did.
+        """
         for content in (_MARK, f"<think>\nwhy\n</think>\n\n{_MARK}"):
             rows = [*_DUMMY, {"role": "assistant", "content": content}, {"role": "user", "content": "V."}]
             past = self._render(_DUMMY, generate=True) + content
@@ -260,7 +288,10 @@ def _schema(tool: ToolLike) -> dict[str, Any]:
 
 
 def _tools_section(tools: Sequence[ToolLike]) -> str:
-    """The Hermes section for templates that ignore tools; short, because small models read it on CPUs."""
+    """Write the Hermes section for templates that ignore tools.
+
+    It is short, because small models read it on CPUs.
+    """
     lines = [json.dumps(_schema(t)["function"], ensure_ascii=False, separators=(", ", ": ")) for t in tools]
     call = '{"name": ..., "arguments": {...}}'
     return "\n".join(["<tools>", *lines, "</tools>", f"To call a tool, write {OPEN}{call}{CLOSE}"])

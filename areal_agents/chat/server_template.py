@@ -2,12 +2,12 @@
 
     OpenAI messages ──prelude──▶ the rows that ChatFormat gives its template ──the tokenizer's own template──▶ text
 
-The prelude puts tool calls back into the assistant's text as blocks, tools into the system message where the
-tokenizer's template ignores them, and results into user messages where it does not know the role ``tool``. It holds
-for what the Hermes parser reads from a model's text (``chat/toolcalls.py``); the text between two calls is lost in any
+The prelude puts tool calls back into the assistant's text as blocks. It puts tools into the system message where the
+tokenizer's template ignores them, and results into user messages where it does not know the role ``tool``. It holds for
+what the Hermes parser reads from a model's text (``chat/toolcalls.py``). The text between two calls is lost in any
 OpenAI message, and becomes a newline.
 
-Not covered: a control token's text inside content. ``ChatFormat`` keeps it plain text (``chat/token_codec.py``); a
+Not covered: a control token's text inside content. ``ChatFormat`` keeps it plain text (``chat/token_codec.py``). A
 server encodes the whole rendering at once, and takes it for the token.
 """
 
@@ -77,9 +77,9 @@ _MESSAGES = "{%- set messages = areal_ns.rows %}\n"
 
 
 def served_template(fmt: ChatFormat) -> str:
-    """A Jinja chat template for servers whose rendering, with tools, has the ids of ``fmt.first_prompt``.
+    """Build the Jinja chat template with which a server's ids, with tools, are those of ``fmt.first_prompt``.
 
-    Raises TemplateError where the tokenizer has several templates: which one a server takes is its own choice.
+    Raises TemplateError where the tokenizer has several templates, because which one a server takes is its own choice.
     """
     template = fmt.tokenizer.chat_template
     if not isinstance(template, str):

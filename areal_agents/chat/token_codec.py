@@ -19,9 +19,10 @@ from areal_agents.types import Ids
 
 
 class Codec:
-    """A Rust tokenizer and its control tokens: all special tokens, and those that ``frame`` (template text) uses.
+    """A Rust tokenizer that keeps its control tokens apart from content.
 
-    ``frame`` must use at least one added token; ``ChatFormat`` refuses templates that do not.
+    The control tokens are all special tokens, and those that ``frame`` (template text) uses. ``frame`` must use at
+    least one added token. ``ChatFormat`` refuses templates that do not.
     """
 
     def __init__(self, backend: Any, *, frame: str) -> None:
@@ -51,9 +52,13 @@ class Codec:
     def hold(
         self, rows: list[dict[str, Any]], held: Mapping[str, str] | None = None
     ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        """``rows`` with every control token's text replaced by a placeholder, and what the placeholders stand for."""
+        """Replace every control token's text in ``rows`` by a placeholder.
+
+        Returns the new rows, and what the placeholders stand for, those of ``held`` included.
+        """
         out = dict(held or {})
         whole = repr(rows) + repr(out)
+        # Placeholders start with what stands nowhere in the content, so content cannot contain one by itself.
         nonce = 0
         while f"@@{nonce}-" in whole:
             nonce += 1
@@ -76,7 +81,10 @@ class Codec:
         return [walk(r) for r in rows], out
 
     def encode_rendered(self, text: str, held: Mapping[str, str]) -> Ids:
-        """Ids of rendered text: control tokens by their id, everything between as plain text."""
+        """Encode rendered text.
+
+        Control tokens get their ids. Everything between them is plain text, with what ``held`` stands for put back.
+        """
         ids: list[int] = []
         pos = 0
         for match in self._framing.finditer(text):
@@ -86,22 +94,28 @@ class Codec:
         return tuple(ids) + self.encode(_restore(text[pos:], held))
 
     def encode(self, text: str) -> Ids:
-        """Ids of content: the text of a control token is plain text."""
+        """Encode content, in which the text of a control token is plain text."""
         if not text:
             return ()
         clean = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be encoded
         return tuple(self._plain.encode(clean, add_special_tokens=False).ids)
 
     def encode_whole(self, text: str) -> Ids:
-        """Ids as the tokenizer itself gives them, control tokens recognised wherever they stand."""
+        """Encode text as the tokenizer itself does, with control tokens recognised wherever they stand."""
         return tuple(self._backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``, special tokens included; ids outside the vocabulary are left out."""
+        """Decode ``ids`` to text, special tokens included.
+
+        Ids outside the vocabulary are left out.
+        """
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def token_spans(self, ids: Ids, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Half-open token ranges that cover half-open character ranges of the decoded text, which are in order."""
+        """Find the token ranges that cover character ranges of the decoded text.
+
+        All ranges are half-open, and ``ranges`` are in order.
+        """
         ends = self._char_ends(ids)
         spans: list[tuple[int, int]] = []
         token = 0
@@ -115,11 +129,11 @@ class Codec:
         return spans
 
     def _char_ends(self, ids: Ids) -> list[int]:
-        """For each token, how many characters of the text are complete once it is read.
+        """Count, for each token, the characters of the text that are complete once it is read.
 
         Decoding a growing prefix would be quadratic. A window of the last few tokens is decoded instead, and moves on
-        when it ends in a whole character. UTF-8 needs at most four bytes, so a longer tail of U+FFFD is invalid
-        bytes and is taken as it is.
+        when it ends in a whole character. UTF-8 needs at most four bytes, so a longer tail of U+FFFD is invalid bytes
+        and is taken as it is.
         """
         ends: list[int] = []
         done = 0  # characters before `read`

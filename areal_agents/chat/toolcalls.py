@@ -1,10 +1,12 @@
-"""Tool calls in a model's text, block by block (Hermes format; also Qwen2.5 and Qwen3).
+"""The tool calls in a model's text, read block by block.
 
     <tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>
 
-Each block gets its own status, so one malformed call never voids its neighbours (T7). Calls inside
-``<think>…</think>`` are never calls. The text is hostile: it is only ever read as JSON, within the limits
-below, in time linear in its length, and no input raises.
+This is the Hermes format, which Qwen2.5 and Qwen3 use too. Each block gets its own status, so one malformed call never
+voids its neighbours (T7). Calls inside ``<think>…</think>`` are never calls.
+
+The text is hostile. It is only ever read as JSON, within the limits below, in time linear in its length, and no input
+raises.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ class Block:
 
 
 def parse_text(text: str, finish: Finish = "stop") -> AssistantMessage:
-    """The message that a text says, where there were never tokens: its calls have no ``token_span``. Never raises."""
+    """Read the message that a text says, where there were never tokens.
+
+    Its calls have no ``token_span``. Never raises.
+    """
     blocks = find_blocks(text)
     return message_of(text, finish, blocks, [None] * len(blocks))
 
@@ -47,7 +52,14 @@ def parse_text(text: str, finish: Finish = "stop") -> AssistantMessage:
 def message_of(
     text: str, finish: Finish, blocks: Sequence[Block], spans: Sequence[tuple[int, int] | None]
 ) -> AssistantMessage:
-    """The message of ``text`` with one call a block; ``spans`` has the blocks' token ranges, in the same order."""
+    """Build the message of ``text``, with one call for each block.
+
+    Args:
+        text: the whole text of the message.
+        finish: how its sampling ended.
+        blocks: the tool-call blocks in it.
+        spans: the blocks' token ranges, in the same order; None where there were never tokens.
+    """
     calls = tuple(
         ToolCall(f"call_{i}", b.name, b.arguments, text[b.start : b.end], b.status, span)
         for i, (b, span) in enumerate(zip(blocks, spans, strict=True))
@@ -56,12 +68,18 @@ def message_of(
 
 
 def write_block(name: str, arguments: str) -> str:
-    """One block as a model writes it; ``arguments`` is JSON text and is taken as it is."""
+    """Write one block as a model writes it.
+
+    ``arguments`` is JSON text and is taken as it is.
+    """
     return f'{OPEN}{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}{CLOSE}'
 
 
 def read_arguments(text: str) -> tuple[Mapping[str, Any], CallStatus]:
-    """The arguments that a server sends as JSON text, under the limits of a block; no text is no argument."""
+    """Read the arguments that a server sends as JSON text, under the limits of a block.
+
+    Empty text means no arguments.
+    """
     if not text.strip():
         return {}, "ok"
     value, end, failed = _decode(text, 0)
@@ -72,10 +90,12 @@ def read_arguments(text: str) -> tuple[Mapping[str, Any], CallStatus]:
 
 
 def find_blocks(text: str, *, thinking: bool = False) -> list[Block]:
-    """The tool-call blocks of ``text``, in order. ``thinking``: the prompt already opened ``<think>``.
+    """Find the tool-call blocks of ``text``, in order.
 
-    An unclosed ``<think>`` hides the rest of the text. A block ends at its closing tag, at the next opening tag,
-    or at the end of the text; without a closing tag (cut by the length limit, say) it is ``unclosed``.
+    ``thinking`` says that the prompt already opened ``<think>``. An unclosed ``<think>`` hides the rest of the text.
+
+    A block ends at its closing tag, at the next opening tag, or at the end of the text. Without a closing tag (cut by
+    the length limit, say) it is ``unclosed``.
     """
     blocks: list[Block] = []
     pos = 0
@@ -99,7 +119,7 @@ def find_blocks(text: str, *, thinking: bool = False) -> list[Block]:
 
 
 def _after(text: str, tag: str, pos: int) -> int:
-    """The position after the next ``tag``, or the end of the text."""
+    """Return the position after the next ``tag``, or the end of the text."""
     found = text.find(tag, pos)
     return len(text) if found < 0 else found + len(tag)
 
@@ -128,7 +148,7 @@ def _malformed(text: str, start: int, pos: int) -> Block:
 
 
 def _decode(text: str, pos: int) -> tuple[Any, int, bool]:
-    """(value, end, failed) of the JSON value that starts at ``pos``, after white space."""
+    """Decode the JSON value that starts at ``pos``, after white space, to (value, end, failed)."""
     chunk = text[pos : pos + MAX_JSON_CHARS]
     lead = len(chunk) - len(chunk.lstrip(" \t\r\n"))
     try:
@@ -173,7 +193,7 @@ def _finite(text: str) -> float:
 
 
 def _sane(value: Any) -> bool:
-    """True where the value nests at most MAX_DEPTH deep and all its strings can be encoded as UTF-8."""
+    """Say whether the value nests at most MAX_DEPTH deep and all its strings can be encoded as UTF-8."""
     stack = [(value, 1)]
     while stack:
         item, depth = stack.pop()

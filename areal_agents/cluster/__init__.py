@@ -1,1 +1,4 @@
-"""Engines, rollout workers and the learner on Ray; import the module you need. Only those modules import ray."""
+"""The parts of a run on Ray: engines, rollout workers and the learner.
+
+Import the module that you need. Only those modules import ray.
+"""

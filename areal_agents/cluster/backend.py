@@ -1,12 +1,15 @@
-"""A run on Ray: engines, learner and rollout workers as actors; the driver keeps the buffer, the loop and the files.
+"""A run on Ray, with engines, learner and rollout workers as actors.
+
+The driver keeps the buffer, the loop and the files.
 
     driver: trainer/loop.py ── batches ──▶ LearnerActor ── WeightsRef ──▶ PoolActor ─▶ EngineActor × replicas
        │ ▲                                                            ▲ generate
        │ └───────────────── trajectories ──── RolloutWorker × n ──────┘
        └────────────────────── tasks ──────────────▲
 
-Threads are what is reserved: nobody takes over anybody's cores. A private Ray is told of as many CPUs as the actors
-reserve, also where the machine has fewer: a laptop may run what a cluster runs, slower.
+An actor computes with as many threads as it reserves CPUs. It never takes over the cores of an actor that is idle.
+A private Ray is told of as many CPUs as the actors reserve, also where the machine has fewer. So a laptop may run what
+a cluster runs, only slower.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from areal_agents.cluster.pool_actor import PoolSettings, RemotePool
 from areal_agents.cluster.ray_session import Cluster, cluster
 from areal_agents.cluster.rollout_workers import RolloutWorkers
 from areal_agents.engine import Transport
+from areal_agents.engine_kind import engine_kind
 from areal_agents.engines.local import supervision
 from areal_agents.registry import EnvSpec
 from areal_agents.settings.config import TrainConfig
@@ -38,7 +42,20 @@ from areal_agents.trainer.threads import Cores
 async def open_ray(
     config: TrainConfig, spec: EnvSpec, model: Path, *, event: Event, resumed_at: int
 ) -> AsyncIterator[Backend]:
-    """See ``trainer.backend.open_backend``. Raises ConfigError where the cluster has not what is asked of it."""
+    """Start the actors of a run and yield them as a ``Backend``.
+
+    They end with the context. See ``trainer.backend.OpenBackend``.
+
+    Args:
+        config: the settings of the run.
+        spec: the environment that the rollout workers play.
+        model: the model's folder, which every node can read.
+        event: ``event(kind, **fields)`` writes a line to the event log.
+        resumed_at: the step at which the run was resumed, or 0. It changes the engines' random numbers.
+
+    Raises:
+        ConfigError: the cluster does not have what is asked of it.
+    """
     c, hang = config.cluster, config.engine.hang_timeout
     if not c.learner_gpus:  # Ray does not hide GPUs from an actor that reserves none
         config = config.model_copy(update={"learner": config.learner.model_copy(update={"device": "cpu"})})
@@ -53,6 +70,7 @@ async def open_ray(
             )
         )
         event("cluster_joined", address=joined.address, private=joined.private)
+        # The parts close in reverse order, so that the workers' episodes end before the engines that they call.
         engines = await asyncio.to_thread(_pool_settings, config, model, cores, resumed_at)
         pool = await RemotePool.start(engines, event=event)
         await stack.enter_async_context(pool)
@@ -74,7 +92,7 @@ async def open_ray(
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """See ``areal_agents.trainer.backend.Elastic``."""
+    """The parts of a run whose numbers can change, as ``trainer.backend.Elastic`` promises."""
 
     pool: RemotePool
     workers: RolloutWorkers
@@ -88,12 +106,18 @@ class _Parts:
 
 
 def _episodes(config: TrainConfig) -> int:
-    """The most that play at once: in training, or in an evaluation, which fills every engine's batch."""
+    """Return the largest number of episodes that play at once.
+
+    Training plays ``rollout.concurrency`` of them. An evaluation fills every engine's batch.
+    """
     return max(config.rollout.concurrency, config.engine.max_batch * config.engine.replicas)
 
 
 def _reserved(config: TrainConfig) -> float | None:
-    """CPUs that a private Ray is said to have, a whole number; None for a joined one, which has its own."""
+    """Return the CPUs that a private Ray is said to have, a whole number.
+
+    None stands for a joined Ray, which has its own.
+    """
     c = config.cluster
     if c.address:
         return None
@@ -102,7 +126,7 @@ def _reserved(config: TrainConfig) -> float | None:
 
 
 def _declared(config: TrainConfig) -> dict[str, float]:
-    """What else a private Ray is said to have: as much as is asked for."""
+    """Return the other resources that a private Ray is said to have, which is all that is asked for."""
     c, total = config.cluster, dict[str, float]()
     for asked, times in ((c.engine_resources, config.engine.replicas), (c.worker_resources, c.rollout_workers)):
         for name, amount in asked.items():
@@ -123,10 +147,14 @@ def _pool_settings(config: TrainConfig, model: Path, cores: Cores, resumed_at: i
 
 
 def _transport(config: TrainConfig, joined: Cluster) -> Transport:
-    """``auto``: shared memory on a cluster of one node; else a broadcast between GPUs, or files."""
+    """Return the transport of the weights, and choose one where the setting is ``auto``.
+
+    On a cluster of one node it chooses shared memory. On a larger one it chooses a broadcast where learner and engines
+    compute on GPUs, else files.
+    """
     if config.engine.transport != "auto":
         return config.engine.transport
     if joined.private or sum(bool(node["Alive"]) for node in ray.nodes()) == 1:
         return "shm"
     gpus = config.cluster.learner_gpus and config.cluster.engine_gpus and config.learner.device != "cpu"
-    return "nccl" if gpus and config.engine.kind == "vllm" else "disk"
+    return "nccl" if gpus and engine_kind(config.engine.kind).takes_gpus else "disk"

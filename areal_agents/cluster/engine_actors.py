@@ -1,12 +1,15 @@
-"""One engine on a Ray actor: ``EngineActor`` hosts it, ``RayEngine`` is the ``Restartable`` that a pool supervises.
+"""One engine on a Ray actor.
+
+``EngineActor`` hosts the engine. ``RayEngine`` is the ``Restartable`` that a pool supervises.
 
     RayEngine.start ─▶ placed by resources ─▶ EngineActor ─▶ EngineSpec.start ─▶ the engine's own process(es)
     RayEngine.kill, the actor's death, the driver's death ─▶ they all end
 
-Ray never restarts the actor (``max_restarts=0``): ``SupervisedEngine`` starts another one, anywhere in the cluster, and
-gives it the weights before any request.
+Ray never restarts the actor (``max_restarts=0``). ``SupervisedEngine`` starts another one, anywhere in the cluster,
+and gives it the weights before any request.
 
-Waits for / unblocked by: ``start`` for resources, by ``place_seconds``, then for the model, by the caller's deadline.
+Waits for / unblocked by: ``start`` waits for resources, at most ``place_seconds``. Then it waits for the model, until
+the caller's deadline.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ _LESS = ". Lower engine.replicas or what an engine asks for (cluster.engine_cpus
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What Ray reserves for one engine actor. Raises ConfigError for negative numbers."""
+    """The resources that Ray reserves for one engine actor.
+
+    Raises ConfigError for negative numbers.
+    """
 
     num_cpus: float = 1.0
     num_gpus: float = 0.0
@@ -46,19 +52,19 @@ class Resources:
                 raise ConfigError(f"an engine actor cannot ask for {amount:g} {name}: use 0 or more")
 
     def asked(self) -> dict[str, float]:
-        """By Ray's names."""
+        """Return the amounts by Ray's names."""
         return {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.custom}
 
     def options(self) -> dict[str, Any]:
-        """Ray's actor options."""
+        """Return the amounts as Ray's actor options."""
         return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "resources": dict(self.custom)}
 
 
 class EngineActor(EngineHost):
-    """Hosts one engine; an async Ray actor."""
+    """An async Ray actor that hosts one engine."""
 
     async def start(self, spec: EngineSpec, seed: int) -> Place | Failure:
-        """Start the engine. Returns where it runs."""
+        """Start the engine and return where it runs."""
         try:
             self._engine = await spec.start(seed)
         except ArealError as error:
@@ -72,7 +78,7 @@ class EngineActor(EngineHost):
 
 
 def _require_here(ref: WeightsRef) -> None:
-    """Raise EngineError for shared memory that is not this host's."""
+    """Raise EngineError where ``ref`` is in shared memory that this host does not have."""
     if ref.transport == "shm" and not Path(ref.locator).exists():
         node = ray.get_runtime_context().get_node_id()[:8]
         raise EngineError(
@@ -83,7 +89,7 @@ def _require_here(ref: WeightsRef) -> None:
 
 
 class RayEngine(EngineHandle):
-    """A ``Restartable`` engine on an actor. Start it with ``start``."""
+    """A ``Restartable`` engine on an actor, made by ``start``."""
 
     @classmethod
     async def start(
@@ -99,13 +105,24 @@ class RayEngine(EngineHandle):
         update_seconds: float = 300.0,
         what: str = "the engine actor",
     ) -> Self:
-        """Place an actor and start the engine there; its caller sets a deadline for the model.
+        """Place an actor and start the engine there.
 
-        options: more of Ray's actor options (``scheduling_strategy``, ``runtime_env``, …). hang_seconds: without an
-        answer from the actor's event loop for so long, it is lost. update_seconds: an update's deadline.
+        The caller sets a deadline for the model.
 
-        Raises EngineError where no node has the resources within ``place_seconds`` or the actor dies, and what the
-        engine's own ``start`` raises.
+        Args:
+            spec: how to start the engine.
+            seed: the seed of the engine's process.
+            resources: what Ray reserves for the actor.
+            options: more of Ray's actor options (``scheduling_strategy``, ``runtime_env``, …).
+            place_seconds: how long the actor may wait for its resources.
+            hang_seconds: without an answer from the actor's event loop for so long, the actor is lost.
+            health_interval: seconds between two questions to the event loop.
+            update_seconds: deadline of an update of the weights.
+            what: the actor's name in messages.
+
+        Raises:
+            EngineError: no node has the resources within ``place_seconds``, or the actor dies.
+            ArealError: whatever the engine's own ``start`` raises.
         """
         chosen: dict[str, Any] = resources.options() | dict(options or {})
         chosen |= {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": CONCURRENCY}
@@ -114,6 +131,7 @@ class RayEngine(EngineHandle):
         try:
             try:
                 try:
+                    # An answer proves that the actor was placed. So silence means missing resources, not a slow model.
                     await actor.call("place", seconds=place_seconds)
                 except ActorSilent as error:
                     said = await unplaced("an engine actor", resources.asked(), place_seconds, str(error))
@@ -130,7 +148,17 @@ class RayEngine(EngineHandle):
 
 
 async def unplaced(what: str, resources: Mapping[str, float], seconds: float, reason: str) -> str:
-    """Why the actor ``what`` did not start: what was asked, by Ray's names, and what the cluster has."""
+    """Say why an actor was not placed, and what the cluster has.
+
+    Args:
+        what: the actor, as the message names it.
+        resources: what was asked for, by Ray's names.
+        seconds: how long the actor waited.
+        reason: what its watcher reported.
+
+    Returns:
+        The message, without a next action.
+    """
     asked = ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount)
     try:
         async with asyncio.timeout(_CLUSTER_SECONDS):

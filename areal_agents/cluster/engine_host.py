@@ -1,15 +1,17 @@
-"""An engine inside a Ray actor: ``EngineHost`` is the actor's side, ``EngineHandle`` the caller's.
+"""An engine inside a Ray actor.
+
+``EngineHost`` is the actor's side. ``EngineHandle`` is the caller's side.
 
     EngineHandle.generate ── ask(id, "generate", …) ──▶ EngineHost ─▶ the engine
          ▲ cancelled? ────── abort(id) ───────────────▶   └─ a task for each call
          └── Answer: value or Failure, version, failure, stderr ──┘
 
-Answers are values: an exception that crosses Ray changes its class (``cluster.failures``). Each one says whether the
-engine's process is gone, so ``failure`` is set before a call fails because of it. An actor that dies or hangs is
-``cluster.actors``' business: it loses every call at once.
+Answers are values, because an exception that crosses Ray changes its class (``cluster.remote_errors``). Each answer
+says whether the engine's process is gone, so ``failure`` is set before a call fails because of it. An actor that dies
+or hangs loses every call at once. ``cluster.watched_actor`` sees to that.
 
-Waits for / unblocked by: a call for its answer, by the answer, the actor's loss, or its deadline and a second
-for the way; an abort for nothing.
+Waits for / unblocked by: a call waits for its answer. It is unblocked by the answer, by the actor's loss, or by its
+deadline and a second for the way. An abort waits for nothing.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ from areal_agents.errors import ArealError, ConfigError, EngineError
 from areal_agents.types import Completion, Prompt
 
 CONCURRENCY = 16_384
-"""Calls that an actor works on at once; more would wait, health questions with them."""
+"""Calls that an actor works on at once. Further ones would wait, and health questions with them."""
 _WAY_SECONDS = 1.0
-"""What an answer may take from the actor to its caller; the engine keeps the call's own deadline."""
+"""Time that an answer may take from the actor to its caller. The engine keeps the call's own deadline."""
 _HEALTH_SECONDS = 20.0
 _CLOSE_SECONDS = 60.0
 _ABORTED = 1024
@@ -42,7 +44,7 @@ _ABORTED = 1024
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an actor's process runs, and what its engine is."""
+    """The node and process of an actor, with facts about its engine."""
 
     node: str
     pid: int
@@ -52,7 +54,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """``value``: the call's result, or its ``Failure``. The rest is the engine's state after it."""
+    """The answer to one call.
+
+    ``value`` is the call's result or its ``Failure``. The other fields are the engine's state after the call.
+    """
 
     value: Any
     version: int
@@ -61,7 +66,10 @@ class Answer:
 
 
 class EngineHost:
-    """The base of async Ray actors that host one engine. A subclass starts it."""
+    """A base class for async Ray actors that host one engine.
+
+    A subclass starts the engine.
+    """
 
     def __init__(self) -> None:
         self._engine: Engine | None = None
@@ -69,23 +77,36 @@ class EngineHost:
         self._aborted: OrderedDict[str, None] = OrderedDict()
 
     async def place(self) -> Place:
-        """Where this is; the first answer says that the actor was placed."""
+        """Return where this actor runs.
+
+        The first answer says that the actor was placed.
+        """
         node, pid = process_here()
         context = getattr(self._engine, "max_context", 0)
         return Place(node, pid, 0 if self._engine is None else self._engine.version, context)
 
     async def ping(self) -> Answer:
-        """Answered between two events of the loop: silence means that the process is stopped or its loop blocked."""
+        """Answer between two events of the loop.
+
+        Silence means that the process is stopped or that its loop is blocked.
+        """
         return self._answer(None)
 
     async def ask(self, id: str, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> Answer:
-        """``engine.method(*args, **options)``; ``abort(id)`` cancels it."""
+        """Call ``engine.method(*args, **options)`` and return its answer.
+
+        Args:
+            id: the name of this call, by which ``abort(id)`` cancels it.
+            method: a method of the engine.
+            args: its positional arguments.
+            options: its keyword arguments.
+        """
         if id in self._aborted:  # the abort overtook the call
             del self._aborted[id]
             return self._answer(Failure.of(EngineError("the call was aborted")))
         task = self._running[id] = asyncio.create_task(self._call(method, args, options), name=f"{method}-{id}")
         try:
-            await asyncio.wait({task})
+            await asyncio.wait({task})  # not ``await task``: a cancelled task is an answer, not the end of this call
         finally:
             self._running.pop(id, None)
         if task.cancelled():
@@ -96,7 +117,10 @@ class EngineHost:
             return self._answer(Failure.of(error))
 
     async def abort(self, id: str) -> None:
-        """Cancel a call, also one that has not arrived yet: Ray does not keep the order."""
+        """Cancel a call, also one that has not arrived yet.
+
+        Ray does not keep the order of calls.
+        """
         task = self._running.get(id)
         if task is not None:
             task.cancel()
@@ -119,13 +143,19 @@ class EngineHost:
 
 
 class EngineHandle:
-    """A ``Restartable`` engine on the other side of an actor. It belongs to the event loop that made it."""
+    """A ``Restartable`` engine on the other side of an actor.
+
+    It belongs to the event loop that made it.
+    """
 
     _update_seconds = 300.0
-    """An update's deadline; whoever knows the engine sets another one."""
+    """An update's deadline. Whoever knows the engine sets another one."""
 
     def __init__(self, actor: WatchedActor, place: Place) -> None:
-        """``actor`` hosts an ``EngineHost`` whose engine was started; it is watched from now on."""
+        """Watch ``actor`` from now on.
+
+        It is an ``EngineHost`` whose engine was started, and ``place`` is where it runs.
+        """
         self._actor, self.place = actor, place
         self._version = place.version
         self._failure: str | None = None
@@ -141,17 +171,20 @@ class EngineHandle:
 
     @property
     def max_context(self) -> int:
-        """Longest prompt plus completion, in tokens; 0 where the engine does not say."""
+        """The longest prompt plus completion in tokens, or 0 where the engine does not say."""
         return self.place.max_context
 
     @property
     def failure(self) -> str | None:
-        """Why the engine or its actor is gone; None while it lives."""
+        """The reason why the engine or its actor is gone, or None while it lives."""
         return self._failure
 
     @property
     def unreachable(self) -> bool:
-        """Whether its actor was lost; an engine may have failed in an actor that lives."""
+        """True once the actor was lost.
+
+        An engine may also fail in an actor that lives.
+        """
         return bool(self._actor.reason)
 
     @property
@@ -160,25 +193,38 @@ class EngineHandle:
         return self._stderr
 
     async def generate(self, prompt: Prompt, sampling: Sampling, *, session: str, deadline: float) -> Completion:
-        """See ``Engine.generate``. Cancelling aborts the request on the actor."""
+        """Sample one turn, as ``Engine.generate`` does.
+
+        Cancelling aborts the request on the actor.
+
+        Args:
+            prompt: the token ids so far.
+            sampling: how to sample.
+            session: the conversation, whose KV the engine keeps.
+            deadline: seconds from now.
+
+        Raises:
+            EngineError: the deadline has passed, the engine or its actor is gone, or the prompt does not fit.
+        """
         options = {"session": session, "deadline": deadline}
         done: Completion = await self._ask("generate", prompt, sampling, seconds=deadline, **options)
         return done
 
     async def release(self, session: str) -> None:
-        """See ``Engine.release``; not waited for."""
+        """Drop the session's KV without waiting for it."""
         self._actor.send("ask", next(self._ids), "release", (session,), {})
 
     async def update_weights(
         self, ref: WeightsRef, *, mode: UpdateMode = "inflight", kv: KVPolicy = "recompute"
     ) -> UpdateReport:
-        """See ``Engine.update_weights``."""
+        """Serve ``ref`` from now on, as ``Engine.update_weights`` does."""
         report: UpdateReport = await self._ask("update_weights", ref, seconds=self._update_seconds, mode=mode, kv=kv)
         return report
 
     async def set_threads(self, threads: int) -> None:
-        """See ``Threaded``. Not waited for: an actor that hangs must not hold its caller up. Engines without ignore it.
+        """Compute with ``threads`` cores from now on, where the engine is ``Threaded``.
 
+        Other engines ignore the call. It is not waited for, because an actor that hangs must not hold its caller up.
         Raises ConfigError for threads < 1.
         """
         if threads < 1:
@@ -186,7 +232,7 @@ class EngineHandle:
         self._actor.send("ask", next(self._ids), "set_threads", (threads,), {})
 
     async def health(self) -> Health:
-        """The engine's state; not ``ok`` where its actor is lost."""
+        """Return the engine's state, which is not ``ok`` where the actor is lost."""
         try:
             health: Health = await self._ask("health", seconds=_HEALTH_SECONDS)
         except EngineError as error:
@@ -194,7 +240,10 @@ class EngineHandle:
         return health
 
     async def close(self) -> None:
-        """Close the engine, then end its actor, all within a minute. May be called twice."""
+        """Close the engine, then end its actor, all within a minute.
+
+        May be called twice.
+        """
         if not self._closed and not self._actor.reason:
             self._closed = True
             with contextlib.suppress(ActorLost, ArealError, RayTaskError):  # it ends all the same, by force
@@ -202,17 +251,25 @@ class EngineHandle:
         await self.kill()
 
     async def kill(self) -> None:
-        """End the actor and its engine at once; pending calls raise EngineError."""
+        """End the actor and its engine at once.
+
+        Pending calls raise EngineError.
+        """
         self._closed = True
         await self._actor.end("the engine was closed")
 
     async def _ask(self, method: str, *args: Any, seconds: float, **options: Any) -> Any:
-        """The engine's answer. Raises what it raised, EngineError where the actor is lost or ``seconds`` are past."""
+        """Call ``method`` of the engine and return its result.
+
+        Raises what the engine raised. Raises EngineError where the actor is lost or ``seconds`` have passed.
+        """
         if self._failure is not None:
             raise EngineError(self._failure)
         id, limit = next(self._ids), max(seconds, 0.0) + _WAY_SECONDS
         try:
-            async with asyncio.timeout(limit):  # the actor itself need not be lost: its watcher finds that out
+            # A late answer fails this call alone, so the deadline of ``call``, which loses the actor, is longer. The
+            # watcher finds out whether the actor itself is lost.
+            async with asyncio.timeout(limit):
                 answer = await self._actor.call("ask", id, method, args, options, seconds=2 * limit)
         except asyncio.CancelledError:
             self._actor.send("abort", id)

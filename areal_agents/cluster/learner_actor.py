@@ -1,11 +1,15 @@
-"""The learner on a Ray actor of its own: where the GPUs are, apart from the driver.
+"""The learner on a Ray actor of its own.
+
+It runs where the GPUs are, apart from the driver.
 
     RemoteLearner ── batch (object store) ──▶ LearnerActor ── TorchLearner
          ◀── metrics, version ── | ── WeightsRef (never tensors) ──▶ engines
 
-Waits for / unblocked by: every call for the actor's answer, by the answer, by the actor's loss (dead: at once; hung:
-after ``hang_seconds``) or by ``call_seconds``. A lost learner is not restarted here, for its weights and optimizer are
-gone with it: every call raises LearnerLost, and the run goes on from its last commit.
+Waits for / unblocked by: every call waits for the actor's answer. It is unblocked by the answer, by the actor's loss
+(at once where it died, after ``hang_seconds`` where it hangs) or by ``call_seconds``.
+
+A lost learner is not restarted here, because its weights and optimizer are gone with it. Every call raises LearnerLost,
+and the run goes on from its last commit.
 
 **Files.** ``save``, ``load`` and ``export`` work on the file system of the actor's node, and so do the locators that
 ``publish`` yields. On a cluster of several machines the run's folder must lie on a file system that they share.
@@ -30,13 +34,17 @@ from areal_agents.cluster.watched_actor import ActorLost, ActorSilent, WatchedAc
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import ArealError, ConfigError, EngineError, LearnerLost
 from areal_agents.learner.learner import Logprobs, Metrics, TorchLearner
+from areal_agents.utils.closing import AsyncClosing
 
 Method = Literal["step", "logprobs", "sft_step", "save", "load", "export"]
 _CLOSE_SECONDS = 30.0
 
 
 class LearnerActor:
-    """Hosts a ``TorchLearner``; an async Ray actor. Its event loop stays free: the learner works in its own thread."""
+    """An async Ray actor that hosts a ``TorchLearner``.
+
+    Its event loop stays free, because the learner works in its own thread.
+    """
 
     def __init__(self) -> None:
         self._made: TorchLearner | None = None
@@ -46,7 +54,10 @@ class LearnerActor:
         self._receivers = 0
 
     async def start(self, model: Path, settings: dict[str, Any], counted: bool) -> tuple[str, int, int] | Failure:
-        """Load the model. Returns node, process id and version. ``counted``: ``publish`` is told the receivers."""
+        """Load the model and return node, process id and version.
+
+        ``counted`` says that ``publish`` will be told the number of receivers.
+        """
         if counted:
             settings["receivers"] = lambda: self._receivers
         if settings.get("transport") in ("nccl", "gloo"):
@@ -63,21 +74,27 @@ class LearnerActor:
         return self._made
 
     async def ping(self) -> None:
-        """Answered between two events of the loop: silence means that the process is stopped or its loop blocked."""
+        """Answer between two events of the loop.
+
+        Silence means that the process is stopped or that its loop is blocked.
+        """
 
     async def work(self, method: Method, subject: Any, options: dict[str, Any]) -> tuple[Any, int] | Failure:
-        """``TorchLearner.method(subject, **options)`` and the version after it."""
+        """Call ``TorchLearner.method(subject, **options)`` and return its result with the version after it."""
         try:
             return await getattr(self._learner, method)(subject, **options), self._learner.version
         except ArealError as error:
             return Failure.of(error)
 
     async def set_threads(self, n: int) -> None:
-        """See ``TorchLearner.set_threads``."""
+        """Compute with ``n`` cores, as ``TorchLearner.set_threads`` says."""
         self._learner.set_threads(n)
 
     async def publish(self, ticket: int, receivers: int) -> WeightsRef | Failure:
-        """Open a ``publish`` context for so many ``receivers``, which ``unpublish(ticket)`` closes."""
+        """Open a ``publish`` context for so many ``receivers``.
+
+        ``unpublish(ticket)`` closes it.
+        """
         if ticket in self._given_up:  # ``unpublish`` overtook it: Ray does not keep the order
             self._given_up.remove(ticket)
             return Failure.of(LearnerLost("the publication was given up"))
@@ -94,6 +111,7 @@ class LearnerActor:
     async def _enter(self, ticket: int) -> WeightsRef:
         async with AsyncExitStack() as stack:
             ref = await stack.enter_async_context(self._learner.publish())
+            # From now on ``unpublish`` closes it. Up to here a cancellation does.
             self._published[ticket] = stack.pop_all()
             return ref
 
@@ -120,13 +138,16 @@ class LearnerActor:
             await self._made.close()
 
 
-class RemoteLearner:
-    """A ``TorchLearner`` on a Ray actor, with the same methods. It belongs to the event loop that started it."""
+class RemoteLearner(AsyncClosing):
+    """A ``TorchLearner`` on a Ray actor, with the same methods.
+
+    It belongs to the event loop that started it. Methods that wait for the actor raise LearnerLost where it is lost.
+    """
 
     def __init__(
         self, actor: WatchedActor, version: int, *, call_seconds: float, receivers: Callable[[], int] | None
     ) -> None:
-        """Use ``start``."""
+        """Wrap an actor that was started. Use ``start``, which calls this."""
         self._actor, self._version, self._seconds, self._receivers = actor, version, call_seconds, receivers
         self._tickets = itertools.count()
         self._closed = False
@@ -150,16 +171,22 @@ class RemoteLearner:
         """Place the actor and load ``model``, a folder that its node can read.
 
         Args:
-            num_cpus, num_gpus: what Ray reserves for it; ``options``: more of Ray's actor options (``resources``,
-                ``scheduling_strategy``, …).
-            place_seconds: how long the actor may wait for its resources. start_seconds: deadline of the load.
-            call_seconds: deadline of every call; a learner that misses one is lost.
-            hang_seconds, health_interval: it is asked every ``health_interval`` seconds whether it lives, and lost
-                after ``hang_seconds`` of silence.
-            receivers: of a broadcast, see ``BroadcastWeights``; called here, by ``publish``.
+            model: the model's folder.
+            num_cpus: CPUs that Ray reserves for the actor.
+            num_gpus: GPUs that Ray reserves for the actor.
+            options: more of Ray's actor options (``resources``, ``scheduling_strategy``, …).
+            place_seconds: how long the actor may wait for its resources.
+            start_seconds: deadline of the load.
+            call_seconds: deadline of every call. A learner that misses one is lost.
+            hang_seconds: after so long a silence the learner is lost.
+            health_interval: seconds between two questions whether it lives.
+            receivers: how many processes receive a broadcast, see ``BroadcastWeights``. ``publish`` calls it here.
             settings: other keyword arguments of ``TorchLearner``. ``weights_host`` is the actor's node by default.
-        Raises what ``TorchLearner`` raises, LearnerLost where the actor died or missed ``start_seconds``, and
-        ConfigError for a number out of range or where no node has the resources within ``place_seconds``.
+
+        Raises:
+            LearnerLost: the actor died or missed ``start_seconds``.
+            ConfigError: a number is out of range, or no node has the resources within ``place_seconds``.
+            ArealError: whatever ``TorchLearner`` raises.
         """
         placed = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_restarts": 0, "max_concurrency": 64}
         handle = ray.remote(LearnerActor).options(**placed, **(options or {})).remote()
@@ -182,15 +209,12 @@ class RemoteLearner:
         actor.watch(node, pid)
         return cls(actor, version, call_seconds=call_seconds, receivers=receivers)
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.close()
-
     @property
     def version(self) -> int:
-        """Batches consumed, as of the last answer; no question to the actor."""
+        """Batches consumed, as of the last answer.
+
+        Reading it asks the actor nothing.
+        """
         return self._version
 
     @property
@@ -199,28 +223,33 @@ class RemoteLearner:
         return self._actor.pid
 
     def set_threads(self, n: int) -> None:
-        """Compute with ``n`` cores from the next micro-batch on. Raises ValueError for n < 1."""
+        """Compute with ``n`` cores from the next micro-batch on.
+
+        Raises ValueError for n < 1.
+        """
         if n < 1:
             raise ValueError(f"threads = {n} must be at least 1")
         self._actor.send("set_threads", n)
 
     async def step(self, batch: Batch) -> Metrics:
-        """See ``TorchLearner.step``. Raises LearnerLost."""
+        """Train on ``batch``, as ``TorchLearner.step`` does."""
         return cast(Metrics, await self._work("step", await _stored(batch)))
 
     async def logprobs(self, batch: Batch) -> Logprobs:
-        """See ``TorchLearner.logprobs``. Raises LearnerLost."""
+        """Compute log-probabilities, as ``TorchLearner.logprobs`` does."""
         return cast(Logprobs, await self._work("logprobs", await _stored(batch)))
 
     async def sft_step(self, rows: Sequence[Row], *, lr: float) -> Metrics:
-        """See ``TorchLearner.sft_step``. Raises LearnerLost."""
+        """Do one step of the warm start, as ``TorchLearner.sft_step`` does."""
         return cast(Metrics, await self._work("sft_step", await _stored(tuple(rows)), lr=lr))
 
     def publish(self) -> AbstractAsyncContextManager[WeightsRef]:
-        """The current weights; the reference is valid until the context closes, or the learner is lost.
+        """Publish the current weights and yield the reference to them.
 
-        Entering raises LearnerLost. Leaving does not, so that what happened inside is not hidden: the next call does.
-        But an EngineError inside gives way to LearnerLost where the learner is gone: the weights went with it.
+        The reference is valid until the context closes, or the learner is lost.
+
+        Entering raises LearnerLost. Leaving does not, so that what happened inside is not hidden. The next call raises
+        it. But an EngineError inside gives way to LearnerLost where the learner is gone, for the weights went with it.
         """
         return self._publish()
 
@@ -231,26 +260,29 @@ class RemoteLearner:
             receivers = 0 if self._receivers is None else self._receivers()
             yield cast(WeightsRef, await self._call("publish", ticket, receivers))
         except EngineError:
-            quiet = False
+            quiet = False  # the learner's loss, if there was one, is the cause
             raise
         finally:
             with contextlib.suppress(*([LearnerLost] if quiet else [])):
                 await self._call("unpublish", ticket)
 
     async def save(self, path: Path) -> None:
-        """See ``TorchLearner.save``; ``path`` is of the actor's node. Raises LearnerLost."""
+        """Save to ``path`` on the actor's node, as ``TorchLearner.save`` does."""
         await self._work("save", _absolute(path))
 
     async def load(self, path: Path) -> None:
-        """See ``TorchLearner.load``; ``path`` is of the actor's node. Raises LearnerLost."""
+        """Load from ``path`` on the actor's node, as ``TorchLearner.load`` does."""
         await self._work("load", _absolute(path))
 
     async def export(self, path: Path) -> None:
-        """See ``TorchLearner.export``; ``path`` is of the actor's node. Raises LearnerLost."""
+        """Export to ``path`` on the actor's node, as ``TorchLearner.export`` does."""
         await self._work("export", _absolute(path))
 
     async def close(self) -> None:
-        """Finish the running call, free the buffers, end the actor; at once where it is lost. May be called twice."""
+        """Finish the running call, free the buffers and end the actor.
+
+        It waits for nothing where the actor is lost. May be called twice.
+        """
         try:
             if not self._closed:
                 self._closed = True
@@ -273,7 +305,10 @@ class RemoteLearner:
 
 
 async def _placed(actor: WatchedActor, asked: Mapping[str, float], seconds: float) -> None:
-    """Wait until the actor runs. Raises ConfigError: a learner that never was is not lost, and not tried again."""
+    """Wait until the actor runs.
+
+    Raises ConfigError and not LearnerLost, because a learner that never ran is not lost, and is not tried again.
+    """
     try:
         await actor.call("ping", seconds=seconds)
     except ActorSilent as error:
@@ -284,10 +319,13 @@ async def _placed(actor: WatchedActor, asked: Mapping[str, float], seconds: floa
 
 
 def _absolute(path: Path) -> Path:
-    """The actor's working directory is another one."""
+    """Make ``path`` absolute, because the actor's working directory is another one."""
     return path.absolute()
 
 
 async def _stored(value: object) -> Any:
-    """A reference to ``value`` in the object store; the actor gets the value. Serialising goes on beside the loop."""
+    """Put ``value`` into the object store and return a reference, for which the actor gets the value.
+
+    Serialising goes on in a thread, beside the loop.
+    """
     return await asyncio.to_thread(ray.put, value)

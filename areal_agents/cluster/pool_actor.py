@@ -1,22 +1,23 @@
-"""The engine pool of a cluster: an actor on the driver's node, and the handle that everybody calls.
+"""The engine pool of a cluster, as an actor on the driver's node and the handle that everybody calls.
 
     driver ───────────┐ generate, update_weights, resize                       ┌─▶ RayEngine ─▶ EngineActor (a node)
                       ├──────────▶ PoolActor: EnginePool ─▶ Replica: supervised ┼─▶ RayEngine ─▶ EngineActor
     rollout workers ──┘ generate        │                                      └─▶ …
     driver ◀──── events, long-polled ───┘
 
-``RemotePool`` is an ``Engine`` for the driver, which starts and closes it, and, pickled, for rollout workers: their
-copy (``PoolHandle``) talks to the same actor and ends nothing. Sessions, retries and weights are ``engines.pool``'s
-business; the actor only moves them out of the driver, so that episodes do not travel through it.
+``RemotePool`` is the ``Engine`` of the driver, which starts and closes it. Pickled, it becomes the ``PoolHandle`` of a
+rollout worker, which talks to the same actor and ends nothing. ``engines.pool`` takes care of sessions, retries and
+weights. The actor only moves this work out of the driver, so that episodes do not travel through it.
 
 **If the PoolActor is lost**, its engines end with it, for Ray ends what a dead actor owns. Every call then raises
-EngineError at once, in the workers too. The run stops and goes on from its checkpoint with ``--resume``: the actor
-computes nothing and runs on the driver's node, so what ends it mostly ends the driver.
+EngineError at once, in the workers too. The run stops and goes on from its checkpoint with ``--resume``. The actor is
+not started again. It computes nothing and runs on the driver's node, so what ends it mostly ends the driver too.
 
-**If the driver dies**, Ray ends the PoolActor and everything below it: no actor is detached.
+**If the driver dies**, Ray ends the PoolActor and everything below it, for no actor is detached.
 
-Waits for / unblocked by: calls for the actor's answer, by the answer, its loss (dead: at once; silent: after
-``hang_seconds``) or their deadline; the poller for events, by an event, the poll's end or the actor's loss.
+Waits for / unblocked by: a call waits for the actor's answer. It is unblocked by the answer, by the actor's loss (at
+once where it died, after ``hang_seconds`` where it is silent) or by its deadline. The poller waits for events, and is
+unblocked by an event, the poll's end or the actor's loss.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -41,15 +41,16 @@ from areal_agents.engines.pool.pool import EnginePool
 from areal_agents.engines.pool.replica import SupervisedSettings
 from areal_agents.engines.spec import EngineSpec, process_seed
 from areal_agents.errors import ArealError, EngineError
+from areal_agents.utils.closing import AsyncClosing
 
 _POLL_SECONDS = 20.0
 _START_SECONDS = 60.0
-Event = tuple[str, dict[str, Any]]
+PoolEvent = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """What a PoolActor is started with; picklable."""
+    """The picklable settings that a PoolActor is started with."""
 
     spec: EngineSpec
     replicas: int
@@ -71,27 +72,27 @@ class PoolSettings:
 
     @property
     def update_seconds(self) -> float:
-        """An update's deadline, with a growing replica's load before it."""
+        """The deadline of an update in seconds, with a growing replica's load before it."""
         return 2 * self.supervised.get("update_seconds", 300.0)
 
     @property
     def resize_seconds(self) -> float:
-        """A resize's deadline: a drain, or a start and the load behind an update."""
+        """The deadline of a resize in seconds, for a drain or for a start and the load behind an update."""
         return self.start_seconds + self.update_seconds + self.drain_seconds
 
 
 class PoolActor(EngineHost):
-    """Hosts the pool; an async Ray actor."""
+    """An async Ray actor that hosts the pool."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._events: dict[int, Event] = {}
+        self._events: dict[int, PoolEvent] = {}
         self._numbers = itertools.count(1)
         self._news = asyncio.Event()
         self._processes = itertools.count()
 
     async def start(self, settings: PoolSettings) -> Place | Failure:
-        """Start every replica. Returns where the actor runs."""
+        """Start every replica and return where the actor runs."""
         s = settings
 
         async def start(index: int) -> RayEngine:
@@ -119,8 +120,12 @@ class PoolActor(EngineHost):
         self._events[next(self._numbers)] = kind, fields
         self._news.set()
 
-    async def events(self, seen: int, seconds: float) -> list[tuple[int, Event]]:
-        """Events after number ``seen``, which are forgotten up to there; waits up to ``seconds`` for the first."""
+    async def events(self, seen: int, seconds: float) -> list[tuple[int, PoolEvent]]:
+        """Return the events after number ``seen``, and wait up to ``seconds`` for the first one.
+
+        Events up to ``seen`` are forgotten.
+        """
+        # Forgotten here and not when they are sent, because only the next question proves that they arrived.
         for number in [n for n in self._events if n <= seen]:
             del self._events[number]
         if not self._events:
@@ -131,8 +136,10 @@ class PoolActor(EngineHost):
         return list(self._events.items())
 
 
-class RemotePool(EngineHandle):
-    """An ``Engine`` with ``resize`` on the pool's actor: ``async with await RemotePool.start(...) as pool``.
+class RemotePool(EngineHandle, AsyncClosing):
+    """An ``Engine`` with ``resize`` on the pool's actor.
+
+    Use it as ``async with await RemotePool.start(...) as pool``.
 
     Pickled, it becomes a ``PoolHandle`` for another process of the cluster.
     """
@@ -144,8 +151,11 @@ class RemotePool(EngineHandle):
     async def start(cls, settings: PoolSettings, *, event: Callable[..., None]) -> RemotePool:
         """Start the actor and its replicas.
 
-        event: ``event(kind, **fields)`` on the caller's loop; see ``EnginePool``. Raises what a replica's start raises
-        (an engine that cannot be placed, a model that cannot be loaded), and EngineError where the actor is lost.
+        ``event(kind, **fields)`` is called on the caller's loop. ``EnginePool`` lists the kinds.
+
+        Raises:
+            EngineError: the actor is lost, or an engine cannot be placed.
+            ArealError: whatever else a replica's start raises, such as for a model that cannot be loaded.
         """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         handle = (
@@ -182,26 +192,21 @@ class RemotePool(EngineHandle):
         self._resize_seconds = settings.resize_seconds
         self._poller = asyncio.create_task(self._poll(), name="pool-events")
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
     @property
     def replicas(self) -> int:
-        """Replicas that serve or restart, as of the last event."""
+        """The number of replicas that serve or restart, as of the last event."""
         return len(self._live)
 
     async def resize(self, replicas: int) -> None:
-        """See ``EnginePool.resize``."""
+        """Grow or shrink to ``replicas``, as ``EnginePool.resize`` does."""
         await self._ask("resize", replicas, seconds=self._resize_seconds)
 
     async def close(self) -> None:
-        """Deliver the events so far, close every replica and end the actor. May be called twice."""
-        self._poller.cancel()
+        """Deliver the events so far, close every replica and end the actor.
+
+        May be called twice.
+        """
+        self._poller.cancel()  # first: two readers would deliver an event twice
         await asyncio.gather(self._poller, return_exceptions=True)
         try:
             with contextlib.suppress(ActorLost):

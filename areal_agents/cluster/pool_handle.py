@@ -1,4 +1,4 @@
-"""``PoolHandle``: the engine pool as other processes of the cluster see it."""
+"""The engine pool as other processes of the cluster see it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,29 @@ _NEVER = 1e9
 
 
 class _Borrowed(WatchedActor):
-    """Somebody else's actor. A call notices its death; nobody here decides that it hangs, or ends it."""
+    """An actor that belongs to another process.
+
+    A call notices its death. Nobody here decides that it hangs, or ends it.
+    """
 
     def watch(self, node: str, pid: int, pong: Any = None) -> None:
-        """Its owner does."""
+        """Do nothing, because its owner watches it."""
 
     async def _kill(self) -> None:
-        """Its owner does."""
+        """Do nothing, because its owner ends it."""
 
 
 class PoolHandle:
-    """An ``Engine``. It belongs to the event loop that first calls it, and may be pickled on.
+    """An ``Engine`` on a pool's actor that another process owns.
 
-    actor: Ray's handle of the pool's actor. place: where that runs, with the version it served at that time.
-    Every call raises EngineError while the actor cannot be reached. What fails may be the way there, for a moment: each
-    call tries anew, and a pool that is gone for good fails each at once.
+    It belongs to the event loop that first calls it, and may be pickled again.
+
+    Every call raises EngineError while the actor cannot be reached. Perhaps only the way there fails for a moment, so
+    each call tries anew. Where the pool is gone for good, each call fails at once.
+
+    Args:
+        actor: Ray's handle of the pool's actor.
+        place: where the actor runs, with the version that it served at that time.
     """
 
     def __init__(self, actor: Any, place: Place) -> None:
@@ -53,30 +61,40 @@ class PoolHandle:
 
     @property
     def max_context(self) -> int:
-        """Longest prompt plus completion, in tokens."""
+        """The longest prompt plus completion, in tokens."""
         return self._place.max_context
 
     async def generate(self, prompt: Prompt, sampling: Sampling, *, session: str, deadline: float) -> Completion:
-        """See ``EnginePool.generate``."""
+        """Sample one turn, as ``EnginePool.generate`` does.
+
+        Args:
+            prompt: the token ids so far.
+            sampling: how to sample.
+            session: the conversation, whose KV one replica keeps.
+            deadline: seconds from now.
+
+        Raises:
+            EngineError: the deadline has passed, the pool cannot be reached, or the prompt does not fit.
+        """
         return await self._engine.generate(prompt, sampling, session=session, deadline=deadline)
 
     async def release(self, session: str) -> None:
-        """See ``EnginePool.release``; not waited for."""
+        """Drop the session's KV without waiting for it."""
         await self._engine.release(session)
 
     async def update_weights(
         self, ref: WeightsRef, *, mode: UpdateMode = "inflight", kv: KVPolicy = "recompute"
     ) -> UpdateReport:
-        """See ``EnginePool.update_weights``."""
+        """Serve ``ref`` everywhere, as ``EnginePool.update_weights`` does."""
         return await self._engine.update_weights(ref, mode=mode, kv=kv)
 
     async def set_threads(self, threads: int) -> None:
-        """See ``EnginePool.set_threads``."""
+        """Compute with ``threads`` cores in each replica, as ``EnginePool.set_threads`` says."""
         await self._engine.set_threads(threads)
 
     async def health(self) -> Health:
-        """See ``EnginePool.health``."""
+        """Return the pool's state, as ``EnginePool.health`` does."""
         return await self._engine.health()
 
     async def close(self) -> None:
-        """Nothing: the pool is its owner's."""
+        """Do nothing, because the pool is its owner's."""

@@ -1,8 +1,11 @@
-"""The processes of a private Ray: known by their environment, command line or open files, and ended for certain.
+"""The processes of a private Ray, found and ended for certain.
+
+They are known by their environment, their command line or their open files.
 
     python -m areal_agents.cluster.ray_processes FOLDER     ends them once its standard input is closed (no driver)
 
-Without it, some of Ray's own processes outlive a killed driver by more than a minute, and a stopped one for ever.
+Without this program, some of Ray's own processes outlive a killed driver by more than a minute, and a stopped one
+(SIGSTOP) outlives it for ever.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from pathlib import Path
 import areal_agents
 
 MARKER = "AREAL_RAY_FOLDER"
-"""Names the folder of the private Ray that a process belongs to: in the environment of its workers and all they start.
+"""The variable that names the folder of the private Ray that a process belongs to.
 
-It is never in the driver's own: what that starts meanwhile (W&B's process, for one) would seem to be Ray's.
+It is in the environment of Ray's workers and of all that they start. It is never in the driver's own environment,
+because what the driver starts meanwhile (W&B's process, for one) would seem to be Ray's.
 """
 _SPEC = importlib.util.find_spec("ray")
 _RAY = str(Path(_SPEC.origin).parent) if _SPEC is not None and _SPEC.origin else "no Ray"
@@ -31,13 +35,13 @@ _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 3.0
 _ROUNDS = 20
 
-Process = tuple[int, int]
+RayProcess = tuple[int, int]
 """Process id and start time, which together are never used twice."""
 
 
-def of(folder: str) -> set[Process]:
-    """The processes of the Ray in ``folder``, what its actors started included."""
-    found: set[Process] = set()
+def of(folder: str) -> set[RayProcess]:
+    """Find the processes of the Ray in ``folder``, with those that its actors started."""
+    found: set[RayProcess] = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
@@ -56,7 +60,7 @@ def _belongs(entry: Path, folder: str) -> bool:
         return True
     if environment.strip(b"\0") and not command.startswith(b"ray"):
         return False
-    # Ray wrote its title over both: then by its log files, which lie there.
+    # Ray writes a process's title over its environment and command line. Its log files still lie in the folder.
     for file in (entry / "fd").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile
             if os.readlink(file).startswith(f"{folder}/"):
@@ -64,23 +68,26 @@ def _belongs(entry: Path, folder: str) -> bool:
     return False
 
 
-def end(processes: Collection[Process], seconds: float) -> list[int]:
-    """Wait for the end of ``processes``, and kill what is left after ``seconds``; returns what had to be killed.
+def end(processes: Collection[RayProcess], seconds: float) -> list[int]:
+    """Wait for the end of ``processes``, and kill what is left after ``seconds``.
 
-    Blocks: call it in a thread.
+    Returns the ids of those that had to be killed. It blocks, so call it in a thread.
     """
     limit = time.monotonic() + seconds
     while (left := [p for p in processes if _alive(*p)]) and time.monotonic() < limit:
         time.sleep(_POLL_SECONDS)
     for pid, started in left:
         with contextlib.suppress(OSError):
-            if _alive(pid, started):
+            if _alive(pid, started):  # asked again, for another process may have its id by now
                 os.kill(pid, signal.SIGKILL)
     return [pid for pid, _ in left]
 
 
 def start_reaper(folder: str) -> subprocess.Popen[bytes]:
-    """The process that ends them all when this one is gone, or closes its pipe, and removes ``folder``."""
+    """Start a process that ends all processes of the Ray in ``folder``, and removes the folder.
+
+    It begins when this process is gone, or closes the pipe to it.
+    """
     root = str(Path(areal_agents.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     return subprocess.Popen(
@@ -93,7 +100,7 @@ def start_reaper(folder: str) -> subprocess.Popen[bytes]:
 
 
 def reap(folder: str) -> None:
-    """End the processes of the Ray in ``folder``, and remove it."""
+    """End the processes of the Ray in ``folder``, and remove the folder."""
     for n in range(_ROUNDS):  # until none of them has started another one meanwhile
         if not (found := of(folder)):
             break
@@ -102,7 +109,7 @@ def reap(folder: str) -> None:
 
 
 def _alive(pid: int, started: int) -> bool:
-    """Whether it runs still; a zombie does not."""
+    """Say whether the process still runs, which a zombie does not."""
     with contextlib.suppress(OSError):
         return _started(pid) == started and _fields(pid)[0] not in "ZX"
     return False
@@ -113,7 +120,10 @@ def _fields(pid: int) -> list[str]:
 
 
 def _started(pid: int) -> int:
-    """In clock ticks since the boot. Raises OSError where it is gone."""
+    """Return the start time of a process in clock ticks since the boot.
+
+    Raises OSError where it is gone.
+    """
     return int(_fields(pid)[19])
 
 

@@ -1,20 +1,20 @@
-"""``cluster``: a private Ray on this machine, or a running one joined, for as long as its context is open.
+"""A connection to Ray, either to a private one on this machine or to one that runs already.
 
     async with cluster() as ray_cluster:            # starts gcs_server, raylet and workers; ends them all
     async with cluster("auto") as ray_cluster:      # joins; leaves it running
 
 A private Ray has no dashboard, sends no usage statistics, and its object store has a cap. Its files lie in a folder
-below the temporary one, with a path short enough for its sockets; they go when it ends. Where the driver is killed, the
-kernel ends Ray's first processes with it, and a reaper (``cluster.processes``) the rest and the folder.
+below the temporary one, with a path short enough for its sockets. They go when it ends. Where the driver is killed, the
+kernel ends Ray's first processes with it. A reaper (``cluster.ray_processes``) ends the rest and removes the folder.
 
-Workers import what the driver can: ``sys.path`` travels as their PYTHONPATH. On a cluster of several machines those
-folders must exist on each of them (one file system, or one image).
+Workers import what the driver can, because ``sys.path`` travels as their PYTHONPATH. On a cluster of several machines
+those folders must exist on each of them (one file system, or one image).
 
 ray is imported here only once ``cluster`` is entered. Ray's calls block, and the processes that it starts end with the
-*thread* that started them: they run on a thread of this context.
+*thread* that started them. So the calls run on a thread of this context.
 
-Waits for / unblocked by: entering for Ray's start or the connection, by ``connect_seconds``; leaving for its end, by
-``_STOP_SECONDS``, after which its processes are killed.
+Waits for / unblocked by: entering waits for Ray's start or for the connection, at most ``connect_seconds``. Leaving
+waits for Ray's end, at most ``_STOP_SECONDS``. Then its processes are killed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _SOCKETS = len("/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store
 _SOCKET_PATH = 107
 """Longest path of a Unix socket on Linux."""
 _LEAST_STORE = 0.08
-"""GiB; Ray refuses less than 75 MiB."""
+"""The smallest object store in GiB. Ray refuses less than 75 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Cluster:
     """A Ray that this process is connected to."""
 
     address: str
-    """``host:port`` of its GCS; others join with it."""
+    """``host:port`` of its GCS, with which others join."""
     node: str
     """Ray's id of the node that this process is on."""
     private: bool
@@ -79,15 +79,22 @@ async def cluster(
 ) -> AsyncIterator[Cluster]:
     """Start or join Ray, and leave or end it.
 
-    address: empty starts a private one; ``"auto"`` joins the one that runs on this machine (or is named by
-        RAY_ADDRESS); ``"host:port"`` joins that one, of which this machine must be a node. Ray Client (``ray://``) is
-        refused: the engine pool runs on the driver's node, and a client has none.
-    object_store_gib: cap of a private one's object store; a joined one has its own.
-    num_cpus, num_gpus, resources: what a private one has to give; None is what the machine has. They are accounts, not
-        limits: more CPUs than cores are allowed.
-    env: environment variables of every worker, beside PYTHONPATH.
-    Raises ConfigError without the extra ``ray``, for a bad or unreachable address, where this process is connected to
-    Ray already, and past ``connect_seconds``.
+    Amounts of a private Ray are accounts, not limits, so more CPUs than cores are allowed.
+
+    Args:
+        address: the Ray to connect to. Empty starts a private one. ``"auto"`` joins the one that runs on this machine
+            or is named by RAY_ADDRESS. ``"host:port"`` joins that one, of which this machine must be a node. Ray Client
+            (``ray://``) is refused, because the engine pool runs on the driver's node and a client has none.
+        object_store_gib: cap of a private Ray's object store in GiB. A joined one has its own.
+        num_cpus: CPUs that a private Ray has to give. None means those of the machine.
+        num_gpus: GPUs that a private Ray has to give. None means those of the machine.
+        resources: other resources that a private Ray has to give, by name. None means those of the machine.
+        env: environment variables of every worker, beside PYTHONPATH.
+        connect_seconds: deadline of the start or of the connection.
+
+    Raises:
+        ConfigError: the extra ``ray`` is not installed, the address is bad or nobody answers there, this process is
+            connected to Ray already, or ``connect_seconds`` have passed.
     """
     _require_ray()
     if object_store_gib < _LEAST_STORE:
@@ -105,7 +112,7 @@ async def cluster(
             await _reach(address, connect_seconds)
             options["address"] = address
         else:
-            folder = stack.enter_context(_private_folder())
+            folder = stack.enter_context(_private_folder())  # entered first, so that it goes after Ray's end
             variables[ray_processes.MARKER] = str(folder)
             options |= {
                 "address": "local",  # whatever RAY_ADDRESS says
@@ -180,7 +187,10 @@ async def _leave(thread: _Thread, folder: Path | None) -> None:
 
 
 async def _reach(address: str, seconds: float) -> None:
-    """Raise ConfigError where nobody listens at ``address``: Ray itself would try for minutes, or end the process."""
+    """Raise ConfigError where nobody listens at ``address``.
+
+    Ray itself would try for minutes, or end the process.
+    """
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", "")
         if address in ("", "auto"):
@@ -208,7 +218,7 @@ async def _reach(address: str, seconds: float) -> None:
 
 
 def _python_path() -> str:
-    """The driver's ``sys.path`` without what every interpreter of this kind has."""
+    """Return the driver's ``sys.path`` without what every interpreter of this kind has."""
     own = {os.path.realpath(p) for p in (*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix)}
     found = [os.path.abspath(p or ".") for p in sys.path]
     kept = [p for p in dict.fromkeys(found) if os.path.isdir(p) and not _standard(os.path.realpath(p), own)]
@@ -221,7 +231,10 @@ def _standard(path: str, own: set[str]) -> bool:
 
 @contextlib.contextmanager
 def _private_folder() -> Iterator[Path]:
-    """A folder for a private Ray's files, removed at the end; those of a whole machine's crash are swept first."""
+    """Make a folder for a private Ray's files, and remove it at the end.
+
+    First it removes the folders that a crash of the whole machine left, when no reaper could.
+    """
     parent = Path(tempfile.gettempdir())
     if len(str(parent)) + len(f"/{_PREFIX}-{os.getpid()}-00000000") + _SOCKETS > _SOCKET_PATH:
         parent = Path("/tmp")
@@ -238,7 +251,7 @@ def _private_folder() -> Iterator[Path]:
         yield folder
     finally:
         assert reaper.stdin is not None
-        reaper.stdin.close()
+        reaper.stdin.close()  # which tells it to begin
         try:
             reaper.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -249,7 +262,10 @@ def _private_folder() -> Iterator[Path]:
 
 
 def _left(folder: Path) -> bool:
-    """Whether ``folder`` is this user's, and no process holds its lock: one in another container has no pid here."""
+    """Say whether ``folder`` is this user's and no process holds its lock.
+
+    Its owner's pid tells too little, because a process in another container has no pid here.
+    """
     if folder.stat().st_uid != os.getuid():
         return False
     with contextlib.suppress(FileNotFoundError), (folder / _LOCK).open("a") as lock:
@@ -272,7 +288,10 @@ class _Thread:
             call()
 
     async def run(self, work: Callable[[], T], seconds: float) -> T:
-        """``work()``. Raises what it raises, TimeoutError past ``seconds``; it then goes on unheard."""
+        """Run ``work()`` on the thread and return its result.
+
+        Raises what it raises. Raises TimeoutError after ``seconds``, when ``work`` goes on but nobody hears of it.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -298,5 +317,5 @@ class _Thread:
             return await future
 
     def stop(self) -> None:
-        """End after the calls so far."""
+        """End the thread after the calls so far."""
         self._calls.put(None)

@@ -1,4 +1,4 @@
-"""Deliberate errors on their way from an actor to its caller, as values.
+"""Deliberate errors as values, on their way from an actor to its caller.
 
 Ray re-raises an actor's exception under a class of its own, on which ``InfraError.tool`` reads as the class's default,
 and pickling drops ``__cause__``. So actors return a ``Failure`` and the caller raises ``failure.error()``.
@@ -13,15 +13,15 @@ from areal_agents.errors import ArealError, InfraError, SandboxUnavailable
 
 
 class RemoteCause(Exception):
-    """What caused an error in another process: its traceback as text."""
+    """The cause of an error in another process, with its traceback as text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An ``ArealError``, picklable whatever it carried."""
+    """An ``ArealError`` as a value, picklable whatever the error carried."""
 
     kind: type[ArealError]
-    """Its class; for a class of somebody else's package, the nearest base in this one: the caller can import that."""
+    """The error's class. For a class of another package it is the nearest base in this one, which every caller has."""
     args: tuple[str, ...]
     tool: str = ""
     turns: int = 0
@@ -31,7 +31,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: ArealError) -> Failure:
-        """``error`` as a value."""
+        """Return ``error`` as a value."""
         kind = next(c for c in type(error).__mro__ if c.__module__.startswith("areal_agents."))
         if isinstance(error, SandboxUnavailable):
             args: tuple[str, ...] = (error.backend, error.probe, error.remedy)
@@ -44,7 +44,7 @@ class Failure:
         return cls(kind, args, cause=text)
 
     def error(self) -> ArealError:
-        """The error again, caused by a ``RemoteCause`` where it had a cause."""
+        """Return the error again, caused by a ``RemoteCause`` where it had a cause."""
         error = self.kind(*self.args)
         if isinstance(error, InfraError):
             error.tool, error.turns, error.tokens = self.tool, self.turns, self.tokens

@@ -1,9 +1,9 @@
-"""What runs inside a rollout worker: environments and sandboxes of many episodes, in a process of their own.
+"""A rollout worker, a process of its own for the environments and sandboxes of many episodes.
 
-    play ─▶ LocalPlayer (one a PlayerSpec) ─▶ run_episode ─▶ EnvHost: environment, sandbox
-                                                   └─▶ engine handle ─▶ engines, wherever they are
+    play ─▶ LocalPlayer (one a PlayerSpec) ─▶ EpisodeDriver ─▶ EnvHost: environment, sandbox
+                                                     └─▶ engine handle ─▶ engines, wherever they are
 
-The worker may be on another node than the engines and the driver; task, trajectory and token ids are all that travel.
+The worker may be on another node than the engines and the driver. Only task, trajectory and token ids travel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from areal_agents.rollout.player import LocalPlayer, PlayerSpec, prove_sandbox
 from areal_agents.types import Task, Trajectory
 
 Events = list[tuple[str, dict[str, Any]]]
-"""What happened on the worker: ``event(kind, **fields)``, for the driver to repeat."""
+"""Events on the worker, each one the kind and fields of an ``event(kind, **fields)`` that the driver repeats."""
 _REMEMBERED = 1024
 
 
@@ -37,7 +37,10 @@ class Played:
 
 
 class RolloutWorker:
-    """An async Ray actor. ``engine``: a picklable handle that works in this process."""
+    """An async Ray actor that plays episodes.
+
+    ``engine`` is a picklable handle that works in this process.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -48,7 +51,10 @@ class RolloutWorker:
         self._events: Events = []
 
     async def start(self, env: EnvSpec, sandbox: str) -> tuple[str, int] | Failure:
-        """Prove the sandbox of ``env`` on this node. Returns node and process id, or SandboxUnavailable."""
+        """Prove the sandbox of ``env`` on this node.
+
+        Returns node and process id, or SandboxUnavailable as a ``Failure``.
+        """
         try:
             await prove_sandbox(env, sandbox)
         except ArealError as error:
@@ -56,13 +62,23 @@ class RolloutWorker:
         return process_here()
 
     async def ping(self) -> Events:
-        """Answered between two events of the loop; returns what happened since the last answer of any kind."""
+        """Answer between two events of the loop, with what happened since the last answer of any kind."""
         return self._drain()
 
     async def play(
         self, ticket: int, player: int, spec: PlayerSpec, task: Task, id: str, group: str, seed: int
     ) -> Played:
-        """One attempt at one episode by the player numbered ``player``, which is built from ``spec`` at first use."""
+        """Make one attempt at one episode.
+
+        Args:
+            ticket: the number of the attempt, by which ``cancel`` ends it.
+            player: the number of the player that plays it.
+            spec: how to build that player, at its first use.
+            task: the task of the episode.
+            id: the attempt's own id, which is also the engine's session.
+            group: id of the group that the attempt belongs to.
+            seed: the seed of the environment.
+        """
         if ticket in self._cancelled:
             return self._played(Failure.of(InfraError("the episode was cancelled")))
         attempt = asyncio.create_task(self._play(player, spec, task, id, group, seed), name=id)
@@ -80,9 +96,10 @@ class RolloutWorker:
 
     async def _play(self, player: int, spec: PlayerSpec, task: Task, id: str, group: str, seed: int) -> Trajectory:
         if player not in self._players:
-            # In a thread: it imports the environment and reads the tokenizer, and others play meanwhile.
+            # In a thread, because it imports the environment and reads the tokenizer while others play.
             self._players[player] = asyncio.create_task(asyncio.to_thread(self._build, spec), name=f"player-{player}")
         try:
+            # Other attempts wait for the same player. This one's cancellation must not end its building.
             built = await asyncio.shield(self._players[player])
         except ArealError:
             self._players.pop(player, None)  # another attempt may find a file that this one missed
@@ -95,7 +112,10 @@ class RolloutWorker:
         return spec.build(self._engine, fmt=self._formats[spec.model], event=self._event)
 
     async def cancel(self, ticket: int) -> None:
-        """End an attempt and wait for its end: its environment is closed, its engine request aborted."""
+        """Cancel an attempt and wait for its end.
+
+        Then its environment is closed and its request to the engine aborted.
+        """
         attempt = self._attempts.get(ticket)
         if attempt is None:  # over already; or it overtook ``play``
             self._cancelled.append(ticket)

@@ -1,12 +1,13 @@
-"""Rollout workers on Ray: episodes played in actors, on whichever nodes Ray places them.
+"""Rollout workers on Ray, which play episodes in actors on whichever nodes Ray places them.
 
-    RemotePlayer.play ─▶ Places: least-loaded live worker ─▶ RolloutWorker (worker.py) ─▶ engine handle ─▶ engines
+    RemotePlayer.play ─▶ Places: least-loaded live worker ─▶ RolloutWorker ─▶ engine handle ─▶ engines
                                │ worker dead or silent: its episodes raise WorkerLost, it is started again
                                └──▶ more than max_restarts within window_seconds: dropped; none left: the run ends
 
-Waits for / unblocked by: a play for a free place, by another play's end, a restart, growth, or the loss of the last
-worker; then for its answer, by the answer, the worker's loss or the episode's deadline; a restart for the actor, by
-``start_seconds``. An attempt whose worker was lost is over: whatever that worker still does, its answer is not read.
+Waits for / unblocked by: a play waits for a free place, and is unblocked by another play's end, a restart, growth, or
+the loss of the last worker. Then it waits for its answer, until the answer, the worker's loss or the episode's
+deadline. A restart waits for the actor, at most ``start_seconds``. An attempt whose worker was lost is over. Whatever
+that worker still does, its answer is not read.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from areal_agents.registry import EnvSpec
 from areal_agents.rollout.episode import Limits
 from areal_agents.rollout.player import EventSink, PlayerSpec, no_events
 from areal_agents.types import Task, Trajectory
+from areal_agents.utils.closing import AsyncClosing
 
 _CANCEL_SECONDS = 20.0
 _CLOSE_SECONDS = 90.0
@@ -51,22 +53,23 @@ class _Worker:
         """Its end is no loss."""
 
 
-class RolloutWorkers:
-    """A pool of rollout workers: ``async with RolloutWorkers(engine, env, …) as workers: workers.player(spec)``.
+class RolloutWorkers(AsyncClosing):
+    """A pool of rollout workers, which belongs to the event loop that entered it.
 
-    It belongs to the event loop that entered it.
+    Use it as ``async with RolloutWorkers(engine, env, …) as workers: workers.player(spec)``.
 
-    engine: a picklable handle; each worker calls its own copy.
-    env, sandbox: what each worker proves before it plays.
-    workers, episodes_per_worker: actors, and the episodes that one plays at once; others wait their turn.
-    event: is told worker_lost (worker, reason, episodes), worker_restarted (worker, seconds), worker_dropped (worker,
-        reason), worker_added, worker_removed (worker, episodes), and what players report on the workers (with worker).
-    num_cpus, options: what Ray reserves for a worker, and more of Ray's actor options (``resources``, …). Workers are
-        spread over the nodes unless ``scheduling_strategy`` says otherwise.
-    max_restarts: restarts of one worker within ``window_seconds``; one more and it is dropped.
-    hang_seconds: after so long without an answer a worker is lost. health_interval: seconds between two questions.
-    start_seconds: deadline of a worker's placement, start and proof together.
-    drain_seconds: how long the episodes of a removed worker may still play.
+    Args:
+        engine: a picklable handle, of which each worker calls its own copy.
+        env, sandbox: the environment, and the sandbox backend that each worker proves before it plays.
+        workers, episodes_per_worker: actors, and the episodes that each plays at once. Others wait their turn.
+        event: is told worker_lost (worker, reason, episodes), worker_restarted (worker, seconds), worker_dropped
+            (worker, reason), worker_added, worker_removed (worker, episodes), and players' reports (with worker).
+        num_cpus, options: what Ray reserves for a worker, and more of Ray's actor options (``resources``, …). Workers
+            are spread over the nodes unless ``scheduling_strategy`` says otherwise.
+        max_restarts, window_seconds: a worker with more restarts within so many seconds is dropped.
+        hang_seconds, health_interval: a silence that means a loss, and the seconds between two questions.
+        start_seconds: deadline of a worker's placement, start and proof together.
+        drain_seconds: how long the episodes of a removed worker may still play.
     """
 
     def __init__(
@@ -123,24 +126,21 @@ class RolloutWorkers:
             raise
         return self
 
-    async def __aexit__(self, *error: object) -> None:
-        await self.close()
-
     @property
     def pids(self) -> dict[int, int]:
         """Process ids of the live workers, each on its node, by index."""
         return {index: worker.actor.pid for index, worker in self._workers.items()}
 
     def player(self, spec: PlayerSpec) -> RemotePlayer:
-        """A player of ``spec`` on these workers; many may be open at once and share the places."""
+        """Return a player of ``spec`` on these workers. Many may be open at once and share the places."""
         here = replace(spec, model=spec.model.absolute())  # a worker's working directory is another one
         return RemotePlayer(self, next(self._numbers), here)
 
     async def resize(self, workers: int) -> None:
-        """Grow, or shrink: the newest workers get no more episodes and end, in the background, when theirs are over.
+        """Grow or shrink to ``workers``, and return once new workers play.
 
-        Workers that are being restarted go first. Returns once new workers play. Raises ConfigError below 1 worker, and
-        what ``__aenter__`` raises.
+        Workers that are being restarted go first, then the newest. They get no more episodes, and end in the background
+        when theirs are over. Raises ConfigError below 1 worker, and what ``__aenter__`` raises.
         """
         if workers < 1:
             raise ConfigError(f"rollout workers = {workers} must be at least 1")
@@ -152,18 +152,18 @@ class RolloutWorkers:
                 self._event("worker_added", worker=worker.index)
 
     async def close(self) -> None:
-        """End every worker with its environments and sandboxes; plays still running raise. May be called twice."""
+        """End every worker with its environments and sandboxes. Plays that still run raise. May be called twice."""
         self._places.fail(ArealError("the rollout workers were closed"))
         workers = [*self._workers.values(), *self._leaving]
         for worker in workers:
-            worker.ending = True
+            worker.ending = True  # before anything is awaited: a loss from now on must not start a worker again
         await _cancel([*self._restarts.values(), *self._tasks])
         await asyncio.gather(*(self._end(worker) for worker in workers))
 
     # --- episodes ----------------------------------------------------------------------------------------------------
 
     async def play(self, player: int, spec: PlayerSpec, task: Task, *, id: str, group: str, seed: int) -> Trajectory:
-        """One attempt on the least-loaded worker; see ``RemotePlayer.play``."""
+        """Play one attempt on the least-loaded worker, for ``RemotePlayer.play``."""
         worker = await self._take()
         ticket, seconds = next(self._tickets), episode_seconds(spec.limits)
         try:
@@ -181,7 +181,7 @@ class RolloutWorkers:
             await self._cancel_attempt(worker, ticket)
             raise
         finally:
-            self._places.give_back(worker)
+            self._places.give_back(worker)  # only here: until its attempt has ended the worker has no room for another
         self._repeat(worker, played.events)
         if isinstance(played.result, Failure):
             if worker.ending:  # it cancelled what it played
@@ -224,7 +224,7 @@ class RolloutWorkers:
     # --- workers -----------------------------------------------------------------------------------------------------
 
     async def _grow(self, n: int) -> list[_Worker]:
-        """``n`` more workers, started at once, all or none. Raises the first error."""
+        """Start ``n`` more workers at once, all or none. Raises the first error."""
         self._growing += n
         launches = (self._launch(next(self._indices)) for _ in range(n))
         try:
@@ -244,7 +244,7 @@ class RolloutWorkers:
         return started
 
     async def _launch(self, index: int) -> _Worker:
-        """Start worker ``index``; its places are not offered yet. Raises SandboxUnavailable, WorkerLost."""
+        """Start worker ``index`` without offering its places yet. Raises SandboxUnavailable, WorkerLost."""
         handle = ray.remote(RolloutWorker).options(**self._options).remote(self._engine)
         actor = WatchedActor(handle, f"rollout worker {index}", hang_seconds=self._hang, interval=self._interval)
         end = time.monotonic() + self._start_seconds
@@ -264,7 +264,7 @@ class RolloutWorkers:
         return worker
 
     async def _placed(self, actor: WatchedActor) -> None:
-        """Wait until it runs. Raises WorkerLost where no node has what it asks for."""
+        """Wait until ``actor`` runs. Raises WorkerLost where no node has what it asks for."""
         try:
             await actor.call("ping", seconds=self._start_seconds)
         except ActorSilent as error:
@@ -293,7 +293,7 @@ class RolloutWorkers:
             self._places.fail(failure)
 
     async def _restart(self, index: int, reason: str) -> None:
-        """Start it again until it plays; past the limit it is dropped, and with the last worker the pool fails."""
+        """Start worker ``index`` again until it plays, or drop it past its limit. With the last one the pool fails."""
         begin = time.monotonic()
         limit = self._limits.setdefault(index, RestartLimit(*self._restart_limit))
         while True:
@@ -318,7 +318,7 @@ class RolloutWorkers:
         self._require_any()
 
     def _require_any(self) -> None:
-        """Every play fails where a worker was dropped and none plays, is restarted or is being added."""
+        """Fail every play where a worker was dropped and none plays, is restarted or is being added."""
         if self._dropped is not None and not (self._workers or self._restarts or self._growing):
             failure = FailureBudgetError(f"the last rollout worker is gone: {self._dropped}")
             failure.__cause__ = self._dropped
@@ -343,7 +343,7 @@ class RolloutWorkers:
         await self._end(worker)
 
     async def _end(self, worker: _Worker) -> None:
-        """Close what the worker shares, then end its process."""
+        """Cancel and close what the worker plays, then end its process."""
         worker.ending = True
         self._places.remove(worker)
         try:
@@ -364,17 +364,17 @@ class RolloutWorkers:
 
 
 class RemotePlayer:
-    """An ``EpisodePlayer`` on rollout workers; ``RolloutWorkers.player`` makes it."""
+    """An ``EpisodePlayer`` on rollout workers, made by ``RolloutWorkers.player``."""
 
     def __init__(self, workers: RolloutWorkers, number: int, spec: PlayerSpec) -> None:
         self._workers, self._number, self._spec = workers, number, spec
 
     async def play(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory:
-        """One attempt on a worker; see ``EpisodePlayer``.
+        """Play one attempt on a worker, as ``EpisodePlayer`` promises. Cancelling it cancels the attempt there.
 
-        Raises what a ``LocalPlayer`` raises; its ``__cause__`` is a ``RemoteCause``, text. And WorkerLost, an
-        InfraError, where the worker died or hung, EnvError past ``episode_seconds``, and FailureBudgetError where the
-        last worker was lost more often than it may be. Cancelling it cancels the attempt on the worker.
+        Raises what a ``LocalPlayer`` raises, with a ``RemoteCause`` (text) as ``__cause__``. Raises WorkerLost, an
+        InfraError, where the worker died or hung, and EnvError after ``episode_seconds``. Raises FailureBudgetError
+        where the last worker was lost more often than it may be.
         """
         return await self._workers.play(self._number, self._spec, task, id=id, group=group, seed=seed)
 
@@ -384,7 +384,7 @@ class RemotePlayer:
 
 
 def episode_seconds(limits: Limits) -> float:
-    """Longer than any episode within ``limits`` can take, an environment's blocked loop and a second start included."""
+    """Return more seconds than any episode within ``limits`` can take, with a blocked loop and a second start."""
     calls = limits.max_turns + 3  # reset, finish and close too
     return 2 * (calls * (limits.step_timeout + limits.request_timeout) + 60.0)
 

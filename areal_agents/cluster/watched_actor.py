@@ -1,10 +1,14 @@
-"""Ray actors under watch: every call has a deadline, and a lost actor ends all of its calls at once.
+"""Ray actors under watch.
+
+Every call has a deadline, and a lost actor ends all of its calls at once.
 
     alive ── dead | silent for hang_seconds | a call past its deadline ──▶ lost: its process is killed
 
-Ray reports an actor that died, but says nothing of one that was stopped, or whose event loop is blocked: the watcher
-asks ``ping`` for that. Waits for / unblocked by: a call for its answer, by the answer, the loss or its deadline; the
-watcher for a pong, by its deadline; ``kill`` for Ray, by its deadline.
+Ray reports an actor that died. It says nothing of one that was stopped, or whose event loop is blocked, so the watcher
+asks ``ping`` for that.
+
+Waits for / unblocked by: a call waits for its answer, and is unblocked by the answer, the loss or its deadline. The
+watcher waits for a pong until its deadline, and the kill for Ray until its own.
 """
 
 from __future__ import annotations
@@ -25,28 +29,40 @@ from areal_agents.cluster.remote_errors import Failure
 from areal_agents.errors import ConfigError
 
 _CHECKS = 3
-"""Looks for a pong within ``hang_seconds``: a single one may miss it while this process's own event loop is blocked."""
+"""Looks for a pong within ``hang_seconds``. A single one may miss it while this process's own event loop is blocked."""
 _KILL_SECONDS = 10.0
 _GRACE_SECONDS = 2.0
-"""For a process that Ray was told to end."""
+"""Time for a process that Ray was told to end."""
 
 
 class ActorLost(Exception):
-    """The actor is gone; the message says why. Callers raise their own error from it."""
+    """The actor is gone.
+
+    The message says why. Callers raise their own error from it.
+    """
 
 
 class ActorSilent(ActorLost):
-    """It did not answer a call in time: perhaps it was never placed."""
+    """The actor did not answer a call in time.
+
+    Perhaps it was never placed.
+    """
 
 
 class WatchedActor:
-    """One actor from its start to its loss. It belongs to the event loop that made it.
+    """One actor from its start to its loss.
 
-    actor: a Ray actor handle. Its class has ``ping()``, and its methods return a ``Failure`` where they would raise an
-        ArealError.
-    what: its name in messages.
-    hang_seconds: without a pong for so long it is lost. interval: seconds between two questions.
-    Raises ConfigError for a number out of range.
+    It belongs to the event loop that made it.
+
+    Args:
+        actor: a Ray actor handle. Its class has ``ping()``, and its methods return a ``Failure`` where they would raise
+            an ArealError.
+        what: its name in messages.
+        hang_seconds: without a pong for so long, it is lost.
+        interval: seconds between two questions.
+
+    Raises:
+        ConfigError: a number is out of range.
     """
 
     def __init__(self, actor: Any, what: str, *, hang_seconds: float, interval: float) -> None:
@@ -59,25 +75,36 @@ class WatchedActor:
         self._process: tuple[str, int] | None = None
         self._killing: asyncio.Task[None] | None = None
         self.reason = ""
-        """Why it is lost; empty while it lives."""
+        """Why it is lost. Empty while it lives."""
         self.on_lost: Callable[[], None] = lambda: None
         """Called once, when it is lost."""
 
     @property
     def pid(self) -> int:
-        """Its process id, on its node; 0 before ``watch``."""
+        """Its process id on its node, or 0 before ``watch``."""
         return 0 if self._process is None else self._process[1]
 
     def watch(self, node: str, pid: int, pong: Callable[[Any], None] = lambda answer: None) -> None:
-        """Begin to ask for health; ``pong`` is given each answer. ``node`` and ``pid``: where its process runs."""
+        """Begin to ask for health.
+
+        Args:
+            node: the node where its process runs.
+            pid: its process id there.
+            pong: is called with each answer.
+        """
         self._process = (node, pid)
         self._watcher = asyncio.create_task(self._watch(pong), name=f"watch-{self.what}")
 
     async def call(self, method: str, *args: Any, seconds: float) -> Any:
-        """The answer of ``actor.method(*args)``.
+        """Call ``actor.method(*args)`` and return its answer.
 
-        Raises the ArealError that the method returned as a ``Failure``, whatever else it raised as Ray re-raises it,
-        ActorLost where the actor is gone, and ActorSilent where it did not answer within ``seconds``: then it is lost.
+        An actor that does not answer within ``seconds`` is lost.
+
+        Raises:
+            ActorLost: the actor is gone.
+            ActorSilent: it did not answer within ``seconds``.
+            ArealError: the method returned it as a ``Failure``.
+            RayTaskError: the method raised something else, which Ray raises again as this.
         """
         if self.reason:
             raise ActorLost(self.reason)
@@ -98,38 +125,55 @@ class WatchedActor:
         return answer
 
     def send(self, method: str, *args: Any) -> None:
-        """Call without waiting; a lost actor is no error."""
+        """Call without waiting for an answer.
+
+        A lost actor is no error.
+        """
         if not self.reason:
             with contextlib.suppress(RayError):
                 self._ask(method, *args)
 
     def _ask(self, method: str, *args: Any) -> asyncio.Future[Any]:
-        """The answer as a future of the running loop. Whoever stops waiting for it may drop it."""
+        """Call the actor and return its answer as a future of the running loop.
+
+        Whoever stops waiting for the future may drop it.
+        """
         future: asyncio.Future[Any] = asyncio.wrap_future(getattr(self.actor, method).remote(*args).future())
         future.add_done_callback(lambda f: f.cancelled() or f.exception())  # retrieved: a dropped one must not warn
         return future
 
     async def _answer(self, answer: asyncio.Future[Any], seconds: float) -> tuple[bool, Any]:
-        """Whether ``answer`` came within ``seconds`` and before a loss, and it. Raises what the call raised."""
+        """Wait up to ``seconds`` for ``answer`` or a loss.
+
+        Returns whether the answer came, and the answer. Raises what the call raised.
+        """
         both: set[asyncio.Future[Any]] = {answer, self._lost}
         await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         return answer.done(), answer.result() if answer.done() else None
 
     def lose(self, reason: str) -> None:
-        """Give it up: its calls raise ActorLost, its process is killed. Nothing where it is lost already."""
+        """Give the actor up, unless it is lost already.
+
+        Its calls raise ActorLost, and its process is killed.
+        """
         if self.reason:
             return
         self.reason = reason
         self._lost.set_result(None)
+        # The watcher may be the caller here. Then it ends by itself.
         if self._watcher is not None and self._watcher is not asyncio.current_task():
             self._watcher.cancel()
         self._killing = asyncio.create_task(self._kill(), name=f"kill-{self.what}")
-        self.on_lost()
+        self.on_lost()  # last, because it may raise, and the process must be killed all the same
 
     async def end(self, reason: str) -> None:
-        """``lose`` it and wait for its end, which has a deadline. May be called twice."""
+        """Give the actor up and wait for its end, which has a deadline.
+
+        May be called twice.
+        """
         self.lose(reason)
         assert self._killing is not None
+        # A caller that is cancelled must not leave the process alive, so the kill goes on without it.
         await asyncio.shield(self._killing)
 
     async def _watch(self, pong: Callable[[Any], None]) -> None:
@@ -139,7 +183,7 @@ class WatchedActor:
             self.lose(f"what {self.what} said could not be recorded: {type(error).__name__}: {error}")
 
     async def _ask_again(self, pong: Callable[[Any], None]) -> None:
-        """Questions until it is lost."""
+        """Ask for health until the actor is lost."""
         while True:
             try:
                 question, done = self._ask("ping"), False
@@ -154,9 +198,10 @@ class WatchedActor:
             await asyncio.sleep(self._interval)
 
     async def _kill(self) -> None:
-        """End the process by Ray, and where it runs on this node and does not end soon (it may be stopped), from here.
+        """End the process by Ray, and then from here where it runs on this node and does not end soon.
 
-        Ray reports a process that is killed before it can follow as one that crashed, on the user's terminal.
+        A stopped process does not end by Ray alone. Ray comes first all the same: a process that is killed before it
+        can obey Ray is reported as crashed, on the user's terminal.
         """
         with contextlib.suppress(RayError, ValueError, TimeoutError):
             async with asyncio.timeout(_KILL_SECONDS):
@@ -166,13 +211,16 @@ class WatchedActor:
 
 
 def _kill_actor(actor: Any) -> None:
-    """Without a Ray there is nothing to kill, and ``ray.kill`` would start one."""
+    """Kill ``actor`` where Ray runs.
+
+    Without a Ray there is nothing to kill, and ``ray.kill`` would start one.
+    """
     if ray.is_initialized():
         ray.kill(actor)
 
 
 def _kill_here(node: str, pid: int) -> None:
-    """SIGKILL ``pid`` where ``node`` is this one and the process is a worker of Ray that does not end by itself."""
+    """Kill process ``pid`` where ``node`` is this one and the process is a Ray worker that does not end by itself."""
     with contextlib.suppress(OSError, RayError):
         if not ray.is_initialized() or ray.get_runtime_context().get_node_id() != node:
             return
@@ -185,11 +233,11 @@ def _kill_here(node: str, pid: int) -> None:
 
 
 def process_here() -> tuple[str, int]:
-    """Node and process id of the calling actor, for ``WatchedActor.watch``."""
+    """Return node and process id of the calling actor, for ``WatchedActor.watch``."""
     return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
 def _brief(error: BaseException) -> str:
-    """The first lines of Ray's account, on one."""
+    """Put the first lines of Ray's account on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:6])[:500] or type(error).__name__

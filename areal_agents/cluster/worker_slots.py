@@ -1,6 +1,8 @@
-"""Places to play at: so many on each worker, the least-loaded worker first, first come first served.
+"""Places to play at, the same number on each worker.
 
-Pure asyncio. ``take`` waits for a free place and is unblocked by ``add``, ``give_back`` or ``fail``; nothing is held
+The least-loaded worker is chosen first, and who comes first is served first.
+
+Pure asyncio. ``take`` waits for a free place and is unblocked by ``add``, ``give_back`` or ``fail``. It holds nothing
 while it waits.
 """
 
@@ -16,10 +18,10 @@ W = TypeVar("W")
 
 
 class Places(Generic[W]):
-    """``each`` places on every worker that was added. Raises ConfigError for fewer than 1.
+    """The places of all workers that were added, ``each`` on every one.
 
     A worker that was removed keeps the places that are taken until they are given back. Choosing costs one look at each
-    worker.
+    worker. Raises ConfigError for fewer than 1.
     """
 
     def __init__(self, each: int) -> None:
@@ -39,28 +41,32 @@ class Places(Generic[W]):
         self._serve()
 
     def remove(self, worker: W) -> None:
-        """Offer them no longer. Nothing where they are not offered."""
+        """Stop offering the places of ``worker``, where they are offered."""
         self._open.pop(worker, None)
         self._forget(worker)
 
     def taken(self, worker: W) -> int:
-        """Places of ``worker`` that are taken."""
+        """Return the number of places of ``worker`` that are taken."""
         return self._taken.get(worker, 0)
 
     async def take(self) -> W:
-        """A place, to be given back. Raises what ``fail`` was given."""
+        """Wait for a place and return its worker, to be given back.
+
+        Raises what ``fail`` was given.
+        """
         place: asyncio.Future[W] = asyncio.get_running_loop().create_future()
         self._waiting.append(place)
         self._serve()
         try:
             return await place
         except asyncio.CancelledError:
+            # The place may have been given in the same moment, and would be lost.
             if place.done() and not place.cancelled() and place.exception() is None:
                 self.give_back(place.result())
             raise
 
     def give_back(self, worker: W) -> None:
-        """The place that ``take`` returned is free again."""
+        """Free the place that ``take`` returned."""
         self._taken[worker] -= 1
         if not self._taken[worker] and worker in self._idle:
             self._idle.pop(worker).set()
@@ -68,12 +74,15 @@ class Places(Generic[W]):
         self._serve()
 
     async def idle(self, worker: W) -> None:
-        """Wait until no place of ``worker`` is taken. Unblocked by: ``give_back``."""
+        """Wait until no place of ``worker`` is taken.
+
+        Unblocked by: ``give_back``.
+        """
         if self.taken(worker):
             await self._idle.setdefault(worker, asyncio.Event()).wait()
 
     def fail(self, error: Exception) -> None:
-        """There will be no more places: whoever waits, now or later, gets ``error``."""
+        """Offer no more places, and raise ``error`` for whoever waits now or later."""
         self._failed = self._failed or error
         self._serve()
 

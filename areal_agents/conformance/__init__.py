@@ -1,1 +1,1 @@
-"""Does an environment keep its contract? The checks of ``areal-agents check``."""
+"""The checks of ``areal-agents check``, which find out whether an environment keeps its contract."""

@@ -1,9 +1,10 @@
-"""``areal-agents check ENV_ID``: does an environment keep the contract? One result a check, each with its reason.
+"""The run of all checks on one environment, as in ``areal-agents check ENV_ID``.
 
     contract ─▶ gymnasium, tasks, rng, tokens, reward          (skipped where the contract itself is broken)
              └▶ seeds ─▶ isolation ─▶ aliasing, cancellation   (compare episodes, so they need the one before)
 
-Everything runs on a thread of its own: an environment that blocks it is reported, not waited for.
+Each check gives one result with its reason. Everything runs on a thread of its own, so an environment that blocks it
+is reported, not waited for.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from typing import Any, Literal
 from areal_agents import registry
 from areal_agents.conformance import contract, isolation, reward_audit
 from areal_agents.conformance.contract import Subject
-from areal_agents.conformance.scripted_episode import close_sandboxes
 from areal_agents.errors import ArealError
+from areal_agents.sandbox import backends
 
 Status = Literal["passed", "failed", "unaudited", "skipped"]
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
+    """The result of one check, with the reason in ``detail``."""
+
     name: str
     status: Status
     detail: str
@@ -34,7 +37,10 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What was found. ``unaudited`` and ``skipped`` are shown; only ``failed`` fails the report."""
+    """The results of all checks on one environment.
+
+    ``unaudited`` and ``skipped`` are shown, but only ``failed`` fails the report.
+    """
 
     env_id: str
     results: tuple[CheckResult, ...]
@@ -44,7 +50,7 @@ class CheckReport:
         return all(r.status != "failed" for r in self.results)
 
     def to_json(self) -> dict[str, Any]:
-        """``{"env", "passed", "checks": [{"name", "status", "detail"}]}``."""
+        """Return ``{"env", "passed", "checks": [{"name", "status", "detail"}]}``."""
         checks = [{"name": r.name, "status": r.status, "detail": r.detail} for r in self.results]
         return {"env": self.env_id, "passed": self.passed, "checks": checks}
 
@@ -54,8 +60,8 @@ class CheckReport:
         return "\n".join([f"{self.env_id}: {'passed' if self.passed else 'FAILED'}", *lines])
 
 
-Check = Callable[[Subject], Awaitable[str]]
-CHECKS: Mapping[str, tuple[Check, tuple[str, ...]]] = {
+CheckFunction = Callable[[Subject], Awaitable[str]]
+CHECKS: Mapping[str, tuple[CheckFunction, tuple[str, ...]]] = {
     "contract": (contract.contract, ()),
     "gymnasium": (contract.gymnasium_checker, ("contract",)),
     "tasks": (contract.tasks, ("contract",)),
@@ -78,11 +84,17 @@ def check(
     kwargs: Mapping[str, Any] | None = None,
     report: Callable[[CheckResult], None] | None = None,
 ) -> CheckReport:
-    """Run every check on the environment ``env_id`` (or ``"module:Class"``).
+    """Run every check on one environment.
 
-    ``tokenizer`` is a model name or folder for the token check; None skips it. ``timeout`` bounds one call into the
-    environment, in seconds; ten times as much bounds one check. ``kwargs`` go to the environment. ``report`` is told
-    each result as it is found. Raises RegistryError where the environment cannot be found; nothing else.
+    Args:
+        env_id: the environment's id, or ``"module:Class"``.
+        tokenizer: a model name or folder for the token check. None skips that check.
+        timeout: seconds for one call into the environment. One check gets ten times as much.
+        kwargs: keyword arguments of the environment, over the registered ones.
+        report: is called with each result as it is found.
+
+    Raises:
+        RegistryError: the environment cannot be found. Nothing else is raised.
     """
     spec = registry.spec(env_id)
     subject = Subject(replace(spec, kwargs={**spec.kwargs, **(kwargs or {})}), timeout, tokenizer)
@@ -98,7 +110,7 @@ def check(
         else:
             try:
                 result = found.get(timeout=10 * timeout)
-            except queue.Empty:
+            except queue.Empty:  # no thread can be ended from outside: it is left to the process, as a daemon
                 blocked = name
                 abandoned.set()
                 detail = f"blocked its thread for more than {10 * timeout:g} s: use `await` instead of blocking calls"
@@ -132,7 +144,7 @@ def _run_all(subject: Subject, found: queue.SimpleQueue[CheckResult], abandoned:
         loop.close()
 
 
-async def _run(name: str, run: Check, subject: Subject) -> CheckResult:
+async def _run(name: str, run: CheckFunction, subject: Subject) -> CheckResult:
     try:
         return CheckResult(name, "passed", await run(subject))
     except contract.Unaudited as reason:
@@ -146,8 +158,8 @@ async def _run(name: str, run: Check, subject: Subject) -> CheckResult:
 
 
 async def _clear_up() -> None:
-    """Close sandboxes; give what an environment left behind a moment to end."""
-    await close_sandboxes()
+    """Close sandboxes, cancel what an environment left behind and give it a moment to end."""
+    await backends().close_shared()
     left = asyncio.all_tasks() - {asyncio.current_task()}
     for task in left:
         task.cancel()

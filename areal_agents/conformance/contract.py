@@ -1,7 +1,7 @@
 """Checks of returned values, tasks, seeds and tokens (``areal_agents.conformance.check``).
 
-Each check returns what it saw, or raises CheckError with the reason. Scripted episodes are compared call by call:
-the same task and seed must give the same episode in another process.
+Each check returns what it saw, or raises CheckError with the reason. Scripted episodes are compared call by call. The
+same task and seed must give the same episode in another process.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
-import numpy as np
 
-from areal_agents.conformance.scripted_episode import Episode, ScriptName, finite, script_for, trace_difference
-from areal_agents.env import AgentEnv
+from areal_agents.conformance.scripted_episode import ScriptedEpisode, ScriptName, script_for, trace_difference
 from areal_agents.errors import CheckError, TemplateError
 from areal_agents.registry import EnvSpec
-from areal_agents.types import Completion, Finish, Message, StopReason, Task, content_hash
+from areal_agents.types import Completion, Finish, Task, content_hash
 
 if TYPE_CHECKING:
     from areal_agents.chat.format import ChatFormat
@@ -35,7 +33,7 @@ MAX_TASKS = 10_000
 PROCESS_TASKS = 256
 """Tasks of a split that are compared across processes."""
 EPISODES = 4
-"""Tasks of the sample: as many episodes run together."""
+"""Tasks of the sample. As many episodes run together."""
 
 
 class Unaudited(Exception):
@@ -58,25 +56,37 @@ class Subject:
     _children: list[dict[str, Any]] = field(default_factory=list)
 
     def sample(self) -> tuple[Task, ...]:
-        """The first tasks of the first split."""
+        """Return the first tasks of the first split."""
         if not self._sample:
             self._sample = _first_tasks(self.spec, self.spec.splits[0], EPISODES)
         return self._sample
 
-    def episode(self, task: Task, name: ScriptName = "main") -> Episode:
-        """A new scripted episode; its seed is the task's position in the sample."""
+    def episode(self, task: Task, name: ScriptName = "main") -> ScriptedEpisode:
+        """Make a new scripted episode.
+
+        Its seed is the task's position in the sample.
+        """
         seed = self.sample().index(task)
-        return Episode(self.spec.make, task, seed, script_for(self.spec, task, name), self.timeout)
+        return ScriptedEpisode(self.spec.make, task, seed, script_for(self.spec, task, name), self.timeout)
+
+    async def played(self, task: Task, name: ScriptName = "main") -> ScriptedEpisode:
+        """Play a new scripted episode to its end."""
+        episode = self.episode(task, name)
+        await episode.play()
+        return episode
 
     async def alone(self, task: Task, name: ScriptName = "main") -> list[Any]:
-        """The trace of the episode when nothing else happens; played once."""
+        """Return the trace of the episode when nothing else happens.
+
+        The episode is played at the first call only.
+        """
         key = (task.id, name)
         if key not in self._alone:
-            self._alone[key] = (await self.episode(task, name).play()).trace
+            self._alone[key] = (await self.played(task, name)).trace
         return self._alone[key]
 
     def children(self) -> list[dict[str, Any]]:
-        """What two processes with different PYTHONHASHSEED report of tasks and episodes."""
+        """Return what two processes with different PYTHONHASHSEED report of tasks and episodes."""
         if not self._children:
             self._children = _in_two_processes(self)
         return self._children
@@ -86,7 +96,7 @@ class Subject:
 
 
 async def contract(subject: Subject) -> str:
-    """Types and values of everything that tasks, areset, astep, afinish and aclose return."""
+    """Check types and values of everything that tasks, areset, astep, afinish and aclose return."""
     spec, turns = subject.spec, 0
     if not spec.splits:
         raise CheckError(f"{spec.env_class().__name__}.splits is empty: name at least one split")
@@ -95,24 +105,22 @@ async def contract(subject: Subject) -> str:
     if not 0.0 <= spec.audit.chance <= 1.0:
         raise CheckError(f"chance {spec.audit.chance} must lie in [0, 1]")
     idle = subject.episode(subject.sample()[0])
-    await idle.close()
+    await idle.close()  # aclose may be called without an areset
     await idle.close()
     names: tuple[ScriptName, ...] = ("main", "clumsy")
     for name in names:
-        episode = subject.episode(subject.sample()[0], name)
-        await episode.play()
+        episode = await subject.played(subject.sample()[0], name)
         await episode.close()  # aclose may be called twice
-        _returned_values(episode)
-        turns += len(episode.rewards)
+        _shown(episode)
+        turns += len(episode.turns)
     ended = subject.episode(subject.sample()[0], "clumsy")
     try:
         await ended.open()
-        await ended.step()
-        if not ended.done:
-            await ended.finish()
+        await ended.turn()
+        if not ended.ended:
+            await ended.finish("max_turns")
     finally:
         await ended.close()
-    _returned_values(ended)
     return f"{turns} turns, splits {', '.join(spec.splits)}"
 
 
@@ -127,24 +135,11 @@ def _first_tasks(spec: EnvSpec, split: str, count: int) -> tuple[Task, ...]:
     return found
 
 
-def _returned_values(episode: Episode) -> None:
-    for entry, result in zip(episode.trace, episode.returned, strict=True):
-        what = entry["call"]
-        info = result[-1]
-        if not isinstance(info, dict) or not all(isinstance(k, str) for k in info):
-            raise CheckError(f"{what} returned info {info!r:.120}, which is not a dict with text keys")
-        for name, value in info.get("components", {}).items():
-            finite(value, f"{what}: info['components'][{name!r}]")
-        if "stop_reason" in info and info["stop_reason"] not in get_args(StopReason):
-            raise CheckError(
-                f"{what}: info['stop_reason'] is {info['stop_reason']!r}: use {', '.join(get_args(StopReason))}"
-            )
-        if what == "astep" and not all(isinstance(x, bool | np.bool_) for x in result[2:4]):
-            raise CheckError(f"astep returned terminated {result[2]!r} and truncated {result[3]!r}: both must be bool")
-    first = episode.observations[0]
-    for k, observation in enumerate(episode.observations):
-        if not isinstance(observation, tuple) or not all(isinstance(m, Message) for m in observation):
-            raise CheckError(f"observation {k} is {observation!r:.120}: it must be a tuple of Message")
+def _shown(episode: ScriptedEpisode) -> None:
+    """Check the observations, beyond what the driver of every episode checks of returned values."""
+    observations = [*(turn.observation for turn in episode.turns), episode.observation]
+    first = observations[0]
+    for k, observation in enumerate(observations):
         if not episode.env.observation_space.contains(observation):
             raise CheckError(f"observation {k} is not in observation_space {episode.env.observation_space}")
         if k and first and observation[: len(first)] == first:
@@ -154,7 +149,7 @@ def _returned_values(episode: Episode) -> None:
 
 
 async def gymnasium_checker(subject: Subject) -> str:
-    """Gymnasium's own ``check_env``; its warnings are errors."""
+    """Run Gymnasium's own ``check_env``, with its warnings as errors."""
     from gymnasium.utils.env_checker import check_env
 
     spec = subject.spec
@@ -184,7 +179,7 @@ async def gymnasium_checker(subject: Subject) -> str:
 
 
 async def tasks(subject: Subject) -> str:
-    """Ids are unique, hashes are those of the payloads, splits share no content, and processes agree."""
+    """Check that ids are unique, hashes are those of the payloads, splits share no content and processes agree."""
     spec = subject.spec
     owner: dict[str, str] = {}
     counts: list[str] = []
@@ -219,7 +214,10 @@ async def tasks(subject: Subject) -> str:
 
 
 async def seeds(subject: Subject) -> str:
-    """The same tasks and seeds give the same episodes in two processes with different PYTHONHASHSEED."""
+    """Check that the same tasks and seeds give the same episodes in two processes.
+
+    The processes have different PYTHONHASHSEED.
+    """
     one, two = subject.children()
     for i, (a, b) in enumerate(zip(one["traces"], two["traces"], strict=True)):
         failed = next((e["call"] for e in a if e["call"].startswith("failed")), None)
@@ -277,7 +275,7 @@ def _answer(child: subprocess.Popen[str], request: str, answer: Path, *, timeout
 
 
 async def tokens(subject: Subject) -> str:
-    """Each prompt is the one before it, the sampled ids and the new messages, exactly."""
+    """Check that each prompt is exactly the one before it, the sampled ids and the new messages."""
     if subject.tokenizer is None:
         raise Skipped("no tokenizer was given")
     form = _chat_format(subject.tokenizer)
@@ -301,32 +299,34 @@ def _chat_format(tokenizer: str | Path) -> ChatFormat:
 
 
 async def _prompts(subject: Subject, form: ChatFormat, name: ScriptName, cut: bool) -> int:
-    """Play one episode in tokens; ``cut`` leaves out each turn's end, as the length limit does."""
+    """Play one episode in tokens and return how many turns it had.
+
+    ``cut`` leaves out each turn's end, as the length limit does.
+    """
     from areal_agents.chat.conversation import Conversation
 
     episode = subject.episode(subject.sample()[0], name)
     turns = 0
     try:
         await episode.open()
-        environment: AgentEnv = episode.env
-        talk = Conversation(form, episode.observations[0], environment.tools)
-        while not episode.done:
+        talk = Conversation(form, episode.observation, episode.tools)
+        while not episode.ended:
             prompt = talk.prompt.ids
             text = form.tokenizer.decode(list(prompt))
-            missing = [t.name for t in environment.tools if t.name not in text]
+            missing = [t.name for t in episode.tools if t.name not in text]
             if missing:
                 raise CheckError(f"the prompt does not name the tool {missing[0]!r}")
-            await episode.step()
-            ids = form.encode_turn(episode.said)
+            await episode.turn()
+            ids = form.encode_turn(episode.turns[-1].message.text)
             ids = ids[:-1] if cut and len(ids) > 1 else ids
             finish: Finish = "length" if cut else "stop"
             talk.add_completion(Completion(ids, (0.0,) * len(ids), (0,) * len(ids), finish))
-            talk.add_observation(episode.observations[-1])
+            talk.add_observation(episode.observation)
             turns += 1
             if form.history == "append" and talk.prompt.ids[: len(prompt) + len(ids)] != prompt + ids:
                 raise CheckError(f"turn {turns}: the next prompt does not extend the last one")
             shown = form.tokenizer.decode(list(talk.suffix))
-            lost = [m.text for m in episode.observations[-1] if m.text.strip() not in shown]
+            lost = [m.text for m in episode.observation if m.text.strip() not in shown]
             if lost:
                 raise CheckError(f"turn {turns}: the chat template leaves out the message {lost[0]!r:.120}")
     except TemplateError as error:

@@ -1,4 +1,4 @@
-"""Checks that episodes do not touch each other, nor what was returned before (``areal_agents.conformance.check``).
+"""Checks that episodes touch neither each other nor what was returned before (``areal_agents.conformance.check``).
 
 The same task and seed must give the same episode beside other episodes, after its returned values were spoilt, and
 beside an episode that was cancelled.
@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import numpy as np
 
-from areal_agents.chat.toolcalls import parse_text
 from areal_agents.conformance.contract import Subject
-from areal_agents.conformance.scripted_episode import Episode, ScriptName, plain, spoil, trace_difference
-from areal_agents.errors import CheckError
+from areal_agents.conformance.scripted_episode import ScriptedEpisode, ScriptName, plain, spoil, trace_difference
+from areal_agents.errors import ArealError, CheckError
 
 LOOP_TURNS = (1, 2, 3, 8)
 SECONDS = (0.02, 0.2)
@@ -25,66 +24,74 @@ SECONDS = (0.02, 0.2)
 
 
 async def isolation(subject: Subject) -> str:
-    """Episodes that run together are those that run alone; a second run is the first."""
+    """Check that an episode is the same alone, a second time and together with others."""
     alone = [await subject.alone(task) for task in subject.sample()]
-    again = (await subject.episode(subject.sample()[0]).play()).trace
-    found = trace_difference(alone[0], again)
+    again = await subject.played(subject.sample()[0])
+    found = trace_difference(alone[0], again.trace)
     if found:
         raise CheckError(
             f"the same task and seed give another episode after other episodes, {found}. State must live in the "
             "instance and be set anew by areset, never in the class or the module"
         )
     together = [subject.episode(task) for task in subject.sample()]
-    error: CheckError | None = None
-    try:
-        await asyncio.gather(*(e.open() for e in together))
-        while not all(e.done for e in together):
-            await asyncio.gather(*(e.step() for e in together if not e.done))
-    except CheckError as failure:
-        error = failure
-    finally:
-        for episode in together:
-            await episode.close()
+    error = await _rest(*together)
     for k, (episode, trace) in enumerate(zip(together, alone, strict=True)):
         _require_same(trace, episode, error, f"episode {k} of {len(alone)} differs when they run together", "")
     return f"{len(alone)} concurrent episodes equal one by one"
 
 
-def _require_same(expected: list[Any], episode: Episode, error: CheckError | None, what: str, remedy: str) -> None:
-    """Raise CheckError where the episode is not the expected one. One that ended in ``error`` is compared so far."""
+def _require_same(
+    expected: list[Any], episode: ScriptedEpisode, error: ArealError | None, what: str, remedy: str
+) -> None:
+    """Raise CheckError where the episode is not the expected one.
+
+    An episode that ended in ``error`` is compared as far as it went, and its error is a finding in any case.
+    """
     found = trace_difference(expected[: len(episode.trace)] if error else expected, episode.trace)
     if found or error:
         raise CheckError(f"{what}, {found or error}{remedy}")
 
 
+async def _rest(
+    *episodes: ScriptedEpisode, before_turn: Callable[[ScriptedEpisode], None] = lambda episode: None
+) -> ArealError | None:
+    """Play ``episodes`` together, turn by turn to their ends, and close them.
+
+    Return the error that stopped them, or None.
+    """
+    try:
+        await asyncio.gather(*(e.open() for e in episodes if not e.trace))
+        while running := [e for e in episodes if not e.ended]:
+            for episode in running:
+                before_turn(episode)
+            await asyncio.gather(*(e.turn() for e in running))
+    except ArealError as error:
+        return error
+    finally:
+        for episode in episodes:
+            await episode.close()
+    return None
+
+
 async def aliasing(subject: Subject) -> str:
-    """What was returned never changes afterwards, and changing it changes nothing."""
+    """Check that what was returned never changes afterwards, and that changing it changes nothing."""
     task = subject.sample()[0]
     names: tuple[ScriptName, ...] = ("main", "clumsy")
     for name in names:
-        kept = await subject.episode(task, name).play()
+        kept = await subject.played(task, name)
         for i, (entry, value) in enumerate(zip(kept.trace, kept.returned, strict=True)):
             found = trace_difference([entry], [{"call": entry["call"], "returned": plain(value)}])
             if found:
                 raise CheckError(f"call {i} returned an object that changed later, {found}: return copies")
         spoilt = subject.episode(task, name)
-        error: CheckError | None = None
-        try:
-            await spoilt.open()
-            while not spoilt.done:
-                spoil(spoilt.returned[-1])
-                await spoilt.step()
-        except CheckError as failure:
-            error = failure
-        finally:
-            await spoilt.close()
+        error = await _rest(spoilt, before_turn=lambda episode: spoil(episode.returned[-1]))
         what = "writing into what an earlier call returned changes the episode"
         _require_same(kept.trace, spoilt, error, what, ": return copies")
     return "returned values are copies"
 
 
 async def global_rng(subject: Subject) -> str:
-    """Playing an episode leaves the generators of random, numpy and torch alone."""
+    """Check that playing an episode leaves the generators of random, numpy and torch alone."""
     import torch
 
     def states() -> dict[str, Any]:
@@ -93,14 +100,15 @@ async def global_rng(subject: Subject) -> str:
 
     old = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        # A state that no earlier episode can have left: an environment that seeds would only repeat its own.
+        # A state that no earlier episode can have left. An environment that seeds a generator always leaves the same
+        # state, so from there nothing would seem to change.
         fresh = time.time_ns() % 2**32
         random.seed(fresh)
         np.random.seed(fresh)
         torch.manual_seed(fresh)
         before = states()
-        await subject.episode(subject.sample()[0]).play()
-        await subject.episode(subject.sample()[0], "clumsy").play()
+        await subject.played(subject.sample()[0])
+        await subject.played(subject.sample()[0], "clumsy")
         touched = [name for name, state in states().items() if state != before[name]]
     finally:
         random.setstate(old[0])
@@ -115,7 +123,10 @@ async def global_rng(subject: Subject) -> str:
 
 
 async def cancellation(subject: Subject) -> str:
-    """astep and areset end when cancelled, aclose works then, and a neighbouring episode notices nothing."""
+    """Check that astep and areset end when they are cancelled.
+
+    ``aclose`` must work then, and a neighbouring episode must notice nothing.
+    """
     sample = subject.sample()
     expected = await subject.alone(sample[-1])
     # Whatever serves all episodes (a sandbox pool) exists by now.
@@ -124,15 +135,10 @@ async def cancellation(subject: Subject) -> str:
     for moment in moments:
         for call in ("areset", "astep"):
             victim, neighbour = subject.episode(sample[0]), subject.episode(sample[-1])
-            error: CheckError | None = None
             try:
                 await neighbour.open()
                 await _cancel(victim, call, moment)
-                try:
-                    while not neighbour.done:
-                        await neighbour.step()
-                except CheckError as failure:
-                    error = failure
+                error = await _rest(neighbour)
             finally:
                 await neighbour.close()
                 await victim.close()
@@ -141,21 +147,26 @@ async def cancellation(subject: Subject) -> str:
     return f"areset and astep cancelled at {len(moments)} moments each"
 
 
-async def _cancel(victim: Episode, call: str, moment: float) -> None:
-    """Cancel ``call`` after ``moment``: an int counts turns of the event loop, a float seconds."""
+async def _cancel(victim: ScriptedEpisode, call: str, moment: float) -> None:
+    """Cancel ``call`` after ``moment``.
+
+    An int counts turns of the event loop, a float counts seconds. The environment is called directly, because a host
+    in between would take the cancellation and use turns of the loop.
+    """
     env = victim.env
     if call == "areset":
         work = asyncio.ensure_future(_discard(env.areset(seed=victim.seed, options={"task": victim.task})))
     else:
         await victim.open()
-        work = asyncio.ensure_future(_discard(env.astep(parse_text(victim.next_text()))))
+        said = await victim.script.say(victim)
+        work = asyncio.ensure_future(_discard(env.astep(said.message)))
     if isinstance(moment, int):
         for _ in range(moment):
             await asyncio.sleep(0)
     else:
         await asyncio.wait({work}, timeout=moment)
     work.cancel()
-    grace = min(victim.timeout, 10.0)
+    grace = min(victim.step_timeout, 10.0)
     await asyncio.wait({work}, timeout=grace)
     if not work.done():
         raise CheckError(f"{call} did not end within {grace:g} s after it was cancelled: let CancelledError through")
@@ -178,7 +189,10 @@ async def _no_tasks_left(before: set[asyncio.Task[Any]]) -> None:
 
 
 def _of_sandboxes(task: asyncio.Task[Any]) -> bool:
-    """A sandbox pool refills itself between episodes; its tasks are not an episode's."""
+    """Say whether ``task`` belongs to a sandbox pool.
+
+    A pool refills itself between episodes, so its tasks are not an episode's.
+    """
     frame = getattr(task.get_coro(), "cr_frame", None)
     scope: Mapping[str, Any] = frame.f_globals if frame is not None else {}
     return str(scope.get("__name__", "")).startswith("areal_agents.sandboxes")

@@ -1,6 +1,7 @@
-"""The reward audit of ``conformance.check``: policies without skill earn at most chance, the gold answer earns 1.
+"""The reward audit of ``conformance.check``.
 
-No gold answer and no expert: nothing shows that full reward can be earned, and the status is ``unaudited``.
+Policies without skill may earn at most chance. The gold answer and the expert must earn 1. Where there is neither gold
+answer nor expert, nothing shows that full reward can be earned, and the status is ``unaudited``.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from areal_agents.conformance.contract import Subject, Unaudited
-from areal_agents.conformance.scripted_episode import Episode, Script, repeat, script_for
+from areal_agents.conformance.scripted_episode import ScriptedEpisode, repeat, script_for
 from areal_agents.env import Expert
 from areal_agents.errors import CheckError
+from areal_agents.rollout.script import Script
 from areal_agents.types import Observation, Task
 
 SLACK = 0.05
@@ -21,11 +23,16 @@ TASKS_WITH_CHANCE = 256
 GOLD_TASKS = 16
 EXPERT_TASKS = 4
 
-Policy = Callable[[int], Script]
+ScriptOf = Callable[[int], Script]
 
 
 async def reward(subject: Subject) -> str:
-    """Raises CheckError for a reward that can be had without skill, or not with it; Unaudited without a gold."""
+    """Check that the full reward can be had with skill, and not without it.
+
+    Raises:
+        CheckError: a policy without skill earns too much, or a gold answer or expert too little.
+        Unaudited: there is no gold answer and no expert.
+    """
     spec = subject.spec
     split = spec.splits[-1]
     pool = spec.tasks(split)
@@ -48,8 +55,11 @@ async def reward(subject: Subject) -> str:
     return f"{' and '.join(scored)} earn 1; {summary}"
 
 
-def _policies(gold: Sequence[str | None]) -> dict[str, Policy]:
-    """Policies without skill; each maps a task's position to a script."""
+def _policies(gold: Sequence[str | None]) -> dict[str, ScriptOf]:
+    """Return the policies without skill, by name.
+
+    Each maps a task's position to a script.
+    """
     known = [g for g in gold if g is not None]
 
     def several(i: int) -> Script:
@@ -74,12 +84,12 @@ def _policies(gold: Sequence[str | None]) -> dict[str, Policy]:
 
 
 def _echo(shown: Observation) -> Expert:
-    """Says what it was shown last."""
+    """Say what was shown last."""
     while True:
         shown = (yield "\n".join(m.text for m in shown)) or shown
 
 
-async def _mean(subject: Subject, tasks: Sequence[Task], policy: Policy) -> float:
+async def _mean(subject: Subject, tasks: Sequence[Task], policy: ScriptOf) -> float:
     total = 0.0
     for i, task in enumerate(tasks):
         total += await _play(subject, task, i, policy(i))
@@ -87,11 +97,16 @@ async def _mean(subject: Subject, tasks: Sequence[Task], policy: Policy) -> floa
 
 
 async def _play(subject: Subject, task: Task, seed: int, script: Script) -> float:
-    return (await Episode(subject.spec.make, task, seed, script, subject.timeout).play()).total
+    episode = ScriptedEpisode(subject.spec.make, task, seed, script, subject.timeout)
+    await episode.play()
+    return episode.total
 
 
 async def _skilled(subject: Subject, tasks: Sequence[Task], gold: Sequence[str | None]) -> list[str]:
-    """Who was seen to earn the full reward."""
+    """Return who was seen to earn the full reward.
+
+    Raises CheckError for a gold answer or expert that does not.
+    """
     spec = subject.spec
     scored: list[str] = []
     golden = [(t, g) for t, g in zip(tasks, gold, strict=True) if g is not None][:GOLD_TASKS]

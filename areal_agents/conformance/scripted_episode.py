@@ -1,9 +1,10 @@
-"""Scripted episodes: play fixed texts against an environment and record everything it returns, comparably.
+"""Scripted episodes, which play fixed texts against an environment and record everything it returns.
 
-    script (texts) ─▶ parse_text ─▶ astep ─▶ trace: one plain JSON value a call, taken when the call returned
+    script (texts) ─▶ EpisodeDriver ─▶ astep ─▶ trace: one plain JSON value a call, taken before anything reads it
 
-``python -m areal_agents.conformance.scripted_episode`` plays episodes in a process of its own (for
-``conformance.check``): the request is JSON on standard input, the answer a JSON file that the request names.
+Traces can be compared, also across processes. ``python -m areal_agents.conformance.scripted_episode`` plays episodes
+in a process of its own (for ``conformance.check``). Its request is JSON on standard input. Its answer is a JSON file
+that the request names.
 """
 
 from __future__ import annotations
@@ -11,23 +12,25 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
-import importlib
 import itertools
 import json
 import math
 import pickle
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from areal_agents.chat.toolcalls import parse_text
 from areal_agents.env import AgentEnv, Expert
-from areal_agents.errors import CheckError
+from areal_agents.errors import ArealError, CheckError
 from areal_agents.registry import EnvSpec
-from areal_agents.types import AssistantMessage, Info, Observation, Task, ToolCall
+from areal_agents.rollout.env_results import RETURNS, Call, short
+from areal_agents.rollout.episode import EpisodeDriver
+from areal_agents.rollout.script import Script, ScriptPolicy
+from areal_agents.sandbox import backends
+from areal_agents.types import AssistantMessage, Task, ToolCall
 
 T = TypeVar("T")
 ScriptName = Literal["main", "clumsy"]
@@ -39,12 +42,8 @@ CLUMSY = (
 )
 
 
-Script = Callable[[Observation], Expert]
-"""Makes the player of one episode from its first observation; the player is then sent each new observation."""
-
-
 def repeat(*texts: str) -> Script:
-    """Say ``texts`` in order and then the last one for ever."""
+    """Make a script that says ``texts`` in order and then the last one for ever."""
 
     def play() -> Expert:
         for turn in itertools.count():
@@ -54,7 +53,10 @@ def repeat(*texts: str) -> Script:
 
 
 def script_for(spec: EnvSpec, task: Task, name: ScriptName) -> Script:
-    """``main`` is the environment's expert, else its gold answer, else small talk; ``clumsy`` makes mistakes."""
+    """Return the script ``name`` for one task.
+
+    ``main`` is the environment's expert, else its gold answer, else small talk. ``clumsy`` makes mistakes.
+    """
     if name == "clumsy":
         return repeat(*CLUMSY)
     expert = spec.expert(task)
@@ -64,141 +66,70 @@ def script_for(spec: EnvSpec, task: Task, name: ScriptName) -> Script:
     return repeat("Let me think.", "I do not know.") if gold is None else repeat(gold)
 
 
-async def bounded(work: Coroutine[Any, Any, T], what: str, timeout: float) -> T:
-    """``await work``. Raises CheckError after ``timeout`` seconds, even where ``work`` ignores its cancellation."""
+class OwnLoop:
+    """The running event loop as an episode's ``Host``.
 
-    async def guarded() -> T:
+    It is the checks' own loop, because they count its turns and its tasks. Whatever goes wrong is a CheckError that
+    names the call.
+    """
+
+    async def call(self, make: Callable[[], Awaitable[T]], *, timeout: float, what: str) -> T:
+        """Await ``make()`` for at most ``timeout`` seconds.
+
+        Raises CheckError after that, even where the call ignores its cancellation.
+        """
+        task = asyncio.ensure_future(make())
+        # Not asyncio.timeout, which would wait on where the cancellation is ignored.
+        await asyncio.wait({task}, timeout=timeout)
+        if not task.done():
+            task.cancel()
+            raise CheckError(f"{what} did not return within {timeout:g} s")
         try:
-            return await work
-        except SystemExit as error:  # asyncio would end the whole loop with it
-            raise CheckError(f"{what} called sys.exit({error.code!r})") from error
-
-    task = asyncio.ensure_future(guarded())
-    await asyncio.wait({task}, timeout=timeout)
-    if not task.done():
-        task.cancel()
-        raise CheckError(f"{what} did not return within {timeout:g} s")
-    try:
-        return task.result()
-    except CheckError:
-        raise
-    except asyncio.CancelledError as error:
-        raise CheckError(f"{what} cancelled itself") from error
-    except Exception as error:  # the environment's own code: whatever it raises is the finding
-        raise CheckError(f"{what} raised {type(error).__name__}: {error}") from error
+            return task.result()
+        except asyncio.CancelledError as error:
+            raise CheckError(f"{what} cancelled itself") from error
+        except Exception as error:  # the environment's own code: whatever it raises is the finding
+            raise CheckError(f"{what} raised {type(error).__name__}: {error}") from error
 
 
-class Episode:
-    """One scripted episode, call by call. ``trace`` has one entry a call; ``returned`` the very objects."""
+class ScriptedEpisode(EpisodeDriver):
+    """One episode that a script plays and that is recorded.
+
+    ``trace`` has one entry a call. ``returned`` holds the very objects that the calls returned.
+    """
 
     def __init__(self, make: Callable[[], AgentEnv], task: Task, seed: int, script: Script, timeout: float) -> None:
         self.env = make()
-        self.task = task
-        self.seed = seed
-        self.timeout = timeout
+        self.script = ScriptPolicy(script, task)
         self.trace: list[Any] = []
         self.returned: list[Any] = []
-        self.rewards: list[float] = []
-        self.observations: list[Observation] = []
-        self.said = ""
-        """The last text."""
-        self.done = False
-        self._script = script
-        self._player: Expert | None = None
+        super().__init__(
+            lambda: self.env, task, self.script, OwnLoop(), task.id, seed, timeout, MAX_TURNS, self._record
+        )
 
-    async def open(self) -> None:
-        result = await self.call(self.env.areset(seed=self.seed, options={"task": self.task}), "areset")
-        self._record("areset", result)
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise CheckError(f"areset returned {_short(result)}, not (observation, info)")
-        self.observations.append(result[0])
-
-    def next_text(self) -> str:
-        """What the script says now."""
-        try:
-            if self._player is None:
-                self._player = self._script(self.observations[0])
-                self.said = next(self._player)
-            else:
-                self.said = self._player.send(self.observations[-1])
-        except StopIteration as error:
-            raise CheckError(f"the expert of task {self.task.id} stopped before the episode ended") from error
-        except Exception as error:  # the author's own code
-            raise CheckError(f"the expert of task {self.task.id} raised {type(error).__name__}: {error}") from error
-        return self.said
-
-    async def step(self) -> None:
-        """One turn; after the last one the episode is finished as a runner would finish it."""
-        text = self.next_text()
-        result = await self.call(self.env.astep(parse_text(text)), "astep")
-        self._record("astep", result)
-        if not isinstance(result, tuple) or len(result) != 5:
-            raise CheckError(f"astep returned {_short(result)}, not (observation, reward, terminated, truncated, info)")
-        observation, reward, terminated, truncated, info = result
-        self.observations.append(observation)
-        self.rewards.append(finite(reward, "astep"))
-        self.done = bool(terminated or truncated)
-        if not self.done and len(self.rewards) == MAX_TURNS:
-            extra, info = await self.finish()
-            self.rewards[-1] += extra
-        if self.done:
-            self._credit(info)
-
-    async def finish(self) -> tuple[float, Info]:
-        result = await self.call(self.env.afinish("max_turns"), "afinish")
-        self._record("afinish", result)
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise CheckError(f"afinish returned {_short(result)}, not (reward, info)")
-        self.done = True
-        return finite(result[0], "afinish"), result[1]
-
-    async def play(self) -> Episode:
-        """The whole episode; the environment is closed however it ends."""
-        try:
-            await self.open()
-            while not self.done:
-                await self.step()
-        finally:
-            await self.close()
-        return self
+    def _record(self, call: Call, result: object) -> None:
+        if call in RETURNS:
+            self.returned.append(result)
+            self.trace.append({"call": call, "returned": plain(result)})
 
     async def close(self) -> None:
-        if self._player is not None:
-            self._player.close()
-        await self.call(self.env.aclose(), "aclose")
+        """Close the environment, also one that was never opened.
 
-    async def call(self, work: Coroutine[Any, Any, T], what: str) -> T:
-        return await bounded(work, f"{what} (task {self.task.id}, turn {len(self.rewards)})", self.timeout)
+        Raises CheckError where that fails, because it is a finding.
+        """
+        await self.script.close(self)
+        await self.call("aclose", self.env.aclose)
 
     @property
     def total(self) -> float:
-        return math.fsum(self.rewards)
-
-    def _credit(self, info: Any) -> None:
-        rewards = info.get("turn_rewards") if isinstance(info, dict) else None
-        if rewards is None:
-            return
-        if len(rewards) != len(self.rewards):
-            raise CheckError(f"info['turn_rewards'] has {len(rewards)} entries for {len(self.rewards)} turns")
-        self.rewards = [finite(r, "info['turn_rewards']") for r in rewards]
-
-    def _record(self, what: str, result: Any) -> None:
-        self.returned.append(result)
-        self.trace.append({"call": what, "returned": plain(result)})
-
-
-def finite(value: Any, where: str) -> float:
-    """``value`` as a float. Raises CheckError where it is no finite number."""
-    if isinstance(value, str | bytes) or not hasattr(type(value), "__float__"):
-        raise CheckError(f"{where} returned the reward {_short(value)}, which is not a number")
-    number = float(value)
-    if not math.isfinite(number):
-        raise CheckError(f"{where} returned the reward {number}, which is not finite")
-    return number
+        return math.fsum(turn.reward for turn in self.turns)
 
 
 def plain(value: Any) -> Any:
-    """A JSON value that is equal for equal values in every process. Sets and mappings are sorted."""
+    """Return a JSON value that is equal for equal values in every process.
+
+    Sets and mappings are sorted.
+    """
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -214,12 +145,12 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    text = repr(value)
+    text = repr(value)  # with an address in it, it would differ between processes
     return type(value).__qualname__ if " at 0x" in text else text
 
 
 def difference(one: Any, two: Any, path: str = "") -> str | None:
-    """Where two plain values first differ, with both values; None where they are equal."""
+    """Return where two plain values first differ, with both values, or None where they are equal."""
     if isinstance(one, dict) and isinstance(two, dict):
         for key in [*one, *(k for k in two if k not in one)]:
             found = difference(one.get(key, "(absent)"), two.get(key, "(absent)"), f"{path}.{key}")
@@ -234,27 +165,26 @@ def difference(one: Any, two: Any, path: str = "") -> str | None:
         return None
     if type(one) is type(two) and one == two:
         return None
-    return f"{path.lstrip('.')}: {_short(one)} and {_short(two)}"
+    return f"{path.lstrip('.')}: {short(one)} and {short(two)}"
 
 
 def trace_difference(one: list[Any], two: list[Any]) -> str | None:
-    """``difference`` of two traces, with the call in words."""
+    """Return the ``difference`` of two traces, with the call in words."""
     for i, (a, b) in enumerate(itertools.zip_longest(one, two)):
         if a is None or b is None or a["call"] != b["call"]:
             return f"call {i}: {a['call'] if a else 'the end'} and {b['call'] if b else 'the end'}"
-        names = ("observation", "info") if a["call"] == "areset" else _NAMES[a["call"]]
-        for name, x, y in zip(names, a["returned"], b["returned"], strict=False):
+        for name, x, y in zip(RETURNS[a["call"]], a["returned"], b["returned"], strict=False):
             found = difference(x, y, name)
             if found:
                 return f"call {i} ({a['call']}), {found}"
     return None
 
 
-_NAMES = {"astep": ("observation", "reward", "terminated", "truncated", "info"), "afinish": ("reward", "info")}
-
-
 def spoil(value: Any) -> None:
-    """Write junk into every mutable container inside ``value``; what the caller itself passed in is left alone."""
+    """Write junk into every mutable container inside ``value``.
+
+    Messages, calls and tasks, which the caller itself passed in, are left alone.
+    """
     if isinstance(value, AssistantMessage | ToolCall | Task):
         return
     if isinstance(value, dict):
@@ -278,19 +208,8 @@ def spoil(value: Any) -> None:
             spoil(getattr(value, f.name))
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:120] + "…"
-
-
-async def close_sandboxes() -> None:
-    """End the sandbox pools of this event loop, if an environment opened any."""
-    if "areal_agents.sandboxes" in sys.modules:
-        await importlib.import_module("areal_agents.sandboxes").close_shared()
-
-
 def _main() -> None:
-    """The child process: tasks and traces of the requested environment, written to the requested file."""
+    """Write tasks and traces of the requested environment to the requested file, as a child process."""
     request = json.load(sys.stdin)
     sys.path[:] = request["path"]
     spec = EnvSpec(request["id"], request["entry_point"], pickle.loads(base64.b64decode(request["kwargs"])))
@@ -305,13 +224,13 @@ def _main() -> None:
         for name in ("main", "clumsy"):
             for seed in range(min(2, len(tasks))):
                 task = tasks[seed]
-                episode = Episode(spec.make, task, seed, script_for(spec, task, name), request["timeout"])
+                episode = ScriptedEpisode(spec.make, task, seed, script_for(spec, task, name), request["timeout"])
                 try:
                     await episode.play()
-                except CheckError as error:
+                except ArealError as error:
                     episode.trace.append({"call": f"failed: {error}", "returned": []})
                 answer["traces"].append(episode.trace)
-        await close_sandboxes()
+        await backends().close_shared()
 
     asyncio.run(traces())
     Path(request["answer"]).write_text(json.dumps(answer))

@@ -1,1 +1,1 @@
-"""Inference engines behind the ``Engine`` contract; import the module you need."""
+"""Inference engines behind the ``Engine`` contract. Import the module that you need."""

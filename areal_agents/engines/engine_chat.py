@@ -2,8 +2,9 @@
 
     messages ──ChatFormat──▶ ids ──engine──▶ sampled ids ──ChatFormat──▶ AssistantMessage
 
-Environments run on a loop of their own (``rollout/env_host.py``) and an engine belongs to the loop that started it: a
-call from another loop is carried over. It holds no conversation: every call is a whole prompt and a session of its own.
+Environments run on a loop of their own (``rollout/env_host.py``). An engine belongs to the loop that started it, so a
+call from another loop is carried over. ``EngineChat`` holds no conversation. Every call is a whole prompt and a session
+of its own.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ _numbers = itertools.count()
 
 
 class EngineChat:
-    """A ChatModel over ``engine``, which stays the caller's. Make it on the engine's own loop.
+    """A ChatModel over an engine, to be made on the engine's own loop.
 
-    fmt: the chat format of the engine's model. deadline: seconds for one reply.
+    Args:
+        engine: samples the replies. It stays the caller's, who closes it.
+        fmt: the chat format of the engine's model.
+        deadline: seconds for one reply.
     """
 
     def __init__(self, engine: Engine, fmt: ChatFormat, *, deadline: float = 300.0) -> None:
@@ -37,22 +41,28 @@ class EngineChat:
     async def chat(
         self, messages: Sequence[Message | AssistantMessage], tools: Sequence[ToolSpec], sampling: Sampling
     ) -> AssistantMessage:
-        """The next assistant message. Raises what ``reply`` raises."""
+        """Return the next assistant message.
+
+        It raises what ``reply`` raises.
+        """
         return (await self.reply(messages, tools, sampling)).message
 
     async def reply(
         self, messages: Sequence[Message | AssistantMessage], tools: Sequence[ToolSpec], sampling: Sampling
     ) -> ChatReply:
-        """The next assistant message, with its counts of tokens.
+        """Return the next assistant message, with its counts of tokens.
 
-        ``sampling.stop_ids`` left empty are the format's. Cancelling aborts the request. Raises EngineError (the engine
-        is dead, refused, or missed the deadline) and TemplateError (the template cannot render the messages).
+        Where ``sampling.stop_ids`` is empty, the format's stop ids are used. Cancelling aborts the request.
+
+        Raises:
+            EngineError: the engine is dead, refused, or missed the deadline.
+            TemplateError: the template cannot render the messages.
         """
         work = self._reply(messages, tools, sampling)
         if asyncio.get_running_loop() is self._loop:
             return await work
         if self._loop.is_closed():
-            work.close()
+            work.close()  # it will never run: Python warns of a coroutine that is neither awaited nor closed
             raise EngineError("the event loop of EngineChat's engine is closed: keep it open while the model is used")
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
@@ -65,6 +75,7 @@ class EngineChat:
         try:
             done = await self._engine.generate(prompt, sampling, session=session, deadline=self._deadline)
         finally:
+            # A dead engine has nothing to release, and the error of `generate` is the one to raise.
             with contextlib.suppress(EngineError):
                 await self._engine.release(session)
         message = self._fmt.parse(done.ids, done.finish)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from areal_agents.engines.cpu.architecture import Shape
+from areal_agents.engine_kind import engine_kind
 from areal_agents.engines.pool.pool import EnginePool
 from areal_agents.engines.pool.replica import SupervisedSettings
 from areal_agents.engines.pool.supervised import SupervisedEngine
@@ -38,19 +38,15 @@ def engine_spec(engine: EngineConfig, model: Path, *, max_context: int, threads:
         "max_context": max_context,
         "threads": threads,
     }
-    if engine.kind == "vllm":
-        options |= {
-            "gpu_memory_utilization": engine.gpu_memory,
-            "tensor_parallel_size": engine.tensor_parallel,
-        }
-    else:
-        options["shape"] = Shape.read(model, max_context)
+    kind = engine_kind(engine.kind)
+    options |= {argument: getattr(engine, setting) for setting, argument in kind.own.items()}
+    options |= kind.prepare(model, max_context)
     return EngineSpec(engine.kind, str(model.absolute()), options)
 
 
 def supervision(engine: EngineConfig) -> SupervisedSettings:
-    """Return ``SupervisedEngine``'s numbers. vLLM loads, and on GPUs compiles, for minutes."""
-    start_seconds = 900.0 if engine.kind == "vllm" else 300.0
+    """Return ``SupervisedEngine``'s numbers."""
+    start_seconds = engine_kind(engine.kind).start_seconds
     return {
         "hang_seconds": engine.hang_timeout,
         "start_seconds": start_seconds,
@@ -72,13 +68,13 @@ async def open_engines(
         event: is told of losses and restarts.
 
     Raises:
-        ConfigError: several vLLM engines would share this machine's first GPU.
+        ConfigError: several engines would share this machine's first GPU.
         ModelError, EngineError: what starting raises.
     """
-    if engine.kind == "vllm" and engine.replicas > 1 and torch.cuda.is_available():
+    if engine_kind(engine.kind).takes_gpus and engine.replicas > 1 and torch.cuda.is_available():
         raise ConfigError(
-            f"engine.replicas = {engine.replicas} vLLM engines would all take the first GPU: set cluster.backend = "
-            "'ray' and cluster.engine_gpus, which gives each its own"
+            f"engine.replicas = {engine.replicas} {engine.kind} engines would all take the first GPU: set "
+            "cluster.backend = 'ray' and cluster.engine_gpus, which gives each its own"
         )
     processes = itertools.count()
 

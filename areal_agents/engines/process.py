@@ -1,9 +1,13 @@
-"""The client of an engine that is a process of its own: frames over two pipes, whatever the engine.
+"""The client of an engine that runs in a process of its own.
+
+Client and worker exchange frames over two pipes, whatever the engine.
 
     call ──frame──▶ worker process (and its children: one session, one process group) ──frame──▶ reader task ─▶ future
 
-Waits for: the worker's replies. Unblocked by: a reply, the worker's end (every pending call raises EngineError with the
-exit code and the end of its stderr), or the call's own deadline. Linux only (weights travel by memfd and /proc).
+Waits for: the worker's replies. Unblocked by: a reply, the worker's end, or the call's own deadline. At the worker's
+end every pending call raises EngineError with the exit code and the end of its stderr.
+
+Linux only, because weights travel by memfd and /proc.
 """
 
 from __future__ import annotations
@@ -16,7 +20,6 @@ import signal
 import sys
 from collections import deque
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import areal_agents
@@ -25,6 +28,7 @@ from areal_agents.engines import protocol as p
 from areal_agents.engines.process_group_reaper import members
 from areal_agents.errors import ConfigError, EngineError, ModelError
 from areal_agents.types import Completion, Prompt
+from areal_agents.utils.closing import AsyncClosing
 
 T = TypeVar("T")
 
@@ -36,11 +40,11 @@ _GROUP_SECONDS = 8.0
 _STDERR_LINES = 30
 
 
-class EngineProcess:
-    """What every engine with a worker process does; an async context manager that closes itself.
+class EngineProcess(AsyncClosing):
+    """The base of every engine that has a worker process.
 
-    It belongs to the event loop that started it. The worker leads a session of its own; ``close`` and ``kill`` end the
-    whole process group, whatever state it is in.
+    It is an async context manager that closes itself, and belongs to the event loop that started it. The worker leads a
+    session of its own. ``close`` and ``kill`` end the whole process group, whatever state it is in.
     """
 
     name: ClassVar[str]
@@ -51,7 +55,7 @@ class EngineProcess:
     update_seconds: ClassVar[float] = 300.0
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
-        """Use the engine's ``start``."""
+        """Take over ``process``. Callers use the engine's ``start`` instead."""
         self._process = process
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)
@@ -71,10 +75,12 @@ class EngineProcess:
     async def launch(cls, settings: p.AnySettings, env: dict[str, str]) -> Self:
         """Start the worker with ``env`` and wait until it is ready.
 
-        Raises ModelError where the worker cannot serve the model, EngineError where it does not start.
+        Raises:
+            ModelError: the worker cannot serve the model.
+            EngineError: the worker does not start.
         """
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", cls.module, str(os.getpid())),
+            *(sys.executable, "-P", "-m", cls.module),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -86,21 +92,13 @@ class EngineProcess:
             await engine._write(settings)
             async with asyncio.timeout(cls.start_seconds):
                 ready = await engine._ready
-        except BaseException as error:
+        except BaseException as error:  # a caller that is cancelled leaves no worker behind either
             await engine.kill()
             if isinstance(error, TimeoutError):
                 raise EngineError(f"the engine worker did not start within {cls.start_seconds:.0f} s") from error
             raise
         engine._max_context = ready.max_context
         return engine
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     @property
     def version(self) -> int:
@@ -113,12 +111,12 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        """Process id of the worker; also of its process group."""
+        """Process id of the worker, and of its process group."""
         return self._process.pid
 
     @property
     def failure(self) -> str | None:
-        """Why the worker is gone, with the end of its stderr; None while it lives."""
+        """The reason why the worker is gone, with the end of its stderr. None while it lives."""
         return self._failure
 
     @property
@@ -129,7 +127,19 @@ class EngineProcess:
     # --- the contract ----------------------------------------------------------------------------------------------
 
     async def generate(self, prompt: Prompt, sampling: Sampling, *, session: str, deadline: float) -> Completion:
-        """Sample one turn; see ``Engine.generate``. One request a session at a time."""
+        """Sample one turn like ``Engine.generate``.
+
+        A session has one request at a time.
+
+        Args:
+            prompt: token ids. Images are refused.
+            sampling: how to sample, and what ends the turn.
+            session: the conversation whose KV the turn may reuse.
+            deadline: seconds from now.
+
+        Raises:
+            EngineError: past the deadline, for a refused request, and where the worker is gone.
+        """
         if prompt.media:
             raise EngineError(f"{self.name} reads token ids only, but the prompt has images")
         id = next(self._ids)
@@ -146,7 +156,10 @@ class EngineProcess:
             raise
 
     async def release(self, session: str) -> None:
-        """Drop the session's KV; unknown sessions and a dead worker are ignored."""
+        """Drop the session's KV.
+
+        Unknown sessions and a dead worker are ignored.
+        """
         self._send(p.Release(session))
 
     async def update_weights(
@@ -154,13 +167,17 @@ class EngineProcess:
     ) -> UpdateReport:
         """Serve ``ref`` from now on.
 
-        mode: ``inflight`` goes on with the KV it has; ``interrupt`` recomputes running requests' KV first; ``drain``
-        finishes them and admits no others meanwhile. kv: ``recompute`` drops every KV of older versions at the next
-        turn, ``keep`` reuses it. Raises EngineError where the weights are gone, damaged or of another model; the old
-        ones then stay in use.
+        Args:
+            ref: where the weights lie.
+            mode: ``inflight`` goes on with the KV it has. ``interrupt`` recomputes running requests' KV first.
+                ``drain`` finishes them and admits no others meanwhile.
+            kv: ``recompute`` drops every KV of older versions at the next turn. ``keep`` reuses it.
+
+        Raises:
+            EngineError: the weights are gone, damaged or of another model, and the old ones stay in use. Or the worker
+                is gone, or did not acknowledge them within ``update_seconds``.
+            ConfigError: ``mode`` or ``kv`` is unknown.
         """
-        if ref.kind != "full":
-            raise EngineError(f"{self.name} takes full weights, not {ref.kind}")
         if mode not in ("inflight", "interrupt", "drain") or kv not in ("recompute", "keep"):
             raise ConfigError(f"unknown update mode {mode!r} or kv {kv!r}")
         id = next(self._ids)
@@ -171,7 +188,10 @@ class EngineProcess:
         return report
 
     async def health(self) -> Health:
-        """The worker's state; ``ok`` is False (with the reason in ``detail``) where it is dead or does not answer."""
+        """Return the worker's state.
+
+        Where it is dead or does not answer, ``ok`` is False and ``detail`` has the reason.
+        """
         id = next(self._ids)
         try:
             return await self._ask(id, p.AskHealth(id), Health, _HEALTH_SECONDS)
@@ -182,7 +202,10 @@ class EngineProcess:
         return Health(False, self._version, 0, 0, 0, 0, detail)
 
     async def close(self) -> None:
-        """End the worker within seconds; pending calls raise EngineError. May be called twice."""
+        """End the worker within seconds.
+
+        Pending calls raise EngineError. May be called twice.
+        """
         self._closing = True
         self._fail_all("the engine was closed")
         self._send(p.Close())
@@ -198,7 +221,10 @@ class EngineProcess:
             await self._end()
 
     async def kill(self) -> None:
-        """End a worker that may be stopped or stuck: SIGKILL to its process group; pending calls raise EngineError."""
+        """End a worker that may be stopped or stuck, by SIGKILL to its process group.
+
+        Pending calls raise EngineError.
+        """
         self._closing = True
         self._fail_all("the engine was killed")
         await self._end()
@@ -221,7 +247,10 @@ class EngineProcess:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _group_gone(self) -> bool:
-        """Whether the process group has no members within seconds. It keeps its number for as long as it has one."""
+        """Say whether the process group has no members within seconds.
+
+        A group keeps its number for as long as it has a member, so a signal to that number reaches no other group.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GROUP_SECONDS):
                 while members(self._process.pid):  # noqa: ASYNC110  the kernel sends no event
@@ -229,8 +258,11 @@ class EngineProcess:
                 return True
         return False
 
-    async def _ask(self, id: int, command: p.Command, kind: type[T], seconds: float) -> T:
-        """Send ``command`` and wait for its reply. Raises TimeoutError past ``seconds``."""
+    async def _ask(self, id: int, command: p.WorkerCommand, kind: type[T], seconds: float) -> T:
+        """Send ``command`` and wait for its reply.
+
+        Raises TimeoutError past ``seconds``, EngineError where the command failed or the worker is gone.
+        """
         if self._failure is not None:
             raise EngineError(self._failure)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -242,13 +274,16 @@ class EngineProcess:
         finally:
             self._pending.pop(id, None)
 
-    def _send(self, command: p.Command) -> None:
-        """Queue a command that has no reply; nothing happens where the worker is gone."""
+    def _send(self, command: p.WorkerCommand) -> None:
+        """Queue a command that has no reply.
+
+        Nothing happens where the worker is gone.
+        """
         stdin = self._process.stdin
         if stdin is not None and not stdin.is_closing():
             stdin.write(p.encode(command))
 
-    async def _write(self, message: p.AnySettings | p.Command) -> None:
+    async def _write(self, message: p.AnySettings | p.WorkerCommand) -> None:
         stdin = self._process.stdin
         assert stdin is not None
         try:
@@ -272,6 +307,8 @@ class EngineProcess:
                 (size,) = p.HEADER.unpack(await stream.readexactly(p.HEADER.size))
                 self._on_reply(p.decode(await stream.readexactly(size)))
         code = await self._process.wait()
+        # Its stderr says why it ended. The wait is short, as a child of its may hold that pipe open, and shielded, as
+        # the timeout would else cancel the task that reads it.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2.0):
                 await asyncio.shield(self._tasks[0])
@@ -318,7 +355,7 @@ class EngineProcess:
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:
-    """One line, or what fits into the buffer of a longer one."""
+    """Read one line, or return a note in place of one that is longer than the buffer."""
     try:
         return await stream.readline()
     except ValueError:
@@ -340,7 +377,7 @@ def _describe(code: int) -> str:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The parent's environment with this package importable."""
+    """Return the parent's environment, with this package importable and ``extra`` added."""
     root = str(Path(areal_agents.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     return os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"} | extra

@@ -1,9 +1,11 @@
-"""Ends a process group when the holder of a pipe dies, by whatever death, and removes the group's folder:
-``python process_group_reaper.py FOLDER [GRACE]``, a member of the group, its stdin a pipe that only the holder holds
-open. The holder is the group's leader, or another process: then the leader may end in order first, in GRACE
-seconds from SIGTERM. Standard library only: it is a script.
+"""A script that ends a process group when the holder of a pipe dies, by whatever death.
 
-Python's resource tracker is spared: it ends by itself once the others are gone, and then frees their shared memory.
+It then removes the group's folder. It runs as ``python process_group_reaper.py FOLDER [GRACE]`` and is a member of the
+group. Its stdin is a pipe that only the holder holds open. The holder is the group's leader, or another process. Where
+it is another process, GRACE is given: the leader gets SIGTERM first and may end in order, within GRACE seconds.
+
+Python's resource tracker is spared. It ends by itself once the others are gone, and then frees their shared memory.
+The script uses the standard library only.
 """
 
 from __future__ import annotations
@@ -21,13 +23,17 @@ _SECONDS = 5.0
 
 
 def members(group: int) -> list[int]:
-    """Process ids of the living members of a process group; none are known where there is no /proc (macOS)."""
+    """Return the process ids of the living members of a process group.
+
+    None are known where there is no /proc (macOS).
+    """
     out: list[int] = []
     if not os.path.isdir("/proc"):
         return out
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it may end while it is looked at
+                # Behind the last ")": the command's name, which stands in parentheses, may hold spaces and more ")".
                 state, _, pgrp = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:3]
                 if int(pgrp) == group and state not in "ZX":
                     out.append(int(entry.name))
@@ -35,14 +41,15 @@ def members(group: int) -> list[int]:
 
 
 def killable(group: int) -> list[int]:
-    """The members to kill: all but the resource trackers."""
+    """Return the members to kill, which are all but the resource trackers."""
     return [pid for pid in members(group) if not _tracker(pid)]
 
 
 def start_guard(folder: str) -> subprocess.Popen[bytes]:
-    """Guard the caller's process group; keep the result for as long as the group is to live.
+    """Guard the caller's process group.
 
-    ``folder`` is removed at its end.
+    Keep the result for as long as the group is to live, because it holds the pipe open. ``folder`` is removed at the
+    group's end.
     """
     return subprocess.Popen([sys.executable, "-I", "-S", __file__, folder], stdin=subprocess.PIPE)
 
@@ -62,14 +69,15 @@ def _end_in_order(leader: int, grace: float) -> None:
 
 
 def main() -> None:
+    # A signal to the whole group must not end the guard before the others.
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     group = os.getpgrp()
-    os.read(0, 1)
+    os.read(0, 1)  # returns when the holder is gone: nobody writes into this pipe
     if len(sys.argv) > 2:
         _end_in_order(group, float(sys.argv[2]))
     end = time.monotonic() + _SECONDS
-    while time.monotonic() < end:
+    while time.monotonic() < end:  # again and again: a member may fork while the others are killed
         found = [pid for pid in killable(group) if pid != os.getpid()]
         if not found:
             break

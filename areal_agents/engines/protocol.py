@@ -1,6 +1,6 @@
-"""Framing between the engine's client and its worker: length-prefixed pickles over two pipes.
+"""The messages between an engine's client and its worker, as length-prefixed pickles over two pipes.
 
-Both ends are one program (the worker is the client's own child), so pickles are safe here and nowhere else.
+Both ends are one program, as the worker is the client's own child. So pickles are safe here and nowhere else.
 
     client → worker   Generate · Cancel · Release · Update · SetThreads · AskHealth · Close
     worker → client   Ready · Fatal · Lost · Done · Failed · Updated · HealthReport
@@ -24,7 +24,7 @@ HEADER = struct.Struct("!Q")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the worker needs to start; the first message it reads."""
+    """The first message that the CPU worker reads, with all that it needs to start."""
 
     model: str
     shape: Shape
@@ -38,7 +38,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class VLLMSettings:
-    """What the vLLM worker needs to start; the first message it reads."""
+    """The first message that the vLLM worker reads, with all that it needs to start."""
 
     model: str
     precision: Literal["bf16", "fp32"]
@@ -48,7 +48,7 @@ class VLLMSettings:
     seed: int
     block_size: int | None
     enforce_eager: bool | None
-    """None: on a CPU."""
+    """None means True on a CPU and False elsewhere."""
     gpu_memory_utilization: float
     tensor_parallel_size: int
 
@@ -67,7 +67,7 @@ class Generate:
 @dataclass(frozen=True, slots=True)
 class Cancel:
     id: int
-    """The ``Generate`` to abort; unknown ids are ignored (it had finished)."""
+    """The ``Generate`` to abort. Unknown ids are ignored, because it had finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +106,14 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Fatal:
-    """The worker cannot serve the model, and ends."""
+    """The last message of a worker that cannot serve the model."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The worker found itself or a child of its unable to go on, and ends."""
+    """The last message of a worker that cannot go on, or of which a child cannot."""
 
     message: str
 
@@ -142,23 +142,26 @@ class HealthReport:
     health: Health
 
 
-Command = Generate | Cancel | Release | Update | SetThreads | AskHealth | Close
+WorkerCommand = Generate | Cancel | Release | Update | SetThreads | AskHealth | Close
 Reply = Ready | Fatal | Lost | Done | Failed | Updated | HealthReport
 
 
-def encode(message: AnySettings | Command | Reply) -> bytes:
-    """One frame: an 8-byte length and a pickle."""
+def encode(message: AnySettings | WorkerCommand | Reply) -> bytes:
+    """Return ``message`` as one frame, which is an 8-byte length and a pickle."""
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return HEADER.pack(len(body)) + body
 
 
 def decode(body: bytes) -> Reply:
-    """The reply inside one frame."""
+    """Return the reply in the body of one frame."""
     return cast(Reply, pickle.loads(body))
 
 
 def read_frame(stream: BinaryIO) -> object | None:
-    """The next message of a blocking stream; None at its end (also in the middle of a frame)."""
+    """Read the next message of a blocking stream.
+
+    Returns None at the end of the stream, also in the middle of a frame.
+    """
     head = stream.read(HEADER.size)
     if len(head) < HEADER.size:
         return None

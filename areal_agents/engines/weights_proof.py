@@ -1,9 +1,11 @@
-"""Does an engine compute what the learner says its weights compute?
+"""The proof that an engine computes what the learner says its weights compute.
 
-Both score one prompt, the learner in fp32, with its weights rounded as they are published. In fp32 the same weights
-differ by rounding alone (1e-5 to 1e-4 measured; one wrong tensor shifts some token by far more than 1e-3). A bf16
-product rounds to 8 bits, so equal weights differ by some hundredths of a nat in the mean, how many depends on the
-model: the first load measures it, the later ones are held to that.
+Both score one prompt. The learner does it in fp32, with its weights rounded as they are published.
+
+* In fp32 the same weights differ by rounding alone, by 1e-5 to 1e-4 as measured. One wrong tensor shifts some token by
+  far more than 1e-3.
+* A bf16 product rounds to 8 bits, so equal weights differ by some hundredths of a nat in the mean. How many depends on
+  the model. The first load measures it, and the later ones are held to that.
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ _FACTOR, _MARGIN = 3.0, 0.02
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """|Δ log p| between two scorings of one prompt, in nats."""
+    """The size of |Δ log p| between two scorings of one prompt, in nats."""
 
     mean: float
     max: float
 
     @classmethod
     def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Mismatch:
-        """Raises EngineError where they are not equally many, or not finite."""
+        """Compare two scorings, token by token.
+
+        Raises EngineError where they are not equally many, or not finite.
+        """
         if len(ours) != len(theirs) or not ours:
             raise EngineError(f"the probe has {len(theirs)} log-probabilities, the engine computed {len(ours)}")
         gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
@@ -43,7 +48,7 @@ class Mismatch:
 
 
 class Prover:
-    """Judges the probes of one engine process, which remembers its first one."""
+    """The judge of one engine process's probes, who remembers the first one."""
 
     def __init__(self, precision: str) -> None:
         self._fp32 = precision == "fp32"

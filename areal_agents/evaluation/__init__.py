@@ -1,1 +1,1 @@
-"""Held-out evaluation, its statistics, and episodes looked at once more."""
+"""Held-out evaluation, its statistics, and second looks at saved episodes."""

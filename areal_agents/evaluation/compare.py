@@ -1,11 +1,12 @@
-"""Two finished evaluations, task by task: the paired difference and what it can and cannot show.
+"""The comparison of two finished evaluations, task by task.
 
     RUN:LABEL or FOLDER ─▶ load ─▶ Evaluation ─┐
                                                ├─▶ compare ─▶ Comparison
     RUN:LABEL or FOLDER ─▶ load ─▶ Evaluation ─┘
 
-Both played the same tasks, so each task is its own control: its attempts are averaged on each side, and the difference
-B - A of those means is what the statistics are about. Tasks are the same where id and content hash agree.
+Both played the same tasks, so each task is its own control. Its attempts are averaged on each side. The statistics are
+about the paired difference B - A of those means, and say what it can and cannot show. Tasks are the same where id and
+content hash agree.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from areal_agents.evaluation.statistics import PASS, mean_interval, sign_test
 from areal_agents.tracking.trajectories import read_records, shards
 
 FEW_TASKS = 30
-"""Below this the mean of the differences may be far from normal, which the t interval takes it for."""
+"""With fewer, the mean of the differences may be far from normal, which the t interval takes it for."""
 FEW_FLIPS = 10
 SHOWN = 20
 """Task ids a list of the table."""
@@ -35,7 +36,7 @@ TaskKey = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a comparison needs of one evaluation."""
+    """The part of one evaluation that a comparison needs."""
 
     name: str
     rewards: Mapping[TaskKey, Sequence[float]]
@@ -53,12 +54,15 @@ class Paired:
     difference: float
     """b - a."""
     ci95: tuple[float, float] | None
-    """Of the difference; None where nothing can be said."""
+    """Of the difference. None where nothing can be said."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """B against A over ``n`` shared tasks. Rates are in [0, 1]."""
+    """The comparison of B with A over ``n`` shared tasks.
+
+    Rates are in [0, 1].
+    """
 
     a: str
     b: str
@@ -74,14 +78,17 @@ class Comparison:
     """Ids of the tasks that A passes more often."""
     ties: int
     p_value: float
-    """Exact two-sided sign test of gained against lost; with one attempt a task it is the exact McNemar test."""
+    """Exact two-sided sign test of gained against lost. With one attempt a task it is the exact McNemar test."""
     left_out: tuple[int, int]
     """Tasks of A and of B that the other one lacks."""
     notes: tuple[str, ...] = ()
     """What makes the numbers less certain than they look."""
 
     def within(self, margin: float) -> bool:
-        """Whether the 95 % interval of pass@1's difference lies inside ±``margin``: then they are as good as equal."""
+        """Say whether the 95 % interval of pass@1's difference lies inside ±``margin``.
+
+        A and B are then as good as equal.
+        """
         interval = self.pass_at_1.ci95
         return interval is not None and -margin < interval[0] and interval[1] < margin
 
@@ -89,7 +96,7 @@ class Comparison:
         return asdict(self)
 
     def verdict(self) -> str:
-        """One sentence on pass@1."""
+        """Say in one sentence what pass@1 shows."""
         if self.pass_at_1.ci95 is None:
             return "nothing can be said about the difference"
         low, high = self.pass_at_1.ci95
@@ -100,7 +107,7 @@ class Comparison:
         return f"no difference shown: anything from {100 * low:+.1f} to {100 * high:+.1f} points fits these tasks"
 
     def table(self) -> str:
-        """For people."""
+        """Return the comparison as text for people."""
         head = ("", "A", "B", "B - A", "95 % CI")
         rows = [head, *(_row(n, p) for n, p in (("pass@1", self.pass_at_1), ("reward", self.reward)))]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -125,10 +132,16 @@ class Comparison:
 
 
 def compare(a: str | Path | Evaluation, b: str | Path | Evaluation, *, common: bool = False) -> Comparison:
-    """B against A: each a folder that ``areal-agents eval`` wrote, ``RUN:LABEL``, or an Evaluation already read.
+    """Compare evaluation B with evaluation A.
 
-    ``common`` compares the tasks that are in both and leaves the others out; without it, different tasks are refused.
-    Raises ConfigError for that, for different splits, and for no shared task; ArealError for unreadable files.
+    Args:
+        a: a folder that ``areal-agents eval`` wrote, ``RUN:LABEL``, or an Evaluation already read.
+        b: the other one, in the same ways.
+        common: compare the tasks that are in both and leave the others out. Without it, different tasks are refused.
+
+    Raises:
+        ConfigError: the tasks differ without ``common``, the splits differ, or no task is shared.
+        ArealError: a file cannot be read.
     """
     one, two = (e if isinstance(e, Evaluation) else load(e) for e in (a, b))
     shared = _shared(one, two, common=common)
@@ -154,7 +167,9 @@ def compare(a: str | Path | Evaluation, b: str | Path | Evaluation, *, common: b
 def load(source: str | Path) -> Evaluation:
     """Read ``FOLDER`` (of ``areal-agents eval``) or ``RUN:LABEL`` (of a training run).
 
-    Raises ConfigError for what is neither, naming the run's evaluations; ArealError for a shard that cannot be read.
+    Raises:
+        ConfigError: ``source`` is neither. The message names the run's evaluations.
+        ArealError: a shard cannot be read.
     """
     text = str(source)
     folder, label = Path(text).expanduser(), ""
@@ -184,7 +199,7 @@ def _nothing_there(folder: Path, label: str) -> str:
 
 
 def _environment(folder: Path) -> str | None:
-    """The environment's id, where report.json (of an evaluation) or config.toml (of a run) says it."""
+    """Return the environment's id, where report.json (of an evaluation) or config.toml (of a run) says it."""
     try:
         if (folder / "report.json").is_file():
             return str(json.loads((folder / "report.json").read_text(encoding="utf-8"))["env"])
@@ -194,7 +209,11 @@ def _environment(folder: Path) -> str | None:
 
 
 def _shared(one: Evaluation, two: Evaluation, *, common: bool) -> list[TaskKey]:
-    """The tasks to compare, in A's order. Raises ConfigError where they differ and ``common`` does not allow it."""
+    """Return the tasks to compare, in A's order.
+
+    Raises ConfigError where the tasks differ and ``common`` does not allow it, where the splits differ, and where no
+    task is shared.
+    """
     splits = [sorted({key[0] for key in e.rewards}) for e in (one, two)]
     if splits[0] != splits[1]:
         raise ConfigError(
@@ -221,7 +240,7 @@ def _paired(values: Sequence[tuple[float, float]], interval: tuple[float, float]
 
 
 def _pass_interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Student's t interval of the mean difference, which lies in [-1, 1].
+    """Return Student's t interval of the mean difference, which lies in [-1, 1].
 
     Where all n differences are the same d (or n = 1) there is no variance to estimate. A task that differs has then at
     most the probability q = 1 - 0.025^(1/n) (Clopper and Pearson 1934, none of n), and could do so by as much as the
@@ -258,7 +277,10 @@ def _most(evaluation: Evaluation, shared: Sequence[TaskKey]) -> int:
 
 
 def _passed(rewards: Sequence[float]) -> Fraction:
-    """Share of attempts that passed; exact, so that equal differences are equal numbers."""
+    """Return the share of attempts that passed.
+
+    It is exact, so that equal differences are equal numbers.
+    """
     return Fraction(sum(r >= PASS for r in rewards), len(rewards))
 
 

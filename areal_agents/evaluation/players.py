@@ -10,10 +10,13 @@ from dataclasses import dataclass, field, replace
 from areal_agents.chat.format import ChatFormat
 from areal_agents.chat_model import ChatReply
 from areal_agents.engine import Sampling
+from areal_agents.engine_kind import engine_kind
 from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec
-from areal_agents.rollout.player import EpisodePlayer, EventSink, PlayerSpec, env_maker, limits_of
+from areal_agents.rollout.chat_policy import ChatPolicy
+from areal_agents.rollout.player import EpisodePlayer, EventSink, LocalPlayer, PlayerSpec, env_maker, limits_of
 from areal_agents.settings.config import TrainConfig
+from areal_agents.types import Task
 from areal_agents.utils.precision import number_format
 
 Opener = Callable[[EventSink], contextlib.AbstractAsyncContextManager[EpisodePlayer]]
@@ -67,7 +70,8 @@ def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
     )
     # No learner wants a share of the cores.
     threads = max(1, (engine.threads or len(os.sched_getaffinity(0))) // engine.replicas)
-    number = number_format(engine.precision, gpu=engine.kind == "vllm" and torch.cuda.is_available())
+    on_gpu = engine_kind(engine.kind).takes_gpus and torch.cuda.is_available()
+    number = number_format(engine.precision, gpu=on_gpu)
     one = engine_spec(engine, folder, max_context=limits.max_context, threads=threads, format=number)
 
     @contextlib.asynccontextmanager
@@ -89,7 +93,6 @@ def on_server(config: TrainConfig, spec: EnvSpec, name: str, server: Server, ser
         served: is told every reply.
     """
     from areal_agents.engines.openai.client import OpenAIChat
-    from areal_agents.rollout.chat_episode import ChatPlayer
 
     limits = limits_of(config)
     sampling = Sampling(limits.max_turn_tokens, temperature=config.eval.temperature)
@@ -108,10 +111,13 @@ def on_server(config: TrainConfig, spec: EnvSpec, name: str, server: Server, ser
     # Twice the client's own deadline, whose message is better.
     limits = replace(limits, request_timeout=2 * (limits.request_timeout + waiting))
 
+    def policy(task: Task) -> ChatPolicy:
+        return ChatPolicy(chat, sampling, limits, seen=served.see)
+
     @contextlib.asynccontextmanager
     async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:
         async with chat:
             await chat.require_answer()
-            yield ChatPlayer(make_env, chat, sampling, limits, event=event, seen=served.see)
+            yield LocalPlayer(make_env, policy, limits, event=event)
 
     return open

@@ -1,48 +1,41 @@
-"""A saved episode once more: the same task, seed and assistant messages, in a fresh environment with real tools.
+"""The replay of a saved episode, with the same task, seed and messages in a fresh environment with real tools.
 
     record ─▶ areset(task, seed) ─▶ astep(recorded message) ─▶ … ─▶ afinish, where the runner had ended it
                    │                      │
                    └── compared with the record as it goes: observations, prompt ids, parsed calls, tool results,
                        ending, rewards, components
 
-The recorded messages are played however the environment answers, so only the first difference is sure to be a cause;
-later ones may follow from it. Turns count from 0, as in the files. Not covered: whether the engine would sample the
-same tokens again.
+The recorded assistant messages are played however the environment answers. So only the first difference is sure to be
+a cause, and later ones may follow from it. Turns count from 0, as in the files. Not covered: whether the engine would
+sample the same tokens again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from areal_agents.chat.conversation import Conversation
 from areal_agents.chat.format import ChatFormat
 from areal_agents.env import AgentEnv
-from areal_agents.errors import ArealError
+from areal_agents.errors import ArealError, RewardError
 from areal_agents.evaluation.saved_run import as_sampled
 from areal_agents.rollout.env_host import EnvHost
-from areal_agents.rollout.episode import outcomes_of
+from areal_agents.rollout.episode import EpisodeDriver, Policy, Said
+from areal_agents.rollout.token_policy import continued
+from areal_agents.sandbox import backends
 from areal_agents.tracking.console import plain
 from areal_agents.tracking.trajectories import Record
-from areal_agents.types import AssistantMessage, Image, Info, Message, Observation, Text, ToolCall, Turn
+from areal_agents.types import AssistantMessage, Image, Message, Observation, StopReason, Text, ToolCall, Trajectory
 
 What = Literal[
-    "observation",
-    "prompt tokens",
-    "parsing",
-    "exception",
-    "tool results",
-    "state key",
-    "ending",
-    "reward",
+    "observation", "prompt tokens", "parsing", "exception", "tool results", "state key", "ending", "reward",
     "components",
-]
-T = TypeVar("T")
+]  # fmt: skip
 _DIFF_LINES = 40
 _LINE_CHARS = 200
 _SHOWN_IDS = 8
@@ -50,7 +43,7 @@ _SHOWN_IDS = 8
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that came out otherwise."""
+    """One thing that came out otherwise than recorded."""
 
     turn: int
     """The turn at which it showed, from 0."""
@@ -60,21 +53,21 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class ReplayReport:
-    """One replayed episode."""
+    """The result of one replayed episode."""
 
     record: Record
     seed: int
     differences: tuple[Difference, ...]
-    """In the order in which they showed; empty: identical."""
+    """In the order in which they showed. Empty where the replay was identical."""
     tokens_checked: bool
-    """Whether prompts were rebuilt and completions parsed again; False where no tokenizer was given."""
+    """Whether prompts were rebuilt and completions parsed again. False where no tokenizer was given."""
 
     @property
     def identical(self) -> bool:
         return not self.differences
 
     def text(self) -> str:
-        """For people; safe for a terminal."""
+        """Return the report as text for people, safe for a terminal."""
         t = self.record.trajectory
         head = f"episode {t.id} (task {t.task.id}, {self.record.kind}, step {self.record.step}), seed {self.seed}, "
         head += f"{len(t.turns)} turn{'' if len(t.turns) == 1 else 's'}: "
@@ -99,209 +92,145 @@ async def replay(
 ) -> ReplayReport:
     """Play the record's messages in an environment of ``make_env`` and compare.
 
-    ``fmt``: the run's chat format; with it, prompts are rebuilt and completions parsed again. ``step_timeout``:
-    seconds for one reset or step. ``max_turns``: the runner's limit in the run, which tells its end by turns from the
-    environment's own; None where nobody knows it. An exception of the environment is a difference; an ArealError (a
-    sandbox that fails, a step that hangs) says nothing about the episode and is raised.
+    An exception of the environment is a difference.
+
+    Args:
+        record: the saved episode.
+        make_env: makes the environment.
+        seed: the environment is reset with it.
+        fmt: the run's chat format. With it, prompts are rebuilt and completions parsed again.
+        step_timeout: seconds for one reset or step.
+        max_turns: the runner's limit in the run, which tells its end by turns from the environment's own. None where
+            nobody knows it.
+
+    Raises:
+        ArealError: a sandbox failed or a step hung, which says nothing about the episode.
     """
+    recorded = record.trajectory
+    playback = Playback(recorded, fmt, max_turns)
     host = EnvHost()
-    playback = _Playback(record, make_env, fmt, step_timeout, host, max_turns)
+    episode = EpisodeDriver(
+        make_env, recorded.task, playback, host, id=recorded.id, seed=seed, step_timeout=step_timeout
+    )
     try:
-        await playback.play(seed)
+        await _play(episode)
     finally:
-        try:
-            await playback.close()
-        finally:
-            await host.close(_close_sandboxes)
-    return ReplayReport(record, seed, tuple(playback.differences), fmt is not None)
+        await host.close(backends().close_shared)
+    found = [*playback.differences, *_differences(recorded, episode)]
+    found.sort(key=lambda d: d.turn)  # stable: within a turn, in the order of its events
+    return ReplayReport(record, seed, tuple(found), fmt is not None)
 
 
-async def _close_sandboxes() -> None:
-    await importlib.import_module("areal_agents.sandboxes").close_shared()
+class _RecordEnds(Exception):
+    """The record has no further message, and the runner did not end it."""
 
 
-class _Raised(Exception):
-    """The environment raised; the difference is noted and the replay ends."""
+class Playback(Policy):
+    """A policy that says what a record says, whatever it is answered.
 
+    It notes where it is shown something else.
+    """
 
-@dataclass(slots=True)
-class _Earned:
-    """What the replay earned so far, one entry a turn."""
-
-    rewards: list[float]
-    components: list[dict[str, float]]
-    credited: bool = False
-    """The end replaced the rewards of all turns."""
-
-
-class _Playback:
-    """The state of one replay. Every call into the environment goes through ``_env``."""
-
-    def __init__(
-        self, record: Record, make_env: Callable[[], AgentEnv], fmt: ChatFormat | None, timeout: float, host: EnvHost,
-        max_turns: int | None,
-    ) -> None:  # fmt: skip
-        self.trajectory = record.trajectory
+    def __init__(self, recorded: Trajectory, fmt: ChatFormat | None, max_turns: int | None) -> None:
         self.differences: list[Difference] = []
-        self._make_env, self._fmt, self._timeout, self._host = make_env, fmt, timeout, host
-        self._max_turns = max_turns
-        self._environment: AgentEnv | None = None
+        self._recorded, self._fmt, self._max_turns = recorded, fmt, max_turns
         self._conversation: Conversation | None = None
-        self._earned = _Earned([], [])
 
-    async def play(self, seed: int) -> None:
-        try:
-            observation = await self._open(seed)
-            for k, turn in enumerate(self.trajectory.turns):
-                self._compare_shown(k, turn, observation)
-                message = self._message(k, turn)
-                observation, ended = await self._step(k, turn, message)
-                if ended:
-                    break
-                if self._conversation is not None and k + 1 < len(self.trajectory.turns):
-                    self._conversation.add_observation(observation)
-        except _Raised:
-            pass
-
-    async def close(self) -> None:
-        environment = self._environment
-        if environment is not None:
-            last = max(0, len(self._earned.rewards) - 1)
-            with contextlib.suppress(_Raised):
-                await self._env(last, environment.aclose, "close")
-
-    async def _open(self, seed: int) -> Observation:
-        async def create() -> tuple[Observation, Info]:
-            self._environment = self._make_env()
-            return await self._environment.areset(seed=seed, options={"task": self.trajectory.task})
-
-        observation, _ = await self._env(0, create, "reset")
-        assert self._environment is not None
-        if self._fmt is not None:
-            self._conversation = Conversation(self._fmt, observation, self._environment.tools)
-        return observation
-
-    def _compare_shown(self, k: int, turn: Turn, observation: Observation) -> None:
-        if observation != turn.observation:
-            self._differ(k, "observation", _diff(_lines(turn.observation), _lines(observation)))
-        conversation = self._conversation
-        if conversation is None:
-            return
-        if conversation.suffix != turn.prompt_suffix:
-            self._differ(k, "prompt tokens", _ids_diff(turn.prompt_suffix, conversation.suffix))
-        elif conversation.parent != turn.parent:
-            self._differ(k, "prompt tokens", f"recorded as a child of turn {turn.parent}, not {conversation.parent}")
-
-    def _message(self, k: int, turn: Turn) -> AssistantMessage:
-        """The action: what the recorded ids say, or the recorded message where nothing can read them."""
-        recorded = as_sampled(turn.message)
-        if self._conversation is None:
-            return recorded
-        parsed = self._conversation.add_completion(turn.completion)
-        if parsed != recorded:
-            self._differ(k, "parsing", _diff(_said(recorded), _said(parsed)))
-        return parsed
-
-    async def _step(self, k: int, turn: Turn, message: AssistantMessage) -> tuple[Observation, bool]:
-        """One turn; True where the replay ends with it."""
-        environment, last = self._env_of(), k == len(self.trajectory.turns) - 1
-        observation, reward, terminated, truncated, info = await self._env(
-            k, lambda: environment.astep(message), "step"
-        )
-        if outcomes_of(info) != turn.tool_results:
-            self._differ(k, "tool results", _diff(list(map(str, turn.tool_results)), list(map(str, outcomes_of(info)))))
-        if last and observation != self.trajectory.final_observation:
-            # Noted at this turn: it is what followed it, and no later turn shows it.
-            self._differ(k, "observation", _diff(_lines(self.trajectory.final_observation), _lines(observation)))
-        self._earned.rewards.append(self._number(k, reward))
-        self._earned.components.append({name: self._number(k, x) for name, x in info.get("components", {}).items()})
-        ended = bool(terminated or truncated)
-        if ended and not last:
-            reason = info.get("stop_reason", "answer" if terminated else "max_turns")
-            left = len(self.trajectory.turns) - k - 1
-            self._differ(
-                k, "ending", f"the episode ends here ({reason}); in the record it goes on for {left} more turns"
-            )
-            self._compare_rewards(k)
-        elif last:
-            await self._end(k, bool(terminated), bool(truncated), info)
-            self._compare_rewards(k)
-        if turn.state_key is not None or "state_key" in info:
-            self._expect(k, "state key", turn.state_key, info.get("state_key"))
-        return observation, ended
-
-    async def _end(self, k: int, terminated: bool, truncated: bool, info: Info) -> None:
-        """The recorded end: the environment's own, or the runner's, which asks it for the reward of what exists."""
-        t, environment = self.trajectory, self._env_of()
-        if terminated or truncated:
-            reason = info.get("stop_reason", "answer" if terminated else "max_turns")
-        elif self._ended_by_the_runner():
-            extra, info = await self._env(k, lambda: environment.afinish(t.stop_reason), "finish")
-            self._earned.rewards[k] += self._number(k, extra)
-            self._earned.components[k] |= {n: self._number(k, x) for n, x in info.get("components", {}).items()}
-            truncated, reason = True, t.stop_reason
-        else:
-            self._differ(k, "ending", f"the record ends here ({t.stop_reason}); the environment goes on")
-            return
-        self._expect(
-            k, "ending", _ending(t.terminated, t.truncated, t.stop_reason), _ending(terminated, truncated, reason)
-        )
-        credit = info.get("turn_rewards")
-        if credit is not None:
-            self._earned.rewards, self._earned.credited = [self._number(k, x) for x in credit], True
+    async def say(self, episode: EpisodeDriver) -> Said | StopReason:
+        k = len(episode.turns)
+        if k == len(self._recorded.turns):
+            if not self._ended_by_the_runner():
+                raise _RecordEnds
+            return self._recorded.stop_reason
+        turn = self._recorded.turns[k]
+        message, tokens = as_sampled(turn.message), len(turn.completion.ids)
+        if episode.observation != turn.observation:
+            self._differ(k, "observation", _diff(_lines(turn.observation), _lines(episode.observation)))
+        if self._fmt is None:
+            return Said(message, turn.completion, turn.prompt_suffix, turn.parent, tokens)
+        self._conversation = conversation = continued(self._conversation, self._fmt, episode)
+        suffix, parent = conversation.suffix, conversation.parent
+        if suffix != turn.prompt_suffix:
+            self._differ(k, "prompt tokens", _ids_diff(turn.prompt_suffix, suffix))
+        elif parent != turn.parent:
+            self._differ(k, "prompt tokens", f"recorded as a child of turn {turn.parent}, not {parent}")
+        parsed = conversation.add_completion(turn.completion)
+        if parsed != message:
+            self._differ(k, "parsing", _diff(_said(message), _said(parsed)))
+        return Said(parsed, turn.completion, suffix, parent, tokens)
 
     def _ended_by_the_runner(self) -> bool:
-        t, limit = self.trajectory, self._max_turns
+        """Say whether the runner ended the recorded episode, so that it has to end this one too.
+
+        Environments end episodes for ``max_turns`` as well. Below the runner's limit it was the environment.
+        """
+        t, limit = self._recorded, self._max_turns
         if not t.truncated or t.terminated:
             return False
         return t.stop_reason in ("context", "tokens") or (
             t.stop_reason == "max_turns" and (limit is None or len(t.turns) >= limit)
         )
 
-    def _compare_rewards(self, last: int) -> None:
-        """Turn by turn. Known only now: an end may replace the rewards of all turns."""
-        turns, earned = self.trajectory.turns[: last + 1], self._earned
-        if len(earned.rewards) != len(turns):
-            self._differ(last, "reward", f"{len(earned.rewards)} turn rewards for {len(turns)} turns")
-            return
-        for k, turn in enumerate(turns):
-            shown = last if earned.credited else k
-            where = f"turn {k}: " if shown != k else ""
-            if turn.reward != earned.rewards[k]:
-                self._differ(shown, "reward", f"{where}recorded {turn.reward!r}, replayed {earned.rewards[k]!r}")
-            if dict(turn.components) != earned.components[k]:
-                self._differ(k, "components", _diff(_pairs(dict(turn.components)), _pairs(earned.components[k])))
-        self.differences.sort(key=lambda d: d.turn)  # stable: within a turn, in the order of its events
-
-    def _number(self, k: int, value: Any) -> float:
-        try:
-            return float(value)
-        except (TypeError, ValueError) as error:
-            self._differ(k, "exception", f"the reward or component {value!r} is not a number")
-            raise _Raised from error
-
-    def _expect(self, k: int, what: What, recorded: object, replayed: object) -> None:
-        if recorded != replayed:
-            self._differ(k, what, f"recorded {recorded}, replayed {replayed}")
-
     def _differ(self, turn: int, what: What, detail: str) -> None:
         self.differences.append(Difference(turn, what, detail))
 
-    def _env_of(self) -> AgentEnv:
-        assert self._environment is not None
-        return self._environment
 
-    async def _env(self, k: int, make: Callable[[], Awaitable[T]], what: str) -> T:
-        """Call into the environment. The boundary at which an author's exception becomes a difference."""
-        label = f"{what} of task {self.trajectory.task.id}"
-        try:
-            return await self._host.call(make, timeout=self._timeout, what=label)
-        except ArealError:
+async def _play(episode: EpisodeDriver) -> None:
+    """Play the episode, which keeps the environment's own faults.
+
+    Raises every other ArealError.
+    """
+    try:
+        with contextlib.suppress(_RecordEnds):
+            await episode.play()
+    except ArealError as error:
+        if error not in episode.faults:
             raise
-        except Exception as error:  # third-party code: noted with its traceback
-            trace = "".join(traceback.format_exception(error)).splitlines()[-_DIFF_LINES:]
-            self._differ(k, "exception", f"{label} raised:\n" + _cut(trace))
-            raise _Raised from error
+    if episode.close_error is not None and episode.close_error not in episode.faults:
+        raise episode.close_error
+
+
+def _differences(recorded: Trajectory, episode: EpisodeDriver) -> Iterator[Difference]:
+    """Yield what the environment did otherwise, besides what it showed before a message."""
+    for k, (turn, now) in enumerate(zip(recorded.turns, episode.turns, strict=False)):
+        if turn.tool_results != now.tool_results:
+            texts = (list(map(str, t.tool_results)) for t in (turn, now))
+            yield Difference(k, "tool results", _diff(*texts))
+        if turn.state_key != now.state_key:
+            yield Difference(k, "state key", f"recorded {turn.state_key}, replayed {now.state_key}")
+    if len(episode.turns) == len(recorded.turns) and episode.observation != recorded.final_observation:
+        # Noted at the last turn, because it followed that turn and no later turn shows it.
+        last = max(0, len(recorded.turns) - 1)
+        yield Difference(last, "observation", _diff(_lines(recorded.final_observation), _lines(episode.observation)))
+    # An end that was not reached might have changed the rewards of all turns: they are then not compared.
+    if all(fault is episode.close_error for fault in episode.faults):
+        yield from _end_differences(recorded, episode)
+    for fault, k in episode.faults.items():
+        cause = fault.__cause__
+        trace = "".join(traceback.format_exception(cause)).splitlines() if cause is not None else []
+        lines = [str(fault).partition("\n")[0], *trace[1 - _DIFF_LINES :]]
+        yield Difference(k, "reward" if isinstance(fault, RewardError) else "exception", _cut(lines))
+
+
+def _end_differences(recorded: Trajectory, episode: EpisodeDriver) -> Iterator[Difference]:
+    """Yield how the end came out otherwise, and the rewards, which it may have replaced."""
+    last, reached = max(0, len(recorded.turns) - 1), max(0, len(episode.turns) - 1)
+    before, after = (_ending(t.terminated, t.truncated, t.stop_reason) for t in (recorded, episode))
+    if not episode.ended:
+        yield Difference(last, "ending", f"the record ends here ({recorded.stop_reason}); the environment goes on")
+    elif reached < last:
+        left = f"in the record it goes on for {last - reached} more turns"
+        yield Difference(reached, "ending", f"the episode ends here ({episode.stop_reason}); {left}")
+    elif before != after:
+        yield Difference(last, "ending", f"recorded {before}, replayed {after}")
+    for k, (turn, now) in enumerate(zip(recorded.turns, episode.turns, strict=False)):
+        # Rewards that the end replaced are known only there.
+        shown = reached if episode.credited else k
+        if turn.reward != now.reward:
+            where = f"turn {k}: " if shown != k else ""
+            yield Difference(shown, "reward", f"{where}recorded {turn.reward!r}, replayed {now.reward!r}")
+        if dict(turn.components) != dict(now.components):
+            yield Difference(k, "components", _diff(_pairs(turn.components), _pairs(now.components)))
 
 
 def _ending(terminated: bool, truncated: bool, reason: str) -> str:
@@ -331,7 +260,7 @@ def _call_line(call: ToolCall) -> str:
     return f"call {call.id} {call.name!r} {dict(call.arguments)!r} {call.status} at tokens {call.token_span}"
 
 
-def _pairs(values: dict[str, Any]) -> list[str]:
+def _pairs(values: Mapping[str, float]) -> list[str]:
     return [f"{name} = {value!r}" for name, value in sorted(values.items())]
 
 
@@ -346,7 +275,7 @@ def _ids_diff(recorded: Sequence[int], rebuilt: Sequence[int]) -> str:
 
 
 def _diff(recorded: list[str], replayed: list[str]) -> str:
-    """A short unified diff."""
+    """Return a short unified diff."""
     lines = list(difflib.unified_diff(recorded, replayed, "recorded", "replayed", lineterm="", n=2))
     return _cut(lines) if lines else "the same text in other parts"
 

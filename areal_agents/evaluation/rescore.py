@@ -1,11 +1,11 @@
-"""A new reward on saved episodes: what would it have paid, and what would training have made of it?
+"""The rescoring of saved episodes with a new reward.
 
     RUN/trajectories ─▶ episode_of ─▶ judge(new reward) ─▶ Rescored ─▶ reward_shift.py: compared with the old rewards
                                           │ raises: counted, with the first traceback; never a zero
 
-Nothing is sampled and no environment runs, so a reward is tried on thousands of episodes in seconds. The run's own
-files are only read. Not covered: rewards that look at anything else than an ``Episode`` (an environment's own step
-rewards are replaced as a whole).
+It shows what the reward would have paid, and what training would have made of it. Nothing is sampled and no environment
+runs, so a reward is tried on thousands of episodes in seconds. The run's own files are only read. Not covered: rewards
+that look at anything else than an ``Episode`` (an environment's own step rewards are replaced as a whole).
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ from areal_agents.toolenv import ToolEnv, without_reasoning
 from areal_agents.tracking.trajectories import Record, read_shard
 from areal_agents.types import AssistantMessage, Message, Trajectory
 
-Answer = Callable[[Record], str]
-"""What the rubric gets to see of a record's final message."""
+ReadAnswer = Callable[[Record], str]
+"""Returns what the rubric gets to see of a record's final message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rescored:
-    """The old and the new rewards of one episode, one a turn: [K]; what a comparison needs and no more."""
+    """The old and the new rewards of one episode, one number a turn.
+
+    It holds what a comparison needs and no more. Fields that end with ``_K`` have one entry a turn, [K].
+    """
 
     id: str
     kind: str
@@ -49,7 +52,7 @@ class Rescored:
     new_K: tuple[float, ...] | None
     """None where the new reward failed."""
     status: str = "ok"
-    """The verdict's."""
+    """The verdict's, or ``failed`` where the new reward failed."""
 
     @property
     def old(self) -> float:
@@ -57,14 +60,14 @@ class Rescored:
 
     @property
     def new(self) -> float:
-        """Raises ValueError where the new reward failed."""
+        """The episode's new reward. Raises ValueError where the new reward failed."""
         if self.new_K is None:
             raise ValueError(f"episode {self.id} has no new reward: the reward function failed on it")
         return float(sum(self.new_K))
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class RewardFailure:
     """One episode that the reward function failed on."""
 
     episode: str
@@ -75,21 +78,22 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Everything one rescoring brought, in the order of the files."""
+    """The results of one rescoring, in the order of the files."""
 
     episodes: tuple[Rescored, ...]
-    failures: tuple[Failure, ...]
+    failures: tuple[RewardFailure, ...]
     skipped: int
-    """Episodes without a turn: there is nothing to reward."""
+    """Episodes without a turn, in which there is nothing to reward."""
     records: tuple[Record, ...]
-    """With the new rewards; empty unless they were asked for."""
+    """With the new rewards. Empty unless they were asked for."""
 
 
 def load_reward(name: str) -> RewardLike:
-    """The reward behind ``pkg.module:name``, or the rubric of an environment (``module:Class`` or its id).
+    """Load a reward, or the rubric of an environment, by its name.
 
-    A reward is whatever ``ToolEnv.rubric`` may be: a function of an Episode, a Reward, a WeightedSum or a Gate.
-    Raises ConfigError where there is none.
+    A reward is called ``pkg.module:name``, and an environment ``module:Class`` or by its id. A reward is whatever
+    ``ToolEnv.rubric`` may be: a function of an Episode, a Reward, a WeightedSum or a Gate. Raises ConfigError where
+    there is none.
     """
     found = _find(name)
     if isinstance(found, type) and issubclass(found, AgentEnv):
@@ -126,10 +130,11 @@ def _find(name: str) -> Any:
         raise ConfigError(f"--reward {name}: module {module_name!r} has no {path!r}{hint}") from error
 
 
-def answer_of(run: SavedRun) -> Answer:
-    """How the run's environment reads the answer from a final message. Raises RegistryError.
+def answer_of(run: SavedRun) -> ReadAnswer:
+    """Return the function that reads the answer from a final message as the run's environment does.
 
-    An environment that overrides ``ToolEnv.answer`` is made once and asked; it needs no sandbox for that.
+    An environment that overrides ``ToolEnv.answer`` is made once and asked. It needs no sandbox for that. Raises
+    RegistryError where there is no such environment.
     """
     cls = run.spec.env_class()
     if not issubclass(cls, ToolEnv) or cls.answer is ToolEnv.answer:
@@ -144,12 +149,12 @@ def answer_of(run: SavedRun) -> Answer:
 
 
 def plain_answer(record: Record) -> str:
-    """The text after the reasoning: what ``ToolEnv.answer`` does by default."""
+    """Return the text after the reasoning, as ``ToolEnv.answer`` does by default."""
     return without_reasoning(record.trajectory.turns[-1].message.text)
 
 
-def episode_of(record: Record, answer: Answer = plain_answer) -> Episode:
-    """The Episode that the environment's rubric saw when the episode ended."""
+def episode_of(record: Record, answer: ReadAnswer = plain_answer) -> Episode:
+    """Rebuild the Episode that the environment's rubric saw when the episode ended."""
     trajectory = record.trajectory
     shown = [*(turn.observation for turn in trajectory.turns), trajectory.final_observation]
     messages: list[Message | AssistantMessage] = []
@@ -165,7 +170,7 @@ def episode_of(record: Record, answer: Answer = plain_answer) -> Episode:
 
 
 def with_verdict(trajectory: Trajectory, verdict: Verdict) -> Trajectory:
-    """``trajectory`` as if ``verdict`` had been its rubric's."""
+    """Return ``trajectory`` as if ``verdict`` had been its rubric's."""
     last = len(trajectory.turns) - 1
     rewards = verdict.turn_rewards or (*(0.0 for _ in range(last)), verdict.score)
     turns = tuple(
@@ -179,15 +184,25 @@ async def rescore(
     paths: Sequence[Path],
     reward: RewardLike,
     *,
-    answer: Answer = plain_answer,
+    answer: ReadAnswer = plain_answer,
     concurrency: int = 64,
     keep: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Outcome:
-    """Judge every episode of the shards at ``paths``; at most ``concurrency`` calls of an async reward run at once.
+    """Judge every episode of the shards at ``paths``.
 
-    ``keep``: return the records with their new rewards too (all of them in memory). Raises ArealError for a broken
-    shard; what the reward raises is a Failure of the outcome.
+    What the reward raises is a RewardFailure of the outcome.
+
+    Args:
+        paths: shards of trajectories.
+        reward: the new reward.
+        answer: reads the answer from a final message.
+        concurrency: how many calls of an async reward run at once.
+        keep: return the records with their new rewards too, all of them in memory.
+        progress: is called with the number of episodes that are done.
+
+    Raises:
+        ArealError: a shard is broken.
     """
     scorer = _Scorer(reward, answer, keep, progress)
     jobs = enumerate(record for path in paths for record in read_shard(path))
@@ -207,12 +222,15 @@ async def rescore(
 
 
 class _Scorer:
-    """The state that the workers of one rescoring share; results by the episode's place."""
+    """The state that the workers of one rescoring share.
 
-    def __init__(self, reward: RewardLike, answer: Answer, keep: bool, progress: Callable[[int], None]) -> None:
+    Results are kept by the episode's place in the files.
+    """
+
+    def __init__(self, reward: RewardLike, answer: ReadAnswer, keep: bool, progress: Callable[[int], None]) -> None:
         self._reward, self._answer, self._keep, self._progress = reward, answer, keep, progress
         self.episodes: dict[int, Rescored] = {}
-        self.failures: dict[int, Failure] = {}
+        self.failures: dict[int, RewardFailure] = {}
         self.records: dict[int, Record] = {}
         self.skipped = 0
 
@@ -231,13 +249,13 @@ class _Scorer:
         status = "failed"
         try:
             verdict = await judge(self._reward, episode_of(record, self._answer))
-        except (Exception, asyncio.CancelledError) as error:
+        except (Exception, asyncio.CancelledError) as error:  # the author's own code, which may cancel itself
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise  # ours, not the author's
             summary = "".join(traceback.format_exception_only(error)).strip()
             trace = "".join(traceback.format_exception(error))
-            self.failures[place] = Failure(t.id, summary, trace)
+            self.failures[place] = RewardFailure(t.id, summary, trace)
         else:
             scored = with_verdict(t, verdict)
             new, status = tuple(turn.reward for turn in scored.turns), verdict.status

@@ -1,8 +1,8 @@
-"""What changes when rewards change: distribution, ranks, passes, and the signs of the advantages.
+"""The changes that a new reward brings to the mean, to ranks and passes, and to the signs of the advantages.
 
-The numbers of ``areal-agents rescore``. Ranks and signs matter more than values: a shifted or scaled reward with the
-same order trains much the same policy. Every share counts an episode once; episodes that the new reward failed on are
-in no number but ``failed``, and their groups in no advantage.
+These are the numbers of ``areal-agents rescore``. Ranks and signs matter more than values, because a shifted or scaled
+reward with the same order trains much the same policy. Every share counts an episode once. Episodes that the new reward
+failed on are in no number but ``failed``, and their groups in no advantage.
 """
 
 from __future__ import annotations
@@ -16,39 +16,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_agents.algorithms.advantages import ADVANTAGES, EpisodeRewards
+from areal_agents.algorithms.advantages import EpisodeRewards, estimate
 from areal_agents.evaluation.rescore import Outcome, Rescored
 from areal_agents.evaluation.saved_run import columns
-from areal_agents.evaluation.statistics import kendall_tau_b, spearman
+from areal_agents.evaluation.statistics import spearman
 from areal_agents.settings.config import AlgorithmConfig
 from areal_agents.tracking.console import plain
 
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-BINS = 10
-BAR = 24
-"""Width of the histogram's longest bar in characters."""
 WORST = 10
-"""Flipped tasks that the table lists; the JSON holds all."""
+"""Flipped tasks that the table lists. The JSON holds all."""
 SHOWN_TRACE_LINES = 30
 _ZERO = 1e-9
 """Advantages below this share of the group's largest reward (or of 1) are the rounding of zero."""
 
 
 @dataclass(frozen=True, slots=True)
-class Distribution:
-    """Of one reward over episodes."""
-
-    mean: float
-    sd: float | None
-    """With n − 1; None for one episode."""
-    quantiles: dict[str, float]
-    counts: tuple[int, ...]
-    """Episodes a bin of ``RewardShift.edges``."""
-
-
-@dataclass(frozen=True, slots=True)
 class TaskFlip:
-    """A task that passes under one reward and not under the other: at least half of its episodes pass."""
+    """A task that passes under one reward and not under the other.
+
+    A task passes where at least half of its episodes do.
+    """
 
     task: str
     old_pass: float
@@ -60,18 +47,21 @@ class TaskFlip:
 
 @dataclass(frozen=True, slots=True)
 class SignChanges:
-    """How many of ``total`` (episodes, turns or sampled tokens) have an advantage of another sign."""
+    """The numbers of sampled tokens, out of ``total``, whose advantage has another sign than before."""
 
     total: int = 0
     flipped: int = 0
-    """From positive to negative or back: what was reinforced would be discouraged."""
+    """From positive to negative or back. What was reinforced would be discouraged."""
     to_zero: int = 0
     from_zero: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class AdvantageShift:
-    """Advantages recomputed a group with the run's own estimator, from the old rewards and from the new."""
+    """The change of the advantages from the old rewards to the new ones.
+
+    Both are computed again, group by group, with the run's own estimator.
+    """
 
     estimator: str
     groups: int
@@ -82,15 +72,13 @@ class AdvantageShift:
     """Groups with an advantage that is not zero."""
     signal_lost: int
     signal_gained: int
-    episodes: SignChanges
-    """An episode counts in each column that one of its turns counts in."""
-    turns: SignChanges
     tokens: SignChanges
+    """Tokens, since they are what the loss sums over: a long turn weighs more than a short one."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardShift:
-    """The whole comparison."""
+    """The whole comparison of the new rewards with the old ones."""
 
     reward: str
     scored: int
@@ -100,13 +88,11 @@ class RewardShift:
     groups: int
     statuses: dict[str, int]
     """Verdicts by status."""
-    edges: tuple[float, ...]
-    old: Distribution
-    new: Distribution
+    mean_old: float
+    mean_new: float
     changed: float
     """Share of episodes whose reward is another number."""
     spearman: float | None
-    kendall_tau_b: float | None
     pass_at: float
     pass_old: float
     pass_new: float
@@ -115,7 +101,7 @@ class RewardShift:
     tasks_flipped: float
     """Share of tasks."""
     flips: tuple[TaskFlip, ...]
-    """Worst first: the largest change of the pass rate."""
+    """Worst first, which is the largest change of the pass rate."""
     advantages: AdvantageShift | None
     """None where the run did not train on these episodes."""
 
@@ -123,8 +109,8 @@ class RewardShift:
         return dataclasses.asdict(self)
 
     def table(self) -> str:
-        """For people; safe for a terminal."""
-        parts = [self._head(), self._distributions(), self._histogram(), self._passes()]
+        """Return the comparison as text for people, safe for a terminal."""
+        parts = [self._head(), self._passes()]
         if self.advantages is not None:
             parts.append(_advantage_table(self.advantages))
         return plain("\n\n".join(parts))
@@ -135,24 +121,9 @@ class RewardShift:
         return (
             f"{self.reward}: {self.scored} episodes, {self.tasks} tasks, {self.groups} groups; {self.failed} failed"
             + (f" ({', '.join(notes)})" if notes else "")
-            + f"\nreward changed on {self.changed:.1%} of the episodes; Spearman ρ {_number(self.spearman)}, "
-            f"Kendall τ-b {_number(self.kendall_tau_b)}"
+            + f"\nmean reward {self.mean_old:.4g} before, {self.mean_new:.4g} now; changed on {self.changed:.1%} of "
+            f"the episodes; Spearman ρ {'–' if self.spearman is None else f'{self.spearman:.3f}'}"
         )
-
-    def _distributions(self) -> str:
-        rows = [["", "mean", "sd", *(_quantile_name(q) for q in QUANTILES)]]
-        for name, d in (("old", self.old), ("new", self.new)):
-            rows.append([name, f"{d.mean:.4g}", _number(d.sd), *(f"{x:.4g}" for x in d.quantiles.values())])
-        return columns(rows)
-
-    def _histogram(self) -> str:
-        tallest = max(*self.old.counts, *self.new.counts, 1)
-        rows = [["reward", "old", "", "new", ""]]
-        for i, (old, new) in enumerate(zip(self.old.counts, self.new.counts, strict=True)):
-            low, high = self.edges[i], self.edges[i + 1]
-            label = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
-            rows.append([label, str(old), _bar(old, tallest), str(new), _bar(new, tallest)])
-        return columns(rows)
 
     def _passes(self) -> str:
         lines = [
@@ -171,15 +142,21 @@ class RewardShift:
 def compare(
     outcome: Outcome, *, reward: str, algorithm: AlgorithmConfig | None = None, pass_at: float = 1.0
 ) -> RewardShift:
-    """The comparison of an outcome's old and new rewards. Raises ValueError where no episode has a new reward.
+    """Compare an outcome's new rewards with its old ones.
 
-    ``algorithm``: whose advantages to recompute; None: none.
+    Args:
+        outcome: of one rescoring.
+        reward: the new reward's name, for the report.
+        algorithm: whose advantages to compute again. None leaves them out.
+        pass_at: the reward from which on an episode passes.
+
+    Raises:
+        ValueError: no episode has a new reward.
     """
     scored = [e for e in outcome.episodes if e.new_K is not None]
     if not scored:
         raise ValueError(f"{reward} failed on every episode: there is nothing to compare")
     old, new = np.array([e.old for e in scored]), np.array([e.new for e in scored])
-    edges = _edges(np.concatenate([old, new]))
     limit = pass_at - 1e-9
     flips = _flips(scored, limit)
     return RewardShift(
@@ -190,12 +167,10 @@ def compare(
         tasks=len({e.task for e in scored}),
         groups=len({(e.kind, e.group) for e in scored}),
         statuses=dict(Counter(e.status for e in scored)),
-        edges=tuple(edges.tolist()),
-        old=_distribution(old, edges),
-        new=_distribution(new, edges),
+        mean_old=float(old.mean()),
+        mean_new=float(new.mean()),
         changed=float((old != new).mean()),
         spearman=spearman(old.tolist(), new.tolist()),
-        kendall_tau_b=kendall_tau_b(old.tolist(), new.tolist()),
         pass_at=pass_at,
         pass_old=float((old >= limit).mean()),
         pass_new=float((new >= limit).mean()),
@@ -207,11 +182,11 @@ def compare(
 
 
 def advantage_shift(episodes: Sequence[Rescored], algorithm: AlgorithmConfig) -> AdvantageShift:
-    """The signs of the advantages, group by group, before and after."""
+    """Compare the signs of the advantages before and after, group by group."""
     groups: dict[tuple[str, str], list[Rescored]] = defaultdict(list)
     for e in episodes:
         groups[e.kind, e.group].append(e)
-    counts: dict[str, Counter[str]] = {unit: Counter() for unit in ("episodes", "turns", "tokens")}
+    tokens: Counter[str] = Counter()
     signal: Counter[str] = Counter()
     for group in groups.values():
         if len(group) < 2 or any(e.new_K is None for e in group):
@@ -223,42 +198,32 @@ def advantage_shift(episodes: Sequence[Rescored], algorithm: AlgorithmConfig) ->
         for name, yes in {"old": had, "new": has, "lost": had and not has, "gained": has and not had}.items():
             signal[name] += int(yes)
         for e, old_K, new_K in zip(group, before, after, strict=True):
-            _count_changes(counts, e, old_K, new_K)
+            tokens.update(_changed_tokens(np.array(e.tokens_K), old_K, new_K))
     return AdvantageShift(
-        algorithm.advantage,
+        algorithm.advantage.kind,
         len(groups),
         signal["skipped"],
         signal["old"],
         signal["new"],
         signal["lost"],
         signal["gained"],
-        *(SignChanges(**{f.name: c[f.name] for f in dataclasses.fields(SignChanges)}) for c in counts.values()),
+        SignChanges(**tokens),
     )
 
 
-def _count_changes(
-    counts: dict[str, Counter[str]], episode: Rescored, old_K: NDArray[np.int8], new_K: NDArray[np.int8]
-) -> None:
-    tokens_K = np.array(episode.tokens_K)
-    changes = {
-        "total": np.ones(len(old_K), np.bool_),
-        "flipped": old_K * new_K < 0,
-        "to_zero": (old_K != 0) & (new_K == 0),
-        "from_zero": (old_K == 0) & (new_K != 0),
+def _changed_tokens(tokens_K: NDArray[np.int64], old_K: NDArray[np.int8], new_K: NDArray[np.int8]) -> dict[str, int]:
+    """Return the fields of ``SignChanges`` for one episode of K turns."""
+    return {
+        "total": int(tokens_K.sum()),
+        "flipped": int(tokens_K[old_K * new_K < 0].sum()),
+        "to_zero": int(tokens_K[(old_K != 0) & (new_K == 0)].sum()),
+        "from_zero": int(tokens_K[(old_K == 0) & (new_K != 0)].sum()),
     }
-    for name, where_K in changes.items():
-        counts["episodes"][name] += int(where_K.any())
-        counts["turns"][name] += int(where_K.sum())
-        counts["tokens"][name] += int(tokens_K[where_K].sum())
 
 
 def _signs(rewards: Sequence[tuple[float, ...]], algorithm: AlgorithmConfig) -> list[NDArray[np.int8]]:
-    """−1, 0 or 1 a turn, as ``train.batch_of`` would have it."""
-    group = [EpisodeRewards(r) for r in rewards]
-    if algorithm.advantage == "grpo":
-        advantages = ADVANTAGES["grpo"](group, normalize=algorithm.normalize)
-    else:
-        advantages = ADVANTAGES["turn_return"](group, gamma=algorithm.gamma)
+    """Return the signs of the advantages that training would compute: −1, 0 or 1 a turn."""
+    advantages = estimate([EpisodeRewards(r) for r in rewards], algorithm.advantage)
     zero = _ZERO * max(1.0, *(abs(x) for r in rewards for x in r))
     return [np.where(np.abs(a) > zero, np.sign(a), 0).astype(np.int8) for a in (t.numpy() for t in advantages)]
 
@@ -277,53 +242,24 @@ def _flips(scored: Sequence[Rescored], limit: float) -> list[TaskFlip]:
     return sorted(flips, key=lambda f: (-abs(f.new_pass - f.old_pass), f.task))
 
 
-def _edges(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of equal bins over all values; of one bin where all are equal."""
-    low, high = float(values.min()), float(values.max())
-    return np.array([low, low]) if low == high else np.linspace(low, high, BINS + 1)
-
-
-def _distribution(values: NDArray[np.float64], edges: NDArray[np.float64]) -> Distribution:
-    quantiles = np.quantile(values, QUANTILES).tolist()
-    # The last bin holds its upper edge too; no value lies outside.
-    bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-    return Distribution(
-        float(values.mean()),
-        float(values.std(ddof=1)) if len(values) > 1 else None,
-        {_quantile_name(q): x for q, x in zip(QUANTILES, quantiles, strict=True)},
-        tuple(np.bincount(bins, minlength=len(edges) - 1).tolist()),
-    )
-
-
-def _quantile_name(q: float) -> str:
-    return {0.0: "min", 0.5: "median", 1.0: "max"}.get(q, f"{q:.0%}")
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _bar(count: int, tallest: int) -> str:
-    return "█" * max(round(BAR * count / tallest), int(count > 0))
-
-
 def _advantage_table(shift: AdvantageShift) -> str:
-    lines = [
+    c = shift.tokens
+    flipped, to_zero, from_zero = (f"{n / max(c.total, 1):.1%}" for n in (c.flipped, c.to_zero, c.from_zero))
+    return (
         f"advantages ({shift.estimator}) over {shift.groups - shift.skipped} groups"
         + (f", {shift.skipped} left out" if shift.skipped else "")
         + f": {shift.signal_old} groups had a signal, {shift.signal_new} have one now; "
-        f"{shift.signal_lost} lose it, {shift.signal_gained} gain it"
-    ]
-    rows = [["share whose advantage", "changes sign", "becomes zero", "is no longer zero"]]
-    for name, c in (("episodes", shift.episodes), ("turns", shift.turns), ("tokens", shift.tokens)):
-        rows.append(
-            [f"{name} ({c.total})", *(f"{n / max(c.total, 1):.1%}" for n in (c.flipped, c.to_zero, c.from_zero))]
-        )
-    return "\n".join([*lines, columns(rows)])
+        f"{shift.signal_lost} lose it, {shift.signal_gained} gain it\n"
+        f"of {c.total} sampled tokens, the advantage of {flipped} changes sign, of {to_zero} becomes zero, of "
+        f"{from_zero} is no longer zero"
+    )
 
 
 def failure_text(outcome: Outcome) -> str:
-    """How often the reward failed, by error, and the first traceback; safe for a terminal."""
+    """Say how often the reward failed, by error, and show the first traceback.
+
+    The text is safe for a terminal.
+    """
     total = len(outcome.episodes)
     kinds = Counter(f.error.partition(":")[0] for f in outcome.failures)
     first = outcome.failures[0]

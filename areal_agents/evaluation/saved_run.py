@@ -1,10 +1,10 @@
-"""A finished run as its files tell it: which environment, which seeds, which model, which episodes.
+"""A finished run as its files tell it, with its environment, seeds, model and episodes.
 
     RUN/config.toml      its settings
     RUN/report.json      of an evaluation alone (``areal-agents eval``)
     RUN/trajectories/    its episodes
 
-For what reads runs and never writes them: ``evaluation/rescore.py`` and ``evaluation/replay.py``.
+It serves what reads runs and never writes them: ``evaluation/rescore.py`` and ``evaluation/replay.py``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FOUND_LATE = ("unknown_tool", "invalid_arguments")
 
 @dataclass(frozen=True, slots=True)
 class SavedRun:
-    """What the files of one run say."""
+    """One run as its files describe it."""
 
     out: Path
     env_id: str
@@ -48,13 +48,18 @@ class SavedRun:
     step_timeout: float = 60.0
     """Seconds for one reset or step."""
     max_turns: int | None = None
-    """The runner's own limit on turns; None where only a report is left, which does not say."""
+    """The runner's own limit on turns. None where only a report is left, which does not say it."""
     algorithm: AlgorithmConfig | None = None
-    """None for an evaluation: nothing was trained."""
+    """None for an evaluation, which trains nothing."""
 
     @classmethod
     def open(cls, out: Path) -> SavedRun:
-        """The run in folder ``out``. Raises ArealError where it is not one, ConfigError for broken settings."""
+        """Open the run in folder ``out``.
+
+        Raises:
+            ArealError: the folder holds no run.
+            ConfigError: the run's settings are broken.
+        """
         if (out / "config.toml").is_file():
             c = settings.load(out / "config.toml")
             algorithm = None if (out / "report.json").is_file() else c.algorithm
@@ -78,16 +83,19 @@ class SavedRun:
         return registry.spec(self.env_id)
 
     def make_env(self, *, sandbox: str | None = None) -> AgentEnv:
-        """A new environment, made as the run made its own. Raises RegistryError."""
+        """Make a new environment as the run made its own, with ``sandbox`` in place of the run's where it is given.
+
+        Raises RegistryError.
+        """
         kwargs = dict(self.env_kwargs)
         if sandbox and "sandbox" in kwargs:
             kwargs["sandbox"] = sandbox
         return env_maker(self.spec, sandbox=sandbox or self.sandbox, kwargs=kwargs)()
 
     def env_seed(self, record: Record) -> int:
-        """The seed that the episode's environment was reset with: it follows from the run's seed and the ids.
+        """Return the seed that the episode's environment was reset with.
 
-        Raises ArealError for ids that this package does not give.
+        It follows from the run's seed and the ids. Raises ArealError for ids that this package does not give.
         """
         trajectory = record.trajectory
         if record.kind == "train" and (group := _TRAIN_GROUP.fullmatch(trajectory.group)):
@@ -100,7 +108,10 @@ class SavedRun:
         )
 
     def shards(self, kind: str, *, first: int = 0, last: int | None = None) -> list[Path]:
-        """The shards of ``kind`` of the steps ``first`` to ``last``. Raises ArealError where there are none."""
+        """Return the shards of ``kind`` of the steps ``first`` to ``last``, both included.
+
+        Raises ArealError where there are none.
+        """
         found = shards(self.out, kind)
         if not found:
             kinds = sorted({path.parent.name for path in shards(self.out)})
@@ -115,12 +126,18 @@ class SavedRun:
         return chosen
 
     def records(self, kind: str) -> Iterator[Record]:
-        """Every episode of ``kind``, a shard at a time. Raises ArealError."""
+        """Yield every episode of ``kind``, reading one shard at a time.
+
+        Raises ArealError.
+        """
         for path in self.shards(kind):
             yield from read_shard(path)
 
     def episode(self, kind: str, id: str) -> Record:
-        """The episode called ``id``. Raises ArealError, with near ids, where there is none."""
+        """Read the episode called ``id``.
+
+        Raises ArealError, with near ids, where there is none.
+        """
         seen: list[str] = []
         for path in self.shards(kind):
             ids = episode_ids(path)
@@ -132,7 +149,10 @@ class SavedRun:
         raise ArealError(f"{self.out} has no {kind!r} episode {id!r} among {len(seen)}: {hint}")
 
     def model_folder(self) -> Path | None:
-        """A local folder with the run's tokenizer, or None. Nothing is downloaded."""
+        """Return a local folder with the run's tokenizer, or None.
+
+        Nothing is downloaded.
+        """
         local = Path(self.model).expanduser()
         cached = models.cache_dir() / "models" / self.model
         known = [cached] if self.model in models.EMBEDDED else [local]
@@ -140,7 +160,10 @@ class SavedRun:
 
 
 def episode_ids(shard: Path) -> list[str]:
-    """The ids of a shard's episodes, in order, without reading their tokens. Raises ArealError for a broken file."""
+    """Return the ids of a shard's episodes, in order, without reading their tokens.
+
+    Raises ArealError for a broken file.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -152,9 +175,10 @@ def episode_ids(shard: Path) -> list[str]:
 
 
 def as_sampled(message: AssistantMessage) -> AssistantMessage:
-    """``message`` as the environment got it: its calls with the status that their text alone has.
+    """Return ``message`` as the environment got it.
 
-    The saved message says besides which calls the environment refused (``rollout/episode.py``).
+    Its calls have the status that their text alone gives them. The saved message says besides which calls the
+    environment refused (``rollout/env_results.py``).
     """
     return replace(message, tool_calls=tuple(_as_sampled(call) for call in message.tool_calls))
 
@@ -167,7 +191,10 @@ def _as_sampled(call: ToolCall) -> ToolCall:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """``rows`` as lines with aligned columns; the first row is the head."""
+    """Lay out ``rows`` as lines with aligned columns.
+
+    The first row is the head.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])

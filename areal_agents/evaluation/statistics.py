@@ -2,14 +2,14 @@
 
 pass_at_k, pass_hat_k, clustered_interval      of attempts that share tasks
 mean_interval, sign_test                       of differences, paired by task
-spearman, kendall_tau_b                        rank correlation
+spearman                                       rank correlation
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,27 +21,39 @@ PASS = 1.0 - 1e-9
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that one of ``k`` attempts drawn from ``n`` with ``c`` successes succeeds (2107.03374, eq. 1)."""
+    """Return the probability that at least one of ``k`` attempts succeeds (pass@k, 2107.03374, eq. 1).
+
+    The attempts are drawn from ``n`` with ``c`` successes. Raises ValueError unless 1 <= k <= n.
+    """
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} needs 1 <= k <= n = {n} attempts")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def pass_hat_k(n: int, c: int, k: int) -> float:
-    """Probability that all of ``k`` attempts drawn from ``n`` with ``c`` successes succeed (pass^k; 2406.12045)."""
+    """Return the probability that all of ``k`` attempts succeed (pass^k, 2406.12045).
+
+    The attempts are drawn from ``n`` with ``c`` successes. Raises ValueError unless 1 <= k <= n.
+    """
     if not 1 <= k <= n:
         raise ValueError(f"pass^{k} needs 1 <= k <= n = {n} attempts")
     return math.comb(c, k) / math.comb(n, k)
 
 
 def clustered_interval(successes: Sequence[int], attempts: Sequence[int]) -> tuple[float, float]:
-    """95 % interval of a success rate whose attempts are clustered by task.
+    """Return the 95 % interval of a success rate whose attempts are clustered by task.
 
     Wilson's score interval at the effective sample size N / deff, where deff = Var_cluster / Var_binomial is the
-    design effect of the ratio estimator Σs/Σa (Kish 1965; Dean and Pagano 2015). Never narrower than N independent
-    attempts would give, never wider than one attempt a task. With one attempt a task it is Wilson's own interval.
+    design effect of the ratio estimator Σs/Σa (Kish 1965; Dean and Pagano 2015). The interval is never narrower than N
+    independent attempts would give, and never wider than one attempt a task. With one attempt a task it is Wilson's own
+    interval.
 
-    Args: ``successes[i]`` of ``attempts[i]`` attempts at task i. Raises ValueError where nothing was attempted.
+    Args:
+        successes: how many attempts at each task succeeded.
+        attempts: how many there were at each task.
+
+    Raises:
+        ValueError: nothing was attempted.
     """
     pairs = [(s, a) for s, a in zip(successes, attempts, strict=True) if a > 0]
     if not pairs:
@@ -62,9 +74,10 @@ def clustered_interval(successes: Sequence[int], attempts: Sequence[int]) -> tup
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's t 95 % interval of the mean of independent ``values``; None where fewer than two or all are equal.
+    """Return Student's t 95 % interval of the mean of independent ``values``.
 
-    Equal means up to rounding: 0.2 - 0.1 and 0.3 - 0.2 are.
+    None where there are fewer than two values, or all are equal. Equal means up to rounding: 0.2 - 0.1 and 0.3 - 0.2
+    are.
     """
     n = len(values)
     if n < 2 or max(values) - min(values) <= 1e-9 * max(1.0, *(abs(v) for v in values)):
@@ -76,7 +89,10 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def student_t_quantile(p: float, df: int) -> float:
-    """The value that Student's t with ``df`` degrees of freedom stays below with probability ``p`` in [0.5, 1)."""
+    """Return the value that Student's t stays below with probability ``p``, which is in [0.5, 1).
+
+    ``df`` are the degrees of freedom, at least 1. Raises ValueError for other arguments.
+    """
     if not 0.5 <= p < 1.0 or df < 1:
         raise ValueError(f"student_t_quantile({p}, {df}) needs 0.5 <= p < 1 and df >= 1")
     low, high = 0.0, 1.0
@@ -88,7 +104,10 @@ def student_t_quantile(p: float, df: int) -> float:
 
 
 def _student_t_below(t: float, df: int) -> float:
-    """P(T <= t) for t >= 0: the finite series for whole degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    """Return P(T <= t) for t >= 0.
+
+    It is the finite series for whole degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4).
+    """
     theta = math.atan(t / math.sqrt(df))
     sine, cosine = math.sin(theta), math.cos(theta)
     even = df % 2 == 0
@@ -102,78 +121,39 @@ def _student_t_below(t: float, df: int) -> float:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p of the exact sign test: wins and losses are equally likely, ties say nothing.
+    """Return the two-sided p of the exact sign test.
 
-    With one pass-or-fail attempt a task on each side it is the exact McNemar test (McNemar 1947).
+    Under its hypothesis wins and losses are equally likely, and ties say nothing. With one pass-or-fail
+    attempt a task on each side it is the exact McNemar test (McNemar 1947).
     """
     n, fewer = wins + losses, min(wins, losses)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / (1 << n))
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Spearman's ρ: Pearson's correlation of mid-ranks, so ties share their mean rank. In O(n log n).
+    """Return Spearman's ρ of the pairs ``x`` and ``y``, [n], in O(n log n).
 
-    ``x`` and ``y`` are pairs, [n]. None where it is undefined: fewer than two pairs, or all of one side equal.
+    It is Pearson's correlation of mid-ranks, so ties share their mean rank. It is None where it is undefined, which is
+    for fewer than two pairs, or where all of one side are equal. Raises ValueError for unequal lengths or a number that
+    is not finite.
     """
-    a, b = (_ranks(values) for values in _pairs_of(x, y))
+    if len(x) != len(y):
+        raise ValueError(f"a rank correlation needs pairs: {len(x)} and {len(y)} numbers are not equally many")
+    if not np.isfinite([*x, *y]).all():
+        raise ValueError("a rank correlation needs finite numbers: leave out NaN and infinities")
+    a, b = _ranks(x), _ranks(y)
     if len(a) < 2 or a.min() == a.max() or b.min() == b.max():
         return None
     a, b = a - a.mean(), b - b.mean()
     return float(np.clip((a @ b) / np.sqrt((a @ a) * (b @ b)), -1.0, 1.0))
 
 
-def kendall_tau_b(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Kendall's τ-b = (C − D) / √((P − T_x)(P − T_y)) over the P = n(n − 1)/2 pairs; C concordant, D discordant.
+def _ranks(values: Sequence[float]) -> Floats:
+    """Return the ranks from 1, [n].
 
-    T_x and T_y count the pairs tied in x and in y (Kendall 1945). In O(n log n), by counting the inversions of y in the
-    order of x (Knight 1966).
-
-    ``x`` and ``y`` are pairs, [n]. None where it is undefined: fewer than two pairs, or all of one side equal.
+    Equal values share the mean of theirs.
     """
-    a, b = _pairs_of(x, y)
-    order = np.lexsort((b, a))  # by x, then by y: pairs tied in x are no inversion
-    a, b = a[order], b[order]
-    pairs = len(a) * (len(a) - 1) // 2
-    tied_x, tied_y = _tied(a), _tied(b)
-    if pairs in (tied_x, tied_y):
-        return None
-    tied_both = _tied(np.unique(np.stack([a, b]), axis=1, return_inverse=True)[1].ravel())
-    # C + D = pairs tied in neither; D = inversions of y.
-    discordant = _sort_and_count(b)[1]
-    difference = pairs - tied_x - tied_y + tied_both - 2 * discordant
-    return difference / (math.sqrt(pairs - tied_x) * math.sqrt(pairs - tied_y))
-
-
-def _pairs_of(x: Sequence[float], y: Sequence[float]) -> tuple[Floats, Floats]:
-    """Both as arrays [n]. Raises ValueError for unequal lengths or a number that is not finite."""
-    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if len(a) != len(b):
-        raise ValueError(f"a rank correlation needs pairs: {len(a)} and {len(b)} numbers are not equally many")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("a rank correlation needs finite numbers: leave out NaN and infinities")
-    return a, b
-
-
-def _ranks(values: Floats) -> Floats:
-    """Ranks from 1, [n]; equal values share the mean of theirs."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     ranks: Floats = (last - (counts - 1) / 2)[inverse]
     return ranks
-
-
-def _tied(values: NDArray[Any]) -> int:
-    """How many pairs of ``values`` are equal."""
-    counts = np.unique(values, return_counts=True)[1]
-    return int((counts * (counts - 1) // 2).sum())
-
-
-def _sort_and_count(values: Floats) -> tuple[Floats, int]:
-    """``values`` sorted, and the number of pairs i < j with values[i] > values[j]: a merge sort."""
-    n = len(values)
-    if n <= 32:
-        return np.sort(values), int(np.triu(values[:, None] > values[None, :], 1).sum())
-    left, below = _sort_and_count(values[: n // 2])
-    right, above = _sort_and_count(values[n // 2 :])
-    across = n // 2 * len(right) - int(np.searchsorted(left, right, side="right").sum())
-    return np.sort(np.concatenate([left, right]), kind="stable"), below + above + across

@@ -1,12 +1,10 @@
-"""Model folders and learner checkpoints on disk, complete or not there at all."""
+"""Model folders and learner states on disk."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,60 +17,17 @@ WEIGHTS = "model.safetensors"
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill; on a clean exit it is on disk and at ``path``, else it is gone.
-
-    A folder already at ``path`` is replaced: it is moved aside first, so a crash between two renames leaves it under
-    ``.NAME.old-PID`` beside the complete new one, ``.NAME.tmp-PID``.
-    """
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    try:
-        yield new
-        for file in [*new.rglob("*"), new]:
-            _fsync(file)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-    os.rename(new, path)
-    _fsync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by a file with ``text``; readers and crashes see the old content or the new. Raises OSError."""
-    new = path.with_name(f".{path.name}.tmp")
-    try:
-        new.write_text(text, encoding="utf-8")
-        _fsync(new)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
-    os.replace(new, path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def write_model(folder: Path, tensors: Mapping[str, Tensor], *, source: Path, dtype: torch.dtype) -> None:
-    """Write a transformers folder: ``tensors`` cast to ``dtype``, and the small files of ``source``
-    (not our cache's manifest.json, which holds the checksums of the source).
+    """Write a transformers folder, which ``AutoModelForCausalLM.from_pretrained`` loads.
 
-    The configuration is the source's with its dtype changed, so ``AutoModelForCausalLM.from_pretrained`` loads it.
+    The configuration is the source's with its dtype changed.
+
+    Args:
+        folder: an existing folder.
+        tensors: the weights by state-dict name.
+        source: the model folder whose small files are copied. Our cache's manifest.json is not, because it holds the
+            checksums of the source.
+        dtype: the weights are cast to it.
     """
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name not in ("config.json", "manifest.json"):
@@ -83,13 +38,16 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], *, source: Path, dt
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     cast = {name: t.detach().to(dtype).contiguous() for name, t in tensors.items()}
     save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
-    # safetensors makes the file readable by its owner alone; the folder is to be as open as its other files.
+    # safetensors makes the file readable by its owner alone, but it is to be as open as the folder's other files.
     (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
 
 
 def write_state(path: Path, state: Mapping[str, object]) -> None:
-    """``torch.save`` to ``path``. Raises OSError where the disk refuses: given a path, torch hides the reason."""
-    with path.open("wb") as file:
+    """Write ``state`` to ``path`` with ``torch.save``.
+
+    Raises OSError where the disk refuses.
+    """
+    with path.open("wb") as file:  # given the path instead, torch would hide the reason
         try:
             torch.save(dict(state), file)
         except RuntimeError as error:
@@ -99,7 +57,10 @@ def write_state(path: Path, state: Mapping[str, object]) -> None:
 
 
 def read_weights(folder: Path, into: Mapping[str, Tensor]) -> None:
-    """Copy a folder's weights into ``into``. Raises ModelError unless names and shapes are the same."""
+    """Copy a folder's weights into ``into``.
+
+    Raises ModelError unless names and shapes are the same.
+    """
     file = folder / WEIGHTS
     if not file.is_file():
         raise ModelError(f"{folder} holds no {WEIGHTS}: give the folder that the learner saved")

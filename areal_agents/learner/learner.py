@@ -1,14 +1,12 @@
-"""The learner: batches of rows in, new weights out. PyTorch in one process, on its processor or one GPU.
+"""The learner, which turns batches of rows into new weights with PyTorch in one process, on its CPU or one GPU.
 
     Batch ─▶ rows with a gradient ─▶ (decoupled: log p) ─▶ minibatches ─▶ packs ─▶ loss, backward ─▶ clip, AdamW
                                                                                               │ version + 1
                                           engines ◀─ WeightsRef ◀─ publish() ◀────────────────┘
 
-All work runs in the learner's one worker thread, so the event loop goes on and calls queue behind each other; a
-cancelled caller leaves its step running to the end. What waits: each call for the calls before it; ``publish`` also
-for one of two buffers, which is free again when an earlier ``publish`` context closes.
-
-Not covered: several processes or GPUs, LoRA, critics, a KL term.
+All work runs in the learner's one worker thread. So the event loop goes on, and a cancelled caller leaves its step
+running to the end. Each call waits for the calls before it. ``publish`` also waits for one of two buffers, which is
+free again when an earlier ``publish`` context closes. Not covered: several processes or GPUs, LoRA, critics, a KL term.
 """
 
 from __future__ import annotations
@@ -33,23 +31,24 @@ from areal_agents.algorithms import losses
 from areal_agents.algorithms.batch import Batch, Row
 from areal_agents.algorithms.objective import (
     Denominators,
+    PolicyObjective,
     Tokens,
     batch_counts,
     check_batch,
     has_gradient,
-    ppo_objective,
     sources,
     split_episodes,
 )
 from areal_agents.algorithms.offpolicy import OffPolicyStats
 from areal_agents.engine import Transport, WeightsRef
 from areal_agents.errors import CheckpointError, ModelError
-from areal_agents.learner.checkpoint import atomic_folder, read_weights, write_model, write_state
+from areal_agents.learner.checkpoint import read_weights, write_model, write_state
 from areal_agents.learner.forward import Decoder, Scores, load_model
 from areal_agents.learner.optim import adamw, learning_rate
 from areal_agents.learner.packing import pack_rows
 from areal_agents.learner.probe import probe, probe_ids
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
+from areal_agents.utils.files import atomic_folder
 from areal_agents.utils.memory import peak_mib
 from areal_agents.utils.precision import resolve_device, resolve_precision
 from areal_agents.weights.publisher import Publisher, master_weights
@@ -64,17 +63,20 @@ STATE = "learner.pt"
 
 
 class Learner(Protocol):
-    """What the trainer needs of a learner."""
+    """The part of a learner that the trainer needs."""
 
     @property
     def version(self) -> int:
-        """Batches consumed; advances even when an optimizer step was skipped."""
+        """Batches consumed, those included whose optimizer steps were skipped."""
         ...
 
     async def step(self, batch: Batch) -> Metrics: ...
-    async def logprobs(self, batch: Batch) -> Logprobs: ...
+    async def logprobs(self, batch: Batch) -> Logprobs:
+        """Compute log π under the current weights, for KL terms and critics. ``step`` needs no call of it."""
+        ...
+
     def publish(self) -> AbstractAsyncContextManager[WeightsRef]:
-        """The current weights; the reference is valid until the context closes."""
+        """Hand out the current weights, by a reference that is valid until the context closes."""
         ...
 
     async def save(self, path: Path) -> None: ...
@@ -82,9 +84,9 @@ class Learner(Protocol):
 
 
 class TorchLearner:
-    """PPO over a transformers causal language model; the ``Learner`` of one process.
+    """The ``Learner`` of one process, which trains a transformers causal language model with PPO.
 
-    Master weights, gradients and AdamW's moments are fp32; ``learner.precision`` is the format of matrix products.
+    Master weights, gradients and AdamW's moments are fp32. ``learner.precision`` is the format of matrix products.
     """
 
     def __init__(
@@ -107,16 +109,21 @@ class TorchLearner:
 
         Args:
             total_steps: batches of the whole run, for the schedule.
-            max_staleness: tokens older than this many versions get no gradient (``on_exceed = "mask"``); None: any age.
-            threads: cores to compute with; None leaves PyTorch's choice.
-            transport: how ``publish`` reaches engines; the other three are explained at ``weights_buffers``.
-        Raises ModelError for a folder that is no causal language model this learner knows how to train, ConfigError
-        for a transport that cannot be had here.
+            max_staleness: tokens older than so many versions get no gradient (``on_exceed = "mask"``). None is any age.
+            threads: cores to compute with. None leaves PyTorch's choice.
+            transport: how ``publish`` reaches engines. ``weights_buffers`` explains the three that follow.
+        Raises:
+            ModelError: the folder is no causal language model that this learner can train.
+            ConfigError: the transport cannot be had here.
         """
         self.source = Path(model)
         self.config, self.algorithm = learner, algorithm
         self.total_steps, self.seed, self.max_staleness = total_steps, seed, max_staleness
         self.publish_dtype = publish_dtype
+        self._policy = PolicyObjective(
+            loss=algorithm.loss, correction=algorithm.correction, aggregation=algorithm.aggregation,
+            max_staleness=max_staleness,
+        )  # fmt: skip
         self._version = 0
         self._threads = threads
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
@@ -133,11 +140,10 @@ class TorchLearner:
 
     @property
     def version(self) -> int:
-        """Batches consumed; advances even when an optimizer step was skipped."""
         return self._version
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fp32 master weights by state-dict name; of tied tensors the first name alone."""
+        """Return the fp32 master weights by state-dict name, tied tensors under their first name alone."""
         return master_weights(self._model)
 
     def set_threads(self, n: int) -> None:
@@ -147,36 +153,36 @@ class TorchLearner:
         self._threads = n
 
     async def step(self, batch: Batch) -> Metrics:
-        """One optimizer step a minibatch, or none where a minibatch has no gradient or not a finite one.
+        """Take one optimizer step a minibatch, or none where a minibatch has no gradient or not a finite one.
 
-        Returns: loss, grad_norm (before clipping; means over minibatches), lr, skipped (steps without a finite
-        gradient), minibatches_empty (steps without any gradient); tokens (sampled), rows, rows_skipped, episodes,
-        over_age_share; tokens_forward (through the model, shared prefixes once), seconds, tokens_per_second (of
-        tokens_forward), memory_peak_mb (of the process); and ``OffPolicyStats`` under ``off_policy/``.
-
-        Rows whose advantages are all 0 have no gradient and are skipped: they count in the denominators and in
-        rows_skipped, and are missing from ``off_policy/``. So are rows of over-age tokens alone.
-        Raises ValueError for a batch of another version, without episodes, or with a sampled token that has no
-        context.
+        Returns:
+            loss, grad_norm (before clipping): means over minibatches. lr: the same for all of them.
+            skipped, minibatches_empty: steps without a finite gradient, and without any gradient.
+            tokens (sampled), rows, rows_skipped, episodes, over_age_share: of the batch.
+            tokens_forward, tokens_per_second: through the model, shared prefixes once.
+            seconds, memory_peak_mb (of the process), and ``OffPolicyStats`` under ``off_policy/``.
+        Rows whose advantages are all 0 and rows of over-age tokens alone have no gradient and are skipped. They count
+        in the denominators and in rows_skipped, and are missing from ``off_policy/``.
+        Raises ValueError for a batch of another version, without episodes, or with a sampled token without context.
         """
         return await self._run(lambda: self._step(batch))
 
     async def logprobs(self, batch: Batch) -> Logprobs:
-        """log π of every sampled token at the batch's temperature, under the current weights."""
+        """Compute log π of every sampled token at the batch's temperature, under the current weights."""
         return await self._run(lambda: self._logprobs(batch.rows, batch.temperature)[0])
 
     async def sft_step(self, rows: Sequence[Row], *, lr: float) -> Metrics:
-        """One optimizer step on the mean cross-entropy of the masked tokens (the warm start).
+        """Take one optimizer step on the mean cross-entropy of the masked tokens (the warm start).
 
-        It has an optimizer of its own, dropped at the first ``step``: moments of imitation say nothing about rewards.
-        The version stays; publish afterwards to serve the weights.
+        It has an optimizer of its own, dropped at the first ``step``, as moments of imitation say nothing about
+        rewards. The version stays the same. Publish afterwards to serve the weights.
         """
         return await self._run(lambda: self._sft_step(tuple(rows), lr))
 
     def publish(self) -> AbstractAsyncContextManager[WeightsRef]:
-        """The current weights, cast, with their probe, in one of two buffers; not refilled while the context is open.
+        """Hand out the current weights, cast and with their probe, in one of two buffers.
 
-        Waits while both buffers are out; unblocked when one of those contexts closes.
+        It is not filled again while the context is open. Waits while both are out. Unblocked when a context closes.
         """
         return self._publisher.publish(self._fill)
 
@@ -235,7 +241,7 @@ class TorchLearner:
         ]
         proximal: dict[int, NDArray[np.float32]] = {}
         forwarded = 0
-        if self.algorithm.correction == "decoupled":
+        if self._policy.needs_proximal:
             found, forwarded = self._logprobs([batch.rows[i] for i in live], batch.temperature)
             proximal = dict(zip(live, found, strict=True))
         lr = learning_rate(version, peak=c.lr, total=self.total_steps, warmup=c.warmup_steps, schedule=c.schedule)
@@ -274,16 +280,8 @@ class TorchLearner:
         }
 
     def _objective(self, counts: Denominators, stats: OffPolicyStats) -> Objective:
-        a, version = self.algorithm, self._version
-
-        def objective(logprobs_T: Tensor, tokens: Tokens) -> Tensor:
-            return ppo_objective(
-                logprobs_T, tokens, counts, stats, correction=a.correction, clip_low=a.clip_low, clip_high=a.clip_high,
-                dual_clip=a.dual_clip, truncate=a.truncate, token_mask=a.token_mask, aggregation=a.aggregation,
-                version=version, max_staleness=self.max_staleness,
-            )  # fmt: skip
-
-        return objective
+        version = self._version
+        return lambda logprobs_T, tokens: self._policy(logprobs_T, tokens, counts, stats, version=version)
 
     def _sft_step(self, rows: tuple[Row, ...], lr: float) -> Metrics:
         start = time.perf_counter()
@@ -318,7 +316,7 @@ class TorchLearner:
         temperature: float,
         objective: Objective,
     ) -> tuple[float, int]:
-        """Add the gradient of ``objective`` over ``rows``; returns its value and the tokens that went through."""
+        """Add the gradient of ``objective`` over ``rows``, and return its value and the tokens that went through."""
         loss, forwarded, d = 0.0, 0, self._decoder
         packs = pack_rows([r.ids for r in rows], token_budget=self.config.token_budget, shared=d.shared)
         # One autocast for all packs: it casts each weight once. It must end before the weights change.
@@ -330,7 +328,7 @@ class TorchLearner:
                 tokens = Tokens.of(chosen, None if proximal is None else [proximal[i] for i in pack.rows])
                 states = d.hidden(pack).index_select(0, sources(chosen, pack.at).to(d.device))
                 ids = tokens.ids.to(d.device)
-                grad = torch.empty_like(states)
+                grad = torch.empty_like(states)  # filled by chunks: the logits of all tokens would be too large
                 for part in _chunks(len(tokens), self.config.logprob_chunk):
                     scores = Scores(states[part], d.head, ids[part], temperature, d.dtype, weight)
                     logprobs_T = scores.logprobs_T.cpu().requires_grad_()  # [T] numbers: the objective is no GPU's work
@@ -347,7 +345,7 @@ class TorchLearner:
         return loss, forwarded
 
     def _apply(self, optimizer: torch.optim.AdamW, lr: float) -> float | None:
-        """Clip and step; None, and no step, where the gradient is not finite. Frees the gradients."""
+        """Clip, step and free the gradients. Return their norm, or None without a step where it is not finite."""
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.grad_clip))
         if math.isfinite(norm):
             for group in optimizer.param_groups:

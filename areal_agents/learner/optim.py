@@ -14,10 +14,17 @@ Schedule = Literal["constant", "linear", "cosine"]
 def adamw(
     model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.AdamW:
-    """AdamW (1711.05101) over the model's parameters; those with fewer than two dimensions have no decay.
+    """Make AdamW (1711.05101) over the model's parameters.
 
-    One-dimensional parameters are biases and the scales of norms. ``fused`` reads and writes each number once, which
-    is what an update costs on a CPU.
+    Parameters with fewer than two dimensions have no decay. They are biases and the scales of norms. ``fused`` reads
+    and writes each number once, which is what an update costs on a CPU.
+
+    Args:
+        model: its parameters that require a gradient are trained.
+        lr: the learning rate.
+        weight_decay: of parameters with two dimensions or more.
+        betas: decay rates of the first and second moments.
+        eps: is added to the denominator of an update.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -28,11 +35,24 @@ def adamw(
 
 
 def learning_rate(step: int, *, peak: float, total: int, warmup: int, schedule: Schedule) -> float:
-    """The learning rate of step ``step`` (from 0) of ``total``.
+    """Return the learning rate of one step.
 
-    Warm-up: peak·(step + 1)/warmup while step < warmup, so that the first step is not lost. After it, with x the share
-    of the remaining steps that is done (0 at the first, 1 after the last): ``linear`` peak·(1 − x), ``cosine``
-    peak·(1 + cos πx)/2. Steps past ``total`` get the last step's rate. Raises ValueError for a negative step.
+    The warm-up is peak·(step + 1)/warmup while step < warmup, so that the first step is not lost. After it, with x the
+    share of the remaining steps that is done (0 at the first, 1 after the last):
+
+        constant    peak
+        linear      peak·(1 − x)
+        cosine      peak·(1 + cos πx)/2
+
+    Args:
+        step: from 0. Steps past ``total`` get the last step's rate.
+        peak: the highest rate.
+        total: steps of the whole run, the warm-up included.
+        warmup: steps of the warm-up.
+        schedule: the course after the warm-up.
+
+    Raises:
+        ValueError: the step is negative.
     """
     if step < 0:
         raise ValueError(f"step = {step} must not be negative")

@@ -1,10 +1,10 @@
-"""Micro-batches: which rows go through the model together, and how they lie in memory.
+"""The packing of rows into micro-batches, which go through the model together, and their layout in memory.
 
     rows ─▶ prefix tree ─▶ one flat sequence of segments          (``shared=True``)
     rows ─▶ sorted by length ─▶ a padded rectangle [B, L]         (``shared=False``)
 
 Rows of one group start with the same prompt, and forked rows share whole turns. In the tree layout every distinct
-(context, token) pair is computed once: a *segment* is a run of tokens with one context, and its tokens attend to the
+(context, token) pair is computed once. A *segment* is a run of tokens with one context. Its tokens attend to the
 segments on its path and to themselves. There is no padding. Hidden states depend on nothing but the path, so the
 rows' log-probabilities and gradients are those of the plain layout.
 
@@ -22,12 +22,15 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 MIN_SHARED = 16
-"""Shorter common runs are computed again: a segment of its own costs more than its tokens."""
+"""Shorter common runs are computed again, because a segment of its own costs more than its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens ``start:stop`` of the flat sequence; ``path`` are the indices of the segments before it, root first."""
+    """A run of tokens with one context, which are ``start:stop`` of the flat sequence.
+
+    ``path`` are the indices of the segments before it, root first.
+    """
 
     start: int
     stop: int
@@ -36,19 +39,22 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One micro-batch. ``shape`` is (1, N) in the tree layout and (B, L) in the padded one; N = B·L."""
+    """One micro-batch.
+
+    ``shape`` is (1, N) in the tree layout. It is (B, L) in the padded one, where N = B·L.
+    """
 
     rows: tuple[int, ...]
     """Indices of the rows inside the sequence that was packed."""
     shape: tuple[int, int]
     ids: Ints
-    """[N]; 0 where padded."""
+    """[N], 0 where padded."""
     positions: Ints
     """[N]: each token's place in its row."""
     at: tuple[Ints, ...]
     """For each of ``rows``, [T]: where its tokens lie in the flat sequence."""
     segments: tuple[Segment, ...]
-    """The tree; empty in the padded layout."""
+    """The tree. Empty in the padded layout."""
 
     @property
     def tokens(self) -> int:
@@ -57,7 +63,7 @@ class Pack:
 
 
 class _Tree:
-    """Builds the segments of a set of rows that are sorted lexicographically."""
+    """The segments of a set of rows, which must be sorted lexicographically."""
 
     def __init__(self, rows: Sequence[Ints], min_shared: int) -> None:
         self.rows = rows
@@ -79,7 +85,7 @@ class _Tree:
     def _grow(self, members: list[int], depth: int, path: tuple[int, ...]) -> None:
         """Place the tokens from ``depth`` on of rows that agree on everything before it."""
         first, last = self.rows[members[0]], self.rows[members[-1]]
-        # Sorted: what the first and the last have in common, all have in common.
+        # They are sorted, so what the first and the last have in common, all have in common.
         common = len(first) if len(members) == 1 else _common(first, last)
         if common - depth >= self.min_shared or len(members) == 1:
             if common > depth:
@@ -103,7 +109,7 @@ class _Tree:
 
 
 def _common(a: Ints, b: Ints) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n
@@ -140,14 +146,23 @@ def _padded_pack(rows: Sequence[Ints], chosen: Sequence[int]) -> Pack:
 def pack_rows(
     rows: Sequence[Ints], *, token_budget: int, shared: bool = True, min_shared: int = MIN_SHARED
 ) -> list[Pack]:
-    """Split ``rows`` (token ids, each at least one) into micro-batches of at most ``token_budget`` tokens.
+    """Split ``rows`` into micro-batches.
 
-    Every row is in exactly one pack. A row longer than the budget is alone in its pack.
+    Every row is in exactly one pack.
+
+    Args:
+        rows: token ids, [T] of each row, with T at least 1.
+        token_budget: the most tokens of a pack, padding included. A row longer than that is alone in its pack.
+        shared: compute shared prefixes once (the tree layout), or pad rows to one length.
+        min_shared: the fewest tokens of a common run that are computed once.
+
+    Raises:
+        ValueError: a row has no tokens.
     """
     if any(len(r) == 0 for r in rows):
         raise ValueError("a row without tokens cannot be packed")
     if shared:
-        # Big-endian bytes of non-negative integers sort as the integers do: rows that share a prefix become neighbours.
+        # Rows that share a prefix become neighbours: big-endian bytes of integers from 0 on sort as the integers do.
         order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">i8").tobytes())
     else:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

@@ -1,4 +1,7 @@
-"""The probe: what a model with the published weights says to a fixed prompt, so that an engine can prove its load."""
+"""The probe, which is what a model with the published weights says to a fixed prompt.
+
+An engine proves with it that it has loaded these weights.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from areal_agents.engine import Probe
+from areal_agents.engine import WeightsProbe
 from areal_agents.learner.forward import Decoder
 from areal_agents.learner.packing import pack_rows
 
@@ -18,17 +21,20 @@ PROBE_TOKENS = 32
 
 
 def probe_ids(vocabulary: int, seed: int, n: int = PROBE_TOKENS) -> tuple[int, ...]:
-    """``n`` token ids of 0 … vocabulary - 1, the same for the same arguments; special tokens may be among them."""
+    """Draw ``n`` token ids of 0 … vocabulary - 1.
+
+    They are the same for the same arguments. Special tokens may be among them.
+    """
     return tuple(int(i) for i in np.random.default_rng(seed).integers(0, vocabulary, n))
 
 
 @torch.no_grad()
-def probe(decoder: Decoder, ids: tuple[int, ...], dtype: torch.dtype) -> Probe:
-    """What the model says to ``ids`` with its weights rounded to ``dtype``, as they are published.
+def probe(decoder: Decoder, ids: tuple[int, ...], dtype: torch.dtype) -> WeightsProbe:
+    """Compute what the model says to ``ids`` with its weights rounded to ``dtype``, as they are published.
 
-    Computed in fp32, whatever the learner's precision: a difference to it is the engine's rounding, or other weights.
-    Each module's weights are rounded while it computes, so the copy is of one module at a time. Costs one forward of
-    ``len(ids)`` tokens and a pass over the weights.
+    It computes in fp32, whatever the learner's precision. A difference to it is therefore the engine's rounding, or
+    other weights. Each module's weights are rounded while it computes, so only one module is copied at a time. The cost
+    is one forward of ``len(ids)`` tokens and a pass over the weights.
     """
     row = np.asarray(ids, np.int64)
     (pack,) = pack_rows([row], token_budget=len(ids), shared=decoder.shared)
@@ -40,7 +46,7 @@ def probe(decoder: Decoder, ids: tuple[int, ...], dtype: torch.dtype) -> Probe:
         bias = None if head.bias is None else _round(head.bias, dtype)
         logits = nn.functional.linear(hidden[:-1].float(), weight, bias)
     logprobs_T = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
-    return Probe(ids, tuple(logprobs_T.tolist()))
+    return WeightsProbe(ids, tuple(logprobs_T.tolist()))
 
 
 def _round(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,7 +55,7 @@ def _round(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def _rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """While open, every module computes with its own parameters rounded to ``dtype``."""
+    """Let every module compute with its own parameters rounded to ``dtype`` while the context is open."""
     kept: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
 
     def before(module: nn.Module, args: Any) -> None:
@@ -68,5 +74,5 @@ def _rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        for module in list(kept):  # where a forward raised
+        for module in list(kept):  # where a forward raised: its weights must not stay rounded
             after(module)

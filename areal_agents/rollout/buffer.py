@@ -43,7 +43,10 @@ Order = Literal["completion", "admission"]
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Permission to run one group. ``version`` is the oldest policy that may sample its tokens."""
+    """Permission to run one group.
+
+    ``version`` is the oldest policy that may sample its tokens.
+    """
 
     order: int
     version: int
@@ -62,7 +65,10 @@ class BufferState:
 
 
 class Buffer:
-    """Counts, queues and the choice of the next batch. Not thread-safe: one event loop owns it."""
+    """The counts, the queues and the choice of the next batch.
+
+    It is not thread-safe: one event loop owns it.
+    """
 
     def __init__(
         self,
@@ -75,6 +81,21 @@ class Buffer:
         order: Order = "completion",
         total_batches: int | None = None,
     ) -> None:
+        """Start with nothing admitted, at version 0.
+
+        Args:
+            groups: B, groups a batch.
+            group_size: G, episodes a group.
+            max_staleness: η, in versions.
+            concurrency: most episodes that play at once.
+            on_exceed: ``wait`` lets no group grow too old, ``drop`` throws those that did away, ``mask`` leaves them to
+                the learner.
+            order: ``completion`` takes the groups that finished first, ``admission`` those that were admitted first.
+            total_batches: the run's length; no group is admitted that no batch of it would take. None: no end.
+
+        Raises:
+            ConfigError: where no group would ever start.
+        """
         self.groups = groups
         self.group_size = group_size
         self.max_staleness = max_staleness
@@ -96,9 +117,9 @@ class Buffer:
         self._buffered: list[Group] = []
 
     def set_concurrency(self, episodes: int) -> None:
-        """Most episodes that play at once; those that are too many now play to their end.
+        """Set the most episodes that play at once.
 
-        Raises ConfigError where no group would ever start.
+        Those that are too many now play to their end. Raises ConfigError where no group would ever start.
         """
         if episodes < self.group_size:
             raise ConfigError(
@@ -107,7 +128,7 @@ class Buffer:
         self.concurrency = episodes
 
     def state(self) -> BufferState:
-        """What ``restore`` needs to go on from here."""
+        """Return what ``restore`` needs to go on from here."""
         return BufferState(
             self.version,
             self.admitted,
@@ -118,10 +139,11 @@ class Buffer:
         )
 
     def restore(self, state: BufferState) -> None:
-        """Go on from ``state``; every engine must serve its version already. The running groups run again: the caller
-        repeats ``episode_ended`` for episodes that need not.
+        """Go on from ``state``, whose version every engine must serve already.
 
-        Their tickets stay: what they sample now is of ``state.version``, no older than the ticket says, so the bound
+        The running groups run again. The caller repeats ``episode_ended`` for episodes that need not.
+
+        Their tickets stay: what they sample now is of ``state.version``, no older than the ticket says. So the bound
         and its proof hold as if the groups had only been slow.
         """
         self.version = self.acknowledged = state.version
@@ -148,7 +170,10 @@ class Buffer:
         return len(self._buffered)
 
     def can_admit(self) -> bool:
-        """Whether a group may start now. Unblocked by: a take, an acknowledgement, a discard, the end of an episode."""
+        """Say whether a group may start now.
+
+        Unblocked by: a take, an acknowledgement, a discard, the end of an episode.
+        """
         alive = self.consumed + self.buffered + self.running
         if self.total_batches is not None and alive >= self.total_batches * self.groups:
             return False
@@ -157,7 +182,10 @@ class Buffer:
         return self.playing + self.group_size <= self.concurrency
 
     def admit(self) -> Ticket:
-        """Start a group. Raises RuntimeError where ``can_admit`` is False."""
+        """Start a group.
+
+        Raises RuntimeError where ``can_admit`` is False.
+        """
         if not self.can_admit():
             raise RuntimeError("admit() while can_admit() is False")
         ticket = Ticket(self.admitted, self.acknowledged)
@@ -166,7 +194,10 @@ class Buffer:
         return ticket
 
     def episode_ended(self, ticket: Ticket) -> None:
-        """An episode of a running group has ended, well or not. Raises ValueError for one too many."""
+        """Count an episode of a running group that has ended, well or not.
+
+        Raises ValueError for one too many.
+        """
         ended = self._ended.get(ticket.order, 0) + 1
         if ticket.order not in self._running or ended > self.group_size:
             raise ValueError(f"group {ticket.order} has no episode that plays")
@@ -174,28 +205,30 @@ class Buffer:
         self._over += 1
 
     def complete(self, group: Group) -> None:
-        """A running group has finished and waits for its batch."""
+        """Queue a running group that has finished, to wait for its batch."""
         del self._running[group.order]
         self._over -= self._ended.pop(group.order, 0)
         self._buffered.append(group)
 
     def discard(self, ticket: Ticket) -> None:
-        """A running group cannot be used: it leaves the count at once."""
+        """Give up a running group that cannot be used, which leaves the count at once."""
         del self._running[ticket.order]
         self._over -= self._ended.pop(ticket.order, 0)
         self.discarded += 1
 
     def acknowledge(self, version: int) -> None:
-        """Every engine serves ``version`` (or a later one) now."""
+        """Note that every engine serves ``version`` (or a later one) now."""
         if version > self.version:
             raise ValueError(f"engines acknowledged version {version}, but the learner is at {self.version}")
         self.acknowledged = max(self.acknowledged, version)
 
     def take(self) -> list[Group] | None:
-        """The next batch of B groups, or None while it must wait. Advances ``version``.
+        """Return the next batch of B groups, or None while it must wait.
 
-        Waits for: B complete groups, and with ``wait`` for those that a later batch could not take in time.
-        Unblocked by: ``complete``.
+        Advances ``version``.
+
+        Waits for: B complete groups, and with ``wait`` for those that a later batch could not take in time. Unblocked
+        by: ``complete``.
         """
         if self.on_exceed == "drop":
             self._drop_overage()
@@ -217,19 +250,22 @@ class Buffer:
         self._buffered = [g for g in self._buffered if g.order not in orders]
 
     def _oldest(self) -> list[Group] | None:
-        """The B groups admitted first; None while one of them still runs."""
+        """Choose the B groups admitted first, or None while one of them still runs."""
         chosen = sorted(self._buffered, key=lambda g: g.order)[: self.groups]
         last = chosen[-1].order
         return None if any(order < last for order in self._running) else chosen
 
     def _required(self, deadline: int) -> int:
-        """How many of the groups due by version ``deadline`` the next batch must hold (may be negative)."""
+        """Count how many of the groups due by version ``deadline`` the next batch must hold (may be negative)."""
         versions = [t.version for t in self._running.values()] + [g.admitted_version for g in self._buffered]
         due = sum(v + self.max_staleness <= deadline for v in versions)
         return due - (deadline - self.version) * self.groups
 
     def _first_complete(self) -> list[Group] | None:
-        """B complete groups, first finished first, after those that ``_required`` demands."""
+        """Choose B complete groups, first finished first, after those that ``_required`` demands.
+
+        Returns None while one of those still runs.
+        """
         chosen: dict[int, Group] = {}
         if self.on_exceed == "wait":
             for deadline in range(self.version, self.version + self.max_staleness + 1):

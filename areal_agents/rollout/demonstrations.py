@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from areal_agents.algorithms.batch import Row, rows_of
 from areal_agents.chat.format import ChatFormat
 from areal_agents.env import Expert
-from areal_agents.errors import ConfigError, EnvError
-from areal_agents.types import Completion, Observation, Prompt, Trajectory
+from areal_agents.errors import ConfigError
+from areal_agents.rollout.episode import EpisodeDriver, Limits
+from areal_agents.rollout.script import ScriptPolicy
+from areal_agents.rollout.token_policy import TokenPolicy
+from areal_agents.types import Completion, Prompt, Task, Trajectory
 
 
-@dataclass(slots=True)
-class ExpertPolicy:
-    """Plays what ``AgentEnv.expert`` yields. Its tokens were never sampled: log-probability 0, version 0."""
+class ExpertPolicy(TokenPolicy):
+    """A policy that says what ``AgentEnv.expert`` yields, as tokens.
 
-    expert: Expert
-    fmt: ChatFormat
-    _started: bool = False
-    _observation: Observation = field(default_factory=tuple)
+    They were never sampled, so they have log-probability 0 and version 0.
+    """
 
-    async def act(self, prompt: Prompt, *, max_tokens: int, session: str, deadline: float) -> Completion:
-        try:
-            text = self.expert.send(self._observation) if self._started else next(self.expert)
-        except StopIteration as error:
-            raise EnvError("the expert stopped before the environment ended the episode") from error
-        self._started = True
-        ids = self.fmt.encode_turn(text)
+    def __init__(self, expert: Expert, task: Task, fmt: ChatFormat, limits: Limits) -> None:
+        super().__init__(fmt, limits)
+        self._script = ScriptPolicy(lambda shown: expert, task)
+
+    async def sample(self, prompt: Prompt, max_tokens: int, episode: EpisodeDriver) -> Completion:
+        ids = self.fmt.encode_turn(self._script.text(episode.observation))
         return Completion(ids, (0.0,) * len(ids), (0,) * len(ids), "stop")
 
-    def observe(self, observation: Observation) -> None:
-        self._observation = observation
-
-    async def release(self, session: str) -> None:
-        self.expert.close()
+    async def close(self, episode: EpisodeDriver) -> None:
+        await self._script.close(episode)
 
 
 def demonstration_rows(trajectories: Sequence[Trajectory]) -> list[Row]:
-    """Rows whose mask covers the expert's tokens. Raises ConfigError where a demonstration earned nothing."""
+    """Build rows whose mask covers the expert's tokens.
+
+    Raises ConfigError where a demonstration earned nothing.
+    """
     failed = [t.task.id for t in trajectories if t.reward <= 0]
     if failed:
         raise ConfigError(

@@ -1,8 +1,9 @@
-"""Where environments run: an event loop on a thread of its own, so that a hanging environment cannot stop training.
+"""The host of environments: an event loop on a thread of its own.
 
-An ``await`` that never returns is cancelled at its deadline. Code that blocks the thread cannot be cancelled: the
-host is then *wedged*, is abandoned with its episodes (they are retried elsewhere, at no cost to their retries),
-and a fresh host takes over. The thread is a daemon: it does not keep the process alive.
+So a hanging environment cannot stop training. An ``await`` that never returns is cancelled at its deadline. Code that
+blocks the thread cannot be cancelled: the host is then *wedged*. It is abandoned with its episodes (they are retried
+elsewhere, at no cost to their retries), and a fresh host takes over. The thread is a daemon: it does not keep the
+process alive.
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ _HEARTBEAT_SECONDS = 5.0
 
 
 class HostLost(InfraError):
-    """Another environment blocked the shared loop; this episode is innocent and starts again."""
+    """Another environment blocked the shared loop.
+
+    This episode is innocent and starts again.
+    """
 
 
 class EnvHost:
-    """One background loop. ``call`` is used from the caller's own loop."""
+    """One background loop.
+
+    ``call`` is used from the caller's own loop.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -73,6 +80,7 @@ class EnvHost:
                     raise EnvError(f"{what} was cancelled by its own environment") from error
             if not self.wedged:
                 future.cancel()
+                # The loop answers: this call alone hung, and is cancelled. Else some call holds the whole thread.
                 if await self.alive():
                     raise EnvError(f"{what} did not return within {timeout:g} s (env.step_timeout): it was cancelled")
                 self._abandon(mine)
@@ -89,7 +97,10 @@ class EnvHost:
                 wrapped.cancel()
 
     def _abandon(self, mine: list[asyncio.Task[Any]]) -> None:
-        """Give the host up. The culprit is the call whose task holds the thread; else the one that found out."""
+        """Give the host up, and find the culprit.
+
+        It is the call whose task holds the thread, or else the one that found out.
+        """
         if self.wedged:
             return
         holder = asyncio.current_task(self._loop)
@@ -98,7 +109,7 @@ class EnvHost:
         self._lost.set()
 
     async def alive(self) -> bool:
-        """Whether the loop still answers."""
+        """Say whether the loop still answers."""
         if not self._loop.is_running():
             return False
         beat = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop)
@@ -110,7 +121,10 @@ class EnvHost:
         return True
 
     async def close(self, cleanup: Callable[[], Awaitable[Any]] | None = None, *, timeout: float = 20.0) -> None:
-        """Run ``cleanup`` on the loop, then stop it. A wedged host is left to its daemon thread."""
+        """Run ``cleanup`` on the loop, then stop it.
+
+        A wedged host is left to its daemon thread.
+        """
         if self.wedged or not self._loop.is_running():
             return
         if cleanup is not None:

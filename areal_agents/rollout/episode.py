@@ -1,45 +1,37 @@
-"""One episode: an environment and a model take turns until one of them is done.
+"""The driver of one episode, in which an environment and a policy take turns until one of them is done.
 
-    areset ─▶ Conversation ─▶ generate ─▶ astep ─▶ … ─▶ (terminated | truncated | afinish) ─▶ Trajectory
+    areset ─▶ policy.say ─▶ astep ─▶ … ─▶ (terminated | truncated | afinish) ─▶ aclose
 
-The generation slot is held per request, never across ``astep``. Whatever goes wrong is an InfraError (retried by
-``retries.py``) or the environment author's RewardError; what the *model* does wrong is the environment's to answer.
+Training, evaluation, ``check`` and ``replay`` drive environments by this file alone. They differ in their policy: an
+engine or an expert (``token_policy.py``), a chat model (``chat_policy.py``), a script (``script.py``), a saved episode
+(``evaluation/replay.py``).
+
+Whatever goes wrong is an InfraError, which ``retries.py`` retries, or a RewardError, which the environment's author has
+to mend. A mistake of the *model* is no error: the environment answers it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from areal_agents.chat.conversation import Conversation
-from areal_agents.chat.format import ChatFormat
-from areal_agents.engine import Engine, Sampling
 from areal_agents.env import AgentEnv
-from areal_agents.errors import ArealError, EngineError, EnvError, InfraError, RewardError
-from areal_agents.rollout.env_host import EnvHost
-from areal_agents.types import (
-    AssistantMessage,
-    Completion,
-    Info,
-    Observation,
-    Prompt,
-    StopReason,
-    Task,
-    ToolOutcome,
-    Trajectory,
-    Turn,
-)
+from areal_agents.errors import ArealError, EnvError, InfraError, RewardError
+from areal_agents.rollout.env_results import Call, Returned, read
+from areal_agents.tool import ToolSpec
+from areal_agents.types import AssistantMessage, Completion, Ids, Info, Observation, StopReason, Task, Trajectory, Turn
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the runner allows one episode; tokens are sampled tokens unless said otherwise."""
+    """The limits that the runner sets for one episode.
+
+    Tokens are sampled tokens unless said otherwise.
+    """
 
     max_context: int
     """Prompt and completion together."""
@@ -51,285 +43,252 @@ class Limits:
     request_timeout: float
     """Seconds for one generation."""
 
+    def room(self, *, used: int, spent: int) -> int | StopReason:
+        """Return how many tokens the next turn may sample, or why there is none.
 
-class Policy(Protocol):
-    """Whoever takes the model's turns."""
-
-    async def act(self, prompt: Prompt, *, max_tokens: int, session: str, deadline: float) -> Completion: ...
-    def observe(self, observation: Observation) -> None:
-        """The messages the next prompt ends with; scripted policies read them."""
-        ...
-
-    async def release(self, session: str) -> None: ...
+        Args:
+            used: tokens of the turn's prompt.
+            spent: tokens sampled in the turns before it.
+        """
+        if used >= self.max_context:
+            return "context"
+        if spent >= self.max_episode_tokens:
+            return "tokens"
+        return min(self.max_turn_tokens, self.max_context - used, self.max_episode_tokens - spent)
 
 
 @dataclass(frozen=True, slots=True)
-class EnginePolicy:
-    """Samples from an engine."""
+class Said:
+    """One turn of a policy, as a message and as the tokens that it was sampled as."""
 
-    engine: Engine
-    sampling: Sampling
+    message: AssistantMessage
+    completion: Completion
+    suffix: Ids
+    """As ``Turn.prompt_suffix``."""
+    parent: int | None
+    """As ``Turn.parent``."""
+    tokens: int
+    """Sampled tokens, as far as anybody knows."""
 
-    async def act(self, prompt: Prompt, *, max_tokens: int, session: str, deadline: float) -> Completion:
-        sampling = replace(self.sampling, max_tokens=min(max_tokens, self.sampling.max_tokens))
-        return await self.engine.generate(prompt, sampling, session=session, deadline=deadline)
-
-    def observe(self, observation: Observation) -> None:
-        """The engine reads ids, not messages."""
-
-    async def release(self, session: str) -> None:
-        await self.engine.release(session)
-
-
-@dataclass(slots=True)
-class _State:
-    """What an episode has gathered so far."""
-
-    turns: list[Turn] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    terminated: bool = False
-    truncated: bool = False
-    reason: StopReason = "answer"
-
-    def count(self, name: str, amount: float = 1.0) -> None:
-        self.metrics[name] = self.metrics.get(name, 0.0) + amount
+    @classmethod
+    def as_text(cls, message: AssistantMessage, turn: int, *, tokens: int = 0) -> Said:
+        """Make the turn with index ``turn`` of a policy that gives no token ids."""
+        return cls(message, Completion((), (), (), message.finish), (), turn - 1 if turn else None, tokens)
 
 
-async def run_episode(
-    make_env: Callable[[], AgentEnv],
-    task: Task,
-    policy: Policy,
-    fmt: ChatFormat,
-    limits: Limits,
-    *,
-    id: str,
-    group: str,
-    seed: int,
-    host: EnvHost,
-) -> Trajectory:
-    """Play ``task`` once and return the trajectory.
+class Policy:
+    """The side of one episode that says the assistant's messages."""
 
-    Raises InfraError (engine, sandbox or environment failed: try again) and RewardError (the reward is not a finite
-    number: trying again is useless). The environment is closed and the engine's session released however it ends.
-    """
-    return await _Runner(task, policy, fmt, limits, id, host).run(make_env, group=group, seed=seed)
+    async def say(self, episode: EpisodeDriver) -> Said | StopReason:
+        """Answer ``episode.observation``, which is new, or return why the runner must end the episode."""
+        raise NotImplementedError
+
+    async def close(self, episode: EpisodeDriver) -> None:
+        """Free what the policy holds for the episode.
+
+        It is called once or more, also where nothing was said.
+        """
 
 
-class EpisodeStates:
-    """The environment's half of an episode: reset, steps, the end, rewards. Subclasses take the model's turns.
+class Host(Protocol):
+    """A place where an environment's coroutines run, such as ``EnvHost``."""
 
-    Every call into the environment goes through ``_env``.
+    async def call(self, make: Callable[[], Awaitable[T]], *, timeout: float, what: str) -> T:
+        """Await ``make()`` for at most ``timeout`` seconds. ``what`` names the call in errors."""
+        ...
+
+
+def _unseen(call: Call, result: object) -> None:
+    """Look at nothing, where an episode has no observer."""
+
+
+@dataclass(eq=False)
+class EpisodeDriver:
+    """The driver of one episode, call by call or as a whole (``play``).
+
+    Every call into the environment goes through ``call``. The policy runs on the caller's event loop, the environment
+    on ``host``.
     """
 
-    def __init__(self, task: Task, limits: Limits, id: str, host: EnvHost) -> None:
-        self.task, self.limits, self.id, self.host = task, limits, id, host
-        self.state = _State()
-        self.observation: Observation = ()
-        self._environment: AgentEnv | None = None
+    make_env: Callable[[], AgentEnv]
+    task: Task
+    policy: Policy
+    host: Host
+    id: str
+    seed: int
+    """The environment is reset with it."""
+    step_timeout: float
+    """Seconds for one call into the environment."""
+    max_turns: int | None = None
+    """After so many turns the episode is finished. None leaves that to environment and policy."""
+    saw: Callable[[Call, object], None] = _unseen
+    """Is given each call and what it returned, before anything reads it. It gets the very object, not a copy."""
 
-    async def run(self, make_env: Callable[[], AgentEnv], *, group: str, seed: int) -> Trajectory:
-        """The whole episode, closed however it ends. Raises InfraError and RewardError."""
+    observation: Observation = field(default=(), init=False)
+    """The messages that were shown last."""
+    turns: list[Turn] = field(default_factory=list, init=False)
+    tokens: int = field(default=0, init=False)
+    """Sampled in ``turns``, as far as anybody knows."""
+    metrics: dict[str, float] = field(default_factory=dict, init=False)
+    terminated: bool = field(default=False, init=False)
+    truncated: bool = field(default=False, init=False)
+    stop_reason: StopReason = field(default="answer", init=False)
+    credited: bool = field(default=False, init=False)
+    """Whether the end replaced the rewards of all turns."""
+    faults: dict[ArealError, int] = field(default_factory=dict, init=False)
+    """What the environment's own code did wrong (it raised, or broke the contract), and at which turn."""
+    close_error: ArealError | None = field(default=None, init=False)
+    _env: AgentEnv | None = field(default=None, init=False)
+
+    @property
+    def ended(self) -> bool:
+        return self.terminated or self.truncated
+
+    @property
+    def tools(self) -> tuple[ToolSpec, ...]:
+        """The environment's tools, once it is open."""
+        return tuple(self._opened().tools)
+
+    async def play(self) -> None:
+        """Play the whole episode and close it, however it ends.
+
+        Raises:
+            InfraError: the engine, the sandbox or the environment failed. Another attempt may succeed.
+            RewardError: a reward is no finite number, or ``turn_rewards`` has not one entry a turn. Another attempt is
+                useless.
+        """
         try:
-            await self._open(make_env, seed)
-            await self.play()
+            await self.open()
+            while not self.ended:
+                await self.turn()
         except InfraError as error:
-            error.turns = len(self.state.turns)
-            error.tokens = self._tokens()
+            error.turns, error.tokens = len(self.turns), self.tokens
             raise
         finally:
             await self.close()
-        s = self.state
+
+    async def open(self) -> None:
+        """Make and reset the environment."""
+
+        async def create() -> tuple[Observation, Info]:
+            self._env = self.make_env()
+            return await self._env.areset(seed=self.seed, options={"task": self.task})
+
+        self.observation = (await self.call("areset", create)).observation
+
+    async def turn(self) -> None:
+        """Take one turn, and finish the episode after the last one that a limit allows."""
+        start = time.perf_counter()
+        said = await self.policy.say(self)
+        self.count("generate_seconds", time.perf_counter() - start)
+        if isinstance(said, str):
+            return await self.finish(said)
+        await self._step(said)
+        if not self.ended and len(self.turns) == self.max_turns:
+            await self.finish("max_turns")
+        return None
+
+    async def _step(self, said: Said) -> None:
+        env, shown = self._opened(), self.observation
+        start = time.perf_counter()
+        got = await self.call("astep", lambda: env.astep(said.message))
+        self.count("env_seconds", time.perf_counter() - start)
+        self.turns.append(
+            Turn(
+                said.suffix, said.completion, got.marked(said.message), got.reward, got.components, said.parent, shown,
+                got.state_key, got.tool_results,
+            )
+        )  # fmt: skip
+        self.tokens += said.tokens
+        self.observation, self.terminated, self.truncated = got.observation, got.terminated, got.truncated
+        if self.ended:
+            self.stop_reason = got.ending
+            self._credit(got)
+
+    async def finish(self, reason: StopReason) -> None:
+        """End the episode for ``reason`` and let the environment score what exists.
+
+        The score is added to the last turn's reward, so there must be a turn.
+        """
+        env = self._opened()
+        got = await self.call("afinish", lambda: env.afinish(reason))
+        self.truncated, self.stop_reason = True, reason
+        last = self.turns[-1]
+        self.turns[-1] = replace(
+            last, reward=last.reward + got.reward, components={**last.components, **got.components}
+        )
+        self._credit(got)
+
+    def _credit(self, got: Returned) -> None:
+        """Give every turn the reward that the environment assigns to it now that the episode is over."""
+        if got.turn_rewards is None:
+            return
+        if len(got.turn_rewards) != len(self.turns):
+            error = RewardError(
+                f"{got.where}: turn_rewards has {len(got.turn_rewards)} entries for {len(self.turns)} turns"
+            )
+            self.faults[error] = len(self.turns) - 1
+            raise error
+        self.turns = [replace(turn, reward=r) for turn, r in zip(self.turns, got.turn_rewards, strict=True)]
+        self.credited = True
+
+    async def close(self) -> None:
+        """Close the policy, and the environment where there is one.
+
+        A failing ``aclose`` is counted and kept in ``close_error``. It is not raised, because it must not hide why the
+        episode ended.
+        """
+        try:
+            await self.policy.close(self)
+        finally:
+            if self._env is not None:
+                try:
+                    await self.call("aclose", self._env.aclose)
+                except ArealError as error:
+                    self.close_error = error
+                    self.count("close_errors")
+
+    def trajectory(self, group: str) -> Trajectory:
+        """Return the episode as it is now."""
         return Trajectory(
-            self.id, self.task, group, tuple(s.turns), s.terminated, s.truncated, s.reason, self.observation,
-            dict(s.metrics),
+            self.id, self.task, group, tuple(self.turns), self.terminated, self.truncated, self.stop_reason,
+            self.observation, dict(self.metrics),
         )  # fmt: skip
 
-    async def play(self) -> None:
-        """Turns until the environment or a limit ends the episode."""
-        raise NotImplementedError
+    def count(self, name: str, amount: float = 1.0) -> None:
+        """Add to a metric of the episode."""
+        self.metrics[name] = self.metrics.get(name, 0.0) + amount
 
-    async def _open(self, make_env: Callable[[], AgentEnv], seed: int) -> None:
-        async def create() -> tuple[Observation, Info]:
-            self._environment = make_env()
-            return await self._environment.areset(seed=seed, options={"task": self.task})
+    async def call(self, call: Call, make: Callable[[], Awaitable[object]]) -> Returned:
+        """Call into the environment, check what it returns and copy what counts.
 
-        observation, _ = await self._env(create, "reset")
-        self._observe(observation)
+        This is the boundary at which an exception of the environment's author becomes a fault and an EnvError.
+        """
 
-    def _tokens(self) -> int:
-        """Tokens sampled so far."""
-        return sum(len(t.completion.ids) for t in self.state.turns)
-
-    async def close(self) -> None:
-        environment = self._environment
-        if environment is not None:
-            # A failing close must not hide why the episode ended; the environment is gone either way.
+        async def guarded() -> object:
             try:
-                await self._env(environment.aclose, "close")
-            except ArealError:
-                self.state.count("close_errors")
+                return await make()
+            except SystemExit as error:  # it would end the event loop, and with it every other episode
+                raise RuntimeError(f"it called sys.exit({error.code!r})") from error
 
-    async def _step(
-        self, message: AssistantMessage, completion: Completion, suffix: tuple[int, ...], parent: int | None
-    ) -> None:
-        environment = self._env_of()
-        shown = self.observation
-        start = time.perf_counter()
-        observation, reward, terminated, truncated, info = await self._env(lambda: environment.astep(message), "step")
-        self.state.count("env_seconds", time.perf_counter() - start)
-        turn = Turn(
-            suffix,
-            completion,
-            _with_statuses(message, info),
-            _finite(reward, f"task {self.task.id}, turn {len(self.state.turns)}"),
-            _components(info),
-            parent,
-            shown,
-            info.get("state_key"),
-            outcomes_of(info),
-        )
-        self.state.turns.append(turn)
-        self.state.terminated, self.state.truncated = bool(terminated), bool(truncated)
-        if terminated or truncated:
-            self.state.reason = info.get("stop_reason", "answer" if terminated else "max_turns")
-            self._credit(info)
-        self._observe(observation)
-
-    async def _finish(self, reason: StopReason) -> None:
-        """The runner ends the episode: the environment scores what exists."""
-        environment = self._env_of()
-        reward, info = await self._env(lambda: environment.afinish(reason), "finish")
-        self.state.truncated, self.state.reason = True, reason
-        last = self.state.turns[-1]
-        extra = _finite(reward, f"task {self.task.id}, at its end")
-        self.state.turns[-1] = replace(
-            last, reward=last.reward + extra, components={**last.components, **_components(info)}
-        )
-        self._credit(info)
-
-    def _credit(self, info: Info) -> None:
-        """Rewards that the environment assigns to earlier turns once the episode is over."""
-        rewards = info.get("turn_rewards")
-        if rewards is None:
-            return
-        if len(rewards) != len(self.state.turns):
-            raise RewardError(
-                f"task {self.task.id}: turn_rewards has {len(rewards)} entries for {len(self.state.turns)} turns"
-            )
-        self.state.turns = [
-            replace(t, reward=_finite(r, f"task {self.task.id}, turn {k}"))
-            for k, (t, r) in enumerate(zip(self.state.turns, rewards, strict=True))
-        ]
-
-    def _observe(self, observation: Observation) -> None:
-        self.observation = observation
-
-    def _env_of(self) -> AgentEnv:
-        assert self._environment is not None
-        return self._environment
-
-    async def _env(self, make: Callable[[], Awaitable[T]], what: str) -> T:
-        """Call into the environment. The boundary at which an author's exception becomes a counted EnvError."""
-        label = f"{what} of task {self.task.id}"
+        at_end = call in ("afinish", "aclose")  # which belong to the last turn
+        turn = max(0, len(self.turns) - at_end)
+        where = f"{call} (task {self.task.id}, turn {turn})"
         try:
-            return await self.host.call(make, timeout=self.limits.step_timeout, what=label)
-        except ArealError:
+            result = await self.host.call(guarded, timeout=self.step_timeout, what=where)
+        except ArealError:  # it says already whose failure it is: the host's, a sandbox's, the environment's
             raise
         except Exception as error:  # third-party code: recorded, attached, counted
-            raise EnvError(f"{label} raised {type(error).__name__}: {error}") from error
+            failed = EnvError(f"{where} raised {type(error).__name__}: {error}")
+            self.faults[failed] = turn
+            raise failed from error
+        self.saw(call, result)
+        try:
+            return read(call, result, where)
+        except (EnvError, RewardError) as error:
+            self.faults[error] = turn
+            raise
 
-
-class _Runner(EpisodeStates):
-    """The state machine of ``run_episode``: the model's turns are token ids."""
-
-    def __init__(self, task: Task, policy: Policy, fmt: ChatFormat, limits: Limits, id: str, host: EnvHost) -> None:
-        super().__init__(task, limits, id, host)
-        self.policy, self.fmt = policy, fmt
-
-    async def play(self) -> None:
-        conversation = Conversation(self.fmt, self.observation, self._env_of().tools)
-        while True:
-            prompt = conversation.prompt
-            room, reason = self._room(len(prompt.ids))
-            if reason is not None:
-                return await self._finish(reason)
-            suffix, parent = conversation.suffix, conversation.parent
-            completion = await self._generate(prompt, room)
-            message = conversation.add_completion(completion)
-            await self._step(message, completion, suffix, parent)
-            if self.state.terminated or self.state.truncated:
-                return None
-            conversation.add_observation(self.observation)
-
-    async def close(self) -> None:
-        with contextlib.suppress(EngineError):
-            await self.policy.release(self.id)
-        await super().close()
-
-    def _observe(self, observation: Observation) -> None:
-        super()._observe(observation)
-        self.policy.observe(observation)
-
-    def _room(self, used: int) -> tuple[int, StopReason | None]:
-        """Tokens the next turn may sample, or why there is none."""
-        limits, turns = self.limits, self.state.turns
-        spent = sum(len(t.completion.ids) for t in turns)
-        if not turns and used >= limits.max_context:
-            raise EnvError(
-                f"task {self.task.id}: the first prompt has {used} tokens, model.max_context is {limits.max_context}: "
-                "raise it or shorten the task"
-            )
-        if len(turns) >= limits.max_turns:
-            return 0, "max_turns"
-        if used >= limits.max_context:
-            return 0, "context"
-        if spent >= limits.max_episode_tokens:
-            return 0, "tokens"
-        return min(limits.max_turn_tokens, limits.max_context - used, limits.max_episode_tokens - spent), None
-
-    async def _generate(self, prompt: Prompt, max_tokens: int) -> Completion:
-        start = time.perf_counter()
-        completion = await self.policy.act(
-            prompt, max_tokens=max_tokens, session=self.id, deadline=self.limits.request_timeout
-        )
-        self.state.count("generate_seconds", time.perf_counter() - start)
-        if not completion.ids:
-            raise EngineError(f"the engine returned no token for a prompt of {len(prompt.ids)} tokens")
-        return completion
-
-
-def _finite(value: Any, where: str) -> float:
-    """``value`` as a float. Raises RewardError where it is no finite real number."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise RewardError(f"{where}: the reward {value!r} is not a number") from error
-    if not math.isfinite(number):
-        raise RewardError(f"{where}: the reward is {number}")
-    return number
-
-
-def _with_statuses(message: AssistantMessage, info: Info) -> AssistantMessage:
-    """``message`` with what the environment found out about its calls: an unknown tool, invalid arguments (T7)."""
-    results = info.get("tool_results", ())
-    shaped = all(isinstance(r, Mapping) and "status" in r for r in results)
-    if not shaped or len(results) != len(message.tool_calls):
-        return message
-    calls = tuple(
-        replace(call, status=result["status"])
-        if call.status == "ok" and result["status"] in ("unknown_tool", "invalid_arguments")
-        else call
-        for call, result in zip(message.tool_calls, results, strict=True)
-    )
-    return replace(message, tool_calls=calls)
-
-
-def outcomes_of(info: Mapping[str, Any]) -> tuple[ToolOutcome, ...]:
-    """What the environment said of this turn's tool calls; records of another shape are its own business."""
-    records = info.get("tool_results", ())
-    shaped = [r for r in records if isinstance(r, Mapping) and "status" in r]
-    return tuple(ToolOutcome(str(r["status"]), bool(r.get("truncated", False))) for r in shaped)
-
-
-def _components(info: Mapping[str, Any]) -> dict[str, float]:
-    return {name: _finite(value, f"component {name!r}") for name, value in info.get("components", {}).items()}
+    def _opened(self) -> AgentEnv:
+        assert self._env is not None
+        return self._env

@@ -1,12 +1,12 @@
-"""Who plays an episode: the contract, the player of this process, and a recipe that travels to another one.
+"""The players of episodes: their contract, the player of this process, and a recipe that travels to another one.
 
-``EpisodeRunner`` (``retries.py``) counts and retries; a player makes one attempt. ``LocalPlayer`` keeps environments
-on a thread of its own; a ``PlayerSpec`` is plain data and builds one wherever it is opened.
+A player makes one attempt at an episode. ``EpisodeRunner`` (``retries.py``) counts the attempts and retries.
+``LocalPlayer`` keeps environments on a thread of its own. A ``PlayerSpec`` is plain data and builds a ``LocalPlayer``
+wherever it is opened.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +20,9 @@ from areal_agents.errors import ConfigError, FailureBudgetError, InfraError
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.demonstrations import ExpertPolicy
 from areal_agents.rollout.env_host import EnvHost, HostLost
-from areal_agents.rollout.episode import EnginePolicy, Limits, Policy, run_episode
-from areal_agents.sandbox import SandboxBackend
+from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy
+from areal_agents.rollout.token_policy import EnginePolicy
+from areal_agents.sandbox import SandboxBackend, backends
 from areal_agents.settings.config import TrainConfig
 from areal_agents.types import Task, Trajectory
 
@@ -32,48 +33,78 @@ _MAX_HOSTS_LOST = 20
 
 
 def no_events(kind: str, **fields: object) -> None:
-    """An event sink for callers without a log."""
+    """Drop an event, for callers without a log."""
 
 
 class EpisodePlayer(Protocol):
-    """Plays episodes, many at once."""
+    """A player of episodes, many at once."""
 
     async def play(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory:
-        """One attempt at one episode; ``id`` is the attempt's own and the engine's session.
+        """Make one attempt at one episode.
 
-        Raises InfraError (try again) and RewardError (trying again is useless). Cancelling it closes the environment
-        and aborts the engine's request.
+        Cancelling it closes the environment and aborts the engine's request.
+
+        Args:
+            task: the task to play.
+            id: the attempt's own, and the engine's session.
+            group: the group that the trajectory belongs to.
+            seed: the environment is reset with it.
+
+        Raises:
+            InfraError: another attempt may succeed.
+            RewardError: another attempt is useless.
         """
         ...
 
     async def close(self) -> None:
-        """Cancel what still plays and end what the environments share (sandbox pools). Raises nothing deliberate."""
+        """Cancel what still plays and end what the environments share (sandbox pools).
+
+        It raises nothing on purpose.
+        """
         ...
 
 
-class HostPlayer:
-    """Keeps environments on an ``EnvHost`` of this process, which is replaced when an environment wedges it.
+class LocalPlayer:
+    """The player that keeps environments on an ``EnvHost`` of this process.
 
-    event: is told host_lost (an innocent episode starts again, at no cost), host_replaced and close_failed.
+    The host is replaced when an environment wedges it, which is to block its thread.
     """
 
-    def __init__(self, make_env: Callable[[], AgentEnv], limits: Limits, *, event: EventSink = no_events) -> None:
-        self._make_env, self._limits, self._event = make_env, limits, event
+    def __init__(
+        self,
+        make_env: Callable[[], AgentEnv],
+        policy: Callable[[Task], Policy],
+        limits: Limits,
+        *,
+        event: EventSink = no_events,
+    ) -> None:
+        """Start the first host.
+
+        Args:
+            make_env: makes the environment of one attempt, on the host.
+            policy: makes whoever takes the turns of one attempt at the task.
+            limits: of every episode; the policy keeps those on tokens.
+            event: is told host_lost (an innocent episode starts again, at no cost), host_replaced and close_failed.
+        """
+        self._make_env, self._policy, self._limits, self._event = make_env, policy, limits, event
         self._host = EnvHost()
         self._hosts_lost = 0
 
     async def play(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory:
-        """One attempt; see ``EpisodePlayer``. Raises FailureBudgetError where hosts are lost again and again."""
-        while True:
-            host = self._healthy_host()
-            try:
-                return await self._attempt(task, host, id=id, group=group, seed=seed)
-            except HostLost:
-                self._event("host_lost", episode=id, task=task.id)
+        """Make one attempt, as ``EpisodePlayer.play`` promises.
 
-    async def _attempt(self, task: Task, host: EnvHost, *, id: str, group: str, seed: int) -> Trajectory:
-        """One attempt on ``host``. Raises HostLost, besides what ``play`` raises."""
-        raise NotImplementedError
+        Raises FailureBudgetError where hosts are lost again and again.
+        """
+        while True:
+            episode = EpisodeDriver(
+                self._make_env, task, self._policy(task), self._healthy_host(), id=id, seed=seed,
+                step_timeout=self._limits.step_timeout, max_turns=self._limits.max_turns,
+            )  # fmt: skip
+            try:
+                await episode.play()
+                return episode.trajectory(group)
+            except HostLost:  # another environment blocked the thread: this episode is innocent and starts again
+                self._event("host_lost", episode=id, task=task.id)
 
     def _healthy_host(self) -> EnvHost:
         if self._host.wedged:
@@ -90,39 +121,17 @@ class HostPlayer:
     async def close(self) -> None:
         """End what environments share (sandbox pools) and stop the host."""
         try:
-            await self._host.close(_close_sandboxes)
+            await self._host.close(backends().close_shared)
         except InfraError as error:  # noted, not raised: it must not hide why the run ends
             self._event("close_failed", error=type(error).__name__, detail=str(error))
 
 
-class LocalPlayer(HostPlayer):
-    """Plays turns of token ids. ``policy``: whoever takes those of one attempt at the task; called once an attempt."""
-
-    def __init__(
-        self,
-        make_env: Callable[[], AgentEnv],
-        policy: Callable[[Task], Policy],
-        fmt: ChatFormat,
-        limits: Limits,
-        *,
-        event: EventSink = no_events,
-    ) -> None:
-        super().__init__(make_env, limits, event=event)
-        self._policy, self._fmt = policy, fmt
-
-    async def _attempt(self, task: Task, host: EnvHost, *, id: str, group: str, seed: int) -> Trajectory:
-        return await run_episode(
-            self._make_env, task, self._policy(task), self._fmt, self._limits, id=id, group=group, seed=seed, host=host
-        )
-
-
-async def _close_sandboxes() -> None:
-    await importlib.import_module("areal_agents.sandboxes").close_shared()
-
-
 @dataclass(frozen=True, slots=True)
 class PlayerSpec:
-    """A ``LocalPlayer`` as plain data. It is picklable where the environment's keyword arguments are."""
+    """A recipe for a ``LocalPlayer``, as plain data.
+
+    It is picklable where the environment's keyword arguments are.
+    """
 
     env: EnvSpec
     """The environment; its entry point must be importable where the player is built."""
@@ -139,23 +148,29 @@ class PlayerSpec:
     """Who takes the turns: the engine, or the environment's scripted expert."""
 
     def build(self, engine: Engine, *, fmt: ChatFormat | None = None, event: EventSink = no_events) -> LocalPlayer:
-        """The player, on this process. ``fmt``: the format of ``model`` where the caller has loaded it.
+        """Build the player in this process.
 
-        Raises ModelError where ``model`` has no tokenizer and RegistryError where the environment cannot be imported.
+        Args:
+            engine: samples the turns.
+            fmt: the chat format of ``model``, where the caller has loaded it.
+            event: as for ``LocalPlayer``.
+
+        Raises:
+            ModelError: ``model`` has no tokenizer.
+            RegistryError: the environment cannot be imported.
         """
         fmt = fmt or ChatFormat.load(self.model)
         make_env = env_maker(self.env, sandbox=self.sandbox, kwargs=self.kwargs)
 
         def policy(task: Task) -> Policy:
-            return self._expert(task, fmt) if self.policy == "expert" else EnginePolicy(engine, self.sampling)
+            if self.policy == "engine":
+                return EnginePolicy(engine, self.sampling, fmt, self.limits)
+            expert = self.env.expert(task)
+            if expert is None:
+                raise ConfigError(f"{self.env.id} has no expert: set warm_start.demonstrations = 0")
+            return ExpertPolicy(expert, task, fmt, self.limits)
 
-        return LocalPlayer(make_env, policy, fmt, self.limits, event=event)
-
-    def _expert(self, task: Task, fmt: ChatFormat) -> Policy:
-        expert = self.env.expert(task)
-        if expert is None:
-            raise ConfigError(f"{self.env.id} has no expert: set warm_start.demonstrations = 0")
-        return ExpertPolicy(expert, fmt)
+        return LocalPlayer(make_env, policy, self.limits, event=event)
 
 
 def limits_of(config: TrainConfig) -> Limits:
@@ -171,7 +186,10 @@ def limits_of(config: TrainConfig) -> Limits:
 
 
 def env_maker(spec: EnvSpec, *, sandbox: str, kwargs: Mapping[str, Any]) -> Callable[[], AgentEnv]:
-    """A constructor of ``spec``'s environment; ``sandbox`` is passed where the environment takes one."""
+    """Return a constructor of ``spec``'s environment.
+
+    ``sandbox`` is passed where the environment takes one and ``kwargs`` hold none.
+    """
     given = dict(kwargs)
     if "sandbox" in inspect.signature(spec.env_class()).parameters:
         given.setdefault("sandbox", sandbox)
@@ -179,11 +197,14 @@ def env_maker(spec: EnvSpec, *, sandbox: str, kwargs: Mapping[str, Any]) -> Call
 
 
 async def prove_sandbox(spec: EnvSpec, sandbox: str) -> None:
-    """Probe the backend before anything slow starts, where a tool of ``spec`` needs one. Raises SandboxUnavailable."""
+    """Probe the sandbox backend before anything slow starts, where a tool of ``spec`` needs one.
+
+    Raises SandboxUnavailable.
+    """
     cls = spec.env_class()
     if "sandbox" not in inspect.signature(cls).parameters or not any(t.needs_sandbox for t in cls.tools):
         return
-    backend: SandboxBackend = importlib.import_module("areal_agents.sandboxes").get(sandbox)
+    backend: SandboxBackend = backends().get(sandbox)
     try:
         await backend.probe()
     finally:

@@ -24,13 +24,19 @@ from areal_agents.types import Group, Task, Trajectory
 
 
 def group_seed(seed: int, order: int) -> int:
-    """The seed that all episodes of the ``order``-th group of a run with ``seed`` reset their environment with."""
+    """Return the seed with which all episodes of the ``order``-th group reset their environment.
+
+    ``seed`` is the run's.
+    """
     return random.Random(f"{seed}/{order}").getrandbits(31)
 
 
 @dataclass(slots=True)
 class OpenGroup:
-    """A running group: its episodes by index, as far as they have finished; None for one that failed for good."""
+    """A running group and its episodes by index, as far as they have finished.
+
+    An episode that failed for good is None.
+    """
 
     ticket: Ticket
     task: Task
@@ -39,7 +45,10 @@ class OpenGroup:
 
 @dataclass(frozen=True, slots=True)
 class RolloutState:
-    """All of ``Rollouts`` between two batches: what a checkpoint keeps so that no task is lost or trained twice."""
+    """All of ``Rollouts`` between two batches.
+
+    A checkpoint keeps it so that no task is lost or trained twice.
+    """
 
     buffer: BufferState
     open: tuple[OpenGroup, ...]
@@ -48,7 +57,7 @@ class RolloutState:
 
 
 class Rollouts:
-    """The producer: keeps as many groups running as the buffer admits."""
+    """The producer, which keeps as many groups running as the buffer admits."""
 
     def __init__(
         self,
@@ -59,6 +68,15 @@ class Rollouts:
         seed: int,
         event: EventSink = no_events,
     ) -> None:
+        """Take over the buffer and the tasks, and start nothing yet.
+
+        Args:
+            buffer: says which groups may start, and holds those that have finished.
+            tasks: gives each new group its task.
+            runner: plays one episode, retries included; closed by ``close``.
+            seed: the run's; each group's seed follows from it (``group_seed``).
+            event: told of each group that is discarded.
+        """
         self.buffer = buffer
         self.tasks = tasks
         self.runner = runner
@@ -72,7 +90,9 @@ class Rollouts:
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def _notify(self) -> None:
+        """Wake all who wait for a change."""
         self._changed.set()
+        # A new one for whoever waits from now on.
         self._changed = asyncio.Event()
 
     def start(self) -> None:
@@ -81,12 +101,18 @@ class Rollouts:
             self._launch(OpenGroup(self.buffer.admit(), self.tasks.next()))
 
     def state(self) -> RolloutState:
-        """What ``restore`` needs. Episodes that finish later are not in it."""
+        """Return what ``restore`` needs.
+
+        Episodes that finish later are not in it.
+        """
         groups = tuple(OpenGroup(g.ticket, g.task, dict(g.finished)) for g in self._open.values())
         return RolloutState(self.buffer.state(), groups, self.tasks.state(), tuple(self.tasks_lost))
 
     def restore(self, state: RolloutState) -> None:
-        """Go on from ``state``, before ``start``: unfinished episodes of its open groups are played again."""
+        """Go on from ``state``, before ``start``.
+
+        Unfinished episodes of its open groups are played again.
+        """
         self.buffer.restore(state.buffer)
         self.tasks.restore(state.tasks)
         self.tasks_lost = list(state.tasks_lost)
@@ -113,12 +139,16 @@ class Rollouts:
         self._notify()
 
     async def next_batch(self) -> list[Group]:
-        """The next B groups. Raises what stopped the producer (FailureBudgetError, or a defect)."""
+        """Wait for the next B groups, and return them.
+
+        Raises what stopped the producer (FailureBudgetError, or a defect).
+        """
         while True:
             if self._failed.done():
                 self._failed.result()
             dropped = len(self.buffer.dropped)
             batch = self.buffer.take()
+            # Groups that were taken, or dropped as too old, make room for new ones.
             if batch is not None or len(self.buffer.dropped) > dropped:
                 self.start()
             if batch is not None:
@@ -127,17 +157,23 @@ class Rollouts:
                 await self._changed.wait()
 
     async def idle(self) -> None:
-        """Wait until no group runs: everything that the bound admits is finished. Unblocked by: completions."""
+        """Wait until no group runs, so that everything that the bound admits is finished.
+
+        Unblocked by: completions.
+        """
         while self.buffer.running:
             await self._changed.wait()
 
     def acknowledge(self, version: int) -> None:
-        """Every engine serves ``version``: more groups may start."""
+        """Note that every engine serves ``version``, and start the groups that may start now."""
         self.buffer.acknowledge(version)
         self.start()
 
     def set_concurrency(self, episodes: int) -> None:
-        """Most episodes at once from now on; more may start at once. Raises ConfigError for less than one group."""
+        """Set the most episodes at once from now on.
+
+        More may start at once. Raises ConfigError for less than one group.
+        """
         self.buffer.set_concurrency(episodes)
         self.start()
 
@@ -160,6 +196,7 @@ class Rollouts:
             raise errors.exceptions[0] from errors.exceptions[0].__cause__  # the first one; the rest were cancelled
         del self._open[ticket.order]
         done = tuple(t for _, t in sorted(open.finished.items()) if t is not None)
+        # Two at least, because advantages compare the episodes of a group.
         if len(done) >= max(2, math.ceil(size / 2)):
             self.buffer.complete(Group(group, task, done, ticket.version, ticket.order))
             return

@@ -1,4 +1,4 @@
-"""Failed attempts: repeated, reported and counted against a budget."""
+"""The runner that repeats failed attempts, reports them and counts them against a budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from areal_agents.types import Task, Trajectory
 
 
 class FailureBudget:
-    """Failed attempts among the last ``window``; over ``share`` of the window the run stops."""
+    """A budget of failed attempts among the last ``window`` ones.
+
+    The run stops when more than ``share`` · ``window`` of them failed.
+    """
 
     def __init__(self, *, window: int, share: float) -> None:
         self._outcomes: deque[bool] = deque(maxlen=window)
@@ -22,9 +25,11 @@ class FailureBudget:
         self._outcomes.append(False)
 
     def failure(self, error: ArealError) -> None:
-        """Count a failed attempt. Raises FailureBudgetError, caused by the first failure, when the budget is spent.
+        """Count a failed attempt.
 
-        An episode whose worker was lost is counted in ``kinds`` alone: one loss fails every episode that the worker
+        Raises FailureBudgetError, caused by the first failure, when the budget is spent.
+
+        An episode whose worker was lost is counted in ``kinds`` alone. One loss fails every episode that the worker
         played, and how often workers are lost has a limit of its own.
         """
         self.kinds[type(error).__name__] += 1
@@ -41,7 +46,10 @@ class FailureBudget:
 
 
 class EpisodeRunner:
-    """Runs episodes on a player; retries infrastructure failures and counts them against the budget."""
+    """The runner of episodes on a player, which retries infrastructure failures.
+
+    Every failed attempt is counted against the budget.
+    """
 
     def __init__(
         self, player: EpisodePlayer, budget: FailureBudget, *, max_retries: int, event: EventSink = no_events
@@ -52,7 +60,20 @@ class EpisodeRunner:
         self._event = event
 
     async def run(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory | None:
-        """One trajectory, or None after ``max_retries`` retries or a final failure. Raises FailureBudgetError."""
+        """Play one episode, with as many attempts as it takes and ``max_retries`` allow.
+
+        Args:
+            task: the task to play.
+            id: of the episode. Retry n plays as ``id~n``.
+            group: the group that the trajectory belongs to.
+            seed: the environment is reset with it at every attempt.
+
+        Returns:
+            The trajectory, or None after ``max_retries`` retries or a final failure.
+
+        Raises:
+            FailureBudgetError: the budget is spent.
+        """
         attempt = 0
         while True:
             attempt_id = id if attempt == 0 else f"{id}~{attempt}"
@@ -78,5 +99,5 @@ class EpisodeRunner:
 
 
 def _where(error: ArealError) -> dict[str, object]:
-    """Where in its episode an infrastructure failure struck."""
+    """Return where in its episode an infrastructure failure struck."""
     return {"tool": error.tool, "turns": error.turns, "tokens": error.tokens} if isinstance(error, InfraError) else {}

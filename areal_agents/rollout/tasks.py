@@ -13,7 +13,10 @@ from areal_agents.types import Task
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
-    """A task stream's place. ``size`` and ``recent`` guard against another task set."""
+    """The place of a task stream.
+
+    ``size`` and ``recent`` guard against another task set.
+    """
 
     size: int
     drawn: int
@@ -38,6 +41,7 @@ class TaskStream:
         self._requeued: set[str] = set()
 
     def next(self) -> Task:
+        """Return the next task: one that was queued again, else the next of the random order."""
         return self._again.popleft() if self._again else self._tasks[self._draw()]
 
     def _draw(self) -> int:
@@ -49,7 +53,10 @@ class TaskStream:
         return self._recent[-1]
 
     def requeue(self, task: Task) -> bool:
-        """Queue a discarded task again, once. False where it has had its second chance."""
+        """Queue a discarded task again, once.
+
+        Returns False where it has had its second chance.
+        """
         if task.id in self._requeued:
             return False
         self._requeued.add(task.id)
@@ -61,12 +68,16 @@ class TaskStream:
         return StreamState(len(self._tasks), self._drawn, tuple(self._again), tuple(sorted(self._requeued)), recent)
 
     def restore(self, state: StreamState) -> None:
-        """Go on from ``state``, in a new stream of the same tasks and seed. Raises ConfigError for other tasks."""
+        """Go on from ``state``, in a new stream of the same tasks and seed.
+
+        Raises ConfigError for other tasks.
+        """
         if state.size != len(self._tasks):
             raise ConfigError(
                 f"the training split has {len(self._tasks)} tasks, the checkpoint was made with {state.size}: "
                 "resume with the same tasks, or start a new run"
             )
+        # Drawing again brings the generator and the order of this epoch to where they were.
         for _ in range(state.drawn):
             self._draw()
         if tuple(self._tasks[i].content_hash for i in self._recent) != state.recent:

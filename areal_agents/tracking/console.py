@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a live bar on a terminal, one line a step elsewhere.
+"""The display of a run while it goes on: a live bar on a terminal, one line a step elsewhere.
 
 Durations and the time left come from a monotonic clock: setting the wall clock back changes neither.
 """
@@ -20,26 +20,40 @@ SHOWN = (
 
 
 def summary(values: Mapping[str, float], kind: str) -> str:
-    """The numbers worth a line: those of ``SHOWN`` for training, all of them otherwise."""
+    """Write out the numbers that are worth a line.
+
+    They are those of ``SHOWN`` for training, and all of them otherwise.
+    """
     if kind == "train":
         return "  ".join(text.format(values[name]) for name, text in SHOWN if name in values)
     return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 
 def plain(text: str) -> str:
-    """``text`` safe for a terminal: control, format and other unprintable characters as escapes, newlines kept."""
+    """Make ``text`` safe for a terminal.
+
+    Control, format and other unprintable characters become escapes. Newlines are kept.
+    """
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def clock(seconds: float) -> str:
-    """``2:05`` or ``1:02:05``."""
+    """Write a duration in seconds as ``2:05`` or ``1:02:05``."""
     minutes, s = divmod(max(0, round(seconds)), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
 def plain_line(step: int, steps: int | None, values: Mapping[str, float], kind: str, seconds_a_step: float) -> str:
-    """One line of the display that is not a terminal's."""
+    """Write one line for a display that is no terminal.
+
+    Args:
+        step: the step that has ended.
+        steps: the run's length; None where it is not known.
+        values: the step's metrics by name.
+        kind: ``train``, or what else was measured.
+        seconds_a_step: for the estimate of the time left.
+    """
     if kind != "train":
         return f"{kind} at step {step}  {summary(values, kind)}"
     if steps is None:
@@ -48,7 +62,7 @@ def plain_line(step: int, steps: int | None, values: Mapping[str, float], kind: 
 
 
 class Silent:
-    """Shows nothing."""
+    """A display that shows nothing."""
 
     def show(self, step: int, values: Mapping[str, float], kind: str) -> None: ...
     def line(self, text: str) -> None: ...
@@ -57,7 +71,7 @@ class Silent:
 
 
 class Plain(Silent):
-    """One printed line a step, for logs and pipes."""
+    """A display of one printed line a step, for logs and pipes."""
 
     def __init__(self, steps: int | None, first_step: int) -> None:
         self._steps = steps
@@ -76,7 +90,10 @@ class Plain(Silent):
 
 
 class Bar(Silent):
-    """A live bar with the time left and the latest numbers; other kinds are printed above it."""
+    """A live bar with the time left and the latest numbers.
+
+    Numbers of other kinds than training are printed above it.
+    """
 
     def __init__(self, steps: int | None, first_step: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -107,5 +124,5 @@ class Bar(Silent):
 
 
 def display(steps: int | None, first_step: int) -> Silent:
-    """The bar where standard output is a terminal, else lines."""
+    """Choose the bar where standard output is a terminal, else lines."""
     return Bar(steps, first_step) if sys.stdout.isatty() else Plain(steps, first_step)

@@ -1,13 +1,13 @@
 """Values as JSON text that reads back exactly, and text as UTF-8 that reads back exactly.
 
-JSON lacks NaN, infinities, tuples and keys that are no strings; UTF-8 lacks lone surrogates, which a model's JSON
-escapes can produce. Each gets a mark; everything else is written as it is:
+JSON lacks NaN, infinities, tuples and keys that are no strings. UTF-8 lacks lone surrogates, which a model's JSON
+escapes can produce. Each gets a mark. Everything else is written as it is:
 
     nan, inf, -inf            {"$float": "nan"}                            a tuple   {"$tuple": [...]}
     a mapping whose keys      {"$dict": [[key, value], ...]}               a lone surrogate U+D800
     clash or are no strings                                                in text   U+FDD0 "d800"
 
-U+FDD0 is a noncharacter that Unicode reserves for such marks; where it stands in the text itself, it is marked too.
+U+FDD0 is a noncharacter that Unicode reserves for such marks. Where it stands in the text itself, it is marked too.
 """
 
 from __future__ import annotations
@@ -26,22 +26,31 @@ _TAGS = frozenset({"$float", "$tuple", "$dict"})
 
 
 def to_utf8(text: str) -> str:
-    """``text`` without lone surrogates: each becomes U+FDD0 and its four hexadecimal digits."""
+    """Replace each lone surrogate in ``text`` by U+FDD0 and its four hexadecimal digits.
+
+    A U+FDD0 in ``text`` is replaced in the same way.
+    """
     return _TO_MARK.sub(lambda found: f"{MARK}{ord(found[0]):04x}", text)
 
 
 def from_utf8(text: str) -> str:
-    """The inverse of ``to_utf8``."""
+    """Undo ``to_utf8``."""
     return _MARKED.sub(lambda found: chr(int(found[1], 16)), text) if MARK in text else text
 
 
 def dumps(value: Any) -> str:
-    """Strict JSON, valid UTF-8. Raises TypeError for a value that is neither JSON, a tuple nor a number."""
+    """Write a value as strict JSON, in valid UTF-8.
+
+    Raises TypeError for a value that is neither JSON, a tuple nor a number.
+    """
     return to_utf8(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")))
 
 
 def loads(text: str) -> Any:
-    """The inverse of ``dumps``: equal values. Raises ValueError for text that it did not write."""
+    """Read what ``dumps`` wrote, as an equal value.
+
+    Raises ValueError for text that it did not write.
+    """
     return _exact(json.loads(from_utf8(text)))
 
 

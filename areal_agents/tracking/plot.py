@@ -21,9 +21,18 @@ class HeldOut:
 
 
 def plot(out: Path, held_out: Sequence[HeldOut] = (), *, path: Path | None = None, title: str = "") -> Path:
-    """Training reward a step and held-out points with their intervals, as ``OUT/learning_curve.png`` (or ``path``).
+    """Draw the training reward of each step, and held-out points with their intervals.
 
     Reads the rows of kind ``train`` that have a ``reward`` from ``OUT/metrics.jsonl``.
+
+    Args:
+        out: the run's folder.
+        held_out: the points.
+        path: where to write the picture; None takes ``OUT/learning_curve.png``.
+        title: text above the picture; empty for none.
+
+    Returns:
+        The picture's path.
     """
     # Imported here: a second, and only pictures need it. The Agg canvas needs no display and touches no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,4 @@
-"""Cutting a run's files back to a mark: metrics.jsonl and trajectory shards as they were at a checkpoint.
+"""The way back to a checkpoint: metrics.jsonl and trajectory shards are cut to what they were at its mark.
 
     {"metrics_bytes": 1234, "shards": {"train": [[1, 10]], "eval-before": [[0, 0]]}}       first and last of each span
 
@@ -22,7 +22,7 @@ Spans = dict[str, list[list[int]]]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What ``cut_back`` removed."""
+    """A report of what ``cut_back`` removed."""
 
     rows: int
     """Whole rows of metrics.jsonl."""
@@ -35,13 +35,19 @@ class Cut:
 
 
 def run_shards(out: Path) -> list[Path]:
-    """The shards in ``OUT/trajectories``, and nowhere else; none where there is no such folder."""
+    """List the shards in ``OUT/trajectories``, and nowhere else.
+
+    There are none where there is no such folder.
+    """
     folder = out / "trajectories"
     return shards(folder) if folder.is_dir() else []
 
 
 def spans(paths: Iterable[Path]) -> Spans:
-    """Shards as spans of steps by kind: a long run's mark stays short."""
+    """Write shards as spans of steps by kind.
+
+    So a long run's mark stays short.
+    """
     out: Spans = {}
     for kind, step in sorted((path.parent.name, step_of(path)) for path in paths):
         of_kind = out.setdefault(kind, [])
@@ -53,10 +59,10 @@ def spans(paths: Iterable[Path]) -> Spans:
 
 
 def cut_back(out: Path, mark: Mapping[str, Any]) -> Cut:
-    """Remove every metrics row, shard and half-written shard that is not in ``mark``; {} holds nothing.
+    """Remove every metrics row, shard and half-written shard that is not in ``mark``.
 
-    Raises ArealError, before anything is removed, for a metrics.jsonl that is shorter than the mark or has no line end
-    there; OSError where a file cannot be changed.
+    The mark {} holds nothing. Raises ArealError, before anything is removed, for a metrics.jsonl that is shorter than
+    the mark or has no line end there. Raises OSError where a file cannot be changed.
     """
     try:
         size: int = mark["metrics_bytes"] if mark else 0
@@ -64,6 +70,7 @@ def cut_back(out: Path, mark: Mapping[str, Any]) -> Cut:
         wanted = {(kind, step) for kind, of_kind in kept.items() for a, b in of_kind for step in range(a, b + 1)}
     except (KeyError, TypeError, ValueError) as error:
         raise ArealError(f"{dict(mark)} is no mark of a run's files ({type(error).__name__}: {error})") from error
+    # First, because it refuses a file that does not fit the mark, and nothing may be gone then.
     rows = _cut_metrics(out / "metrics.jsonl", size)
     found = {(path.parent.name, step_of(path)): path for path in run_shards(out)}
     late = [path for key, path in found.items() if key not in wanted]
@@ -76,7 +83,7 @@ def cut_back(out: Path, mark: Mapping[str, Any]) -> Cut:
 
 
 def _cut_metrics(path: Path, size: int) -> int:
-    """Cut to ``size`` bytes; how many whole rows went."""
+    """Cut the file to ``size`` bytes, and return how many whole rows went."""
     if not path.exists() and size == 0:
         return 0
     try:

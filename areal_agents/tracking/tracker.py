@@ -1,4 +1,4 @@
-"""What a run leaves behind.
+"""The files that a run leaves behind.
 
     OUT/metrics.jsonl                            one object a log call: kind, step, time, then the metrics
     OUT/events.jsonl                             one object an event: kind, time, then its fields
@@ -7,8 +7,10 @@
                                                  for W&B (``wandb.py``)
 
 All writing happens on one background thread, in order, so the event loop never waits for a disk. An error there (a full
-disk) is raised by the next call. ``Tracker.mark`` says where the files end at a checkpoint, and ``Tracker(mark=...)``
-cuts them back to there: metrics and episodes are those of the surviving lineage, events are all that ever happened.
+disk) is raised by the next call.
+
+``Tracker.mark`` says where the files end at a checkpoint, and ``Tracker(mark=...)`` cuts them back to there. Metrics
+and episodes are those of the surviving lineage, events are all that ever happened.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from areal_agents.tracking.tensorboard import Board, Point, event_files
 from areal_agents.tracking.trajectories import Record, shard_path, write_shard
 from areal_agents.tracking.wandb import WandbLog, require_wandb
 from areal_agents.types import Trajectory
-from areal_agents.utils.files import append_whole, cut_torn_line, sync_folder, unwritable
+from areal_agents.utils.files import append_whole, cut_torn_line, sync, unwritable
 
 __all__ = ["Tracker", "TrajectoryWriter", "read_metrics"]
 
@@ -43,7 +45,7 @@ T = TypeVar("T")
 
 
 class _Writer:
-    """Runs jobs that write files, on a thread of its own, in the order of the calls."""
+    """A thread that runs jobs which write files, in the order of the calls."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -59,16 +61,22 @@ class _Writer:
         return self._thread.is_alive()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Run ``job`` after all before it. Raises ArealError if one of those failed."""
+        """Run ``job`` after all before it.
+
+        Raises ArealError if one of those failed.
+        """
         self._raise()
         self._jobs.put(job)
 
     def put(self, job: Callable[[], None]) -> None:
-        """``submit`` for threads that are nobody's to raise in."""
+        """Run ``job`` as ``submit`` does, for threads that must not be told of an earlier error."""
         self._jobs.put(job)
 
     def call(self, job: Callable[[], T]) -> T:
-        """What ``job()`` returns, once everything submitted before it is done."""
+        """Run ``job`` after all before it, wait, and return what it returns.
+
+        Raises ArealError if a write failed, or the writer is closed.
+        """
         done: Future[T] = Future()
 
         def run() -> None:
@@ -79,6 +87,7 @@ class _Writer:
                 raise
 
         self.put(run)
+        # In short waits: a closed writer runs no job, and this would wait for ever.
         while not done.done():
             with suppress(TimeoutError):
                 done.exception(timeout=0.5)
@@ -88,7 +97,10 @@ class _Writer:
         return done.result()
 
     def sync(self) -> None:
-        """All files' lines are on the disk. For use inside ``call``."""
+        """Put all files' lines on the disk.
+
+        For use inside ``call``.
+        """
         for path, file in self._files.items():
             try:
                 os.fsync(file.fileno())
@@ -112,7 +124,10 @@ class _Writer:
                 self.failure = self.failure or error
 
     def append(self, path: Path, line: str) -> None:
-        """Append one line, whole or not at all. For use inside jobs."""
+        """Append one line, whole or not at all.
+
+        For use inside jobs.
+        """
         try:
             file = self._files.get(path)
             if file is None:
@@ -131,7 +146,10 @@ class _Writer:
 
 
 class TrajectoryWriter:
-    """Writes episodes to ``OUT/trajectories/KIND/step-N.parquet``; serialised and written off the event loop."""
+    """A writer of episodes to ``OUT/trajectories/KIND/step-N.parquet``.
+
+    They are serialised and written off the event loop.
+    """
 
     def __init__(self, out: Path, writer: _Writer) -> None:
         self._out = out
@@ -141,7 +159,7 @@ class TrajectoryWriter:
         """The shards on the disk. For use on the writing thread."""
 
     def write(self, trajectories: Iterable[Trajectory], *, step: int, kind: str = "train") -> None:
-        """The whole shard of (``kind``, ``step``), one row an episode.
+        """Write the whole shard of (``kind``, ``step``), one row an episode.
 
         Raises ArealError where that shard was written before, ``kind`` is no folder name, or an earlier write failed.
         """
@@ -159,13 +177,9 @@ class TrajectoryWriter:
 
 
 class Tracker:
-    """Metrics, events and episodes of one run.
+    """The metrics, events and episodes of one run.
 
-    ``steps`` is the run's length, for the display; ``wandb`` a W&B project (or ``entity/project``), which gets
-    ``config`` too. ``mark`` cuts an earlier run's files back to what ``Tracker.mark`` said ({}: to nothing) and goes on
-    from there; None appends to whatever there is. The result of cutting stands in ``cut``.
-
-    Raises ArealError where the files cannot be written or do not fit the mark; ConfigError without the wandb package.
+    What ``mark`` cut from an earlier run's files stands in ``cut``.
     """
 
     def __init__(
@@ -180,6 +194,23 @@ class Tracker:
         config: Mapping[str, Any] | None = None,
         mark: Mapping[str, Any] | None = None,
     ) -> None:
+        """Open the run's files and its display.
+
+        Args:
+            out: the run's folder.
+            steps: the run's length, for the display.
+            first_step: the step that it goes on from, for the display.
+            tensorboard: write the metrics for TensorBoard too.
+            wandb: a W&B project (or ``entity/project``); empty for none.
+            console: show progress.
+            config: the run's settings, for W&B.
+            mark: cut an earlier run's files back to what ``Tracker.mark`` said ({}: to nothing) and go on from there;
+                None appends to whatever there is.
+
+        Raises:
+            ArealError: where the files cannot be written or do not fit the mark.
+            ConfigError: without the wandb package.
+        """
         if wandb:
             require_wandb()  # before a file is touched
         self.out = out
@@ -190,7 +221,7 @@ class Tracker:
             for path in (self._metrics, self._events):
                 cut_torn_line(path)
             self.cut: Cut | None = None if mark is None else cut_back(out, mark)
-            self._open_board(tensorboard, again=mark is not None)
+            self._open_board(tensorboard)
         except OSError as error:
             raise unwritable(out, error) from error
         self._writer = _Writer()
@@ -208,12 +239,20 @@ class Tracker:
             )  # fmt: skip
 
     def log(self, step: int, metrics: Mapping[str, float], *, kind: str = "train", show: bool = True) -> None:
-        """Record ``metrics`` of ``step`` (0 before the first update), and ``show`` them on the display.
+        """Record ``metrics`` of ``step``, and show them on the display.
 
         NaN and infinities are written as null. ``time`` is the wall clock, for people: rows are in the order of the
         calls, whatever that clock does.
 
-        Raises ValueError for a metric named kind, step or time; ArealError if an earlier write failed.
+        Args:
+            step: the step; 0 before the first update.
+            metrics: values by name.
+            kind: what they measure, such as ``train``.
+            show: False records them only.
+
+        Raises:
+            ValueError: for a metric named kind, step or time.
+            ArealError: if an earlier write failed.
         """
         if taken := RESERVED & metrics.keys():
             raise ValueError(f"metric names {sorted(taken)} are reserved: rename them")
@@ -231,44 +270,55 @@ class Tracker:
             self._display.show(int(step), values, kind)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append to the run's event log: what happened, when. Values that JSON lacks are written as text."""
+        """Append what happened, and when, to the run's event log.
+
+        Values that JSON lacks are written as text.
+        """
         self._writer.submit(self._event_job(kind, fields))
 
     def start_clock(self) -> None:
-        """The first step starts now: the estimate of the time left counts from here."""
+        """Count the time left from here, because the first step starts now."""
         self._display.start_clock()
 
     def message(self, text: str) -> None:
-        """A line for the person watching, above the progress display."""
+        """Show a line to the person watching, above the progress display."""
         self._display.line(text)
 
     def flush(self) -> None:
-        """Wait until all files hold everything logged so far. Raises ArealError if a write failed."""
+        """Wait until all files hold everything logged so far.
+
+        Raises ArealError if a write failed.
+        """
         self._writer.call(lambda: None)
 
     def mark(self) -> dict[str, Any]:
-        """Where the files end now, for ``Tracker(mark=...)``: everything logged so far, safe on the disk. JSON-able.
+        """Return where the files end now, for ``Tracker(mark=...)``.
 
-        Raises ArealError if a write ever failed.
+        Everything logged so far is then safe on the disk. The mark is JSON-able. Raises ArealError if a write ever
+        failed.
         """
 
         def measure() -> dict[str, Any]:  # one place in the queue, whoever else logs meanwhile
             if self._writer.failure is not None:  # whoever was told: no mark may be taken over the hole it left
                 raise self._writer.failure
             self._writer.sync()
-            sync_folder(self.out)
+            sync(self.out)
             size = self._metrics.stat().st_size if self._metrics.exists() else 0
             return {"metrics_bytes": size, "shards": spans(self.trajectories.written)}
 
         return self._writer.call(measure)
 
     def close(self) -> None:
-        """End the display and the files. Raises ArealError if a write failed. A second call does nothing."""
+        """End the display and the files.
+
+        A second call does nothing. Raises ArealError if a write failed.
+        """
         if not self._writer.open:
             return
         try:
             if self._wandb is not None:
                 with suppress(ArealError):  # the files' own error is raised below, by their `close`
+                    # Rows reach W&B through the writing thread: all of them are there before it is told to end.
                     self._writer.call(lambda: None)
                 self._wandb.close()
         finally:
@@ -282,7 +332,10 @@ class Tracker:
         return lambda: self._writer.append(self._events, json.dumps(row, ensure_ascii=False, default=str))
 
     def _wandb_failed(self, reason: str) -> None:
-        """Called on W&B's thread, so it leaves an earlier write's error to the next caller."""
+        """Note W&B's failure.
+
+        It is called on W&B's thread, so it leaves an earlier write's error to the next caller.
+        """
         self._writer.put(self._event_job("wandb_failed", {"error": reason}))
         self.message(f"warning: W&B gets nothing more from this run: {reason}")
 
@@ -295,12 +348,14 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log(point)
 
-    def _open_board(self, tensorboard: bool, *, again: bool) -> None:
-        """A new event file; after a cut, instead of the old ones and with the points that remain."""
+    def _open_board(self, tensorboard: bool) -> None:
+        """Write all rows there are to a new event file.
+
+        Where TensorBoard is off, it does so only to replace old files.
+        """
         folder = self.out / "tensorboard"
-        old = event_files(folder) if again else []
-        if tensorboard or old:
-            board = Board(folder, map(point_of, self._rows()) if again else (), replaces=old)
+        if tensorboard or event_files(folder):
+            board = Board(folder, map(point_of, self._rows()))
             if tensorboard:
                 self._board = board
             else:
@@ -322,13 +377,16 @@ class Tracker:
 
 
 def read_metrics(out: Path, *, kind: str | None = None) -> list[dict[str, Any]]:
-    """The rows of ``OUT/metrics.jsonl``, of one kind or all; a last line cut short is left out."""
+    """Read the rows of ``OUT/metrics.jsonl``, of one kind or all.
+
+    A last line cut short is left out.
+    """
     with (out / "metrics.jsonl").open(encoding="utf-8", newline="\n") as file:
         rows = [json.loads(line) for line in file if line.endswith("\n")]
     return [row for row in rows if kind is None or row["kind"] == kind]
 
 
 def point_of(row: Mapping[str, Any]) -> Point:
-    """A row of metrics.jsonl as kind, step, wall time and its finite values."""
+    """Take a row of metrics.jsonl apart into kind, step, wall time and its finite values."""
     values = {name: value for name, value in row.items() if name not in RESERVED and value is not None}
     return row["kind"], row["step"], row["time"], values

@@ -9,10 +9,8 @@ A shard appears whole or not at all. Columns and queries: ``docs/trajectories.md
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +30,14 @@ from areal_agents.types import (
     Trajectory,
     Turn,
 )
-from areal_agents.utils.files import sync_folder, unwritable
+from areal_agents.utils.files import atomic_file, unwritable
 
 SCHEMA_VERSION = 2
 """In the column ``schema_version`` and in the file's metadata; 1 was one JSON object a line."""
 _VERSION_KEY = b"areal_agents.schema_version"
 _NAME = re.compile(r"step-(\d{6,})\.parquet")
 _KIND = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
-Row = dict[str, Any]
+ParquetRow = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,10 @@ class Record:
 
 
 def shard_path(out: Path, kind: str, step: int) -> Path:
-    """``OUT/trajectories/KIND/step-000003.parquet``. Raises ArealError for a kind that is no plain folder name."""
+    """Return ``OUT/trajectories/KIND/step-000003.parquet`` for a kind and a step.
+
+    Raises ArealError for a kind that is no plain folder name, or a negative step.
+    """
     if _KIND.fullmatch(kind) is None or step < 0:
         raise ArealError(
             f"trajectories of kind {kind!r}, step {step}: a kind is letters, digits, '.', '_' and '-', a step is >= 0"
@@ -65,9 +66,9 @@ def shard_path(out: Path, kind: str, step: int) -> Path:
 
 
 def shards(out: Path, kind: str | None = None) -> list[Path]:
-    """The shards of a run folder (or of its ``trajectories/``), of one kind or all, sorted by kind, then step.
+    """List the shards of a run folder (or of its ``trajectories/``), sorted by kind, then step.
 
-    Half-written files are left out. Raises ArealError where ``out`` is no folder.
+    ``kind`` chooses one kind, None all. Half-written files are left out. Raises ArealError where ``out`` is no folder.
     """
     if not out.is_dir():
         raise ArealError(f"{out} is no folder: name a run's folder, such as runs/demo")
@@ -77,42 +78,37 @@ def shards(out: Path, kind: str | None = None) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step in a shard's name. Raises ArealError for another name."""
+    """Read the step in a shard's name.
+
+    Raises ArealError for another name.
+    """
     if (found := _NAME.fullmatch(path.name)) is None:
         raise ArealError(f"{path} is no trajectory shard: its name is not step-NNNNNN.parquet")
     return int(found[1])
 
 
 def write_shard(path: Path, records: Sequence[Record]) -> None:
-    """Write ``records`` to ``path``, in order, replacing it as a whole: it is on the disk when this returns.
+    """Write ``records`` to ``path``, in order, and replace the file as a whole.
 
-    Raises ArealError, with path and reason, where it cannot be written or a value cannot be stored; ``path`` is then
-    what it was before.
+    It is on the disk when this returns. Raises ArealError, with path and reason, where it cannot be written or a value
+    cannot be stored. ``path`` is then what it was before.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # hidden: readers of the folder pass over it
     try:
         table = pa.Table.from_pylist([_row(r) for r in records], schema=_schema())
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with atomic_file(path) as file:  # hidden until it is whole: readers of the folder pass over it
             pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        sync_folder(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
     except (pa.ArrowException, TypeError, OverflowError) as error:
         raise ArealError(f"{path}: an episode holds a value that cannot be stored: {error}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def read_shard(path: Path) -> list[Record]:
-    """The records of one shard, equal to those that were written.
+    """Read the records of one shard, equal to those that were written.
 
     Raises ArealError for a file that is missing, broken or of another schema version.
     """
@@ -134,9 +130,9 @@ def read_shard(path: Path) -> list[Record]:
 
 
 def read_records(out: Path, *, kind: str | None = None) -> Iterator[Record]:
-    """The records of a run folder (or of its ``trajectories/``) by kind, step and position; a shard at a time.
+    """Read the records of a run folder (or of its ``trajectories/``), a shard at a time.
 
-    Raises ArealError as ``shards`` and ``read_shard`` do.
+    They come by kind, step and position. Raises ArealError as ``shards`` and ``read_shard`` do.
     """
     for path in shards(out, kind):
         yield from read_shard(path)
@@ -173,7 +169,7 @@ def _schema() -> Any:
     return pa.schema(list(row), metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()})
 
 
-def _row(record: Record) -> Row:
+def _row(record: Record) -> ParquetRow:
     t = record.trajectory
     calls = [call for turn in t.turns for call in turn.message.tool_calls]
     return {
@@ -204,7 +200,7 @@ def _row(record: Record) -> Row:
     }
 
 
-def _record(row: Row) -> Record:
+def _record(row: ParquetRow) -> Record:
     payload = loads(row["task_payload"])
     task = Task(
         _exact(row["task_id"]), _exact(row["task_split"]), row["task_seed"], payload, _exact(row["content_hash"])
@@ -224,7 +220,7 @@ def _record(row: Row) -> Record:
     return Record(_exact(row["kind"]), row["step"], trajectory)
 
 
-def _turn_row(turn: Turn) -> Row:
+def _turn_row(turn: Turn) -> ParquetRow:
     done = turn.completion
     return {
         "prompt_suffix": turn.prompt_suffix,
@@ -244,7 +240,7 @@ def _turn_row(turn: Turn) -> Row:
     }
 
 
-def _turn(row: Row) -> Turn:
+def _turn(row: ParquetRow) -> Turn:
     return Turn(
         prompt_suffix=tuple(row["prompt_suffix"]),
         completion=Completion(tuple(row["ids"]), tuple(row["logprobs"]), tuple(row["versions"]), row["finish"]),
@@ -258,7 +254,7 @@ def _turn(row: Row) -> Turn:
     )
 
 
-def _call_row(call: ToolCall) -> Row:
+def _call_row(call: ToolCall) -> ParquetRow:
     start, end = call.token_span or (None, None)
     return {
         "id": _text(call.id),
@@ -271,31 +267,31 @@ def _call_row(call: ToolCall) -> Row:
     }
 
 
-def _call(row: Row) -> ToolCall:
+def _call(row: ParquetRow) -> ToolCall:
     start, end = row["token_start"], row["token_end"]
     span = None if start is None else (start, end)
     arguments: Mapping[str, Any] = loads(row["arguments"])
     return ToolCall(_exact(row["id"]), _exact(row["name"]), arguments, _exact(row["raw"]), row["status"], span)
 
 
-def _message_row(message: Message) -> Row:
+def _message_row(message: Message) -> ParquetRow:
     named = {"tool_call_id": _text(message.tool_call_id), "name": _text(message.name)}
     return {"role": message.role, **_parts_row(message.parts), **named}
 
 
-def _message(row: Row) -> Message:
+def _message(row: ParquetRow) -> Message:
     return Message(row["role"], _parts(row), _exact(row["tool_call_id"]), _exact(row["name"]))
 
 
-def _parts_row(parts: tuple[Part, ...]) -> Row:
-    """``text`` for people; ``parts`` only where they are not exactly one text."""
+def _parts_row(parts: tuple[Part, ...]) -> ParquetRow:
+    """Write parts as ``text`` for people, and as ``parts`` only where they are not exactly one text."""
     text = "".join(part.text for part in parts if isinstance(part, Text))
     single = len(parts) == 1 and isinstance(parts[0], Text)
     plain = [{"text": p.text} if isinstance(p, Text) else {"image": p.ref} for p in parts]
     return {"text": _text(text), "parts": None if single else dumps(plain)}
 
 
-def _parts(row: Row) -> tuple[Part, ...]:
+def _parts(row: ParquetRow) -> tuple[Part, ...]:
     if row["parts"] is None:
         return (Text(_exact(row["text"])),)
     return tuple(Text(p["text"]) if "text" in p else Image(p["image"]) for p in loads(row["parts"]))

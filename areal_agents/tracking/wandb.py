@@ -4,11 +4,11 @@
 also where an offline run is synced in parts. WANDB_MODE, WANDB_DIR, WANDB_NAME and WANDB_RUN_GROUP are honoured.
 
 **Resuming.** W&B never forgets a row it has. Where a resumed run lost no row, it goes on in the same W&B run. Where
-rows were cut back, that W&B run keeps them, as a record of what happened, and a new one of the same group,
-NAME-resumed-at-STEP, starts with all the rows that remain: the newest run of the group always holds exactly
+rows were cut back, that W&B run keeps them, as a record of what happened. A new one of the same group,
+NAME-resumed-at-STEP, then starts with all the rows that remain. So the newest run of the group always holds exactly
 metrics.jsonl. ``OUT/wandb.json`` says which run that is.
 
-**Failing.** W&B is called on a thread of its own. Its first failure is one message and one event; after it this run
+**Failing.** W&B is called on a thread of its own. Its first failure is one message and one event. After it this run
 sends nothing more, and training goes on. The next resume starts a new W&B run, with all rows.
 """
 
@@ -26,23 +26,20 @@ from typing import Any
 
 from areal_agents.errors import ConfigError
 from areal_agents.tracking.tensorboard import Point
+from areal_agents.utils.files import write_atomically
 
 PATIENCE = 60.0
 """Seconds that starting a W&B run, and at the end uploading the rest, may take."""
 
 
 def require_wandb() -> None:
-    """Raises ConfigError, with the command that helps, where the wandb package is not installed."""
+    """Raise ConfigError, with the command that helps, where the wandb package is not installed."""
     if importlib.util.find_spec("wandb") is None:
         raise ConfigError("track.wandb needs the wandb package: pip install 'areal-agents[wandb]', or leave it empty")
 
 
 class WandbLog:
-    """One W&B run in ``project`` (or ``entity/project``).
-
-    ``rows`` are those that metrics.jsonl holds; ``go_on`` says that the W&B run of ``OUT/wandb.json`` has the same.
-    ``failed`` is called once with a reason, on another thread; ``started`` with the run's address.
-    """
+    """The log of one W&B run, which a thread of its own sends."""
 
     def __init__(
         self,
@@ -55,6 +52,17 @@ class WandbLog:
         started: Callable[[str], None],
         failed: Callable[[str], None],
     ) -> None:
+        """Start the thread, and queue the rows that the W&B run lacks.
+
+        Args:
+            out: the run's folder.
+            project: ``project`` or ``entity/project``.
+            config: the run's settings, for W&B to show.
+            rows: those that metrics.jsonl holds.
+            go_on: the W&B run of ``OUT/wandb.json`` has the same rows.
+            started: called with the run's address, on another thread.
+            failed: called once with a reason, on another thread.
+        """
         self._file = out / "wandb.json"
         self._out = out
         self._entity, _, self._project = project.rpartition("/")
@@ -77,12 +85,18 @@ class WandbLog:
         self._thread.start()
 
     def log(self, point: Point) -> None:
-        """Send one row; never waits and never raises. After a failure it does nothing."""
+        """Send one row, and never wait or raise.
+
+        After a failure it does nothing.
+        """
         if self._thread.is_alive():
             self._queue.put(point)
 
     def close(self) -> None:
-        """Send what is left and end W&B's process and threads; gives up after a while."""
+        """Send what is left, and end W&B's process and threads.
+
+        Gives up after a while.
+        """
         self._queue.put(None)
         self._thread.join(3 * PATIENCE)  # W&B's own limits end it sooner
         if self._thread.is_alive():
@@ -95,6 +109,7 @@ class WandbLog:
         except Exception as error:  # noqa: BLE001 - reported; W&B is no reason to stop training
             self._failed(f"{type(error).__name__}: {error}")
             try:
+                # Without an id the next resume starts a new W&B run. This one lacks rows.
                 self._save({**self._state, "id": ""})
             except OSError:
                 return  # the run's own files say so too
@@ -139,6 +154,4 @@ class WandbLog:
         return state if isinstance(state, dict) else {}
 
     def _save(self, state: Mapping[str, str | int]) -> None:
-        part = self._file.with_name(".wandb.json.tmp")
-        part.write_text(json.dumps(state) + "\n", encoding="utf-8")
-        part.replace(self._file)
+        write_atomically(self._file, json.dumps(state) + "\n")

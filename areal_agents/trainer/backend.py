@@ -18,6 +18,7 @@ import torch
 
 from areal_agents.algorithms.batch import Row
 from areal_agents.engine import Engine, Transport
+from areal_agents.engine_kind import engine_kind
 from areal_agents.engines.local import engine_spec
 from areal_agents.engines.pool.supervision import Threaded
 from areal_agents.engines.spec import EngineSpec
@@ -94,7 +95,7 @@ def engine_spec_of(config: TrainConfig, model: Path, *, threads: int) -> EngineS
 def engine_dtype(config: TrainConfig) -> torch.dtype:
     """What the engines compute in, decided here once: their nodes may differ from this one."""
     placed = config.cluster.backend == "ray" and config.cluster.engine_gpus > 0
-    gpu = config.engine.kind == "vllm" and (placed or torch.cuda.is_available())
+    gpu = engine_kind(config.engine.kind).takes_gpus and (placed or torch.cuda.is_available())
     return resolve_precision(config.engine.precision, gpu=gpu)
 
 

@@ -1,14 +1,14 @@
-"""Asking a run for something while it trains: files in ``OUT/control``.
+"""Requests to a run while it trains, as files in ``OUT/control``.
 
     ask ──▶ ID.request ──▶ answer_requests, in the run ──▶ handle
      ▲                                                        │
      └── ID.reply: empty and touched every second, then JSON ◀┘
 
-Files and no socket: whoever sees OUT can ask, on any machine, and nothing listens anywhere. A network's file system may
-show a new file only after a minute (NFS caches directories for up to ``acdirmax``, 60 s).
+They are files and no socket, so whoever sees OUT can ask, on any machine, and nothing listens anywhere. The file system
+of a network may show a new file only after a minute (NFS caches directories for up to ``acdirmax``, 60 s).
 
-Waits for / unblocked by: ``ask`` for the reply, by the reply, or by ``silent_seconds`` without a touch of it;
-``answer_requests`` for a request, until it is cancelled.
+Waits for / unblocked by: ``ask`` waits for the reply, and is unblocked by the reply or by ``silent_seconds`` without a
+touch of it. ``answer_requests`` waits for a request until it is cancelled.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents.errors import ArealError
-from areal_agents.learner.checkpoint import write_atomically
-from areal_agents.utils.files import unwritable
+from areal_agents.utils.files import unwritable, write_atomically
 
 _POLL_SECONDS = 1.0
 _LOOK_SECONDS = 0.1
 _ENDED = "the run ended before this was done"
 
-Answer = Mapping[str, Any]
-"""JSON: whatever the handler returns, or ``error``."""
+ControlReply = Mapping[str, Any]
+"""A JSON object with whatever the handler returns, or with ``error``."""
 
 
 async def answer_requests(
-    out: Path, handle: Callable[[Mapping[str, Any]], Awaitable[Answer]], *, event: Callable[..., None]
+    out: Path, handle: Callable[[Mapping[str, Any]], Awaitable[ControlReply]], *, event: Callable[..., None]
 ) -> None:
-    """Answer one request after the other until cancelled. What an earlier process left unanswered is thrown away.
+    """Answer one request after the other until cancelled.
 
-    ``event`` is told request_failed (request, error) for an error of ``handle``, which goes to whoever asked.
+    What an earlier process left unanswered is thrown away. An error of ``handle`` goes to whoever asked, and ``event``
+    is told request_failed (request, error).
     """
     folder = out / "control"
     _clear(folder)
@@ -63,7 +63,7 @@ def _clear(folder: Path) -> None:
 
 
 async def _answer(
-    path: Path, handle: Callable[[Mapping[str, Any]], Awaitable[Answer]], event: Callable[..., None]
+    path: Path, handle: Callable[[Mapping[str, Any]], Awaitable[ControlReply]], event: Callable[..., None]
 ) -> None:
     reply, answer = path.with_suffix(".reply"), {"error": _ENDED}
     beating = asyncio.create_task(_beat(path.parent))
@@ -80,7 +80,11 @@ async def _answer(
 
 
 def _finish(path: Path, reply: Path, answer: str) -> None:
-    """Who asked takes silence for the end of the run; a request is never carried out twice."""
+    """Write the reply where somebody waits for it, and remove the request whether that worked or not.
+
+    Without a reply, who asked takes the silence for the end of the run. But a request that stayed would be carried out
+    twice.
+    """
     with contextlib.suppress(OSError):
         if path.exists():
             write_atomically(reply, answer)
@@ -91,7 +95,7 @@ def _finish(path: Path, reply: Path, answer: str) -> None:
 
 
 async def _beat(folder: Path) -> None:
-    """A sign of life for everybody who waits, also behind the request that is being carried out."""
+    """Give a sign of life to everybody who waits, also behind the request that is being carried out."""
     for n in itertools.count(1):
         for path in _requests(folder):
             with contextlib.suppress(OSError):
@@ -100,7 +104,10 @@ async def _beat(folder: Path) -> None:
 
 
 def _touch(reply: Path, n: int) -> None:
-    """Whole seconds that count up: no clock, since machines disagree on the time, and file systems on its fractions."""
+    """Set the reply's time to ``n``, which counts up in whole seconds.
+
+    It is no clock, since machines disagree on the time, and file systems on its fractions.
+    """
     if not reply.exists():
         reply.touch()
     os.utime(reply, (n, n))
@@ -108,11 +115,20 @@ def _touch(reply: Path, n: int) -> None:
 
 async def ask(
     out: Path, request: Mapping[str, Any], *, silent_seconds: float = 90.0, message: Callable[[str], None]
-) -> Answer:
-    """What the run in ``out`` answers. ``message`` is told every 10 s what is waited for.
+) -> ControlReply:
+    """Ask the run in ``out`` and return its answer.
 
-    Cancelling withdraws the request, unless the run has begun with it. Raises ArealError for the run's own error, for
-    a run that gives no sign of life for ``silent_seconds``, and for a folder that cannot be written.
+    Cancelling withdraws the request, unless the run has begun with it.
+
+    Args:
+        out: the run's folder.
+        request: what to ask for, as JSON.
+        silent_seconds: how long the run may give no sign of life.
+        message: is told every 10 s what is waited for.
+
+    Raises:
+        ArealError: the run answers with an error, gives no sign of life for ``silent_seconds``, or the folder cannot be
+            written.
     """
     path = out / "control" / f"{time.time_ns()}-{os.getpid()}.request"
     reply = path.with_suffix(".reply")
@@ -138,7 +154,7 @@ async def ask(
     finally:
         path.unlink(missing_ok=True)
         reply.unlink(missing_ok=True)
-    answer: Answer = json.loads(text)
+    answer: ControlReply = json.loads(text)
     if "error" in answer:
         raise ArealError(str(answer["error"]))
     return answer

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from areal_agents.engine import Transport
+from areal_agents.engine_kind import engine_kind
 from areal_agents.engines.local import open_engines
 from areal_agents.engines.pool.pool import EnginePool
 from areal_agents.learner.learner import TorchLearner
@@ -34,8 +35,8 @@ async def open_local(
     resumed_at: the step that the run goes on from: its engines must not draw the random numbers of its first life.
     """
     cores = split_cores(config.engine.threads, config.learner.threads, replicas=config.engine.replicas)
-    # vLLM's threads stay as many as they were at its start, so it never has the learner's.
-    threads = cores.engine if config.engine.kind == "vllm" else cores.engine_alone
+    # An engine that keeps its threads never gets the learner's.
+    threads = cores.engine if engine_kind(config.engine.kind).fixed_threads else cores.engine_alone
     spec_of_one = await asyncio.to_thread(engine_spec_of, config, model, threads=threads)
     async with contextlib.AsyncExitStack() as stack:
         engine = await stack.enter_async_context(

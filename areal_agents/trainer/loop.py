@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from areal_agents import registry, settings
-from areal_agents.algorithms.advantages import ADVANTAGES, EpisodeRewards
+from areal_agents.algorithms.advantages import advantages_of
 from areal_agents.algorithms.batch import Batch, Row, rows_of
 from areal_agents.chat_model import refuse_training, remote_name
 from areal_agents.engine import Sampling
@@ -167,20 +167,18 @@ async def learn(run: Run) -> None:
         rollouts.start()
         run.rollouts = rollouts
         run.tracker.start_clock()
-        await _evaluate_if_due(run, run.learner.version, rollouts)
         for step in range(run.learner.version + 1, config.steps + 1):
+            await run.stop.race(_evaluate_if_due(run, step - 1))
             watch = Stopwatch()
-            try:
-                groups = await run.stop.race(rollouts.next_batch())
-            except StopRequested:
-                await run.save(rollouts)
-                raise
+            groups = await run.stop.race(rollouts.next_batch())
             await _step(run, step, groups, rollouts, watch)
-            if run.stop.requested or step == config.steps or (every and step % every == 0):
+            run.stop.check()
+            if every and step % every == 0:
                 await run.save(rollouts)
-            if run.stop.requested:
-                raise StopRequested
-            await _evaluate_if_due(run, step, rollouts)
+        await run.save(rollouts)
+    except StopRequested:  # the one place that saves for a stop, wherever in a step it came
+        await run.save(rollouts)
+        raise
     finally:
         run.rollouts = None
         await rollouts.close()
@@ -201,14 +199,11 @@ def _restore(run: Run, rollouts: Rollouts) -> None:
     )
 
 
-async def _evaluate_if_due(run: Run, step: int, rollouts: Rollouts) -> None:
+async def _evaluate_if_due(run: Run, step: int) -> None:
+    """Evaluate between two steps, every ``eval.every`` of them; the end is evaluated by ``_phases``."""
     every = run.config.eval.every
-    if every and step and step % every == 0 and step < run.config.steps:
-        try:
-            await run.stop.race(run.evaluate(f"step_{step}", step=step))
-        except StopRequested:
-            await run.save(rollouts)
-            raise
+    if every and step and step % every == 0:
+        await run.evaluate(f"step_{step}", step=step)
 
 
 async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, watch: Stopwatch) -> None:
@@ -254,11 +249,7 @@ def batch_of(groups: list[Group], algorithm: AlgorithmConfig, version: int, temp
     rows: list[Row] = []
     episode = 0
     for group in groups:
-        rewards = [EpisodeRewards(tuple(t.reward for t in e.turns)) for e in group.trajectories]
-        if algorithm.advantage == "grpo":
-            advantages = ADVANTAGES["grpo"](rewards, normalize=algorithm.normalize)
-        else:
-            advantages = ADVANTAGES["turn_return"](rewards, gamma=algorithm.gamma)
+        advantages = advantages_of(group, algorithm.advantage)
         for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
             rows += rows_of(trajectory, advantage.tolist(), episode=episode)
             episode += 1

@@ -20,7 +20,7 @@ from areal_agents.trainer.control import answer_requests
 from areal_agents.trainer.run import Run
 
 
-class Resize(Section):
+class NewSizes(Section):
     """What is asked for; None stays as it is."""
 
     replicas: Count | None = None
@@ -44,7 +44,7 @@ async def answering(run: Run) -> AsyncIterator[None]:
 
 
 def sizes(config: TrainConfig) -> dict[str, int]:
-    """What a run has, by the names of ``Resize``."""
+    """What a run has, by the names of ``NewSizes``."""
     return {
         "replicas": config.engine.replicas,
         "rollout_workers": config.cluster.rollout_workers,
@@ -53,13 +53,13 @@ def sizes(config: TrainConfig) -> dict[str, int]:
 
 
 async def answer_resize(run: Run, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Do what ``Resize`` in ``request`` asks; returns ``before`` and ``after``. Raises ConfigError, what growth raises.
+    """Do what ``NewSizes`` in ``request`` asks; returns ``before`` and ``after``.
 
     Fewer episodes start before engines and workers go, and more only once they are there. A part that fails is undone;
-    the parts before it stay done and recorded.
+    the parts before it stay done and recorded. Raises ConfigError, and what growth raises.
     """
     try:
-        asked = Resize.model_validate(request)
+        asked = NewSizes.model_validate(request)
     except ValidationError as error:
         raise ConfigError(f"this is no size of a run: {error}") from error
     before = sizes(run.config)
@@ -86,7 +86,7 @@ async def answer_resize(run: Run, request: Mapping[str, Any]) -> dict[str, Any]:
     return {"before": before, "after": after}
 
 
-def _require(run: Run, asked: Resize) -> None:
+def _require(run: Run, asked: NewSizes) -> None:
     """Raise ConfigError for what this run cannot be."""
     elastic, wanted = run.backend.elastic, sizes(run.config) | asked.model_dump(exclude_none=True)
     if elastic is None and (asked.replicas is not None or asked.rollout_workers is not None):
@@ -105,7 +105,7 @@ def _require(run: Run, asked: Resize) -> None:
         )
 
 
-def _episodes(run: Run, asked: Resize) -> None:
+def _episodes(run: Run, asked: NewSizes) -> None:
     if asked.concurrency is not None:
         if run.rollouts is not None:
             run.rollouts.set_concurrency(asked.concurrency)

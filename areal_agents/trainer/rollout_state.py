@@ -1,4 +1,4 @@
-"""The rollouts of a checkpoint as files: ``rollouts.json``, and the episodes in ``groups.parquet``."""
+"""The rollouts of a checkpoint as two files, ``rollouts.json`` and the episodes in ``groups.parquet``."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from areal_agents.types import Group, Task, Trajectory
 
 
 def write_rollouts(folder: Path, state: RolloutState | None) -> None:
+    """Write ``state`` to ``folder``, or null where there is none yet."""
     if state is None:
         (folder / "rollouts.json").write_text("null\n")
         return
     buffered = [(g.order, i, t) for g in state.buffer.buffered for i, t in enumerate(g.trajectories)]
     finished = [(g.ticket.order, i, t) for g in state.open for i, t in g.finished.items() if t is not None]
-    # A row's place in the list says whose it is: ``places`` below names group and index in the same order.
+    # The order of the rows says whose they are. ``places`` below names group and index in the same order.
     records = [Record("checkpoint", 0, t) for _, _, t in [*buffered, *finished]]
     write_shard(folder / "groups.parquet", records)
     row = {
@@ -57,6 +58,7 @@ def write_rollouts(folder: Path, state: RolloutState | None) -> None:
 
 
 def rollouts_from_json(row: Mapping[str, Any], records: list[Record]) -> RolloutState:
+    """Rebuild the state from the content of ``rollouts.json`` and the rows of ``groups.parquet``."""
     episodes: dict[int, dict[int, Trajectory | None]] = {}
     for (order, index), record in zip(row["places"], records, strict=True):
         episodes.setdefault(order, {})[index] = record.trajectory

@@ -1,12 +1,12 @@
-"""The surviving lineage of a run: what is committed, and how a run goes on from it.
+"""The surviving lineage of a run, which is what is committed and what a run goes on from.
 
     OUT/lock                            held by the process that writes this folder
     OUT/commit.json                     which checkpoint, how much of the logs, which evaluations belong to the run
     OUT/checkpoints/step-000010/        learner/ (weights, optimizer), rollouts.json, groups.parquet
     OUT/reports.json                    the held-out evaluations, for people
 
-``commit.json`` is the commit point: it is replaced by one rename, after everything that it names is on the disk. What
-is not in it did not happen: on resume the logs are cut back to it and what it does not name is removed. So a kill at
+``commit.json`` is the commit point. It is replaced by one rename, after everything that it names is on the disk. What
+is not in it did not happen. On resume the logs are cut back to it, and what it does not name is removed. So a kill at
 any moment costs the steps since the last commit and nothing else.
 """
 
@@ -26,11 +26,11 @@ from typing import Any, Self, TextIO
 
 from areal_agents.errors import CheckpointError, ConfigError
 from areal_agents.evaluation.evaluate import EvalReport
-from areal_agents.learner.checkpoint import atomic_folder, write_atomically
 from areal_agents.learner.learner import Learner
 from areal_agents.rollout.producer import RolloutState
 from areal_agents.tracking.trajectories import read_shard
 from areal_agents.trainer.rollout_state import rollouts_from_json, write_rollouts
+from areal_agents.utils.files import atomic_folder, write_atomically
 
 COMMIT_VERSION = 1
 
@@ -42,7 +42,7 @@ class Commit:
     step: int = 0
     """Learner steps done."""
     checkpoint: str | None = None
-    """Name of the folder in ``checkpoints/``; None: the base model is still untouched."""
+    """Name of the folder in ``checkpoints/``. With None the base model is still untouched."""
     warm_started: bool = False
     mark: Mapping[str, Any] = field(default_factory=dict)
     """``Tracker.mark()``: how much of the logs belongs to the lineage."""
@@ -56,7 +56,10 @@ class Commit:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Commit:
-        """Raises CheckpointError for another schema version."""
+        """Read the content of ``commit.json``.
+
+        Raises CheckpointError for another schema version.
+        """
         values = dict(row)
         if (version := values.pop("schema_version", None)) != COMMIT_VERSION:
             raise CheckpointError(f"commit.json has schema_version {version}, this package reads {COMMIT_VERSION}")
@@ -78,7 +81,15 @@ def require_shared(folder: Path) -> None:
 
 
 class RunFolder:
-    """``config.out`` as the run's owner sees it: a lock, the commit point and the checkpoints. A context manager."""
+    """``config.out`` as the run's owner sees it, with a lock, the commit point and the checkpoints.
+
+    It is a context manager, which holds the lock.
+
+    Args:
+        out: the folder.
+        keep: how many of the newest checkpoints to keep.
+        keep_every: a checkpoint whose step is a multiple of this is kept for ever. 0 means none is.
+    """
 
     def __init__(self, out: Path, *, keep: int = 1, keep_every: int = 0) -> None:
         self.out, self.keep, self.keep_every = out, keep, keep_every
@@ -89,7 +100,10 @@ class RunFolder:
         return self.out / "checkpoints"
 
     def __enter__(self) -> Self:
-        """Take the lock. Raises ConfigError while another process holds it (the kernel frees a dead one's)."""
+        """Take the lock.
+
+        Raises ConfigError while another process holds it. The kernel frees the lock of a dead one.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = (self.out / "lock").open("a+")
         try:
@@ -115,7 +129,10 @@ class RunFolder:
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def read_commit(self) -> Commit | None:
-        """What is committed; None where nothing is. Raises CheckpointError for a file that cannot be understood."""
+        """Read what is committed, or None where nothing is.
+
+        Raises CheckpointError for a file that cannot be understood.
+        """
         path = self.out / "commit.json"
         try:
             return Commit.from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -133,7 +150,10 @@ class RunFolder:
             ) from error
 
     def write_settings(self, toml: str) -> None:
-        """Replace ``config.toml``. Raises CheckpointError where it cannot be written; the old one stays."""
+        """Replace ``config.toml``.
+
+        Raises CheckpointError where it cannot be written, and then the old one stays.
+        """
         try:
             write_atomically(self.out / "config.toml", toml)
         except OSError as error:
@@ -151,7 +171,10 @@ class RunFolder:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def read_rollouts(self, commit: Commit) -> RolloutState | None:
-        """The rollout state of the committed checkpoint; None for one made before the first RL step began."""
+        """Read the rollout state of the committed checkpoint.
+
+        It is None for a checkpoint from before the first RL step began.
+        """
         assert commit.checkpoint is not None
         folder = self.checkpoints / commit.checkpoint
         try:
@@ -167,9 +190,10 @@ class RunFolder:
     # --- writing ---------------------------------------------------------------------------------------------------
 
     async def save(self, step: int, learner: Learner, rollouts: RolloutState | None) -> str:
-        """Write the checkpoint of ``step``, complete or not at all; returns its name. It counts once it is committed.
+        """Write the checkpoint of ``step``, complete or not at all, and return its name.
 
-        Raises CheckpointError where it cannot be written; the committed one is untouched then.
+        It counts once it is committed. Raises CheckpointError where it cannot be written, and then the committed one is
+        untouched.
         """
         name = f"step-{step:06d}"
         try:
@@ -177,7 +201,7 @@ class RunFolder:
                 await learner.save(folder / "learner")
                 require_shared(folder / "learner")
                 await asyncio.to_thread(write_rollouts, folder, rollouts)
-        except NotShared:
+        except NotShared:  # space would not help, and its own message says what does
             raise
         except (OSError, RuntimeError, CheckpointError) as error:
             raise CheckpointError(
@@ -191,6 +215,7 @@ class RunFolder:
         try:
             reports = {label: r.to_json() for label, r in commit.reports.items()}
             write_atomically(self.out / "reports.json", json.dumps(reports, indent=2) + "\n")
+            # The commit point comes after everything that belongs to it.
             write_atomically(self.out / "commit.json", json.dumps(commit.to_json(), indent=1) + "\n")
         except OSError as error:
             raise CheckpointError(

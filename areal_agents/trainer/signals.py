@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: the first finishes the step and saves, the second stops now."""
+"""The handling of Ctrl-C and SIGTERM.
+
+The first signal finishes the step and saves. The second stops now.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,21 @@ T = TypeVar("T")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LAST_RESORT_SECONDS = 10.0
-"""After the second signal: how long cleaning up may take before the process ends without it."""
+"""Time that cleaning up may take after the second signal, before the process ends without it."""
 
 
 class StopRequested(BaseException):
-    """Raised by ``Stop.race`` where a signal came first. No Exception: only the run's own code may catch it."""
+    """The stop that ``Stop.race`` and ``Stop.check`` raise after a signal.
+
+    It is no ``Exception``, because only the run's own code may catch it.
+    """
 
 
 class Stop:
-    """Whether the run was asked to stop. ``forced`` after the second signal, which also cancels the run's task."""
+    """A request to stop a run, which a signal makes.
+
+    ``forced`` is true after the second signal, which also cancels the run's task.
+    """
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -37,13 +46,21 @@ class Stop:
         self.signal = number
         self._event.set()
 
+    def check(self) -> None:
+        """Raise StopRequested where a stop was asked for."""
+        if self.requested:
+            raise StopRequested
+
     async def race(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of ``work``. Where a stop comes first: cancels it, waits for its end and raises StopRequested."""
+        """Run ``work`` and return its result, unless a stop comes first.
+
+        A stop cancels ``work``, waits for its end and raises StopRequested.
+        """
         task = asyncio.create_task(work)
         waiter = asyncio.create_task(self._event.wait())
         try:
             await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
+            if task.done():  # asked first: a result that came together with the stop is not thrown away
                 return task.result()
             raise StopRequested
         finally:
@@ -55,7 +72,10 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_on_signals(message: Callable[[str], None]) -> Iterator[Stop]:
-    """Handle SIGINT and SIGTERM for the current task; in other threads than the main one signals are left alone."""
+    """Handle SIGINT and SIGTERM for the current task.
+
+    In other threads than the main one signals are left alone.
+    """
     stop, loop, task = Stop(), asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     last_resort = threading.Timer(_LAST_RESORT_SECONDS, os._exit, (130,))

@@ -1,7 +1,7 @@
-"""Who computes on which cores: engine and learner share one machine without fighting over it.
+"""The split of a machine's cores between engine and learner, which share it without fighting over it.
 
-Two OpenMP pools that together want more threads than there are cores spin against each other and both lose, so the
-split is explicit: while the learner works, the engine keeps ``engine`` threads; while it is idle, all of them.
+Two OpenMP pools that together want more threads than there are cores spin against each other, and both lose. So the
+split is explicit. While the learner works, the engine keeps ``engine`` threads. While it is idle, the engine has all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from areal_agents.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Threads of each engine and of the learner, while both work and while the other one is idle."""
+    """Threads of each engine and of the learner.
+
+    ``engine`` and ``learner`` hold while both work, the other two while the other one is idle.
+    """
 
     engine: int
     learner: int
@@ -23,10 +26,17 @@ class Cores:
 
 
 def split_cores(engine: int = 0, learner: int = 0, *, replicas: int = 1, total: int | None = None) -> Cores:
-    """Settings to threads; 0 means automatic: half each, and with more than four cores one for the learner.
+    """Turn the settings into threads.
 
-    ``engine`` threads are shared by ``replicas`` engines, each has at least one. Raises ConfigError where the two
-    together exceed the cores this process may use.
+    Args:
+        engine: threads of all engines together. 0 means what ``learner`` leaves.
+        learner: threads of the learner. 0 means what ``engine`` leaves. Where both are 0, each gets half of the cores,
+            and with more than four cores the learner gets one.
+        replicas: engines that share ``engine`` threads. Each has at least one.
+        total: cores to split. None means those that this process may use.
+
+    Raises:
+        ConfigError: ``engine`` and ``learner`` together exceed ``total``.
     """
     total = total or len(os.sched_getaffinity(0))
     if engine == 0:

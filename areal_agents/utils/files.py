@@ -1,17 +1,21 @@
-"""Writing files so that a killed process or a full disk leaves them whole."""
+"""Functions that write files so that a killed process or a full disk leaves them whole."""
 
 from __future__ import annotations
 
 import errno
 import io
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from areal_agents.errors import ArealError
 
 
 def unwritable(path: Path, error: OSError) -> ArealError:
-    """The error for a file of a run that cannot be written: path, reason, next action."""
+    """Return the error for a file of a run that cannot be written, with path, reason and next action."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     action = "free some space on that disk" if full else "make it writable"
     reason = error.strerror or str(error)
@@ -19,7 +23,10 @@ def unwritable(path: Path, error: OSError) -> ArealError:
 
 
 def append_whole(file: io.FileIO, data: bytes) -> None:
-    """Append ``data`` to an unbuffered file, or nothing of it. Raises OSError."""
+    """Append ``data`` to an unbuffered file, or nothing of it.
+
+    Raises OSError.
+    """
     end = os.fstat(file.fileno()).st_size
     left = memoryview(data)
     try:
@@ -31,7 +38,10 @@ def append_whole(file: io.FileIO, data: bytes) -> None:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Remove what follows the last newline: the line a killed process was writing. Raises OSError."""
+    """Remove what follows the last newline, which is the line that a killed process was writing.
+
+    Raises OSError.
+    """
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -50,9 +60,72 @@ def cut_torn_line(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """The names in ``folder`` are on the disk: a new or renamed file outlives a power cut. Raises OSError."""
-    handle = os.open(folder, os.O_RDONLY)
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to fill, which takes the place of ``path`` on a clean exit.
+
+    It is on the disk then. Without a clean exit ``path`` is as before. One process at a time may write to ``path``.
+    Raises OSError.
+    """
+    new = path.with_name(f".{path.name}.tmp")
+    try:
+        with new.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by a file with ``text``.
+
+    Readers and crashes see the old content or the new. Raises OSError.
+    """
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder to fill, which takes the place of ``path`` on a clean exit.
+
+    It is on the disk then. Without a clean exit it is gone.
+
+    A folder already at ``path`` is replaced. It is moved aside first, so a crash between two renames leaves it under
+    ``.NAME.old-PID`` beside the complete new one, ``.NAME.tmp-PID``.
+    """
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        for file in [*new.rglob("*"), new]:
+            sync(file)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+    os.rename(new, path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk.
+
+    Folders need it too. A power cut may else undo a rename and keep what came after it, such as a commit that names a
+    removed checkpoint. Raises OSError.
+    """
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -1,4 +1,4 @@
-"""Which number format to compute in, and on what: asked once by the engine and by the learner."""
+"""The choice of a number format and a device to compute on, made once by the engine and by the learner."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 @cache
 def cpu_flags(path: str = "/proc/cpuinfo") -> frozenset[str]:
-    """Instruction-set flags of the first CPU; empty where the kernel does not list them."""
+    """Return the instruction-set flags of the first CPU, or none where the kernel does not list them."""
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -32,14 +32,17 @@ def cpu_flags(path: str = "/proc/cpuinfo") -> frozenset[str]:
 
 
 def has_bf16_cpu(flags: frozenset[str] | None = None) -> bool:
-    """Whether matrix products in bfloat16 run in hardware (AVX512-BF16 or AMX) and are faster than float32."""
+    """Say whether matrix products in bfloat16 run in hardware (AVX512-BF16 or AMX).
+
+    Only then are they faster than in float32.
+    """
     return not _BF16_FLAGS.isdisjoint(cpu_flags() if flags is None else flags)
 
 
 def number_format(precision: Precision = "auto", *, gpu: bool = False) -> Format:
-    """``bf16`` and ``fp32`` as asked; ``auto`` is bf16 on a GPU and where the CPU computes in it, else fp32.
+    """Return the format to compute in, and choose one for ``auto``.
 
-    Raises ConfigError for any other name.
+    ``auto`` is bf16 on a GPU and where the CPU computes in it, else fp32. Raises ConfigError for any other name.
     """
     if precision == "auto":
         return "bf16" if gpu or has_bf16_cpu() else "fp32"
@@ -49,14 +52,17 @@ def number_format(precision: Precision = "auto", *, gpu: bool = False) -> Format
 
 
 def resolve_precision(precision: Precision = "auto", *, gpu: bool = False) -> torch.dtype:
-    """``number_format`` as torch has it: bfloat16 or float32."""
+    """Return ``number_format`` as a dtype of torch, bfloat16 or float32."""
     import torch
 
     return torch.bfloat16 if number_format(precision, gpu=gpu) == "bf16" else torch.float32
 
 
 def resolve_device(device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:
-    """``auto``: the first GPU it may use, else the CPU. Raises ConfigError for a GPU that is not there."""
+    """Return the device to compute on, and choose one for ``auto``.
+
+    ``auto`` is the first GPU that this process may use, else the CPU. Raises ConfigError for a GPU that is not there.
+    """
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():

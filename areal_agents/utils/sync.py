@@ -1,9 +1,11 @@
-"""Running coroutines from synchronous code: one background event loop a process, in a daemon thread.
+"""A background event loop on which synchronous code runs coroutines.
+
+Each process has one, in a daemon thread.
 
     run_sync(coro) ──submits──▶ loop thread ──result──▶ the caller, which waits
 
-A forked child has the module's state but not the thread, so the loop knows the process it was started in. A call
-from the loop's own thread would wait for itself: it raises instead.
+A forked child has the module's state but not the thread, so the loop knows the process it was started in. A call from
+the loop's own thread would wait for itself, so it raises instead.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ T = TypeVar("T")
 
 _EXIT_SECONDS = 5.0
 _exit_hooks: dict[Callable[[], Coroutine[Any, Any, None]], None] = {}
-"""Awaited on the loop before it ends; a dict keeps their order and each once."""
+"""Awaited on the loop before it ends. A dict keeps their order, and each of them once."""
 
 
 class _LateExecutor(ThreadPoolExecutor):
-    """Works while the interpreter ends, when pools refuse new work, so that exit hooks may use ``to_thread``."""
+    """A thread pool that also works while the interpreter ends.
+
+    Other pools refuse new work then. With this one exit hooks may use ``to_thread``.
+    """
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         try:
@@ -97,7 +102,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def background_loop() -> asyncio.AbstractEventLoop:
-    """This process's background loop, started at the first call."""
+    """Return this process's background loop, which the first call starts."""
     global _current
     with _lock:
         if _current is None or _current.pid != os.getpid():
@@ -114,7 +119,7 @@ def on_exit(hook: Callable[[], Coroutine[Any, Any, None]]) -> None:
 def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run ``coroutine`` on the background loop and wait for its result.
 
-    An interrupt of the caller cancels the coroutine. Raises EnvError when called from the background loop itself.
+    An interrupt of the caller cancels the coroutine. Raises EnvError when it is called from the background loop itself.
     """
     loop = background_loop()
     if _current is not None and threading.current_thread() is _current.thread:

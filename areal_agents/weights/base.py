@@ -1,10 +1,9 @@
-"""Weights in one flat buffer: where each tensor lies in it, its checksum, and what a reader of it offers."""
+"""Weights in one flat buffer, with the place of each tensor in it, its checksum and its readers."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 from typing import Protocol, Self
 
 import torch
@@ -19,7 +18,10 @@ _ALIGN = 64
 def layout(
     tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, align: int = _ALIGN
 ) -> tuple[tuple[TensorEntry, ...], int]:
-    """Offsets of ``tensors`` cast to ``dtype`` in one buffer, each a multiple of ``align``; and its size in bytes."""
+    """Return the places of ``tensors`` in one buffer, and the buffer's size in bytes.
+
+    The tensors are cast to ``dtype``. Each offset is a multiple of ``align`` bytes.
+    """
     entries: list[TensorEntry] = []
     offset = 0
     for name, tensor in tensors:
@@ -30,7 +32,7 @@ def layout(
 
 
 def views(buffer: Tensor, manifest: Iterable[TensorEntry]) -> dict[str, Tensor]:
-    """Tensor views into a flat uint8 ``buffer``."""
+    """Return tensor views into a flat uint8 ``buffer``, by name."""
     out: dict[str, Tensor] = {}
     for entry in manifest:
         dtype = getattr(torch, entry.dtype)
@@ -43,14 +45,20 @@ def views(buffer: Tensor, manifest: Iterable[TensorEntry]) -> dict[str, Tensor]:
 
 
 def adler32(view: memoryview, value: int = 1) -> int:
-    """Adler-32 of ``view`` after what gave ``value``; chunked, so that other threads get their turn."""
+    """Return the Adler-32 of ``view`` appended to the bytes that gave ``value``.
+
+    It goes chunk by chunk, so that other threads get their turn.
+    """
     for start in range(0, len(view), 1 << 24):
         value = zlib.adler32(view[start : start + (1 << 24)], value)
     return value
 
 
 def checksum(view: memoryview) -> str:
-    """Adler-32 over the whole buffer as a reference names it; 135M bf16 parameters take about 0.1 s."""
+    """Return the Adler-32 over the whole buffer, as a reference names it.
+
+    135M bf16 parameters take about 0.1 s.
+    """
     return f"adler32:{adler32(view):08x}"
 
 
@@ -61,29 +69,25 @@ def check(ref: WeightsRef, view: memoryview) -> None:
 
 
 class OpenWeights(Protocol):
-    """Weights that were read; a context manager."""
+    """Weights that were read, as a context manager."""
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """By state-dict name; valid until the context closes."""
+        """The tensors by state-dict name, valid until the context closes."""
         ...
 
     def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
 class LoadedWeights:
-    """Weights that were copied into a buffer of this process; a context manager."""
+    """Weights in a buffer of this process, as a context manager."""
 
     def __init__(self, ref: WeightsRef, buffer: Tensor) -> None:
         self.tensors = views(buffer, ref.manifest)
 
-    def __enter__(self) -> LoadedWeights:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.tensors = {}

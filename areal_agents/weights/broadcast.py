@@ -1,4 +1,6 @@
-"""Weights by a collective broadcast from the learner to every engine: NCCL between GPUs, Gloo between CPUs.
+"""Weights by a collective broadcast from the learner to every engine.
+
+NCCL broadcasts between GPUs, Gloo between CPUs.
 
     sender (one a version)                              receiver (an engine's process)
     TCPStore on HOST:PORT ◀── ticket, join ──────────── connect
@@ -6,16 +8,17 @@
     ranks of those that are here ──────── answer ─────▶ process group of this round
     the flat buffer, bucket by bucket ═══ broadcast ══▶ the flat buffer, its checksum
 
-Every delivery is a *round* with a process group of its own, formed beside the default group, which in a vLLM process
-belongs to vLLM. Whoever comes later (a restarted engine, a new one, one whose round failed) gets a round of its own
-from the same buffer, for as long as the sender holds this version.
+Every delivery is a *round* with a process group of its own. The group is formed beside the default one, which in a vLLM
+process belongs to vLLM. Whoever comes later (a restarted engine, a new one, one whose round failed) gets a round of its
+own from the same buffer, for as long as the sender holds this version.
 
-Waits for / unblocked by: the sender for joins, by a join or ``close``; a round for its members, by their answers, the
-end of a connection or the round's deadline; a receiver for its round, by the sender's answer or its deadline. A member
-that dies ends the round for all: they ask again (``attempts``), and the next round is formed without it.
+Waits for / unblocked by: the sender waits for joins, and is unblocked by a join or ``close``. A round waits for its
+members, and is unblocked by their answers, the end of a connection or the round's deadline. A receiver waits for its
+round, and is unblocked by the sender's answer or its own deadline. A member that dies ends the round for all. They ask
+again (``attempts``), and the next round is formed without it.
 
-Whoever reaches HOST:PORT can read the weights: use it inside a trusted network, as torch.distributed itself.
-**NCCL was not run on hardware**; the rounds, the deadlines and the packing are the ones that run with Gloo.
+Whoever reaches HOST:PORT can read the weights. Use it inside a trusted network, as torch.distributed itself.
+**NCCL was not run on hardware.** The rounds, the deadlines and the packing are those that run with Gloo.
 """
 
 from __future__ import annotations
@@ -38,34 +41,34 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.weights.base import LoadedWeights, check, checksum, layout, views
-from areal_agents.weights.process_group import Broadcaster, Group, broadcast, open_group
+from areal_agents.weights.process_group import Broadcaster, BroadcastGroup, broadcast, open_group
 
 _POLL = 0.02
-"""Seconds between two looks at the store: a wait in it that meets its deadline prints to stderr, a look does not."""
+"""Seconds between two looks at the store. A wait in it that meets its deadline prints to stderr, a look does not."""
 _CONNECT_SECONDS = 5.0
 _SLOWEST = 25e6
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """How long the parts of a round take at most, in seconds."""
+class RoundLimits:
+    """The limits of a round, in seconds where they are times."""
 
     grace: float = 5.0
-    """After the first join: the other engines are expected."""
+    """After the first join, while the other engines are expected."""
     call: float = 5.0
     """From the call to the answer of a member."""
     transfer: float = 0.0
-    """From the ranks to the last byte, for all members; 0: 30 s and a second for every 25 MB."""
+    """From the ranks to the last byte, for all members. 0 means 30 s and a second for every 25 MB."""
     bucket: int = 64 << 20
-    """Bytes of one broadcast: large enough for a network, small enough for staging on a GPU."""
+    """Bytes of one broadcast. Large enough for a network, small enough for staging on a GPU."""
 
     def round(self, nbytes: int) -> float:
-        """The deadline of a round for ``nbytes``."""
+        """Return the deadline of a round for ``nbytes``, in seconds."""
         return self.transfer or 30.0 + nbytes / _SLOWEST
 
 
 class BroadcastWeights:
-    """One version in this process's memory, sent to whoever asks; owned by the learner's process."""
+    """One version in the memory of the learner's process, sent to whoever asks."""
 
     def __init__(
         self,
@@ -75,21 +78,31 @@ class BroadcastWeights:
         *,
         host: str = "127.0.0.1",
         receivers: Callable[[], int] | None = None,
-        limits: Limits | None = None,
+        limits: RoundLimits | None = None,
     ) -> None:
-        """Allocate the buffer; ``fill`` opens the port.
+        """Allocate the buffer.
 
-        host: this machine's address as engines reach it; it listens there alone.
-        receivers: how many processes will ask for a version (an engine of tensor_parallel n counts n times); called
-            by ``fill``. A round begins when that many have joined. None: every round waits for its grace period.
-        Raises ConfigError where this PyTorch has no such backend.
+        ``fill`` opens the port.
+
+        Args:
+            tensors: names and shapes of what ``fill`` will get.
+            dtype: the format that they are cast to.
+            backend: nccl or gloo.
+            host: this machine's address as engines reach it. It listens there alone.
+            receivers: how many processes will ask for a version (an engine of tensor_parallel n counts n times).
+                ``fill`` calls it. A round begins when that many have joined. With None every round waits for its
+                grace period.
+            limits: the limits of a round.
+
+        Raises:
+            ConfigError: this PyTorch has no such backend.
         """
         if not (dist.is_nccl_available() and torch.cuda.is_available() if backend == "nccl" else _has_gloo()):
             needs = "a PyTorch with NCCL and a GPU" if backend == "nccl" else "a PyTorch with Gloo"
             raise ConfigError(f'transport = "{backend}" needs {needs}, and this process has none: set "disk" or "shm"')
         self.manifest, self.nbytes = layout(tensors.items(), dtype)
         self._backend, self._host, self._receivers = backend, host, receivers
-        self._limits = limits or Limits()
+        self._limits = limits or RoundLimits()
         self._buffer = torch.zeros(self.nbytes, dtype=torch.uint8, pin_memory=backend == "nccl")
         self._tensors = views(self._buffer, self.manifest)
         self._sender: Sender | None = None
@@ -97,7 +110,8 @@ class BroadcastWeights:
     def fill(self, tensors: Mapping[str, Tensor], version: int) -> WeightsRef:
         """Copy (and cast) ``tensors`` in, offer them on a port of their own and return the reference to them.
 
-        The version held before is withdrawn, its running round cut off. Raises EngineError where no port can be opened.
+        The version held before is withdrawn, and its running round cut off. Raises EngineError where no port can be
+        opened.
         """
         self._withdraw()
         with torch.no_grad():
@@ -112,11 +126,14 @@ class BroadcastWeights:
 
     @property
     def failures(self) -> list[str]:
-        """Why rounds of the version held failed, oldest first."""
+        """The reasons why rounds of the version held failed, oldest first."""
         return [] if self._sender is None else list(self._sender.failures)
 
     def close(self) -> None:
-        """Withdraw the version held, within seconds. May be called twice."""
+        """Withdraw the version held, within seconds.
+
+        May be called twice.
+        """
         self._withdraw()
 
     def _withdraw(self) -> None:
@@ -126,12 +143,24 @@ class BroadcastWeights:
 
 
 class Sender:
-    """Offers one version on a port until ``stop``: a thread that runs one round after the other."""
+    """A thread that offers one version on a port until ``stop``, one round after the other."""
 
     def __init__(
-        self, buffer: Tensor, checksum: str, backend: Broadcaster, host: str, expected: int | None, limits: Limits
+        self, buffer: Tensor, checksum: str, backend: Broadcaster, host: str, expected: int | None, limits: RoundLimits
     ) -> None:
-        """expected: receivers of this version, None where unknown. Raises EngineError where ``host`` is not ours."""
+        """Open the port and start the thread.
+
+        Args:
+            buffer: the weights, flat bytes.
+            checksum: the checksum of ``buffer``, by which receivers know the version.
+            backend: nccl or gloo.
+            host: the address of this machine to listen on.
+            expected: receivers of this version, None where unknown.
+            limits: the limits of a round.
+
+        Raises:
+            EngineError: ``host`` is not an address of this machine.
+        """
         self.failures: deque[str] = deque(maxlen=100)
         self.rounds = 0
         self._buffer, self._backend, self._host = buffer, backend, host
@@ -140,7 +169,7 @@ class Sender:
         self._known = 0
         self._open: set[int] = set()
         self._stopping = threading.Event()
-        self._group: Group | None = None
+        self._group: BroadcastGroup | None = None
         try:
             listening = socket.create_server((host, 0), family=_family(host))
         except OSError as error:
@@ -153,7 +182,7 @@ class Sender:
             host, port, None, True, timeout=timedelta(seconds=self._seconds), wait_for_workers=False,
             master_listen_fd=listening.detach(),
         )  # fmt: skip
-        # A receiver waits while others have their round: at most one of them, and then for its own.
+        # A receiver may wait for one round of others, and then for its own.
         patience = 2 * (self._seconds + limits.call + limits.grace)
         offer = {"checksum": checksum, "patience": patience, "call": limits.call, "bucket": limits.bucket}
         self._store.set("offer", json.dumps(offer))
@@ -161,14 +190,14 @@ class Sender:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread and close the port; a running round is cut off.
+        """End the thread and close the port, and cut off a running round.
 
-        A round that is just being formed ends by its own deadline: whoever is in it finds a wrong checksum.
+        A round that is just being formed ends by its own deadline. Whoever is in it finds a wrong checksum.
         """
         self._stopping.set()
         group = self._group
         if group is not None:
-            group.abort()
+            group.abort()  # the thread may be blocked in its broadcast
         self._thread.join(_CONNECT_SECONDS)
 
     def _serve(self) -> None:
@@ -177,13 +206,13 @@ class Sender:
                 if members := self._call(self._gather()):
                     self.rounds += 1
                     self._round(self.rounds, members)
-            except RuntimeError as error:  # of the group or the store; who still wants the weights asks again
+            except RuntimeError as error:  # of the group or the store: who still wants the weights asks again
                 if not self._stopping.wait(_POLL):
                     self.failures.append(_line(error))
         del self._store  # closes the port: who comes now finds it gone
 
     def _gather(self) -> list[int]:
-        """Tickets for the next round: all that are expected still, or who came within the grace period."""
+        """Return the tickets of the next round, once all expected ones have joined or the grace period is over."""
         members = self._joined()
         if not members:
             self._stopping.wait(_POLL)
@@ -196,11 +225,14 @@ class Sender:
         return members
 
     def _wanted(self) -> float:
-        """Members with whom a round is complete. Who was served already may come again, alone: a restarted engine."""
+        """Return the number of members with whom a round is complete.
+
+        One that was served already may come again alone, such as a restarted engine.
+        """
         return math.inf if self._expected is None else max(1, self._expected - self._served)
 
     def _joined(self) -> list[int]:
-        """Tickets that joined since the last call."""
+        """Return the tickets that joined since the last call."""
         known = self._store.add("tickets", 0)
         self._open.update(range(self._known + 1, known + 1))
         self._known = known
@@ -209,7 +241,10 @@ class Sender:
         return new
 
     def _call(self, tickets: list[int]) -> list[int]:
-        """Those of ``tickets`` that still answer."""
+        """Call the owners of ``tickets`` and return the tickets that still answer.
+
+        A member that is dead already must not be in the round, which it would end for all.
+        """
         for n in tickets:
             self._store.set(f"call/{n}", "")
         end, here = time.monotonic() + self._limits.call, []
@@ -242,10 +277,16 @@ class Sender:
 def receive(ref: WeightsRef, *, verify: bool = True, attempts: int = 3) -> LoadedWeights:
     """Join a round of ``ref`` and return its tensors, in this process's memory.
 
-    nccl stages one bucket after the other on the current CUDA device: an engine there has no room for a second model.
+    nccl stages one bucket after the other on the current CUDA device, because an engine there has no room for a second
+    model.
 
-    attempts: rounds to ask for; a round fails for all when one of its members dies in it. Raises EngineError where the
-    sender is gone, holds another version, or none of the rounds came to its end before its deadline.
+    Args:
+        ref: the version to receive.
+        verify: whether to compare the checksum.
+        attempts: rounds to ask for. A round fails for all when one of its members dies in it.
+
+    Raises:
+        EngineError: the sender is gone or holds another version, or no round came to its end before its deadline.
     """
     backend: Broadcaster = "nccl" if ref.transport == "nccl" else "gloo"
     if backend == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
@@ -267,7 +308,10 @@ def receive(ref: WeightsRef, *, verify: bool = True, attempts: int = 3) -> Loade
 
 
 def _receive(ref: WeightsRef, backend: Broadcaster, buffer: Tensor) -> None:
-    """One round. Raises EngineError where another would not help, RuntimeError where it may."""
+    """Receive the weights in one round.
+
+    Raises EngineError where another round would not help, and RuntimeError where it may.
+    """
     host, _, port = ref.locator.partition("://")[2].rpartition(":")
     try:  # TCPStore would try a closed port for the whole of its timeout
         with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS) as probe:
@@ -300,7 +344,7 @@ def _receive(ref: WeightsRef, backend: Broadcaster, buffer: Tensor) -> None:
 
 
 def _wait(store: Store, key: str, end: float) -> bool:
-    """Whether ``key`` is set before the monotonic clock shows ``end``."""
+    """Wait for ``key``, and say whether it was set before the monotonic clock showed ``end``."""
     while not store.check([key]):
         if time.monotonic() > end:
             return False
@@ -309,7 +353,7 @@ def _wait(store: Store, key: str, end: float) -> bool:
 
 
 def _line(error: RuntimeError) -> str:
-    """PyTorch appends C++ frames to some of its texts."""
+    """Return the first line of an error's text, for PyTorch appends C++ frames to some of them."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

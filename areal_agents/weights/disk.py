@@ -1,13 +1,13 @@
-"""Weights on disk: one safetensors file a version, on a file system that the learner's and the engines' nodes share.
+"""Weights on disk, as one safetensors file a version on a file system that learner and engines share.
 
     weights_dir/areal-weights-<id>/owner.json          locked (flock) for as long as its owner lives
                                   /v7-3.safetensors    what the third ``fill`` wrote: version 7
 
 A buffer holds one version. Its file is written under another name, flushed and renamed, so readers see it whole or not
-at all; the next ``fill`` removes it first. Any program that reads safetensors can read it.
+at all. The next ``fill`` removes it first. Any program that reads safetensors can read it.
 
 A killed owner leaves its folder. The next start in the same ``weights_dir`` removes the folders whose lock is free and
-that this machine made: over a network a lock may be visible on its own node alone, so folders of other nodes are left
+that this machine made. Over a network a lock may be visible on its own node alone, so folders of other nodes are left
 to a start over there, or to you.
 """
 
@@ -22,18 +22,20 @@ import socket
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import ConfigError, EngineError
+from areal_agents.utils.files import atomic_file
 from areal_agents.weights.base import LoadedWeights, adler32, check, layout
 
 _PREFIX = "areal-weights-"
 _OWNER = "owner.json"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-"""safetensors' names of formats."""
+"""The names that safetensors gives to formats."""
 
 
 class DiskWeights:
@@ -42,7 +44,8 @@ class DiskWeights:
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, weights_dir: Path) -> None:
         """Make the folder, and remove what killed owners left beside it.
 
-        tensors: names and shapes of what ``fill`` will get. Raises ConfigError where the folder cannot be made.
+        ``tensors`` has the names and shapes of what ``fill`` will get. Raises ConfigError where the folder cannot be
+        made.
         """
         if dtype not in _NAMES:
             raise ConfigError(f"weights cannot be published as {dtype}: use one of {', '.join(map(str, _NAMES))}")
@@ -70,44 +73,44 @@ class DiskWeights:
         """
         self._fills += 1
         path = self.folder / f"v{version}-{self._fills}.safetensors"
-        new = path.with_suffix(".tmp")
         try:
             if self._file is not None:
                 self._file.unlink(missing_ok=True)
-            found = self._write(new, tensors, version)
-            os.rename(new, path)
-            _sync(self.folder)
+            # A plain file: engines may run as another user, and safetensors' own writer lets its user alone read.
+            with atomic_file(path) as file:
+                found = self._write(file, tensors, version)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
             raise EngineError(self._refused(version, error)) from error
         self._file = path
         return WeightsRef(version, str(path), self.manifest, f"adler32:{found:08x}", self.nbytes, transport="disk")
 
     def close(self) -> None:
-        """Remove the folder. May be called twice."""
+        """Remove the folder.
+
+        May be called twice.
+        """
         if self._lock >= 0:
             os.close(self._lock)  # first: NFS keeps a folder whose files are open
             self._lock = -1
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor], version: int) -> int:
+    def _write(self, file: BinaryIO, tensors: Mapping[str, Tensor], version: int) -> int:
         found = 1
-        # A plain open: engines may run as another user, and safetensors' own writer lets its user alone read.
-        with path.open("wb") as file:
-            file.write(self._header(version))
-            with torch.no_grad():
-                for entry in self.manifest:
-                    cast = tensors[entry.name].detach().to("cpu", self._dtype).contiguous()
-                    data = cast.reshape(-1).view(torch.uint8).numpy().data
-                    found = adler32(data, found)
-                    file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        file.write(self._header(version))
+        with torch.no_grad():
+            for entry in self.manifest:
+                cast = tensors[entry.name].detach().to("cpu", self._dtype).contiguous()
+                data = cast.reshape(-1).view(torch.uint8).numpy().data
+                found = adler32(data, found)
+                file.write(data)
         return found
 
     def _header(self, version: int) -> bytes:
-        """The length of the JSON that follows (u64, little-endian), the JSON, spaces up to a multiple of 8 bytes."""
+        """Return the header of a safetensors file.
+
+        It is the length of the JSON that follows (u64, little-endian), the JSON, and spaces up to a multiple of 8
+        bytes.
+        """
         header: dict[str, object] = {"__metadata__": {"format": "pt", "version": str(version)}}
         for entry in self.manifest:
             size = self._dtype.itemsize * torch.Size(entry.shape).numel()
@@ -129,9 +132,9 @@ class DiskWeights:
 
 
 def read_disk(ref: WeightsRef, *, verify: bool = True) -> LoadedWeights:
-    """Read a version into this process; what happens to the file afterwards does not matter.
+    """Read a version into this process, whatever happens to the file afterwards.
 
-    A mapping would be cheaper and deadly: a file that another node removes ends its readers by SIGBUS.
+    A mapping would be cheaper but deadly, because a file that another node removes ends its readers by SIGBUS.
     Raises EngineError where the file is gone, of another size or damaged.
     """
     buffer = torch.empty(ref.nbytes, dtype=torch.uint8)
@@ -162,9 +165,9 @@ def read_disk(ref: WeightsRef, *, verify: bool = True) -> LoadedWeights:
 
 
 def remove_leftovers(weights_dir: Path) -> list[Path]:
-    """Remove the folders of this machine's dead owners in ``weights_dir``; returns them.
+    """Remove the folders that dead owners on this machine left in ``weights_dir``, and return them.
 
-    An owner is dead when its lock is free: the kernel drops the lock with the process, however it ended.
+    An owner is dead when its lock is free. The kernel drops the lock with the process, however it ended.
     """
     removed = []
     for folder in sorted(weights_dir.glob(f"{_PREFIX}*")):
@@ -194,7 +197,7 @@ def _machine() -> dict[str, str]:
 
 
 def _made_here(owner: bytes) -> bool:
-    """By this machine since it booted, or by one of its name before."""
+    """Say whether ``owner`` names this machine, by its boot or by its host name."""
     try:
         found = json.loads(owner)
     except ValueError:
@@ -204,7 +207,10 @@ def _made_here(owner: bytes) -> bool:
 
 
 def _new_folder(weights_dir: Path) -> tuple[Path, int]:
-    """A folder and the descriptor that holds its lock. Named once it is locked: no other start may find it free."""
+    """Make a folder and return it with the descriptor that holds its lock.
+
+    It gets its name once it is locked, so that no other start may find it free.
+    """
     name = uuid.uuid4().hex[:12]
     hidden, folder = weights_dir / f".new-{name}", weights_dir / f"{_PREFIX}{name}"
     hidden.mkdir()
@@ -219,11 +225,3 @@ def _new_folder(weights_dir: Path) -> tuple[Path, int]:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
     return folder, lock
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,4 +1,4 @@
-"""A process group of its own for one broadcast, beside torch.distributed's default group and its list of groups.
+"""A process group for one broadcast, beside torch.distributed's default group and its list of groups.
 
 Gloo between CPUs, NCCL between GPUs. **NCCL was not run on hardware.**
 """
@@ -23,8 +23,8 @@ _LAST_SECONDS = 5.0
 _POLL = 0.005
 
 
-class Group(Protocol):
-    """What is used of PyTorch's process groups."""
+class BroadcastGroup(Protocol):
+    """The part of PyTorch's process groups that is used here."""
 
     def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions) -> Work: ...
     def rank(self) -> int: ...
@@ -32,12 +32,25 @@ class Group(Protocol):
 
 
 @contextlib.contextmanager
-def open_group(backend: Broadcaster, store: Store, rank: int, world: int, seconds: float, host: str) -> Iterator[Group]:
-    """A process group outside torch.distributed's own list; its connections end with the context.
+def open_group(
+    backend: Broadcaster, store: Store, rank: int, world: int, seconds: float, host: str
+) -> Iterator[BroadcastGroup]:
+    """Open a process group outside torch.distributed's own list.
 
-    host: the address of this machine that the others reach. Raises RuntimeError where it is not formed in ``seconds``.
+    Its connections end with the context.
+
+    Args:
+        backend: nccl or gloo.
+        store: the store by which the members find each other.
+        rank: the rank of this member, 0 for the sender.
+        world: the number of members.
+        seconds: deadline of forming the group, and of each of its operations.
+        host: the address of this machine that the others reach.
+
+    Raises:
+        RuntimeError: the group is not formed within ``seconds``.
     """
-    # PyTorch's annotations of these classes lack what they have.
+    # PyTorch's annotations of these classes lack some of their attributes, so they are Any here.
     gloo: Any = dist.ProcessGroupGloo
     if backend == "gloo":
         options = gloo._Options()
@@ -64,10 +77,21 @@ def open_group(backend: Broadcaster, store: Store, rank: int, world: int, second
 
 
 def broadcast(
-    group: Group, buffer: Tensor, bucket: int, end: float,
+    group: BroadcastGroup, buffer: Tensor, bucket: int, end: float,
     stopping: threading.Event | None = None,
 ) -> None:  # fmt: skip
-    """Bring rank 0's ``buffer`` (flat bytes) to all, a bucket after the other. Raises RuntimeError after ``end``."""
+    """Bring rank 0's ``buffer`` to all members, one bucket after the other.
+
+    Args:
+        group: the members.
+        buffer: flat uint8 of the same size everywhere, filled at rank 0.
+        bucket: bytes of one broadcast.
+        end: when the deadline is, by the monotonic clock.
+        stopping: ends the broadcast before its next bucket, once it is set.
+
+    Raises:
+        RuntimeError: ``end`` has passed, ``stopping`` is set, or a member is lost.
+    """
     nccl = isinstance(group, dist.ProcessGroupNCCL) if dist.is_nccl_available() else False
     for start in range(0, buffer.numel(), bucket):
         if stopping is not None and stopping.is_set():
@@ -88,9 +112,9 @@ def broadcast(
 
 
 def _part(store: Store, world: int) -> None:
-    """Keep the connections until all members have everything: the last bytes may be on their way to some of them.
+    """Keep the connections until all members have everything, for the last bytes may still be on their way to some.
 
-    Not for ever: who is missing then has failed by itself, and its checksum would tell.
+    It does not wait for ever. Who is missing then has failed by itself, and its checksum would tell.
     """
     end = time.monotonic() + _LAST_SECONDS
     store.add("done", 1)
@@ -100,7 +124,7 @@ def _part(store: Store, world: int) -> None:
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Environment variables that a constructor reads, and the old ones afterwards."""
+    """Set environment variables that a constructor reads, and restore the old ones afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

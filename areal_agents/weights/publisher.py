@@ -1,9 +1,9 @@
-"""Publishing: the learner's weights in one of two buffers.
+"""The publisher, which writes the learner's weights into one of two buffers.
 
     weights ─▶ cast ─▶ one of two buffers (``WeightsBuffer``: memory, disk, broadcast) ─▶ WeightsRef
 
-A buffer is filled again at the earliest when the context that handed it out has closed, and the two are filled in
-turn: what was published last stays whole until the publish after the next one.
+A buffer is filled again at the earliest when the context that handed it out has closed. The two are filled in turn, so
+what was published last stays whole until the publish after the next one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from areal_agents.weights.transports import WeightsBuffer
 
 
 def master_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights by state-dict name, not copied; of tied tensors the first name alone."""
+    """Return the weights by state-dict name, not copied.
+
+    Of tied tensors it has the first name alone.
+    """
     seen: set[int] = set()
     out: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -30,12 +33,18 @@ def master_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Publisher:
-    """Hands out two buffers in turn. ``publish`` waits while both are out, until one of those contexts closes."""
+    """Two buffers that are handed out in turn.
+
+    ``publish`` waits while both are out, until one of those contexts closes.
+    """
 
     def __init__(
         self, buffers: Sequence[WeightsBuffer], run: Callable[[Callable[[], WeightsRef]], Awaitable[WeightsRef]]
     ) -> None:
-        """run: does a blocking call in the thread that the weights belong to."""
+        """Hand out ``buffers``.
+
+        ``run`` does a blocking call in the thread that the weights belong to.
+        """
         self._buffers, self._run = buffers, run
         self._free: asyncio.Queue[WeightsBuffer] = asyncio.Queue()
         for buffer in buffers:
@@ -43,9 +52,10 @@ class Publisher:
 
     @asynccontextmanager
     async def publish(self, write: Callable[[WeightsBuffer], WeightsRef]) -> AsyncIterator[WeightsRef]:
-        """The reference that ``write`` made by filling a buffer, which is not filled again while the context is open.
+        """Let ``write`` fill a buffer, and yield the reference that it made.
 
-        Raises what ``write`` raises; the other buffer is untouched then.
+        The buffer is not filled again while the context is open. Raises what ``write`` raises, and then the other
+        buffer is untouched.
         """
         buffer = await self._free.get()
         try:
@@ -54,6 +64,9 @@ class Publisher:
             self._free.put_nowait(buffer)
 
     def close(self) -> None:
-        """Free the buffers; a thread that reads shared memory already goes on with it."""
+        """Free the buffers.
+
+        A thread that reads shared memory already goes on with it.
+        """
         for buffer in self._buffers:
             buffer.close()

@@ -1,7 +1,7 @@
-"""Weights in shared memory: one flat buffer a version, described by a ``WeightsRef``.
+"""Weights in shared memory, one flat buffer a version, described by a ``WeightsRef``.
 
-The buffer is an anonymous memory file (``memfd_create``): its locator ``/proc/<pid>/fd/<n>`` is readable by
-processes of the same user and it vanishes with its owner, so no crash can leave shared memory behind.
+The buffer is an anonymous memory file (``memfd_create``). Its locator ``/proc/<pid>/fd/<n>`` is readable by processes
+of the same user. It vanishes with its owner, so no crash can leave shared memory behind.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ import contextlib
 import mmap
 import os
 from collections.abc import Mapping
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import EngineError
-from areal_agents.weights.base import check, checksum, layout, views
+from areal_agents.weights.base import LoadedWeights, check, checksum, layout, views
 
 
 class SharedWeights:
-    """One writable buffer, owned by the learner's process."""
+    """A writable buffer, owned by the learner's process."""
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.manifest, self.nbytes = layout(tensors.items(), dtype)
@@ -45,7 +44,10 @@ class SharedWeights:
         )
 
     def close(self) -> None:
-        """Drop the owner's mapping and descriptor; readers keep theirs until they close."""
+        """Drop the owner's mapping and descriptor.
+
+        Readers keep theirs until they close.
+        """
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -56,8 +58,11 @@ class SharedWeights:
                 self._map.close()
 
 
-class AttachedWeights:
-    """A read-only view of a ``WeightsRef``; a context manager. Raises EngineError when it is gone or damaged."""
+class AttachedWeights(LoadedWeights):
+    """A read-only view of a ``WeightsRef``, as a context manager.
+
+    Raises EngineError when the weights are gone or damaged.
+    """
 
     def __init__(self, ref: WeightsRef, *, verify: bool = True) -> None:
         try:
@@ -68,19 +73,11 @@ class AttachedWeights:
                 'of the same user and host alone; elsewhere set transport = "disk"'
             ) from error
         try:
-            self._map = mmap.mmap(fd, ref.nbytes, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
+            mapping = mmap.mmap(fd, ref.nbytes, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
         except (ValueError, OSError) as error:
             raise EngineError(f"weights v{ref.version}: {ref.nbytes} bytes cannot be mapped: {error}") from error
         finally:
             os.close(fd)
         if verify:
-            check(ref, memoryview(self._map))
-        self.tensors = views(torch.frombuffer(self._map, dtype=torch.uint8), ref.manifest)
-
-    def __enter__(self) -> AttachedWeights:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.tensors = {}
+            check(ref, memoryview(mapping))
+        super().__init__(ref, torch.frombuffer(mapping, dtype=torch.uint8))

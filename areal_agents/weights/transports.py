@@ -1,8 +1,9 @@
-"""Every transport of weights by its name: reading a reference, and the buffers that a publisher fills.
+"""Every transport of weights by its name, for readers of a reference and for the buffers of a publisher.
 
     shm    shared_memory.py     disk    disk.py     nccl, gloo    broadcast.py
 
-The only file that knows all of them. Each is imported when it is used: an engine's worker starts without the others.
+This is the only file that knows all of them. Each is imported when it is used, so that an engine's worker starts
+without the others.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from areal_agents.weights.shared_memory import AttachedWeights, SharedWeights
 
 
 def open_weights(ref: WeightsRef, *, verify: bool = True) -> OpenWeights:
-    """Read ``ref``, whatever its transport. Blocks; every wait in it has a deadline.
+    """Read ``ref``, whatever its transport.
 
-    verify: compare the checksum (about 1 s for 2 GB). Shared memory is mapped; ``disk``, ``gloo`` and ``nccl`` copy
+    It blocks, and every wait in it has a deadline. Shared memory is mapped. ``disk``, ``gloo`` and ``nccl`` copy
     ``ref.nbytes`` into this process's memory.
-    Raises EngineError where the weights are gone, damaged or do not arrive in time.
+
+    ``verify`` compares the checksum (about 1 s for 2 GB). Raises EngineError where the weights are gone, damaged or do
+    not arrive in time.
     """
     if ref.transport == "shm":
         return AttachedWeights(ref, verify=verify)
@@ -39,10 +42,16 @@ def open_weights(ref: WeightsRef, *, verify: bool = True) -> OpenWeights:
 
 
 class WeightsBuffer(Protocol):
-    """Room for one version of the weights; its calls block."""
+    """Room for one version of the weights.
+
+    Its calls block.
+    """
 
     def fill(self, tensors: Mapping[str, Tensor], version: int) -> WeightsRef:
-        """Put ``tensors`` in, cast, in the place of those before. Raises EngineError where that cannot be done."""
+        """Cast ``tensors`` and put them in the place of those before.
+
+        Returns the reference to them. Raises EngineError where that cannot be done.
+        """
         ...
 
     def close(self) -> None: ...
@@ -57,10 +66,18 @@ def weights_buffers(
     host: str = "127.0.0.1",
     receivers: Callable[[], int] | None = None,
 ) -> list[WeightsBuffer]:
-    """Two buffers for ``tensors`` in ``dtype``.
+    """Make the two buffers of a publisher.
 
-    weights_dir: of ``disk``, a folder that the learner's and the engines' nodes share. host, receivers: of ``nccl``
-    and ``gloo``, see ``BroadcastWeights``. Raises ConfigError where the transport cannot be had here.
+    Args:
+        transport: how the weights travel.
+        tensors: names and shapes of the weights.
+        dtype: the format that they are published in.
+        weights_dir: for ``disk``, a folder that the learner's and the engines' nodes share.
+        host: for ``nccl`` and ``gloo``, see ``BroadcastWeights``.
+        receivers: for ``nccl`` and ``gloo``, see ``BroadcastWeights``.
+
+    Raises:
+        ConfigError: the transport cannot be had here.
     """
     made: list[WeightsBuffer] = []
     try:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from areal_agents.algorithms.advantages import ADVANTAGES, EpisodeRewards, grpo, turn_return
+from areal_agents.algorithms.advantages import EpisodeRewards, grpo, turn_return
 from areal_agents.errors import RewardError
 
 Rewards = Sequence[tuple[float, ...]]
@@ -112,12 +112,6 @@ def test_turn_return_refuses_bad_arguments() -> None:
     for gamma in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="gamma"):
             turn_return(episodes([(1.0,)]), gamma=gamma)
-
-
-def test_registry() -> None:
-    assert set(ADVANTAGES) == {"grpo", "turn_return"}
-    assert ADVANTAGES["grpo"] is grpo
-    assert ADVANTAGES["turn_return"] is turn_return
 
 
 # --- against plain loops --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from areal_agents.algorithms.losses import LOSSES, cross_entropy, episode_mean, ppo, token_mean
+from areal_agents.algorithms.losses import cross_entropy, episode_mean, ppo, token_mean
 from areal_agents.algorithms.offpolicy import LOG_RATIO_BOUND
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}
@@ -135,10 +135,6 @@ def test_shapes_are_checked() -> None:
         ppo(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2, 1), **CLIP)
     with pytest.raises(ValueError, match="1-D"):
         token_mean(torch.zeros(2), torch.ones(1, dtype=torch.bool), tokens=1)
-
-
-def test_registry() -> None:
-    assert dict(LOSSES) == {"ppo": ppo}
 
 
 # --- cross entropy --------------------------------------------------------------------------------------------------

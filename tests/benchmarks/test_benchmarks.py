@@ -159,7 +159,7 @@ def test_the_long_tail_is_deterministic_and_within_its_bounds() -> None:
 
 CHILD = """
 import sys; sys.path.insert(0, {path!r})
-from side import serve
+from measured_process import serve
 def handle(asked):
     print("a stray line")
     if asked.get("die"): raise SystemExit(3)
@@ -169,7 +169,7 @@ serve(handle)
 
 
 def test_a_side_answers_reports_failures_and_leaves_nothing_behind() -> None:
-    side = module("side")
+    side = module("measured_process")
     with side.Side("child", [sys.executable, "-c", CHILD.format(path=str(BENCHMARKS))]) as child:
         assert child.ask({"x": 21}) == {"double": 42}
         pid = child.memory._pid
@@ -182,7 +182,7 @@ def test_a_side_answers_reports_failures_and_leaves_nothing_behind() -> None:
 
 
 def test_memory_is_the_proportional_share_of_the_whole_tree() -> None:
-    side = module("side")
+    side = module("measured_process")
     assert side.pss_of("Rss:  9000 kB\nPss:  2048 kB\nPss_Dirty:  1 kB\n") == 2048
     assert side.pss_of("") == 0
     assert side.pss_mib(os.getpid()) > 10

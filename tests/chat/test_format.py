@@ -346,7 +346,7 @@ def test_token_spans_of_invalid_bytes_are_linear() -> None:
     marker = form.encode_turn("<tool_call>{</tool_call>")[:-1]
     start = time.process_time()
     (found,) = form.parse((byte,) * 4000 + marker, "length").tool_calls
-    assert time.process_time() - start < 5.0  # decoding growing prefixes takes minutes
+    assert time.process_time() - start < 30.0  # decoding growing prefixes takes minutes
     assert found.token_span == (4000, 4000 + len(marker))
 
 

@@ -152,9 +152,9 @@ def test_the_template_is_shipped() -> None:
     """pyproject.toml's patterns find every file that ``init`` copies."""
     root = Path(__file__).resolve().parents[2]
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
-        "areal_agents"
+        "areal_agents.cli"
     ]
-    package = root / "areal_agents"
+    package = root / "areal_agents" / "cli"
     shipped = {p for pattern in patterns for p in package.glob(pattern)}
     assert areal_agents.__file__ is not None
     assert {

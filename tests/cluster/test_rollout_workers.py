@@ -261,13 +261,13 @@ def test_errors_arrive_as_they_were_raised(fleet: Fleet) -> None:
 
     raised, reward, sandbox = fleet.run(play())
     assert type(raised) is EnvError
-    assert "step of task train-0 raised ZeroDivisionError: the author's own" in str(raised)
+    assert "astep (task train-0, turn 1) raised ZeroDivisionError: the author's own" in str(raised)
     assert (raised.turns, raised.tool) == (1, "")
     assert 0 < raised.tokens <= 16
     assert isinstance(raised.__cause__, RemoteCause)
     assert "worker_envs.py" in str(raised.__cause__)  # the author's line, from another process
     assert type(reward) is RewardError
-    assert "train-1, turn 1: the reward is nan" in str(reward)
+    assert "astep (task train-1, turn 1) returned the reward nan" in str(reward)
     assert type(sandbox) is SandboxError
     assert (sandbox.tool, sandbox.turns, str(sandbox)) == ("python", 1, "the sandbox is gone")
     assert "OSError: no space left" in str(sandbox.__cause__)

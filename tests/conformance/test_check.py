@@ -139,7 +139,7 @@ def test_token_check(tmp_path: Path) -> None:
 
 
 def test_a_missing_model_fails_the_token_check() -> None:
-    report = check("tests.checked_envs:Good", tokenizer="smollm3", timeout=20.0)
+    report = check("tests.checked_envs:Good", tokenizer="smollm3", timeout=120.0)
     assert "did you mean 'smollm2'" in by_name(report)["tokens"].detail
     assert not report.passed
 

@@ -85,7 +85,7 @@ def test_another_loop_is_carried_over_to_the_engines() -> None:
     async def talk() -> str:
         chat, host = EngineChat(engine, FMT), EnvHost()  # type: ignore[arg-type]
         try:
-            message = await host.call(lambda: chat.chat((user("u"),), (), Sampling(99)), timeout=10, what="judge")
+            message = await host.call(lambda: chat.chat((user("u"),), (), Sampling(99)), timeout=120, what="judge")
         finally:
             await host.close()
         return message.text

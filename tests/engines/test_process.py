@@ -57,7 +57,7 @@ def test_a_hung_worker_meets_the_deadline_and_is_ended(tmp_path: Path, monkeypat
 
 
 _PARENT = """
-import asyncio, sys
+import asyncio, os, sys, time
 from areal_agents.engine import Sampling
 from areal_agents.engines.cpu.engine import TransformersEngine
 from areal_agents.types import Prompt
@@ -69,7 +69,10 @@ async def main():
     )
     while (await engine.health()).running == 0:
         pass
-    print(engine.pid, flush=True)
+    fork = os.fork() if sys.argv[2] == "forks" else None  # as multiprocessing does: it inherits the worker's pipe
+    if fork == 0:
+        time.sleep(600)
+    print(engine.pid, fork or 0, flush=True)
     await task
     await asyncio.sleep(600)
 
@@ -77,11 +80,12 @@ asyncio.run(main())
 """
 
 
-def test_the_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("forks", ["forks", "does not fork"])
+def test_the_worker_ends_when_its_parent_is_killed(tmp_path: Path, forks: str) -> None:
     folder = save_tiny(tmp_path, tiny_model())
     root = Path(__file__).resolve().parents[2]
     parent = subprocess.Popen(
-        [sys.executable, "-c", _PARENT, str(folder)],
+        [sys.executable, "-c", _PARENT, str(folder), forks],
         stdout=subprocess.PIPE,
         cwd=root,
         env=os.environ | {"PYTHONPATH": "."},
@@ -89,7 +93,10 @@ def test_the_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     assert parent.stdout is not None
     with parent, contextlib.ExitStack() as stack:
         stack.callback(parent.kill)
-        worker = os.pidfd_open(int(parent.stdout.readline()))
+        pid, fork = map(int, parent.stdout.readline().split())
+        if fork:
+            stack.callback(os.kill, fork, signal.SIGKILL)
+        worker = os.pidfd_open(pid)
         stack.callback(os.close, worker)
         parent.kill()
         ended, _, _ = select.select([worker], [], [], 20)

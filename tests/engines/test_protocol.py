@@ -26,7 +26,7 @@ from tests.tiny_models import tiny_config
         p.Settings("folder", Shape.of(tiny_config(), 64), "bf16", 1, 2, 3, 4, 5),
     ],
 )
-def test_a_frame_round_trips_and_a_cut_one_is_the_end(message: p.Command | p.Reply | p.Settings) -> None:
+def test_a_frame_round_trips_and_a_cut_one_is_the_end(message: p.WorkerCommand | p.Reply | p.Settings) -> None:
     frame = p.encode(message)
     stream = io.BytesIO(frame + frame)
     assert p.read_frame(stream) == message

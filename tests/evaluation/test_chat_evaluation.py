@@ -18,8 +18,9 @@ from areal_agents.errors import ConfigError, EnvError
 from areal_agents.evaluation.evaluate import EvalReport, evaluate
 from areal_agents.evaluation.players import Server
 from areal_agents.evaluation.saved_run import SavedRun
-from areal_agents.rollout.chat_episode import ChatPlayer
+from areal_agents.rollout.chat_policy import ChatPolicy
 from areal_agents.rollout.episode import Limits
+from areal_agents.rollout.player import LocalPlayer
 from areal_agents.settings.config import ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.types import AssistantMessage, Trajectory
@@ -157,7 +158,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def play(model: Any, limits: Limits = LIMITS) -> Trajectory:
     async def main() -> Trajectory:
-        player = ChatPlayer(lambda: Sums(sandbox=None), model, Sampling(50), limits)
+        player = LocalPlayer(lambda: Sums(sandbox=None), lambda task: ChatPolicy(model, Sampling(50), limits), limits)
         try:
             return await player.play(Sums.tasks("test")[0], id="e", group="g", seed=1)
         finally:

@@ -142,8 +142,8 @@ def test_a_real_engine_leaves_report_and_trajectories(tmp_path: Path) -> None:
 
 
 def test_settings_are_checked_together(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"engine.tensor_parallel = 2 needs engine.kind = 'vllm'"):
-        asyncio.run(evaluate("a/B-v0", model="m", engine=EngineConfig(tensor_parallel=2), out=tmp_path))
+    with pytest.raises(ValueError, match=r"rollout.max_turn_tokens = 160 must be under model.max_context = 99"):
+        asyncio.run(evaluate("a/B-v0", model=ModelConfig(path="m", max_context=99), out=tmp_path))
     with pytest.raises(ValueError, match="n"):
         asyncio.run(evaluate("a/B-v0", model="m", n=0, out=tmp_path))
 

@@ -46,6 +46,26 @@ class Hanging(Letters):
         return await super().astep(action)
 
 
+class Changes(Letters):
+    """What it returns, or how it closes, is changed once the class is told to."""
+
+    change = ""
+
+    async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
+        observation, reward, terminated, truncated, info = await super().astep(action)
+        if self.change == "list" and not terminated:
+            return [*observation], reward, terminated, truncated, info  # type: ignore[return-value]
+        if self.change == "text" and terminated:
+            return observation, "much", terminated, truncated, info  # type: ignore[return-value]
+        if self.change == "credit" and terminated:
+            info["turn_rewards"] = [1.0]
+        return observation, reward, terminated, truncated, info
+
+    async def aclose(self) -> None:
+        if self.change == "close":
+            raise OSError("not closed")
+
+
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Record]]:
     out = tmp_path_factory.mktemp("replay") / "run"
@@ -261,6 +281,25 @@ def test_prompt_tokens_and_parsing_are_checked_against_the_ids(mixed: tuple[Path
     orphan = replace(t.turns[1], parent=None)
     report = again(out, replace(record, trajectory=replace(t, turns=(t.turns[0], orphan, t.turns[2]))))
     assert first(report) == (1, "prompt tokens")
+
+
+@pytest.mark.parametrize(
+    ("change", "turn", "what", "detail"),
+    [
+        ("list", 0, "exception", "it must be a tuple of Message"),
+        ("text", 1, "reward", "returned the reward 'much', which is not a number"),
+        ("credit", 1, "reward", "turn_rewards has 1 entries for 2 turns"),
+        ("close", 1, "exception", "raised OSError: not closed"),
+    ],
+)
+def test_what_breaks_the_contract_is_a_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, turn: int, what: str, detail: str
+) -> None:
+    (record, *_) = training_run(tmp_path / "run", "tests.evaluation.test_replay:Changes", said=SHORT, steps=1)
+    monkeypatch.setattr(Changes, "change", change)
+    report = again(tmp_path / "run", record)
+    assert [(d.turn, d.what) for d in report.differences] == [(turn, what)]
+    assert detail in report.differences[0].detail
 
 
 def test_a_hanging_step_is_an_error_and_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

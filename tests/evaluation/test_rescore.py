@@ -191,8 +191,8 @@ def test_the_command_reports_and_writes_new_episodes_only_where_told(
     assert [dict(t.components) for t in written["g0/0"].trajectory.turns] == [{}, {"a": 1.0}]
     assert (written["g1/1"].kind, written["g1/1"].step) == ("train", 2)
     value = read_json(report)
-    assert value["old"]["mean"] == pytest.approx(4.5 / 6)
-    assert value["new"]["mean"] == pytest.approx((3 + 5 * 1) / 6)
+    assert value["mean_old"] == pytest.approx(4.5 / 6)
+    assert value["mean_new"] == pytest.approx((3 + 5 * 1) / 6)
     # g0: 1 and 0 becomes 3 and 1: the late turn was 1 (nobody else alive) and is 2. g1 loses its signal; g2 had none.
     assert value["advantages"]["signal_lost"] == 1
     assert value["failures"] == []
@@ -220,7 +220,7 @@ def test_a_failing_reward_is_counted_shown_and_never_a_zero(
     argv = ["rescore", str(small), "--reward", "tests.evaluation.test_rescore:broken_on_two", "--json", str(report)]
     assert main(argv) == 1
     value = read_json(report)
-    assert (value["scored"], value["failed"], value["new"]["mean"]) == (2, 4, 1.0)
+    assert (value["scored"], value["failed"], value["mean_new"]) == (2, 4, 1.0)
     assert (value["advantages"]["groups"], value["advantages"]["skipped"]) == (3, 2)
     assert value["failures"][0]["episode"] == "g0/0"
     err = capsys.readouterr().err

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from areal_agents.algorithms.batch import Batch
 from areal_agents.algorithms.objective import split_episodes
+from areal_agents.algorithms.registry import Choice
 from areal_agents.errors import ModelError
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.learner.packing import pack_rows
@@ -88,9 +89,8 @@ def test_logprobs_are_those_of_a_plain_forward(tmp_path: Path, shared: bool, tie
 def test_a_step_equals_the_naive_loss_over_the_undivided_batch(
     tmp_path: Path, aggregation: Any, correction: Any, shared: bool
 ) -> None:
-    a = AlgorithmConfig(
-        aggregation=aggregation, correction=correction, truncate=2.0 if correction != "bypass" else None
-    )
+    options = {"truncate": 2.0} if correction == "decoupled" else {}
+    a = AlgorithmConfig(aggregation=aggregation, correction=Choice(correction, options))
     model = tiny_model()
     batch = make_batch(model)
     made = learner(model, tmp_path / "m", algorithm=a)
@@ -119,7 +119,7 @@ def test_a_step_equals_the_naive_loss_over_the_undivided_batch(
 
 @pytest.mark.parametrize("correction", ["bypass", "decoupled"])
 def test_two_minibatches_a_batch_and_two_batches_equal_a_naive_loop(tmp_path: Path, correction: Any) -> None:
-    a = AlgorithmConfig(correction=correction, token_mask=None, aggregation="episode")
+    a = AlgorithmConfig(correction=Choice(correction, {"token_mask": None}), aggregation="episode")
     c = SMOOTH.model_copy(update={"minibatches": 2, "lr": 0.05})  # four steps: rounding grows with their size
     model = tiny_model()
     before = copy.deepcopy(model)
@@ -231,8 +231,9 @@ def test_bf16_trains_the_fp32_masters_towards_the_same_place(tmp_path: Path) -> 
     model = tiny_model(tie_word_embeddings=True)
     batch = make_batch(model, noise=0.05)
     c = SMOOTH.model_copy(update={"precision": "bf16"})
-    made = learner(model, tmp_path / "m", c, AlgorithmConfig(token_mask=None))
-    exact = learner(model, tmp_path / "e", c.model_copy(update={"precision": "fp32"}), AlgorithmConfig(token_mask=None))
+    unmasked = AlgorithmConfig(correction=Choice("bypass", {"token_mask": None}))
+    made = learner(model, tmp_path / "m", c, unmasked)
+    exact = learner(model, tmp_path / "e", c.model_copy(update={"precision": "fp32"}), unmasked)
     start = {n: t.clone() for n, t in made.tensors().items()}
     run(made, lambda it: it.step(batch))
     run(exact, lambda it: it.step(batch))

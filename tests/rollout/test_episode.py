@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 import pytest
@@ -10,11 +11,11 @@ import pytest
 from areal_agents.algorithms.batch import rows_of
 from areal_agents.errors import EnvError, RewardError
 from areal_agents.rollout.env_host import EnvHost, HostLost
-from areal_agents.rollout.episode import Limits, run_episode
-from areal_agents.types import Trajectory
-from tests.scripted import LIMITS, Script, ScriptedEnv, ScriptedPolicy, block_the_loop, fmt, task
+from areal_agents.rollout.env_results import read
+from areal_agents.rollout.episode import EpisodeDriver, Limits
+from areal_agents.types import AssistantMessage, CallStatus, Info, StopReason, ToolCall, Trajectory
+from tests.scripted import FMT, LIMITS, Script, ScriptedEnv, ScriptedPolicy, block_the_loop, task
 
-FMT = fmt()
 SAY = FMT.encode_turn("hello")
 
 
@@ -22,14 +23,20 @@ def play(script: Script, policy: ScriptedPolicy | None = None, limits: Limits = 
     async def main() -> Trajectory:
         host = EnvHost()
         try:
-            return await run_episode(
-                lambda: ScriptedEnv(script), task(), policy or ScriptedPolicy(SAY), FMT, limits,
-                id="e", group="g", seed=7, host=host,
-            )  # fmt: skip
+            return await run(host, script, policy or ScriptedPolicy(SAY, limits=limits))
         finally:
             await host.close()
 
     return asyncio.run(main())
+
+
+async def run(host: EnvHost, script: Script, policy: ScriptedPolicy) -> Trajectory:
+    limits = policy.limits
+    episode = EpisodeDriver(
+        lambda: ScriptedEnv(script), task(), policy, host, "e", 7, limits.step_timeout, limits.max_turns
+    )
+    await episode.play()
+    return episode.trajectory("g")
 
 
 def changed(**values: Any) -> Limits:
@@ -65,6 +72,15 @@ def test_rewards_assigned_at_the_end_replace_those_given_before() -> None:
     assert [t.reward for t in play(Script(turns=3, turn_rewards=[0.1, 0.2, 0.7])).turns] == [0.1, 0.2, 0.7]
     with pytest.raises(RewardError, match="turn_rewards has 1 entries for 3 turns"):
         play(Script(turns=3, turn_rewards=[1.0]))
+
+
+def test_the_runners_end_may_replace_rewards_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def finish(self: ScriptedEnv, reason: StopReason) -> tuple[float, Info]:
+        return 0.25, {"stop_reason": reason, "turn_rewards": [0.5, -1.0]}
+
+    monkeypatch.setattr(ScriptedEnv, "afinish", finish)
+    t = play(Script(turns=99), limits=changed(max_turns=2))
+    assert ([turn.reward for turn in t.turns], t.stop_reason) == ([0.5, -1.0], "max_turns")
 
 
 @pytest.mark.parametrize(
@@ -113,11 +129,18 @@ def test_an_environment_that_raises_is_closed_and_named() -> None:
         raise KeyError("missing table")
 
     script, policy = Script(on_step=explode), ScriptedPolicy(SAY)
-    with pytest.raises(EnvError, match="step of task task-0 raised KeyError: 'missing table'") as caught:
+    with pytest.raises(EnvError, match=r"astep \(task task-0, turn 0\) raised KeyError: 'missing table'") as caught:
         play(script, policy)
     assert isinstance(caught.value.__cause__, KeyError)
     assert script.closed == 1
     assert policy.released == ["e"]
+
+
+def test_an_environment_that_exits_ends_its_own_episode_alone() -> None:
+    script = Script(on_step=lambda k: sys.exit(3))
+    with pytest.raises(EnvError, match=r"astep \(task task-0, turn 0\) raised RuntimeError: it called sys.exit\(3\)"):
+        play(script)
+    assert script.closed == 1  # on the same host, whose loop runs on
 
 
 def test_an_environment_that_awaits_for_ever_is_cancelled() -> None:
@@ -145,30 +168,15 @@ def test_an_environment_that_blocks_its_loop_is_abandoned(monkeypatch: pytest.Mo
         loop = asyncio.get_running_loop()
         innocent = Script(on_step=lambda k: hang())
 
-        def run(script: Script, limits: Limits) -> asyncio.Task[Trajectory]:
-            return asyncio.create_task(
-                run_episode(
-                    lambda: ScriptedEnv(script),
-                    task(),
-                    ScriptedPolicy(SAY),
-                    FMT,
-                    limits,
-                    id="e",
-                    group="g",
-                    seed=0,
-                    host=host,
-                )
-            )
-
-        second = run(innocent, changed(step_timeout=60.0))
+        second = asyncio.create_task(run(host, innocent, ScriptedPolicy(SAY, limits=changed(step_timeout=60.0))))
         await waiting.wait()
         with pytest.raises(EnvError, match=r"blocked its event loop for more than 0\.3 s"):
-            await run(culprit, changed(step_timeout=0.3))
+            await run(host, culprit, ScriptedPolicy(SAY, limits=changed(step_timeout=0.3)))
         assert host.wedged
         with pytest.raises(HostLost):
             await second
         with pytest.raises(HostLost):
-            await run(Script(), LIMITS)
+            await run(host, Script(), ScriptedPolicy(SAY))
 
     asyncio.run(main())
 
@@ -183,9 +191,7 @@ def test_cancelling_an_episode_closes_its_environment_and_session() -> None:
             await asyncio.get_running_loop().create_future()
 
         script, policy = Script(on_step=lambda k: hang()), ScriptedPolicy(SAY)
-        episode = asyncio.create_task(
-            run_episode(lambda: ScriptedEnv(script), task(), policy, FMT, LIMITS, id="e", group="g", seed=0, host=host)
-        )
+        episode = asyncio.create_task(run(host, script, policy))
         await stepping.wait()
         episode.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -198,11 +204,9 @@ def test_cancelling_an_episode_closes_its_environment_and_session() -> None:
 
 
 def test_what_the_environment_found_out_about_a_call_reaches_the_trajectory() -> None:
-    from areal_agents.rollout.episode import _with_statuses
-    from areal_agents.types import AssistantMessage, CallStatus, ToolCall
-
     parsed: tuple[CallStatus, ...] = ("ok", "invalid_json", "ok", "ok")
     calls = tuple(ToolCall(str(i), "t", {}, "", s) for i, s in enumerate(parsed))
     results = [{"status": s} for s in ("unknown_tool", "malformed", "ok", "timeout")]
-    found = _with_statuses(AssistantMessage((), calls), {"tool_results": results})
+    stepped = ((), 0.0, True, False, {"tool_results": results})
+    found = read("astep", stepped, "here").marked(AssistantMessage((), calls))
     assert [c.status for c in found.tool_calls] == ["unknown_tool", "invalid_json", "ok", "ok"]

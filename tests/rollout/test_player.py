@@ -83,6 +83,41 @@ def test_a_spec_travels_and_builds_a_player(tmp_path: Path) -> None:
         asyncio.run(play(replace(again, env=registry.spec("tests.letters_env:Letters"), kwargs={})))
 
 
+class Fails(Talks):
+    """Its expert says one thing and fails."""
+
+    @classmethod
+    def expert(cls, task: Task) -> Expert:
+        yield "abc"
+        raise KeyError("lost")
+
+
+class Stops(Talks):
+    @classmethod
+    def expert(cls, task: Task) -> Expert:
+        yield "abc"
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [("Fails", "the expert of task train-0 raised KeyError: 'lost'"), ("Stops", "stopped before the episode ended")],
+)
+def test_an_expert_that_fails_is_the_environments_failure(tmp_path: Path, env: str, message: str) -> None:
+    tiny(CHATML).save_pretrained(tmp_path)
+    spec = registry.spec(f"tests.rollout.test_player:{env}")
+    player = PlayerSpec(spec, tmp_path, LIMITS, Sampling(20), kwargs={"word": "go"}, policy="expert").build(None)  # type: ignore[arg-type]
+
+    async def play() -> None:
+        try:
+            await player.play(spec.tasks("train")[0], id="e", group="g", seed=0)
+        finally:
+            await player.close()
+
+    with pytest.raises(EnvError, match=message) as caught:
+        asyncio.run(play())
+    assert (caught.value.turns, caught.value.tokens > 0) == (1, True)
+
+
 def test_an_error_arrives_with_its_class_its_place_and_its_cause() -> None:
     class Authors(SandboxError):
         """Somebody else's subclass: the receiver may not be able to import it."""
@@ -142,7 +177,7 @@ def test_places_go_to_the_least_loaded_in_the_order_of_asking() -> None:
         await asyncio.sleep(0)
         assert not idle.done()
         places.give_back("a")
-        await asyncio.wait_for(idle, 5)
+        await asyncio.wait_for(idle, 120)
 
     asyncio.run(main())
 
@@ -156,7 +191,7 @@ def test_a_place_given_to_a_cancelled_taker_goes_on() -> None:
         await asyncio.sleep(0)
         places.give_back("a")  # handed to the first ...
         one.cancel()  # ... who is cancelled before it wakes up
-        assert await asyncio.wait_for(two, 5) == "a"
+        assert await asyncio.wait_for(two, 120) == "a"
         await asyncio.gather(one, return_exceptions=True)
         assert one.cancelled()
         places.give_back("a")

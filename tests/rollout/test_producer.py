@@ -11,14 +11,14 @@ import pytest
 
 from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError
 from areal_agents.rollout.buffer import Buffer
+from areal_agents.rollout.episode import EpisodeDriver
 from areal_agents.rollout.player import LocalPlayer
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.rollout.tasks import TaskStream
-from areal_agents.types import Group
-from tests.scripted import LIMITS, Script, ScriptedEnv, ScriptedPolicy, broken_sandbox, fmt, task
+from areal_agents.types import Completion, Group, Prompt, Task
+from tests.scripted import FMT, LIMITS, Script, ScriptedEnv, ScriptedPolicy, broken_sandbox, task
 
-FMT = fmt()
 SAY = FMT.encode_turn("hello")
 TASKS = [task(i) for i in range(5)]
 
@@ -43,7 +43,7 @@ def batches(
     share: float = 0.25,
     retries: int = 2,
     events: Events | None = None,
-    policy: Callable[..., ScriptedPolicy] = lambda task: ScriptedPolicy(SAY),
+    policy: Callable[[Task], ScriptedPolicy] = lambda task: ScriptedPolicy(SAY),
     inspect: Callable[[Rollouts], None] = lambda rollouts: None,
     **buffer: Any,
 ) -> list[list[Group]]:
@@ -51,7 +51,7 @@ def batches(
 
     async def main() -> list[list[Group]]:
         log = events or Events()
-        player = LocalPlayer(lambda: ScriptedEnv(script), policy, FMT, LIMITS, event=log)
+        player = LocalPlayer(lambda: ScriptedEnv(script), policy, LIMITS, event=log)
         runner = EpisodeRunner(player, FailureBudget(window=window, share=share), max_retries=retries, event=log)
         settings: dict[str, Any] = {"groups": 2, "max_staleness": 1, "concurrency": 16, "total_batches": n} | buffer
         rollouts = Rollouts(
@@ -84,7 +84,7 @@ def test_groups_share_task_and_seed_and_batches_are_exact() -> None:
 
 def test_idle_means_that_nothing_runs_though_a_batch_may_wait() -> None:
     async def main() -> None:
-        player = LocalPlayer(lambda: ScriptedEnv(Script()), lambda t: ScriptedPolicy(SAY), FMT, LIMITS)
+        player = LocalPlayer(lambda: ScriptedEnv(Script()), lambda task: ScriptedPolicy(SAY), LIMITS)
         runner = EpisodeRunner(player, FailureBudget(window=8, share=0.5), max_retries=0)
         buffer = Buffer(groups=2, group_size=2, max_staleness=1, concurrency=8)
         rollouts = Rollouts(buffer, TaskStream(TASKS, seed=0), runner, seed=0)
@@ -116,18 +116,22 @@ def test_a_group_goes_on_with_fewer_episodes_then_is_discarded_and_its_task_queu
     attempts: Counter[str] = Counter()
 
     class Unlucky(ScriptedPolicy):
-        async def act(self, *args: Any, **kwargs: Any) -> Any:
-            group, _, i = kwargs["session"].partition("/")
+        async def sample(self, prompt: Prompt, max_tokens: int, episode: EpisodeDriver) -> Completion:
+            group, _, i = episode.id.partition("/")
             attempts[group] += 1
             dead = {"g0": "123", "g1": "3"}.get(group, "")  # three of four fail, one of four fails
             if i[0] in dead:
                 raise EnvError("gone")
-            return await super().act(*args, **kwargs)
+            return await super().sample(prompt, max_tokens, episode)
 
     events = Events()
     lost: list[str] = []
     (batch,) = batches(
-        Script(), events=events, policy=lambda t: Unlucky(SAY), share=1.0, inspect=lambda r: lost.extend(r.tasks_lost)
+        Script(),
+        events=events,
+        policy=lambda t: Unlucky(SAY),
+        share=1.0,
+        inspect=lambda r: lost.extend(r.tasks_lost),
     )
     assert sorted(len(g.trajectories) for g in batch) == [3, 4]  # g1 with three; g0 replaced by another group
     assert events.count("group_discarded") == 1
@@ -139,7 +143,7 @@ def test_a_group_goes_on_with_fewer_episodes_then_is_discarded_and_its_task_queu
 
 def test_a_broken_reward_is_not_retried_and_spends_the_budget() -> None:
     events = Events()
-    with pytest.raises(FailureBudgetError, match=r"First failure: .*the reward is nan") as caught:
+    with pytest.raises(FailureBudgetError, match=r"First failure: .*the reward nan") as caught:
         batches(Script(reward=float("nan")), events=events, window=16)
     assert "RewardError" in repr(caught.value.__cause__)
     assert not any(fields.get("retried") for _, fields in events.rows)

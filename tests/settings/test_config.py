@@ -5,7 +5,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from areal_agents.settings.config import AlgorithmConfig, LearnerConfig, RolloutConfig, TrainConfig
+from areal_agents.algorithms.registry import Choice
+from areal_agents.settings.config import AlgorithmConfig, EngineConfig, LearnerConfig, RolloutConfig, TrainConfig
 from areal_agents.settings.describe import settings
 
 
@@ -36,15 +37,19 @@ def test_turn_must_be_shorter_than_the_context() -> None:
 
 
 def test_bypass_has_no_truncation() -> None:
-    with pytest.raises(ValidationError, match=r"algorithm.truncate"):
-        AlgorithmConfig(correction="bypass", truncate=2.0)
-    assert AlgorithmConfig(correction="decoupled", truncate=2.0).truncate == 2.0
+    message = (
+        r"algorithm.correction.truncate is no parameter of algorithm.correction.kind = 'bypass', which has token_mask; "
+        r"truncate belongs to kind = 'decoupled'"
+    )
+    with pytest.raises(ValidationError, match=message):
+        AlgorithmConfig(correction=Choice("bypass", {"truncate": 2.0}))
+    assert AlgorithmConfig(correction=Choice("decoupled", {"truncate": 2})).correction.options == {"truncate": 2.0}
 
 
 @pytest.mark.parametrize("mask", [(0.5, 0.9), (1.0, 2.0), (-0.1, 2.0), (2.0, 0.5)])
 def test_token_mask_must_enclose_one(mask: tuple[float, float]) -> None:
     with pytest.raises(ValidationError, match="must enclose 1"):
-        AlgorithmConfig(token_mask=mask)
+        AlgorithmConfig(correction=Choice("bypass", {"token_mask": mask}))
 
 
 @pytest.mark.parametrize("lr", [0.0, -1e-6, math.inf, math.nan])
@@ -55,3 +60,11 @@ def test_learning_rate_is_positive_and_finite(lr: float) -> None:
 
 def test_every_setting_is_documented() -> None:
     assert [s.key for s in settings().values() if not s.info.description] == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("gpu_memory", 0.5), ("tensor_parallel", 2)])
+def test_a_setting_of_another_engine_is_refused(name: str, value: float) -> None:
+    message = rf"engine.{name} = {value} is a setting of engine.kind = 'vllm', and kind is 'transformers'"
+    with pytest.raises(ValidationError, match=message):
+        EngineConfig.model_validate({name: value})
+    assert getattr(EngineConfig.model_validate({name: value, "kind": "vllm"}), name) == value

@@ -12,9 +12,10 @@ from areal_agents.settings.describe import either, help_text, nearest, sections,
         ("learner.lr", "a number, more than 0"),
         ("rollout.failure_budget", "a number, at least 0, at most 1"),
         ("rollout.on_exceed", "one of 'wait', 'mask', 'drop'"),
-        ("algorithm.truncate", "a number, more than 0, or none"),
-        ("algorithm.token_mask", "a list of 2 numbers, or none"),
-        ("algorithm.normalize", "true or false"),
+        ("env.difficulty", "a number, or none"),
+        ("learner.betas", "a list of 2 numbers"),
+        ("track.tensorboard", "true or false"),
+        ("algorithm.loss", "one of 'ppo', or module:function"),
         ("env.kwargs", "a table"),
         ("env.id", "a text"),
         ("out", "a path"),
@@ -41,7 +42,8 @@ def test_sections_hold_every_setting_once() -> None:
         ("learner.groups", "rollout.groups"),
         ("rollout.max_stalenes", "rollout.max_staleness"),
         ("step", "steps"),
-        ("algorithm.normalise", "algorithm.normalize"),
+        ("algorithm.normalise", "algorithm.advantage.normalize"),
+        ("gamma", "algorithm.advantage.gamma"),
         ("demonstration", "warm_start.demonstrations"),
     ],
 )
@@ -66,4 +68,7 @@ def test_help_names_every_setting_with_default_and_meaning() -> None:
         "  --rollout.max_staleness  (a whole number, at least 0; default: 1)\n"
         "      η: how many versions a token may be older than the learner when it trains.\n"
     ) in text
-    assert "--algorithm.token_mask  (a list of 2 numbers, or none; default: [0.5, 5.0])" in text
+    assert (
+        "    with 'decoupled':\n    --algorithm.correction.truncate  (a number, more than 0, or none; default: none)\n"
+    ) in text
+    assert "    --algorithm.correction.token_mask  (a list of 2 numbers, or none; default: [0.5, 5.0])\n" in text

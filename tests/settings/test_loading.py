@@ -35,11 +35,11 @@ def test_file_then_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "key", "value"),
     [
-        (["--algorithm.token_mask", "[0.25, 4]"], "algorithm.token_mask", (0.25, 4.0)),
-        (["--algorithm.token_mask", "none"], "algorithm.token_mask", None),
-        (["--algorithm.normalize", "false"], "algorithm.normalize", False),
-        (["--algorithm.normalize=False"], "algorithm.normalize", False),
-        (["--algorithm.normalize"], "algorithm.normalize", True),
+        (["--learner.betas", "[0.5, 0.75]"], "learner.betas", (0.5, 0.75)),
+        (["--env.difficulty", "none"], "env.difficulty", None),
+        (["--track.tensorboard", "false"], "track.tensorboard", False),
+        (["--track.tensorboard=False"], "track.tensorboard", False),
+        (["--track.tensorboard"], "track.tensorboard", True),
         (["--env.difficulty", "0.5", "--env.difficulty", "none"], "env.difficulty", None),
         (["--learner.grad-clip", "0.5"], "learner.grad_clip", 0.5),
         (["--model.path", "123"], "model.path", "123"),
@@ -65,8 +65,8 @@ def test_override_values(args: list[str], key: str, value: Any) -> None:
 
 
 def test_none_in_toml(tmp_path: Path) -> None:
-    config = load(write(tmp_path, "[algorithm]\ntoken_mask = 'none'\n[env.kwargs]\na = 'none'\n"))
-    assert config.algorithm.token_mask is None
+    config = load(write(tmp_path, "[env]\ndifficulty = 'none'\n[env.kwargs]\na = 'none'\n"))
+    assert config.env.difficulty is None
     assert config.env.kwargs == {"a": None}
 
 
@@ -151,17 +151,16 @@ def test_shipped_configurations_load_by_name_and_are_short(monkeypatch: pytest.M
 
 
 def test_split_overrides() -> None:
-    args = ["--learner.lr", "2e-6", "demo", "--steps=3", "--algorithm.normalize", "--seed", "1", "--help"]
+    args = ["--learner.lr", "2e-6", "demo", "--steps=3", "--track.tensorboard", "--seed", "1", "--help"]
     rest, overrides = split_overrides(args, keep=("--help",))
     assert rest == ["demo", "--help"]
-    assert overrides == ["--learner.lr", "2e-6", "--steps=3", "--algorithm.normalize", "--seed", "1"]
+    assert overrides == ["--learner.lr", "2e-6", "--steps=3", "--track.tensorboard", "--seed", "1"]
 
 
 def test_dump_keeps_a_none_that_is_not_the_default() -> None:
-    config = load(None, ["--algorithm.token_mask", "none"])
+    config = load(None, ["--algorithm.correction.token_mask", "none"])
     table = tomllib.loads(dump(config))
-    assert table["algorithm"]["token_mask"] == "none"
-    assert "truncate" not in table["algorithm"]
+    assert table["algorithm"]["correction"] == {"kind": "bypass", "token_mask": "none"}
 
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20).filter(lambda s: s.lower() != "none")
@@ -188,7 +187,7 @@ def test_dump_round_trips(
             "env": {"kwargs": kwargs},
             "model": {"path": model},
             "learner": {"lr": lr},
-            "algorithm": {"token_mask": mask},
+            "algorithm": {"correction": {"kind": "bypass", "token_mask": mask}},
         }
     )
     path = tmp_path_factory.getbasetemp() / "dumped.toml"

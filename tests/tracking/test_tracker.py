@@ -5,23 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from areal_agents.errors import ArealError
 from areal_agents.tracking.plot import HeldOut, plot
 from areal_agents.tracking.rewind import spans
+from areal_agents.tracking.tensorboard import Board
 from areal_agents.tracking.tracker import Tracker, read_metrics
 from areal_agents.tracking.trajectories import read_records, read_shard, shard_path, shards
-from areal_agents.utils.files import cut_torn_line
+from tests.small_disk import fill, small_disk
 from tests.tracking.test_trajectories import example
 
 
@@ -29,14 +27,14 @@ def quiet(out: Path, **arguments: Any) -> Tracker:
     return Tracker(out, **{"tensorboard": False, "console": False, **arguments})
 
 
+def reader(out: Path) -> EventAccumulator:
+    return EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+
+
 def board(out: Path) -> dict[str, list[tuple[int, float, float]]]:
     """Step, value and wall time of every point that TensorBoard reads, by tag."""
-    events = EventAccumulator(str(out / "tensorboard"), size_guidance={"tensors": 0}).Reload()
-    return {
-        tag: [(e.step, float(e.tensor_proto.float_val[0]), e.wall_time) for e in events.Tensors(tag)]
-        for tag in events.Tags()["tensors"]
-        if events.Tensors(tag)
-    }
+    events = reader(out)
+    return {tag: [(e.step, e.value, e.wall_time) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_metrics_are_one_object_a_line(tmp_path: Path) -> None:
@@ -247,15 +245,6 @@ def test_spans() -> None:
     assert spans(shard_path(Path("x"), kind, step) for kind, step in names) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "left"), [(b"", b""), (b"a\n", b"a\n"), (b"a", b""), (b"a\nb", b"a\n"), (b"a\n" + b"b" * 200_000, b"a\n")]
-)
-def test_torn_lines(tmp_path: Path, text: bytes, left: bytes) -> None:
-    (tmp_path / "x").write_bytes(text)
-    cut_torn_line(tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == left
-
-
 # --- TensorBoard -------------------------------------------------------------------------------------------------
 
 
@@ -268,48 +257,43 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     points = board(tmp_path)
     times = [r["time"] for r in read_metrics(tmp_path)]
     assert points == {"train/reward": [(1, 0.25, times[0]), (2, 0.5, times[1])]}
-    plugin = EventAccumulator(str(tmp_path / "tensorboard")).Reload().SummaryMetadata("train/reward").plugin_data
-    assert plugin.plugin_name == "scalars"
 
 
-def test_tensorboard_is_rebuilt_after_a_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_is_rebuilt_after_a_cut(tmp_path: Path) -> None:
     mark = run_of(tmp_path, range(1, 6), tensorboard=True)[3]
-    watching = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0}).Reload()
-    assert [e.step for e in watching.Tensors("train/loss")] == [1, 2, 3, 4, 5]
-    times = {r["step"]: r["time"] for r in read_metrics(tmp_path, kind="train")}
-    monkeypatch.setattr(time, "time", lambda: 1e9)  # the clock was set back years: the new file still sorts last
+    watching = reader(tmp_path)
+    assert [e.step for e in watching.Scalars("train/loss")] == [1, 2, 3, 4, 5]
     with quiet(tmp_path, tensorboard=True, mark=mark) as tracker:
         tracker.log(4, {"loss": 40})
-    expected = [(1, 1.0, times[1]), (2, 2.0, times[2]), (3, 3.0, times[3]), (4, 40.0, 1e9)]
+    times = {r["step"]: r["time"] for r in read_metrics(tmp_path, kind="train")}
+    expected = [(1, 1.0, times[1]), (2, 2.0, times[2]), (3, 3.0, times[3]), (4, 40.0, times[4])]
     assert board(tmp_path)["train/loss"] == expected
     assert [p[0] for p in board(tmp_path)["eval/held/pass_at_1"]] == [1, 2, 3]
     # A viewer that was open all the time.
-    seen = [(e.step, float(e.tensor_proto.float_val[0])) for e in watching.Reload().Tensors("train/loss")]
-    assert seen == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert [(e.step, e.value) for e in watching.Reload().Scalars("train/loss")] == [p[:2] for p in expected]
     with quiet(tmp_path, tensorboard=False, mark={}):  # switched off since: what it shows is cut all the same
         assert board(tmp_path) == {}
+
+
+def test_tensorboard_keeps_kinds_whose_steps_lie_beyond_the_cut(tmp_path: Path) -> None:
+    """The warm start counts demonstrations: cutting back to training's step 1 leaves them all."""
+    with quiet(tmp_path, tensorboard=True) as tracker:
+        for done in (8, 16):
+            tracker.log(done, {"loss": 1 / done}, kind="warm_start")
+        tracker.log(1, {"loss": 1.0})
+        mark = tracker.mark()
+        tracker.log(2, {"loss": 2.0})
+    with quiet(tmp_path, tensorboard=True, mark=mark):
+        points = board(tmp_path)
+    assert [p[:2] for p in points["warm_start/loss"]] == [(8, 0.125), (16, 0.0625)]
+    assert [p[:2] for p in points["train/loss"]] == [(1, 1.0)]
 
 
 # --- full disks and odd clocks -----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "areal-test", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False) if os.geteuid() == 0 else None
-    if done is None or done.returncode:
-        reason = "not root" if done is None else done.stderr
-        if os.environ.get("CI"):
-            pytest.fail(f"the full-disk test needs a tmpfs: {reason}")
-        pytest.skip(f"no tmpfs: {reason}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
+# TensorBoard's writing thread ends with the error that its flush raises.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("tensorboard", [False, True])
 def test_a_full_disk(tmp_path: Path, tensorboard: bool) -> None:
     with small_disk(tmp_path / "disk") as disk:
@@ -317,8 +301,7 @@ def test_a_full_disk(tmp_path: Path, tensorboard: bool) -> None:
             tracker.log(1, {"loss": 1.0})
             tracker.trajectories.write([example(1.0)], step=1)
             mark = tracker.mark()
-            ballast = disk / "ballast"
-            ballast.write_bytes(b"x" * os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize)
+            ballast = fill(disk)
             tracker.trajectories.write([example(2.0)], step=2)
             with pytest.raises(ArealError, match=r"step-000002\.parquet cannot be written \(No space left") as caught:
                 tracker.flush()
@@ -342,6 +325,36 @@ def test_a_full_disk(tmp_path: Path, tensorboard: bool) -> None:
         assert [r.step for r in read_records(disk)] == [1, 2]
         if tensorboard:
             assert [p[:2] for p in board(disk)["train/loss"]] == [(1, 1.0), (2, 2.0)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_on_a_full_disk_raises_at_every_row_and_hangs_at_none(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        folder = disk / "tensorboard"
+        rows = [("train", step, 1.7e9 + step, {"loss": float(step)}) for step in range(1, 400)]  # 20 kB, 5 pages
+        full = Board(folder)
+        full.add(rows[0])
+        ballast = fill(disk)
+        written = [rows[0]]
+
+        def add_all() -> None:
+            for row in rows[1:]:
+                full.add(row)
+                written.append(row)
+
+        with pytest.raises(OSError, match="No space left"):
+            add_all()
+        with pytest.raises(OSError, match="No space left"):
+            full.add(rows[-1])
+        full.close()
+        expected = [(step, values["loss"], wall) for _, step, wall, values in written]
+        assert board(disk)["train/loss"] == expected
+        with pytest.raises(OSError, match="No space left"):
+            Board(folder, rows)
+        assert board(disk)["train/loss"][: len(expected)] == expected  # what the failed one was to replace
+        ballast.unlink()
+        Board(folder, rows).close()
+        assert [p[0] for p in board(disk)["train/loss"]] == list(range(1, 400))
 
 
 def test_a_clock_that_is_set_back(

@@ -34,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("eval-step_1", 1, []),
     ):
         write_shard(shard_path(out, kind, step), [Record(kind, step, t) for t in episodes])
-    (out / "trajectories" / "train" / ".step-000003.parquet.9.tmp").write_bytes(b"PAR1")  # a killed process's
+    (out / "trajectories" / "train" / ".step-000003.parquet.tmp").write_bytes(b"PAR1")  # a killed process's
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     return tmp_path

@@ -231,7 +231,7 @@ def test_an_environment_that_always_hangs_ends_the_run_with_the_first_error(
     c = config(
         tmp_path, model, "NeverReturns", env={"step_timeout": 0.3}, rollout={"failure_window": 8, "max_retries": 9}
     )
-    with pytest.raises(FailureBudgetError, match=r"\d+ of the last \d+ .* First failure: step of task") as failure:
+    with pytest.raises(FailureBudgetError, match=r"\d+ of the last \d+ .* First failure: astep \(task") as failure:
         run(c)
     assert isinstance(failure.value.__cause__, EnvError)
     assert len(events(c, "episode_failed")) >= 3

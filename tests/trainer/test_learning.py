@@ -63,5 +63,5 @@ def test_reward_falls_when_the_advantage_has_the_wrong_sign(tmp_path: Path, monk
     def wrong(*args: object, **kwargs: object) -> object:
         return [-a for a in right(*args, **kwargs)]  # type: ignore[arg-type]
 
-    monkeypatch.setattr("areal_agents.trainer.loop.ADVANTAGES", {"turn_return": wrong})
+    monkeypatch.setattr("areal_agents.algorithms.advantages.turn_return", wrong)
     assert rise(rewards(tmp_path)) < -0.05

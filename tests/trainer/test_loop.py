@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from areal_agents.algorithms.registry import Choice
 from areal_agents.errors import ConfigError, ModelError, RegistryError
 from areal_agents.rollout.demonstrations import demonstration_rows
 from areal_agents.settings.config import AlgorithmConfig, TrainConfig
@@ -46,7 +47,9 @@ def test_a_batch_has_one_advantage_a_turn_and_counts_every_episode() -> None:
 
 
 def test_grpo_normalises_over_the_group() -> None:
-    batch = batch_of([group(episode(1.0), episode(0.0))], AlgorithmConfig(advantage="grpo", normalize=False), 0, 1.0)
+    batch = batch_of(
+        [group(episode(1.0), episode(0.0))], AlgorithmConfig(advantage=Choice("grpo", {"normalize": False})), 0, 1.0
+    )
     assert [r.advantages[r.mask][0] for r in batch.rows] == [0.5, -0.5]
 
 

@@ -34,9 +34,9 @@ from areal_agents.trainer.run import Run
 from areal_agents.trainer.run import open_run as usually_opened
 from areal_agents.trainer.run_folder import RunFolder
 from areal_agents.types import Task
-from tests.conftest import missing
 from tests.letters_env import Letters
 from tests.processes import MARKER, marked, wait_gone
+from tests.small_disk import small_disk
 from tests.tiny_models import tiny_chat_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -237,14 +237,10 @@ def test_one_signal_finishes_the_step_and_saves_and_two_stop_at_once(tmp_path: P
 
 @pytest.mark.slow
 def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_once_there_is_room(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        missing("root, to mount a small disk")
     c = config(tmp_path, steps=16, out=tmp_path / "disk" / "run", checkpoint={"every": 1, "keep": 1})
     path = tmp_path / "config.toml"
     path.write_text(settings.dump(c))
-    (tmp_path / "disk").mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(tmp_path / "disk")], check=True)
-    try:
+    with small_disk(tmp_path / "disk", "24m"):
         with zygote(str(tmp_path)) as process:
             pid = launch(process, path)
             wait_for(lambda: train_rows(c.out) >= 4, pid)
@@ -260,8 +256,6 @@ def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_once_there_is_room(tmp
             pid = launch(process, path)
             assert answer(process) == f"ended {pid} 0", log(tmp_path)
         check_lineage(c)
-    finally:
-        subprocess.run(["umount", str(tmp_path / "disk")], check=True)
 
 
 @pytest.mark.slow

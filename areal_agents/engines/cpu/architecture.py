@@ -1,6 +1,7 @@
-"""The model families the decoder computes: their shape, parameter names and rotary tables, read from transformers.
+"""The model families that the decoder computes, with their shape, parameter names and rotary tables.
 
-A ``Shape`` is a plain value: who has transformers reads it, and the engine's worker starts without, three times sooner.
+All of it is read from transformers. A ``Shape`` is a plain value: a process that has transformers reads it, and the
+engine's worker starts without transformers, three times sooner.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of one model. ``parameters`` maps every parameter's name to its shape."""
+    """The sizes of one model.
+
+    ``parameters`` maps every parameter's name to its shape.
+    """
 
     family: str
     """transformers' ``model_type``."""
@@ -43,13 +47,16 @@ class Shape:
     qk_norm: bool
     parameters: Mapping[str, tuple[int, ...]]
     frequencies: tuple[float, ...]
-    """Of the rotary embedding, in radians a position: [head_dim / 2]."""
+    """[head_dim / 2]: the rotary embedding's, in radians a position."""
     rotary_scale: float
-    """What its cos and sin are multiplied by."""
+    """The factor of its cos and sin."""
 
     @classmethod
     def read(cls, model: str | Path, max_context: int) -> Shape:
-        """Of a folder or hub id. Raises ModelError where there is no model, or none that the decoder computes."""
+        """Read the shape of the model in a folder or of a hub id.
+
+        Raises ModelError where there is no model, or none that the decoder computes.
+        """
         import transformers  # seconds: only who reads a shape pays for it
 
         try:
@@ -62,7 +69,10 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any, max_context: int) -> Shape:
-        """Read a transformers config. Raises ModelError where the decoder would compute something else."""
+        """Read the shape from a transformers config.
+
+        Raises ModelError where the decoder would compute something else.
+        """
         _refuse_unsupported(config, max_context)
         module, name = SUPPORTED[config.model_type]
         rotary = getattr(importlib.import_module(module), name)(config=config)
@@ -87,7 +97,10 @@ class Shape:
         )
 
     def complete(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``tensors`` with both names of tied embeddings. Raises EngineError where names or shapes do not fit."""
+        """Return ``tensors`` with both names of tied embeddings.
+
+        Raises EngineError where names or shapes do not fit.
+        """
         out = dict(tensors)
         if self.tied:
             shared = out.get("model.embed_tokens.weight", out.get("lm_head.weight"))
@@ -106,9 +119,9 @@ class Shape:
         return out
 
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions 0..length-1, each [length, heads + kv heads, head_dim], float32.
+        """Return cos and sin for positions 0..length-1, each [length, heads + kv heads, head_dim], float32.
 
-        Queries carry the attention scale; sin carries the sign of rotate-half, so that rotating is
+        The entries of query heads carry the attention scale. sin carries the sign of rotate-half, so that rotating is
         x·cos + roll(x, head_dim/2)·sin.
         """
         import numpy as np
@@ -127,7 +140,7 @@ class Shape:
 
 
 def _parameters(config: Any, heads: int, kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes as transformers has them."""
+    """Return the parameters' names and shapes as transformers has them."""
     qk_norm = config.model_type == "qwen3"
     attention_bias = config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False))
     hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size

@@ -1,8 +1,9 @@
 """A lean forward pass of the Llama family on the CPU, over a static KV.
 
 One decode step does per layer: RMSNorm, one fused QKV product, rotary positions, two products over the KV of all rows,
-the output product, RMSNorm, gate and up, down. The residual stream, norms, rotary and log-softmax are float32; products
+the output product, RMSNorm, gate and up, down. The residual stream, norms, rotary and log-softmax are float32. Products
 run in the compute dtype. Weights lie in oneDNN's blocked layout (1.3 to 2 times faster than row-major here).
+
 Not covered: sliding windows, rotary scalings that change with the length, mixtures of experts, other activations.
 """
 
@@ -23,7 +24,7 @@ from areal_agents.errors import EngineError
 Linear = Callable[[Tensor], Tensor]
 
 BLOCK = 128
-"""Positions a block of KV."""
+"""Positions in one block of KV."""
 
 
 def _blocks(n: int) -> int:
@@ -31,7 +32,10 @@ def _blocks(n: int) -> int:
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
-    """x ↦ x Wᵀ + b in ``dtype``; W in oneDNN's blocked layout where this torch has it."""
+    """Return the function x ↦ x Wᵀ + b in ``dtype``.
+
+    ``weight`` is W [out, in] and ``bias`` is b [out]. W lies in oneDNN's blocked layout where this torch has it.
+    """
     weight = weight.to(dtype).contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):  # type: ignore[no-untyped-call]
@@ -56,7 +60,10 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """One version of the weights, ready to compute with; built beside the one in use, then swapped in."""
+    """One version of the weights, ready to compute with.
+
+    It is built beside the version in use, then swapped in.
+    """
 
     embedding: Tensor
     layers: tuple[Layer, ...]
@@ -66,7 +73,12 @@ class Weights:
     @classmethod
     @torch.inference_mode()
     def build(cls, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Weights:
-        """Copy, cast and pack transformers' parameters. Raises EngineError on missing, unknown or misshapen ones."""
+        """Copy, cast and pack transformers' parameters.
+
+        Nothing of the result lies in the memory of ``tensors``, which a learner may refill.
+
+        Raises EngineError on missing, unknown or misshapen parameters.
+        """
         tensors = shape.complete(tensors)
 
         def cat(prefix: str, names: Sequence[str], kind: str) -> Tensor | None:
@@ -107,20 +119,28 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """Consecutive tokens of one row: ids at positions start .. start + len(ids) - 1."""
+class RowSegment:
+    """Consecutive tokens of one row, at positions start .. start + len(ids) - 1."""
 
     row: int
     start: int
     ids: Sequence[int]
 
 
-class Decoder:
-    """The model and the KV of ``max_batch`` rows: [layers, 2, blocks, rows, kv heads, BLOCK, head_dim].
+class CPUDecoder:
+    """The model, and the KV of ``max_batch`` rows.
 
-    Positions are cut into blocks so that one block of rows 0..n-1 is dense: oneDNN copies what is not, at the price of
-    the product itself. The KV is anonymous memory: a page costs memory once a token was written into it. Also the
-    scheduler's ``KVStore``, in whole blocks.
+    The KV is [layers, 2, blocks, rows, kv heads, BLOCK, head_dim]. Positions are cut into blocks so that one block of
+    rows 0..n-1 is dense: oneDNN copies what is not, at the price of the product itself. The KV is anonymous memory: a
+    page costs memory once a token was written into it. The decoder is also the scheduler's ``KVStore``, in whole
+    blocks.
+
+    Args:
+        shape: the model's sizes.
+        weights: the first ones to compute with.
+        dtype: of products and KV.
+        max_batch: number of rows.
+        max_context: positions of a row.
     """
 
     def __init__(self, shape: Shape, weights: Weights, dtype: torch.dtype, *, max_batch: int, max_context: int) -> None:
@@ -157,7 +177,10 @@ class Decoder:
 
     @torch.inference_mode()
     def decode(self, ids: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """One token for each of rows 0..n-1, written at ``positions``; logits [n, vocabulary] of what comes next."""
+        """Compute one token for each of rows 0..n-1.
+
+        Its keys and values are written at ``positions``, one a row. Returns logits [n, vocabulary] of what comes next.
+        """
         shape, rows = self.shape, len(ids)
         groups, pairs = shape.heads // shape.kv_heads, rows * shape.kv_heads
         position = torch.tensor(positions)
@@ -188,8 +211,11 @@ class Decoder:
         return self._logits(hidden)
 
     @torch.inference_mode()
-    def prefill(self, segments: Sequence[Segment]) -> Tensor:
-        """Compute several rows' tokens in one packed pass; logits [segments, vocabulary] after each one's last."""
+    def prefill(self, segments: Sequence[RowSegment]) -> Tensor:
+        """Compute several rows' tokens in one packed pass.
+
+        Returns logits [segments, vocabulary], each after the last token of its segment.
+        """
         shape = self.shape
         ids = torch.tensor([i for s in segments for i in s.ids])
         position = torch.cat([torch.arange(s.start, s.start + len(s.ids)) for s in segments])
@@ -224,7 +250,10 @@ class Decoder:
         return self._logits(hidden[ends - 1])
 
     def _forward(self, ids: Tensor, position: Tensor, rows: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Residual stream [tokens, hidden] after the last layer; keys and values are written on the way."""
+        """Return the residual stream [tokens, hidden] after the last layer.
+
+        A layer's keys and values are written into the KV before ``attend(layer, queries)`` reads them.
+        """
         shape, dtype = self.shape, self.dtype
         n, half = len(ids), shape.head_dim // 2
         keyed = (shape.heads + shape.kv_heads) * shape.head_dim

@@ -2,7 +2,7 @@
 
     generate ──frames──▶ worker: continuous batching, KV between turns ──frames──▶ reader task ─▶ futures
 
-What it waits for, and until when, is in ``areal_agents.engines.process``.
+``areal_agents.engines.process`` says what it waits for, and until when.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from areal_agents.utils.precision import Precision, number_format
 
 
 class TransformersEngine(EngineProcess):
-    """An ``Engine``. Start it with ``start``; it is an async context manager that closes itself.
+    """An ``Engine`` that decodes the Llama family on the CPU.
 
-    It belongs to the event loop that started it.
+    Start it with ``start``. It is an async context manager that closes itself, and belongs to the event loop that
+    started it.
     """
 
     name = "the transformers engine"
@@ -40,14 +41,24 @@ class TransformersEngine(EngineProcess):
     ) -> TransformersEngine:
         """Start a worker that serves ``model`` (a local folder or a hub id) as version 0.
 
-        max_batch: sequences decoded at once. kv_tokens: bound on tokens whose KV is kept, running requests (prompt and
-        max_tokens) and idle sessions together. max_context: longest prompt plus completion, cut to what the model's
-        positions allow. threads: cores of the worker. seed: of the engine's generator, for requests without their own.
-        shape: the model's, for a caller who has read it with this ``max_context``: only reading it takes transformers.
+        The batch's KV is address space of max_batch x max_context tokens. A page costs memory once it was used.
 
-        The batch's KV is address space of max_batch x max_context tokens; a page costs memory once it was used.
-        Raises ConfigError on a setting out of range, ModelError where the model cannot be loaded or computed,
-        EngineError where the worker does not start.
+        Args:
+            model: a local folder or a hub id.
+            precision: number format of the products and the KV.
+            max_batch: sequences decoded at once.
+            kv_tokens: bound on tokens whose KV is kept, running requests (prompt and max_tokens) and idle sessions
+                together.
+            max_context: longest prompt plus completion in tokens, cut to what the model's positions allow.
+            threads: cores of the worker.
+            seed: of the engine's generator, for requests without their own.
+            shape: the model's, for a caller who has read it with this ``max_context``. Only reading it takes
+                transformers.
+
+        Raises:
+            ConfigError: a setting is out of range.
+            ModelError: the model cannot be loaded or computed.
+            EngineError: the worker does not start.
         """
         require_positive(max_batch=max_batch, kv_tokens=kv_tokens, max_context=max_context, threads=threads)
         number = number_format(precision)
@@ -63,7 +74,7 @@ class TransformersEngine(EngineProcess):
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Buffers of a step are reused instead of mapped anew."""
+    """Return the worker's environment, in which buffers of a step are reused instead of mapped anew."""
     return environment(
         OMP_NUM_THREADS=str(threads), MALLOC_MMAP_THRESHOLD_=str(1 << 28), MALLOC_TRIM_THRESHOLD_=str(1 << 29)
     )

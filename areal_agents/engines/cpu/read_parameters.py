@@ -1,4 +1,7 @@
-"""The parameters of a model's folder, read without transformers, whose import takes longer than all else of a start."""
+"""The parameters of a model's folder, read without transformers.
+
+Importing transformers takes longer than all else of a start.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,10 @@ from areal_agents.errors import EngineError
 
 
 def read_parameters(model: str, shape: Shape) -> Mapping[str, Tensor] | None:
-    """What the safetensors files of ``model`` hold, if that is ``shape``'s parameters and nothing else.
+    """Return what the safetensors files of ``model`` hold, if that is ``shape``'s parameters and nothing else.
 
-    None where it is not (a hub id, an adapter, quantized weights, older formats and names): transformers knows those.
+    Returns None where it is not (a hub id, an adapter, quantized weights, older formats and names). Transformers knows
+    how to read those.
     """
     folder = Path(model)
     if (folder / "adapter_config.json").exists():

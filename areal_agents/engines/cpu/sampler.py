@@ -1,8 +1,8 @@
 """Batched sampling with the exact log-probability of what was sampled.
 
 A row's distribution is softmax(filter(logits / T)), in float32. One uniform number u in [0, 1) picks the token by
-inverting the cumulative sum in two levels (blocks, then inside one block): no random number per vocabulary entry, and
-float64 only for block sums. T = 0 is greedy; its log-probability is that of T = 1.
+inverting the cumulative sum in two levels, over the blocks and then inside one block. So there is no random number per
+vocabulary entry, and float64 only for block sums. T = 0 is greedy. Its log-probability is that of T = 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _BLOCK = 256
 
 
 def filter_logits(scaled_V: Tensor, sampling: Sampling) -> Tensor:
-    """One row of logits / T with the tokens outside top_k, top_p and min_p at -inf (in this order; float32)."""
+    """Return one row of logits / T with the tokens outside top_k, top_p and min_p at -inf.
+
+    The filters apply in this order, in float32.
+    """
     out = scaled_V.clone()
     if 0 < sampling.top_k < out.shape[0]:
         kth = torch.topk(out, sampling.top_k).values[-1]
@@ -38,13 +41,16 @@ def filter_logits(scaled_V: Tensor, sampling: Sampling) -> Tensor:
 
 
 class Sampler:
-    """Samples one token a row. Rows with a generator of their own do not depend on their neighbours."""
+    """A sampler of one token a row.
+
+    Rows with a generator of their own do not depend on their neighbours.
+    """
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 
     def uniforms(self, own: Sequence[torch.Generator | None]) -> Tensor:
-        """One float64 number in [0, 1) a row."""
+        """Draw one float64 number in [0, 1) a row."""
         u = torch.rand(len(own), dtype=torch.float64, generator=self._generator)
         for i, generator in enumerate(own):
             if generator is not None:
@@ -54,8 +60,18 @@ class Sampler:
     def sample(
         self, logits_RV: Tensor, samplings: Sequence[Sampling], own: Sequence[torch.Generator | None]
     ) -> tuple[list[int], list[float]]:
-        """Token ids and log-probabilities, one a row. A row of non-finite logits has a NaN log-probability."""
+        """Sample one token a row.
+
+        Args:
+            logits_RV: [rows, vocabulary]. They are not changed.
+            samplings: how to sample, one a row.
+            own: a row's own generator, or None for the sampler's, one a row.
+
+        Returns:
+            Token ids and log-probabilities, one a row. A row of non-finite logits has a NaN log-probability.
+        """
         scaled = logits_RV.float()
+        # What follows works in place, and `float` returns logits that are float32 already as they are.
         if scaled.data_ptr() == logits_RV.data_ptr():
             scaled = scaled.clone()
         if any(s.temperature not in (0.0, 1.0) for s in samplings):
@@ -79,7 +95,7 @@ class Sampler:
 
     @staticmethod
     def _block_sums(scaled_RV: Tensor) -> tuple[Tensor, Tensor]:
-        """exp(scaled) as [R, blocks, 256], and its block sums in float64."""
+        """Return exp(scaled) as [R, blocks, 256], and its block sums [R, blocks] in float64."""
         weights = scaled_RV.exp()
         if rest := -weights.shape[-1] % _BLOCK:
             weights = torch.nn.functional.pad(weights, (0, rest))

@@ -1,12 +1,13 @@
-"""Who decodes when, and whose KV is where: pure bookkeeping, no tensors.
+"""The schedule of one worker, as pure bookkeeping without tensors: who decodes when, and whose KV is where.
 
     waiting ──admit──▶ rows 0..n-1 (running) ──finish──▶ idle (KV between turns, LRU) ──evict, release──▶ gone
                           ▲                                 │
                           └──────── next turn: load ◀───────┘
 
 Invariant: (tokens reserved by running requests) + (tokens of idle KV) ≤ ``kv_tokens``. A running request reserves its
-prompt and ``max_tokens`` when it is admitted, so no running request ever waits for memory: no deadlock, no eviction of
-running ones. A waiting request waits for a free row and for reservations to end; both are bounded by ``max_tokens``.
+prompt and ``max_tokens`` when it is admitted, so no running request ever waits for memory. There is no deadlock, and no
+running request is evicted. A waiting request waits for a free row and for reservations to end. Both are bounded by
+``max_tokens``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ _WAIT_FOR_SHARING = 16
 
 
 class KVStore(Protocol):
-    """Moves KV between rows of the batch and storage outside it; ``n`` counts tokens from the first."""
+    """A mover of KV between rows of the batch and storage outside it.
+
+    ``n`` counts tokens from the first.
+    """
 
     def save(self, row: int, n: int) -> object: ...
     def load(self, saved: object, row: int, n: int) -> None: ...
@@ -40,7 +44,10 @@ class KVStore(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One ``generate`` in the worker. ``ids[:length]`` are known; KV exists for ``ids[:computed]``."""
+    """One ``generate`` in the worker.
+
+    ``ids[:length]`` are known. KV exists for ``ids[:computed]``.
+    """
 
     id: int
     session: str
@@ -60,7 +67,7 @@ class Request:
 
     @property
     def pending(self) -> int:
-        """Known tokens whose KV is missing: 1 means ready to decode, more means prefill."""
+        """Number of known tokens whose KV is missing. 1 means ready to decode, more means prefill."""
         return self.length - self.computed
 
     @property
@@ -68,7 +75,7 @@ class Request:
         return len(self.ids)
 
     def append(self, token: int, logprob: float, version: int) -> Finish | None:
-        """Record one sampled token; returns how the turn ended, None if it goes on."""
+        """Record one sampled token, and return how the turn ended, or None if it goes on."""
         self.ids[self.length] = token
         self.length += 1
         self.logprobs.append(logprob)
@@ -84,7 +91,7 @@ class Request:
 
 @dataclass(eq=False, slots=True)
 class Idle:
-    """KV of a session between its turns."""
+    """The KV of a session between its turns."""
 
     ids: IdArray
     kv_version: int
@@ -92,14 +99,22 @@ class Idle:
 
 
 def common_prefix(a: IdArray, b: IdArray) -> int:
-    """Number of leading ids that two arrays share."""
+    """Return the number of leading ids that two arrays share."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if len(different) else n
 
 
 class Scheduler:
-    """Rows, waiting line and idle KV of one worker."""
+    """The rows, the waiting line and the idle KV of one worker.
+
+    Args:
+        store: moves the KV.
+        max_batch: number of rows.
+        kv_tokens: bound on reserved and idle tokens together.
+        max_context: longest prompt plus completion, in tokens.
+        version: of the first weights.
+    """
 
     def __init__(self, store: KVStore, *, max_batch: int, kv_tokens: int, max_context: int, version: int = 0) -> None:
         self.store = store
@@ -117,7 +132,17 @@ class Scheduler:
     # --- what comes from the client -------------------------------------------------------------------------------
 
     def submit(self, id: int, session: str, prompt: Ids, sampling: Sampling) -> Request:
-        """Queue a request. Raises EngineError where it can never run."""
+        """Queue a request.
+
+        Args:
+            id: of the client, unique.
+            session: the conversation whose KV may be reused. It has one request at a time.
+            prompt: token ids.
+            sampling: how to sample, and what ends the turn.
+
+        Raises:
+            EngineError: the request can never run.
+        """
         if not prompt:
             raise EngineError("the prompt is empty: at least one token id is needed")
         if sampling.max_tokens < 1:
@@ -144,7 +169,7 @@ class Scheduler:
         return request
 
     def cancel(self, id: int) -> None:
-        """Abort a request and drop its session's KV; unknown ids are ignored."""
+        """Abort a request and drop its session's KV, if the id is known."""
         request = self._by_id.get(id)
         if request is None:
             return
@@ -162,7 +187,10 @@ class Scheduler:
                 request.discard = True
 
     def update(self, version: int, *, mode: UpdateMode, kv: KVPolicy) -> int:
-        """From now on tokens carry ``version``; returns the number of tokens whose KV is thrown away."""
+        """Label tokens with ``version`` from now on.
+
+        Returns the number of tokens whose KV is thrown away.
+        """
         self.version = version
         dropped = 0
         if kv == "recompute":
@@ -197,7 +225,7 @@ class Scheduler:
 
     @property
     def kv_in_use(self) -> int:
-        """Tokens whose KV exists: idle sessions' and running requests' so far."""
+        """Number of tokens whose KV exists, of idle sessions and of running requests so far."""
         return self.idle_tokens + sum(request.computed for request in self.running())
 
     def admit(self) -> None:
@@ -206,7 +234,7 @@ class Scheduler:
             return
         for request in list(self.waiting):
             if None not in self.rows or self.reserved + request.reserved > self.kv_tokens:
-                return
+                return  # a smaller one that would fit must not overtake it: it might wait for ever
             self._admit_one(request)
 
     def _admit_one(self, request: Request) -> None:
@@ -224,12 +252,13 @@ class Scheduler:
             if (n := min(shared, other.computed)) > best_n:
                 best_n, best, donor = n, None, other
         if promised >= best_n + _WAIT_FOR_SHARING:
-            return
+            return  # a running request computes this prefix already: wait, and copy it
         for entry in self.idle.values():
             if entry.kv_version == self.version and (n := common_prefix(entry.ids, prompt)) > best_n:
                 best_n, best, donor = n, entry, None
         self.waiting.remove(request)
         self.idle.pop(request.session, None)
+        # This may evict `best` too: it stays alive here until it is loaded.
         self._evict(self.kv_tokens - self.reserved - request.reserved)
         request.row = self.rows.index(None)
         request.kv_version = self.version
@@ -248,7 +277,10 @@ class Scheduler:
             self.idle.popitem(last=False)
 
     def compact(self) -> int:
-        """Move running requests into rows 0..n-1 (attention then reads one slice of the KV); returns n."""
+        """Move running requests into rows 0..n-1, and return n.
+
+        Attention then reads one slice of the KV.
+        """
         count = sum(request is not None for request in self.rows)
         for target in range(count):
             if self.rows[target] is not None:
@@ -262,7 +294,7 @@ class Scheduler:
         return count
 
     def prefill_plan(self, budget: int) -> list[tuple[Request, int]]:
-        """Requests that need prefill, oldest first, and how many tokens each gets from ``budget``."""
+        """Return the requests that need prefill, oldest first, and how many tokens each gets from ``budget``."""
         plan: list[tuple[Request, int]] = []
         for request in sorted((r for r in self.running() if r.pending > 1), key=lambda r: r.id):
             if budget <= 0:
@@ -273,7 +305,10 @@ class Scheduler:
         return plan
 
     def finish(self, request: Request) -> None:
-        """Take a request out; its KV stays as its session's idle KV unless it is to be discarded."""
+        """Take a request out.
+
+        Its KV stays as its session's idle KV, unless it is to be discarded.
+        """
         del self._by_id[request.id]
         self._busy.discard(request.session)
         if request.row < 0:

@@ -1,16 +1,15 @@
-"""The engine's own process: ``python -m areal_agents.engines.cpu.worker PARENT``, started by ``TransformersEngine``.
+"""The engine's own process: ``python -m areal_agents.engines.cpu.worker``, started by ``TransformersEngine``.
 
     reader thread ──commands──▶ loop: commands, admit, one prefill chunk, one decode step ──▶ replies on the pipe
          │  end of pipe: exit at once            ▲
          └─ updater thread: attach, verify, pack ┘ swapped in between two decode steps
 
 The process ends when its parent does: the pipe closes (also while decoding), and Linux sends SIGKILL as a second means.
-Stray prints go to stderr; descriptors 0 and 1 are moved away before anything else runs.
+Stray prints go to stderr, because descriptors 0 and 1 are moved away before anything else runs.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import signal
@@ -25,6 +24,7 @@ from areal_agents.engine import Health, UpdateReport
 from areal_agents.engines import protocol as p
 from areal_agents.errors import ArealError
 from areal_agents.utils.memory import trim
+from areal_agents.utils.parent import end_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor, dtype
 
     from areal_agents.engines.cpu.architecture import Shape
-    from areal_agents.engines.cpu.decoder import Decoder, Weights
+    from areal_agents.engines.cpu.decoder import CPUDecoder, Weights
     from areal_agents.engines.cpu.sampler import Sampler
     from areal_agents.engines.cpu.scheduler import Request, Scheduler
 
 PREFILL_WHILE_DECODING = 256
-"""Prompt tokens computed between two decode steps: running requests stall for a fraction of a second at most."""
+"""Prompt tokens computed between two decode steps. Running requests stall for a fraction of a second at most."""
 PREFILL_ALONE = 1024
 _PIPE_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
 class Prepared:
-    """What the updater thread hands to the loop."""
+    """New weights on their way from the updater thread to the loop, or the error that they met."""
 
     update: p.Update
     weights: Weights | None
@@ -55,9 +55,9 @@ Inbox = queue.SimpleQueue[object]
 
 
 class Updater(threading.Thread):
-    """Attaches, verifies and packs new weights beside the loop, one update after the other."""
+    """The thread that attaches, verifies and packs new weights beside the loop, one update after the other."""
 
-    def __init__(self, shape: Shape, decoder: Decoder, inbox: Inbox) -> None:
+    def __init__(self, shape: Shape, decoder: CPUDecoder, inbox: Inbox) -> None:
         super().__init__(name="updater", daemon=True)
         self.updates: queue.SimpleQueue[p.Update] = queue.SimpleQueue()
         self._shape, self._dtype, self._inbox = shape, decoder.dtype, inbox
@@ -78,10 +78,13 @@ class Updater(threading.Thread):
 
 
 class Worker:
-    """The loop. Waits for: a command when idle (unblocked by the client or the end of the pipe); never otherwise."""
+    """The loop that takes commands, decodes and replies.
+
+    Waits for: a command when idle, unblocked by the client or the end of the pipe. It never waits otherwise.
+    """
 
     def __init__(
-        self, decoder: Decoder, scheduler: Scheduler, sampler: Sampler, inbox: Inbox, out: BinaryIO, updater: Updater
+        self, decoder: CPUDecoder, scheduler: Scheduler, sampler: Sampler, inbox: Inbox, out: BinaryIO, updater: Updater
     ) -> None:
         self.decoder, self.scheduler, self.sampler = decoder, scheduler, sampler
         self.inbox, self.out, self.updater = inbox, out, updater
@@ -138,6 +141,7 @@ class Worker:
                 self.updater.updates.put(command)
             case Prepared(weights=None):
                 self.send(p.Failed(command.update.id, command.error))
+            # Behind an update that drains the next ones wait too, whatever their mode: versions keep their order.
             case Prepared() if self._draining or (command.update.mode == "drain" and self.scheduler.running()):
                 self.scheduler.admitting = False
                 self._draining.append(command)
@@ -181,14 +185,14 @@ class Worker:
     # --- steps -----------------------------------------------------------------------------------------------------
 
     def _prefill(self) -> None:
-        from areal_agents.engines.cpu.decoder import Segment
+        from areal_agents.engines.cpu.decoder import RowSegment
 
         decoding = any(request.pending == 1 for request in self.scheduler.running())
         plan = self.scheduler.prefill_plan(PREFILL_WHILE_DECODING if decoding else PREFILL_ALONE)
         if not plan:
             return
         segments = [
-            Segment(request.row, request.computed, request.ids[request.computed : request.computed + n].tolist())
+            RowSegment(request.row, request.computed, request.ids[request.computed : request.computed + n].tolist())
             for request, n in plan
         ]
         logits = self.decoder.prefill(segments)
@@ -217,7 +221,7 @@ class Worker:
         tokens, logprobs = self.sampler.sample(logits, [request.sampling for request in requests], generators)
         self.sampled += len(requests)
         for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
-            if logprob != logprob:
+            if logprob != logprob:  # NaN
                 self._fail_non_finite(request)
                 continue
             finish = request.append(token, logprob, self.scheduler.version)
@@ -228,13 +232,13 @@ class Worker:
 
     def _fail_non_finite(self, request: Request) -> None:
         self._generators.pop(request.id, None)
-        self.decoder.wipe(request.row)
+        self.decoder.wipe(request.row)  # NaN in its KV would reach the row's next request through masked positions
         self.scheduler.cancel(request.id)
         self.send(p.Failed(request.id, f"the model's logits are not finite at version {self.scheduler.version}"))
 
 
 def take_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """The protocol's streams, on descriptors that no library prints to."""
+    """Return the protocol's streams, on descriptors that no library prints to."""
     commands = os.fdopen(os.dup(0), "rb")
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -250,13 +254,6 @@ def take_pipes() -> tuple[BinaryIO, BinaryIO]:
     return commands, replies
 
 
-def die_with_parent(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 def _read(commands: BinaryIO, inbox: Inbox) -> None:
     while (message := p.read_frame(commands)) is not None:
         inbox.put(message)
@@ -266,7 +263,7 @@ def _read(commands: BinaryIO, inbox: Inbox) -> None:
 def _build(settings: p.Settings, inbox: Inbox, replies: BinaryIO) -> tuple[Worker, int]:
     import torch
 
-    from areal_agents.engines.cpu.decoder import Decoder, Weights
+    from areal_agents.engines.cpu.decoder import CPUDecoder, Weights
     from areal_agents.engines.cpu.sampler import Sampler
     from areal_agents.engines.cpu.scheduler import Scheduler
     from areal_agents.utils.precision import resolve_precision
@@ -277,7 +274,7 @@ def _build(settings: p.Settings, inbox: Inbox, replies: BinaryIO) -> tuple[Worke
     dtype = resolve_precision(settings.precision)
     weights = Weights.build(shape, _parameters(settings, dtype), dtype)
     trim()
-    decoder = Decoder(shape, weights, dtype, max_batch=settings.max_batch, max_context=max_context)
+    decoder = CPUDecoder(shape, weights, dtype, max_batch=settings.max_batch, max_context=max_context)
     scheduler = Scheduler(decoder, max_batch=settings.max_batch, kv_tokens=settings.kv_tokens, max_context=max_context)
     updater = Updater(shape, decoder, inbox)
     updater.start()
@@ -298,7 +295,7 @@ def _parameters(settings: p.Settings, dtype: dtype) -> Mapping[str, Tensor]:
 
 def main() -> int:
     commands, replies = take_pipes()
-    die_with_parent(int(sys.argv[1]))
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     settings = p.read_frame(commands)
     if not isinstance(settings, p.Settings):

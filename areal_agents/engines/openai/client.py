@@ -1,14 +1,14 @@
 """``OpenAIChat``: a model behind any OpenAI-compatible server (``POST /v1/chat/completions``), through httpx.
 
-    messages ──openai_json──▶ slot ──▶ pace ──▶ POST ──▶ reply
+    messages ──messages.py──▶ slot ──▶ pace ──▶ POST ──▶ reply
                                ▲                  │ 408, 409, 429, 5xx, no connection, no answer
                                └── backoff ◀──────┘     (Retry-After honoured, all within the deadline)
 
-For evaluation, judges and user simulators; it cannot be trained through (``chat_model.refuse_training``).
+It is for evaluation, judges and user simulators. It cannot be trained through (``chat_model.refuse_training``).
 
-Waits for: a free slot, the pace, the server. Unblocked by: a reply, a timeout, the deadline, cancellation. The server
-is not trusted: no redirect is followed, a reply is read up to a bound, and the key stands in no message.
+Waits for: a free slot, the pace, the server. Unblocked by: a reply, a timeout, the deadline, cancellation.
 
+The server is not trusted: no redirect is followed, a reply is read up to a bound, and the key stands in no message.
 Not covered: streaming, the Responses API, client certificates.
 """
 
@@ -22,7 +22,6 @@ import os
 import random
 import re
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import httpx
@@ -34,6 +33,7 @@ from areal_agents.engines.openai.rate_limit import Backoff, Clock, Pace, retry_a
 from areal_agents.errors import ArealError, ConfigError, EngineError, ModelError
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Message
+from areal_agents.utils.closing import AsyncClosing
 
 _RETRIED = frozenset({408, 409, 429})
 _ERROR_BYTES = 65_536
@@ -42,29 +42,42 @@ _CONTEXT = re.compile(r"context.{0,10}(length|size|window)|(maximum|max).{0,20}c
 
 
 class _Transient(Exception):
-    """A failure that another try may not meet; ``after`` is the pause that the server asks for, in seconds."""
+    """A failure that another try may not meet.
+
+    ``after`` is the pause that the server asks for, in seconds.
+    """
 
     def __init__(self, message: str, after: float | None = None) -> None:
         super().__init__(message)
         self.after = after
 
 
-class OpenAIChat:
-    """A ChatModel behind an OpenAI-compatible server. An async context manager; it belongs to one event loop.
+class OpenAIChat(AsyncClosing):
+    """A ChatModel behind an OpenAI-compatible server.
 
-    model: name by which the server knows it. base_url: up to and including ``/v1``.
-    api_key_env: environment variable that holds the key, read once, here; None sends none.
-    timeout: seconds for one request. deadline: seconds for one reply, retries and waiting included.
-    max_retries: further tries after the first. retry_after_cap: longest Retry-After that is honoured, in seconds.
-    concurrency: most requests at once. requests_per_minute: most requests started in a minute, retries included.
-    max_response_bytes: longest reply that is read.
-    stop: strings that end a reply (evaluation only: training ends turns on token ids).
-    max_tokens_field: the field that bounds a reply; some models want ``max_completion_tokens``.
-    text_calls: see ``openai_json``; False for servers that insist on an entry in tool_calls for every tool result.
-    extra: further fields of each request, for example ``{"chat_template_kwargs": {...}}``.
-    rng: of the backoff's jitter. clock, transport: replaced by tests.
+    It is an async context manager, and belongs to one event loop.
 
-    Raises ConfigError: a URL that is none, a missing key, a setting out of range.
+    Args:
+        model: name by which the server knows it.
+        base_url: up to and including ``/v1``.
+        api_key_env: environment variable that holds the key. It is read once, here. None sends no key.
+        timeout: seconds for one request.
+        deadline: seconds for one reply, retries and waiting included.
+        max_retries: further tries after the first.
+        retry_after_cap: longest Retry-After that is honoured, in seconds.
+        concurrency: most requests at once.
+        requests_per_minute: most requests started in a minute, retries included. None sets no limit.
+        max_response_bytes: longest reply that is read.
+        stop: strings that end a reply (evaluation only, because training ends turns on token ids).
+        max_tokens_field: the field that bounds a reply. Some models want ``max_completion_tokens``.
+        text_calls: False for servers that insist on an entry in tool_calls for every tool result, see ``messages.py``.
+        extra: further fields of each request, for example ``{"chat_template_kwargs": {...}}``.
+        rng: of the backoff's jitter.
+        clock: replaced by tests.
+        transport: replaced by tests.
+
+    Raises:
+        ConfigError: a URL that is none, a missing key, or a setting out of range.
     """
 
     def __init__(
@@ -115,16 +128,11 @@ class OpenAIChat:
         self._client: httpx.AsyncClient | None = None
         self._closed = False
 
-    async def __aenter__(self) -> OpenAIChat:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
     async def close(self) -> None:
-        """Close the connections; later calls raise EngineError. May be called twice."""
+        """Close the connections.
+
+        Later calls raise EngineError. May be called twice.
+        """
         self._closed = True
         client, self._client = self._client, None
         if client is not None:
@@ -133,17 +141,23 @@ class OpenAIChat:
     async def chat(
         self, messages: Sequence[Message | AssistantMessage], tools: Sequence[ToolSpec], sampling: Sampling
     ) -> AssistantMessage:
-        """The next assistant message. Raises what ``reply`` raises."""
+        """Return the next assistant message.
+
+        It raises what ``reply`` raises.
+        """
         return (await self.reply(messages, tools, sampling)).message
 
     async def reply(
         self, messages: Sequence[Message | AssistantMessage], tools: Sequence[ToolSpec], sampling: Sampling
     ) -> ChatReply:
-        """The next assistant message and what the server says that it cost.
+        """Return the next assistant message and what the server says that it cost.
 
-        Raises ContextLengthError (the conversation does not fit), RequestRefused (the server will not answer it),
-        EngineError (no usable reply before the deadline or the last try), ModelError (no such model), ConfigError (a
-        refused key, a used-up quota, a redirect; sampling that a server cannot do).
+        Raises:
+            ContextLengthError: the conversation does not fit.
+            RequestRefused: the server will not answer it.
+            EngineError: there was no usable reply before the deadline or the last try.
+            ModelError: there is no such model.
+            ConfigError: a refused key, a used-up quota, a redirect, or sampling that a server cannot do.
         """
         body = self._body(messages, tools, sampling)
         try:
@@ -153,7 +167,10 @@ class OpenAIChat:
             raise self._late("no reply") from error
 
     async def require_answer(self, *, within: float = 10.0) -> None:
-        """Raises EngineError where nothing speaks HTTP at the URL; every answer will do. No retry, no key is sent."""
+        """Raise EngineError where nothing speaks HTTP at the URL within ``within`` seconds.
+
+        Every answer will do. There is no retry, and no key is sent.
+        """
         models = self._url.copy_with(path=self._url.path.removesuffix("/chat/completions") + "/models")
         try:
             async with asyncio.timeout(within), self._http().stream("GET", models):
@@ -187,7 +204,10 @@ class OpenAIChat:
         return json.dumps(body | self._fixed, ensure_ascii=False, allow_nan=False).encode()
 
     async def _until_answered(self, body: bytes) -> ChatReply:
-        """Try until there is a reply; pauses that would end after the deadline are not begun."""
+        """Try until there is a reply.
+
+        A pause that would end after the deadline is not begun.
+        """
         end = self._clock.monotonic() + self._deadline
         for attempt in range(self._max_retries + 1):
             try:
@@ -203,14 +223,17 @@ class OpenAIChat:
             pause = asked + self._backoff.pause(attempt)  # jitter too: everybody was told the same
             if self._clock.monotonic() + pause >= end:
                 raise self._late(str(failed))
-            await self._clock.sleep(pause)
+            await self._clock.sleep(pause)  # without the slot, which another request may use meanwhile
         raise EngineError(
             f"{self._who()}: gave up after {self._max_retries + 1} tries. The last: {failed}. Is the server up, and "
             "can it bear this many requests (concurrency, requests_per_minute)?"
         )
 
     async def _attempt(self, body: bytes, end: float) -> ChatReply:
-        """One request. Raises _Transient where another may do better, and ArealError where none will."""
+        """Send one request and read its reply.
+
+        Raises _Transient where another try may do better, and ArealError where none will.
+        """
         limit = min(self._timeout, end - self._clock.monotonic())
         if limit <= 0:
             raise self._late("the time was spent on retries")
@@ -267,7 +290,10 @@ class OpenAIChat:
         )
 
     async def _read(self, response: httpx.Response) -> tuple[bytes, bool]:
-        """(body, whether that is all of it); an error's body is only read in part, a compressed one not at all."""
+        """Return the body, and whether that is all of it.
+
+        An error's body is only read in part, a compressed one not at all.
+        """
         if response.headers.get("content-encoding", "identity").lower() != "identity":
             if response.status_code != 200:
                 return b"", False
@@ -315,7 +341,7 @@ class OpenAIChat:
         return f"{self.url}, model {self.model!r}"
 
     def _safe(self, text: str) -> str:
-        """``text`` of the server, short and without the key, should it repeat it."""
+        """Return ``text`` of the server cut short, and without the key where the server repeats it."""
         text = text.replace(self._key, "***") if self._key else text
         return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 

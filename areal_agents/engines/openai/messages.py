@@ -1,9 +1,11 @@
-"""Our messages ⇄ the JSON of OpenAI's chat completions. Pure: no network.
+"""The translation of our messages to the JSON of OpenAI's chat completions and back, without network.
 
 A server that parses tool calls returns them beside the text. They are put back into the text as blocks, so that
-``AssistantMessage.text`` is whole (rewards, chat templates and saved episodes read it), and taken out again when the
-message is sent. A call that the server left in the text (it has no parser, or could not read the call) is found by our
-own parser; such a message is sent back as the text it is.
+``AssistantMessage.text`` is whole: rewards, chat templates and saved episodes read it. They are taken out again when
+the message is sent.
+
+A server that has no parser, or could not read a call, leaves it in the text. Our own parser finds it there. Such a
+message is sent back as the text it is.
 
 The reply is hostile: it is only read as JSON, within the limits of ``chat/toolcalls.py``.
 """
@@ -29,7 +31,7 @@ _URL = ("http://", "https://", "data:image/")
 
 
 def request_tools(tools: Sequence[ToolSpec]) -> list[Json]:
-    """The ``tools`` of a request."""
+    """Return the ``tools`` of a request."""
     return [
         {
             "type": "function",
@@ -40,10 +42,11 @@ def request_tools(tools: Sequence[ToolSpec]) -> list[Json]:
 
 
 def request_messages(messages: Sequence[Message | AssistantMessage], *, text_calls: bool = True) -> list[Json]:
-    """The ``messages`` of a request.
+    """Return the ``messages`` of a request.
 
-    ``text_calls=False`` is for servers that insist on a ``tool_calls`` entry for every result: calls found in text are
-    sent as such entries too, and the result of one that cannot be (it has no name) travels in a user message.
+    ``text_calls=False`` is for servers that insist on a ``tool_calls`` entry for every result. Calls found in text are
+    then sent as such entries too. A call without a name cannot be, and its result travels in a user message.
+
     Raises ConfigError for an image that is no URL.
     """
     rows: list[Json] = []
@@ -63,7 +66,10 @@ def request_messages(messages: Sequence[Message | AssistantMessage], *, text_cal
 
 
 def read_reply(body: object, *, text_calls: bool = True) -> ChatReply:
-    """The first choice of a chat completion. Raises EngineError, saying what is missing, where it is none."""
+    """Read the first choice of a chat completion.
+
+    Raises EngineError, saying what is missing, where the body is no chat completion.
+    """
     choice = _first_choice(body)
     message = _mapping(choice.get("message"), "choices[0].message")
     finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
@@ -90,7 +96,10 @@ def read_reply(body: object, *, text_calls: bool = True) -> ChatReply:
 
 
 def error_text(body: bytes) -> tuple[str, str]:
-    """(message, code) of an error body; the start of the body where it is not OpenAI's form."""
+    """Return (message, code) of an error body.
+
+    Where the body does not have OpenAI's form, the message is the body.
+    """
     plain = body.decode("utf-8", "replace").strip()
     try:
         value = json.loads(plain)
@@ -119,7 +128,10 @@ def _assistant(message: AssistantMessage, *, text_calls: bool) -> Json:
 
 
 def _without_blocks(message: AssistantMessage) -> str:
-    """The text around the calls' blocks. Those of a server are its end; others are taken out where they stand."""
+    """Return the text around the calls' blocks.
+
+    Blocks of a server's calls are the end of the text. Others are taken out where they stand.
+    """
     text, raws = message.text, [call.raw for call in message.tool_calls]
     end = "\n".join(raws)
     if text.endswith(end):
@@ -131,7 +143,7 @@ def _without_blocks(message: AssistantMessage) -> str:
 
 
 def _arguments(call: ToolCall) -> str:
-    """The arguments as the model wrote them, where they stand in a block of ours; else as JSON of our own."""
+    """Return the arguments as the model wrote them, if they stand in a block of ours, else as JSON of our own."""
     head = write_block(call.name, "").removesuffix("}" + CLOSE)
     if call.raw.startswith(head) and call.raw.endswith("}" + CLOSE):
         return _clean(call.raw[len(head) : -len("}" + CLOSE)])
@@ -181,7 +193,10 @@ def _mapping(value: object, what: str) -> Json:
 
 
 def _text_of(message: Mapping[str, Any]) -> str:
-    """The content; a refusal's text where there is none. Parts that are no text (reasoning) are left out."""
+    """Return the content, or a refusal's text where there is none.
+
+    Parts that are no text (reasoning) are left out.
+    """
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(
@@ -223,5 +238,8 @@ def _call(id: str, function: Mapping[str, Any], *, readable: bool) -> ToolCall:
 
 
 def _count(value: object) -> int | None:
-    """A server's number: it may send any, also one that no float holds."""
+    """Return a server's number, or None for anything that is no count.
+
+    A server may send any number, also one that no float holds.
+    """
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else None

@@ -1,4 +1,4 @@
-"""When a request may start and when it is tried again: pure arithmetic over a clock that can be replaced."""
+"""The times at which a request may start and is tried again, computed from a clock that can be replaced."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from email.utils import parsedate_to_datetime
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Where a client's times come from."""
+    """The source of a client's times."""
 
     monotonic: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
-    """Seconds since 1970; only dates in headers are compared with it."""
+    """Seconds since 1970. Only dates in headers are compared with it."""
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 
 
 class Pace:
-    """At most one start every ``60 / per_minute`` seconds, in the order of asking: no window holds more."""
+    """A limit of one start every ``60 / per_minute`` seconds, in the order of asking.
+
+    So no window of a minute holds more than ``per_minute`` starts. None sets no limit.
+    """
 
     def __init__(self, per_minute: float | None, clock: Clock) -> None:
         self._interval = 60.0 / per_minute if per_minute else 0.0
@@ -29,12 +32,15 @@ class Pace:
         self._next = 0.0
 
     async def turn(self, latest: float) -> bool:
-        """Wait for the next start. False, at once, where it would be later than ``latest`` (on the clock)."""
+        """Wait for the next start, and return True.
+
+        Returns False, at once, where it would be later than ``latest`` (on the clock).
+        """
         now = self._clock.monotonic()
         start = max(now, self._next)
         if start > latest:
             return False
-        self._next = start + self._interval
+        self._next = start + self._interval  # before the sleep: who asks meanwhile comes after this one
         if start > now:
             await self._clock.sleep(start - now)
         return True
@@ -53,14 +59,15 @@ class Backoff:
     cap: float = 30.0
 
     def pause(self, attempt: int) -> float:
-        """Seconds before try ``attempt + 1``; the first attempt is 0."""
+        """Return the seconds before try ``attempt + 1``, where the first attempt is 0."""
         return self.rng.uniform(0.0, min(self.cap, self.base * 2.0 ** min(attempt, 60)))
 
 
 def retry_after(value: str | None, *, now: float) -> float | None:
-    """Seconds that a Retry-After header asks for: a number, or an HTTP date against ``now`` (seconds since 1970).
+    """Return the seconds that a Retry-After header asks for.
 
-    None where there is no header, or one that is neither (RFC 9110, 10.2.3). Never negative.
+    The header is a number, or an HTTP date that is compared with ``now`` (seconds since 1970). Returns None where there
+    is no header, or one that is neither (RFC 9110, 10.2.3). Never negative.
     """
     if not value:
         return None

@@ -1,4 +1,4 @@
-"""``Replicas``: the members of an engine pool: who is routed to, who comes, who goes.
+"""``Replicas``: the members of an engine pool, with who is routed to, who comes and who goes.
 
 joining ──current weights──▶ serving ──lost, or its update refused──▶ away ──back with current weights──▶ serving
                                 │                                       └─▶ failed for good: replica_lost, dropped
@@ -20,7 +20,14 @@ from areal_agents.errors import EngineError
 
 
 class Replicas:
-    """``load(replica)`` says whether a fresh replica now serves the current weights; it may raise EngineError."""
+    """The replicas of one pool.
+
+    Args:
+        start: ``start(index)`` starts a process of replica ``index``.
+        load: ``load(replica)`` says whether a fresh replica now serves the current weights. It may raise EngineError.
+        event: ``event(kind, **fields)`` is told what happens to the replicas.
+        settings: of each replica's ``SupervisedEngine``.
+    """
 
     def __init__(
         self,
@@ -32,7 +39,7 @@ class Replicas:
         self._start, self._load, self._event, self._settings = start, load, event, settings
         self.router = Router()
         self.failed = "the engine pool was not started: enter it with `async with`"
-        """Why no request will ever be served (again); empty while one may."""
+        """The reason why no request will ever be served (again). Empty while one may be."""
         self.changed = asyncio.Event()
         """Set, and replaced by a new one, whenever a replica comes, is lost or goes."""
         self._all: dict[int, Replica] = {}
@@ -43,15 +50,18 @@ class Replicas:
         return iter(list(self._all.values()))
 
     def __len__(self) -> int:
-        """Replicas that serve, start or restart."""
+        """Return the number of replicas that serve, start or restart."""
         return sum(r.state != "draining" for r in self._all.values())
 
     def of(self, session: str) -> Replica:
-        """Where ``session`` is, or is now assigned. Raises EngineError where no replica serves."""
+        """Return where ``session`` is, or is now assigned.
+
+        Raises EngineError where no replica serves.
+        """
         return self._all[self.router.assign(session)]
 
     def release(self, session: str) -> Replica | None:
-        """Forget ``session``; returns where it was."""
+        """Forget ``session`` and return where it was."""
         index = self.router.replica(session)
         self.router.release(session)
         return None if index is None else self._all[index]
@@ -59,7 +69,7 @@ class Replicas:
     # --- who is routed to ------------------------------------------------------------------------------------------
 
     def serve(self, replica: Replica) -> None:
-        """``replica`` serves the current weights: requests may come."""
+        """Route requests to ``replica``, which serves the current weights."""
         if replica.engine.engine is None:  # lost again meanwhile
             self.background(self._return(replica))
         elif replica.state in ("joining", "away"):
@@ -70,15 +80,18 @@ class Replicas:
             self._notify()
 
     def withdraw(self, replica: Replica) -> None:
-        """No more requests for ``replica``, and those that run there move."""
+        """Route no more requests to ``replica``, and move those that run there."""
         if replica.state == "serving":
             replica.state = "away"
-        self.router.remove(replica.index)
+        self.router.remove(replica.index)  # first: requests that move ask the router for another place
         replica.move()
         self._notify()
 
     def drop(self, replica: Replica) -> None:
-        """``replica`` has failed for good."""
+        """Remove ``replica``, which has failed for good.
+
+        With the last replica the pool has failed too.
+        """
         if self.failed or replica.state == "draining" or self._all.get(replica.index) is not replica:
             return  # it goes, or is gone
         del self._all[replica.index]
@@ -87,11 +100,14 @@ class Replicas:
         self._event("replica_lost", replica=replica.index, reason=reason, left=len(self))
         if not len(self):
             self.fail(f"every replica of the engine pool is lost; the last one: {reason}")
-        self._gone.append(replica)
+        self._gone.append(replica)  # `close` ends it too, where it cuts the background short
         self.background(replica.engine.close())
 
     def fail(self, reason: str) -> None:
-        """Every request raises from now on; the first reason stays."""
+        """Let every request raise from now on.
+
+        The first reason stays.
+        """
         self.failed = self.failed or reason
         for index in self._all:
             self.router.remove(index)
@@ -100,7 +116,7 @@ class Replicas:
     def _told(self, replica: Replica, kind: str, fields: dict[str, Any]) -> None:
         self._event(kind, replica=replica.index, **fields)
         if kind == "engine_lost":
-            if replica.state == "serving":
+            if replica.state == "serving":  # one that joins or is away has a task already
                 self.background(self._return(replica))
             self.withdraw(replica)
 
@@ -116,7 +132,10 @@ class Replicas:
     # --- who comes and goes ----------------------------------------------------------------------------------------
 
     async def grow(self, by: int) -> None:
-        """Start ``by`` more at the lowest free numbers; raises the first error once all have settled."""
+        """Start ``by`` more replicas at the lowest free numbers.
+
+        It waits until all have settled, and then raises the first error.
+        """
         free = (i for i in itertools.count() if i not in self._all)
         fresh = [Replica(i, self._start, self._told, self._settings) for i in itertools.islice(free, by)]
         self._all |= {r.index: r for r in fresh}
@@ -146,9 +165,10 @@ class Replicas:
             raise
 
     async def shrink(self, by: int, *, seconds: float) -> None:
-        """End ``by``: those that do not serve first, then those with the fewest sessions.
+        """End ``by`` replicas, first those that do not serve, then those with the fewest sessions.
 
-        Each ends after its requests; what still runs after ``seconds`` moves. It goes on where the caller is cancelled.
+        Each ends after its requests. What still runs after ``seconds`` moves. The shrinkage goes on where the caller is
+        cancelled.
         """
         loads = self.router.loads()
         stay = [r for r in self._all.values() if r.state != "draining"]
@@ -164,19 +184,23 @@ class Replicas:
                 await replica.idle()
         replica.move()
         await replica.idle()
-        replica.supersede()
+        replica.supersede()  # an update that waits for its answer goes on without it
         await replica.engine.close()
         self._all.pop(replica.index, None)
         self._event("replica_removed", replica=replica.index, left=len(self))
 
     async def close(self) -> None:
-        """End every replica, also in the middle of anything. May be called twice."""
+        """End every replica, also in the middle of anything.
+
+        May be called twice.
+        """
         self.fail("the engine pool was closed")
         for replica in self:
             replica.supersede()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # Only now: a task that was cancelled in the middle of a start has ended what it started.
         await asyncio.gather(*(r.engine.close() for r in [*self, *self._gone]))
         self._all.clear()
         self._gone.clear()
@@ -184,7 +208,10 @@ class Replicas:
     # --- tasks -----------------------------------------------------------------------------------------------------
 
     def background(self, work: Awaitable[None]) -> None:
-        """Do ``work`` without anybody who awaits it; where it raises, the pool has failed."""
+        """Do ``work`` without anybody who awaits it.
+
+        Where it raises, the pool has failed.
+        """
 
         async def guarded() -> None:
             try:
@@ -196,7 +223,7 @@ class Replicas:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
-        self._tasks.add(task)
+        self._tasks.add(task)  # `close` cancels it; besides, asyncio itself keeps only a weak reference
         task.add_done_callback(self._tasks.discard)
         return task
 

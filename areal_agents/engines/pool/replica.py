@@ -22,7 +22,7 @@ State = Literal["joining", "serving", "away", "draining"]
 
 
 class SupervisedSettings(TypedDict, total=False):
-    """``SupervisedEngine``'s numbers; see there."""
+    """The numbers of ``SupervisedEngine``, which explains them."""
 
     max_restarts: int
     window_seconds: float
@@ -33,7 +33,14 @@ class SupervisedSettings(TypedDict, total=False):
 
 
 class Replica:
-    """``told(replica, kind, fields)`` gets the engine's events."""
+    """One supervised engine of a pool, with its requests and its latest update.
+
+    Args:
+        index: its number in the pool.
+        start: ``start(index)`` starts a process of it.
+        told: ``told(replica, kind, fields)`` gets the engine's events.
+        settings: of its ``SupervisedEngine``.
+    """
 
     def __init__(
         self,
@@ -48,18 +55,26 @@ class Replica:
             lambda: start(index), event=lambda kind, **fields: told(self, kind, fields), **settings
         )
         self.update: asyncio.Task[UpdateReport | EngineError] | None = None
-        """The latest update; it goes on in the background where the replica was lost meanwhile."""
+        """The latest update. It goes on in the background where the replica was lost meanwhile."""
         self._requests: set[asyncio.Task[Completion]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def up(self) -> bool:
-        """Whether its process is there: it serves, or takes its weights, or waits for them."""
+        """True while its process is there, where it serves, takes its weights or waits for them."""
         return self.engine.engine is not None or self.engine.loading
 
     async def generate(self, prompt: Prompt, sampling: Sampling, *, session: str, deadline: float) -> Completion | None:
-        """``Engine.generate``; None where ``move`` took the request away."""
+        """Sample one turn like ``Engine.generate``, or return None where ``move`` took the request away.
+
+        Args:
+            prompt: token ids.
+            sampling: how to sample, and what ends the turn.
+            session: the conversation, whose KV is here.
+            deadline: seconds from now.
+        """
+        # In a task of its own, which `move` can cancel without cancelling the caller.
         ask = self.engine.generate(prompt, sampling, session=session, deadline=deadline)
         task = asyncio.create_task(ask, name=f"request-on-{self.index}")
         self._requests.add(task)
@@ -77,7 +92,10 @@ class Replica:
         return None if task.cancelled() else task.result()
 
     def move(self) -> None:
-        """Abort every request here; their ``generate`` returns None, and the pool sends them to another replica."""
+        """Abort every request here.
+
+        Their ``generate`` returns None, and the pool sends them to another replica.
+        """
         for task in self._requests:
             task.cancel()
 
@@ -88,8 +106,15 @@ class Replica:
     async def load(
         self, ref: WeightsRef, *, mode: UpdateMode, kv: KVPolicy, afresh: bool = False
     ) -> UpdateReport | EngineError:
-        """``Engine.update_weights``, its error returned. ``afresh``: in a new process, for this one refused ``ref``."""
-        if afresh and (engine := self.engine.engine) is not None:
+        """Update the weights like ``Engine.update_weights``, but return its error.
+
+        Args:
+            ref: where the weights lie.
+            mode: what becomes of running requests.
+            kv: what becomes of the KV of older versions.
+            afresh: load them in a new process, because this one refused ``ref``.
+        """
+        if afresh and (engine := self.engine.engine) is not None:  # its supervisor starts the new one
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_KILL_SECONDS):
                     await engine.kill()
@@ -99,13 +124,16 @@ class Replica:
             return error
 
     def supersede(self) -> None:
-        """Give up an update that is still under way: a newer one comes."""
+        """Give up an update that is still under way.
+
+        A newer one comes, or the replica goes.
+        """
         if self.update is not None:
             self.update.cancel()
             self.update = None
 
     async def health(self) -> Health:
-        """The engine's state, within seconds."""
+        """Return the engine's state, within seconds."""
         detail = f"no answer within {_HEALTH_SECONDS:g} s"
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_HEALTH_SECONDS):

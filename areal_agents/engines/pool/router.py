@@ -1,8 +1,10 @@
-"""``Router``: which replica takes a session's next request. Pure bookkeeping: no asyncio, no Ray, no clock.
+"""``Router``: the choice of the replica that takes a session's next request.
+
+It is pure bookkeeping, without asyncio, Ray or a clock.
 
 A session stays on the replica that it was given first, where its prefix is cached. A new session, and one whose replica
 is gone, goes to the least loaded replica: the fewest sessions, then the fewest running requests, then the lowest index.
-Sessions count first because each of them comes back for its next turn; what runs at this moment only breaks ties.
+Sessions count first because each of them comes back for its next turn. What runs at this moment only breaks ties.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ _SLACK = 64
 
 @dataclass(eq=False, slots=True)
 class _Member:
-    """One stay of a replica in the router; a replica that comes back is another member."""
+    """One stay of a replica in the router.
+
+    A replica that comes back is another member.
+    """
 
     index: int
     sessions: int = 0
@@ -27,8 +32,8 @@ class _Member:
 class Router:
     """Sticky, least-loaded routing over replicas that come and go.
 
-    Each call costs O(log n) amortised for n replicas: the least loaded one is on top of a heap whose outdated entries
-    are skipped, and the heap is rebuilt before they outnumber the replicas. ``loads`` is O(n).
+    Each call costs O(log n) amortised for n replicas. The least loaded one is on top of a heap. Outdated entries are
+    skipped, and the heap is rebuilt before they outnumber the replicas. ``loads`` is O(n).
     """
 
     def __init__(self, replicas: Iterable[int] = ()) -> None:
@@ -40,14 +45,17 @@ class Router:
             self.add(replica)
 
     def __len__(self) -> int:
-        """Replicas that take requests."""
+        """Return the number of replicas that take requests."""
         return len(self._members)
 
     def __contains__(self, replica: object) -> bool:
         return replica in self._members
 
     def assign(self, session: str) -> int:
-        """The replica of ``session``: the one it has, else the least loaded. Raises EngineError without replicas."""
+        """Return the replica of ``session``, which is the one it has, else the least loaded.
+
+        Raises EngineError without replicas.
+        """
         member = self._sessions.get(session)
         if member is None or not self._stays(member):
             member = self._sessions[session] = self._least()
@@ -56,44 +64,53 @@ class Router:
         return member.index
 
     def release(self, session: str) -> None:
-        """Forget ``session``; an unknown one is ignored."""
+        """Forget ``session``, if it is known."""
         member = self._sessions.pop(session, None)
         if member is not None:
             member.sessions -= 1
             self._push(member)
 
     def replica(self, session: str) -> int | None:
-        """Where ``session`` is; None where it has no replica (any more)."""
+        """Return the replica of ``session``, or None where it has none (any more)."""
         member = self._sessions.get(session)
         return member.index if member is not None and self._stays(member) else None
 
     def begin(self, replica: int) -> None:
-        """A request begins to run on ``replica``."""
+        """Count a request that begins to run on ``replica``."""
         self._run(replica, 1)
 
     def end(self, replica: int) -> None:
-        """It ended, however; also on a replica that was removed meanwhile. Raises ValueError for one too many."""
+        """Count the end of a request on ``replica``, however it ended.
+
+        The replica may have been removed meanwhile. Raises ValueError for one end too many.
+        """
         if not self._running.get(replica):
             raise ValueError(f"no request runs on replica {replica}")
         self._run(replica, -1)
 
     def running(self, replica: int) -> int:
-        """Requests that run on ``replica``, removed or not."""
+        """Return the number of requests that run on ``replica``, removed or not."""
         return self._running.get(replica, 0)
 
     def add(self, replica: int) -> None:
-        """``replica`` takes sessions from now on. Raises ValueError where it does already."""
+        """Assign sessions to ``replica`` from now on.
+
+        Raises ValueError where that is so already.
+        """
         if replica in self._members:
             raise ValueError(f"replica {replica} is routed to already")
         member = self._members[replica] = _Member(replica)
         self._push(member)
 
     def remove(self, replica: int) -> None:
-        """``replica`` takes no more requests; its sessions move at their next ``assign``. Unknown ones are ignored."""
+        """Assign no more requests to ``replica``, if it is known.
+
+        Its sessions move at their next ``assign``.
+        """
         self._members.pop(replica, None)
 
     def loads(self) -> dict[int, int]:
-        """Sessions by replica."""
+        """Return the number of sessions by replica."""
         return {index: member.sessions for index, member in self._members.items()}
 
     # --- the heap --------------------------------------------------------------------------------------------------
@@ -114,7 +131,10 @@ class Router:
             self._push(member)
 
     def _push(self, member: _Member) -> None:
-        """Every change of a member's key enters the heap; an entry that no longer is a member's key is outdated."""
+        """Enter a member's changed key into the heap.
+
+        Its older entries stay there. An entry that no longer is a member's key is outdated.
+        """
         if not self._stays(member):
             return
         heapq.heappush(self._heap, self._key(member))

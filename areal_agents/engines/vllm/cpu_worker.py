@@ -1,8 +1,10 @@
-"""vLLM's worker on CPUs, with one repair: a seeded request whose prompt is read in several steps.
+"""vLLM's worker on CPUs, with one repair for seeded requests whose prompt is read in several steps.
 
-vLLM 0.32 samples for such a row in every step and throws the token away, then sets the generator's offset back; torch's
-CPU generator has none and raises, which ends EngineCore. Here such a row has no generator of its own until its prompt
-is read: its first real token takes the first of its noise, however the prompt was split.
+vLLM 0.32 samples for such a row in every step and throws the token away. Then it sets the generator's offset back.
+torch's CPU generator has no offset and raises, which ends EngineCore.
+
+Here such a row has no generator of its own until its prompt is read. So its first real token takes the first of its
+noise, however the prompt was split.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from vllm.v1.worker import cpu_worker
 
 
 class CPUWorker(cpu_worker.CPUWorker):  # type: ignore[misc]  # vLLM is not installed where types are checked
-    """Named by ``vllm_worker`` and ``serve`` as ``worker_cls``."""
+    """The worker that ``vllm.worker`` and ``vllm.server`` name as ``worker_cls``."""
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         if self.use_v2_model_runner:  # needs Triton; it draws noise by position, without generators

@@ -2,26 +2,33 @@
 
     VLLMEngine (this process, without vLLM) ──frames──▶ worker: own queue, AsyncLLM ──ZMQ──▶ EngineCore ──▶ Worker(s)
 
-What it samples equals the transformers engine: token ids in and out, the log-probability of the distribution that was
-sampled (temperature, top_k, top_p and min_p applied; greedy: that of temperature 1), no defaults from the model's
-generation config, and stops at ``stop_ids`` (part of the completion), ``max_tokens`` and ``max_context`` alone.
+It samples what the transformers engine samples:
+
+* Token ids go in and come out.
+* The log-probability is that of the distribution that was sampled, with temperature, top_k, top_p and min_p applied.
+  A greedy token has that of temperature 1.
+* The model's generation config gives no defaults.
+* A turn stops at ``stop_ids`` (part of the completion), ``max_tokens`` and ``max_context`` alone.
 
 **Weights** are read (``open_weights``) and loaded inside vLLM's own worker process. One update is
 
     read, verify ▶ pause between two steps ▶ load ▶ repack the tied head ▶ new label, new cache salt ▶ resume ▶ prove ▶
     admit waiting requests again
 
-``inflight`` pauses with the KV kept; ``interrupt`` drops all KV, so that running requests are computed again, and the
-idle KV of both policies with it (vLLM can only drop the whole cache while requests run); ``drain`` finishes what runs.
-``kv = "recompute"``: later turns cannot hit older KV, because prompts are hashed with a salt that changes with the
-update; requests that had sampled nothing yet start again under the new salt. ``kv = "keep"`` keeps salt and cache.
+* ``inflight`` pauses with the KV kept.
+* ``interrupt`` drops all KV, so that running requests are computed again. The idle KV of both policies goes with it,
+  because vLLM can only drop the whole cache while requests run.
+* ``drain`` finishes what runs.
+* With ``kv = "recompute"`` later turns cannot hit older KV, because prompts are hashed with a salt that changes with
+  the update. Requests that had sampled nothing yet start again under the new salt.
+* ``kv = "keep"`` keeps salt and cache.
 
-**Proof of version**: before the load, the checksum of what was read, computed in vLLM's worker; after it, where
-``ref.probe`` is set, the probe prompt's log-probabilities, computed anew, against the learner's (bounds in
+**Proof of version.** Before the load, vLLM's worker computes the checksum of what was read. After it, where
+``ref.probe`` is set, the probe prompt's log-probabilities are computed anew and compared with the learner's (bounds in
 ``engines.weights_proof``). Completions that end between the resume and the proof are held back until it holds.
 
 What is refused before anything was touched (gone, damaged, another model's shapes) is an EngineError, and the old
-weights stay in use. A load that breaks, or a proof that fails, makes the engine *lost*: ``failure`` is set and all its
+weights stay in use. A load that breaks, or a proof that fails, makes the engine *lost*. ``failure`` is set and all its
 processes end, so that ``SupervisedEngine`` starts another one with the weights. Half-loaded weights are never served.
 
 Its processes end together: with ``close`` and ``kill``, when the worker dies, and when this process dies.
@@ -45,7 +52,10 @@ INSTALL = 'pip install "areal-agents[vllm]" (a GPU), or see docs/engines.md for 
 
 
 class VLLMEngine(EngineProcess):
-    """An ``Engine`` and ``Restartable``. Start it with ``start``; an async context manager that closes itself."""
+    """An ``Engine`` and ``Restartable`` that samples with vLLM.
+
+    Start it with ``start``. It is an async context manager that closes itself.
+    """
 
     name = "the vLLM engine"
     module = "areal_agents.engines.vllm.worker"
@@ -73,17 +83,27 @@ class VLLMEngine(EngineProcess):
     ) -> VLLMEngine:
         """Start a worker that serves ``model`` (a local folder or a hub id) as version 0.
 
-        max_batch: sequences decoded at once. kv_tokens: on a CPU, the tokens whose KV fits; on a GPU
-        ``gpu_memory_utilization`` decides. A request takes its prompt and max_tokens from it while it runs, so none
-        is ever preempted. max_context: longest prompt plus completion, cut to what the model's positions allow.
-        seed: of the sampler, for requests without their own; engines with one seed sample the same tokens.
-        threads: of all ranks together, on a CPU. bind: where they run: ``nobind`` (as the system likes), ``auto``
-        (vLLM's own number and cores: one a physical core, one left free), or a list such as ``0-3``.
-        block_size: tokens a KV block, the unit of reuse between turns; None is 32 on a CPU and vLLM's own choice on a
-        GPU. enforce_eager: no compilation; None is True on a CPU.
+        Args:
+            model: a local folder or a hub id.
+            precision: number format that the model computes in.
+            max_batch: sequences decoded at once.
+            kv_tokens: on a CPU, the tokens whose KV fits. On a GPU ``gpu_memory_utilization`` decides. A request takes
+                its prompt and max_tokens from it while it runs, so none is ever preempted.
+            max_context: longest prompt plus completion in tokens, cut to what the model's positions allow.
+            threads: of all ranks together, on a CPU.
+            seed: of the sampler, for requests without their own. Engines with one seed sample the same tokens.
+            bind: where the threads run: ``nobind`` (as the system likes), ``auto`` (vLLM's own number and cores: one a
+                physical core, one left free), or a list such as ``0-3``.
+            block_size: tokens a KV block, the unit of reuse between turns. None is 32 on a CPU and vLLM's own choice on
+                a GPU.
+            enforce_eager: no compilation. None is True on a CPU.
+            gpu_memory_utilization: share of each GPU's memory for weights, work and KV, in (0, 1].
+            tensor_parallel_size: ranks that share each layer.
 
-        Raises ConfigError on a setting out of range or where vLLM is not installed, ModelError where the model cannot
-        be loaded, EngineError where the worker does not start.
+        Raises:
+            ConfigError: a setting is out of range, or vLLM is not installed.
+            ModelError: the model cannot be loaded.
+            EngineError: the worker does not start.
         """
         require_positive(
             max_batch=max_batch, kv_tokens=kv_tokens, max_context=max_context, threads=threads,
@@ -120,7 +140,10 @@ class VLLMEngine(EngineProcess):
 
 
 def _environment(model: str | Path, sockets: Path, *, bind: str, threads: int) -> dict[str, str]:
-    """vLLM's own settings are environment variables; its processes inherit them."""
+    """Return the worker's environment, which holds vLLM's own settings.
+
+    All processes of vLLM inherit it.
+    """
     env = environment(
         VLLM_RPC_BASE_PATH=str(sockets),
         VLLM_WORKER_MULTIPROC_METHOD="spawn",  # a fork would inherit the pipes, and keep them open

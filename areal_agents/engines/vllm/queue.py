@@ -1,12 +1,12 @@
-"""Which requests vLLM gets, and under which cache salt: pure bookkeeping, no vLLM.
+"""The queue of requests for vLLM and of their cache salts, as pure bookkeeping without vLLM.
 
     waiting ──admit──▶ running (inside vLLM) ──finish──▶ idle (KV that the next turn may reuse, LRU)
 
-Invariant: the KV blocks of running requests (prompt and ``max_tokens``) fit into ``blocks``. So vLLM neither preempts
-a request, which would compute its KV again under other weights, nor queues one: a request that it has not begun is
+Invariant: the KV blocks of running requests (prompt and ``max_tokens``) fit into ``blocks``. So vLLM never preempts a
+request, which would compute its KV again under other weights. Nor does it queue one. A request that it has not begun is
 here, and gets the salt of the moment at which it is admitted.
 
-vLLM keeps the blocks of finished requests until it needs them; ``idle`` is this side's estimate, in full blocks.
+vLLM keeps the blocks of finished requests until it needs them. ``idle`` is this side's estimate, in full blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INT32 = 2**31
 
 
 @dataclass(eq=False, slots=True)
-class Request:
+class QueuedRequest:
     """One ``generate`` in the worker."""
 
     id: int
@@ -47,7 +47,10 @@ class Request:
 
 @dataclass(slots=True)
 class Queue:
-    """First come, first served. ``block``: tokens a KV block; ``blocks``: how many there are for requests."""
+    """A queue in which the first to come is the first served.
+
+    ``block`` is the number of tokens in a KV block. ``blocks`` is the number of blocks for requests.
+    """
 
     max_batch: int
     blocks: int
@@ -56,14 +59,24 @@ class Queue:
     vocabulary: int
     admitting: bool = True
     epoch: int = 0
-    waiting: list[Request] = field(default_factory=list)
-    running: dict[int, Request] = field(default_factory=dict)
+    waiting: list[QueuedRequest] = field(default_factory=list)
+    running: dict[int, QueuedRequest] = field(default_factory=dict)
     idle: OrderedDict[str, int] = field(default_factory=OrderedDict)
     """Tokens of KV by session, the least recently used first."""
     _sessions: set[str] = field(default_factory=set)
 
-    def submit(self, id: int, session: str, ids: Ids, sampling: Sampling) -> Request:
-        """Queue a request. Raises EngineError where it can never run."""
+    def submit(self, id: int, session: str, ids: Ids, sampling: Sampling) -> QueuedRequest:
+        """Queue a request.
+
+        Args:
+            id: of the client, unique and growing.
+            session: the conversation whose KV may be reused. It has one request at a time.
+            ids: token ids of the prompt.
+            sampling: how to sample, and what ends the turn.
+
+        Raises:
+            EngineError: the request can never run.
+        """
         if not ids:
             raise EngineError("the prompt is empty: at least one token id is needed")
         _check(sampling)
@@ -85,18 +98,18 @@ class Queue:
             )
         if session in self._sessions:
             raise EngineError(f"session {session!r} already has a running request: one turn at a time")
-        request = Request(id, session, ids, sampling, total - len(ids), blocks)
+        request = QueuedRequest(id, session, ids, sampling, total - len(ids), blocks)
         self._sessions.add(session)
         self.waiting.append(request)
         return request
 
-    def admit(self) -> list[Request]:
+    def admit(self) -> list[QueuedRequest]:
         """Take the requests that vLLM gets now, with their salt."""
-        out: list[Request] = []
+        out: list[QueuedRequest] = []
         while self.admitting and self.waiting and len(self.running) < self.max_batch:
             request = self.waiting[0]
             if self.reserved + request.blocks > self.blocks:
-                break
+                break  # a smaller one that would fit must not overtake it: it might wait for ever
             self.waiting.pop(0)
             self.idle.pop(request.session, None)
             request.running, request.stale, request.salt = True, False, self.salt
@@ -105,14 +118,17 @@ class Queue:
             out.append(request)
         return out
 
-    def restart(self, request: Request) -> None:
-        """Put a running request back to the front: vLLM gave it up before it had sampled a token."""
+    def restart(self, request: QueuedRequest) -> None:
+        """Put a running request back to its place, because vLLM gave it up before it had sampled a token."""
         del self.running[request.id]
         request.running = False
         self.waiting = sorted([request, *self.waiting], key=lambda r: r.id)
 
-    def finish(self, request: Request, computed: int = 0) -> None:
-        """Take a request out. ``computed``: tokens whose KV exists and may be reused."""
+    def finish(self, request: QueuedRequest, computed: int = 0) -> None:
+        """Take a request out.
+
+        ``computed`` is the number of tokens whose KV exists and may be reused.
+        """
         self._sessions.discard(request.session)
         if not request.running:
             self.waiting.remove(request)
@@ -131,11 +147,14 @@ class Queue:
             if request.session == session:
                 request.discard = True
 
-    def update(self, *, kv: KVPolicy, cleared: bool, computed: Callable[[Request], int]) -> int:
-        """The weights changed. Returns the number of tokens whose KV no later turn reads.
+    def update(self, *, kv: KVPolicy, cleared: bool, computed: Callable[[QueuedRequest], int]) -> int:
+        """Note that the weights changed, and return the number of tokens whose KV no later turn reads.
 
-        cleared: vLLM's whole cache was dropped, and running requests begin anew; else, unless ``kv`` is "keep",
-        requests are admitted under a new salt from now on. computed: how many tokens of KV a running request has.
+        Args:
+            kv: the policy for KV of older versions.
+            cleared: vLLM's whole cache was dropped, and running requests begin anew. Else, unless ``kv`` is "keep",
+                requests are admitted under a new salt from now on.
+            computed: says how many tokens of KV a running request has.
         """
         if kv == "keep" and not cleared:
             return 0
@@ -149,7 +168,7 @@ class Queue:
 
     @property
     def salt(self) -> str:
-        """Prompts of different salts share no KV."""
+        """The cache salt of requests that are admitted now. Prompts of different salts share no KV."""
         return f"areal-{self.epoch}"
 
     @property

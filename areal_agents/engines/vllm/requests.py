@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from areal_agents.engine import Sampling
 from areal_agents.engines import protocol as p
-from areal_agents.engines.vllm.queue import Queue, Request
+from areal_agents.engines.vllm.queue import Queue, QueuedRequest
 from areal_agents.errors import EngineError
 from areal_agents.types import Completion, Finish
 
@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 
 
 class Requests(ABC):
-    """Every request from its queue to its reply. ``worker.Server`` sends the replies, and decides on death."""
+    """The requests of one worker, each from the queue to its reply.
+
+    ``worker.VLLMWorker`` sends the replies, and decides on death.
+    """
 
     def __init__(self, llm: AsyncLLM, queue: Queue) -> None:
         self.llm, self.queue = llm, queue
         self.version = 0
         self.tasks: dict[int, asyncio.Task[None]] = {}
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[int, QueuedRequest] = {}
         self._held: list[p.Reply] | None = None
         self._finished_tokens = 0
         self._attempts = 0
@@ -39,7 +42,7 @@ class Requests(ABC):
 
     @abstractmethod
     async def _or_die(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do ``work``; whatever nobody expected in it ends the process."""
+        """Do ``work``, and end the process where it raises what nobody expected."""
 
     def pump(self) -> None:
         """Hand vLLM the requests that fit."""
@@ -48,15 +51,21 @@ class Requests(ABC):
             self.tasks[request.id] = task
             task.add_done_callback(partial(self._never_began, request))
 
-    def _never_began(self, request: Request, task: asyncio.Task[None]) -> None:
-        """Clean up after a task that was cancelled before its first step: no ``finally`` of it runs."""
+    def _never_began(self, request: QueuedRequest, task: asyncio.Task[None]) -> None:
+        """Clean up after a task that was cancelled before its first step.
+
+        No ``finally`` of such a task runs.
+        """
         if self.tasks.get(request.id) is task:
             del self.tasks[request.id], self._requests[request.id]
             self.queue.finish(request)
             self.pump()
 
-    async def _run(self, request: Request) -> None:
-        """One request to its end; a restart ends the task too, and the next ``pump`` begins another one."""
+    async def _run(self, request: QueuedRequest) -> None:
+        """Take one request to its end.
+
+        A restart ends the task too, and the next ``pump`` begins another one.
+        """
         output: RequestOutput | None = None
         try:
             output = await self._sample(request)
@@ -71,13 +80,17 @@ class Requests(ABC):
                 tokens = len(output.outputs[0].token_ids) if output is not None else 0
                 self._finished_tokens += tokens
                 del self._requests[request.id]
+                # The last token's KV was not computed: no token came after it.
                 self.queue.finish(request, len(request.ids) + tokens - 1 if tokens else 0)
             self.pump()
         if output.outputs[0].finish_reason != "abort":
             self._reply(self._outcome(request, output.outputs[0]))
 
-    async def _sample(self, request: Request) -> RequestOutput:
-        """Raises EngineError where vLLM refuses the request or fails on it alone."""
+    async def _sample(self, request: QueuedRequest) -> RequestOutput:
+        """Sample one request.
+
+        Raises EngineError where vLLM refuses the request or fails on it alone.
+        """
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
         from vllm.v1.engine.exceptions import EngineGenerateError
@@ -92,13 +105,13 @@ class Requests(ABC):
         except (ValueError, VLLMClientError) as error:
             raise EngineError(f"vLLM refused the request: {error}") from error
         except EngineGenerateError as error:
-            if self.llm.errored:
+            if self.llm.errored:  # EngineCore is dead, and not this request's fault: `_or_die` ends the process
                 raise
             cause = error.__cause__ or error
             raise EngineError(f"vLLM failed on the request: {type(cause).__name__}: {cause}") from error
         return last
 
-    def _outcome(self, request: Request, output: Any) -> p.Reply:
+    def _outcome(self, request: QueuedRequest, output: Any) -> p.Reply:
         if output.finish_reason not in ("stop", "length"):
             return p.Failed(request.id, f"vLLM ended the request with {output.finish_reason!r}")
         logprobs = tuple(output.logprobs.logprobs)
@@ -126,7 +139,10 @@ class Requests(ABC):
             self.send(reply)
 
     def sampled(self) -> Mapping[int, int]:
-        """Tokens that running requests have so far, by request id. A step's tokens may still be on their way."""
+        """Return the number of tokens that running requests have so far, by request id.
+
+        A step's tokens may still be on their way.
+        """
         states = self.llm.output_processor.request_states.values()
         return {
             int(state.external_req_id.partition("-")[0]): state.detokenizer.num_output_tokens()
@@ -134,8 +150,11 @@ class Requests(ABC):
             if state.external_req_id[0].isdigit()
         }
 
-    async def give_back(self, requests: list[Request]) -> None:
-        """Take requests out of vLLM, to be admitted again. What they have sampled is lost."""
+    async def give_back(self, requests: list[QueuedRequest]) -> None:
+        """Take requests out of vLLM, to be admitted again.
+
+        What they have sampled is lost.
+        """
         tasks = [self.tasks[request.id] for request in requests]
         names = [
             state.external_req_id
@@ -147,7 +166,10 @@ class Requests(ABC):
 
 
 def sampling_params(sampling: Sampling, max_tokens: int) -> Any:
-    """vLLM's form: stops at ``stop_ids`` alone, one log-probability a token, no text."""
+    """Return ``sampling`` in vLLM's form.
+
+    It stops at ``stop_ids`` alone, and asks for one log-probability a token and no text.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

@@ -5,7 +5,8 @@
       └── /health ──┘ until it answers; then a curl line and the matching `areal-agents eval`
 
 Waits for: the server's health, then its end or a signal. Unblocked by: the start's deadline, the server's end, SIGINT
-and SIGTERM (the first ends the server in order, a second at once; while the server starts, the first does).
+and SIGTERM. The first signal ends the server in order, a second one at once. While the server starts, the first one
+ends it at once.
 
 This module imports no vLLM. Not covered: TLS and more than one model (put a proxy in front).
 """
@@ -58,7 +59,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[4:]])
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What is served, and how."""
+    """The model that is served, and the way in which it is."""
 
     model: Path
     """The model's folder."""
@@ -82,13 +83,16 @@ class Serving:
 
 
 def require_vllm() -> None:
-    """Raises ConfigError, with the command that installs it, where vLLM is missing."""
+    """Raise ConfigError, with the command that installs it, where vLLM is missing."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(f"serving needs vLLM, which is not installed: {INSTALL}")
 
 
 def arguments(serving: Serving, files: Path, *, cpu: bool) -> list[str]:
-    """vLLM's command line after ``python``. ``files``: the folder that ``write_files`` has filled."""
+    """Return vLLM's command line after ``python``.
+
+    ``files`` is the folder that ``write_files`` has filled.
+    """
     on_cpu = ["--enforce-eager", "--worker-cls", CPU_WORKER] if cpu else []
     return [
         # vLLM calls this entry point deprecated, but the `vllm` command of its build for CPUs does not start.
@@ -105,7 +109,17 @@ def arguments(serving: Serving, files: Path, *, cpu: bool) -> list[str]:
 
 
 def environment(serving: Serving, files: Path, base: Mapping[str, str], *, cpu: bool) -> dict[str, str]:
-    """The server's environment; its sockets lie in ``files``. Raises ConfigError where the key's variable is empty."""
+    """Return the server's environment.
+
+    Args:
+        serving: what is served.
+        files: the folder for the server's sockets.
+        base: the environment to start from.
+        cpu: whether vLLM is the build for CPUs.
+
+    Raises:
+        ConfigError: the variable of the key is empty.
+    """
     env = dict(base) | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     env["VLLM_RPC_BASE_PATH"] = str(files)
     if cpu:
@@ -123,7 +137,10 @@ def environment(serving: Serving, files: Path, base: Mapping[str, str], *, cpu: 
 
 
 def write_files(fmt: ChatFormat, folder: Path) -> None:
-    """The chat template, and the ids that end a turn; a generation config of its own has no sampling defaults."""
+    """Write the chat template, and the ids that end a turn.
+
+    The ids stand in a generation config of our own, which has no sampling defaults.
+    """
     (folder / "chat_template.jinja").write_text(served_template(fmt), encoding="utf-8")
     stops = {"eos_token_id": list(fmt.stop_ids)}
     (folder / "generation_config.json").write_text(json.dumps(stops), encoding="utf-8")
@@ -136,7 +153,10 @@ def _dtype(precision: Precision, *, cpu: bool) -> str:
 
 
 def free_port(host: str, port: int) -> int:
-    """``port``, or a free one for 0. Raises ConfigError where it cannot be bound."""
+    """Return ``port``, or a free one for 0.
+
+    Raises ConfigError where it cannot be bound.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -150,13 +170,13 @@ def free_port(host: str, port: int) -> int:
 
 
 def base_url(serving: Serving) -> str:
-    """Where clients of this host find it."""
+    """Return the URL where clients of this host find the server."""
     host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(serving.host, serving.host)
     return f"http://[{host}]:{serving.port}" if ":" in host else f"http://{host}:{serving.port}"
 
 
 def usage_text(serving: Serving) -> str:
-    """What people do with it, ready to copy."""
+    """Return what people do with the server, ready to copy."""
     url = base_url(serving) + "/v1"
     body = json.dumps({"model": serving.name, "messages": [{"role": "user", "content": "What is 17 * 23?"}]})
     key = f' -H "Authorization: Bearer ${serving.api_key_env}"' if serving.api_key_env else ""
@@ -171,10 +191,14 @@ def usage_text(serving: Serving) -> str:
 
 
 async def serve(serving: Serving, *, say: Callable[[str], None] = print, start_seconds: float = START_SECONDS) -> int:
-    """Serve until a signal or the server's own end; 0 where a signal ended it.
+    """Serve until a signal or the server's own end, and return 0 where a signal ended it.
 
-    The server writes to this process's own stdout and stderr. Raises ConfigError (no vLLM, a port in use, a missing
-    key), ModelError and TemplateError (no usable tokenizer), EngineError (the server ended, or missed its deadline).
+    The server writes to this process's own stdout and stderr.
+
+    Raises:
+        ConfigError: no vLLM, a port in use, or a missing key.
+        ModelError, TemplateError: no usable tokenizer.
+        EngineError: the server ended by itself, or missed its deadline.
     """
     require_vllm()
     fmt = ChatFormat.load(serving.model)
@@ -190,9 +214,17 @@ async def serve(serving: Serving, *, say: Callable[[str], None] = print, start_s
 
 @contextlib.asynccontextmanager
 async def guarded(
-    command: list[str], env: Mapping[str, str], files: Path, stop: Stop, grace: float = _GRACE_SECONDS
+    command: list[str], env: Mapping[str, str], files: Path, stop: StopSignals, grace: float = _GRACE_SECONDS
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """``python COMMAND`` as the leader of a new process group, which ends with the block, or with this process."""
+    """Run ``python COMMAND`` as the leader of a new process group, which ends with the block, or with this process.
+
+    Args:
+        command: arguments of ``python``.
+        env: the process's environment.
+        files: the folder that the guard removes at the end.
+        stop: its second signal ends the wait for an end in order.
+        grace: seconds that the process has, after SIGTERM, to end in order.
+    """
     guard = [guard_script, str(files), str(grace)]
     held, holder = os.pipe()
     try:
@@ -207,13 +239,13 @@ async def guarded(
         finally:
             await _end(process, stop, grace)
     finally:
-        os.close(holder)
+        os.close(holder)  # the guard sees that, and ends what is left of the group
 
 
 async def _run(
     process: asyncio.subprocess.Process,
     serving: Serving,
-    stop: Stop,
+    stop: StopSignals,
     say: Callable[[str], None],
     start_seconds: float,
 ) -> int:
@@ -248,7 +280,7 @@ def _kill(process: asyncio.subprocess.Process) -> None:
 
 
 async def _healthy(url: str, seconds: float) -> bool:
-    """True once ``url`` answers 200, False after ``seconds``."""
+    """Return True once ``url`` answers 200, or False after ``seconds``."""
     end = time.monotonic() + seconds
     async with httpx.AsyncClient(trust_env=False, timeout=5.0) as client:
         while time.monotonic() < end:
@@ -259,8 +291,11 @@ async def _healthy(url: str, seconds: float) -> bool:
     return False
 
 
-async def _end(process: asyncio.subprocess.Process, stop: Stop, grace: float) -> None:
-    """End the server and everything that it started: in order, and after the grace or a second signal at once."""
+async def _end(process: asyncio.subprocess.Process, stop: StopSignals, grace: float) -> None:
+    """End the server and everything that it started.
+
+    They end in order first, and at once after the grace or a second signal.
+    """
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
@@ -281,8 +316,8 @@ async def _end(process: asyncio.subprocess.Process, stop: Stop, grace: float) ->
     await process.wait()
 
 
-class Stop:
-    """Whether one signal came, and whether another."""
+class StopSignals:
+    """The events of a first signal and of a second one."""
 
     def __init__(self) -> None:
         self.first, self.second = asyncio.Event(), asyncio.Event()
@@ -292,9 +327,12 @@ class Stop:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Stop]:
-    """SIGINT and SIGTERM set ``Stop``; outside the main thread signals are left alone."""
-    stop, loop, added = Stop(), asyncio.get_running_loop(), []
+def _signals() -> Iterator[StopSignals]:
+    """Let SIGINT and SIGTERM set ``StopSignals`` in the block.
+
+    Outside the main thread signals are left alone.
+    """
+    stop, loop, added = StopSignals(), asyncio.get_running_loop(), []
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError, RuntimeError):  # not the main thread
             loop.add_signal_handler(number, stop.on_signal)

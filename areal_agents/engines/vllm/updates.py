@@ -3,9 +3,9 @@
     read and verify ▶ drain? ▶ pause ▶ load ▶ label, salt ▶ resume ▶ prove ▶ completions go out, waiting requests in
     └── refused: the old weights stay ──┘└── anything that fails from here on: the engine is lost
 
-Nothing is admitted between the pause and the proof: the probe queues behind running requests alone.
+Nothing is admitted between the pause and the proof, so the probe queues behind running requests alone.
 
-Tokens are labelled exactly: vLLM attaches the label to a step's outputs in the process that runs the steps, and a pause
+Tokens are labelled exactly. vLLM attaches the label to a step's outputs in the process that runs the steps. A pause
 completes between two steps, when all outputs of the one before have been labelled and sent. The label changes there.
 """
 
@@ -22,7 +22,7 @@ from areal_agents.engines.weights_proof import PROBE_TOKENS, Prover
 from areal_agents.errors import EngineError
 
 if TYPE_CHECKING:
-    from areal_agents.engines.vllm.queue import Request
+    from areal_agents.engines.vllm.queue import QueuedRequest
     from areal_agents.engines.vllm.requests import Requests
 
 _OPEN_SECONDS = 240.0
@@ -33,13 +33,16 @@ _PAUSE_SECONDS = 120.0
 _CALL_SECONDS = 30.0
 _PROBE_SECONDS = 120.0
 _PREFILL_RATE = 50.0
-"""Tokens a second, at least: the probe waits for prompts that are computed before it."""
+"""Tokens a second, at least. The probe waits for prompts that are computed before it."""
 _POLL_SECONDS = 0.02, 0.2
-"""Between two looks at the reading, in its first second and later: with tensor parallelism each waits for a step."""
+"""Between two looks at the reading, in its first second and later. With tensor parallelism each waits for a step."""
 
 
 class Updates:
-    """One after the other. ``doing`` says what EngineCore is busy with; empty where it answers between steps."""
+    """The weight updates of one worker, done one after the other.
+
+    ``doing`` says what EngineCore is busy with. It is empty where EngineCore answers between steps.
+    """
 
     def __init__(self, server: Requests, precision: str) -> None:
         self.doing = ""
@@ -48,7 +51,10 @@ class Updates:
         self._lock = asyncio.Lock()
 
     async def run(self, command: p.Update) -> None:
-        """Apply ``command`` and answer it. Raises where the engine is lost."""
+        """Apply ``command`` and answer it.
+
+        It raises where the engine is lost.
+        """
         server, queue = self._server, self._server.queue
         async with self._lock:
             try:
@@ -66,7 +72,10 @@ class Updates:
             server.send(p.Updated(command.id, report))
 
     async def _open(self, ref: WeightsRef) -> str:
-        """Read and verify beside the steps. Returns why the weights are refused, or nothing."""
+        """Read and verify the weights beside the steps.
+
+        Returns why they are refused, or nothing.
+        """
         await self._each("areal_open", _PAUSE_SECONDS, pickle.dumps(ref))
         start = time.monotonic()
         while None in (answers := await self._each("areal_opened", _PAUSE_SECONDS)):
@@ -81,7 +90,10 @@ class Updates:
         return refused
 
     async def _drain(self) -> str:
-        """Finish what runs, admit nothing. Returns why the weights, read already, are given up, or nothing."""
+        """Finish what runs, and admit nothing.
+
+        Returns why the weights, which are read already, are given up, or nothing.
+        """
         server = self._server
         server.queue.admitting = False
         try:
@@ -106,7 +118,7 @@ class Updates:
             dropped = await self._retire(command, cleared=clear)
             await self._each("areal_load", _LOAD_SECONDS)
             ahead = self._ahead(cleared=clear)
-            server.hold()
+            server.hold()  # before the resume: no completion of weights that are not proved goes out
             async with asyncio.timeout(_CALL_SECONDS):
                 await server.llm.update_weight_version(str(ref.version))
                 await server.llm.resume_generation()
@@ -123,7 +135,10 @@ class Updates:
         return UpdateReport(ref.version, seconds, running, dropped)
 
     def _ahead(self, *, cleared: bool) -> int:
-        """Tokens of running requests that are computed before the probe's; all they have, where the cache is empty."""
+        """Return the number of running requests' tokens that are computed before the probe's.
+
+        Where the cache is empty, these are all that the requests have.
+        """
         sampled = self._server.sampled()
         return sum(
             len(request.ids) + sampled.get(request.id, 0)
@@ -132,14 +147,15 @@ class Updates:
         )
 
     async def _retire(self, command: p.Update, *, cleared: bool) -> int:
-        """Old KV goes out of use. Returns how many tokens of it; a prompt in the middle of its prefill counts as none.
+        """Take old KV out of use, and return how many tokens of it.
 
-        A request that sampled nothing yet is given back under ``recompute``: it would go on with old KV, or find some.
+        A prompt in the middle of its prefill counts as none. Under ``recompute`` a request that sampled nothing yet is
+        given back, because it would go on with old KV, or find some.
         """
         server, queue = self._server, self._server.queue
         sampled = server.sampled()
 
-        def computed(request: Request) -> int:
+        def computed(request: QueuedRequest) -> int:
             count = sampled.get(request.id, 0)
             return len(request.ids) + count - 1 if count else 0
 
@@ -151,7 +167,10 @@ class Updates:
         return dropped
 
     async def _prove(self, ref: WeightsRef, seconds: float) -> None:
-        """Score the probe prompt, never from the cache. Raises EngineError where it proves the wrong weights."""
+        """Score the probe prompt, never from the cache.
+
+        Raises EngineError where it proves the wrong weights, or has no answer within ``seconds``.
+        """
         if ref.probe is None:
             return
         from vllm import SamplingParams
@@ -173,7 +192,10 @@ class Updates:
         self._prover.check(ref, last.prompt_logprobs.logprobs)
 
     async def _each(self, method: str, seconds: float, *args: Any) -> list[Any]:
-        """Call every vLLM worker. Raises EngineError past ``seconds``."""
+        """Call ``method`` of every vLLM worker, and return their answers.
+
+        Raises EngineError past ``seconds``.
+        """
         try:
             async with asyncio.timeout(seconds):
                 answers: list[Any] = await self._server.llm.collective_rpc(method, seconds, args)

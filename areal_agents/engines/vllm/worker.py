@@ -1,11 +1,13 @@
-"""The vLLM engine's own process: ``python -m areal_agents.engines.vllm.worker PARENT_PID``, started by ``VLLMEngine``.
+"""The vLLM engine's own process: ``python -m areal_agents.engines.vllm.worker``, started by ``VLLMEngine``.
 
     reader thread ──commands──▶ loop: own queue ──▶ one task a request ──▶ AsyncLLM ──ZMQ──▶ EngineCore ──▶ Worker(s)
-         │  end of pipe: exit at once    └─ one update after the other (vllm_update)
+         │  end of pipe: exit at once    └─ one update after the other (updates.py)
 
-Waits for: commands (unblocked by the client or the end of the pipe); AsyncLLM's answers, each with a deadline or until
-the request ends. EngineCore's death is seen within a quarter of a second and ends this process: no call outlives it.
-All of the process group ends with this process, see ``guard``. Stray prints, EngineCore's included, go to stderr.
+Waits for: commands, unblocked by the client or the end of the pipe. AsyncLLM's answers, each with a deadline or until
+the request ends. EngineCore's death is seen within a quarter of a second and ends this process, so no call outlives it.
+
+All of the process group ends with this process, see ``process_group_reaper``. Stray prints, EngineCore's included, go
+to stderr.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from areal_agents.engine import Health
 from areal_agents.engines import protocol as p
-from areal_agents.engines.cpu.worker import die_with_parent, take_pipes
+from areal_agents.engines.cpu.worker import take_pipes
 from areal_agents.engines.process_group_reaper import start_guard
 from areal_agents.engines.vllm.cpu_build import CPU_WORKER, IN_CORE
 from areal_agents.engines.vllm.queue import Queue
@@ -30,6 +32,7 @@ from areal_agents.engines.vllm.requests import Requests
 from areal_agents.engines.vllm.updates import Updates
 from areal_agents.engines.weights_proof import PROBE_TOKENS
 from areal_agents.errors import ArealError, EngineError
+from areal_agents.utils.parent import end_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -43,8 +46,11 @@ _CALL_SECONDS = 60.0
 _WATCH_SECONDS = 0.25
 
 
-class Server(Requests):
-    """Commands, updates and health around the requests. Everything runs on one event loop."""
+class VLLMWorker(Requests):
+    """The worker's commands, updates and health around the requests.
+
+    Everything runs on one event loop.
+    """
 
     def __init__(self, llm: AsyncLLM, queue: Queue, precision: str, out: BinaryIO) -> None:
         super().__init__(llm, queue)
@@ -56,7 +62,7 @@ class Server(Requests):
         self.out.write(p.encode(reply))
 
     async def serve(self, inbox: asyncio.Queue[object]) -> None:
-        """Until ``Close``."""
+        """Serve until ``Close``."""
         watcher = asyncio.create_task(self._watch(), name="watcher")
         background: set[asyncio.Task[None]] = {watcher}
         while not isinstance(command := await inbox.get(), p.Close):
@@ -97,9 +103,11 @@ class Server(Requests):
     # --- health and death ------------------------------------------------------------------------------------------
 
     async def _health(self, command: p.AskHealth) -> None:
-        """EngineCore answers between two steps; not while it loads weights, which has deadlines of its own.
+        """Answer a question about health.
 
-        A question that is still open is asked about, not repeated: a step longer than the wait is no hang, and its end
+        EngineCore answers between two steps. It does not while it loads weights, which has deadlines of its own.
+
+        A question that is still open is waited for, not repeated: a step longer than the wait is no hang, and its end
         answers.
         """
         detail, ok = self.updates.doing, True
@@ -123,7 +131,10 @@ class Server(Requests):
         self.die("vLLM's EngineCore or a worker of its died")
 
     async def _or_die(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Whatever nobody expected ends the process: the client's calls fail then, instead of waiting."""
+        """Do ``work``, and end the process where it raises what nobody expected.
+
+        The client's calls fail then, instead of waiting.
+        """
         try:
             await work()
         except Exception as error:  # noqa: BLE001  boundary: recorded in the message that ends the engine
@@ -133,7 +144,10 @@ class Server(Requests):
             self.die(str(error) if isinstance(error, ArealError) else f"{type(error).__name__}: {error}")
 
     def die(self, reason: str) -> None:
-        """Say why, and end with all children: nothing that this engine computes may be used any more."""
+        """Say why, and end with all children.
+
+        Nothing that this engine computes may be used any more.
+        """
         with contextlib.suppress(OSError):
             self.send(p.Lost(reason))
         sys.stderr.flush()
@@ -141,7 +155,10 @@ class Server(Requests):
 
 
 def engine_args(settings: p.VLLMSettings, *, cpu: bool) -> tuple[dict[str, Any], Any]:
-    """Arguments of ``AsyncEngineArgs``, and the model's configuration. Raises OSError, ValueError."""
+    """Return the arguments of ``AsyncEngineArgs``, and the model's configuration.
+
+    Raises OSError or ValueError where the model cannot be read.
+    """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(settings.model)
@@ -175,20 +192,26 @@ def engine_args(settings: p.VLLMSettings, *, cpu: bool) -> tuple[dict[str, Any],
 
 
 def kv_blocks(kv_tokens: int, max_context: int, block: int) -> int:
-    """Blocks for ``kv_tokens``, the probe and vLLM's null block; at least one whole context, which vLLM asks for."""
+    """Return the number of blocks for ``kv_tokens``, the probe and vLLM's null block.
+
+    They hold at least one whole context, which vLLM asks for.
+    """
     probe = -(-min(PROBE_TOKENS, max_context) // block)
     return max(-(-kv_tokens // block) + probe, -(-max_context // block)) + 1
 
 
 def kv_bytes(config: Any, itemsize: int) -> int:
-    """Bytes of keys and values a token, all layers."""
+    """Return the bytes of one token's keys and values in all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * heads * size * itemsize)
 
 
-async def build(settings: p.VLLMSettings, out: BinaryIO) -> Server:
-    """Start vLLM; blocks the loop for as long as it takes."""
+async def build(settings: p.VLLMSettings, out: BinaryIO) -> VLLMWorker:
+    """Start vLLM.
+
+    It blocks the loop for as long as that takes.
+    """
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
@@ -211,7 +234,7 @@ async def build(settings: p.VLLMSettings, out: BinaryIO) -> Server:
         await llm.collective_rpc("areal_prepare")
         await llm.update_weight_version("0")
         await llm.get_supported_tasks()
-    return Server(llm, queue, settings.precision, out)
+    return VLLMWorker(llm, queue, settings.precision, out)
 
 
 async def run(settings: p.VLLMSettings, commands: BinaryIO, replies: BinaryIO) -> None:
@@ -251,7 +274,7 @@ def _read(commands: BinaryIO, loop: asyncio.AbstractEventLoop, inbox: asyncio.Qu
 def main() -> int:
     commands, replies = take_pipes()
     guard = start_guard(os.environ["VLLM_RPC_BASE_PATH"])
-    die_with_parent(int(sys.argv[1]))
+    end_with_parent()
     settings = p.read_frame(commands)
     if not isinstance(settings, p.VLLMSettings):
         return 1

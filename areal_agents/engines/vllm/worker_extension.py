@@ -1,11 +1,12 @@
-"""What runs inside vLLM's worker processes: reading weights, loading them, repacking the tied head.
+"""The part that runs inside vLLM's worker processes, where it reads weights, loads them and repacks the tied head.
 
 vLLM mixes ``WorkerExtension`` into its worker class (``worker_extension_cls``) and calls its methods by name
-(``collective_rpc``), between two steps. Reading and verifying happen in a thread beside the steps; the load does not.
+(``collective_rpc``), between two steps. Reading and verifying happen in a thread beside the steps. The load does not.
 
-* The load goes through vLLM's layerwise reload: the packed (oneDNN) weights of a CPU worker cannot be written in place.
-* After it the packed copy of a tied ``lm_head`` is still the old one (vLLM 0.32.0): greedy tokens mostly stay right,
-  log-probabilities are off by up to 0.28. It is packed again here.
+* The load goes through vLLM's layerwise reload, because the packed (oneDNN) weights of a CPU worker cannot be written
+  in place.
+* After it the packed copy of a tied ``lm_head`` is still the old one (vLLM 0.32.0). Greedy tokens mostly stay right.
+  Log-probabilities are off by up to 0.28. It is packed again here.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker. Results are plain values: they travel through msgpack."""
+    """The methods that are mixed into vLLM's worker.
+
+    Their results are plain values, because they travel through msgpack.
+    """
 
     if TYPE_CHECKING:
         vllm_config: Any
@@ -35,7 +39,10 @@ class WorkerExtension:
         def reload_weights(self, weights_iterator: Any) -> None: ...
 
     def areal_prepare(self) -> int:
-        """Work out what a checkpoint of the served model holds; returns the number of its tensors. Call it once."""
+        """Work out what a checkpoint of the served model holds, and return the number of its tensors.
+
+        Call it once.
+        """
         self._areal_shapes, self._areal_groups = expected(self.vllm_config.model_config.hf_config)
         self._areal_opening: Opening | None = None
         return len(self._areal_shapes)
@@ -46,7 +53,7 @@ class WorkerExtension:
         self._areal_opening.start()
 
     def areal_opened(self) -> str | None:
-        """None while they are being read; then empty, or why they are refused."""
+        """Return None while the weights are being read, and then why they are refused, or an empty text."""
         opening = self._areal_opening
         assert opening is not None
         if opening.is_alive():
@@ -58,7 +65,10 @@ class WorkerExtension:
         self._areal_opening = None
 
     def areal_load(self) -> None:
-        """Load what was opened. An exception leaves the model half loaded."""
+        """Load what was opened.
+
+        An exception leaves the model half loaded.
+        """
         import torch
 
         opening, self._areal_opening = self._areal_opening, None
@@ -70,7 +80,10 @@ class WorkerExtension:
 
 
 class Opening(threading.Thread):
-    """Reads and verifies weights. ``opened`` and ``error`` are valid once the thread has ended."""
+    """The thread that reads and verifies weights.
+
+    ``opened`` and ``error`` are valid once it has ended.
+    """
 
     def __init__(self, ref: WeightsRef, shapes: Shapes, groups: list[set[str]], device: Any) -> None:
         super().__init__(name="weights", daemon=True)
@@ -98,7 +111,10 @@ class Opening(threading.Thread):
 
 
 def expected(config: Any) -> tuple[Shapes, list[set[str]]]:
-    """Shapes of a checkpoint's tensors by name, and the sets of names that stand for one (tied) tensor each."""
+    """Return the shapes of a checkpoint's tensors by name, and the sets of names that stand for one tensor each.
+
+    A set of several names is a tied tensor's.
+    """
     import torch
     import transformers
 
@@ -114,7 +130,7 @@ def expected(config: Any) -> tuple[Shapes, list[set[str]]]:
 
 
 def misfit(ref: WeightsRef, shapes: Shapes, groups: list[set[str]]) -> str:
-    """Why ``ref`` is no checkpoint of the model; empty where it is."""
+    """Return why ``ref`` is no checkpoint of the model, or an empty text where it is one."""
     given = {entry.name: entry.shape for entry in ref.manifest}
     unknown = sorted(given.keys() - shapes.keys())
     missing = sorted(min(names) for names in groups if names.isdisjoint(given))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from areal_agents.engines.cpu.architecture import Shape
-from areal_agents.engines.cpu.decoder import Decoder, Segment, Weights
+from areal_agents.engines.cpu.decoder import CPUDecoder, RowSegment, Weights
 from areal_agents.errors import EngineError, ModelError
 from tests.tiny_models import VOCABULARY, settled, tiny_config, tiny_model
 
@@ -34,9 +34,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(model: Any, dtype: torch.dtype = torch.float32, max_batch: int = 4) -> Decoder:
+def make(model: Any, dtype: torch.dtype = torch.float32, max_batch: int = 4) -> CPUDecoder:
     shape = Shape.of(model.config, 128)
-    return Decoder(shape, Weights.build(shape, model.state_dict(), dtype), dtype, max_batch=max_batch, max_context=128)
+    return CPUDecoder(
+        shape, Weights.build(shape, model.state_dict(), dtype), dtype, max_batch=max_batch, max_context=128
+    )
 
 
 def random_ids(n: int, seed: int) -> list[int]:
@@ -72,10 +74,12 @@ def test_prefill_and_decode_equal_a_full_forward_pass(name: str, monkeypatch: py
     decoder = make(model)
     rows = [random_ids(n, seed) for seed, n in enumerate((40, 7, 23))]
     expected = [reference(model, ids) for ids in rows]
-    first = decoder.prefill([Segment(0, 0, rows[0][:10]), Segment(1, 0, rows[1][:3]), Segment(2, 0, rows[2][:19])])
+    first = decoder.prefill(
+        [RowSegment(0, 0, rows[0][:10]), RowSegment(1, 0, rows[1][:3]), RowSegment(2, 0, rows[2][:19])]
+    )
     for got, want in zip(first, (expected[0][9], expected[1][2], expected[2][18]), strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
-    second = decoder.prefill([Segment(0, 10, rows[0][10:36])])
+    second = decoder.prefill([RowSegment(0, 10, rows[0][10:36])])
     torch.testing.assert_close(second[0], expected[0][35], atol=1e-4, rtol=0)
     for step in range(4):
         at = [36 + step, 3 + step, 19 + step]
@@ -91,13 +95,13 @@ def test_rows_are_saved_loaded_and_copied(block: int, monkeypatch: pytest.Monkey
     decoder = make(model)
     ids = random_ids(20, 3)
     expected = reference(model, ids)
-    decoder.prefill([Segment(2, 0, ids[:15])])
+    decoder.prefill([RowSegment(2, 0, ids[:15])])
     saved = decoder.save(2, 12)
     decoder.wipe(2)
     decoder.load(saved, 1, 10)
     decoder.copy(1, 0, 10)
     for row in (0, 1):
-        logits = decoder.prefill([Segment(row, 10, ids[10:])])
+        logits = decoder.prefill([RowSegment(row, 10, ids[10:])])
         torch.testing.assert_close(logits[0], expected[-1], atol=1e-4, rtol=0)
 
 
@@ -105,7 +109,7 @@ def test_a_long_row_does_not_change_its_short_neighbour() -> None:
     model = tiny_model()
     decoder = make(model)
     long, short = random_ids(100, 1), random_ids(5, 2)
-    decoder.prefill([Segment(0, 0, short[:4]), Segment(1, 0, long[:99])])
+    decoder.prefill([RowSegment(0, 0, short[:4]), RowSegment(1, 0, long[:99])])
     logits = decoder.decode([short[4], long[99]], [4, 99])
     torch.testing.assert_close(logits[0], reference(model, short)[-1], atol=1e-4, rtol=0)
 
@@ -115,7 +119,7 @@ def test_bf16_stays_close_to_fp32() -> None:
     model = tiny_model().to(torch.bfloat16)
     ids = random_ids(60, 5)
     want = torch.log_softmax(reference(model.float(), ids), -1)[-1]
-    got = torch.log_softmax(make(model, torch.bfloat16).prefill([Segment(0, 0, ids)])[0].float(), -1)
+    got = torch.log_softmax(make(model, torch.bfloat16).prefill([RowSegment(0, 0, ids)])[0].float(), -1)
     assert float((got - want).abs().mean()) < 0.1
 
 
@@ -124,7 +128,7 @@ def test_swapped_weights_are_used() -> None:
     decoder = make(old)
     ids = random_ids(9, 4)
     decoder.swap(Weights.build(decoder.shape, new.state_dict(), torch.float32))
-    logits = decoder.prefill([Segment(0, 0, ids)])
+    logits = decoder.prefill([RowSegment(0, 0, ids)])
     torch.testing.assert_close(logits[0], reference(new, ids)[-1], atol=1e-4, rtol=0)
 
 
@@ -137,7 +141,7 @@ def test_built_weights_do_not_alias_their_source() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    torch.testing.assert_close(decoder.prefill([Segment(0, 0, ids)])[0], want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(decoder.prefill([RowSegment(0, 0, ids)])[0], want, atol=1e-4, rtol=0)
 
 
 def test_tied_weights_need_one_name_only() -> None:

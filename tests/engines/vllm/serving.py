@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from areal_agents.engine import Probe, UpdateReport, WeightsRef
+from areal_agents.engine import UpdateReport, WeightsProbe, WeightsRef
 from areal_agents.engines.vllm.engine import VLLMEngine
 from areal_agents.types import Completion
 from areal_agents.weights.shared_memory import SharedWeights
@@ -39,7 +39,7 @@ def like(it: Served, seed: int) -> Any:
 def probed(ref: WeightsRef, model: Any, *, off: float = 0.0) -> WeightsRef:
     """``ref`` with what ``model`` says to a probe prompt, ``off`` nats besides the truth."""
     ids = ids_of(40, 999)
-    return replace(ref, probe=Probe(ids, tuple(x + off for x in forward_logprobs(model, ids).tolist())))
+    return replace(ref, probe=WeightsProbe(ids, tuple(x + off for x in forward_logprobs(model, ids).tolist())))
 
 
 async def update(

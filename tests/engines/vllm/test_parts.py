@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from areal_agents.engine import Probe, TensorEntry, WeightsRef
+from areal_agents.engine import TensorEntry, WeightsProbe, WeightsRef
 from areal_agents.engines import process_group_reaper
 from areal_agents.engines.vllm.engine import VLLMEngine
 from areal_agents.engines.vllm.worker import engine_args, kv_blocks, kv_bytes
@@ -25,7 +25,7 @@ from areal_agents.errors import ConfigError, EngineError
 from tests.tiny_models import tiny_config, vllm_model
 
 TRUTH = (-1.0, -2.0, -3.0, -4.0)
-REF = WeightsRef(3, "", (), "", 0, probe=Probe((1, 2, 3, 4, 5), TRUTH))
+REF = WeightsRef(3, "", (), "", 0, probe=WeightsProbe((1, 2, 3, 4, 5), TRUTH))
 
 
 def off(*gaps: float) -> list[float]:
@@ -114,7 +114,7 @@ def test_without_vllm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
 _LEADER = """
 import subprocess, sys, time
 sys.path.insert(0, sys.argv[1])
-from guard import start_guard
+from process_group_reaper import start_guard
 guard = start_guard(sys.argv[2])
 child = subprocess.Popen([sys.executable, "-S", "-c", "import time; print('up', flush=True); time.sleep(600)"])
 time.sleep(600)

@@ -216,7 +216,7 @@ def test_the_embedded_model_in_bf16(smollm2: Path) -> None:
     """|Δ log p| to transformers in fp32; an update with a probe, whose first load sets the bound for later ones."""
     import transformers
 
-    from areal_agents.engine import Probe
+    from areal_agents.engine import WeightsProbe
     from tests.engines.vllm.serving import gaps
     from tests.tiny_models import forward_logprobs
 
@@ -230,7 +230,7 @@ def test_the_embedded_model_in_bf16(smollm2: Path) -> None:
         async with await VLLMEngine.start(smollm2, **options) as engine:
             for version in (1, 2):
                 ref = shared.fill(rounded, version)
-                probe = Probe(prompt, tuple(forward_logprobs(model, prompt).tolist()))
+                probe = WeightsProbe(prompt, tuple(forward_logprobs(model, prompt).tolist()))
                 await engine.update_weights(replace(ref, probe=probe))
             asks = [engine.generate(Prompt(prompt), Sampling(64), session=f"b{i}", deadline=120) for i in range(4)]
             return await asyncio.gather(*asks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from areal_agents.engine import Sampling
-from areal_agents.engines.vllm.queue import Queue, Request
+from areal_agents.engines.vllm.queue import Queue, QueuedRequest
 from areal_agents.errors import EngineError
 
 
@@ -13,11 +13,11 @@ def queue(*, max_batch: int = 2, blocks: int = 10) -> Queue:
     return Queue(max_batch, blocks, block=32, max_context=256, vocabulary=96)
 
 
-def submit(it: Queue, id: int, prompt: int = 40, tokens: int = 20, session: str = "") -> Request:
+def submit(it: Queue, id: int, prompt: int = 40, tokens: int = 20, session: str = "") -> QueuedRequest:
     return it.submit(id, session or f"s{id}", tuple(range(prompt)), Sampling(tokens))
 
 
-def ids(requests: list[Request]) -> list[int]:
+def ids(requests: list[QueuedRequest]) -> list[int]:
     return [request.id for request in requests]
 
 

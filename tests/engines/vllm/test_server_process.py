@@ -104,9 +104,10 @@ while True:
 """
 _COMMAND = """
 import asyncio, os, pathlib, sys
-from areal_agents.engines.vllm.server import Stop, guarded
+from areal_agents.engines.vllm.server import StopSignals, guarded
 async def run():
-    async with guarded(["-S", *sys.argv[2:]], os.environ, pathlib.Path("files"), Stop(), float(sys.argv[1])) as process:
+    command, grace = ["-S", *sys.argv[2:]], float(sys.argv[1])
+    async with guarded(command, os.environ, pathlib.Path("files"), StopSignals(), grace) as process:
         print(process.pid, flush=True)
         await asyncio.to_thread(sys.stdin.readline)
 asyncio.run(run())

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from areal_agents.engine import Probe, Sampling, TensorEntry, WeightsRef
+from areal_agents.engine import Sampling, TensorEntry, WeightsProbe, WeightsRef
 from areal_agents.engines import protocol as p
 from areal_agents.engines.vllm import worker as vllm_worker
-from areal_agents.engines.vllm.queue import Queue, Request
-from areal_agents.engines.vllm.worker import Server
+from areal_agents.engines.vllm.queue import Queue, QueuedRequest
+from areal_agents.engines.vllm.worker import VLLMWorker
 from areal_agents.engines.vllm.worker_extension import WorkerExtension
 from areal_agents.errors import EngineError
 
@@ -60,7 +60,7 @@ class LLM:
             await asyncio.Event().wait()
 
 
-class Worker(Server):
+class Worker(VLLMWorker):
     """Its requests end when ``ends[id]`` does. Its death is a message."""
 
     def __init__(self, *, max_batch: int = 4) -> None:
@@ -75,7 +75,7 @@ class Worker(Server):
     def die(self, reason: str) -> None:
         self.sent.append(p.Lost(reason))
 
-    async def _sample(self, request: Request) -> Any:
+    async def _sample(self, request: QueuedRequest) -> Any:
         return await self.ends.setdefault(request.id, asyncio.get_running_loop().create_future())
 
     def ask(self, id: int) -> None:
@@ -360,7 +360,7 @@ def test_a_probe_without_an_answer_is_the_end_of_the_engine(monkeypatch: pytest.
 
         worker.fake.generate = never  # type: ignore[attr-defined]
         with pytest.raises(EngineError, match="weights v3: no answer to the probe in 0 s"):
-            await worker.updates._prove(replace(REF, probe=Probe((1, 2), (-1.0,))), 0.05)
+            await worker.updates._prove(replace(REF, probe=WeightsProbe((1, 2), (-1.0,))), 0.05)
 
     asyncio.run(work())
 

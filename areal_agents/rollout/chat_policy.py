@@ -1,0 +1,92 @@
+"""The policy of a ChatModel, whose turns are messages instead of token ids, for evaluation alone.
+
+Environment, tools, rewards, limits and seeds are those of training. How many tokens a turn sampled is known as far as
+the server reports it (``metrics["completion_tokens"]``, ``metrics["prompt_tokens"]``). No turn has token ids, so no
+training row can be made of such an episode (``batch.rows_of`` refuses it).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+from areal_agents.chat_model import ChatReply, ContextLengthError, RequestRefused, reply_of
+from areal_agents.engine import ChatModel, Sampling
+from areal_agents.errors import EngineError, EnvError
+from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy, Said
+from areal_agents.types import AssistantMessage, Message, StopReason
+
+_REPORTED = ("prompt_tokens", "completion_tokens")
+
+
+class ChatPolicy(Policy):
+    """A policy that says what a ChatModel replies.
+
+    The model stays the caller's: ``close`` leaves it open. Every request has a seed of its own (``request_seed``).
+    """
+
+    def __init__(
+        self,
+        model: ChatModel,
+        sampling: Sampling,
+        limits: Limits,
+        *,
+        seen: Callable[[ChatReply], None] = lambda reply: None,
+    ) -> None:
+        """Prepare for one episode.
+
+        Args:
+            model: is asked for each message.
+            sampling: of every request. The room that ``limits`` leave may lower ``max_tokens``.
+            limits: on the tokens of the episode and on the seconds of a request.
+            seen: is called with every reply.
+        """
+        self._model, self._sampling, self._limits, self._seen = model, sampling, limits, seen
+        self._messages: list[Message | AssistantMessage] = []
+        self._context = 0  # tokens of the last prompt and its reply, as reported
+
+    async def say(self, episode: EpisodeDriver) -> Said | StopReason:
+        room = self._limits.room(used=self._context, spent=episode.tokens)
+        if isinstance(room, str):
+            return room
+        self._messages += episode.observation
+        try:
+            reply = await self._reply(episode, min(room, self._sampling.max_tokens))
+        except ContextLengthError as error:
+            if episode.turns:
+                return "context"
+            raise EnvError(f"task {episode.task.id}: the first prompt does not fit the model: {error}") from error
+        self._messages.append(reply.message)
+        return Said.as_text(reply.message, len(episode.turns), tokens=reply.completion_tokens or 0)
+
+    async def _reply(self, episode: EpisodeDriver, room: int) -> ChatReply:
+        limit = self._limits.request_timeout
+        seed = request_seed(episode.seed, episode.id, len(episode.turns))
+        sampling = replace(self._sampling, max_tokens=room, seed=seed)
+        try:
+            async with asyncio.timeout(limit):
+                reply = await reply_of(self._model, self._messages, episode.tools, sampling)
+        except TimeoutError as error:
+            raise EngineError(f"task {episode.task.id}: the model did not answer within {limit:g} s") from error
+        except RequestRefused as error:
+            error.final = True  # another attempt would pay the turns before it once more
+            raise
+        for name in _REPORTED:
+            value: int | None = getattr(reply, name)
+            if value is not None:
+                episode.count(name, value)
+        if reply.prompt_tokens is not None:
+            self._context = reply.prompt_tokens + (reply.completion_tokens or 0)
+        self._seen(reply)
+        return reply
+
+
+def request_seed(seed: int, id: str, turn: int) -> int:
+    """Return the sampling seed of an episode's turn, in [0, 2^31).
+
+    A server draws the same noise for the same seed. Episodes that shared a seed would therefore succeed and fail
+    together, whatever their tasks.
+    """
+    return random.Random(f"{seed}/{id}/{turn}").getrandbits(31)

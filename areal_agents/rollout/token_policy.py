@@ -1,0 +1,76 @@
+"""The policies whose turns are token ids, from which training rows are made.
+
+    episode.observation ─▶ Conversation ─▶ sample (an engine, an expert) ─▶ ids ─▶ message
+
+A generation slot of the engine is held for one request, never across ``astep``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+
+from areal_agents.chat.conversation import Conversation
+from areal_agents.chat.format import ChatFormat
+from areal_agents.engine import Engine, Sampling
+from areal_agents.errors import EngineError, EnvError
+from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy, Said
+from areal_agents.types import Completion, Prompt, StopReason
+
+
+class TokenPolicy(Policy):
+    """A policy that keeps the conversation and the limits on tokens.
+
+    Subclasses implement ``sample``.
+    """
+
+    def __init__(self, fmt: ChatFormat, limits: Limits) -> None:
+        self.fmt, self.limits = fmt, limits
+        self._conversation: Conversation | None = None
+
+    async def sample(self, prompt: Prompt, max_tokens: int, episode: EpisodeDriver) -> Completion:
+        """Continue ``prompt``, which ends with ``episode.observation``."""
+        raise NotImplementedError
+
+    async def say(self, episode: EpisodeDriver) -> Said | StopReason:
+        self._conversation = conversation = continued(self._conversation, self.fmt, episode)
+        prompt, limit = conversation.prompt, self.limits.max_context
+        used = len(prompt.ids)
+        if not episode.turns and used >= limit:
+            raise EnvError(
+                f"task {episode.task.id}: the first prompt has {used} tokens, model.max_context is {limit}: "
+                "raise it or shorten the task"
+            )
+        room = self.limits.room(used=used, spent=episode.tokens)
+        if isinstance(room, str):
+            return room
+        suffix, parent = conversation.suffix, conversation.parent
+        completion = await self.sample(prompt, room, episode)
+        if not completion.ids:
+            raise EngineError(f"the engine returned no token for a prompt of {used} tokens")
+        return Said(conversation.add_completion(completion), completion, suffix, parent, len(completion.ids))
+
+
+class EnginePolicy(TokenPolicy):
+    """A policy that samples from an engine, with the episode's id as its session."""
+
+    def __init__(self, engine: Engine, sampling: Sampling, fmt: ChatFormat, limits: Limits) -> None:
+        super().__init__(fmt, limits)
+        self._engine, self._sampling = engine, sampling
+
+    async def sample(self, prompt: Prompt, max_tokens: int, episode: EpisodeDriver) -> Completion:
+        sampling = replace(self._sampling, max_tokens=min(max_tokens, self._sampling.max_tokens))
+        deadline = self.limits.request_timeout
+        return await self._engine.generate(prompt, sampling, session=episode.id, deadline=deadline)
+
+    async def close(self, episode: EpisodeDriver) -> None:
+        with contextlib.suppress(EngineError):  # a failed release must not hide why the episode ended
+            await self._engine.release(episode.id)
+
+
+def continued(conversation: Conversation | None, fmt: ChatFormat, episode: EpisodeDriver) -> Conversation:
+    """Add what the episode shows now to ``conversation``, or begin a new one where it is None."""
+    if conversation is None:
+        return Conversation(fmt, episode.observation, episode.tools)
+    conversation.add_observation(episode.observation)
+    return conversation
