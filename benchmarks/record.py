@@ -26,11 +26,14 @@ class Check:
 
 
 def commit() -> str:
-    """The checked-out commit, marked where the tree differs from it."""
+    """Return the checked-out commit, marked where the tree differs from it, or why it is not known."""
     git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip()
-    return head + ("+changes" if dirty else "")
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:  # a copy of the tree on a lent machine
+        return f"unknown: {error}"
+    return head + ("+changes" if dirty.strip() else "")
 
 
 def machine() -> dict[str, Any]:

@@ -194,12 +194,12 @@ def rescore_it(user: User) -> None:
     user.edit("scales_env/rubric.py", "max(solved,", "max(0.9 * solved,")
     demonstrations = rescored(user, "demonstration")
     assert (demonstrations["scored"], demonstrations["failed"]) == (8, 0)
-    assert (demonstrations["old"]["mean"], demonstrations["new"]["mean"]) == (1.0, pytest.approx(0.9))
+    assert (demonstrations["mean_old"], demonstrations["mean_new"]) == (1.0, pytest.approx(0.9))
     assert (demonstrations["pass_old"], demonstrations["pass_new"], demonstrations["episodes_flipped"]) == (1.0, 0, 8)
     trained, now = user.saved("train"), rescored(user, "train")
     expected = [0.9 if t.reward == 1.0 else t.reward for t in trained]
-    assert now["old"]["mean"] == pytest.approx(sum(t.reward for t in trained) / 8)
-    assert now["new"]["mean"] == pytest.approx(sum(expected) / 8)
+    assert now["mean_old"] == pytest.approx(sum(t.reward for t in trained) / 8)
+    assert now["mean_new"] == pytest.approx(sum(expected) / 8)
     assert now["changed"] == sum(t.reward == 1.0 for t in trained) / 8
     command = ("replay", "runs/first", "--kind", "demonstration", "--episode", user.saved("demonstration")[0].id)
     assert "recorded 1.0, replayed 0.9" in user.areal_agents(*command, code=1)

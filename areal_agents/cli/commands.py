@@ -145,6 +145,20 @@ class Check:
 
 
 @dataclass
+class Algorithms:
+    """List the algorithms that a run can choose, with their parameters: ``areal-agents algorithms turn_return``."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
+    """Show one of them whole: formula, source and bias."""
+
+    def run(self, overrides: Sequence[str]) -> int:
+        from areal_agents.settings.describe import algorithms_text
+
+        print(algorithms_text(self.name))
+        return 0
+
+
+@dataclass
 class Pull:
     """Fetch, verify and convert an embedded model into the user's cache; does nothing where that is done."""
 
@@ -193,6 +207,7 @@ Command = (
     | Annotated[Init, tyro.conf.subcommand("init")]
     | Annotated[Envs, tyro.conf.subcommand("envs")]
     | Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Algorithms, tyro.conf.subcommand("algorithms")]
     | Annotated[Rescore, tyro.conf.subcommand("rescore")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Model, tyro.conf.subcommand("model")]

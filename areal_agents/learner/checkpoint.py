@@ -36,7 +36,8 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], *, source: Path, dt
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    cast = {name: t.detach().to(dtype).contiguous() for name, t in tensors.items()}
+    # A GPU that training filled has no room for a second model.
+    cast = {name: t.detach().to("cpu", dtype).contiguous() for name, t in tensors.items()}
     save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
     # safetensors makes the file readable by its owner alone, but it is to be as open as the folder's other files.
     (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)

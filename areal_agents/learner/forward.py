@@ -8,12 +8,15 @@ Not covered: models that normalise over experts or time across rows, image input
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -22,10 +25,13 @@ from areal_agents.learner.packing import Ints, Pack, pack_rows
 
 TREE = "areal_tree"
 """The name under which ``tree_attention`` is known to transformers."""
+_GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+"""Not MATH, which stores every score (12.9 GB for 16k tokens and 12 heads), and would be taken in silence; not cuDNN,
+which plans for every new length, and here nearly all of them are new."""
 
 
 class Tree:
-    """The segments of one pack and their additive masks (made once, read by every layer)."""
+    """The segments of one pack and their masks (made once, read by every layer)."""
 
     def __init__(self, pack: Pack, device: torch.device) -> None:
         self.device = device
@@ -34,9 +40,18 @@ class Tree:
         self.masks = [self._mask(i) if s.path else None for i, s in enumerate(self.segments)]
 
     def _mask(self, i: int) -> Tensor:
-        """[n, tokens before + n], 0 where a token of segment ``i`` may look, else -inf."""
+        """Return what lets a token of segment ``i`` look at its whole path and causally at its segment.
+
+        On CPUs these are numbers [n, tokens before + n], 0 or -inf: a ``CausalBias`` would be turned into them in
+        every layer. On GPUs it is a ``CausalBias``, for which the kernels know the rule and read no numbers.
+        """
         n, before = self.sizes[i], sum(self.sizes[p] for p in self.segments[i].path)
-        return torch.full((n, before + n), float("-inf"), device=self.device).triu_(before + 1)
+        if self.device.type == "cpu":
+            return torch.full((n, before + n), float("-inf")).triu_(before + 1)
+        # PyTorch allocates 2 · n · (before + n) numbers of host memory for the sizes given here, and reads none.
+        bias = causal_lower_right(1, 1)
+        bias.seq_len_q, bias.seq_len_kv = n, before + n
+        return bias
 
 
 def tree_attention(
@@ -52,37 +67,39 @@ def tree_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of each segment to its path and causally to itself; transformers' attention interface.
+    """Attend from each segment to its path and causally to itself; transformers' attention interface.
 
-    query [1, H, N, D]; key, value [1, K, N, D] with H a multiple of K. Returns [1, N, H, D] in value's format.
-    Computed in fp32 on CPUs, where scaled_dot_product_attention is faster in it than in bf16 (its backward most) and
-    its scores keep their precision; on GPUs in the format of ``query``.
+    On CPUs it is computed in fp32: scaled_dot_product_attention is faster in it than in bf16 (its backward most), and
+    its scores keep their precision. On GPUs it is computed in ``value``'s format, bf16 under autocast: the rotary
+    tables are fp32, so ``query`` and ``key`` come in fp32, for which flash attention has no kernel.
+
+    Args:
+        query: [1, H, N, D].
+        key, value: [1, K, N, D] with H a multiple of K.
+        scaling: what scores are multiplied by before the softmax.
+        tree: the pack's segments; N tokens in all.
+    Returns: [1, N, H, D] in ``value``'s format.
+    Raises: ModelError for a layer that is not plain causal attention; RuntimeError where a GPU has no kernel for it.
     """
     if tree is None or sliding_window is not None or softcap is not None:
         raise ModelError("tree attention computes plain causal attention only")
-    dtype = torch.float32 if query.device.type == "cpu" else query.dtype
-    with torch.autocast(query.device.type, enabled=False):
+    on_cpu = query.device.type == "cpu"
+    dtype = torch.float32 if on_cpu else value.dtype
+    grouped = on_cpu or dtype != torch.float32
+    if not grouped:  # flash alone knows grouped heads, and fp32 is left to the memory-efficient kernel
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    with torch.autocast(query.device.type, enabled=False), nullcontext() if on_cpu else sdpa_kernel(_GPU_KERNELS):
         # split has one backward for all its pieces; slices would each fill a tensor of the whole length.
         queries = torch.split(query.to(dtype), tree.sizes, dim=2)
         keys, values = torch.split(key.to(dtype), tree.sizes, dim=2), torch.split(value.to(dtype), tree.sizes, dim=2)
         out: list[Tensor] = []
         for i, (segment, mask) in enumerate(zip(tree.segments, tree.masks, strict=True)):
             path = (*segment.path, i)
-            mask = None if mask is None else mask.to(dtype)
             k = torch.cat([keys[p] for p in path], dim=2) if segment.path else keys[i]
             v = torch.cat([values[p] for p in path], dim=2) if segment.path else values[i]
-            grouped = mask is None or query.device.type == "cpu"
-            if not grouped:  # CUDA's kernels that take a mask know no grouped heads; the fallback stores every score
-                k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (k, v))
             out.append(
                 nn.functional.scaled_dot_product_attention(
-                    queries[i],
-                    k,
-                    v,
-                    attn_mask=None if mask is None else mask.to(dtype),
-                    is_causal=mask is None,
-                    scale=scaling,
-                    enable_gqa=grouped,
+                    queries[i], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
                 )
             )
         return torch.cat(out, dim=2).transpose(1, 2).to(value.dtype), None

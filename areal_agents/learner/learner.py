@@ -317,7 +317,8 @@ class TorchLearner:
         objective: Objective,
     ) -> tuple[float, int]:
         """Add the gradient of ``objective`` over ``rows``, and return its value and the tokens that went through."""
-        loss, forwarded, d = 0.0, 0, self._decoder
+        loss, d = 0.0, self._decoder
+        self._model.zero_grad(set_to_none=True)  # of a call that raised in its middle, out of memory perhaps
         packs = pack_rows([r.ids for r in rows], token_budget=self.config.token_budget, shared=d.shared)
         # One autocast for all packs: it casts each weight once. It must end before the weights change.
         with d.autocast():
@@ -341,8 +342,7 @@ class TorchLearner:
                     del scores  # before the next chunk's logits
                 with d.autocast(False):
                     states.backward(grad)  # type: ignore[no-untyped-call]
-                forwarded += pack.tokens
-        return loss, forwarded
+        return loss, sum(p.tokens for p in packs)
 
     def _apply(self, optimizer: torch.optim.AdamW, lr: float) -> float | None:
         """Clip, step and free the gradients. Return their norm, or None without a step where it is not finite."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -197,8 +198,7 @@ def help_text(
         for setting in shown:
             lines += _help_lines(setting, also.get(setting.key, ""), defaults.get(setting.key))
             if setting.registry is not None:
-                for kind in setting.registry.names():
-                    lines += _help_of_kind(setting, kind)
+                lines.append(f"      Parameters, as --{setting.key}.NAME: see `areal-agents algorithms`.")
     return "\n".join(lines)
 
 
@@ -209,13 +209,31 @@ def _help_lines(setting: Setting, also: str = "", instead: str | None = None) ->
     return [first, *(f"      {line}" for line in (setting.info.description or "").splitlines())]
 
 
-def _help_of_kind(setting: Setting, kind: str) -> list[str]:
-    """The parameters of one algorithm; a package's that cannot be imported is named with its error."""
+def algorithms_text(name: str = "") -> str:
+    """Describe every algorithm that can be chosen, or those called ``name`` with their docstrings whole.
+
+    One of a package that cannot be imported is named with its error. Raises ConfigError where none is called ``name``.
+    """
+    lines: list[str] = []
+    for registry in REGISTRIES.values():
+        kinds = [kind for kind in registry.names() if name in ("", kind)]
+        lines += ["", f"[{registry.key}]", *(line for kind in kinds for line in _lines_of(registry, kind, bool(name)))]
+        if not kinds:
+            del lines[-2:]
+    if not lines:
+        known = ", ".join(kind for registry in REGISTRIES.values() for kind in registry.names())
+        raise ConfigError(f"there is no algorithm {name!r}: there are {known}")
+    return "\n".join(lines[1:])
+
+
+def _lines_of(registry: Registry, kind: str, whole: bool) -> list[str]:
     try:
-        found = parameters(setting.key, kind)
+        found, text = parameters(registry.key, kind), inspect.getdoc(registry.function(kind)) or ""
     except ConfigError as error:
-        return [f"    {error}"]
-    return [f"    with {kind!r}:", *(f"  {line}" for p in found.values() for line in _help_lines(p))]
+        return [f"  {kind}  {error}"]
+    lines = [f"  {line}" for line in text.splitlines()] if whole else []
+    head = kind if whole else f"{kind:<12} {text.partition(chr(10))[0]}"
+    return [f"  {head}", *lines, *(f"  {line}" for setting in found.values() for line in _help_lines(setting))]
 
 
 def _shown_default(value: Any) -> str:

@@ -16,6 +16,7 @@ from areal_agents.algorithms.advantages import EpisodeRewards, estimate
 from areal_agents.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, REGISTRIES, Choice
 from areal_agents.errors import ConfigError
 from areal_agents.settings.config import AlgorithmConfig
+from areal_agents.settings.describe import algorithms_text
 
 PACKAGE = """
 from typing import Annotated
@@ -150,8 +151,21 @@ def test_a_package_brings_its_own() -> None:
     found = estimate([EpisodeRewards((1.0, 3.0)), EpisodeRewards((1.0,))], c.advantage)
     assert [t.tolist() for t in found] == [[0.0, 6.5], [2.5]]
     assert CORRECTIONS.takes(c.correction) == ("proximal_T", "logprobs_T")
-    assert "--algorithm.advantage.shift  (a number)" in settings.help_text()
-    assert "disk on fire" in settings.help_text()
+    assert "--algorithm.advantage.shift  (a number)" in algorithms_text()
+    assert "disk on fire" in algorithms_text()
+
+
+def test_the_list_of_algorithms() -> None:
+    text = algorithms_text()
+    assert "[algorithm.loss]\n  ppo          Compute the clipped PPO loss" in text
+    assert "    --algorithm.correction.token_mask  (a list of 2 numbers, or none; default: [0.5, 5.0])\n" in text
+    assert "2402.03300" not in text
+    one = algorithms_text("grpo")
+    assert one.startswith("[algorithm.advantage]\n  grpo\n  Compare each episode")
+    assert "2402.03300" in one
+    assert "turn_return" not in one
+    with pytest.raises(ConfigError, match="there is no algorithm 'gae': there are turn_return, grpo, ppo, bypass"):
+        algorithms_text("gae")
 
 
 @pytest.mark.usefixtures("package")

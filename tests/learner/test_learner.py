@@ -227,6 +227,27 @@ def test_a_wrong_batch_is_refused_and_leaves_the_version(tmp_path: Path) -> None
     assert largest_difference(made.tensors(), model) == 0.0
 
 
+def test_a_step_that_raised_leaves_no_gradient_to_the_next(tmp_path: Path) -> None:
+    model = tiny_model()
+    batch = make_batch(model)
+    made, fresh = learner(model, tmp_path / "m"), learner(model, tmp_path / "f")
+    # Packs are made in the order of their tokens: the others are through when this row's turn comes.
+    last = max(range(len(batch.rows)), key=lambda i: batch.rows[i].ids.tolist())
+    rows = list(batch.rows)
+    rows[last] = replace(rows[last], mask=np.ones_like(rows[last].mask))
+
+    async def job(it: TorchLearner) -> None:
+        with pytest.raises(ValueError, match="first token is sampled"):
+            await it.step(replace(batch, rows=tuple(rows)))
+        assert any(p.grad is not None for p in it._parameters)
+        await it.step(batch)
+
+    run(made, job)
+    run(fresh, lambda it: it.step(batch))
+    for name, tensor in fresh.tensors().items():
+        assert torch.equal(made.tensors()[name], tensor), name
+
+
 def test_bf16_trains_the_fp32_masters_towards_the_same_place(tmp_path: Path) -> None:
     model = tiny_model(tie_word_embeddings=True)
     batch = make_batch(model, noise=0.05)

@@ -69,6 +69,7 @@ def test_help_names_every_setting_with_default_and_meaning() -> None:
         "      η: how many versions a token may be older than the learner when it trains.\n"
     ) in text
     assert (
-        "    with 'decoupled':\n    --algorithm.correction.truncate  (a number, more than 0, or none; default: none)\n"
+        "  --algorithm.loss  (one of 'ppo', or module:function; default: ppo)\n"
+        "      The policy loss of a token.\n"
+        "      Parameters, as --algorithm.loss.NAME: see `areal-agents algorithms`.\n"
     ) in text
-    assert "    --algorithm.correction.token_mask  (a list of 2 numbers, or none; default: [0.5, 5.0])\n" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ def test_reward_rises_in_sync_mode_with_on_policy_tokens_alone(tmp_path: Path) -
 def test_reward_falls_when_the_advantage_has_the_wrong_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = advantages.turn_return
 
+    @functools.wraps(right)
     def wrong(*args: object, **kwargs: object) -> object:
         return [-a for a in right(*args, **kwargs)]  # type: ignore[arg-type]
 
