@@ -3,9 +3,9 @@
     areal_agents.register("acme/Shop-v0", entry_point="acme_envs.shop:Shop")
     env = areal_agents.make("acme/Shop-v0")
 
-Nothing is imported before it is asked for. An id's namespace decides where it is looked up: what is registered
-already; then the built-in collection (``areal``); then the entry points of the group ``areal_agents.envs`` whose
-*name is the namespace* and whose value is a module that calls ``register`` when it is imported:
+The built-in collection (``areal``) is registered when ``areal_agents`` is imported. Any other id's namespace decides
+where it is looked up, once it is asked for: what is registered already; then the entry points of the group
+``areal_agents.envs`` whose *name is the namespace* and whose value is a module that calls ``register`` when imported:
 
     [project.entry-points."areal_agents.envs"]
     acme = "acme_envs"
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from areal_agents.types import Task
 
 ENTRY_POINT_GROUP = "areal_agents.envs"
-_BUILTIN = {"areal": "areal_agents.envs"}
 _ID = re.compile(r"(?P<namespace>[A-Za-z0-9_.-]+)/(?P<name>[A-Za-z0-9_.-]+)-v(?P<version>[0-9]+)")
 _ENTRY_POINT = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<cls>[A-Za-z_]\w*)")
 
@@ -182,7 +181,7 @@ def make(id: str, **kwargs: Any) -> AgentEnv:
 
 
 def specs() -> list[EnvSpec]:
-    """Every environment that can be found, by id. Loads the built-in collection and all entry points."""
+    """Every environment that can be found, by id. Loads all entry points."""
     _load_all()
     return [_specs[id] for id in sorted(_specs)]
 
@@ -192,14 +191,12 @@ def _entry_points() -> Iterable[importlib.metadata.EntryPoint]:
 
 
 def _load_all() -> None:
-    for namespace in [*_BUILTIN, *sorted({entry.name for entry in _entry_points()})]:
+    for namespace in sorted({entry.name for entry in _entry_points()}):
         _load(namespace, warn=False)
 
 
 def _load(namespace: str, *, warn: bool) -> None:
     if namespace not in _loaded:
-        if namespace in _BUILTIN:
-            importlib.import_module(_BUILTIN[namespace])
         _loaded.add(namespace)
         for entry in _entry_points():
             if entry.name == namespace:

@@ -39,7 +39,6 @@ from packaging.requirements import Requirement
 
 from areal_agents import registry, settings
 from areal_agents.algorithms.registry import REGISTRIES
-from areal_agents.cli.commands import split_of
 from areal_agents.cli.main import _parse, main
 from areal_agents.env import Expert
 from areal_agents.evaluation.evaluate import EvalReport
@@ -67,7 +66,8 @@ PRELUDES = {
     "docs/algorithms.md": "import torch\nfrom areal_agents.algorithms.losses import ppo, token_mean\n"
     "from areal_agents.algorithms.offpolicy import bypass\n"
     "logprobs_T = torch.full((4,), -1.0, requires_grad=True)\nbehaviour_T = torch.full((4,), -1.1)\n"
-    "advantages_T = torch.ones(4)\nmask_T = torch.ones(4, dtype=torch.bool)\nsampled_tokens_of_the_whole_batch = 4\n"
+    "advantages_T = torch.ones(4)\nmask_T = torch.ones(4, dtype=torch.bool)\nsampled_tokens_of_the_whole_batch = 4\n",
+    "docs/python.md": "import shutil\nfor name in ('from-python', 'limited'):\n    shutil.rmtree(f'runs/{name}')\n",
 }
 """What a page's snippets take for granted."""
 
@@ -258,14 +258,16 @@ def _eval(command: Command, w: Workshop) -> list[str] | None:
 
     Only parsed where the model is a server's, or the environment needs a sandbox and this machine has no bubblewrap.
     """
-    parsed, _ = _parse(list(command.words[1:]))
+    parsed, overrides = _parse(list(command.words[1:]))
     if parsed.compare is not None:
         return list(command.words[1:])
-    if parsed.model.startswith("openai:"):  # needs a server: tests/engines/openai/test_client.py evaluates one
+    config = parsed.settings(overrides)
+    # A server: tests/engines/openai/test_client.py evaluates one. vLLM: tests/engines/vllm.
+    if parsed.url or config.engine.kind == "vllm":
         return None
-    if needs_sandbox(split_of(parsed.env)[0]) and shutil.which("bwrap") is None:
+    if needs_sandbox(config.env.id) and shutil.which("bwrap") is None:
         return None
-    model = parsed.model if Path(parsed.model).is_dir() else str(w.model)
+    model = config.model.path if Path(config.model.path).is_dir() else str(w.model)
     small = replaced(list(command.words[1:]), model=model, n="2", max_turn_tokens="8", max_turns="2")
     return replaced(small, out=f"out-{command.line}")
 
@@ -368,9 +370,8 @@ def test_metrics_and_their_page_agree(heading: str, kinds: str, workshop: Worksh
 
 @pytest.mark.parametrize("page", ["README.md"])
 def test_gymnasium_makes_the_readmes_environment_too(page: str, here: Workshop) -> None:
-    module = importlib.import_module("my_envs")
-    env = gymnasium.make("my/Scales-v0").unwrapped
-    assert isinstance(env, module.Scales)
+    env = gymnasium.make("my_envs:my/Scales-v0").unwrapped
+    assert isinstance(env, importlib.import_module("my_envs").Scales)
     observation, _ = env.reset(seed=0)
     dogs = int(re.findall(r"\d+", observation[-1].text)[0])
     _, reward, terminated, _, _ = env.step(rf"\boxed{{{20 * dogs}}}")

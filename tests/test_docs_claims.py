@@ -22,6 +22,7 @@ from areal_agents.conformance.check import CHECKS
 from areal_agents.errors import ConfigError
 from areal_agents.settings.describe import parameters
 from areal_agents.settings.describe import settings as known_settings
+from areal_agents.settings.evaluation import SHORT
 from areal_agents.tool import tool
 from areal_agents.trainer.resume import MAY_CHANGE
 from tests import doc_blocks
@@ -37,7 +38,9 @@ def test_commands_in_the_text_are_known() -> None:
                 continue
             assert words[1] in classes, f"{page}: `{code}`"
             fields = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(classes[words[1]])}
-            settable = {f"--{key}" for key in known_settings()} if words[1] in ("train", "demo") else set()
+            settable = {f"--{key}" for key in known_settings()} if words[1] in ("train", "demo", "eval") else set()
+            if words[1] == "eval":
+                settable |= {"--" + name.replace("_", "-") for name in SHORT}
             flags = {w.strip("[]").partition("=")[0] for w in words if w.startswith(("--", "[--"))} - {"--help"}
             assert flags <= fields | settable, f"{page}: `{code}`"
 

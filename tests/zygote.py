@@ -6,6 +6,7 @@ python -m tests.zygote        reads lines ``CONFIG.toml`` and answers each with 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import traceback
@@ -15,14 +16,14 @@ from pathlib import Path
 def child(path: str) -> int:
     from areal_agents import settings
     from areal_agents.errors import Interrupted
-    from areal_agents.trainer.loop import run_training
+    from areal_agents.trainer.loop import train
 
     log = os.open(Path(path).with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.setsid()
     try:
-        run_training(settings.load(path), resume=True, console=True)
+        asyncio.run(train(settings.load(path), resume=True, console=True))
     except Interrupted as error:
         print(error)
         return 130

@@ -7,23 +7,20 @@ needs them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import re
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from areal_agents.cli.common import UsageError, write_json
+from areal_agents.cli.eval import Eval
 from areal_agents.cli.resize import Resize
 from areal_agents.cli.saved_runs import Replay, Rescore
 from areal_agents.cli.serve import Serve
 from areal_agents.errors import ArealError, Interrupted
-from areal_agents.tracking.console import plain
 
 
 @dataclass
@@ -73,142 +70,6 @@ class Demo:
 
         demo(overrides, resume=self.resume)
         return 0
-
-
-@dataclass
-class Eval:
-    """Evaluate a model on an environment's held-out tasks: pass@1, pass@k, pass^k with 95 % intervals.
-
-    Or compare two finished evaluations: ``areal-agents eval --compare runs/demo:before runs/demo:after_rl``.
-    """
-
-    env: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID[:SPLIT]")] = ""
-    """Environment id or module:Class; the split is ``test`` where none is given."""
-    model: str = ""
-    """``smollm2``, a local folder (a run's checkpoint, for example), a hub id, or ``openai:MODEL`` with --url."""
-    url: Annotated[str, tyro.conf.arg(metavar="URL")] = ""
-    """Of an OpenAI-compatible server that serves MODEL, up to /v1: ``--model openai:MODEL --url http://HOST:8000/v1``."""
-    api_key_env: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
-    """With --url: the environment variable that holds the server's key; without it no key is sent."""
-    concurrency: int = 16
-    """With --url: most requests at once."""
-    requests_per_minute: float | None = None
-    """With --url: most requests started in a minute, retries included."""
-    compare: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="A B")] = None
-    """Compare B with A, task by task: folders that ``eval`` wrote, or RUN:LABEL (runs/demo:after_rl). No ENV_ID."""
-    common: bool = False
-    """With --compare: leave out the tasks that are not in both, instead of refusing."""
-    n: int = 128
-    """Tasks."""
-    k: int = 1
-    """Attempts a task."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    seed: int = 0
-    """Seeds the environments and the sampling."""
-    max_turn_tokens: int = 160
-    """Most tokens the model may sample in one turn."""
-    max_turns: int = 16
-    """The runner's own limit on turns, beside the environment's."""
-    max_context: int = 2048
-    """Longest conversation in tokens."""
-    difficulty: float | None = None
-    """Passed to the environment's tasks."""
-    sandbox: str = "bubblewrap"
-    """The sandbox backend that tools run in."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Where report and trajectories go; by default runs/eval-TIME."""
-    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Also write the report as JSON here; ``-``: to standard output, and everything else to standard error."""
-
-    def run(self, overrides: Sequence[str]) -> int:
-        self._require_usage()
-        work = self._run if self.compare is None else self._compare
-        if str(self.json) != "-":
-            report = work()
-            if self.json is not None:
-                write_json(report, self.json)
-            return 0
-        with contextlib.redirect_stdout(sys.stderr):
-            report = work()
-        write_json(report, None)
-        return 0
-
-    def _require_usage(self) -> None:
-        """Raise UsageError for options that are missing, out of range or contradict each other."""
-        if self.compare is not None:
-            given = [
-                flag for flag, value in (("ENV_ID", self.env), ("--model", self.model), ("--out", self.out)) if value
-            ]
-            if given:
-                raise UsageError(f"--compare reads two finished evaluations and plays nothing: leave out {given[0]}")
-            return
-        if not self.env:
-            raise UsageError(
-                "name an environment (`areal-agents envs` lists them), or compare two evaluations: --compare A B"
-            )
-        if not self.model:
-            raise UsageError(f"--model is missing: name the model to evaluate on {self.env}, for example smollm2")
-        if self.model.startswith("openai:") != bool(self.url):
-            raise UsageError(
-                "--model openai:MODEL and --url URL belong together, for example "
-                f"--model openai:{self.model.removeprefix('openai:')} --url http://127.0.0.1:8000/v1"
-            )
-        if self.api_key_env and not self.url:
-            raise UsageError("--api-key-env belongs to --url")
-        if self.common:
-            raise UsageError("--common belongs to --compare A B")
-        for name, value in (("--n", self.n), ("--k", self.k), ("--max-turn-tokens", self.max_turn_tokens),
-                            ("--concurrency", self.concurrency)):  # fmt: skip
-            if value < 1:
-                raise UsageError(f"{name} is {value}: it must be at least 1")
-        if self.temperature < 0:
-            raise UsageError(f"--temperature is {self.temperature}: it must be at least 0 (0 is greedy)")
-
-    def _compare(self) -> Any:
-        from areal_agents.evaluation.compare import compare
-
-        assert self.compare is not None
-        comparison = compare(*self.compare, common=self.common)
-        print(plain(comparison.table()))
-        return comparison.to_json()
-
-    def _run(self) -> Any:
-        from areal_agents import registry
-
-        env_id, split = split_of(self.env)
-        registry.spec(env_id)  # a typo is answered before torch is imported
-        from areal_agents.evaluation.evaluate import evaluate
-
-        served: dict[str, Any] = {}
-        if self.url:
-            from areal_agents.evaluation.evaluate import Server
-
-            served["server"] = Server(self.url, self.api_key_env or None, self.concurrency, self.requests_per_minute)
-        out = self.out or Path("runs") / f"eval-{time.strftime('%Y%m%d-%H%M%S')}"
-        report = asyncio.run(
-            evaluate(
-                env_id,
-                model=self.model,
-                split=split,
-                n=self.n,
-                k=self.k,
-                temperature=self.temperature,
-                seed=self.seed,
-                out=out,
-                max_turn_tokens=self.max_turn_tokens,
-                max_turns=self.max_turns,
-                max_context=self.max_context,
-                difficulty=self.difficulty,
-                sandbox=self.sandbox,
-                **served,
-            )
-        )
-        print(report.table())
-        if served:
-            print(f"served: {plain(report.served)}")
-        print(f"files: {out}")
-        return report.to_json()
 
 
 @dataclass
@@ -351,11 +212,3 @@ Command = (
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Model, tyro.conf.subcommand("model")]
 )
-
-
-def split_of(env: str) -> tuple[str, str]:
-    """``(id, split)`` of ``ns/Name-v0[:split]`` or ``module:Class[:split]``; the split is ``test`` by default."""
-    match = re.fullmatch(r"(?P<id>[^:]*-v\d+|[^:]+:[^:]+)(:(?P<split>[^:]+))?", env)
-    if match is None:
-        return env, "test"  # the registry says what is wrong with it
-    return match["id"], match["split"] or "test"

@@ -8,6 +8,7 @@ and leaves ``summary.json`` and ``learning_curve.png`` in the run's folder.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from areal_agents import settings
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.evaluate import EvalReport
 from areal_agents.tracking.plot import HeldOut, plot
-from areal_agents.trainer.loop import RunResult, run_training
+from areal_agents.trainer.loop import RunResult, train
 from areal_agents.trainer.run_folder import RunFolder
 
 NAMES = {"before": "before", "warm_start": "after warm start", "after_rl": "after RL"}
@@ -35,7 +36,7 @@ def demo(overrides: Sequence[str] = (), *, resume: bool = False) -> dict[str, An
     setup = time.time() - started
     config = settings.load("demo", overrides)
     claim(config.out, resume=resume)
-    result = run_training(config, resume=resume)
+    result = asyncio.run(train(config, resume=resume))
     summary = summarize_run(result, setup=setup, total=time.time() - started)
     (result.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     curve = plot(result.out, _points(result.reports, config.steps), title="areal/Arithmetic-v0, SmolLM2-135M-Instruct")

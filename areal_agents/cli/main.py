@@ -1,8 +1,8 @@
 """The command line: parsing, exit codes and errors; the commands are in ``cli/commands.py``.
 
-Commands are parsed by tyro; ``train`` and ``demo`` take the dotted overrides of ``settings/loading.py`` besides. Exit
-codes: 0 done, 1 an error or a failed check (one message on standard error; the traceback with ``--debug`` or
-AREAL_DEBUG=1), 2 wrong usage, 130 interrupted.
+Commands are parsed by tyro; ``train``, ``demo`` and ``eval`` take the dotted overrides of ``settings/loading.py``
+besides. Exit codes: 0 done, 1 an error or a failed check (one message on standard error; the traceback with ``--debug``
+or AREAL_DEBUG=1), 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -66,18 +66,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(args: list[str]) -> tuple[Any, list[str]]:
-    """The command, and the settings given on the command line of ``train`` or ``demo``."""
+    """The command, and the settings given on the command line of ``train``, ``demo`` or ``eval``."""
     overrides: list[str] = []
-    if args[:1] in (["train"], ["demo"]):
+    if args[:1] in (["train"], ["demo"], ["eval"]):
+        from areal_agents.settings import evaluation
         from areal_agents.settings.describe import help_text
         from areal_agents.settings.loading import split_overrides
 
-        args, overrides = split_overrides(args, keep=("--help", "--resume"))
+        evaluates = args[0] == "eval"
+        options = [a for a in args if not evaluation.is_setting(a)] if evaluates else ["--help", "--resume"]
+        args, overrides = split_overrides(args, keep=options)
         if "-h" in args or "--help" in args:
             try:
                 _tyro([args[0], "--help"])
             except SystemExit:
-                print(help_text())
+                print(evaluation.help_text() if evaluates else help_text())
                 raise
     return _tyro(args or ["--help"]), overrides
 

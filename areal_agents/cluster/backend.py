@@ -31,9 +31,10 @@ from areal_agents.cluster.ray_session import Cluster, cluster
 from areal_agents.cluster.rollout_workers import RolloutWorkers
 from areal_agents.engine import Transport
 from areal_agents.engine_kind import engine_kind
+from areal_agents.engines.local import supervision
 from areal_agents.registry import EnvSpec
 from areal_agents.settings.config import TrainConfig
-from areal_agents.trainer.backend import Backend, Event, engine_spec, learner_settings, receivers, salt, supervision
+from areal_agents.trainer.backend import Backend, Event, engine_spec_of, learner_settings, receivers, salt
 from areal_agents.trainer.threads import Cores
 
 
@@ -136,12 +137,12 @@ def _declared(config: TrainConfig) -> dict[str, float]:
 def _pool_settings(config: TrainConfig, model: Path, cores: Cores, resumed_at: int) -> PoolSettings:
     c = config.cluster
     return PoolSettings(
-        engine_spec(config, model, threads=cores.engine),
+        engine_spec_of(config, model, threads=cores.engine),
         config.engine.replicas,
         resources=Resources(c.engine_cpus, c.engine_gpus, c.engine_resources),
         seed=config.seed,
         salt=salt(resumed_at),
-        supervised=supervision(config),
+        supervised=supervision(config.engine),
     )
 
 

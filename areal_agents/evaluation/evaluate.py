@@ -6,27 +6,23 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from areal_agents import registry
-from areal_agents.chat.format import ChatFormat
-from areal_agents.chat_model import ChatReply, remote_name
-from areal_agents.engine import Sampling
-from areal_agents.env import AgentEnv
+from areal_agents.chat_model import remote_name
 from areal_agents.errors import ConfigError
+from areal_agents.evaluation.players import Served, Server, on_engines, on_server
 from areal_agents.evaluation.statistics import PASS, clustered_interval, pass_at_k, pass_hat_k
-from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec
-from areal_agents.rollout.chat_policy import ChatPolicy
-from areal_agents.rollout.episode import Limits
-from areal_agents.rollout.player import EpisodePlayer, EventSink, LocalPlayer, env_maker, prove_sandbox
+from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
-from areal_agents.rollout.token_policy import EnginePolicy
+from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig, TrainConfig
+from areal_agents.settings.evaluation import eval_folder, training_only
+from areal_agents.settings.loading import dump
 from areal_agents.tracking.console import clock
 from areal_agents.tracking.tracker import Tracker
 from areal_agents.types import Task, Trajectory
@@ -208,155 +204,102 @@ def refuse_used(out: Path) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
-    """An OpenAI-compatible server, for a model called ``openai:MODEL``."""
-
-    url: str
-    """Up to and including ``/v1``."""
-    api_key_env: str | None = None
-    """Environment variable that holds the server's key."""
-    concurrency: int = 16
-    """Most requests, and episodes, at once."""
-    requests_per_minute: float | None = None
-    """Most requests started in a minute, retries included."""
-
-
 async def evaluate(
-    env_id: str,
+    env: str | EnvConfig,
     *,
-    model: str,
+    model: str | Path | ModelConfig,
     split: str = "test",
     n: int = 128,
     k: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
-    out: Path = Path("runs/eval"),
-    max_turn_tokens: int = 160,
-    max_turns: int = 16,
-    max_context: int = 2048,
-    sandbox: str = "bubblewrap",
-    difficulty: float | None = None,
+    out: str | Path | None = None,
+    engine: EngineConfig | None = None,
+    rollout: RolloutConfig | None = None,
     server: Server | None = None,
 ) -> EvalReport:
-    """Evaluate ``model`` and write report.json and every trajectory to ``out``.
+    """Evaluate a model on an environment; report.json, config.toml and every trajectory go to a folder.
 
-    model: ``smollm2``, a folder, a hub id, or ``openai:MODEL``, which ``server`` serves. An episode of a served model
-    has no token ids; its limits on tokens are kept as far as the server reports what it sampled.
+        report = await areal_agents.evaluate("areal/Arithmetic-v0", model="smollm2", n=32)
+        print(report.table())
 
-    Raises ArealError subclasses: an ``out`` that holds an evaluation or a run already, unknown environment or split,
-    missing model, unavailable sandbox, a server that refuses, no scored attempt.
+    The sections are those of ``TrainConfig``, so a run is evaluated as it was trained with ``engine=config.engine,
+    rollout=config.rollout``. What they say of training alone (batches, staleness, how weights travel) is not used.
+
+    Args:
+        env: a registered id or ``module:Class``; as a section: with difficulty, kwargs, sandbox, step_timeout.
+        model: ``smollm2``, a folder, a hub id, or ``openai:MODEL``, which ``server`` serves; as a section: with
+            max_context.
+        split: the environment's split to take tasks from.
+        n: tasks.
+        k: attempts a task.
+        temperature: of sampling; 0 is greedy.
+        seed: of environments and sampling.
+        out: the folder; runs/eval-TIME where it is not given.
+        engine: which engine, how many, and its timeouts. Of a served model, request_timeout alone is used.
+        rollout: limits of an episode, retries and the failure budget.
+        server: of a model called ``openai:MODEL``. Its episodes have no token ids; their limits on tokens are kept as
+            far as the server reports what it sampled.
+
+    Returns:
+        The report; rates are in [0, 1].
+
+    Raises:
+        ArealError: an ``out`` that is used already, an unknown environment or split, a missing model, an unavailable
+            sandbox, a server that refuses, too many failures, no scored attempt.
+        ValueError: a setting out of range (pydantic's ValidationError).
     """
-    refuse_used(out)
-    name = remote_name(model)
+    config = TrainConfig(
+        seed=seed,
+        out=Path(out) if out is not None else eval_folder(),
+        model=model if isinstance(model, ModelConfig) else ModelConfig(path=str(model)),
+        env=env if isinstance(env, EnvConfig) else EnvConfig(id=env),
+        engine=(engine or EngineConfig()).model_copy(update={"transport": "auto"}),  # no weights travel
+        rollout=rollout or RolloutConfig(),
+        eval=EvalConfig(split=split, n=n, k=k, temperature=temperature),
+    )
+    return await _evaluate(config, server)
+
+
+async def _evaluate(config: TrainConfig, server: Server | None) -> EvalReport:
+    refuse_used(config.out)
+    name = remote_name(config.model.path)
     if (name is None) != (server is None):
         raise ConfigError(
-            f"model {model!r} and server {server!r}: a served model is called openai:MODEL and needs its server's URL "
-            "(--url), other models have none"
+            f"model {config.model.path!r} and server {server!r}: a served model is called openai:MODEL and needs its "
+            "server's URL (--url), other models have none"
         )
-    spec = registry.spec(env_id)
-    tasks = held_out(spec, split, n, difficulty=difficulty)
-    await prove_sandbox(spec, sandbox)
-    limits = Limits(max_context, max_turn_tokens, max_turn_tokens * max_turns, max_turns, 60.0, 300.0)
-    make_env = env_maker(spec, sandbox=sandbox, kwargs={})
-    sampling = Sampling(max_turn_tokens, temperature=temperature)
-    served, concurrency = Served(), 48 if server is None else server.concurrency
+    e = config.eval
+    spec = registry.spec(config.env.id)
+    tasks = held_out(spec, e.split, e.n, difficulty=config.env.difficulty)
+    await prove_sandbox(spec, config.env.sandbox)
+    served = Served()
     if server is not None and name is not None:
-        opener = _served(name, server, make_env, sampling, limits, served)
+        opener, concurrency = on_server(config, spec, name, server, served), server.concurrency
     else:
-        opener = _local(model, make_env, sampling, limits, seed=seed)
+        opener, concurrency = on_engines(config, spec), config.engine.max_batch * config.engine.replicas
+    budget = FailureBudget(window=config.rollout.failure_window, share=config.rollout.failure_budget)
     watch = Stopwatch()
     async with contextlib.AsyncExitStack() as stack:
-        tracker = stack.enter_context(Tracker(out, tensorboard=False))
+        tracker = stack.enter_context(Tracker(config.out, tensorboard=False))
+        (config.out / "config.toml").write_text(dump(config, leave_out=training_only))
         player = await stack.enter_async_context(opener(tracker.event))
-        runner = EpisodeRunner(player, FailureBudget(window=64, share=0.25), max_retries=2, event=tracker.event)
+        runner = EpisodeRunner(player, budget, max_retries=config.rollout.max_retries, event=tracker.event)
         try:
             results = await run_attempts(
-                runner, tasks, k=k, concurrency=concurrency, seed=seed, label=split, progress=Progress(tracker.message)
-            )
+                runner, tasks, k=e.k, concurrency=concurrency, seed=config.seed, label=e.split,
+                progress=Progress(tracker.message),
+            )  # fmt: skip
         finally:
             await runner.close()
         report = summarize(
-            results, env=env_id, split=split, model=model, version=0, temperature=temperature, seed=seed,
-            seconds=watch.seconds,
+            results, env=config.env.id, split=e.split, model=config.model.path, version=0,
+            temperature=e.temperature, seed=config.seed, seconds=watch.seconds,
         )  # fmt: skip
         report = replace(report, served=served.text())
         tracker.trajectories.write([t for _, tries in results for t in tries if t is not None], step=0, kind="eval")
-    (out / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    (config.out / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
     return report
-
-
-_Opener = Callable[[EventSink], contextlib.AbstractAsyncContextManager[EpisodePlayer]]
-
-
-def _local(model: str, make_env: Callable[[], AgentEnv], sampling: Sampling, limits: Limits, *, seed: int) -> _Opener:
-    """Opens a player on an engine of this machine, which ends with it. Raises ModelError at once."""
-    from areal_agents.engines.cpu.engine import TransformersEngine  # heavy: only evaluation and training need it
-
-    folder = resolve(model)
-    fmt = ChatFormat.load(folder)
-    threads = len(os.sched_getaffinity(0))
-
-    @contextlib.asynccontextmanager
-    async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:
-        async with await TransformersEngine.start(
-            folder, threads=threads, seed=seed, max_context=limits.max_context
-        ) as engine:
-            how = replace(sampling, stop_ids=fmt.stop_ids)
-            yield LocalPlayer(make_env, lambda task: EnginePolicy(engine, how, fmt, limits), limits, event=event)
-
-    return open
-
-
-def _served(
-    name: str,
-    server: Server,
-    make_env: Callable[[], AgentEnv],
-    sampling: Sampling,
-    limits: Limits,
-    served: Served,
-) -> _Opener:
-    """Opens a player on a chat server, which tells ``served``. Raises ConfigError at once."""
-    from areal_agents.engines.openai.client import OpenAIChat
-
-    # As many episodes as requests run at once: a request waits for nothing but the turns of all others.
-    waiting = 60.0 * server.concurrency / server.requests_per_minute if server.requests_per_minute else 0.0
-    chat = OpenAIChat(
-        name,
-        base_url=server.url,
-        api_key_env=server.api_key_env,
-        deadline=limits.request_timeout + waiting,
-        concurrency=server.concurrency,
-        requests_per_minute=server.requests_per_minute,
-    )
-    served.url = chat.url
-    # Twice the client's own deadline, whose message is better.
-    limits = replace(limits, request_timeout=2 * (limits.request_timeout + waiting))
-
-    def policy(task: Task) -> ChatPolicy:
-        return ChatPolicy(chat, sampling, limits, seen=served.see)
-
-    @contextlib.asynccontextmanager
-    async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:
-        async with chat:
-            await chat.require_answer()
-            yield LocalPlayer(make_env, policy, limits, event=event)
-
-    return open
-
-
-@dataclass
-class Served:
-    """Which models answered, by their server's own names."""
-
-    url: str = ""
-    names: set[str] = field(default_factory=set)
-
-    def see(self, reply: ChatReply) -> None:
-        self.names.add(reply.model or "a model without a name")
-
-    def text(self) -> str:
-        return f"{', '.join(sorted(self.names))} at {self.url}" if self.url else ""
 
 
 class Progress:

@@ -1,6 +1,7 @@
 """A finished run as its files tell it, with its environment, seeds, model and episodes.
 
-    RUN/config.toml      a training run's settings       (or RUN/report.json: what ``areal-agents eval`` leaves)
+    RUN/config.toml      its settings
+    RUN/report.json      of an evaluation alone (``areal-agents eval``)
     RUN/trajectories/    its episodes
 
 It serves what reads runs and never writes them: ``evaluation/rescore.py`` and ``evaluation/replay.py``.
@@ -47,7 +48,7 @@ class SavedRun:
     step_timeout: float = 60.0
     """Seconds for one reset or step."""
     max_turns: int | None = None
-    """The runner's own limit on turns. None for an evaluation, whose report does not say it."""
+    """The runner's own limit on turns. None where only a report is left, which does not say it."""
     algorithm: AlgorithmConfig | None = None
     """None for an evaluation, which trains nothing."""
 
@@ -61,9 +62,10 @@ class SavedRun:
         """
         if (out / "config.toml").is_file():
             c = settings.load(out / "config.toml")
+            algorithm = None if (out / "report.json").is_file() else c.algorithm
             return cls(
                 out, c.env.id, c.seed, c.model.path, c.env.sandbox, c.env.kwargs, c.env.step_timeout,
-                c.rollout.max_turns, c.algorithm,
+                c.rollout.max_turns, algorithm,
             )  # fmt: skip
         try:
             row = json.loads((out / "report.json").read_text(encoding="utf-8"))

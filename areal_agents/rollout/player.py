@@ -23,6 +23,7 @@ from areal_agents.rollout.env_host import EnvHost, HostLost
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy
 from areal_agents.rollout.token_policy import EnginePolicy
 from areal_agents.sandbox import SandboxBackend, backends
+from areal_agents.settings.config import TrainConfig
 from areal_agents.types import Task, Trajectory
 
 EventSink = Callable[..., None]
@@ -170,6 +171,18 @@ class PlayerSpec:
             return ExpertPolicy(expert, task, fmt, self.limits)
 
         return LocalPlayer(make_env, policy, self.limits, event=event)
+
+
+def limits_of(config: TrainConfig) -> Limits:
+    """Return the limits that the settings put on an episode."""
+    return Limits(
+        max_context=config.model.max_context,
+        max_turn_tokens=config.rollout.max_turn_tokens,
+        max_episode_tokens=config.rollout.episode_tokens,
+        max_turns=config.rollout.max_turns,
+        step_timeout=config.env.step_timeout,
+        request_timeout=config.engine.request_timeout,
+    )
 
 
 def env_maker(spec: EnvSpec, *, sandbox: str, kwargs: Mapping[str, Any]) -> Callable[[], AgentEnv]:

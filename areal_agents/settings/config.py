@@ -132,8 +132,8 @@ class RolloutConfig(Section):
     """Sampling temperature; policy ratios are computed at it too."""
     max_turn_tokens: Count = 160
     """Most tokens the model may sample in one turn."""
-    max_episode_tokens: Count = 2048
-    """Most tokens the model may sample in one episode."""
+    max_episode_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens the model may sample in one episode; none: what ``max_turns`` full turns have."""
     max_turns: Count = 16
     """The runner's own limit on turns, beside the environment's."""
     max_retries: int = Field(default=2, ge=0)
@@ -156,6 +156,11 @@ class RolloutConfig(Section):
     def staleness(self) -> int:
         """The bound in force."""
         return 0 if self.mode == "sync" else self.max_staleness
+
+    @property
+    def episode_tokens(self) -> int:
+        """The bound on an episode's sampled tokens in force."""
+        return self.max_episode_tokens or self.max_turns * self.max_turn_tokens
 
 
 def _chosen(registry: Registry) -> tuple[Any, ...]:
@@ -248,7 +253,12 @@ class TrackConfig(Section):
 
 
 class TrainConfig(Section):
-    """A whole run."""
+    """A whole run.
+
+    config = TrainConfig(steps=20, env=EnvConfig(id="my_envs:Scales"), learner=LearnerConfig(lr=2e-6))
+    config = TrainConfig.model_validate({"steps": 20, "env": {"id": "my_envs:Scales"}, "learner": {"lr": 2e-6}})
+    config = areal_agents.settings.load("mine.toml", ["--learner.lr", "2e-6"])
+    """
 
     steps: Count = 10
     """Learner steps (batches)."""

@@ -9,10 +9,11 @@ import contextlib
 import difflib
 import inspect
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types as at
@@ -178,22 +179,33 @@ def either(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
 
 
-def help_text() -> str:
-    """Every setting with its accepted values, default and meaning, grouped by section."""
+def help_text(
+    *,
+    leave_out: Callable[[str], object] = lambda key: None,
+    short: Mapping[str, str] = MappingProxyType({}),
+    defaults: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Every setting with its accepted values, default and meaning, grouped by section.
+
+    ``leave_out``: of each key, whether it is not shown. ``short``: other names of settings. ``defaults``: what is shown
+    in a default's place.
+    """
     lines = ["settings (in the TOML file, or on the command line as --SECTION.NAME VALUE):"]
+    also = {key: f", --{name.replace('_', '-')}" for name, key in short.items()}
     for section, names in sections().items():
-        lines += ["", f"[{section}]" if section else "top level"]
-        for name in names:
-            setting = settings()[f"{section}.{name}" if section else name]
-            lines += _help_lines(setting)
+        shown = [s for n in names if not leave_out((s := settings()[f"{section}.{n}" if section else n]).key)]
+        lines += ["", f"[{section}]" if section else "top level"] if shown else []
+        for setting in shown:
+            lines += _help_lines(setting, also.get(setting.key, ""), defaults.get(setting.key))
             if setting.registry is not None:
                 lines.append(f"      Parameters, as --{setting.key}.NAME: see `areal-agents algorithms`.")
     return "\n".join(lines)
 
 
-def _help_lines(setting: Setting) -> list[str]:
-    default = "" if setting.info.is_required() else f"; default: {_shown_default(setting.default)}"
-    first = f"  --{setting.key}  ({setting.expects}{default})"
+def _help_lines(setting: Setting, also: str = "", instead: str | None = None) -> list[str]:
+    """``also``: its other name. ``instead``: what is shown in its default's place."""
+    default = "" if setting.info.is_required() else f"; default: {instead or _shown_default(setting.default)}"
+    first = f"  --{setting.key}{also}  ({setting.expects}{default})"
     return [first, *(f"      {line}" for line in (setting.info.description or "").splitlines())]
 
 

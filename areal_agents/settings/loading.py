@@ -14,9 +14,10 @@ import difflib
 import importlib.resources
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
@@ -67,10 +68,13 @@ def find(path: Path | str) -> Path:
     raise ConfigError(f"no such configuration: {path}. {hint}")
 
 
-def load(path: Path | str | None, overrides: Sequence[str] = ()) -> TrainConfig:
+def load(
+    path: Path | str | None, overrides: Sequence[str] = (), *, short: Mapping[str, str] = MappingProxyType({})
+) -> TrainConfig:
     """The settings of ``path`` (None: all defaults) under ``overrides``: ``--learner.lr 2e-6``, ``--learner.lr=2e-6``.
 
-    Raises ConfigError, which lists every problem of the file and the overrides together.
+    ``short``: other names of settings in overrides. Raises ConfigError, which lists every problem of the file and the
+    overrides together.
     """
     tree: dict[str, Any] = {}
     origins: Origins = {}
@@ -84,7 +88,11 @@ def load(path: Path | str | None, overrides: Sequence[str] = ()) -> TrainConfig:
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
         _merge(tree, origins, problems, table, "", str(file))
-    for key, raw, flag in _pairs(overrides, problems):
+    said: dict[str, tuple[str, str | None]] = {}
+    for key, raw, flag in _pairs(overrides, problems, short):
+        other, value = said.setdefault(key, (flag, raw)) if key in short.values() else (flag, raw)
+        if other != flag and value != raw:
+            problems.append(f"{other} {value} and {flag} {raw} are one setting, {key}: give one of them")
         _override(tree, origins, problems, key, raw, flag)
     problems += _booleans(tree, origins)
     for key in REGISTRIES:
@@ -93,13 +101,14 @@ def load(path: Path | str | None, overrides: Sequence[str] = ()) -> TrainConfig:
         config = TrainConfig.model_validate(tree)
     except ValidationError as error:
         problems += [_sentence(e, origins) for e in error.errors()]
-        raise _failure(problems) from None
+        raise failure(problems) from None
     if problems:
-        raise _failure(problems)
+        raise failure(problems)
     return config
 
 
-def _failure(problems: Sequence[str]) -> ConfigError:
+def failure(problems: Sequence[str]) -> ConfigError:
+    """Return one error that says all ``problems``."""
     if len(problems) == 1:
         return ConfigError(problems[0])
     return ConfigError(f"{len(problems)} problems in the settings:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -247,7 +256,19 @@ def split_overrides(args: Sequence[str], keep: Sequence[str] = ()) -> tuple[list
     return rest, overrides
 
 
-def _pairs(overrides: Sequence[str], problems: list[str]) -> Iterator[tuple[str, str | None, str]]:
+def override_keys(overrides: Sequence[str], *, short: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(dotted key, the flag as typed) of each override; what is none is left to ``load`` to complain of."""
+    return [(normal_key(key), flag) for key, _, flag in _pairs(overrides, [], short)]
+
+
+def normal_key(key: str) -> str:
+    """``key`` as settings spell it: ``max-turns`` is ``max_turns``."""
+    return key.replace("-", "_")
+
+
+def _pairs(
+    overrides: Sequence[str], problems: list[str], short: Mapping[str, str]
+) -> Iterator[tuple[str, str | None, str]]:
     """(dotted key, raw value or None, the flag as typed) of each override."""
     i = 0
     while i < len(overrides):
@@ -262,7 +283,7 @@ def _pairs(overrides: Sequence[str], problems: list[str]) -> Iterator[tuple[str,
         if not equals and i < len(overrides) and not overrides[i].startswith("--"):
             value = overrides[i]
             i += 1
-        yield key, value, flag
+        yield short.get(normal_key(key), key), value, flag
 
 
 def _override(
@@ -388,12 +409,16 @@ def _show(value: Any) -> str:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def dump(config: TrainConfig) -> str:
-    """``config`` as TOML that ``load`` reads back to an equal one. None is left out where it is the default."""
+def dump(config: TrainConfig, *, leave_out: Callable[[str], object] = lambda key: None) -> str:
+    """``config`` as TOML that ``load`` reads back to an equal one. None is left out where it is the default.
+
+    ``leave_out``: of each key, whether it is not written.
+    """
     tree = config.model_dump(mode="python")
     lines: list[str] = []
     for section, names in sections().items():
-        if section:
+        names = tuple(n for n in names if not leave_out(f"{section}.{n}" if section else n))
+        if section and names:
             lines += ["", f"[{section}]"]
         table: Any = tree
         for part in section.split(".") if section else ():

@@ -19,7 +19,7 @@ import torch
 from areal_agents.algorithms.batch import Row
 from areal_agents.engine import Engine, Transport
 from areal_agents.engine_kind import engine_kind
-from areal_agents.engines.pool.replica import SupervisedSettings
+from areal_agents.engines.local import engine_spec
 from areal_agents.engines.pool.supervision import Threaded
 from areal_agents.engines.spec import EngineSpec
 from areal_agents.learner.learner import Learner, Metrics
@@ -27,7 +27,7 @@ from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec
 from areal_agents.settings.config import TrainConfig
 from areal_agents.trainer.threads import Cores
-from areal_agents.utils.precision import resolve_precision
+from areal_agents.utils.precision import Format, resolve_precision
 
 Event = Callable[..., None]
 
@@ -86,19 +86,10 @@ def salt(resumed_at: int) -> str:
     return str(resumed_at) if resumed_at else ""
 
 
-def engine_spec(config: TrainConfig, model: Path, *, threads: int) -> EngineSpec:
-    """How one engine is started."""
-    e, kind = config.engine, engine_kind(config.engine.kind)
-    options: dict[str, Any] = {
-        "precision": "bf16" if engine_dtype(config) == torch.bfloat16 else "fp32",
-        "max_batch": e.max_batch,
-        "kv_tokens": e.kv_tokens,
-        "max_context": config.model.max_context,
-        "threads": threads,
-    }
-    options |= {argument: getattr(e, setting) for setting, argument in kind.own.items()}
-    options |= kind.prepare(model, config.model.max_context)
-    return EngineSpec(e.kind, str(model.absolute()), options)
+def engine_spec_of(config: TrainConfig, model: Path, *, threads: int) -> EngineSpec:
+    """Return how one engine of a run is started."""
+    number: Format = "bf16" if engine_dtype(config) == torch.bfloat16 else "fp32"
+    return engine_spec(config.engine, model, max_context=config.model.max_context, threads=threads, format=number)
 
 
 def engine_dtype(config: TrainConfig) -> torch.dtype:
@@ -106,16 +97,6 @@ def engine_dtype(config: TrainConfig) -> torch.dtype:
     placed = config.cluster.backend == "ray" and config.cluster.engine_gpus > 0
     gpu = engine_kind(config.engine.kind).takes_gpus and (placed or torch.cuda.is_available())
     return resolve_precision(config.engine.precision, gpu=gpu)
-
-
-def supervision(config: TrainConfig) -> SupervisedSettings:
-    """``SupervisedEngine``'s numbers."""
-    start_seconds = engine_kind(config.engine.kind).start_seconds
-    return {
-        "hang_seconds": config.engine.hang_timeout,
-        "start_seconds": start_seconds,
-        "update_seconds": start_seconds + 300.0,  # an engine that is lost during it starts again first
-    }
 
 
 def receivers(config: TrainConfig, replicas: int) -> int:

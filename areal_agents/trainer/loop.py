@@ -53,6 +53,10 @@ class RunResult:
 async def train(config: TrainConfig, *, resume: bool = False, console: bool = True) -> RunResult:
     """Run ``config`` to its end; with ``resume``, from the last commit in ``config.out``, if there is one.
 
+        config = areal_agents.TrainConfig.model_validate({"steps": 20, "env": {"id": "my_envs:Scales"}})
+        result = asyncio.run(areal_agents.train(config))  # in a notebook: await areal_agents.train(config)
+        print(result.table())
+
     A learner that is lost (``cluster.backend = "ray"``) is replaced: the run goes on from its last commit, at most
     ``cluster.learner_restarts`` times.
 
@@ -276,8 +280,3 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
         "generate_seconds": sum(t.metrics.get("generate_seconds", 0.0) for t in episodes) / n,
         "env_seconds": sum(t.metrics.get("env_seconds", 0.0) for t in episodes) / n,
     }  # fmt: skip
-
-
-def run_training(config: TrainConfig, *, resume: bool = False, console: bool = True) -> RunResult:
-    """``train`` for callers without an event loop (the command line)."""
-    return asyncio.run(train(config, resume=resume, console=console))

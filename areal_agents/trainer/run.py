@@ -20,8 +20,7 @@ from areal_agents.errors import LearnerLost
 from areal_agents.evaluation.evaluate import EvalReport, Progress, Stopwatch, held_out, run_attempts, summarize
 from areal_agents.models import resolve
 from areal_agents.rollout.demonstrations import demonstration_rows
-from areal_agents.rollout.episode import Limits
-from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, prove_sandbox
+from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, limits_of, prove_sandbox
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.rollout.tasks import TaskStream
@@ -219,19 +218,12 @@ class Run:
         return spec.build(self.engine, fmt=self.fmt, event=self.tracker.event)
 
     def _engine_player(self, temperature: float) -> PlayerSpec:
-        config, r = self.config, self.config.rollout
+        config, limits = self.config, limits_of(self.config)
         return PlayerSpec(
             env=self.spec,
             model=self.model,
-            limits=Limits(
-                max_context=config.model.max_context,
-                max_turn_tokens=r.max_turn_tokens,
-                max_episode_tokens=r.max_episode_tokens,
-                max_turns=r.max_turns,
-                step_timeout=config.env.step_timeout,
-                request_timeout=config.engine.request_timeout,
-            ),
-            sampling=Sampling(r.max_turn_tokens, temperature=temperature, stop_ids=self.fmt.stop_ids),
+            limits=limits,
+            sampling=Sampling(limits.max_turn_tokens, temperature=temperature, stop_ids=self.fmt.stop_ids),
             sandbox=config.env.sandbox,
             kwargs=config.env.kwargs,
         )

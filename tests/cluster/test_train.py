@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 
 from areal_agents import settings
+from areal_agents.engines.local import supervision
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import read_metrics
-from areal_agents.trainer.backend import receivers, supervision
+from areal_agents.trainer.backend import receivers
 from tests.cluster.conftest import command_line
 from tests.conftest import require
 from tests.processes import MARKER, marked, wait_gone
@@ -53,7 +54,7 @@ def test_what_is_reserved_and_supervised_follows_the_configuration(tmp_path: Pat
     assert _episodes(c) == max(c.rollout.concurrency, 16)
     assert receivers(c, 1) == 1  # one of two is left
     for kind, seconds in (("vllm", 900), ("transformers", 300)):
-        numbers = supervision(c.model_copy(update={"engine": c.engine.model_copy(update={"kind": kind})}))
+        numbers = supervision(c.engine.model_copy(update={"kind": kind}))
         assert (numbers["start_seconds"], numbers["update_seconds"]) == (seconds, seconds + 300)
 
 

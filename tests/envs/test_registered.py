@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,3 +24,21 @@ def test_passes_every_check(id: str, smollm2: Path) -> None:
 
 def test_there_is_something_to_check() -> None:
     assert "areal/Arithmetic-v0" in {spec.id for spec in registry.specs()}
+
+
+@pytest.mark.parametrize(
+    ("imports", "id"),
+    [
+        ("import areal_agents, gymnasium", "areal/Arithmetic-v0"),
+        ("import gymnasium, areal_agents", "areal/Arithmetic-v0"),
+        ("import gymnasium", "areal_agents:areal/Arithmetic-v0"),
+    ],
+)
+def test_gymnasium_makes_what_comes_with_the_package(imports: str, id: str) -> None:
+    """In a new process: in this one, other tests have registered it."""
+    code = (
+        f"{imports}; from gymnasium.utils.env_checker import check_env; env = gymnasium.make({id!r}); "
+        "check_env(env.unwrapped, skip_render_check=True); print(env)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stderr, done.stdout) == ("", "<Arithmetic<areal/Arithmetic-v0>>\n")

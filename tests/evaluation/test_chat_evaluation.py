@@ -15,11 +15,13 @@ from areal_agents.chat_model import ContextLengthError
 from areal_agents.cli.main import main
 from areal_agents.engine import Sampling
 from areal_agents.errors import ConfigError, EnvError
-from areal_agents.evaluation.evaluate import EvalReport, Server, evaluate
+from areal_agents.evaluation.evaluate import EvalReport, evaluate
+from areal_agents.evaluation.players import Server
 from areal_agents.evaluation.saved_run import SavedRun
 from areal_agents.rollout.chat_policy import ChatPolicy
 from areal_agents.rollout.episode import Limits
 from areal_agents.rollout.player import LocalPlayer
+from areal_agents.settings.config import ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.types import AssistantMessage, Trajectory
 from tests.chat_envs import Sums
@@ -50,9 +52,13 @@ def scripted(body: Json) -> Step:
 
 
 def run_evaluation(out: Path, url: str, **settings: Any) -> EvalReport:
-    options: dict[str, Any] = {"n": 8, "k": 2, "max_turns": 4, "max_turn_tokens": 20} | settings
+    limits = {"max_turns": 4, "max_turn_tokens": 20} | settings.pop("rollout", {})
+    model = ModelConfig(path="openai:m", **settings.pop("model", {}))
+    options: dict[str, Any] = {"n": 8, "k": 2} | settings
     server = Server(url, concurrency=3, requests_per_minute=100_000)
-    return asyncio.run(evaluate(ENV, model="openai:m", server=server, out=out, **options))
+    return asyncio.run(
+        evaluate(ENV, model=model, rollout=RolloutConfig.model_validate(limits), server=server, out=out, **options)
+    )
 
 
 def test_pass_at_1_is_exact_and_episodes_are_saved(tmp_path: Path) -> None:
@@ -178,14 +184,15 @@ class Unmetered:
 def test_limits_by_reported_tokens(tmp_path: Path) -> None:
     with chat_server(lambda body: completion(None, tokens=9, tool_calls=[call("add", "{}")])) as server:
         for settings, reason, turns in (
-            ({"max_turn_tokens": 5, "max_turns": 3}, "tokens", 2),  # 15 tokens an episode: 9, then 6 are left
-            ({"max_turn_tokens": 20, "max_context": 16}, "context", 1),  # 7 of the prompt and 9
+            ({"rollout": {"max_turn_tokens": 5, "max_turns": 3}}, "tokens", 2),  # 15 an episode: 9, then 6 are left
+            ({"rollout": {"max_turn_tokens": 15}, "model": {"max_context": 16}}, "context", 1),  # 7 of the prompt and 9
+            ({"rollout": {"max_episode_tokens": 9}}, "tokens", 1),
         ):
-            out = tmp_path / reason
+            out = tmp_path / str(len(server.requests))
             run_evaluation(out, server.url, n=1, k=1, **settings)
             (record,) = read_records(out)
             assert (record.trajectory.stop_reason, len(record.trajectory.turns)) == (reason, turns)
-    assert [r["max_tokens"] for r in server.requests] == [5, 5, 16]
+    assert [r["max_tokens"] for r in server.requests] == [5, 5, 15, 9]
 
 
 def test_a_full_context_ends_the_episode_and_the_environment_scores_it() -> None:

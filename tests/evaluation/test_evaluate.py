@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from areal_agents import registry
-from areal_agents.errors import ConfigError, RegistryError, SandboxUnavailable
+from areal_agents.errors import ConfigError, FailureBudgetError, RegistryError, SandboxUnavailable
 from areal_agents.evaluation.evaluate import EvalReport, Progress, compare_table, evaluate, held_out, summarize
+from areal_agents.evaluation.saved_run import SavedRun
+from areal_agents.settings.config import EngineConfig, EnvConfig, ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records
-from areal_agents.types import AssistantMessage, CallStatus, Completion, Task, Text, ToolCall, Trajectory, Turn
+from areal_agents.types import (
+    AssistantMessage,
+    CallStatus,
+    Completion,
+    Info,
+    Observation,
+    Task,
+    Text,
+    ToolCall,
+    Trajectory,
+    Turn,
+)
+from tests.letters_env import Letters
 from tests.tiny_models import tiny_chat_model
+
+
+class Stuck(Letters):
+    """A step never ends."""
+
+    async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
+        await asyncio.Event().wait()
+        raise AssertionError
 
 
 def attempt(reward: float, *statuses: CallStatus, truncated: bool = False) -> Trajectory:
@@ -90,14 +113,14 @@ def test_a_real_engine_leaves_report_and_trajectories(tmp_path: Path) -> None:
     out = tmp_path / "out"
     r = asyncio.run(
         evaluate(
-            "tests.letters_env:Letters",
-            model=str(model),
+            EnvConfig(id="tests.letters_env:Letters", step_timeout=33.0, split="nowhere"),
+            model=ModelConfig(path=str(model), max_context=256),
             n=4,
             k=2,
             temperature=1.0,
             out=out,
-            max_turn_tokens=6,
-            max_context=256,
+            engine=EngineConfig(replicas=2, max_batch=2, transport="disk"),
+            rollout=RolloutConfig(max_turn_tokens=6, groups=3),
         )
     )
     assert (r.n, r.k, r.attempts, r.infra_rate) == (4, 2, 8, 0.0)
@@ -105,6 +128,34 @@ def test_a_real_engine_leaves_report_and_trajectories(tmp_path: Path) -> None:
     assert len(saved) == 8
     assert json.loads((out / "report.json").read_text())["attempts"] == 8
     assert sum(t.reward for t in saved) / 8 == pytest.approx(r.reward)
+    assert max(t.sampled_tokens for t in saved) <= 12  # two turns of six
+    table = tomllib.loads((out / "config.toml").read_text())
+    assert (table["eval"], table["env"]["step_timeout"]) == (
+        {"split": "test", "n": 4, "k": 2, "temperature": 1.0}, 33.0,
+    )  # fmt: skip
+    assert not {"algorithm", "learner", "steps"} & set(table)
+    assert not {"groups", "transport", "split"} & {*table["rollout"], *table["engine"], *table["env"]}
+    run = SavedRun.open(out)
+    assert (run.env_id, run.model, run.step_timeout, run.max_turns, run.algorithm) == (
+        "tests.letters_env:Letters", str(model), 33.0, 16, None,
+    )  # fmt: skip
+
+
+def test_settings_are_checked_together(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rollout.max_turn_tokens = 160 must be under model.max_context = 99"):
+        asyncio.run(evaluate("a/B-v0", model=ModelConfig(path="m", max_context=99), out=tmp_path))
+    with pytest.raises(ValueError, match="n"):
+        asyncio.run(evaluate("a/B-v0", model="m", n=0, out=tmp_path))
+
+
+@pytest.mark.slow
+def test_a_spent_failure_budget_stops_it(tmp_path: Path) -> None:
+    """A step that takes longer than it may is an infrastructure error, of which the window forgives one."""
+    model = tiny_chat_model(tmp_path / "model")
+    env = EnvConfig(id="tests.evaluation.test_evaluate:Stuck", step_timeout=0.2)
+    rollout = RolloutConfig(max_turn_tokens=6, max_retries=0, failure_window=4, failure_budget=0.25)
+    with pytest.raises(FailureBudgetError, match=r"2 of the last \d episode attempts failed"):
+        asyncio.run(evaluate(env, model=str(model), n=4, out=tmp_path / "out", rollout=rollout))
 
 
 @pytest.mark.parametrize("name", ["report.json", "trajectories/eval/step-000000.parquet", "metrics.jsonl"])

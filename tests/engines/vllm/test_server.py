@@ -27,7 +27,9 @@ from areal_agents.engine import Sampling
 from areal_agents.engines.openai.client import OpenAIChat
 from areal_agents.engines.openai.messages import request_messages, request_tools
 from areal_agents.engines.vllm.server import free_port
-from areal_agents.evaluation.evaluate import Server, evaluate
+from areal_agents.evaluation.evaluate import evaluate
+from areal_agents.evaluation.players import Server
+from areal_agents.settings.config import ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.types import user
 from tests.chat.test_server_template import CONVERSATIONS, TOOLS
@@ -175,8 +177,9 @@ def test_a_reply_and_an_evaluation(server: Process, tmp_path: Path) -> None:
     report = asyncio.run(
         asyncio.wait_for(
             evaluate(
-                "tests.chat_envs:Sums", model="openai:tiny", server=Server(f"{server.url}/v1"), n=2,
-                max_turn_tokens=8, max_turns=2, max_context=900, out=tmp_path / "out",
+                "tests.chat_envs:Sums", model=ModelConfig(path="openai:tiny", max_context=900), n=2,
+                rollout=RolloutConfig(max_turn_tokens=8, max_turns=2), server=Server(f"{server.url}/v1"),
+                out=tmp_path / "out",
             ),
             120,
         )

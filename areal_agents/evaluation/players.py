@@ -1,0 +1,123 @@
+"""Who plays an evaluation: engines of this machine, or a model behind a chat server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+
+from areal_agents.chat.format import ChatFormat
+from areal_agents.chat_model import ChatReply
+from areal_agents.engine import Sampling
+from areal_agents.engine_kind import engine_kind
+from areal_agents.models import resolve
+from areal_agents.registry import EnvSpec
+from areal_agents.rollout.chat_policy import ChatPolicy
+from areal_agents.rollout.player import EpisodePlayer, EventSink, LocalPlayer, PlayerSpec, env_maker, limits_of
+from areal_agents.settings.config import TrainConfig
+from areal_agents.types import Task
+from areal_agents.utils.precision import number_format
+
+Opener = Callable[[EventSink], contextlib.AbstractAsyncContextManager[EpisodePlayer]]
+"""Opens a player that tells an event sink, and ends what it opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """An OpenAI-compatible server, for a model called ``openai:MODEL``."""
+
+    url: str
+    """Up to and including ``/v1``."""
+    api_key_env: str | None = None
+    """Environment variable that holds the server's key."""
+    concurrency: int = 16
+    """Most requests, and episodes, at once."""
+    requests_per_minute: float | None = None
+    """Most requests started in a minute, retries included."""
+
+
+@dataclass
+class Served:
+    """Which models answered, by their server's own names."""
+
+    url: str = ""
+    names: set[str] = field(default_factory=set)
+
+    def see(self, reply: ChatReply) -> None:
+        self.names.add(reply.model or "a model without a name")
+
+    def text(self) -> str:
+        return f"{', '.join(sorted(self.names))} at {self.url}" if self.url else ""
+
+
+def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
+    """Return what opens a player on engines of this machine, which end with it. Raises ModelError at once."""
+    import torch  # heavy, as the engines: a served model needs neither
+
+    from areal_agents.engines.local import engine_spec, open_engines
+
+    folder, engine = resolve(config.model.path), config.engine
+    fmt = ChatFormat.load(folder)
+    limits = limits_of(config)
+    player = PlayerSpec(
+        env=spec,
+        model=folder,
+        limits=limits,
+        sampling=Sampling(limits.max_turn_tokens, temperature=config.eval.temperature, stop_ids=fmt.stop_ids),
+        sandbox=config.env.sandbox,
+        kwargs=config.env.kwargs,
+    )
+    # No learner wants a share of the cores.
+    threads = max(1, (engine.threads or len(os.sched_getaffinity(0))) // engine.replicas)
+    on_gpu = engine_kind(engine.kind).takes_gpus and torch.cuda.is_available()
+    number = number_format(engine.precision, gpu=on_gpu)
+    one = engine_spec(engine, folder, max_context=limits.max_context, threads=threads, format=number)
+
+    @contextlib.asynccontextmanager
+    async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:
+        async with open_engines(engine, one, seed=config.seed, event=event) as engines:
+            yield player.build(engines, fmt=fmt, event=event)
+
+    return open
+
+
+def on_server(config: TrainConfig, spec: EnvSpec, name: str, server: Server, served: Served) -> Opener:
+    """Return what opens a player on a chat server. Raises ConfigError at once.
+
+    Args:
+        config: the settings; of the engine's, request_timeout alone is used.
+        spec: the environment.
+        name: the model's name for the server.
+        server: where it is.
+        served: is told every reply.
+    """
+    from areal_agents.engines.openai.client import OpenAIChat
+
+    limits = limits_of(config)
+    sampling = Sampling(limits.max_turn_tokens, temperature=config.eval.temperature)
+    make_env = env_maker(spec, sandbox=config.env.sandbox, kwargs=config.env.kwargs)
+    # As many episodes as requests run at once: a request waits for nothing but the turns of all others.
+    waiting = 60.0 * server.concurrency / server.requests_per_minute if server.requests_per_minute else 0.0
+    chat = OpenAIChat(
+        name,
+        base_url=server.url,
+        api_key_env=server.api_key_env,
+        deadline=limits.request_timeout + waiting,
+        concurrency=server.concurrency,
+        requests_per_minute=server.requests_per_minute,
+    )
+    served.url = chat.url
+    # Twice the client's own deadline, whose message is better.
+    limits = replace(limits, request_timeout=2 * (limits.request_timeout + waiting))
+
+    def policy(task: Task) -> ChatPolicy:
+        return ChatPolicy(chat, sampling, limits, seen=served.see)
+
+    @contextlib.asynccontextmanager
+    async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:
+        async with chat:
+            await chat.require_answer()
+            yield LocalPlayer(make_env, policy, limits, event=event)
+
+    return open
