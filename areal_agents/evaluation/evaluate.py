@@ -22,7 +22,7 @@ from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig, TrainConfig
 from areal_agents.settings.evaluation import eval_folder, training_only
-from areal_agents.settings.loading import dump
+from areal_agents.settings.writing import dump
 from areal_agents.tracking.console import clock
 from areal_agents.tracking.tracker import Tracker
 from areal_agents.types import Task, Trajectory

@@ -12,35 +12,20 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-import json
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
 
 from areal_agents.algorithms.registry import REGISTRIES
 from areal_agents.errors import ConfigError
+from areal_agents.settings.choices import choose, override_choice
 from areal_agents.settings.config import TrainConfig
-from areal_agents.settings.describe import (
-    Setting,
-    either,
-    help_text,
-    members,
-    nearest,
-    parameters,
-    sections,
-    settings,
-)
-
-__all__ = ["dump", "find", "help_text", "load", "shipped", "split_overrides"]
-
-Origins = dict[str, str]
-"""Dotted key to where it was set: a file's path or a flag."""
-
+from areal_agents.settings.describe import Setting, either, nearest, sections, settings
+from areal_agents.settings.values import Origins, mismatch, none_of, show, value_of
 
 # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -96,7 +81,7 @@ def load(
         _override(tree, origins, problems, key, raw, flag)
     problems += _booleans(tree, origins)
     for key in REGISTRIES:
-        problems += _choose(tree, origins, key)
+        problems += choose(tree, origins, key)
     try:
         config = TrainConfig.model_validate(tree)
     except ValidationError as error:
@@ -123,78 +108,17 @@ def _merge(
             tree[name] = dict(value) if isinstance(value, dict) else {"kind": value}
             origins |= {f"{key}.{n}": origin for n in tree[name]}
         elif key in settings():
-            tree[name] = _none_of(value, settings()[key])
+            tree[name] = none_of(value, settings()[key])
             origins[key] = origin
         elif key in sections():
             if isinstance(value, dict):
                 _merge(tree.setdefault(name, {}), origins, problems, value, key + ".", origin)
             else:
-                problems.append(
-                    f"{key} = {_show(value)} ({origin}): {key} is a section; write [{key}] and its settings"
-                )
+                problems.append(f"{key} = {show(value)} ({origin}): {key} is a section; write [{key}] and its settings")
         elif isinstance(value, dict) and value:
             problems += [_unknown(leaf, origin) for leaf in _leaves(value, key)]
         else:
             problems.append(_unknown(key, origin))
-
-
-def _choose(tree: dict[str, Any], origins: Origins, key: str) -> list[str]:
-    """Make the Choice of the setting ``key`` from its table in ``tree``. Returns what is wrong with it.
-
-    Which parameters there are depends on ``kind``, which a file and an override may both have set: so only now are
-    overrides read and names looked up.
-    """
-    section, _, name = key.rpartition(".")
-    table = tree.get(section, {}).pop(name, None)
-    if table is None:
-        return []
-    registry, kind = REGISTRIES[key], table.pop("kind", settings()[key].default.kind)
-    if not isinstance(kind, str):
-        return [_mismatch(settings()[key], kind, {key: origins[f"{key}.kind"]})]
-    try:
-        registry.require(kind)
-        known = parameters(key, kind) if table else {}
-    except ConfigError as error:
-        return [f"{error} ({origins.get(f'{key}.kind', 'the default')})"]
-    options: dict[str, Any] = {}
-    problems: list[str] = []
-    for parameter, value in table.items():
-        if parameter not in known:
-            problems.append(f"{registry.unknown(kind, parameter)} ({origins[f'{key}.{parameter}']})")
-        else:
-            options |= _parameter(known[parameter], value, origins, problems)
-    try:
-        tree.setdefault(section, {})[name] = registry.choose(kind, options)
-    except ValidationError as error:
-        problems += [_parameter_sentence(e, known, options, origins, key) for e in error.errors()]
-    return problems
-
-
-def _parameter(setting: Setting, value: Any, origins: Origins, problems: list[str]) -> dict[str, Any]:
-    """The value of an algorithm's parameter by its name; nothing where ``problems`` got a sentence about it."""
-    if isinstance(value, _Raw):
-        if value.text is None and not setting.boolean:
-            problems.append(f"{origins[setting.key]} needs a value: {setting.expects}")
-            return {}
-        value = _value("true" if value.text is None else value.text, setting)
-    else:
-        value = _none_of(value, setting)
-    if isinstance(value, bool) and not setting.boolean:
-        problems.append(_mismatch(setting, value, origins))
-        return {}
-    return {setting.name: value}
-
-
-def _parameter_sentence(
-    error: Any, known: Mapping[str, Setting], options: Mapping[str, Any], origins: Origins, key: str
-) -> str:
-    """One pydantic error about an algorithm's parameter in plain words."""
-    name = str(error["loc"][0])
-    if error["type"] == "missing":
-        return f"{key}.{name} is missing: this algorithm has no default for it"
-    if error["type"] == "value_error":
-        return f"{key}.{name} ({origins[f'{key}.{name}']}): {error['ctx']['error']}"
-    return _mismatch(known[name], options[name], origins)
 
 
 def _booleans(tree: dict[str, Any], origins: Origins) -> list[str]:
@@ -205,7 +129,7 @@ def _booleans(tree: dict[str, Any], origins: Origins) -> list[str]:
         for part in setting.section.split(".") if setting.section else ():
             node = node.get(part, {})
         if isinstance(node.get(setting.name), bool) and not setting.boolean and not setting.free:
-            problems.append(_mismatch(setting, node.pop(setting.name), origins))
+            problems.append(mismatch(setting, node.pop(setting.name), origins))
     return problems
 
 
@@ -215,24 +139,6 @@ def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[str]:
             yield from _leaves(value, f"{prefix}.{name}")
         else:
             yield f"{prefix}.{name}"
-
-
-def _none_of(value: Any, setting: Setting) -> Any:
-    if setting.free:
-        return _none_inside(value)
-    return None if setting.optional and _is_none(value) else value
-
-
-def _none_inside(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _none_inside(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_none_inside(v) for v in value]
-    return None if _is_none(value) else value
-
-
-def _is_none(value: Any) -> bool:
-    return isinstance(value, str) and value.lower() == "none"
 
 
 # --- overrides ---------------------------------------------------------------------------------------------------
@@ -291,7 +197,7 @@ def _override(
 ) -> None:
     normal = key.replace("-", "_")
     if (chosen := next((k for k in REGISTRIES if f"{normal}.".startswith(f"{k}.")), None)) is not None:
-        _override_choice(tree, origins, problems, chosen, normal, raw, flag)
+        override_choice(tree, origins, problems, chosen, normal, raw, flag)
         return
     setting = _setting_of(key)
     if setting is None:
@@ -313,32 +219,8 @@ def _override(
         if not isinstance(node.get(name), dict):
             node[name] = {}  # a value in the way (env.kwargs.a = 1, then env.kwargs.a.b) gives way to the later word
         node = node[name]
-    node[(path + inner)[-1]] = _value(raw, setting)
+    node[(path + inner)[-1]] = value_of(raw, setting)
     origins[setting.key] = flag
-
-
-@dataclass(frozen=True, slots=True)
-class _Raw:
-    """An algorithm's parameter as it was typed: how it is read depends on the algorithm."""
-
-    text: str | None
-
-
-def _override_choice(
-    tree: dict[str, Any], origins: Origins, problems: list[str], key: str, given: str, raw: str | None, flag: str
-) -> None:
-    """``--algorithm.loss NAME`` takes the place of the whole table; ``--algorithm.loss.X V`` sets one entry of it."""
-    section, _, name = key.rpartition(".")
-    parameter = given.removeprefix(key).lstrip(".")
-    if raw is None and parameter in ("", "kind"):
-        problems.append(f"{flag} needs a value: {settings()[key].expects}")
-        return
-    if not parameter:
-        tree.setdefault(section, {})[name] = {}
-    entry = parameter or "kind"
-    table = tree.setdefault(section, {}).setdefault(name, {})
-    table[entry] = _value(raw, settings()[key]) if entry == "kind" and raw is not None else _Raw(raw)
-    origins[f"{key}.{entry}"] = flag
 
 
 def _setting_of(key: str) -> Setting | None:
@@ -347,21 +229,6 @@ def _setting_of(key: str) -> Setting | None:
         if candidate in known:
             return known[candidate]
     return next((s for s in known.values() if s.free and key.startswith(s.key + ".") and not key.endswith(".")), None)
-
-
-def _value(raw: str, setting: Setting) -> Any:
-    if setting.optional and _is_none(raw):
-        return None
-    quoted = len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "\"'"
-    if setting.textual and not quoted:
-        return raw
-    text = raw.lower() if raw in ("True", "False") else raw
-    try:
-        # Only one value may stand here: a newline would let a second assignment in.
-        value = tomllib.loads(f"value = {text}")["value"] if "\n" not in text else raw
-    except tomllib.TOMLDecodeError:
-        value = raw
-    return _none_of(value, setting)
 
 
 # --- messages ----------------------------------------------------------------------------------------------------
@@ -389,70 +256,4 @@ def _sentence(error: Any, origins: Origins) -> str:
     setting = settings().get(key)
     if setting is None:
         return f"{key or 'settings'}: {error['msg']}"
-    return _mismatch(setting, error["input"], origins)
-
-
-def _mismatch(setting: Setting, value: Any, origins: Origins) -> str:
-    hint = ""
-    choices = [c for m in members(setting.info.annotation) if get_origin(m) is Literal for c in get_args(m)]
-    if isinstance(value, str) and (near := difflib.get_close_matches(value, choices, n=1)):
-        hint = f"; did you mean {near[0]!r}?"
-    place = f" ({origins[setting.key]})" if setting.key in origins else ""
-    return f"{setting.key} = {_show(value)}{place}: expected {setting.expects}{hint}"
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-# --- writing -----------------------------------------------------------------------------------------------------
-
-
-def dump(config: TrainConfig, *, leave_out: Callable[[str], object] = lambda key: None) -> str:
-    """``config`` as TOML that ``load`` reads back to an equal one. None is left out where it is the default.
-
-    ``leave_out``: of each key, whether it is not written.
-    """
-    tree = config.model_dump(mode="python")
-    lines: list[str] = []
-    for section, names in sections().items():
-        names = tuple(n for n in names if not leave_out(f"{section}.{n}" if section else n))
-        if section and names:
-            lines += ["", f"[{section}]"]
-        table: Any = tree
-        for part in section.split(".") if section else ():
-            table = table[part]
-        tables: list[str] = []
-        for name in names:
-            setting = settings()[f"{section}.{name}" if section else name]
-            if setting.registry is not None:
-                tables += ["", f"[{setting.key}]", *(f"{k} = {_toml(v)}" for k, v in table[name].items())]
-            elif table[name] is not None or setting.default is not None:
-                lines.append(f"{name} = {_toml(table[name])}")
-        lines += tables
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    match value:
-        case None:
-            return '"none"'
-        case bool():
-            return str(value).lower()
-        case int() | float():
-            return repr(value)
-        case str() | Path():
-            return _quoted(str(value))
-        case list() | tuple():
-            return "[" + ", ".join(_toml(v) for v in value) + "]"
-        case dict():
-            return "{" + ", ".join(f"{_quoted(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
-    if hasattr(value, "isoformat"):
-        return str(value.isoformat())
-    raise ConfigError(f"{value!r} of type {type(value).__name__} cannot be written as TOML")
-
-
-def _quoted(text: str) -> str:
-    """A TOML basic string: JSON's escapes are TOML's, but TOML wants the delete character escaped too."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return mismatch(setting, error["input"], origins)

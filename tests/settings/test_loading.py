@@ -11,8 +11,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from areal_agents.errors import ConfigError
+from areal_agents.settings import dump, load, shipped, split_overrides
 from areal_agents.settings.config import TrainConfig
-from areal_agents.settings.loading import dump, load, shipped, split_overrides
 
 
 def write(tmp_path: Path, text: str) -> Path:
