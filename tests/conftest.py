@@ -30,6 +30,12 @@ def require(*dependencies: str) -> None:
             missing(f"{name} is not installed")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take long, so that no worker is left alone with one at the end."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of the embedded model; `areal-agents model pull` puts it there."""

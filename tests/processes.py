@@ -76,6 +76,33 @@ def wait_gone(pids: list[int], seconds: float) -> list[int]:
     return left
 
 
+def shared_memory_left(before: set[str], seconds: float) -> set[str]:
+    """Wait until every file in /dev/shm that is not in ``before`` has a live user; return those that have none.
+
+    A file that another test's process maps meanwhile is that test's; one that nobody maps was left behind, unless a
+    resource tracker is about to remove it.
+    """
+    end = time.monotonic() + seconds
+    while (left := set(os.listdir("/dev/shm")) - before - _mapped()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return left
+
+
+def _mapped() -> set[str]:
+    """Names in /dev/shm that a live process maps."""
+    found: set[str] = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                lines = (entry / "maps").read_text(errors="replace").splitlines()
+            except OSError:  # it ended meanwhile
+                continue
+            found |= {
+                line.rpartition("/dev/shm/")[2].removesuffix(" (deleted)") for line in lines if "/dev/shm/" in line
+            }
+    return found
+
+
 async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Look until ``condition()``, which something outside this loop makes true. Raises TimeoutError."""
     async with asyncio.timeout(seconds):

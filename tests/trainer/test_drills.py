@@ -27,7 +27,7 @@ from areal_agents.trainer.loop import train
 from areal_agents.types import Trajectory
 from tests.conftest import require
 from tests.drill_envs import BlocksTheLoop, NeverReturns, Tripwires
-from tests.processes import MARKER, descendants, marked, wait_gone
+from tests.processes import MARKER, descendants, marked, shared_memory_left, wait_gone
 from tests.tiny_models import tiny_chat_model
 
 pytestmark = pytest.mark.slow
@@ -47,8 +47,8 @@ def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv(MARKER, value)
     before = set(os.listdir("/dev/shm"))
     yield value
-    assert wait_gone(marked(value), 10) == []
-    assert set(os.listdir("/dev/shm")) <= before
+    assert wait_gone(marked(value), 60) == []
+    assert not shared_memory_left(before, 60)
     gc.collect()
     assert [fd for fd in _descriptors() if "areal-weights" in fd] == []
     assert "memfd:areal-weights" not in Path("/proc/self/maps").read_text()
