@@ -172,7 +172,6 @@ async def learn(run: Run) -> None:
             watch = Stopwatch()
             groups = await run.stop.race(rollouts.next_batch())
             await _step(run, step, groups, rollouts, watch)
-            run.stop.check()
             if every and step % every == 0:
                 await run.save(rollouts)
         await run.save(rollouts)

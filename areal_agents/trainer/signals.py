@@ -21,7 +21,7 @@ _LAST_RESORT_SECONDS = 10.0
 
 
 class StopRequested(BaseException):
-    """The stop that ``Stop.race`` and ``Stop.check`` raise after a signal.
+    """The stop that ``Stop.race`` raise after a signal.
 
     It is no ``Exception``, because only the run's own code may catch it.
     """
@@ -46,16 +46,14 @@ class Stop:
         self.signal = number
         self._event.set()
 
-    def check(self) -> None:
-        """Raise StopRequested where a stop was asked for."""
-        if self.requested:
-            raise StopRequested
-
     async def race(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` and return its result, unless a stop comes first.
 
-        A stop cancels ``work``, waits for its end and raises StopRequested.
+        A stop cancels ``work``, waits for its end and raises StopRequested. After an earlier stop nothing begins.
         """
+        if self.requested:
+            work.close()
+            raise StopRequested
         task = asyncio.create_task(work)
         waiter = asyncio.create_task(self._event.wait())
         try:
