@@ -22,7 +22,7 @@ def test_the_loop_to_read_first_is_short() -> None:
 def test_the_loop_to_read_first_learns(tmp_path: Path) -> None:
     """Seeded: it prints the same numbers each time. Measured: 0.27 a turn pair in the first steps, 1.8 in the last."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", LOOP], cwd=tmp_path, capture_output=True, text=True, timeout=280,
+        [sys.executable, "-W", "error", LOOP], cwd=tmp_path, capture_output=True, text=True, timeout=1200,
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -96,7 +96,7 @@ def test_choosing_ours_imports_nothing() -> None:
         "import sys; from areal_agents import settings; "
         "settings.load(None, ['--algorithm.advantage', 'grpo']); print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
     assert done.stdout == "False\n"
 
 

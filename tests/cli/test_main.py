@@ -17,7 +17,7 @@ from tests.cli.recorder import Recorder
 
 
 def run_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600).stdout
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ FILES = {
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")}
     return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
     )
 
 

@@ -61,7 +61,7 @@ def test_bubblewrap(check: suite.Check) -> None:
 def _as_nobody(folder: Path, python: str, *args: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [shutil.which("runuser") or "runuser", "-u", "nobody", "--", python, "-W", "error", *args]
-    return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=1200, check=False)
 
 
 @pytest.fixture(scope="session")
