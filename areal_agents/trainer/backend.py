@@ -56,13 +56,13 @@ class Elastic(Protocol):
         ...
 
     async def set_replicas(self, n: int) -> None:
-        """Have ``n`` engines from now on.
+        """Grow or shrink to ``n`` engines.
 
         Returns once they serve, or are gone. Raises EngineError.
         """
 
     async def set_rollout_workers(self, n: int) -> None:
-        """Have ``n`` rollout workers from now on.
+        """Grow or shrink to ``n`` rollout workers.
 
         Returns once they play. Removed ones end by themselves.
         """
