@@ -105,6 +105,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name at its first use."""
     if name not in _HOME_OF:
         raise AttributeError(f"module 'areal_agents' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)

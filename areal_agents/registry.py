@@ -1,11 +1,12 @@
-"""Environments by id: ``register``, ``spec``, ``make``, ``specs``.
+"""The registry of environments, which are found by their ids.
 
     areal_agents.register("acme/Shop-v0", entry_point="acme_envs.shop:Shop")
     env = areal_agents.make("acme/Shop-v0")
 
 The built-in collection (``areal``) is registered when ``areal_agents`` is imported. Any other id's namespace decides
-where it is looked up, once it is asked for: what is registered already; then the entry points of the group
-``areal_agents.envs`` whose *name is the namespace* and whose value is a module that calls ``register`` when imported:
+where it is looked up, once it is asked for. First comes what is registered already. Then come the entry points of the
+group ``areal_agents.envs`` whose *name is the namespace* and whose value is a module that calls ``register`` when
+imported:
 
     [project.entry-points."areal_agents.envs"]
     acme = "acme_envs"
@@ -38,19 +39,19 @@ _ENTRY_POINT = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<cls>
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What the reward audit may assume of an environment."""
+    """The facts about an environment that the reward audit relies on."""
 
     chance: float
     """Mean reward allowed to a policy without skill (the audit adds 0.05)."""
     gold: bool
-    """Whether the environment can state an answer that deserves reward 1; otherwise it is shown as unaudited."""
+    """Whether the environment can state an answer that deserves reward 1. Otherwise it is shown as unaudited."""
     expert: bool
     """Whether it scripts demonstrations."""
 
 
 @dataclass(frozen=True, slots=True)
 class EnvSpec:
-    """How to find and make one environment."""
+    """One environment, with all that is needed to find and make it."""
 
     id: str
     entry_point: str
@@ -59,7 +60,10 @@ class EnvSpec:
     description: str = ""
 
     def env_class(self) -> type[AgentEnv]:
-        """Import the class. Raises RegistryError with the reason where that fails."""
+        """Import the class.
+
+        Raises RegistryError with the reason where that fails.
+        """
         from areal_agents.env import AgentEnv
 
         module_name, _, class_name = self.entry_point.partition(":")
@@ -77,7 +81,10 @@ class EnvSpec:
         return found
 
     def make(self, **kwargs: Any) -> AgentEnv:
-        """A new instance; ``kwargs`` override the registered ones. Raises RegistryError for a wrong argument."""
+        """Make a new instance.
+
+        ``kwargs`` override the registered ones. Raises RegistryError for a wrong argument.
+        """
         cls = self.env_class()
         merged = {**self.kwargs, **kwargs}
         try:
@@ -90,7 +97,11 @@ class EnvSpec:
         return self.declared_splits if self.declared_splits is not None else self.env_class().splits
 
     def tasks(self, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
-        """The tasks of one split. Raises RegistryError for a split that the environment does not have."""
+        """Return the tasks of one split.
+
+        Raises RegistryError for a split that the environment does not have, and ConfigError for a difficulty outside
+        [0, 1].
+        """
         if split not in self.splits:
             raise RegistryError(
                 f"{self.id} has no split {split!r}{_hint(split, self.splits)}; its splits are {', '.join(self.splits)}"
@@ -100,10 +111,11 @@ class EnvSpec:
         return self.env_class().tasks(split, difficulty=difficulty)
 
     def expert(self, task: Task) -> Expert | None:
-        """A fresh scripted demonstration of ``task``, or None."""
+        """Return a fresh scripted demonstration of ``task``, or None."""
         return self.env_class().expert(task)
 
     def gold(self, task: Task) -> str | None:
+        """Return an answer to ``task`` that deserves reward 1, or None."""
         return self.env_class().gold(task)
 
     @property
@@ -132,8 +144,17 @@ def register(
 ) -> EnvSpec:
     """Register an environment here and with Gymnasium, so that ``gymnasium.make(id)`` works too.
 
-    ``entry_point`` is ``"package.module:Class"``, imported at first use. ``splits`` default to the class's own.
-    Registering the same again does nothing; another environment under a taken id raises RegistryError.
+    Registering the same environment again does nothing.
+
+    Args:
+        id: ``"namespace/Name-v0"``.
+        entry_point: ``"package.module:Class"``, imported at first use.
+        kwargs: arguments of the class, which ``make`` may override.
+        splits: names of the task splits. None means the class's own.
+        description: one line for lists of environments.
+
+    Raises:
+        RegistryError: ``id`` or ``entry_point`` is malformed, or another environment has that id.
     """
     if _ID.fullmatch(id) is None:
         raise RegistryError(f'environment id {id!r} must read "namespace/Name-v0"')
@@ -156,7 +177,10 @@ def register(
 
 
 def spec(id: str) -> EnvSpec:
-    """The environment called ``id``, or the class named by ``"module:Class"``. Raises RegistryError."""
+    """Find the environment called ``id``, or the class named by ``"module:Class"``.
+
+    Raises RegistryError for an unknown id.
+    """
     if id in _specs:
         return _specs[id]
     if _ENTRY_POINT.fullmatch(id):
@@ -176,12 +200,18 @@ def spec(id: str) -> EnvSpec:
 
 
 def make(id: str, **kwargs: Any) -> AgentEnv:
-    """A new instance of the environment ``id``; ``kwargs`` override the registered ones."""
+    """Make a new instance of the environment ``id``.
+
+    ``kwargs`` override the registered ones. Raises RegistryError for an unknown id or a wrong argument.
+    """
     return spec(id).make(**kwargs)
 
 
 def specs() -> list[EnvSpec]:
-    """Every environment that can be found, by id. Loads all entry points."""
+    """Return every environment that can be found, sorted by id.
+
+    Loads all entry points.
+    """
     _load_all()
     return [_specs[id] for id in sorted(_specs)]
 
@@ -216,7 +246,7 @@ def _load_entry_point(entry: importlib.metadata.EntryPoint) -> None:
 
 
 def _hint(wrong: str, known: Iterable[str]) -> str:
-    """`` (did you mean …?)``, or nothing."""
+    """Write `` (did you mean …?)`` where a known name is near, else nothing."""
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(wrong.lower(), by_lower, n=1, cutoff=0.5)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""

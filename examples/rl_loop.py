@@ -1,4 +1,4 @@
-"""Reinforcement learning on a language model in one file: read this one first.
+"""Reinforcement learning on a language model in one file, the one to read first.
 
     sample ─▶ rewards ─▶ advantages ─▶ loss ─▶ optimizer step ─▶ publish the weights ─▶ sample again
 
@@ -59,7 +59,7 @@ class Letters(AgentEnv):
 
 
 async def play(env: AgentEnv, task: Task, number: int, engine: Engine, fmt: ChatFormat) -> Trajectory:
-    """Play one episode: the model and the environment take turns. Sampled tokens are kept as ids, never as text."""
+    """Play one episode, in which model and environment take turns and sampled tokens are kept as ids, not as text."""
     observation, _ = await env.areset(seed=task.seed, options={"task": task})
     chat, turns = Conversation(fmt, observation, env.tools), list[Turn]()
     terminated = truncated = False

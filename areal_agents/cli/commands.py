@@ -1,7 +1,7 @@
-"""The commands of the command line: what each takes, and the call it makes.
+"""The commands of the command line, with what each takes and the call it makes.
 
-One dataclass a command, parsed by tyro; ``run`` returns the exit code. Heavy modules are imported by the command that
-needs them.
+Each is a dataclass that tyro parses, and its ``run`` returns the exit code. Heavy modules are imported by the command
+that needs them.
 """
 
 from __future__ import annotations

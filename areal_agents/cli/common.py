@@ -1,4 +1,7 @@
-"""What several commands use: the error of wrong usage, and JSON for files and standard output."""
+"""The parts that several commands share.
+
+They are the error of wrong usage, and JSON for files and standard output.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,17 @@ from areal_agents.errors import ArealError
 
 
 class UsageError(Exception):
-    """Wrong usage that the argument parser does not see; exit code 2."""
+    """Wrong usage that the argument parser does not see.
+
+    The exit code is 2.
+    """
 
 
 def write_json(value: Any, path: Path | None) -> None:
+    """Write ``value`` as JSON to the file ``path``, or to standard output where it is None.
+
+    Raises ArealError where the file cannot be written.
+    """
     text = json.dumps(_without_nan(value), indent=2, ensure_ascii=True, allow_nan=False)
     if path is None:
         print(text)
@@ -27,7 +37,7 @@ def write_json(value: Any, path: Path | None) -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    """``value`` with NaN and infinities, which JSON lacks, as None."""
+    """Replace NaN and infinities, which JSON lacks, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,9 +1,9 @@
-"""The demo: train the embedded model to use a Python tool, and show what it learned.
+"""The demo, which trains the embedded model to use a Python tool and shows what it learned.
 
     areal-agents demo [--seed 0] [--out runs/demo] [--SECTION.NAME VALUE …]
 
-Evaluates on held-out tasks, warm-starts on scripted demonstrations, trains by asynchronous RL, evaluates again,
-and leaves ``summary.json`` and ``learning_curve.png`` in the run's folder.
+It evaluates on held-out tasks, warm-starts on scripted demonstrations, trains by asynchronous RL, evaluates again, and
+leaves ``summary.json`` and ``learning_curve.png`` in the run's folder.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ NAMES = {"before": "before", "warm_start": "after warm start", "after_rl": "afte
 
 
 def demo(overrides: Sequence[str] = (), *, resume: bool = False) -> dict[str, Any]:
-    """Run the demo and return its summary. ``overrides`` are settings, as on the command line of ``train``.
+    """Run the demo and return its summary.
 
-    An earlier demo's folder is replaced, or gone on with (``resume``); any other run in the way is refused.
+    ``overrides`` are settings, as on the command line of ``train``. An earlier demo's folder is replaced, or gone on
+    with (``resume``). Any other run in the way is refused.
     """
     started = float(os.environ.get("AREAL_DEMO_START", time.time()))
     setup = time.time() - started
@@ -45,9 +46,10 @@ def demo(overrides: Sequence[str] = (), *, resume: bool = False) -> dict[str, An
 
 
 def claim(out: Path, *, resume: bool) -> None:
-    """Make ``out`` this demo's folder: a new one, or an earlier demo's, emptied unless ``resume``.
+    """Make ``out`` this demo's folder.
 
-    Raises ConfigError where it holds anything else, or where a process is writing it.
+    It is a new folder, or an earlier demo's, which is emptied unless ``resume``. Raises ConfigError where it holds
+    anything else, or where a process is writing it.
     """
     marker = out / ".demo"
     if out.exists() and any(out.iterdir()) and not marker.exists():
@@ -63,7 +65,10 @@ def claim(out: Path, *, resume: bool) -> None:
 
 
 def summarize_run(result: RunResult, *, setup: float, total: float) -> dict[str, Any]:
-    """The content of ``summary.json``; rates in [0, 1], times in seconds."""
+    """Return the content of ``summary.json``.
+
+    Rates are in [0, 1], times in seconds.
+    """
     reports = result.reports
     return {
         "n": reports["after_rl"].n,
@@ -76,7 +81,7 @@ def summarize_run(result: RunResult, *, setup: float, total: float) -> dict[str,
 
 
 def report(result: RunResult, summary: dict[str, Any], curve: Path) -> str:
-    """What the demo prints at its end."""
+    """Write what the demo prints at its end."""
     named = RunResult(result.out, result.model, {NAMES[k]: r for k, r in result.reports.items()}, result.seconds)
     out = result.out
     return f"""

@@ -1,4 +1,7 @@
-"""The command ``eval``: a dataclass as in ``cli/commands.py``. Its settings are those of ``settings/evaluation.py``."""
+"""The command ``eval``, a dataclass as in ``cli/commands.py``.
+
+Its settings are those of ``settings/evaluation.py``.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,10 @@ class Eval:
         return report.to_json()
 
     def settings(self, overrides: Sequence[str]) -> TrainConfig:
-        """Read the settings. Raises UsageError for options that are missing or contradict each other, ConfigError."""
+        """Read the settings.
+
+        Raises UsageError for options that are missing or contradict each other, and ConfigError for wrong settings.
+        """
         from areal_agents.settings.evaluation import load_evaluation
 
         env_id, split = split_of(self.env)
@@ -135,7 +141,10 @@ class Eval:
 
 
 def split_of(env: str) -> tuple[str, str]:
-    """Return ``(id, split)`` of ``ns/Name-v0[:split]`` or ``module:Class[:split]``; the split is empty if not given."""
+    """Return the id and the split of ``ns/Name-v0[:split]`` or ``module:Class[:split]``.
+
+    The split is empty where none is given.
+    """
     match = re.fullmatch(r"(?P<id>[^:]*-v\d+|[^:]+:[^:]+)(:(?P<split>[^:]+))?", env)
     if match is None:
         return env, ""  # the registry says what is wrong with it

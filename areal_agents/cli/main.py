@@ -1,8 +1,12 @@
-"""The command line: parsing, exit codes and errors; the commands are in ``cli/commands.py``.
+"""The parsing, exit codes and errors of the command line.
 
-Commands are parsed by tyro; ``train``, ``demo`` and ``eval`` take the dotted overrides of ``settings/loading.py``
-besides. Exit codes: 0 done, 1 an error or a failed check (one message on standard error; the traceback with ``--debug``
-or AREAL_DEBUG=1), 2 wrong usage, 130 interrupted.
+The commands are in ``cli/commands.py``. They are parsed by tyro, and ``train``, ``demo`` and ``eval`` take the dotted
+overrides of ``settings/loading.py`` besides. The exit codes are:
+
+    0      done
+    1      an error or a failed check, with one message on standard error (--debug or AREAL_DEBUG=1: the traceback)
+    2      wrong usage
+    130    interrupted
 """
 
 from __future__ import annotations
@@ -27,7 +31,10 @@ DESCRIPTION = """An agentic multi-turn RL gym and trainer for language models.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. Only tyro's own errors and ``--help`` raise SystemExit."""
+    """Run one command and return the exit code.
+
+    Only tyro's own errors and ``--help`` raise SystemExit.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args or os.environ.get("AREAL_DEBUG", "") not in ("", "0")
     args = [a for a in args if a != "--debug"]
@@ -66,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(args: list[str]) -> tuple[Any, list[str]]:
-    """The command, and the settings given on the command line of ``train``, ``demo`` or ``eval``."""
+    """Return the command, and the settings given on the command line of ``train``, ``demo`` or ``eval``."""
     overrides: list[str] = []
     if args[:1] in (["train"], ["demo"], ["eval"]):
         from areal_agents.settings import evaluation
@@ -79,7 +86,7 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
         if "-h" in args or "--help" in args:
             try:
                 _tyro([args[0], "--help"])
-            except SystemExit:
+            except SystemExit:  # tyro ends the process after its help, and the settings' help belongs below it
                 print(evaluation.help_text() if evaluates else help_text())
                 raise
     return _tyro(args or ["--help"]), overrides

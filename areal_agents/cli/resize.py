@@ -1,4 +1,4 @@
-"""The command ``resize``: a dataclass as in ``cli/commands.py``."""
+"""The command ``resize``, a dataclass as in ``cli/commands.py``."""
 
 from __future__ import annotations
 

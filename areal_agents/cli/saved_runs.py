@@ -1,4 +1,7 @@
-"""The commands that read a saved run: ``rescore`` and ``replay``. One dataclass a command, as in ``commands.py``."""
+"""The commands ``rescore`` and ``replay``, which read a saved run.
+
+Each is a dataclass, as in ``cli/commands.py``.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ class Rescore:
         return code
 
     def _run(self, first: int, last: int | None) -> tuple[object, int]:
-        """The report as JSON, and the exit code."""
+        """Return the report as JSON, and the exit code."""
         from areal_agents.evaluation.rescore import load_reward, refuse_inside
         from areal_agents.evaluation.saved_run import SavedRun
 
@@ -208,7 +211,10 @@ class Replay:
 
 
 def _steps(text: str) -> tuple[int, int | None]:
-    """First and last step of ``A:B``, ``A:``, ``:B`` or one step. Raises UsageError."""
+    """Return the first and the last step of ``A:B``, ``A:``, ``:B`` or one step.
+
+    The last one is None where it is left out. Raises UsageError.
+    """
     match = re.fullmatch(r"(\d*):(\d*)|(\d+)", text)
     if not text:
         return 0, None

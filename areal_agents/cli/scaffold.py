@@ -1,7 +1,8 @@
-"""``areal-agents init NAME``: a package of the user's own, with an environment that runs and trains as it is.
+"""The command ``init``, which starts a package of the user's own.
 
-The template is itself a working package (``templates/env-package``), called ``my_env``: it is linted, type-checked and
-tested as it stands, and ``init`` copies it under another name.
+The package has an environment that runs and trains as it is. The template is itself a working package
+(``templates/env-package``), called ``my_env``. It is linted, type-checked and tested as it stands, and ``init`` copies
+it under another name.
 """
 
 from __future__ import annotations
@@ -82,18 +83,21 @@ def require_free(name: str) -> None:
 
 
 def template_files() -> list[Path]:
-    """The template's files, sorted; what Python and editors leave beside them is no part of it."""
+    """Return the template's files, sorted.
+
+    What Python and editors leave beside them is no part of it.
+    """
     files = [p for p in TEMPLATE.rglob("*") if p.suffix in (".py", ".toml", ".md") or p.name == ".gitignore"]
     return sorted(files)
 
 
 def rename(text: str, name: str) -> str:
-    """``text`` of the template for a package called ``name``."""
+    """Return ``text`` of the template for a package called ``name``."""
     return text.replace(PLACEHOLDER, name)
 
 
 def next_steps(folder: Path) -> str:
-    """What ``areal-agents init`` prints: the files, and the commands that come next."""
+    """Write what ``areal-agents init`` prints, which is the files and the commands that come next."""
     name = folder.name
     files = "\n".join(f"  {p.relative_to(folder)}" for p in sorted(folder.rglob("*")) if p.is_file())
     return f"""{folder}:

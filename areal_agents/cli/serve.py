@@ -1,4 +1,4 @@
-"""The command ``serve``: a dataclass as in ``cli/commands.py``."""
+"""The command ``serve``, a dataclass as in ``cli/commands.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The engines of this machine that the settings describe: one or several, each started again when it is lost."""
+"""The engines of this machine that the settings describe.
+
+There are one or several, and each is started again when it is lost.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def engine_spec(engine: EngineConfig, model: Path, *, max_context: int, threads:
         model: the model's folder.
         max_context: longest prompt plus completion, in tokens.
         threads: cores of the engine.
-        format: what it computes in, decided here: the engine's node may differ from this one.
+        format: what it computes in. It is decided here, since the engine's node may differ from this one.
     """
     options: dict[str, Any] = {
         "precision": format,
@@ -45,7 +48,7 @@ def engine_spec(engine: EngineConfig, model: Path, *, max_context: int, threads:
 
 
 def supervision(engine: EngineConfig) -> SupervisedSettings:
-    """Return ``SupervisedEngine``'s numbers."""
+    """Return the time limits of ``SupervisedEngine``, in seconds."""
     start_seconds = engine_kind(engine.kind).start_seconds
     return {
         "hang_seconds": engine.hang_timeout,

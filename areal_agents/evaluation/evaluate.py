@@ -1,4 +1,7 @@
-"""Evaluation on a held-out split: n tasks × k attempts, the statistics people trust, every trajectory saved."""
+"""Evaluation on a held-out split.
+
+It plays n tasks × k attempts, reports the statistics that people trust, and saves every trajectory.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ from areal_agents.types import Task, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class EvalReport:
-    """One evaluation. Rates are over scored attempts; ``infra_rate`` is over all of them."""
+    """The report of one evaluation.
+
+    Rates are over scored attempts, but ``infra_rate`` is over all of them.
+    """
 
     env: str
     split: str
@@ -69,7 +75,7 @@ class EvalReport:
         return dataclasses.asdict(self)
 
     def line(self, label: str) -> str:
-        """One line for a log."""
+        """Return the report as one line for a log."""
         low, high = self.ci95
         return (
             f"held-out, {label}: pass@1 {self.pass_at_1:.3f} ({low:.3f}–{high:.3f}), valid calls "
@@ -77,12 +83,12 @@ class EvalReport:
         )
 
     def table(self) -> str:
-        """For people."""
+        """Return the report as text for people."""
         return compare_table({f"{self.env}:{self.split}": self})
 
 
 def calls_of(trajectory: Trajectory) -> tuple[int, int]:
-    """How many tool calls an episode made, and how many of them were valid."""
+    """Count the tool calls that an episode made, and those of them that were valid."""
     calls = [call for turn in trajectory.turns for call in turn.message.tool_calls]
     return len(calls), sum(call.status == "ok" for call in calls)
 
@@ -98,10 +104,22 @@ def summarize(
     seed: int,
     seconds: float,
 ) -> EvalReport:
-    """The report of ``results``: per task its attempts, None for one that infrastructure failed.
+    """Report what ``results`` show.
 
-    pass@k and pass^k are averaged over the tasks whose k attempts were all scored. Raises ConfigError where no attempt
-    was scored.
+    pass@k and pass^k are averaged over the tasks whose k attempts were all scored.
+
+    Args:
+        results: each task with its attempts, which are None where infrastructure failed them.
+        env: the environment's id.
+        split: of the tasks.
+        model: the model's name.
+        version: of the weights that every attempt was sampled from.
+        temperature: of sampling.
+        seed: of environments and sampling.
+        seconds: that the evaluation took.
+
+    Raises:
+        ConfigError: no attempt was scored.
     """
     scored = [(task, [t for t in tries if t is not None]) for task, tries in results]
     scored = [(task, tries) for task, tries in scored if tries]
@@ -144,7 +162,22 @@ async def run_attempts(
     label: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[tuple[Task, list[Trajectory | None]]]:
-    """Play every task ``k`` times, ``concurrency`` episodes at once; attempts differ in their seed."""
+    """Play every task ``k`` times and return each task with its attempts.
+
+    An attempt is None where infrastructure failed it. The attempts at a task differ in their seed.
+
+    Args:
+        runner: plays an episode, and counts and retries what fails.
+        tasks: what to play.
+        k: attempts a task.
+        concurrency: most episodes at once.
+        seed: see ``attempt_seed``.
+        label: first part of the episodes' ids.
+        progress: is called with the number of episodes that are done, and of all.
+
+    Raises:
+        ArealError: what ``runner`` raises first. The other attempts are then cancelled.
+    """
     slots = asyncio.Semaphore(concurrency)
     done = 0
 
@@ -168,12 +201,12 @@ async def run_attempts(
 
 
 def attempt_seed(seed: int, attempt: int) -> int:
-    """The seed that attempt ``attempt`` at any task resets its environment with."""
+    """Return the seed that attempt ``attempt`` at any task resets its environment with."""
     return seed + attempt
 
 
 def compare_table(reports: dict[str, EvalReport]) -> str:
-    """Named reports side by side, for people."""
+    """Lay out named reports side by side, for people."""
     head = ("", "pass@1", "95 % CI", "valid calls", "pass | valid", "truncated", "infra")
     rows = [head]
     for name, r in reports.items():
@@ -188,7 +221,17 @@ def compare_table(reports: dict[str, EvalReport]) -> str:
 
 
 def held_out(spec: EnvSpec, split: str, n: int, *, difficulty: float | None) -> list[Task]:
-    """The first ``n`` tasks of a split. Raises ConfigError where it has fewer."""
+    """Return the first ``n`` tasks of a split.
+
+    Args:
+        spec: the environment.
+        split: name of the split.
+        n: number of tasks.
+        difficulty: in [0, 1]. None is the environment's default.
+
+    Raises:
+        ConfigError: the split has fewer tasks.
+    """
     tasks = spec.tasks(split, difficulty=difficulty)
     if len(tasks) < n:
         raise ConfigError(f"{spec.id}:{split} has {len(tasks)} tasks, but n = {n}: lower it")
@@ -196,7 +239,10 @@ def held_out(spec: EnvSpec, split: str, n: int, *, difficulty: float | None) -> 
 
 
 def refuse_used(out: Path) -> None:
-    """Raises ConfigError where ``out`` holds an evaluation or a run: two of them in one folder cannot be told apart."""
+    """Raise ConfigError where ``out`` holds an evaluation or a run.
+
+    Two of them in one folder cannot be told apart.
+    """
     for name in ("report.json", "trajectories", "metrics.jsonl"):
         if (out / name).exists():
             raise ConfigError(
@@ -218,31 +264,33 @@ async def evaluate(
     rollout: RolloutConfig | None = None,
     server: Server | None = None,
 ) -> EvalReport:
-    """Evaluate a model on an environment; report.json, config.toml and every trajectory go to a folder.
+    """Evaluate a model on an environment.
 
         report = await areal_agents.evaluate("areal/Arithmetic-v0", model="smollm2", n=32)
         print(report.table())
+
+    report.json, config.toml and every trajectory go to the folder ``out``.
 
     The sections are those of ``TrainConfig``, so a run is evaluated as it was trained with ``engine=config.engine,
     rollout=config.rollout``. What they say of training alone (batches, staleness, how weights travel) is not used.
 
     Args:
-        env: a registered id or ``module:Class``; as a section: with difficulty, kwargs, sandbox, step_timeout.
-        model: ``smollm2``, a folder, a hub id, or ``openai:MODEL``, which ``server`` serves; as a section: with
-            max_context.
+        env: a registered id or ``module:Class``. As a section it has difficulty, kwargs, sandbox and step_timeout too.
+        model: ``smollm2``, a folder, a hub id, or ``openai:MODEL``, which ``server`` serves. As a section it has
+            max_context too.
         split: the environment's split to take tasks from.
         n: tasks.
         k: attempts a task.
-        temperature: of sampling; 0 is greedy.
+        temperature: of sampling. 0 is greedy.
         seed: of environments and sampling.
-        out: the folder; runs/eval-TIME where it is not given.
+        out: the folder. It is runs/eval-TIME where none is given.
         engine: which engine, how many, and its timeouts. Of a served model, request_timeout alone is used.
         rollout: limits of an episode, retries and the failure budget.
-        server: of a model called ``openai:MODEL``. Its episodes have no token ids; their limits on tokens are kept as
-            far as the server reports what it sampled.
+        server: of a model called ``openai:MODEL``. Its episodes have no token ids, and their limits on tokens are kept
+            as far as the server reports what it sampled.
 
     Returns:
-        The report; rates are in [0, 1].
+        The report, with rates in [0, 1].
 
     Raises:
         ArealError: an ``out`` that is used already, an unknown environment or split, a missing model, an unavailable
@@ -303,7 +351,14 @@ async def _evaluate(config: TrainConfig, server: Server | None) -> EvalReport:
 
 
 class Progress:
-    """Lines such as ``64/128 episodes, ETA 0:21``, at most one every few seconds."""
+    """A progress display of lines such as ``64/128 episodes, ETA 0:21``.
+
+    Args:
+        show: is called with each line.
+        label: first words of a line.
+        what: the things that are counted.
+        every: seconds between two lines, at least.
+    """
 
     def __init__(
         self, show: Callable[[str], None], *, label: str = "evaluating", what: str = "episodes", every: float = 5.0
@@ -319,7 +374,7 @@ class Progress:
 
 
 class Stopwatch:
-    """Seconds since it was made."""
+    """A clock that tells the seconds since it was made."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()

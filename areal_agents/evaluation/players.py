@@ -1,4 +1,4 @@
-"""Who plays an evaluation: engines of this machine, or a model behind a chat server."""
+"""The players of an evaluation, on engines of this machine or with a model behind a chat server."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Server:
 
 @dataclass
 class Served:
-    """Which models answered, by their server's own names."""
+    """The models that answered, by their server's own names."""
 
     url: str = ""
     names: set[str] = field(default_factory=set)
@@ -52,7 +52,10 @@ class Served:
 
 
 def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
-    """Return what opens a player on engines of this machine, which end with it. Raises ModelError at once."""
+    """Return what opens a player on engines of this machine, which end with it.
+
+    Raises ModelError at once.
+    """
     import torch  # heavy, as the engines: a served model needs neither
 
     from areal_agents.engines.local import engine_spec, open_engines
@@ -83,10 +86,12 @@ def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
 
 
 def on_server(config: TrainConfig, spec: EnvSpec, name: str, server: Server, served: Served) -> Opener:
-    """Return what opens a player on a chat server. Raises ConfigError at once.
+    """Return what opens a player on a chat server.
+
+    Raises ConfigError at once.
 
     Args:
-        config: the settings; of the engine's, request_timeout alone is used.
+        config: the settings. Of the engine's, request_timeout alone is used.
         spec: the environment.
         name: the model's name for the server.
         server: where it is.

@@ -1,4 +1,6 @@
-"""From packed tokens to log-probabilities, without [tokens × vocabulary] and without computing a shared prefix twice.
+"""The way from packed tokens to log-probabilities.
+
+It never holds a whole [tokens × vocabulary], and computes no shared prefix twice.
 
     Pack ─▶ decoder (tree attention or padded) ─▶ hidden states ─▶ Scores, a chunk of positions at a time
 
@@ -31,7 +33,10 @@ which plans for every new length, and here nearly all of them are new."""
 
 
 class Tree:
-    """The segments of one pack and their masks (made once, read by every layer)."""
+    """The segments of one pack and their masks.
+
+    The masks are made once and read by every layer.
+    """
 
     def __init__(self, pack: Pack, device: torch.device) -> None:
         self.device = device
@@ -40,9 +45,9 @@ class Tree:
         self.masks = [self._mask(i) if s.path else None for i, s in enumerate(self.segments)]
 
     def _mask(self, i: int) -> Tensor:
-        """Return what lets a token of segment ``i`` look at its whole path and causally at its segment.
+        """Return the mask that lets a token of segment ``i`` look at its whole path and causally at its segment.
 
-        On CPUs these are numbers [n, tokens before + n], 0 or -inf: a ``CausalBias`` would be turned into them in
+        On CPUs it is numbers [n, tokens before + n], 0 or -inf, since a ``CausalBias`` would be turned into them in
         every layer. On GPUs it is a ``CausalBias``, for which the kernels know the rule and read no numbers.
         """
         n, before = self.sizes[i], sum(self.sizes[p] for p in self.segments[i].path)
@@ -67,19 +72,29 @@ def tree_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend from each segment to its path and causally to itself; transformers' attention interface.
+    """Attend from each segment to its path and causally to itself.
 
-    On CPUs it is computed in fp32: scaled_dot_product_attention is faster in it than in bf16 (its backward most), and
-    its scores keep their precision. On GPUs it is computed in ``value``'s format, bf16 under autocast: the rotary
+    The arguments are those of transformers' attention interface, and the ones not named below are not used.
+
+    On CPUs it is computed in fp32. There scaled_dot_product_attention is faster than in bf16 (its backward most), and
+    its scores keep their precision. On GPUs it is computed in ``value``'s format, bf16 under autocast. The rotary
     tables are fp32, so ``query`` and ``key`` come in fp32, for which flash attention has no kernel.
 
     Args:
         query: [1, H, N, D].
-        key, value: [1, K, N, D] with H a multiple of K.
+        key: [1, K, N, D] with H a multiple of K.
+        value: [1, K, N, D].
         scaling: what scores are multiplied by before the softmax.
-        tree: the pack's segments; N tokens in all.
-    Returns: [1, N, H, D] in ``value``'s format.
-    Raises: ModelError for a layer that is not plain causal attention; RuntimeError where a GPU has no kernel for it.
+        tree: the pack's segments, with N tokens in all.
+        sliding_window: must be None, as in plain causal attention.
+        softcap: must be None too.
+
+    Returns:
+        The output [1, N, H, D] in ``value``'s format, and no attention weights.
+
+    Raises:
+        ModelError: the layer is not plain causal attention.
+        RuntimeError: a GPU has no kernel for it.
     """
     if tree is None or sliding_window is not None or softcap is not None:
         raise ModelError("tree attention computes plain causal attention only")
@@ -89,7 +104,7 @@ def tree_attention(
     if not grouped:  # flash alone knows grouped heads, and fp32 is left to the memory-efficient kernel
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     with torch.autocast(query.device.type, enabled=False), nullcontext() if on_cpu else sdpa_kernel(_GPU_KERNELS):
-        # split has one backward for all its pieces; slices would each fill a tensor of the whole length.
+        # split has one backward for all its pieces. Slices would each fill a tensor of the whole length.
         queries = torch.split(query.to(dtype), tree.sizes, dim=2)
         keys, values = torch.split(key.to(dtype), tree.sizes, dim=2), torch.split(value.to(dtype), tree.sizes, dim=2)
         out: list[Tensor] = []
@@ -109,7 +124,10 @@ AttentionInterface.register(TREE, tree_attention)
 
 
 def load_model(source: Path, device: torch.device | None = None) -> PreTrainedModel:
-    """A local transformers folder as an fp32 model on ``device``. Raises ModelError where it cannot be one."""
+    """Load a local transformers folder as an fp32 model on ``device``.
+
+    Raises ModelError where the folder is no such model.
+    """
     if not (source / "config.json").is_file():
         raise ModelError(f"{source} is no model folder (no config.json): pull or name a local transformers model")
     logging.disable_progress_bar()  # a second's loading; the bar would stand in the middle of the run's own output
@@ -125,9 +143,10 @@ def load_model(source: Path, device: torch.device | None = None) -> PreTrainedMo
 
 
 class Decoder:
-    """Runs a causal language model over packs. ``shared`` says whether it takes the tree layout.
+    """A causal language model that runs over packs.
 
-    Raises ModelError where the model's logits are not hidden · Wᵀ (+ b) of its base model.
+    ``shared`` says whether it takes the tree layout. Raises ModelError where the model's logits are not
+    hidden · Wᵀ (+ b) of its base model.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -149,10 +168,10 @@ class Decoder:
         self._probe()
 
     def checkpoint_layers(self) -> None:
-        """From now on keep no layer's activations: the backward pass computes them again. Raises ModelError.
+        """Keep no layer's activations from now on, so that the backward pass computes them again.
 
-        transformers does so in training mode only, which would also switch dropout on: so the layers alone, not what
-        is inside them, are set to it.
+        transformers does so in training mode only, which would also switch dropout on. So the layers alone, not what
+        is inside them, are set to it. Raises ModelError where the model cannot do so.
         """
         model, name = self.model, type(self.model).__name__
         if not model.supports_gradient_checkpointing:
@@ -166,12 +185,15 @@ class Decoder:
                 module.training = True
 
     def autocast(self, enabled: bool = True) -> torch.autocast:
-        """bf16 autocast, or nothing in fp32. Its cache of cast weights lives until the outermost one exits."""
+        """Return bf16 autocast, or one that does nothing in fp32.
+
+        Its cache of cast weights lives until the outermost one exits.
+        """
         enabled = enabled and self.dtype == torch.bfloat16
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def hidden(self, pack: Pack) -> Tensor:
-        """Hidden states [N, D] of the base model's last layer, normalised."""
+        """Return the hidden states [N, D] of the base model's last layer, normalised."""
         ids, positions = self._put(pack.ids).view(pack.shape), self._put(pack.positions).view(pack.shape)
         if pack.segments:
             out = self.base(input_ids=ids, position_ids=positions, use_cache=False, tree=Tree(pack, self.device))
@@ -186,7 +208,10 @@ class Decoder:
         return torch.from_numpy(values).to(self.device)
 
     def _probe(self) -> None:
-        """Prove on a few tokens that both layouts give the model's own log-probabilities; choose one."""
+        """Choose the layout, after a proof on a few tokens that it gives the model's own log-probabilities.
+
+        Raises ModelError where not even the padded layout gives them.
+        """
         vocab = int(self.model.config.vocab_size)
         rows: list[Ints] = [np.asarray(r, np.int64) % vocab for r in ([5, 6, 7, 8, 9], [5, 6, 7, 11, 3, 2], [5, 6, 7])]
         expected = []
@@ -232,10 +257,11 @@ def _cast_under_autocast(module: nn.Module, args: tuple[Any, ...], output: Tenso
 
 
 class Scores:
-    """log π(target) = log softmax(h · Wᵀ / temperature)[target] for one chunk of positions, and its backward.
+    """The log-probabilities of one chunk of positions, with their backward pass.
 
-    The softmax is kept until ``backward``, so that the logits are computed once; drop the object before making the
-    next chunk's. Outside autograd: the head's gradient is added to fp32 ``weight.grad`` straight from the product.
+    log π(target) = log softmax(h · Wᵀ / temperature)[target]. The softmax is kept until ``backward``, so that the
+    logits are computed once. Drop the object before making the next chunk's. All of it is outside autograd, and the
+    head's gradient is added to fp32 ``weight.grad`` straight from the product.
     """
 
     @torch.no_grad()
@@ -243,7 +269,16 @@ class Scores:
         self, hidden: Tensor, head: nn.Linear, targets: Tensor, temperature: float, dtype: torch.dtype,
         weight: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """hidden [T, D], targets int [T]; ``weight``: the head's weight already cast to ``dtype``."""
+        """Compute the log-probabilities ``logprobs_T`` [T].
+
+        Args:
+            hidden: hidden states h, [T, D].
+            head: the output head, with weight W and perhaps a bias.
+            targets: token ids, int [T].
+            temperature: that logits are divided by.
+            dtype: what the product h · Wᵀ is computed in.
+            weight: the head's weight already cast to ``dtype``. None casts it here.
+        """
         self.hidden = hidden.detach().to(dtype)
         self.head, self.targets, self.temperature = head, targets[:, None], temperature
         self.weight = head.weight.detach().to(dtype) if weight is None else weight
@@ -263,9 +298,10 @@ class Scores:
 
     @torch.no_grad()
     def backward(self, grad_T: Tensor) -> Tensor:
-        """Add to the head's gradients and return the gradient of ``hidden`` [T, D], given that of ``logprobs_T``.
+        """Add to the head's gradients, and return the gradient of ``hidden``, [T, D].
 
-        Uses up the object. dL/dlogit_j = g/temperature · (1[j = target] − softmax_j).
+        ``grad_T`` is the gradient of ``logprobs_T``, [T]. Uses up the object.
+        dL/dlogit_j = g/temperature · (1[j = target] − softmax_j).
         """
         g = (grad_T / self.temperature)[:, None]
         grad = self.logits.sub_(self.normaliser).exp_().mul_(-g).scatter_add_(1, self.targets, g)

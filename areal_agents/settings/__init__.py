@@ -1,4 +1,7 @@
-"""Settings: what can be set (``config``), reading (``loading``) and writing it, and its help (``describe``)."""
+"""The settings of a run.
+
+``config`` says what can be set, ``loading`` reads it, ``writing`` writes it, and ``describe`` makes its help.
+"""
 
 from areal_agents.settings.describe import help_text
 from areal_agents.settings.loading import find, load, shipped, split_overrides

@@ -1,7 +1,8 @@
-"""Settings that choose an algorithm: a table whose other entries are the parameters of its ``kind``.
+"""Settings that choose an algorithm, each of which is a table.
 
-A file and an override may both have set ``kind``, and only it says which parameters there are and how they are read. So
-a table is looked at last, once everything else is known.
+The entry ``kind`` names the algorithm, and the other entries are its parameters. A file and an override may both have
+set ``kind``, and only it says which parameters there are and how they are read. So a table is looked at last, once
+everything else is known.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from areal_agents.settings.values import Origins, mismatch, none_of, value_of
 
 @dataclass(frozen=True, slots=True)
 class _Raw:
-    """An algorithm's parameter as it was typed: how it is read depends on the algorithm."""
+    """An algorithm's parameter as it was typed.
+
+    How it is read depends on the algorithm.
+    """
 
     text: str | None
 
@@ -28,7 +32,19 @@ class _Raw:
 def override_choice(
     tree: dict[str, Any], origins: Origins, problems: list[str], key: str, given: str, raw: str | None, flag: str
 ) -> None:
-    """``--algorithm.loss NAME`` takes the place of the whole table; ``--algorithm.loss.X V`` sets one entry of it."""
+    """Set an algorithm, or one of its parameters, as an override says.
+
+    ``--algorithm.loss NAME`` takes the place of the whole table. ``--algorithm.loss.X V`` sets one entry of it.
+
+    Args:
+        tree: the settings so far, changed in place.
+        origins: where each setting was set, changed in place.
+        problems: gets a sentence where a value is missing.
+        key: the setting that chooses, such as ``algorithm.loss``.
+        given: the override's key, which is ``key`` or an entry below it.
+        raw: the value as typed. None where there is none.
+        flag: the flag as typed, for messages.
+    """
     section, _, name = key.rpartition(".")
     parameter = given.removeprefix(key).lstrip(".")
     if raw is None and parameter in ("", "kind"):
@@ -43,10 +59,10 @@ def override_choice(
 
 
 def choose(tree: dict[str, Any], origins: Origins, key: str) -> list[str]:
-    """Make the Choice of the setting ``key`` from its table in ``tree``. Returns what is wrong with it.
+    """Make the Choice of the setting ``key`` from its table in ``tree``.
 
-    Which parameters there are depends on ``kind``, which a file and an override may both have set: so only now are
-    overrides read and names looked up.
+    Returns what is wrong with it. Which parameters there are depends on ``kind``, which a file and an override may both
+    have set. So only now are overrides read and names looked up.
     """
     section, _, name = key.rpartition(".")
     table = tree.get(section, {}).pop(name, None)
@@ -75,7 +91,10 @@ def choose(tree: dict[str, Any], origins: Origins, key: str) -> list[str]:
 
 
 def _parameter(setting: Setting, value: Any, origins: Origins, problems: list[str]) -> dict[str, Any]:
-    """The value of an algorithm's parameter by its name; nothing where ``problems`` got a sentence about it."""
+    """Return the value of an algorithm's parameter, by its name.
+
+    The result is empty where ``problems`` got a sentence about the value.
+    """
     if isinstance(value, _Raw):
         if value.text is None and not setting.boolean:
             problems.append(f"{origins[setting.key]} needs a value: {setting.expects}")
@@ -92,7 +111,7 @@ def _parameter(setting: Setting, value: Any, origins: Origins, problems: list[st
 def _parameter_sentence(
     error: Any, known: Mapping[str, Setting], options: Mapping[str, Any], origins: Origins, key: str
 ) -> str:
-    """One pydantic error about an algorithm's parameter in plain words."""
+    """Say one pydantic error about an algorithm's parameter in plain words."""
     name = str(error["loc"][0])
     if error["type"] == "missing":
         return f"{key}.{name} is missing: this algorithm has no default for it"

@@ -1,6 +1,6 @@
-"""The settings of a run: one frozen pydantic model, its fields documented where they stand.
+"""The settings of a run, as one frozen pydantic model.
 
-What each setting means is the string below it; the command line's ``--help`` is made from these strings.
+What each setting means is the string below it. The command line's ``--help`` is made from these strings.
 Loading (TOML, overrides, "did you mean") lives in ``settings/loading.py``.
 """
 
@@ -20,6 +20,8 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
+    """The base of every group of settings, which is frozen and knows no other keys than its own."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
@@ -154,7 +156,7 @@ class RolloutConfig(Section):
 
     @property
     def staleness(self) -> int:
-        """The bound in force."""
+        """The bound on staleness in force."""
         return 0 if self.mode == "sync" else self.max_staleness
 
     @property
@@ -164,7 +166,10 @@ class RolloutConfig(Section):
 
 
 def _chosen(registry: Registry) -> tuple[Any, ...]:
-    """A setting that chooses from ``registry``: read from a name or a table, and written as a whole table."""
+    """Return the pydantic hooks of a setting that chooses from ``registry``.
+
+    It is read from a name or a table, and written as a whole table.
+    """
     return BeforeValidator(registry.read), PlainSerializer(registry.table)
 
 
@@ -253,7 +258,7 @@ class TrackConfig(Section):
 
 
 class TrainConfig(Section):
-    """A whole run.
+    """The settings of a whole run.
 
     config = TrainConfig(steps=20, env=EnvConfig(id="my_envs:Scales"), learner=LearnerConfig(lr=2e-6))
     config = TrainConfig.model_validate({"steps": 20, "env": {"id": "my_envs:Scales"}, "learner": {"lr": 2e-6}})

@@ -1,6 +1,7 @@
-"""The settings as a flat table: dotted key, accepted values in words, default, meaning; and the nearest key to a typo.
+"""The settings as a flat table, and the help and hints that are made from it.
 
-Everything here is read off the pydantic models of ``settings/config.py``; nothing is declared twice.
+A setting has a dotted key, accepted values in words, a default and a meaning. ``nearest`` finds the keys that a typo
+may have meant. Everything here is read off the pydantic models of ``settings/config.py``. Nothing is declared twice.
 """
 
 from __future__ import annotations
@@ -45,17 +46,20 @@ class Setting:
 
     @property
     def free(self) -> bool:
-        """A table with keys of the user's choice."""
+        """True for a table with keys of the user's choice."""
         return get_origin(self.info.annotation) is dict
 
     @property
     def registry(self) -> Registry | None:
-        """What the setting chooses an algorithm from, whose parameters are set below it; None of a plain value."""
+        """The registry that the setting chooses an algorithm from. None for a plain value.
+
+        The algorithm's parameters are set below the setting.
+        """
         return REGISTRIES.get(self.key)
 
     @property
     def textual(self) -> bool:
-        """Its command-line value is taken as it stands, never read as a number or list."""
+        """True where a command-line value is taken as it stands, and never read as a number or list."""
         kinds = [m for m in members(self.info.annotation) if m is not type(None)]
         return self.registry is not None or all(m in (str, Path) or get_origin(m) is Literal for m in kinds)
 
@@ -76,7 +80,7 @@ class Setting:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; any other annotation alone."""
+    """Return the alternatives of a union, or any other annotation alone."""
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
@@ -113,7 +117,7 @@ def _words(annotation: Any) -> str:
 
 @cache
 def settings() -> Mapping[str, Setting]:
-    """Every setting by its dotted key, in the order they are declared."""
+    """Return every setting by its dotted key, in the order they are declared."""
     return {s.key: s for s in _walk(TrainConfig, "")}
 
 
@@ -129,14 +133,20 @@ def _walk(model: type[Section], prefix: str) -> Iterator[Setting]:
 
 
 def parameters(key: str, kind: str) -> Mapping[str, Setting]:
-    """The parameters of algorithm ``kind`` of the setting ``key``, by name. Raises ConfigError for an unknown one."""
+    """Return the parameters of algorithm ``kind`` of the setting ``key``, by name.
+
+    Raises ConfigError for an unknown algorithm.
+    """
     fields = REGISTRIES[key].parameters(kind).model_fields
     return {name: Setting(f"{key}.{name}", info) for name, info in fields.items()}
 
 
 @cache
 def sections() -> Mapping[str, tuple[str, ...]]:
-    """The names of each section's settings; the top level is ``""``."""
+    """Return the names of each section's settings.
+
+    The top level is the section ``""``.
+    """
     out: dict[str, tuple[str, ...]] = {}
     for s in settings().values():
         out[s.section] = (*out.get(s.section, ()), s.name)
@@ -144,7 +154,11 @@ def sections() -> Mapping[str, tuple[str, ...]]:
 
 
 def nearest(key: str) -> list[str]:
-    """Settings that ``key`` may have meant: the same name in other sections, else near names here, else near paths."""
+    """Return at most three settings that ``key`` may have meant.
+
+    For a name that no setting has, near names of algorithms' parameters come first. Else it is the same name in other
+    sections. Else it is near names in the same section and near paths, and at last near names in any section.
+    """
     section, _, name = key.rpartition(".")
     if name not in {s.name for s in settings().values()}:
         owned = {k.rpartition(".")[2]: k for k in reversed(_parameter_keys())}
@@ -165,7 +179,7 @@ def nearest(key: str) -> list[str]:
 
 
 def _parameter_keys() -> list[str]:
-    """Dotted keys of the parameters of every algorithm that can be imported."""
+    """Return the dotted keys of the parameters of every algorithm that can be imported."""
     keys: dict[str, None] = {}
     for key, registry in REGISTRIES.items():
         for kind in registry.names():
@@ -175,7 +189,7 @@ def _parameter_keys() -> list[str]:
 
 
 def either(names: Sequence[str]) -> str:
-    """``a, b or c``."""
+    """Write ``names`` as ``a, b or c``."""
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
 
 
@@ -185,10 +199,12 @@ def help_text(
     short: Mapping[str, str] = MappingProxyType({}),
     defaults: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """Every setting with its accepted values, default and meaning, grouped by section.
+    """Write every setting with its accepted values, default and meaning, grouped by section.
 
-    ``leave_out``: of each key, whether it is not shown. ``short``: other names of settings. ``defaults``: what is shown
-    in a default's place.
+    Args:
+        leave_out: says of a key whether it is not shown.
+        short: keys of settings by their other names.
+        defaults: what is shown in a default's place, by key.
     """
     lines = ["settings (in the TOML file, or on the command line as --SECTION.NAME VALUE):"]
     also = {key: f", --{name.replace('_', '-')}" for name, key in short.items()}
@@ -203,7 +219,10 @@ def help_text(
 
 
 def _help_lines(setting: Setting, also: str = "", instead: str | None = None) -> list[str]:
-    """``also``: its other name. ``instead``: what is shown in its default's place."""
+    """Write the help of one setting, as lines.
+
+    ``also`` is its other name. ``instead`` is shown in its default's place.
+    """
     default = "" if setting.info.is_required() else f"; default: {instead or _shown_default(setting.default)}"
     first = f"  --{setting.key}{also}  ({setting.expects}{default})"
     return [first, *(f"      {line}" for line in (setting.info.description or "").splitlines())]

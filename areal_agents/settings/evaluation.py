@@ -1,4 +1,4 @@
-"""The settings of an evaluation: those of a training, less what only a training has a use for.
+"""The settings of an evaluation, which are those of a training less what only a training has a use for.
 
     areal-agents eval ENV_ID --model M --n 64 --engine.kind vllm --env.kwargs.max_turns 3 [--config FILE]
 
@@ -68,13 +68,16 @@ SERVED = {"engine.": "the model is served at its URL, no engine is started"}
 
 
 def training_only(key: str, *, served: bool = False) -> str | None:
-    """Return why the setting ``key`` means nothing for an evaluation; None where it means something."""
+    """Return why the setting ``key`` means nothing for an evaluation, or None where it means something.
+
+    ``served`` says that the model is behind a chat server.
+    """
     reasons = TRAINING_ONLY | SERVED if served and key != "engine.request_timeout" else TRAINING_ONLY
     return next((why for k, why in reasons.items() if key == k or (k.endswith(".") and key.startswith(k))), None)
 
 
 def is_setting(flag: str) -> bool:
-    """Return whether a flag of ``eval`` such as ``--n=3`` names a setting, and is no option of the command itself."""
+    """Say whether a flag of ``eval`` such as ``--n=3`` names a setting, and no option of the command itself."""
     key = normal_key(flag.removeprefix("--").partition("=")[0])
     return "." in key or key in SHORT or key in describe.settings() or key in describe.sections()
 
@@ -87,11 +90,13 @@ def help_text() -> str:
 def load_evaluation(
     path: Path | str | None, overrides: Sequence[str] = (), *, served: bool = False
 ) -> tuple[TrainConfig, list[str]]:
-    """Read the settings of an evaluation. Without ``--out`` it gets a folder of its own.
+    """Read the settings of an evaluation.
+
+    Without ``--out`` it gets a folder of its own.
 
     Args:
-        path: a TOML file or a shipped configuration, of a training too; None: all defaults.
-        overrides: ``--n 64``, ``--engine.kind vllm``.
+        path: a TOML file or a shipped configuration, of a training too. None means all defaults.
+        overrides: such as ``--n 64`` or ``--engine.kind vllm``.
         served: the model is behind a chat server.
 
     Returns:
@@ -122,7 +127,7 @@ def eval_folder() -> Path:
 
 
 def _given(section: Section, prefix: str) -> list[str]:
-    """Dotted keys of what was said, not left at its default."""
+    """Return the dotted keys of what was said, and not left at its default."""
     keys: list[str] = []
     for name in sorted(section.model_fields_set):
         value = getattr(section, name)

@@ -1,11 +1,11 @@
-"""Loading settings: TOML, then dotted overrides, then one pydantic ``model_validate`` of ``TrainConfig``.
+"""The loading of settings from a TOML file and then from dotted overrides.
 
     demo.toml ──┐
                 ├─▶ one nested dict ─▶ unknown keys named, nearest ones offered ─▶ model_validate ─▶ TrainConfig
     --a.b 3  ───┘
 
 Every problem is reported at once, each with the key, the file or flag it came from, its value and what was expected.
-TOML has no null: the word ``"none"`` stands for None in each setting that accepts it, and inside ``env.kwargs``.
+TOML has no null. The word ``"none"`` stands for None in each setting that accepts it, and inside ``env.kwargs``.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from areal_agents.settings.values import Origins, mismatch, none_of, show, value
 
 
 def shipped() -> dict[str, Path]:
-    """The configurations that come with the package, by name."""
+    """Return the configurations that come with the package, by name."""
     root = importlib.resources.files("areal_agents.configs")
     return {f.name.removesuffix(".toml"): Path(str(f)) for f in root.iterdir() if f.name.endswith(".toml")}
 
 
 def find(path: Path | str) -> Path:
-    """The file behind ``path``: a file, or the bare name of a shipped configuration. Raises ConfigError."""
+    """Find the file behind ``path``, which is a file or the bare name of a shipped configuration.
+
+    Raises ConfigError where there is none.
+    """
     path = Path(path).expanduser()
     if path.is_file():
         return path
@@ -56,10 +59,15 @@ def find(path: Path | str) -> Path:
 def load(
     path: Path | str | None, overrides: Sequence[str] = (), *, short: Mapping[str, str] = MappingProxyType({})
 ) -> TrainConfig:
-    """The settings of ``path`` (None: all defaults) under ``overrides``: ``--learner.lr 2e-6``, ``--learner.lr=2e-6``.
+    """Read the settings of a file, with ``overrides`` in place of what it says.
 
-    ``short``: other names of settings in overrides. Raises ConfigError, which lists every problem of the file and the
-    overrides together.
+    Args:
+        path: a TOML file or the name of a shipped configuration. None means all defaults.
+        overrides: such as ``--learner.lr 2e-6`` or ``--learner.lr=2e-6``.
+        short: keys of settings by their other names, which overrides may use.
+
+    Raises:
+        ConfigError: lists every problem of the file and the overrides together.
     """
     tree: dict[str, Any] = {}
     origins: Origins = {}
@@ -75,6 +83,7 @@ def load(
         _merge(tree, origins, problems, table, "", str(file))
     said: dict[str, tuple[str, str | None]] = {}
     for key, raw, flag in _pairs(overrides, problems, short):
+        # A setting with a short name may come under both names. With two values, which one is meant is anybody's guess.
         other, value = said.setdefault(key, (flag, raw)) if key in short.values() else (flag, raw)
         if other != flag and value != raw:
             problems.append(f"{other} {value} and {flag} {raw} are one setting, {key}: give one of them")
@@ -122,7 +131,10 @@ def _merge(
 
 
 def _booleans(tree: dict[str, Any], origins: Origins) -> list[str]:
-    """Problems of true or false given for a number, which pydantic would read as 1 or 0; removed from ``tree``."""
+    """Remove every true or false that is given for a number from ``tree``, and return the problems.
+
+    pydantic would read them as 1 or 0.
+    """
     problems: list[str] = []
     for setting in settings().values():
         node: Any = tree
@@ -145,7 +157,10 @@ def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[str]:
 
 
 def split_overrides(args: Sequence[str], keep: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """``args`` parted into (everything else, overrides with their values); flags in ``keep`` are not overrides."""
+    """Part ``args`` into everything else, and overrides with their values.
+
+    Flags in ``keep`` are not overrides.
+    """
     rest: list[str] = []
     overrides: list[str] = []
     i = 0
@@ -163,19 +178,22 @@ def split_overrides(args: Sequence[str], keep: Sequence[str] = ()) -> tuple[list
 
 
 def override_keys(overrides: Sequence[str], *, short: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(dotted key, the flag as typed) of each override; what is none is left to ``load`` to complain of."""
+    """Return the dotted key of each override, and its flag as typed.
+
+    What is no override is left to ``load`` to complain of.
+    """
     return [(normal_key(key), flag) for key, _, flag in _pairs(overrides, [], short)]
 
 
 def normal_key(key: str) -> str:
-    """``key`` as settings spell it: ``max-turns`` is ``max_turns``."""
+    """Spell ``key`` as settings do, ``max_turns`` for ``max-turns``."""
     return key.replace("-", "_")
 
 
 def _pairs(
     overrides: Sequence[str], problems: list[str], short: Mapping[str, str]
 ) -> Iterator[tuple[str, str | None, str]]:
-    """(dotted key, raw value or None, the flag as typed) of each override."""
+    """Yield for each override its dotted key, its raw value or None, and its flag as typed."""
     i = 0
     while i < len(overrides):
         token = overrides[i]
@@ -247,7 +265,7 @@ def _unknown(key: str, origin: str) -> str:
 
 
 def _sentence(error: Any, origins: Origins) -> str:
-    """One pydantic error in plain words."""
+    """Say one pydantic error in plain words."""
     key = ".".join(str(part) for part in error["loc"])
     while key and key not in settings() and key not in sections():
         key = key.rpartition(".")[0]  # an element of a list, or a branch of a union

@@ -1,4 +1,4 @@
-"""One value of a setting: reading it from a file or a flag, and saying what was expected instead."""
+"""One value of a setting, as it is read from a file or a flag and shown in a message."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ Origins = dict[str, str]
 
 
 def value_of(raw: str, setting: Setting) -> Any:
+    """Read a value as it was typed on the command line.
+
+    It is read as TOML. It stays text where it is no TOML, or where the setting takes text and it has no quotes. The
+    word ``none`` is None where the setting accepts it.
+    """
     if setting.optional and _is_none(raw):
         return None
     quoted = len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "\"'"
@@ -28,6 +33,7 @@ def value_of(raw: str, setting: Setting) -> Any:
 
 
 def none_of(value: Any, setting: Setting) -> Any:
+    """Replace the word ``none`` by None where the setting accepts it."""
     if setting.free:
         return _none_inside(value)
     return None if setting.optional and _is_none(value) else value
@@ -46,6 +52,7 @@ def _is_none(value: Any) -> bool:
 
 
 def mismatch(setting: Setting, value: Any, origins: Origins) -> str:
+    """Say where ``value`` was set, what was expected instead, and what it may have meant."""
     hint = ""
     choices = [c for m in members(setting.info.annotation) if get_origin(m) is Literal for c in get_args(m)]
     if isinstance(value, str) and (near := difflib.get_close_matches(value, choices, n=1)):
@@ -55,5 +62,6 @@ def mismatch(setting: Setting, value: Any, origins: Origins) -> str:
 
 
 def show(value: Any) -> str:
+    """Write ``value`` for a message, in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

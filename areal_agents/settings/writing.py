@@ -13,9 +13,9 @@ from areal_agents.settings.describe import sections, settings
 
 
 def dump(config: TrainConfig, *, leave_out: Callable[[str], object] = lambda key: None) -> str:
-    """``config`` as TOML that ``load`` reads back to an equal one. None is left out where it is the default.
+    """Write ``config`` as TOML that ``load`` reads back to an equal one.
 
-    ``leave_out``: of each key, whether it is not written.
+    None is left out where it is the default. ``leave_out`` says of a key whether it is not written.
     """
     tree = config.model_dump(mode="python")
     lines: list[str] = []
@@ -57,5 +57,8 @@ def _toml(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A TOML basic string: JSON's escapes are TOML's, but TOML wants the delete character escaped too."""
+    """Write ``text`` as a TOML basic string.
+
+    JSON's escapes are TOML's, but TOML wants the delete character escaped too.
+    """
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,9 +1,11 @@
-"""What a run computes with: engine, learner and players, on this machine or on a Ray cluster.
+"""The parts that a run computes with, which are engine, learner and players.
+
+They are on this machine or on a Ray cluster.
 
     cluster.backend = "local"   engines: processes of this machine · learner, episodes: this process (``local.py``)
     cluster.backend = "ray"     all of them actors (``cluster/backend.py``)
 
-Here: the parts, and the options of each from the settings. ``run.py`` picks by name.
+This file has the parts, and the options of each from the settings. ``run.py`` picks by name.
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ Event = Callable[..., None]
 
 
 class RunEngine(Engine, Threaded, Protocol):
-    """What a run needs of its engine."""
+    """The engine as a run needs it."""
 
 
 class RunLearner(Learner, Protocol):
-    """What a run needs of its learner beside the steps."""
+    """The learner as a run needs it, for more than its steps."""
 
     async def sft_step(self, rows: Sequence[Row], *, lr: float) -> Metrics: ...
     async def export(self, path: Path) -> None: ...
@@ -54,10 +56,16 @@ class Elastic(Protocol):
         ...
 
     async def set_replicas(self, n: int) -> None:
-        """``n`` engines from now on. Returns once they serve, or are gone. Raises EngineError."""
+        """Grow or shrink to ``n`` engines.
+
+        Returns once they serve, or are gone. Raises EngineError.
+        """
 
     async def set_rollout_workers(self, n: int) -> None:
-        """``n`` rollout workers from now on. Returns once they play; removed ones end by themselves."""
+        """Grow or shrink to ``n`` rollout workers.
+
+        Returns once they play. Removed ones end by themselves.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +76,13 @@ class Backend:
     learner: RunLearner
     cores: Cores
     players: Callable[[PlayerSpec], EpisodePlayer] | None = None
-    """Makes players; None: they play in this process."""
+    """Makes players. None: they play in this process."""
     elastic: Elastic | None = None
     """None: the sizes are fixed."""
 
 
 class OpenBackend(Protocol):
-    """How a backend is opened: ``local.open_local``, ``cluster.backend.open_ray``."""
+    """A function that opens a backend, which ``local.open_local`` and ``cluster.backend.open_ray`` are."""
 
     def __call__(
         self, config: TrainConfig, spec: EnvSpec, model: Path, *, event: Event, resumed_at: int
@@ -82,7 +90,7 @@ class OpenBackend(Protocol):
 
 
 def salt(resumed_at: int) -> str:
-    """See ``process_seed``."""
+    """Return the ``salt`` of ``process_seed`` for a run that goes on from step ``resumed_at``."""
     return str(resumed_at) if resumed_at else ""
 
 
@@ -93,19 +101,22 @@ def engine_spec_of(config: TrainConfig, model: Path, *, threads: int) -> EngineS
 
 
 def engine_dtype(config: TrainConfig) -> torch.dtype:
-    """What the engines compute in, decided here once: their nodes may differ from this one."""
+    """Return the number format that the engines compute in.
+
+    It is decided here, once, since their nodes may differ from this one.
+    """
     placed = config.cluster.backend == "ray" and config.cluster.engine_gpus > 0
     gpu = engine_kind(config.engine.kind).takes_gpus and (placed or torch.cuda.is_available())
     return resolve_precision(config.engine.precision, gpu=gpu)
 
 
 def receivers(config: TrainConfig, replicas: int) -> int:
-    """Processes of so many live replicas that take part in a broadcast of the weights."""
+    """Return how many processes of ``replicas`` live engines take part in a broadcast of the weights."""
     return replicas * config.engine.tensor_parallel
 
 
 def learner_settings(config: TrainConfig, transport: Transport, *, threads: int) -> dict[str, Any]:
-    """``TorchLearner``'s keyword arguments; picklable."""
+    """Return ``TorchLearner``'s keyword arguments, which can be pickled."""
     return {
         "learner": config.learner,
         "algorithm": config.algorithm,

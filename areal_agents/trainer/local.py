@@ -1,4 +1,7 @@
-"""A run on one machine: its engines are processes; the learner and the episodes are in this one."""
+"""A run on one machine.
+
+Its engines are processes of their own. The learner and the episodes are in this process.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,17 @@ from areal_agents.trainer.threads import split_cores
 async def open_local(
     config: TrainConfig, spec: EnvSpec, model: Path, *, event: Event, resumed_at: int
 ) -> AsyncIterator[Backend]:
-    """Everything on this machine; ended in reverse. Raises what the parts raise.
+    """Open everything on this machine, and end it in reverse.
 
-    spec: not used here: the caller has proved the environment's sandbox.
-    resumed_at: the step that the run goes on from: its engines must not draw the random numbers of its first life.
+    Raises what the parts raise.
+
+    Args:
+        config: the settings.
+        spec: not used here, since the caller has proved the environment's sandbox.
+        model: the model's folder.
+        event: is told of lost and restarted engines.
+        resumed_at: the step that the run goes on from, 0 for a new run. A resumed run's engines must not draw the
+            random numbers of its first life.
     """
     cores = split_cores(config.engine.threads, config.learner.threads, replicas=config.engine.replicas)
     # An engine that keeps its threads never gets the learner's.

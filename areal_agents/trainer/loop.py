@@ -36,32 +36,41 @@ from areal_agents.types import Group
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a finished run leaves behind."""
+    """The result of a finished run."""
 
     out: Path
     model: Path
-    """The trained model: a folder that transformers loads."""
+    """The folder of the trained model, which transformers loads."""
     reports: dict[str, EvalReport]
     """Held-out evaluations: ``before``, ``warm_start`` (where there was one), ``after_rl``, ``step_N``."""
     seconds: float
 
     def table(self) -> str:
-        """The evaluations side by side, for people."""
+        """Return the evaluations side by side, as text for people."""
         return compare_table(self.reports)
 
 
 async def train(config: TrainConfig, *, resume: bool = False, console: bool = True) -> RunResult:
-    """Run ``config`` to its end; with ``resume``, from the last commit in ``config.out``, if there is one.
+    """Run ``config`` to its end.
 
         config = areal_agents.TrainConfig.model_validate({"steps": 20, "env": {"id": "my_envs:Scales"}})
         result = asyncio.run(areal_agents.train(config))  # in a notebook: await areal_agents.train(config)
         print(result.table())
 
-    A learner that is lost (``cluster.backend = "ray"``) is replaced: the run goes on from its last commit, at most
+    A learner that is lost (``cluster.backend = "ray"``) is replaced. The run then goes on from its last commit, at most
     ``cluster.learner_restarts`` times.
 
-    SIGINT or SIGTERM once: the step is finished and saved, then Interrupted is raised; twice: at once. Raises
-    ArealError subclasses; ``config.out`` keeps everything until then, and a run that committed a step can be resumed.
+    On the first SIGINT or SIGTERM the step is finished and saved, then Interrupted is raised. On the second it is
+    raised at once.
+
+    Args:
+        config: the settings.
+        resume: go on from the last commit in ``config.out``, if there is one.
+        console: show progress.
+
+    Raises:
+        ArealError: anything failed. ``config.out`` keeps everything until then, and a run that committed a step can be
+            resumed.
     """
     watch = Stopwatch()
     if remote_name(config.model.path) is not None:
@@ -85,14 +94,14 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
                     if stop.requested or len(lives.lost) > config.cluster.learner_restarts:
                         raise
             commit, changes = begin(folder, lives.config, resume=True)
-        else:
+        else:  # the commit says that nothing is left to do
             reports = dict(commit.reports)
     return RunResult(config.out, config.out / "model", reports, watch.seconds)
 
 
 @dataclass
 class _Lives:
-    """What a run takes from one learner to the next."""
+    """The state that a run carries from one learner to the next."""
 
     config: TrainConfig
     """As ``areal-agents resize`` has changed it."""
@@ -109,7 +118,7 @@ async def _run(
     changes: dict[str, tuple[object, object]],
     console: bool,
 ) -> dict[str, EvalReport]:
-    """All phases; each is skipped where the commit has it already."""
+    """Run all phases, except those that the commit has already."""
     async with open_run(lives.config, folder, stop, commit=commit, console=console) as run, answering(run):
         try:
             folder.write_settings(settings.dump(run.config))  # a resize may have come while it was opened
@@ -119,7 +128,7 @@ async def _run(
                 run.tracker.event("resumed", step=commit.step, changed={k: new for k, (_, new) in changes.items()})
                 run.tracker.message(f"resumed at step {commit.step} of {run.config.steps}")
             return await _phases(run)
-        finally:
+        finally:  # also where the learner is lost: the next one keeps the sizes that a resize gave
             lives.config = run.config
 
 
@@ -151,7 +160,7 @@ def _how_to_go_on(config: TrainConfig, folder: RunFolder, stop: Stop) -> str:
 
 
 async def learn(run: Run) -> None:
-    """The RL phase: batches up to ``steps``, rollouts alongside."""
+    """Run the RL phase, which learns from batches up to ``steps`` while rollouts go on."""
     config, r, every = run.config, run.config.rollout, run.config.checkpoint.every
     if run.learner.version >= config.steps:
         return
@@ -179,7 +188,7 @@ async def learn(run: Run) -> None:
         await run.save(rollouts)
         raise
     finally:
-        run.rollouts = None
+        run.rollouts = None  # before the wait: a resize must not start episodes on rollouts that end
         await rollouts.close()
 
 
@@ -199,7 +208,10 @@ def _restore(run: Run, rollouts: Rollouts) -> None:
 
 
 async def _evaluate_if_due(run: Run, step: int) -> None:
-    """Evaluate between two steps, every ``eval.every`` of them; the end is evaluated by ``_phases``."""
+    """Evaluate between two steps, every ``eval.every`` of them.
+
+    The end is evaluated by ``_phases``.
+    """
     every = run.config.eval.every
     if every and step and step % every == 0:
         await run.evaluate(f"step_{step}", step=step)
@@ -228,7 +240,10 @@ async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, wa
 
 
 async def _update(run: Run, batch: Batch, rollouts: Rollouts) -> dict[str, float]:
-    """The learner's step. It takes over the engine's cores once the engine has run out of admitted work."""
+    """Run the learner's step.
+
+    The learner takes over the engine's cores once the engine has run out of admitted work.
+    """
     run.learner.set_threads(run.cores.learner)
     await run.engine.set_threads(run.cores.engine)
 
@@ -244,7 +259,14 @@ async def _update(run: Run, batch: Batch, rollouts: Rollouts) -> dict[str, float
 
 
 def batch_of(groups: list[Group], algorithm: AlgorithmConfig, version: int, temperature: float) -> Batch:
-    """Groups to training rows: advantages per group, one number a turn."""
+    """Turn groups into training rows, with advantages that are estimated per group, one number a turn.
+
+    Args:
+        groups: the finished groups of one batch.
+        algorithm: the advantage estimator is taken from it.
+        version: the learner's.
+        temperature: that the episodes were sampled at.
+    """
     rows: list[Row] = []
     episode = 0
     for group in groups:
@@ -256,7 +278,10 @@ def batch_of(groups: list[Group], algorithm: AlgorithmConfig, version: int, temp
 
 
 def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
-    """Means over *episodes*, never over turns or rows (T6); ages are over tokens, ``version`` is the learner's."""
+    """Return means over *episodes*, never over turns or rows (T6).
+
+    Ages are over tokens. ``version`` is the learner's.
+    """
     episodes = [t for g in groups for t in g.trajectories]
     n = len(episodes)
     calls = [calls_of(t) for t in episodes]

@@ -1,6 +1,7 @@
-"""Growing and shrinking a run while it trains: engines, rollout workers, episodes at once.
+"""The growing and shrinking of a run while it trains.
 
-What is changed becomes part of the run's settings (``config.toml``), so a resumed run goes on with it.
+It changes the numbers of engines, of rollout workers and of episodes at once. What is changed becomes part of the
+run's settings (``config.toml``), so a resumed run goes on with it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from areal_agents.trainer.run import Run
 
 
 class NewSizes(Section):
-    """What is asked for; None stays as it is."""
+    """The sizes that are asked for.
+
+    None stays as it is.
+    """
 
     replicas: Count | None = None
     """``engine.replicas``; on Ray only."""
@@ -33,7 +37,7 @@ class NewSizes(Section):
 
 @contextlib.asynccontextmanager
 async def answering(run: Run) -> AsyncIterator[None]:
-    """Whoever sees the run's folder may resize it meanwhile."""
+    """Let whoever sees the run's folder resize it meanwhile."""
     answers = answer_requests(run.config.out, partial(answer_resize, run), event=run.tracker.event)
     task = asyncio.create_task(answers, name="control")
     try:
@@ -44,7 +48,7 @@ async def answering(run: Run) -> AsyncIterator[None]:
 
 
 def sizes(config: TrainConfig) -> dict[str, int]:
-    """What a run has, by the names of ``NewSizes``."""
+    """Return the sizes of a run, by the names of ``NewSizes``."""
     return {
         "replicas": config.engine.replicas,
         "rollout_workers": config.cluster.rollout_workers,
@@ -53,10 +57,10 @@ def sizes(config: TrainConfig) -> dict[str, int]:
 
 
 async def answer_resize(run: Run, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Do what ``NewSizes`` in ``request`` asks; returns ``before`` and ``after``.
+    """Do what ``NewSizes`` in ``request`` asks, and return the sizes ``before`` and ``after``.
 
-    Fewer episodes start before engines and workers go, and more only once they are there. A part that fails is undone;
-    the parts before it stay done and recorded. Raises ConfigError, and what growth raises.
+    Fewer episodes start before engines and workers go, and more only once they are there. A part that fails is undone.
+    The parts before it stay done and recorded. Raises ConfigError, and what growth raises.
     """
     try:
         asked = NewSizes.model_validate(request)
@@ -87,7 +91,7 @@ async def answer_resize(run: Run, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require(run: Run, asked: NewSizes) -> None:
-    """Raise ConfigError for what this run cannot be."""
+    """Raise ConfigError for sizes that this run cannot have."""
     elastic, wanted = run.backend.elastic, sizes(run.config) | asked.model_dump(exclude_none=True)
     if elastic is None and (asked.replicas is not None or asked.rollout_workers is not None):
         raise ConfigError(
@@ -113,7 +117,7 @@ def _episodes(run: Run, asked: NewSizes) -> None:
 
 
 def _record(run: Run, section: str, **values: int) -> None:
-    """Into the settings of ``run``, here and on the disk."""
+    """Write ``values`` into the settings of ``run``, here and on the disk."""
     changed = getattr(run.config, section).model_copy(update=values)
     run.config = run.config.model_copy(update={section: changed})
     run.folder.write_settings(settings.dump(run.config))

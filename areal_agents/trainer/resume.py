@@ -1,4 +1,7 @@
-"""Beginning a run, or going on with one: which settings may differ, and from where it goes on."""
+"""The beginning of a run, and of its going on.
+
+A resumed run may differ in some settings, and goes on from its last commit.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ tasks come, what the stored episodes and evaluations mean, or are part of the op
 
 
 def refuse_taken(config: TrainConfig) -> None:
-    """Raise ConfigError where ``config.out`` holds another run: nothing of it may be overwritten or mixed up."""
+    """Raise ConfigError where ``config.out`` holds another run.
+
+    Nothing of it may be overwritten or mixed up.
+    """
     if (config.out / "config.toml").exists() or (config.out / "commit.json").exists():
         raise ConfigError(
             f"{config.out} holds another run: go on with it by --resume, choose another --out, or remove the folder"
@@ -31,10 +37,16 @@ def refuse_taken(config: TrainConfig) -> None:
 
 
 def begin(folder: RunFolder, config: TrainConfig, *, resume: bool) -> tuple[Commit | None, dict[str, tuple[Any, Any]]]:
-    """Where the run starts, and the settings that changed since it was begun (old, new).
+    """Find where the run starts, and which settings changed since it was begun.
 
-    None: a new run. An empty commit: one that was killed before it committed anything. Raises ConfigError where the
-    folder holds a run and ``resume`` is False, or where a setting changed that may not.
+    Returns:
+        The commit to go on from, and by dotted key the changed settings (old, new). The commit is None for a new run,
+        and empty for one that was killed before it committed anything.
+
+    Raises:
+        ConfigError: the folder holds a run and ``resume`` is False, a setting changed that may not, or more steps are
+            done than ``config.steps``.
+        CheckpointError: the commit cannot be read.
     """
     if not resume:
         refuse_taken(config)
@@ -66,7 +78,7 @@ def begin(folder: RunFolder, config: TrainConfig, *, resume: bool) -> tuple[Comm
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, except ``out``."""
+    """Return both values of each dotted key whose values differ, except ``out``."""
     a, b = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     return {k: (a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k) and k != "out"}
 

@@ -1,7 +1,7 @@
-"""The parts of one run, and what it does besides learning: warm start, evaluation, checkpoints.
+"""The parts of one run, and what it does besides learning.
 
-``open_run`` loads the model twice (engine and learner), the environment and the trackers, puts a resumed run back to
-its commit, and closes everything in reverse.
+That is warm start, evaluation and checkpoints. ``open_run`` loads the model twice (engine and learner), the environment
+and the trackers, puts a resumed run back to its commit, and closes everything in reverse.
 """
 
 from __future__ import annotations
@@ -35,7 +35,15 @@ from areal_agents.trainer.signals import Stop
 async def open_run(
     config: TrainConfig, folder: RunFolder, stop: Stop, *, commit: Commit | None = None, console: bool = True
 ) -> AsyncIterator[Run]:
-    """Everything a run needs. ``commit``: where a resumed run goes on; None for a new one."""
+    """Open everything that a run needs, and close it in reverse.
+
+    Args:
+        config: the settings.
+        folder: the run's folder, whose lock is held.
+        stop: the request to stop, which signals make.
+        commit: where a resumed run goes on. None for a new one.
+        console: show progress.
+    """
     spec = registry.spec(config.env.id)
     if config.cluster.backend == "local":  # a cluster's workers prove theirs
         await prove_sandbox(spec, config.env.sandbox)
@@ -49,7 +57,7 @@ async def open_run(
             _backend_of(config)(config, spec, model, event=tracker.event, resumed_at=done.step)
         )
         run = Run(config, spec, fmt, backend, tracker, folder, stop, done, model)
-        stack.push_async_callback(run.runner.close)
+        stack.push_async_callback(run.runner.close)  # pushed after the backend: players end before their engine does
         if done.checkpoint is not None:
             await run.learner.load(folder.learner_folder(done))
             await run.publish()
@@ -68,7 +76,7 @@ def _backend_of(config: TrainConfig) -> OpenBackend:
 
 @contextlib.contextmanager
 def _noting_a_lost_learner(tracker: Tracker) -> Iterator[None]:
-    """Whether or not another one follows."""
+    """Note the loss of a learner in the event log, whether or not another one follows."""
     try:
         yield
     except LearnerLost as error:
@@ -117,7 +125,7 @@ class Run:
         """While it learns."""
 
     async def publish(self) -> float:
-        """Hand the learner's weights to the engine; returns the seconds in which it could not sample."""
+        """Hand the learner's weights to the engine, and return the seconds in which it could not sample."""
         async with self.learner.publish() as ref:
             report = await self.engine.update_weights(
                 ref, mode=self.config.engine.update_mode, kv=self.config.engine.kv
@@ -125,7 +133,10 @@ class Run:
         return report.seconds
 
     async def warm_start(self) -> None:
-        """Cross-entropy on scripted demonstrations, through the same learner. The caller saves it."""
+        """Train by cross-entropy on scripted demonstrations, through the same learner.
+
+        The caller saves the result.
+        """
         config, w = self.config, self.config.warm_start
         tasks = TaskStream(self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1)
         runner = self._runner(replace(self._engine_player(1.0), policy="expert"))
@@ -153,7 +164,10 @@ class Run:
         self.warm_started = True
 
     async def save(self, rollouts: Rollouts | None) -> None:
-        """Checkpoint and commit the state between two steps. Rollouts go on meanwhile."""
+        """Checkpoint and commit the state between two steps.
+
+        Rollouts go on meanwhile. Does nothing where this step is committed with a checkpoint already.
+        """
         watch, step = Stopwatch(), self.learner.version
         if self.commit.checkpoint is not None and self.commit.step == step:
             return
@@ -168,7 +182,10 @@ class Run:
         self.commit = commit
 
     async def finish(self) -> None:
-        """Commit that nothing is left to do. The mark stays before the last evaluation: more steps may follow."""
+        """Commit that nothing is left to do.
+
+        The mark stays before the last evaluation, since more steps may follow.
+        """
         await asyncio.to_thread(self.tracker.mark)  # for what it raises and syncs: that evaluation's files
         self._commit(replace(self.commit, reports=dict(self.reports), complete=True))
 
@@ -204,13 +221,18 @@ class Run:
         self.tracker.log(step, _numbers(report), kind=f"eval/{label}", show=False)
         self.tracker.message(report.line(label))
         self.reports[label] = report
+        # A report waits for the commit of the weights that it measured, since a resumed run trains and measures them
+        # again. The last report is committed by ``finish``, which keeps the mark before it.
         if self.commit.step == self.learner.version and label != "after_rl":
             mark = await asyncio.to_thread(self.tracker.mark)
             self._commit(replace(self.commit, mark=mark, reports=dict(self.reports)))
         return report
 
     def _runner(self, spec: PlayerSpec) -> EpisodeRunner:
-        """Counts and retries what a new player of ``spec`` plays, here or on the cluster's workers."""
+        """Make a runner that counts and retries what a new player of ``spec`` plays.
+
+        The player is here or on the cluster's workers.
+        """
         player = (self.backend.players or self._local_player)(spec)
         return EpisodeRunner(player, self.budget, max_retries=self.config.rollout.max_retries, event=self.tracker.event)
 
@@ -230,6 +252,6 @@ class Run:
 
 
 def _numbers(report: EvalReport) -> dict[str, float]:
-    """The report's scalars, for metrics.jsonl and TensorBoard."""
+    """Return the report's scalars, for metrics.jsonl and TensorBoard."""
     row = {k: float(v) for k, v in report.to_json().items() if isinstance(v, int | float)}
     return row | {"ci95_low": report.ci95[0], "ci95_high": report.ci95[1]}

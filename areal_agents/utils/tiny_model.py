@@ -1,4 +1,4 @@
-"""A random model that is small enough to learn in seconds: for trying a loop, an environment or a configuration."""
+"""A random model that learns in seconds, for trying a loop, an environment or a configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _CHATML = (
 
 
 def tiny_model(folder: Path, *, seed: int = 0) -> Path:
-    """Write a random Llama of 0.1M parameters, with a tokenizer of bytes, as a transformers folder; return it."""
+    """Write a random Llama of 0.1M parameters as a transformers folder, and return the folder.
+
+    Its tokenizer is one of bytes.
+    """
     import torch  # seconds: this room is imported by processes that need neither
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,4 +1,7 @@
-"""Environments of this package. Importing it registers them; nothing else is imported before it is needed."""
+"""The environments of this package.
+
+Importing it registers them. Nothing else is imported before it is needed.
+"""
 
 from areal_agents import register
 

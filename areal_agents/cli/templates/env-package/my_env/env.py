@@ -1,4 +1,7 @@
-"""``my_env/Boxes-v0``: follow a trail of boxes with a tool, then answer with the code at its end."""
+"""The environment ``my_env/Boxes-v0``.
+
+The model follows a trail of boxes with a tool, then answers with the code at its end.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ class Boxes(ToolEnv):
 
     @classmethod
     def expert(cls, task: Task) -> Generator[str, tuple[Message, ...], None]:
-        """A demonstration for the warm start: it acts on what it observes, as the model shall."""
+        """Demonstrate ``task`` for the warm start.
+
+        The demonstration acts on what it observes, as the model shall.
+        """
         label = task.payload["trail"][0]
         observation = yield open_call(label)
         while named := boxes.LABEL.search(observation[-1].text):
@@ -50,10 +56,10 @@ class Boxes(ToolEnv):
 
     @classmethod
     def gold(cls, task: Task) -> str:
-        """An answer that deserves the full reward; the reward audit tries it."""
+        """Return an answer that deserves the full reward, which the reward audit tries."""
         return rf"\boxed{{{task.payload['answer']}}}"
 
 
 def open_call(label: str) -> str:
-    """The text of a call of ``open_box``."""
+    """Return the text of a call of ``open_box``."""
     return f"<tool_call>{json.dumps({'name': 'open_box', 'arguments': {'label': label}})}</tool_call>"

@@ -1,4 +1,4 @@
-"""The reward: what an episode earns, and the components that explain it.
+"""The reward that an episode earns, and the components that explain it.
 
 Change it here, then see what it would have done to a finished run before training again:
 
@@ -19,13 +19,19 @@ correct = boxed_number("answer")
 
 
 def rubric(episode: Episode) -> Verdict:
-    r"""1 for the right ``\boxed{code}``; else partial credit. Components are logged, the score is trained on."""
+    r"""Return 1 for the right ``\boxed{code}``, else partial credit.
+
+    Components are logged. The score is trained on.
+    """
     solved, share = correct(episode), followed(episode)
     return Verdict(max(solved, PARTIAL_CREDIT * share), {"correct": solved, "followed": share})
 
 
 def followed(episode: Episode) -> float:
-    """Share of the trail's boxes that were opened. The same box again counts once; other boxes do not count."""
+    """Return the share of the trail's boxes that were opened.
+
+    The same box again counts once. Other boxes do not count.
+    """
     trail = set(episode.task.payload["trail"])
     said = [m for m in episode.messages if isinstance(m, AssistantMessage)]
     opened = {

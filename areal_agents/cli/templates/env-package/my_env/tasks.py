@@ -1,4 +1,7 @@
-"""The tasks: trails of one length. Training and test share no code, whatever the difficulty."""
+"""The tasks, which are trails of one length.
+
+Training and test share no code, whatever the difficulty.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _TEST_BUCKETS = 5
 
 @cache
 def tasks_of(split: str, hops: int) -> tuple[Task, ...]:
-    """The first ``SIZES[split]`` trails of ``hops`` boxes that belong to ``split``."""
+    """Return the first ``SIZES[split]`` trails of ``hops`` boxes that belong to ``split``."""
     found: list[Task] = []
     kind = boxes.KINDS[-hops]
     for i in range(10_000):
@@ -31,5 +34,8 @@ def tasks_of(split: str, hops: int) -> tuple[Task, ...]:
 
 
 def split_of(code: int) -> str:
-    """The split of every trail that ends at this code: decided by the answer, so that no answer is in both."""
+    """Return the split of every trail that ends at this code.
+
+    The answer decides, so that no answer is in both splits.
+    """
     return "test" if boxes.draw(f"split {code}") % _TEST_BUCKETS == 0 else "train"

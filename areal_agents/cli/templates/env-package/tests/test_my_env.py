@@ -16,7 +16,10 @@ ID = "my_env/Boxes-v0"
 
 
 def play(task: areal_agents.Task, *texts: str) -> tuple[list[str], float, dict[str, Any]]:
-    """What the environment answered, the episode's reward and its last info, through Gymnasium's reset and step."""
+    """Return what the environment answered, the episode's reward and its last info.
+
+    It plays through Gymnasium's reset and step.
+    """
     env = areal_agents.make(ID, sandbox=None)
     try:
         env.reset(seed=0, options={"task": task})
