@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from areal_agents.algorithms.registry import ADVANTAGES, Choice
-from areal_agents.errors import RewardError
+from areal_agents.errors import ConfigError, RewardError
 from areal_agents.types import Group
 
 STD_EPS = 1e-6
@@ -48,28 +48,39 @@ class EpisodeRewards:
                 raise RewardError(f"the reward of turn {k} is {reward}: rewards must be finite numbers")
 
 
-def advantages_of(group: Group, choice: Choice) -> list[Tensor]:
-    """Return the advantages of a group's episodes by the estimator of ``choice``.
+class Estimator:
+    """The estimator that the settings choose, looked up once and called for every group."""
 
-    There is one float32 tensor [K_i] for each episode, one number a turn. Raises ConfigError for an unknown estimator,
-    ValueError where it returns another shape, and what the estimator itself raises.
-    """
-    rewards = [EpisodeRewards(tuple(t.reward for t in e.turns)) for e in group.trajectories]
-    return estimate(rewards, choice)
+    def __init__(self, choice: Choice) -> None:
+        """Look the function up, and try it on a small group.
 
+        Raises ConfigError for an unknown estimator, a wrong parameter, or a function that returns something else.
+        """
+        self.choice = choice
+        self._estimate = ADVANTAGES.bound(choice)
+        self((EpisodeRewards((0.0, 1.0)), EpisodeRewards((0.5,))))
 
-def estimate(rewards: Sequence[EpisodeRewards], choice: Choice) -> list[Tensor]:
-    """Return what the estimator of ``choice`` makes of ``rewards``, and check its shape.
+    def __call__(self, group: Sequence[EpisodeRewards]) -> list[Tensor]:
+        """Return a group's advantages: float32 [K_i] an episode, one number a turn.
 
-    Returns and raises as ``advantages_of`` does.
-    """
-    advantages: list[Tensor] = ADVANTAGES.bound(choice)(rewards)
-    shapes, expected = [tuple(a.shape) for a in advantages], [(len(e.rewards_K),) for e in rewards]
-    if shapes != expected:
-        raise ValueError(
-            f"{choice.kind} returned advantages of shapes {shapes}: expected one number a turn, {expected}"
-        )
-    return advantages
+        Raises ConfigError where the function returns anything else, or a number that is not finite.
+        """
+        expected = [(len(e.rewards_K),) for e in group]
+        found = self._estimate(tuple(group))
+        where = f"algorithm.advantage.kind = {self.choice.kind!r}"
+        if not isinstance(found, list | tuple) or not all(isinstance(a, Tensor) for a in found):
+            raise ConfigError(f"{where} returned {type(found).__name__}: expected a list of tensors, one an episode")
+        shapes = [tuple(a.shape) for a in found]
+        if shapes != expected:
+            raise ConfigError(f"{where} returned advantages of shapes {shapes}: expected one number a turn, {expected}")
+        advantages = [a.detach().float() for a in found]
+        if not all(bool(torch.isfinite(a).all()) for a in advantages):
+            raise ConfigError(f"{where} returned an advantage that is not finite, for the rewards {list(group)}")
+        return advantages
+
+    def of(self, group: Group) -> list[Tensor]:
+        """Return the advantages of a finished group's episodes."""
+        return self([EpisodeRewards(tuple(t.reward for t in e.turns)) for e in group.trajectories])
 
 
 def grpo(

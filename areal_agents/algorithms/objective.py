@@ -17,6 +17,7 @@ from torch import Tensor
 from areal_agents.algorithms import losses, offpolicy
 from areal_agents.algorithms.batch import Batch, Row
 from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, Choice
+from areal_agents.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,9 @@ class Denominators:
         return cls(int(tokens_E.sum()), tokens_E, episodes)
 
 
+_RETURNED = losses.LossTerms, offpolicy.Correction
+
+
 class PolicyObjective:
     """The objective that the settings choose: a loss a token, weighted by a correction, summed over a minibatch.
 
@@ -112,16 +116,40 @@ class PolicyObjective:
             max_staleness: older tokens are masked; None: none is.
 
         Raises:
-            ConfigError: for an unknown name or a wrong parameter.
+            ConfigError: for an unknown name, a wrong parameter, or a function that returns something else on a trial.
         """
+        self._names = f"algorithm.loss.kind = {loss.kind!r}", f"algorithm.correction.kind = {correction.kind!r}"
         self._loss, self._correction = LOSSES.bound(loss), CORRECTIONS.bound(correction)
         self._takes = CORRECTIONS.takes(correction)
+        trial_T = torch.tensor([-0.5, -1.0])
+        self._parts(trial_T.clone().requires_grad_(), trial_T - 0.1, trial_T - 0.2, torch.tensor([1.0, -1.0]))
         self._aggregation, self._max_staleness = aggregation, max_staleness
 
     @property
     def needs_proximal(self) -> bool:
         """Whether log p must be there: it costs a forward pass without gradient a batch."""
         return "proximal_T" in self._takes
+
+    def _parts(
+        self, logprobs_T: Tensor, behaviour_T: Tensor, proximal_T: Tensor, advantages_T: Tensor
+    ) -> tuple[offpolicy.Correction, losses.LossTerms]:
+        """Call the correction and the loss, and check what they return: they may be anybody's.
+
+        The correction sees log π without its gradient: a weight that carried one would change the objective.
+        """
+        columns = {"logprobs_T": logprobs_T.detach(), "behaviour_T": behaviour_T, "proximal_T": proximal_T}
+        corrected = self._correction(**{name: columns[name] for name in self._takes})
+        terms = self._loss(logprobs_T, proximal_T if self.needs_proximal else behaviour_T, advantages_T)
+        for where, found, expected in zip(self._names, (terms, corrected), _RETURNED, strict=True):
+            if not isinstance(found, expected):
+                raise ConfigError(f"{where} returned {type(found).__name__}: expected {expected.__name__}")
+        _require_tokens(self._names[0], "loss_T", terms.loss_T, logprobs_T)
+        _require_tokens(self._names[0], "clipped_T", terms.clipped_T, logprobs_T, boolean=True)
+        _require_tokens(self._names[1], "weight_T", corrected.weight_T, logprobs_T)
+        _require_tokens(self._names[1], "kept_T", corrected.kept_T, logprobs_T, boolean=True)
+        if not terms.loss_T.requires_grad:
+            raise ConfigError(f"{self._names[0]} returned a loss_T without a gradient: nothing would be learned")
+        return corrected, terms
 
     def __call__(
         self,
@@ -146,11 +174,10 @@ class PolicyObjective:
         Raises:
             ValueError: what the loss and the correction raise.
         """
-        columns = {"logprobs_T": logprobs_T, "behaviour_T": tokens.behaviour, "proximal_T": tokens.proximal}
-        corrected = self._correction(**{name: columns[name] for name in self._takes})
-        old_T = tokens.proximal if self.needs_proximal else tokens.behaviour
-        terms = self._loss(logprobs_T, old_T, tokens.advantages)
-        kept_T, loss_T = corrected.kept_T, terms.loss_T * corrected.weight_T
+        corrected, terms = self._parts(logprobs_T, tokens.behaviour, tokens.proximal, tokens.advantages)
+        # A masked token adds nothing, whatever weight it was given, and no weight carries a gradient.
+        weight_T = torch.where(corrected.kept_T, corrected.weight_T.detach(), 0.0)
+        kept_T, loss_T = corrected.kept_T, terms.loss_T * weight_T
         if self._max_staleness is not None:
             young_T = offpolicy.age_mask(tokens.versions, version=version, max_staleness=self._max_staleness)
             kept_T, loss_T = kept_T & young_T, torch.where(young_T, loss_T, 0.0)
@@ -169,6 +196,15 @@ class PolicyObjective:
                 )
             case other:
                 raise ValueError(f"aggregation must be 'token' or 'episode', got {other!r}")
+
+
+def _require_tokens(where: str, name: str, value: object, like_T: Tensor, *, boolean: bool = False) -> None:
+    """Raise ConfigError unless ``value`` is a tensor [T] of numbers, or of booleans."""
+    if isinstance(value, Tensor) and value.shape == like_T.shape and (value.dtype == torch.bool) == boolean:
+        return
+    what = f"a tensor {list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    kind = "booleans" if boolean else "numbers"
+    raise ConfigError(f"{where} returned {name} = {what}: expected {kind}, one a token, {list(like_T.shape)}")
 
 
 def has_gradient(row: Row, *, version: int, max_staleness: int | None) -> bool:

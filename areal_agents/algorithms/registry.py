@@ -18,16 +18,14 @@ Reading this file imports no algorithm, and so not torch. A function is imported
 from __future__ import annotations
 
 import difflib
-import importlib
 import importlib.metadata
-import inspect
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import ValidationError
 
+from areal_agents.algorithms.signature import Parameters, load_function, positional, read_parameters, require_signature
 from areal_agents.errors import ConfigError
 
 
@@ -37,12 +35,6 @@ class Choice:
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Parameters(BaseModel):
-    """The base of every algorithm's parameters (see ``Registry.parameters``)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Registry:
@@ -77,23 +69,17 @@ class Registry:
 
         Raises ConfigError where there is none, or none that fits this registry.
         """
-        found: Any = _import(self._place(kind), f"{self.key}.kind = {kind!r}")
-        self._require_signature(kind, found)
-        algorithm: Callable[..., Any] = found
-        return algorithm
+        where = f"{self.key}.kind = {kind!r}"
+        found = load_function(*self._place(kind), where)
+        require_signature(found, where, key=self.key, given=self.given, all_given=self._all_given)
+        return found
 
     def parameters(self, kind: str) -> type[Parameters]:
         """Read the parameters of ``kind`` off its signature, as a pydantic model.
 
         Raises ConfigError as ``function`` does.
         """
-        function = self.function(kind)
-        hints = typing.get_type_hints(function, include_extras=True)
-        fields: dict[str, Any] = {}
-        for p in inspect.signature(function).parameters.values():
-            if p.kind is p.KEYWORD_ONLY:
-                fields[p.name] = (hints[p.name], ... if p.default is p.empty else p.default)
-        return create_model(kind.replace(":", "."), __base__=Parameters, **fields)
+        return read_parameters(self.function(kind), f"{self.key}.kind = {kind!r}")
 
     def read(self, value: Any) -> Any:
         """Make a Choice of a name, or of a table with ``kind`` and parameters.
@@ -103,7 +89,9 @@ class Registry:
         if isinstance(value, str):
             value = Choice(value)
         if isinstance(value, Mapping):
-            value = Choice(str(value.get("kind", "")), {k: v for k, v in value.items() if k != "kind"})
+            if not isinstance(value.get("kind"), str):
+                raise ValueError(f"{self.key} = {dict(value)!r} needs a kind: one of {', '.join(self.names())}")
+            value = Choice(value["kind"], {str(k): v for k, v in value.items() if k != "kind"})
         if isinstance(value, Choice):
             try:
                 self.require(value.kind)
@@ -172,26 +160,31 @@ class Registry:
 
     def takes(self, choice: Choice) -> tuple[str, ...]:
         """Return the names in ``given`` that the function of ``choice`` takes, in its order."""
-        return _positional(self.function(choice.kind))
+        return positional(self.function(choice.kind))
 
-    def _place(self, kind: str) -> str:
-        """Find the ``module:function`` of ``kind``.
+    def builtin(self) -> list[str]:
+        """Return the names that are ours."""
+        return list(self._builtin)
+
+    def _place(self, kind: str) -> tuple[str, str]:
+        """Find the module and the attribute of ``kind``.
 
         Raises ConfigError for an unknown name, or one that two packages use.
         """
-        places = sorted({e.value for e in self._entry_points() if e.name == kind})
+        entries = {e.value: e for e in self._entry_points() if e.name == kind}
         if kind in self._builtin:
-            if places:
+            if entries:
                 raise ConfigError(
-                    f"{self.key}.kind = {kind!r}: {', '.join(places)} uses a name of ours: rename it there"
+                    f"{self.key}.kind = {kind!r}: {', '.join(entries)} uses a name of ours: rename it there"
                 )
-            return self._builtin[kind]
-        if len(places) > 1:
-            raise ConfigError(f"{self.key}.kind = {kind!r}: several packages use that name: {', '.join(places)}")
-        if places:
-            return places[0]
+            return _parted(self._builtin[kind])
+        if len(entries) > 1:
+            several = ", ".join(sorted(entries))
+            raise ConfigError(f"{self.key}.kind = {kind!r}: several packages use that name: {several}")
+        for entry in entries.values():
+            return entry.module, entry.attr
         if ":" in kind:
-            return kind
+            return _parted(kind)
         names = self.names()
         near = difflib.get_close_matches(kind, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
@@ -200,34 +193,10 @@ class Registry:
     def _entry_points(self) -> list[importlib.metadata.EntryPoint]:
         return list(importlib.metadata.entry_points(group=self.group))
 
-    def _require_signature(self, kind: str, found: Any) -> None:
-        """Raise ConfigError unless ``found`` takes what the trainer passes, and every parameter has a type."""
-        where = f"{self.key}.kind = {kind!r}"
-        if not callable(found):
-            raise ConfigError(f"{where} is {found!r}: an algorithm is a function")
-        takes = _positional(found)
-        if (takes != self.given) if self._all_given else not set(takes) <= set(self.given):
-            how = "takes" if self._all_given else "takes some of"
-            raise ConfigError(
-                f"{where} takes ({', '.join(takes)}): an algorithm of {self.key} {how} ({', '.join(self.given)}), and "
-                "its own parameters by keyword, after a *"
-            )
-        for p in inspect.signature(found).parameters.values():
-            if p.kind is p.KEYWORD_ONLY and p.annotation is p.empty:
-                raise ConfigError(f"{where}: its parameter {p.name!r} needs a type hint, which says what may be set")
 
-
-def _positional(function: Callable[..., Any]) -> tuple[str, ...]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds)
-
-
-def _import(place: str, where: str) -> Any:
-    module, _, name = place.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise ConfigError(f"{where}: {place} cannot be imported: {type(error).__name__}: {error}") from error
+def _parted(place: str) -> tuple[str, str]:
+    module, _, attribute = place.partition(":")
+    return module, attribute
 
 
 ADVANTAGES = Registry(

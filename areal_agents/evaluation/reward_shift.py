@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_agents.algorithms.advantages import EpisodeRewards, estimate
+from areal_agents.algorithms.advantages import EpisodeRewards, Estimator
 from areal_agents.evaluation.rescore import Outcome, Rescored
 from areal_agents.evaluation.saved_run import columns
 from areal_agents.evaluation.statistics import spearman
@@ -186,14 +186,15 @@ def advantage_shift(episodes: Sequence[Rescored], algorithm: AlgorithmConfig) ->
     groups: dict[tuple[str, str], list[Rescored]] = defaultdict(list)
     for e in episodes:
         groups[e.kind, e.group].append(e)
+    estimator = Estimator(algorithm.advantage)
     tokens: Counter[str] = Counter()
     signal: Counter[str] = Counter()
     for group in groups.values():
         if len(group) < 2 or any(e.new_K is None for e in group):
             signal["skipped"] += 1
             continue
-        before = _signs([e.old_K for e in group], algorithm)
-        after = _signs([e.new_K or () for e in group], algorithm)
+        before = _signs([e.old_K for e in group], estimator)
+        after = _signs([e.new_K or () for e in group], estimator)
         had, has = any(s.any() for s in before), any(s.any() for s in after)
         for name, yes in {"old": had, "new": has, "lost": had and not has, "gained": has and not had}.items():
             signal[name] += int(yes)
@@ -221,9 +222,9 @@ def _changed_tokens(tokens_K: NDArray[np.int64], old_K: NDArray[np.int8], new_K:
     }
 
 
-def _signs(rewards: Sequence[tuple[float, ...]], algorithm: AlgorithmConfig) -> list[NDArray[np.int8]]:
+def _signs(rewards: Sequence[tuple[float, ...]], estimator: Estimator) -> list[NDArray[np.int8]]:
     """Return the signs of the advantages that training would compute: −1, 0 or 1 a turn."""
-    advantages = estimate([EpisodeRewards(r) for r in rewards], algorithm.advantage)
+    advantages = estimator([EpisodeRewards(r) for r in rewards])
     zero = _ZERO * max(1.0, *(abs(x) for r in rewards for x in r))
     return [np.where(np.abs(a) > zero, np.sign(a), 0).astype(np.int8) for a in (t.numpy() for t in advantages)]
 

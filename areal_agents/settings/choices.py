@@ -51,7 +51,10 @@ def override_choice(
         problems.append(f"{flag} needs a value: {settings()[key].expects}")
         return
     if not parameter:
-        tree.setdefault(section, {})[name] = {}
+        table = tree.setdefault(section, {}).get(name, {})
+        if lost := [o for p in table if (o := origins.get(f"{key}.{p}", "")).startswith("--")]:
+            problems.append(f"{flag} takes the place of the whole table, {lost[0]} included: put {flag} before it")
+        tree[section][name] = {}
     entry = parameter or "kind"
     table = tree.setdefault(section, {}).setdefault(name, {})
     table[entry] = value_of(raw, settings()[key]) if entry == "kind" and raw is not None else _Raw(raw)
@@ -66,9 +69,10 @@ def choose(tree: dict[str, Any], origins: Origins, key: str) -> list[str]:
     """
     section, _, name = key.rpartition(".")
     table = tree.get(section, {}).pop(name, None)
+    default: str = settings()[key].default.kind
     if table is None:
-        return []
-    registry, kind = REGISTRIES[key], table.pop("kind", settings()[key].default.kind)
+        table = {}
+    registry, kind = REGISTRIES[key], table.pop("kind", default)
     if not isinstance(kind, str):
         return [mismatch(settings()[key], kind, {key: origins[f"{key}.kind"]})]
     try:
@@ -83,6 +87,8 @@ def choose(tree: dict[str, Any], origins: Origins, key: str) -> list[str]:
             problems.append(f"{registry.unknown(kind, parameter)} ({origins[f'{key}.{parameter}']})")
         else:
             options |= _parameter(known[parameter], value, origins, problems)
+    if kind == default and not table:
+        return []
     try:
         tree.setdefault(section, {})[name] = registry.choose(kind, options)
     except ValidationError as error:
@@ -113,7 +119,7 @@ def _parameter_sentence(
 ) -> str:
     """Say one pydantic error about an algorithm's parameter in plain words."""
     name = str(error["loc"][0])
-    if error["type"] == "missing":
+    if error["type"] == "missing" and len(error["loc"]) == 1:
         return f"{key}.{name} is missing: this algorithm has no default for it"
     if error["type"] == "value_error":
         return f"{key}.{name} ({origins[f'{key}.{name}']}): {error['ctx']['error']}"

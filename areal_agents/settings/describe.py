@@ -6,7 +6,6 @@ may have meant. Everything here is read off the pydantic models of ``settings/co
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
 import types
@@ -111,7 +110,7 @@ def _words(annotation: Any) -> str:
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(repr(a) for a in args)
     if origin is tuple:
-        return f"a list of {len(args)} numbers"
+        return "a list" if Ellipsis in args else f"a list of {len(args)} numbers"
     return "a table" if origin is dict else str(annotation)
 
 
@@ -179,12 +178,11 @@ def nearest(key: str) -> list[str]:
 
 
 def _parameter_keys() -> list[str]:
-    """Return the dotted keys of the parameters of every algorithm that can be imported."""
+    """Return the dotted keys of the parameters of our algorithms."""
     keys: dict[str, None] = {}
     for key, registry in REGISTRIES.items():
-        for kind in registry.names():
-            with contextlib.suppress(ConfigError):
-                keys |= dict.fromkeys(s.key for s in parameters(key, kind).values())
+        for kind in registry.builtin():  # a package may be broken, and a typo is no reason to import it
+            keys |= dict.fromkeys(s.key for s in parameters(key, kind).values())
     return list(keys)
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from areal_agents import registry, settings
-from areal_agents.algorithms.advantages import advantages_of
+from areal_agents.algorithms.advantages import Estimator
 from areal_agents.algorithms.batch import Batch, Row, rows_of
+from areal_agents.algorithms.objective import PolicyObjective
 from areal_agents.chat_model import refuse_training, remote_name
 from areal_agents.engine import Sampling
 from areal_agents.errors import Interrupted, LearnerLost
@@ -77,6 +78,7 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
         refuse_training(config.model.path)
     spec = registry.spec(config.env.id)  # first: a typo must not wait for a model, nor leave a folder
     spec.tasks(config.env.split, difficulty=config.env.difficulty)
+    _require_algorithms(config.algorithm)
     with RunFolder(config.out, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as folder:
         commit, changes = begin(folder, config, resume=resume)
         lives = _Lives(config)
@@ -97,6 +99,12 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
         else:  # the commit says that nothing is left to do
             reports = dict(commit.reports)
     return RunResult(config.out, config.out / "model", reports, watch.seconds)
+
+
+def _require_algorithms(a: AlgorithmConfig) -> None:
+    """Raise ConfigError where a chosen function is not there, or returns something else on a small trial."""
+    Estimator(a.advantage)
+    PolicyObjective(loss=a.loss, correction=a.correction, aggregation=a.aggregation)
 
 
 @dataclass
@@ -268,9 +276,9 @@ def batch_of(groups: list[Group], algorithm: AlgorithmConfig, version: int, temp
         temperature: that the episodes were sampled at.
     """
     rows: list[Row] = []
-    episode = 0
+    episode, estimator = 0, Estimator(algorithm.advantage)
     for group in groups:
-        advantages = advantages_of(group, algorithm.advantage)
+        advantages = estimator.of(group)
         for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
             rows += rows_of(trajectory, advantage.tolist(), episode=episode)
             episode += 1
