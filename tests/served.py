@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -71,6 +71,8 @@ class Served:
     """Of log-probabilities, in nats."""
     gone: str = "are gone"
     """What is said of shared memory that its owner has closed, as a regular expression."""
+    sessions: set[str] = field(default_factory=set)
+    """Those that asked."""
 
     @property
     def version(self) -> int:
@@ -79,7 +81,14 @@ class Served:
 
     async def ask(self, ids: tuple[int, ...], tokens: int, session: str, **sampling: Any) -> Completion:
         """Sample one turn."""
+        self.sessions.add(session)
         return await ask(self.engine, ids, tokens, session, **sampling)
+
+    async def release(self) -> None:
+        """Release every session."""
+        for session in self.sessions:
+            await self.engine.release(session)
+        self.sessions.clear()
 
     def check(self, prompt: tuple[int, ...], done: Completion, temperature: float = 1.0) -> None:
         """Every token has the log-probability that the served model's forward pass gives it."""
