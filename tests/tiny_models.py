@@ -88,9 +88,15 @@ def settled(compute: Callable[[], Tensor]) -> Tensor:
 
 
 @torch.no_grad()
+def forward_logits(model: Any, ids: tuple[int, ...]) -> Tensor:
+    """[len(ids), vocabulary]: from one full forward pass of transformers."""
+    return settled(lambda: model(torch.tensor([ids])).logits[0].float())
+
+
+@torch.no_grad()
 def forward_logprobs(model: Any, ids: tuple[int, ...], temperature: float = 1.0) -> Tensor:
     """[len(ids) - 1]: log-probability of each id after the first, from one full forward pass of transformers."""
-    logits = settled(lambda: model(torch.tensor([ids])).logits[0, :-1].float()) / temperature
+    logits = forward_logits(model, ids)[:-1] / temperature
     return torch.log_softmax(logits, -1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import time
 import uuid
 from pathlib import Path
 
@@ -19,8 +16,9 @@ import pytest
 
 from areal_agents.cluster.ray_session import cluster
 from areal_agents.errors import ConfigError
-from tests.cluster.conftest import RaySession, command_line
+from tests.cluster.conftest import RaySession, assert_parts, command_line, ray_folders
 from tests.processes import MARKER, alive, marked, wait_gone
+from tests.served import SECONDS
 from tests.tiny_models import save_tiny, tiny_model
 
 pytest.importorskip("ray")
@@ -85,23 +83,21 @@ ROOT = Path(__file__).parents[2]
 
 async def refused(address: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        async with cluster(address, connect_seconds=20):
+        async with cluster(address, connect_seconds=SECONDS):
             pass
 
 
-def test_an_address_that_is_none_or_that_nobody_answers_at_is_refused_within_its_deadline(
+def test_an_address_that_is_none_or_that_nobody_answers_at_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    begin = time.monotonic()
-    asyncio.run(refused(f"127.0.0.1:{port}", r"nobody answers at .* `ray start --head`"))
+    asyncio.run(refused(f"127.0.0.1:{port}", r"nobody answers at .*Connect call failed.* `ray start --head`"))
     asyncio.run(refused(f"ray://127.0.0.1:{port}", "start the run on a node of the cluster"))
     asyncio.run(refused("127.0.0.1", "is none of"))
     asyncio.run(refused("127.0.0.1:99999", "is none of"))
-    assert time.monotonic() - begin < 10
 
 
 def test_a_missing_ray_and_too_small_a_store_are_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +114,7 @@ def test_a_missing_ray_and_too_small_a_store_are_said_plainly(monkeypatch: pytes
 def test_ending_an_actor_after_ray_starts_no_other_ray() -> None:
     done = subprocess.run(
         [sys.executable, "-c", UNCONNECTED],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd="/", capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd="/", capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
@@ -138,42 +134,33 @@ def test_another_driver_joins_by_address_and_leaves_it_running(session: RaySessi
         session.run(twice())
     done = subprocess.run(
         [sys.executable, "-c", JOINING, session.cluster.address],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd="/", capture_output=True, text=True, timeout=90,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd="/", capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == "False tests.letters_env\n"
     assert all(alive(pid) for pid in session.processes("raylet"))
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_a_driver_that_ends_leaves_no_process_and_no_folder(tmp_path: Path, end: signal.Signals) -> None:
-    mark, temporary = f"driver-{uuid.uuid4().hex}", Path(tempfile.mkdtemp(dir="/tmp"))  # short: it holds sockets
+def test_an_interrupted_driver_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
+    """One that is killed: ``test_train``."""
+    mark = f"driver-{uuid.uuid4().hex}"
     model = save_tiny(tmp_path / "model", tiny_model())
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(model)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), MARKER: mark, "TMPDIR": str(temporary)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), MARKER: mark},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         assert driver.stdout is not None
         assert driver.stdout.readline() == "ready\n"
-        started = marked(mark)
-        lines = b"\n".join(command_line(p) for p in started)
-        for part in (
-            b"raylet",
-            b"gcs_server",
-            b"ray::PoolActor",
-            b"ray::EngineActor",
-            b"areal_agents.engines.cpu.worker",
-        ):
-            assert part in lines
-        driver.send_signal(end)
-        driver.communicate(timeout=60)
+        assert_parts(mark)
+        assert ray_folders(driver.pid)
+        driver.send_signal(signal.SIGINT)
+        driver.communicate(timeout=SECONDS)
         assert not wait_gone(marked(mark), 60), [command_line(p) for p in marked(mark)]
-        assert not list(temporary.glob("areal-ray-*"))
+        assert not ray_folders(driver.pid)
     finally:
         driver.kill()
         driver.wait()
         for pid in marked(mark):
             os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(temporary)

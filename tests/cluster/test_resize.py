@@ -12,10 +12,10 @@ import pytest
 
 from areal_agents import settings
 from areal_agents.settings.config import TrainConfig
-from tests.cluster.test_train import Driver, actors, count, events, mark, stopped
+from tests.cluster.test_train import SECONDS, Driver, actors, count, events, mark, stopped
 from tests.trainer.test_resume import ROOT, config, train_rows
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 __all__ = ["mark"]
 
 
@@ -23,7 +23,7 @@ def resize(c: TrainConfig, **sizes: int) -> subprocess.CompletedProcess[str]:
     asked = [part for name, n in sizes.items() for part in (f"--{name.replace('_', '-')}", str(n))]
     return subprocess.run(
         [sys.executable, "-m", "areal_agents", "resize", str(c.out), *asked],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_a_run_grows_and_shrinks_while_it_trains(tmp_path: Path, mark: str) -> N
         base = train_rows(c.out)
         driver.wait_for(lambda: train_rows(c.out) >= base + n, f"{n} more steps")
 
-    driver.wait_for(lambda: train_rows(c.out) >= 2, "two steps", 180)
+    driver.wait_for(lambda: train_rows(c.out) >= 2, "two steps")
     assert (len(actors(mark, "EngineActor")), len(actors(mark, "RolloutWorker"))) == (1, 1)
     refused = resize(c, concurrency=9)  # a worker was started with 8 places
     assert refused.returncode == 1

@@ -22,29 +22,30 @@ from areal_agents.engines.local import supervision
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.trainer.backend import receivers
-from tests.cluster.conftest import command_line
+from tests.cluster.conftest import RaySession, assert_parts, command_line, ray_folders
 from tests.conftest import require
 from tests.processes import MARKER, marked, wait_gone
 from tests.trainer.test_resume import ROOT, check_lineage, config, train_rows
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-CLUSTER = {"backend": "ray", "rollout_workers": 2, "object_store_gib": 0.1}
+SECONDS = 400.0
+"""Deadline of what a driver is waited for: only one that hangs meets it."""
+KINDS = ("LearnerActor", "PoolActor", "EngineActor", "RolloutWorker")
+CLUSTER = {"backend": "ray", "object_store_gib": 0.1}
 
 
-def on_ray(folder: Path, steps: int, **changes: Any) -> TrainConfig:
-    """A tiny run with two engines and two rollout workers; a silent process is noticed within seconds."""
-    engine = {"precision": "fp32", "max_batch": 8, "replicas": 2, "hang_timeout": 8.0}
-    return config(folder, steps, engine=engine, cluster=CLUSTER, **changes)
+def on_ray(folder: Path, steps: int, *, each: int = 2, **cluster: Any) -> TrainConfig:
+    """A tiny run with ``each`` engines and rollout workers; a silent process is noticed within seconds."""
+    engine = {"precision": "fp32", "max_batch": 8, "replicas": each, "hang_timeout": 15.0}
+    return config(folder, steps, engine=engine, cluster=CLUSTER | {"rollout_workers": each} | cluster)
 
 
 def test_what_is_reserved_and_supervised_follows_the_configuration(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     from areal_agents.cluster.backend import _declared, _episodes, _reserved
 
-    asked = {**CLUSTER, "engine_cpus": 100.25, "worker_cpus": 0.25}
-    c = on_ray(tmp_path / "run", 1)
-    c = c.model_copy(update={"cluster": c.cluster.model_copy(update=asked)})
+    c = on_ray(tmp_path / "run", 1, engine_cpus=100.25, worker_cpus=0.25)
     assert _declared(c) == {}
     named = {"engine_resources": {"disk": 0.5}, "worker_resources": {"disk": 1.0, "docker": 2.0}}
     assert _declared(c.model_copy(update={"cluster": c.cluster.model_copy(update=named)})) == {
@@ -65,7 +66,7 @@ class Driver:
         self, path: Path, mark: str, *, prefix: Sequence[str] = (), environment: Mapping[str, str] = os.environ
     ) -> None:
         """prefix: a command that runs its arguments, on another host for example."""
-        self.log = path.with_suffix(".log")
+        self.log, self.mark = path.with_suffix(".log"), mark
         environment = {**environment, MARKER: mark, "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -73,7 +74,7 @@ class Driver:
                 cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
         """Until ``condition()``; fails when the driver ends or ``seconds`` pass first."""
         end = time.monotonic() + seconds
         while not condition():
@@ -81,7 +82,7 @@ class Driver:
             assert time.monotonic() < end, f"never came: {what}\n{self.text()}"
             time.sleep(0.02)
 
-    def ends(self, seconds: float = 180.0) -> int:
+    def ends(self, seconds: float = SECONDS) -> int:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -114,8 +115,8 @@ def mark() -> Iterator[str]:
 
 
 def remaining(mark: str) -> list[bytes]:
-    """Command lines of what still runs after half a minute."""
-    return [command_line(pid)[:200] for pid in wait_gone(marked(mark), 30)]
+    """Command lines of what does not end."""
+    return [command_line(pid)[:200] for pid in wait_gone(marked(mark), 60)]
 
 
 def actors(mark: str, kind: str) -> list[int]:
@@ -135,7 +136,6 @@ def count(c: TrainConfig, kind: str) -> int:
     return sum(e["kind"] == kind for e in events(c))
 
 
-@pytest.mark.timeout(600)
 def test_a_run_outlives_every_part_of_it(tmp_path: Path, mark: str) -> None:
     c = on_ray(tmp_path, steps=500)  # more than it will take: a restart may last dozens of steps
     path = tmp_path / "config.toml"
@@ -151,7 +151,7 @@ def test_a_run_outlives_every_part_of_it(tmp_path: Path, mark: str) -> None:
         os.kill(actors(mark, kind)[0], number)
         driver.wait_for(lambda: count(c, seen) > before, f"{seen} after {number.name} of a {kind}")
 
-    driver.wait_for(lambda: train_rows(c.out) >= 2, "two steps", 180)
+    driver.wait_for(lambda: train_rows(c.out) >= 2, "two steps")
     strike("EngineActor", signal.SIGKILL, "engine_restarted")
     steps(2)
     strike("RolloutWorker", signal.SIGKILL, "worker_restarted")
@@ -166,15 +166,19 @@ def test_a_run_outlives_every_part_of_it(tmp_path: Path, mark: str) -> None:
     assert driver.ends() == 1, driver.text()
     assert f"go on with: areal-agents train {c.out / 'config.toml'} --resume" in driver.text()
     assert not remaining(mark)
+    path.write_text(settings.dump(on_ray(tmp_path, steps=500, each=1)))  # what was to be lost, was
     driver = Driver(path, mark)
     driver.wait_for(lambda: count(c, "resumed") == 2, "the run again")
     steps(2)
+    assert_parts(mark)
+    assert ray_folders(driver.process.pid)
     os.kill(driver.process.pid, signal.SIGKILL)
     driver.ends()
     assert not remaining(mark)
+    assert not ray_folders(driver.process.pid)
 
     done: int = json.loads((c.out / "commit.json").read_text())["step"]
-    c = c.model_copy(update={"steps": done + 5})
+    c = on_ray(tmp_path, steps=500, each=1).model_copy(update={"steps": done + 5})
     path.write_text(settings.dump(c))
     driver = Driver(path, mark)
     assert driver.ends() == 0, driver.text()
@@ -187,21 +191,25 @@ def test_a_run_outlives_every_part_of_it(tmp_path: Path, mark: str) -> None:
     assert all(reasons)
 
 
-@pytest.mark.timeout(300)
-def test_without_failures_nothing_is_reported_and_one_signal_saves(tmp_path: Path, mark: str) -> None:
-    c = on_ray(tmp_path, steps=12)
+def test_without_failures_nothing_is_reported_and_one_signal_saves(
+    session: RaySession, tmp_path: Path, mark: str
+) -> None:
+    """On a Ray that was there before, which keeps nothing of the run."""
+    c = on_ray(tmp_path, steps=20, address=session.cluster.address)
     path = tmp_path / "config.toml"
     path.write_text(settings.dump(c))
     driver = Driver(path, mark)
-    driver.wait_for(lambda: train_rows(c.out) >= 3, "three steps", 180)
+    driver.wait_for(lambda: train_rows(c.out) >= 2, "two steps")
     os.kill(driver.process.pid, signal.SIGINT)
     assert driver.ends() == 130, driver.text()
     assert not remaining(mark)
-    assert json.loads((c.out / "commit.json").read_text())["step"] >= 3
+    assert not wait_gone([pid for kind in KINDS for pid in session.processes(f"ray::{kind}")], 60)
+    assert json.loads((c.out / "commit.json").read_text())["step"] >= 2
 
     driver = Driver(path, mark)
     assert driver.ends() == 0, driver.text()
+    assert not wait_gone([pid for kind in KINDS for pid in session.processes(f"ray::{kind}")], 60)
     check_lineage(c)
     usual = {"cluster_joined", "replica_added", "checkpoint", "resumed", "rollouts_restored", "cut_back"}
     assert {e["kind"] for e in events(c)} <= usual
-    assert all(r["update_seconds"] < 5 for r in read_metrics(c.out, kind="train"))
+    assert all(r["update_seconds"] < 60 for r in read_metrics(c.out, kind="train"))

@@ -1,4 +1,4 @@
-"""The worker process: its end, its parent's end, and models it refuses."""
+"""The worker process: its parent's end, and models it refuses."""
 
 from __future__ import annotations
 
@@ -14,47 +14,8 @@ from pathlib import Path
 import pytest
 
 from areal_agents.engines.cpu.engine import TransformersEngine
-from areal_agents.errors import ConfigError, EngineError, ModelError
-from tests.served import Served, ask, ids_of
+from areal_agents.errors import ConfigError, ModelError
 from tests.tiny_models import save_tiny, tiny_model
-
-
-def test_a_killed_worker_fails_every_pending_request(tmp_path: Path) -> None:
-    it = Served(tiny_model(), tmp_path)
-
-    async def work() -> None:
-        tasks = [asyncio.create_task(ask(it.engine, ids_of(9, i), 240, f"k{i}")) for i in range(6)]
-        while (await it.engine.health()).running == 0:
-            pass
-        os.kill(it.engine.pid, signal.SIGKILL)
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(result, EngineError)
-            assert "exit code -9 (SIGKILL)" in str(result)
-        with pytest.raises(EngineError, match="SIGKILL"):
-            await ask(it.engine, (1,), 1, "later")
-        health = await it.engine.health()
-        assert not health.ok
-        assert "SIGKILL" in health.detail
-        await it.engine.release("k0")
-        await it.engine.close()
-
-    it.run(work())
-    it.close()
-
-
-def test_a_hung_worker_meets_the_deadline_and_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("areal_agents.engines.process.CLOSE_SECONDS", 0.3)
-    it = Served(tiny_model(), tmp_path)
-
-    async def work() -> None:
-        os.kill(it.engine.pid, signal.SIGSTOP)
-        with pytest.raises(EngineError, match="no completion"):
-            await ask(it.engine, (1, 2), 5, "hung", deadline=0.2)
-        await it.engine.close()
-
-    it.run(work())
-    it.close()
-
 
 _PARENT = """
 import asyncio, os, sys, time
@@ -99,7 +60,7 @@ def test_the_worker_ends_when_its_parent_is_killed(tmp_path: Path, forks: str) -
         worker = os.pidfd_open(pid)
         stack.callback(os.close, worker)
         parent.kill()
-        ended, _, _ = select.select([worker], [], [], 20)
+        ended, _, _ = select.select([worker], [], [], 120)
         assert ended == [worker]
 
 

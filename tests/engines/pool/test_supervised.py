@@ -1,272 +1,254 @@
-"""``SupervisedEngine`` around real workers that are killed, stopped and refused."""
+"""``SupervisedEngine`` and a pool around real workers: the contract of engines, and workers killed and stopped."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import shutil
 import signal
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from areal_agents.engine import Sampling
-from areal_agents.engines.cpu.engine import TransformersEngine
-from areal_agents.engines.pool.supervised import SupervisedEngine
+from areal_agents.engines.pool.pool import EnginePool
+from areal_agents.engines.pool.supervision import Restartable
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
-from areal_agents.types import Completion, Prompt
-from areal_agents.weights.shared_memory import AttachedWeights, SharedWeights
+from areal_agents.weights.shared_memory import AttachedWeights
+from tests.engine_suite import REQUESTS
+from tests.engine_update_suite import UPDATES
 from tests.processes import MARKER, alive, marked, wait_gone, wait_marked
-from tests.served import assert_logprobs, ids_of
+from tests.served import SECONDS, ServedModel, ask, assert_logprobs, ids_of, publish
+from tests.supervised import Engines, Reused, ReusedTransformers
 from tests.tiny_models import save_tiny, tiny_chat_model, tiny_model
+
+MARK = f"supervised-{os.getpid()}"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model"), tiny_model())
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MARKER, MARK)
+        patch.setenv("PYTHONFAULTHANDLER", "1")
+        model = ServedModel(tiny_model)
+        it = Engines(ReusedTransformers.start, save_tiny(tmp_path_factory.mktemp("model"), model.first), model)
+        yield it
+        it.close()
+    assert marked(MARK) == []
 
 
-@dataclass
-class Rig:
-    """A supervised engine, what it logged, and two buffers that are filled in turn, as the learner does."""
-
-    folder: Path
-    engine: SupervisedEngine = field(init=False)
-    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    model: Any = field(default_factory=tiny_model)
-    version: int = 0
-    buffers: list[SharedWeights] = field(default_factory=list)
-
-    async def start_one(self) -> TransformersEngine:
-        return await TransformersEngine.start(
-            self.folder, precision="fp32", max_batch=4, kv_tokens=1200, max_context=256, seed=len(self.events)
-        )
-
-    def log(self, kind: str, **fields: Any) -> None:
-        self.events.append((kind, fields))
-
-    def kinds(self) -> list[str]:
-        return [kind for kind, _ in self.events]
-
-    def of(self, kind: str) -> dict[str, Any]:
-        return next(fields for k, fields in self.events if k == kind)
-
-    @property
-    def worker(self) -> TransformersEngine:
-        assert isinstance(self.engine.engine, TransformersEngine)
-        return self.engine.engine
-
-    async def update(self, seed: int, before: Callable[[], None] = lambda: None) -> None:
-        """Publish a model of ``seed`` as the next version; ``before`` runs between publishing and updating."""
-        model = tiny_model(seed=seed)
-        state = {name: p.detach() for name, p in model.named_parameters()}
-        if not self.buffers:
-            self.buffers = [SharedWeights(state, torch.float32) for _ in range(2)]
-        ref = self.buffers[self.version % 2].fill(state, self.version + 1)
-        before()
-        report = await self.engine.update_weights(ref)
-        assert report.version == self.version + 1
-        self.model, self.version = model, self.version + 1
-
-    def ask(self, i: int, tokens: int = 40, deadline: float = 50) -> asyncio.Task[Completion]:
-        ask = self.engine.generate(Prompt(ids_of(9 + i, i)), Sampling(tokens), session=f"s{i}", deadline=deadline)
-        return asyncio.create_task(ask)
-
-    async def sampled(self, n: int) -> None:
-        """Wait until the present worker has sampled ``n`` tokens."""
-        start = (await self.worker.health()).sampled_tokens
-        while (await self.worker.health()).sampled_tokens < start + n:
-            pass
-
-    def check(self, i: int, done: Completion, tokens: int = 40) -> None:
-        """Its tokens are of the served version, with that version's log-probabilities."""
-        assert done.versions == (self.version,) * tokens
-        assert_logprobs(self.model, ids_of(9 + i, i), done)
+CONTRACT = REQUESTS | UPDATES
 
 
-@contextlib.asynccontextmanager
-async def rig(folder: Path, **options: Any) -> AsyncIterator[Rig]:
-    it = Rig(folder)
-    given = {"hang_seconds": 3.0, "health_interval": 0.05, "max_restarts": 8} | options
-    try:
-        async with SupervisedEngine(it.start_one, event=it.log, **given) as it.engine:
-            yield it
-    finally:
-        for buffer in it.buffers:
-            buffer.close()
-
-
-def run(work: Any, seconds: float = 100) -> None:
-    asyncio.run(asyncio.wait_for(work, seconds))
-
-
-def test_requests_survive_a_killed_worker_at_any_point_with_the_served_versions_numbers(folder: Path) -> None:
+@pytest.mark.parametrize("check", CONTRACT)
+def test_the_contract_without_a_restart(engines: Engines, check: str) -> None:
     async def work() -> None:
-        async with rig(folder) as it:
-            await it.engine.set_threads(1)
-            for kill, tokens in enumerate((0, 40)):  # before a token exists, and in the middle
-                await it.update(seed=30 + kill)
-                pending = [it.ask(i) for i in range(4)]
-                if tokens:
-                    await it.sampled(tokens)
-                else:
-                    await asyncio.sleep(0)
-                dead = it.worker.pid
+        async with engines.supervised() as rig:
+            process = rig.process
+            closed = process.closed
+            await CONTRACT[check](rig.it)
+            assert (rig.process, rig.events) == (process, [])
+        assert process.closed == closed + 1
+
+    engines.run(work())
+
+
+def test_threads_out_of_range_restart_nothing(engines: Engines) -> None:
+    async def work() -> None:
+        async with engines.supervised() as rig:
+            with pytest.raises(ConfigError):
+                await rig.it.engine.set_threads(0)
+            assert rig.events == []
+
+    engines.run(work())
+
+
+def test_requests_survive_a_killed_worker_at_any_point_with_the_served_versions_numbers(engines: Engines) -> None:
+    async def work() -> None:
+        async with engines.supervised() as rig:
+            await rig.it.engine.set_threads(1)
+            first = rig.it.version
+            for n, tokens in enumerate((0, 40)):  # before a token exists, and in the middle
+                await rig.update()
+                dead = rig.process.pid
+                if not tokens:
+                    os.kill(dead, signal.SIGSTOP)
+                pending = [rig.ask(i, 200) for i in range(4)]
+                await (rig.sampled(tokens) if tokens else asyncio.sleep(0))
                 os.kill(dead, signal.SIGKILL)
                 for i, done in enumerate(await asyncio.gather(*pending)):
-                    it.check(i, done)
+                    rig.check(i, done, 200)
                 assert not alive(dead)
-                assert it.worker.pid != dead
-                assert it.engine.version == kill + 1
-            assert it.kinds().count("engine_lost") == it.kinds().count("engine_restarted") == 2
-            assert "SIGKILL" in it.of("engine_lost")["reason"]
-            assert [f["version"] for k, f in it.events if k == "engine_restarted"] == [1, 2]
-            retried = [f for k, f in it.events if k == "request_retried"]
-            assert {f["session"] for f in retried} == {"s0", "s1", "s2", "s3"}
-            assert all(f["attempt"] == 1 for f in retried)
+                assert rig.process.pid != dead
+                assert rig.it.version == first + n + 1
+            assert rig.kinds().count("engine_lost") == rig.kinds().count("engine_restarted") == 2
+            assert "SIGKILL" in rig.named("engine_lost")[0]["reason"]
+            assert [fields["version"] for fields in rig.named("engine_restarted")] == [first + 1, first + 2]
+            retried = rig.named("request_retried")
+            assert {fields["session"] for fields in retried} == {"s0", "s1", "s2", "s3"}
+            assert all(fields["attempt"] == 1 for fields in retried)
             # Dead while nobody asks: the next request finds out.
-            os.kill(it.worker.pid, signal.SIGKILL)
-            it.check(7, await it.ask(7))
-            assert it.engine.max_context == 256
+            os.kill(rig.process.pid, signal.SIGKILL)
+            rig.check(7, await rig.ask(7))
+            assert rig.it.engine.max_context == rig.it.context
 
-    run(work())
+    engines.run(work())
 
 
-def test_a_stopped_worker_is_noticed_while_requests_are_pending(folder: Path) -> None:
+def test_a_stopped_worker_is_noticed_while_requests_are_pending(engines: Engines) -> None:
     async def work() -> None:
-        async with rig(folder, hang_seconds=1.5) as it:
-            await it.update(seed=40)
-            task, stopped = it.ask(0, 200), it.worker.pid
-            await it.sampled(5)
+        async with engines.supervised(hang_seconds=3.0) as rig:
+            await rig.update()
+            stopped = rig.process.pid
             os.kill(stopped, signal.SIGSTOP)
-            it.check(0, await task, 200)
+            rig.check(0, await rig.ask(0, 200), 200)
             assert not alive(stopped)
-            assert "no sign of health for 1.5 s with 1 calls" in it.of("engine_lost")["reason"]
+            assert "no sign of health for 3 s with 1 calls" in rig.named("engine_lost")[0]["reason"]
 
-    run(work())
+    engines.run(work())
 
 
-def test_an_update_is_applied_though_the_worker_died_during_it(folder: Path) -> None:
+def test_an_update_is_applied_though_the_worker_died_during_it(engines: Engines) -> None:
     async def work() -> None:
-        async with rig(folder) as it:
-            await it.update(seed=50)
-            requests = [it.ask(i, 200) for i in range(3)]
-            await it.sampled(5)
-            os.kill(it.worker.pid, signal.SIGSTOP)  # it cannot acknowledge
-            update = asyncio.create_task(it.update(seed=51))
-            await asyncio.sleep(0.01)
-            os.kill(it.worker.pid, signal.SIGKILL)
+        async with engines.supervised() as rig:
+            await rig.update()
+            pid, requests = rig.process.pid, [rig.ask(i, 200) for i in range(3)]
+            await rig.sampled(5)
+            os.kill(pid, signal.SIGSTOP)  # it cannot acknowledge
+            old, version = rig.it.model.now, rig.it.version
+            update = asyncio.create_task(rig.update())
+            for _ in range(20):
+                await asyncio.sleep(0)  # it is sent
+            os.kill(pid, signal.SIGKILL)
             await update
             for i, done in enumerate(await asyncio.gather(*requests)):
-                it.check(i, done, 200)  # of version 2 alone: no request was sent before its weights were back
+                if done.versions == (version,) * 200:  # it had ended before the worker was stopped
+                    assert_logprobs(old, ids_of(9 + i, i), done)
+                else:  # no request was sent before the new version's weights were there
+                    rig.check(i, done, 200)
 
-    run(work())
+    engines.run(work())
 
 
-def test_refused_requests_and_missed_deadlines_restart_nothing(folder: Path) -> None:
+def test_the_limit_of_restarts_fails_everything_with_the_last_stderr(engines: Engines) -> None:
     async def work() -> None:
-        async with rig(folder) as it:
-            worker = it.worker.pid
-            with pytest.raises(EngineError, match="the prompt has 300 tokens and max_context is 256"):
-                await it.engine.generate(Prompt(ids_of(300, 0)), Sampling(5), session="long", deadline=50)
-            with pytest.raises(EngineError, match="no completion of session 's0' within"):
-                await it.ask(0, 240, deadline=0.001)
-            with pytest.raises(ConfigError):
-                await it.engine.set_threads(0)
-            cancelled = it.ask(1, 240)
-            await it.sampled(1)
-            cancelled.cancel()
-            await asyncio.gather(cancelled, return_exceptions=True)
-            assert (await it.engine.health()).running == 0
-            it.check(2, await it.ask(2))
-            assert (it.worker.pid, it.events) == (worker, [])
-
-    run(work())
-
-
-def test_the_limit_of_restarts_fails_everything_with_the_last_stderr(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
-
-    async def work() -> None:
-        async with rig(folder, max_restarts=1) as it:
-            task = it.ask(0, 200)
-            await it.sampled(5)
-            os.kill(it.worker.pid, signal.SIGABRT)
-            it.check(0, await task, 200)  # there was no update: it serves what it was started with
-            task = it.ask(0, 200)
-            await it.sampled(5)
-            os.kill(it.worker.pid, signal.SIGABRT)
-            with pytest.raises(EngineError, match=r"after 1 restarts within 600 s(.|\n)*Fatal Python error: Aborted"):
-                await task
+        async with engines.supervised(max_restarts=1) as rig:
+            for n in range(2):
+                pid = rig.process.pid
+                os.kill(pid, signal.SIGSTOP)
+                task = rig.ask(0, 200)
+                await asyncio.sleep(0)
+                os.kill(pid, signal.SIGABRT)
+                os.kill(pid, signal.SIGCONT)
+                if n:
+                    with pytest.raises(EngineError, match=LIMIT):
+                        await task
+                else:
+                    done = await task
+                    rig.it.model.now = rig.it.model.first  # there was no update: it serves what it was started with
+                    rig.check(0, done, 200)
             with pytest.raises(EngineError, match="after 1 restarts"):
-                await it.ask(1)
+                await rig.ask(1)
             with pytest.raises(EngineError, match="after 1 restarts"):
-                await it.update(seed=60)
-            health = await it.engine.health()
+                await rig.update()
+            health = await rig.it.engine.health()
             assert not health.ok
             assert "after 1 restarts" in health.detail
-            assert it.kinds() == ["engine_lost", "engine_restarted", "request_retried", "engine_lost"]
-            assert "Fatal Python error" in it.of("engine_lost")["stderr"]
+            assert rig.kinds() == ["engine_lost", "engine_restarted", "request_retried", "engine_lost"]
+            assert "Fatal Python error" in rig.named("engine_lost")[0]["stderr"]
 
-    run(work())
+    engines.run(work())
 
 
-def test_a_model_that_cannot_be_loaded_again_is_an_error_of_every_request(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "model", tiny_model())
+LIMIT = r"after 1 restarts within 600 s(.|\n)*Fatal Python error: Aborted"
 
+
+def test_a_model_that_cannot_be_loaded_again_is_an_error_of_every_request(engines: Engines) -> None:
     async def work() -> None:
-        async with rig(folder) as it:
-            task = it.ask(0, 200)
-            await it.sampled(1)
-            shutil.rmtree(folder)
-            os.kill(it.worker.pid, signal.SIGKILL)
+        async with engines.supervised() as rig:
+            pid = rig.process.pid
+            os.kill(pid, signal.SIGSTOP)
+            task = rig.ask(0, 200)
+            await asyncio.sleep(0)
+            away = engines.folder.rename(engines.folder.with_suffix(".away"))
+            os.kill(pid, signal.SIGKILL)
             with pytest.raises(EngineError, match="the engine was not restarted"):
                 await task
+            away.rename(engines.folder)
 
-    run(work())
+    engines.run(work())
 
 
-def test_requests_are_cancelled_and_the_engine_closed_in_the_middle_of_a_restart(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mark = f"restart-{os.getpid()}-{folder.name}"
-    monkeypatch.setenv(MARKER, mark)
-
+def test_requests_are_cancelled_and_the_engine_closed_in_the_middle_of_a_restart(engines: Engines) -> None:
     async def work() -> None:
-        async with rig(folder) as it:
-            dead = it.worker.pid
-            assert marked(mark) == [dead]
-            pending, cancelled = it.ask(0, 200), it.ask(1, 200)
-            await it.sampled(5)
+        async with engines.supervised() as rig:
+            dead = rig.process.pid
+            assert marked(MARK) == [dead]
+            os.kill(dead, signal.SIGSTOP)
+            pending, cancelled = rig.ask(0, 200), rig.ask(1, 200)
+            await asyncio.sleep(0)
             os.kill(dead, signal.SIGKILL)
-            assert await asyncio.to_thread(wait_marked, mark, {dead})  # the next worker's process; it is loading
-            assert it.engine.engine is None
-            assert not (await it.engine.health()).ok
+            await asyncio.to_thread(stop_next, dead)  # the next worker, so that it goes on starting
+            assert rig.it.engine.engine is None
+            assert not (await rig.it.engine.health()).ok
             cancelled.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await cancelled
-            late = it.ask(2, 5, deadline=0.01)
             with pytest.raises(EngineError, match="met its deadline while the engine was being restarted"):
-                await late
-            await it.engine.close()
+                await rig.ask(2, 5, deadline=0.01)
+            await rig.it.engine.close()
             with pytest.raises(EngineError, match="the engine was closed"):
                 await pending
-            assert wait_gone(marked(mark), 5) == []
-            assert it.kinds() == ["engine_lost"]
-            await it.engine.close()
+            assert wait_gone(marked(MARK), 60) == []
+            assert rig.kinds() == ["engine_lost"]
+            await rig.it.engine.close()
             with pytest.raises(EngineError, match="the engine was closed"):
-                await it.ask(3)
+                await rig.ask(3)
 
-    run(work())
+    engines.run(work())
+
+
+def stop_next(dead: int) -> None:
+    """Stop the process that is started in the place of ``dead``."""
+    found = wait_marked(MARK, {dead}, SECONDS)
+    assert found
+    for pid in found:
+        os.kill(pid, signal.SIGSTOP)
+
+
+def test_a_pool_of_two_workers_serves_the_same_weights_and_outlives_one(engines: Engines) -> None:
+    started: list[Reused] = []
+
+    async def start(index: int) -> Restartable:
+        started.append(await (engines.start(seed=1) if index else engines.take()))
+        return started[-1]
+
+    async def work() -> None:
+        events: list[str] = []
+        model = engines.model.make(seed=7)
+        shared, ref = publish(model, 1)
+
+        def event(kind: str, **fields: Any) -> None:
+            events.append(kind)
+
+        async with EnginePool(start, replicas=2, event=event, health_interval=0.05) as pool:
+            assert (await pool.update_weights(ref)).version == 1
+            first = engines.started[-1].pid
+            os.kill(first, signal.SIGSTOP)
+            pending = [asyncio.create_task(ask(pool, ids_of(9 + i, i), 200, f"s{i}")) for i in range(4)]
+            await asyncio.sleep(0)
+            os.kill(first, signal.SIGKILL)
+            for i, done in enumerate(await asyncio.gather(*pending)):
+                assert done.versions == (1,) * 200
+                assert_logprobs(model, ids_of(9 + i, i), done)
+            assert events.count("request_retried") == 2
+        shared.close()
+        await asyncio.gather(*(engine.end() for engine in started))
+
+    engines.run(work())
 
 
 def test_the_learners_last_published_weights_stay_whole_until_the_publish_after_the_next(tmp_path: Path) -> None:
@@ -294,4 +276,4 @@ def test_the_learners_last_published_weights_stay_whole_until_the_publish_after_
         with pytest.raises(EngineError, match="gone"):
             AttachedWeights(refs[-1])
 
-    run(work())
+    asyncio.run(work())

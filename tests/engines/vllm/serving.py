@@ -1,75 +1,40 @@
-"""A vLLM engine with the model it serves, and what transformers says about its tokens."""
+"""vLLM engines under test, and what they are compared with. A start takes half a minute of a core."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Awaitable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from areal_agents.engine import UpdateReport, WeightsProbe, WeightsRef
-from areal_agents.engines.vllm.engine import VLLMEngine
+from areal_agents.engines.process_group_reaper import members
 from areal_agents.types import Completion
-from areal_agents.weights.shared_memory import SharedWeights
-from tests.served import Served, ids_of
-from tests.tiny_models import forward_logprobs, vllm_model
+from tests.served import ServedModel
+from tests.supervised import Engines, ReusedVLLM
+from tests.tiny_models import forward_logprobs
 
 BLOCK = 32
 """Tokens a KV block: what later turns reuse is whole blocks."""
+_LIMITS: dict[str, Any] = {"context": 2048, "kv_tokens": 3600, "block": BLOCK, "long": 300, "atol": 2e-4}
 
 
-def serve(folder: Path, kind: str = "llama", **options: Any) -> Served:
-    tied = options.pop("tied", False)
-    model = vllm_model(kind, tie_word_embeddings=tied)
-    # A model's own sampling defaults, which vLLM would apply to every request: no log-probability would be right.
+def vllm_engines(folder: Path, model: ServedModel) -> Engines:
+    """Engines that serve ``model``, which lies in ``folder``."""
+    return Engines(ReusedVLLM.start, folder, model, settings={"block_size": BLOCK}, **_LIMITS)
+
+
+def greedy_by_default(model: Any) -> Any:
+    """``model`` with sampling defaults of its own: were vLLM to apply them, no log-probability would be right."""
     model.generation_config.update(do_sample=True, top_k=1, temperature=0.2)
-    settings = {"kv_tokens": 2400, "block_size": BLOCK} | options
-    return Served(model, folder, VLLMEngine.start, **settings)
+    return model
 
 
-def like(it: Served, seed: int) -> Any:
-    """Another random model of the served one's shape."""
-    config = it.model.config
-    return vllm_model(config.model_type, seed=seed, tie_word_embeddings=config.tie_word_embeddings)
-
-
-def probed(ref: WeightsRef, model: Any, *, off: float = 0.0) -> WeightsRef:
-    """``ref`` with what ``model`` says to a probe prompt, ``off`` nats besides the truth."""
-    ids = ids_of(40, 999)
-    return replace(ref, probe=WeightsProbe(ids, tuple(x + off for x in forward_logprobs(model, ids).tolist())))
-
-
-async def update(
-    it: Served, model: Any, version: int, *, after: Awaitable[None] | None = None, **how: Any
-) -> UpdateReport:
-    """Publish ``model`` with its probe and serve it. after: what to wait for between the two."""
-    shared, ref = publish(model, version)
-    try:
-        ref = probed(ref, model)
-        if after is not None:
-            await after
-        report: UpdateReport = await it.engine.update_weights(ref, **how)
-    finally:
-        shared.close()
-    it.model = model
-    return report
-
-
-def publish(model: Any, version: int, dtype: torch.dtype = torch.float32) -> tuple[SharedWeights, WeightsRef]:
-    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    shared = SharedWeights(state, dtype)
-    return shared, shared.fill(state, version)
-
-
-async def sampling(it: Served, tokens: int, seconds: float = 60.0) -> None:
-    """Wait until ``tokens`` more than before were sampled."""
-    start = (await it.engine.health()).sampled_tokens
-    end = time.monotonic() + seconds
-    while (await it.engine.health()).sampled_tokens < start + tokens:
-        assert time.monotonic() < end, "the engine samples nothing"
+def core(pid: int) -> int:
+    """The process of an engine's group that vLLM calls EngineCore."""
+    for member in members(pid):
+        if "EngineCore" in Path(f"/proc/{member}/cmdline").read_bytes().decode(errors="replace"):
+            return member
+    raise ProcessLookupError(f"no EngineCore in the group of {pid}")
 
 
 def gaps(model: Any, prompt: tuple[int, ...], done: Completion, temperature: float = 1.0) -> torch.Tensor:

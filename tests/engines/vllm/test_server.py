@@ -224,7 +224,7 @@ def test_ctrl_c_ends_it_and_leaves_no_process_memory_or_file(server: Process) ->
     pids = marked(server.mark)
     assert len(pids) >= 5  # the command, its guard, the server, the engine, its worker
     assert server.popen.pid in pids
-    assert [pid for pid in pids if b"guard.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert [pid for pid in pids if b"process_group_reaper.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     (folder,) = {s for pid in pids for s in variables(pid) if s.startswith("VLLM_RPC_BASE_PATH=")}
     sockets = Path(folder.partition("=")[2])
     assert [path for path in sockets.iterdir() if path.is_socket()]
