@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from areal_agents.errors import EnvError, RewardError
-from areal_agents.rollout.env_results import Call, read
+from areal_agents.rollout.env_results import Call, Returned, read
 from areal_agents.types import Image, Message, ToolOutcome, user
 
 SEEN = (user("next"), Message("user", (Image("a.png"),)))
 
 
 def stepped(info: Any, reward: Any = 0.5, *, terminated: Any = False) -> Any:
-    return read("astep", (SEEN, reward, terminated, np.bool_(False), info), "astep of t")
+    return read("astep", (SEEN, reward, terminated, np.bool_(False), info), "astep of t", 2)
 
 
 def test_what_keeps_the_contract_is_copied() -> None:
@@ -35,9 +35,9 @@ def test_what_keeps_the_contract_is_copied() -> None:
         "k",
     )
     assert got.tool_results == (ToolOutcome("ok"), ToolOutcome("error", truncated=True))
-    assert read("areset", (SEEN, {}), "").observation == SEEN
-    assert read("afinish", (True, {}), "").reward == 1.0
-    assert read("aclose", None, "aclose").where == "aclose"
+    assert read("areset", (SEEN, {}), "", 0).observation == SEEN
+    assert read("afinish", (True, {}), "", 1).reward == 1.0
+    assert read("aclose", None, "", 1) == Returned()
 
 
 def test_the_reason_of_an_end_is_the_environments_or_follows_from_the_flags() -> None:
@@ -64,13 +64,17 @@ def test_tool_records_of_another_shape_are_the_environments_own() -> None:
         ("astep", ((), 0.0, True, False, {"stop_reason": None}), r"info\['stop_reason'\] is None"),
         ("astep", ((), 0.0, True, False, {"state_key": 3}), r"info\['state_key'\] is 3, which is not a text"),
         ("astep", ((), 0.0, True, False, {"components": [1.0]}), "is not a dict of numbers"),
-        ("astep", ((), 0.0, True, False, {"turn_rewards": 1.0}), "is 1.0: give one number a turn"),
+        (
+            "astep",
+            ((), 0.0, True, False, {"turn_rewards": 1.0}),
+            "is 1.0: give a list, a tuple or a 1-d array",
+        ),
         ("afinish", 0.5, r"call returned 0.5, not \(reward, info\)"),
     ],
 )
 def test_what_breaks_the_contract_is_named(call: Call, result: Any, message: str) -> None:
     with pytest.raises(EnvError, match=message):
-        read(call, result, "call")
+        read(call, result, "call", 1)
 
 
 @pytest.mark.parametrize("value", ["1.0", None, [1.0], 1 + 0j, 10**400, np.ones(2), float("nan"), -np.inf])

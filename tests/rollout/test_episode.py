@@ -208,5 +208,5 @@ def test_what_the_environment_found_out_about_a_call_reaches_the_trajectory() ->
     calls = tuple(ToolCall(str(i), "t", {}, "", s) for i, s in enumerate(parsed))
     results = [{"status": s} for s in ("unknown_tool", "malformed", "ok", "timeout")]
     stepped = ((), 0.0, True, False, {"tool_results": results})
-    found = read("astep", stepped, "here").marked(AssistantMessage((), calls))
+    found = read("astep", stepped, "here", 1).marked(AssistantMessage((), calls))
     assert [c.status for c in found.tool_calls] == ["unknown_tool", "invalid_json", "ok", "ok"]
