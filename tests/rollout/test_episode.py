@@ -259,7 +259,7 @@ def test_a_policy_that_cannot_be_closed_does_not_hide_why_the_episode_ended() ->
 
 def expert(*said: Any, error: BaseException | None = None) -> ScriptPolicy:
     def speak() -> Any:
-        for text in said:  # not `yield from`, which would send to the tuple
+        for text in said:  # noqa: UP028  it would send to the tuple
             yield text
         if error is not None:
             raise error
