@@ -193,6 +193,53 @@ class Exits(Good):
         sys.exit(3)
 
 
+class ExitsInATask(Good):
+    async def astep(self, action: AssistantMessage) -> Stepped:
+        async def leave() -> None:
+            sys.exit(3)
+
+        await asyncio.gather(leave())
+        return await super().astep(action)
+
+
+class ExitsWhenMade(Good):
+    def __init__(self) -> None:
+        sys.exit(4)
+
+
+class ExitsInACallback(Good):
+    async def astep(self, action: AssistantMessage) -> Stepped:
+        asyncio.get_running_loop().call_soon(sys.exit, 6)
+        return await super().astep(action)
+
+
+class ExpertExits(Good):
+    @classmethod
+    def expert(cls, task: Task) -> Expert | None:
+        def play() -> Expert:
+            yield "Which number?"
+            sys.exit(0)
+
+        return play()
+
+
+class GoldExits(Good):
+    @classmethod
+    def gold(cls, task: Task) -> str | None:
+        sys.exit(5)
+
+
+class RewardsHuge(Good):
+    async def astep(self, action: AssistantMessage) -> Stepped:
+        observation, _, terminated, truncated, info = await super().astep(action)
+        return observation, 10**5000, terminated, truncated, info
+
+
+class SaysNothingFirst(Good):
+    def opening(self, task: Task) -> Observation:
+        return ()
+
+
 class RepeatsHistory(Good):
     def reply(self) -> Observation:
         return (*self.opening(self.task), *super().reply())

@@ -10,6 +10,9 @@ import traceback
 from dataclasses import dataclass
 
 from areal_agents.errors import ArealError, InfraError, SandboxUnavailable
+from areal_agents.utils.short_text import cut, text_of
+
+_TRACEBACK_CHARS = 20_000
 
 
 class RemoteCause(Exception):
@@ -26,6 +29,7 @@ class Failure:
     tool: str = ""
     turns: int = 0
     tokens: int = 0
+    final: bool = False
     cause: str = ""
     """Traceback of its ``__cause__``; empty where it has none."""
 
@@ -36,11 +40,11 @@ class Failure:
         if isinstance(error, SandboxUnavailable):
             args: tuple[str, ...] = (error.backend, error.probe, error.remedy)
         else:
-            args = (str(error),)
+            args = (text_of(error),)
         cause = error.__cause__
-        text = "" if cause is None else "".join(traceback.format_exception(cause)).rstrip()
+        text = "" if cause is None else cut("".join(traceback.format_exception(cause)).rstrip(), _TRACEBACK_CHARS)
         if isinstance(error, InfraError):
-            return cls(kind, args, error.tool, error.turns, error.tokens, text)
+            return cls(kind, args, error.tool, error.turns, error.tokens, error.final, text)
         return cls(kind, args, cause=text)
 
     def error(self) -> ArealError:
@@ -48,6 +52,7 @@ class Failure:
         error = self.kind(*self.args)
         if isinstance(error, InfraError):
             error.tool, error.turns, error.tokens = self.tool, self.turns, self.tokens
+            error.final = self.final
         if self.cause:
             error.__cause__ = RemoteCause(self.cause)
         return error

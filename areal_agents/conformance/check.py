@@ -22,6 +22,8 @@ from areal_agents.conformance import contract, isolation, reward_audit
 from areal_agents.conformance.contract import Subject
 from areal_agents.errors import ArealError
 from areal_agents.sandbox import backends
+from areal_agents.utils.exits import no_exit
+from areal_agents.utils.short_text import described, text_of
 
 Status = Literal["passed", "failed", "unaudited", "skipped"]
 
@@ -135,7 +137,10 @@ def _run_all(subject: Subject, found: queue.SimpleQueue[CheckResult], abandoned:
             if broken:
                 result = CheckResult(name, "skipped", f"needs {broken[0]}")
             else:
-                result = loop.run_until_complete(_run(name, run, subject))
+                try:
+                    result = loop.run_until_complete(_run(name, run, subject))
+                except (SystemExit, KeyboardInterrupt) as error:  # of a callback, which asyncio lets through
+                    result = CheckResult(name, "failed", f"a callback of the event loop raised {described(error)}")
             statuses[name] = result.status
             found.put(result)
         loop.run_until_complete(_clear_up())
@@ -146,15 +151,16 @@ def _run_all(subject: Subject, found: queue.SimpleQueue[CheckResult], abandoned:
 
 async def _run(name: str, run: CheckFunction, subject: Subject) -> CheckResult:
     try:
-        return CheckResult(name, "passed", await run(subject))
+        with no_exit():
+            return CheckResult(name, "passed", await run(subject))
     except contract.Unaudited as reason:
         return CheckResult(name, "unaudited", str(reason))
     except contract.Skipped as reason:
         return CheckResult(name, "skipped", str(reason))
     except ArealError as error:
-        return CheckResult(name, "failed", str(error))
+        return CheckResult(name, "failed", text_of(error))
     except Exception as error:  # noqa: BLE001  the author's own code: whatever it raises is the finding
-        return CheckResult(name, "failed", f"{type(error).__name__}: {error}")
+        return CheckResult(name, "failed", described(error))
 
 
 async def _clear_up() -> None:

@@ -26,11 +26,13 @@ import numpy as np
 from areal_agents.env import AgentEnv, Expert
 from areal_agents.errors import ArealError, CheckError
 from areal_agents.registry import EnvSpec
-from areal_agents.rollout.env_results import RETURNS, Call, short
+from areal_agents.rollout.env_results import RETURNS, Call
 from areal_agents.rollout.episode import EpisodeDriver
-from areal_agents.rollout.script import Script, ScriptPolicy
+from areal_agents.rollout.script import Script, ScriptPolicy, expert_of
 from areal_agents.sandbox import backends
 from areal_agents.types import AssistantMessage, Task, ToolCall
+from areal_agents.utils.exits import guard_tasks, no_exit
+from areal_agents.utils.short_text import described, short
 
 T = TypeVar("T")
 ScriptName = Literal["main", "clumsy"]
@@ -59,7 +61,7 @@ def script_for(spec: EnvSpec, task: Task, name: ScriptName) -> Script:
     """
     if name == "clumsy":
         return repeat(*CLUMSY)
-    expert = spec.expert(task)
+    expert = expert_of(spec, task)
     if expert is not None:
         return lambda first: expert
     gold = spec.gold(task)
@@ -78,6 +80,7 @@ class OwnLoop:
 
         Raises CheckError after that, even where the call ignores its cancellation.
         """
+        guard_tasks(asyncio.get_running_loop())
         task = asyncio.ensure_future(make())
         # Not asyncio.timeout, which would wait on where the cancellation is ignored.
         await asyncio.wait({task}, timeout=timeout)
@@ -89,7 +92,7 @@ class OwnLoop:
         except asyncio.CancelledError as error:
             raise CheckError(f"{what} cancelled itself") from error
         except Exception as error:  # the environment's own code: whatever it raises is the finding
-            raise CheckError(f"{what} raised {type(error).__name__}: {error}") from error
+            raise CheckError(f"{what} raised {described(error)}") from error
 
 
 class ScriptedEpisode(EpisodeDriver):
@@ -99,7 +102,13 @@ class ScriptedEpisode(EpisodeDriver):
     """
 
     def __init__(self, make: Callable[[], AgentEnv], task: Task, seed: int, script: Script, timeout: float) -> None:
-        self.env = make()
+        try:
+            with no_exit():
+                self.env = make()
+        except ArealError:
+            raise
+        except Exception as error:  # the environment's own code
+            raise CheckError(f"making the environment raised {described(error)}") from error
         self.script = ScriptPolicy(script, task)
         self.trace: list[Any] = []
         self.returned: list[Any] = []
@@ -117,8 +126,10 @@ class ScriptedEpisode(EpisodeDriver):
 
         Raises CheckError where that fails, because it is a finding.
         """
-        await self.script.close(self)
-        await self.call("aclose", self.env.aclose)
+        try:
+            await self.script.close(self)
+        finally:
+            await self.call("aclose", self.env.aclose)
 
     @property
     def total(self) -> float:
@@ -130,6 +141,8 @@ def plain(value: Any) -> Any:
 
     Sets and mappings are sorted.
     """
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return hex(value)  # JSON would want its digits, and Python refuses to print very many
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -224,12 +237,15 @@ def _main() -> None:
         for name in ("main", "clumsy"):
             for seed in range(min(2, len(tasks))):
                 task = tasks[seed]
-                episode = ScriptedEpisode(spec.make, task, seed, script_for(spec, task, name), request["timeout"])
+                trace: list[Any] = []
                 try:
+                    script = script_for(spec, task, name)
+                    episode = ScriptedEpisode(spec.make, task, seed, script, request["timeout"])
+                    trace = episode.trace
                     await episode.play()
                 except ArealError as error:
-                    episode.trace.append({"call": f"failed: {error}", "returned": []})
-                answer["traces"].append(episode.trace)
+                    trace.append({"call": f"failed: {error}", "returned": []})
+                answer["traces"].append(trace)
         await backends().close_shared()
 
     asyncio.run(traces())

@@ -116,7 +116,7 @@ async def replay(
         await _play(episode)
     finally:
         await host.close(backends().close_shared)
-    found = [*playback.differences, *_differences(recorded, episode)]
+    found = [*playback.differences, *_differences(recorded, episode, playback)]
     found.sort(key=lambda d: d.turn)  # stable: within a turn, in the order of its events
     return ReplayReport(record, seed, tuple(found), fmt is not None)
 
@@ -139,7 +139,7 @@ class Playback(Policy):
     async def say(self, episode: EpisodeDriver) -> Said | StopReason:
         k = len(episode.turns)
         if k == len(self._recorded.turns):
-            if not self._ended_by_the_runner():
+            if k == 0 or not self.ended_by_the_runner():  # without a turn there is nothing to score
                 raise _RecordEnds
             return self._recorded.stop_reason
         turn = self._recorded.turns[k]
@@ -159,7 +159,7 @@ class Playback(Policy):
             self._differ(k, "parsing", _diff(_said(message), _said(parsed)))
         return Said(parsed, turn.completion, suffix, parent, tokens)
 
-    def _ended_by_the_runner(self) -> bool:
+    def ended_by_the_runner(self) -> bool:
         """Say whether the runner ended the recorded episode, so that it has to end this one too.
 
         Environments end episodes for ``max_turns`` as well. Below the runner's limit it was the environment.
@@ -190,7 +190,7 @@ async def _play(episode: EpisodeDriver) -> None:
         raise episode.close_error
 
 
-def _differences(recorded: Trajectory, episode: EpisodeDriver) -> Iterator[Difference]:
+def _differences(recorded: Trajectory, episode: EpisodeDriver, playback: Playback) -> Iterator[Difference]:
     """Yield what the environment did otherwise, besides what it showed before a message."""
     for k, (turn, now) in enumerate(zip(recorded.turns, episode.turns, strict=False)):
         if turn.tool_results != now.tool_results:
@@ -204,7 +204,7 @@ def _differences(recorded: Trajectory, episode: EpisodeDriver) -> Iterator[Diffe
         yield Difference(last, "observation", _diff(_lines(recorded.final_observation), _lines(episode.observation)))
     # An end that was not reached might have changed the rewards of all turns: they are then not compared.
     if all(fault is episode.close_error for fault in episode.faults):
-        yield from _end_differences(recorded, episode)
+        yield from _end_differences(recorded, episode, playback)
     for fault, k in episode.faults.items():
         cause = fault.__cause__
         trace = "".join(traceback.format_exception(cause)).splitlines() if cause is not None else []
@@ -212,11 +212,13 @@ def _differences(recorded: Trajectory, episode: EpisodeDriver) -> Iterator[Diffe
         yield Difference(k, "reward" if isinstance(fault, RewardError) else "exception", _cut(lines))
 
 
-def _end_differences(recorded: Trajectory, episode: EpisodeDriver) -> Iterator[Difference]:
+def _end_differences(recorded: Trajectory, episode: EpisodeDriver, playback: Playback) -> Iterator[Difference]:
     """Yield how the end came out otherwise, and the rewards, which it may have replaced."""
     last, reached = max(0, len(recorded.turns) - 1), max(0, len(episode.turns) - 1)
     before, after = (_ending(t.terminated, t.truncated, t.stop_reason) for t in (recorded, episode))
     if not episode.ended:
+        if not recorded.turns and playback.ended_by_the_runner():
+            return  # before the first turn, as it was recorded
         yield Difference(last, "ending", f"the record ends here ({recorded.stop_reason}); the environment goes on")
     elif reached < last:
         left = f"in the record it goes on for {last - reached} more turns"

@@ -67,7 +67,8 @@ class ChatPolicy(Policy):
         sampling = replace(self._sampling, max_tokens=room, seed=seed)
         try:
             async with asyncio.timeout(limit):
-                reply = await reply_of(self._model, self._messages, episode.tools, sampling)
+                with episode.timed("generate_seconds"):
+                    reply = await reply_of(self._model, self._messages, episode.tools, sampling)
         except TimeoutError as error:
             raise EngineError(f"task {episode.task.id}: the model did not answer within {limit:g} s") from error
         except RequestRefused as error:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from areal_agents.algorithms.batch import Row, rows_of
 from areal_agents.chat.format import ChatFormat
 from areal_agents.env import Expert
-from areal_agents.errors import ConfigError
+from areal_agents.errors import ArealError, ConfigError
 from areal_agents.rollout.episode import EpisodeDriver, Limits
 from areal_agents.rollout.script import ScriptPolicy
 from areal_agents.rollout.token_policy import TokenPolicy
 from areal_agents.types import Completion, Prompt, Task, Trajectory
+from areal_agents.utils.short_text import text_of
 
 
 class ExpertPolicy(TokenPolicy):
@@ -30,6 +31,21 @@ class ExpertPolicy(TokenPolicy):
 
     async def close(self, episode: EpisodeDriver) -> None:
         await self._script.close(episode)
+
+
+def require_all(played: Sequence[Trajectory | None], error: ArealError | None) -> list[Trajectory]:
+    """Return the demonstrations.
+
+    Raises ConfigError where one of them is missing. ``error`` is why the first one is.
+    """
+    found = [t for t in played if t is not None]
+    if len(found) < len(played):
+        why = "" if error is None else f": {text_of(error)}"
+        raise ConfigError(
+            f"{len(played) - len(found)} of {len(played)} demonstrations failed{why}. Fix the environment or its "
+            "expert (events.jsonl names the tasks), or set warm_start.demonstrations = 0"
+        ) from error
+    return found
 
 
 def demonstration_rows(trajectories: Sequence[Trajectory]) -> list[Row]:

@@ -15,6 +15,7 @@ from concurrent.futures import CancelledError as FutureCancelled
 from typing import Any, TypeVar
 
 from areal_agents.errors import EnvError, InfraError
+from areal_agents.utils.exits import guard_tasks
 
 T = TypeVar("T")
 _HEARTBEAT_SECONDS = 5.0
@@ -35,6 +36,7 @@ class EnvHost:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        guard_tasks(self._loop)
         self._thread = threading.Thread(target=self._run, name="areal-env-host", daemon=True)
         self._lost = asyncio.Event()
         self._calls: set[asyncio.Task[Any]] = set()
@@ -44,7 +46,13 @@ class EnvHost:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
+        while True:
+            try:
+                self._loop.run_forever()
+                return
+            except (SystemExit, KeyboardInterrupt) as error:  # of a callback, so nobody knows whose
+                said = {"message": "an environment's callback tried to end the process", "exception": error}
+                self._loop.call_exception_handler(said)
 
     async def call(self, make: Callable[[], Awaitable[T]], *, timeout: float, what: str) -> T:
         """Run ``make()`` on the host, at most ``timeout`` seconds.

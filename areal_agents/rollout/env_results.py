@@ -2,21 +2,25 @@
 
     areset, astep, afinish ─▶ read ─▶ Returned, which shares no list or dictionary with the environment
 
-A wrong shape, type or word is an EnvError. A reward that is no finite number is a RewardError. Both name the call.
+A wrong shape, type or word is an EnvError. A reward that is no finite number is a RewardError. Both name the call. The
+values are the author's own objects, so even looking at them may raise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError, RewardError
+from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Message, Observation, StopReason, ToolOutcome
+from areal_agents.utils.short_text import described, short
 
 Call = Literal["areset", "astep", "afinish", "aclose"]
 RETURNS: Mapping[Call, tuple[str, ...]] = {
@@ -34,8 +38,6 @@ class Returned:
     A part that the call does not have is empty.
     """
 
-    where: str
-    """The call, for messages about it."""
     observation: Observation = ()
     reward: float = 0.0
     terminated: bool = False
@@ -69,77 +71,136 @@ class Returned:
         return replace(message, tool_calls=calls)
 
 
-def read(call: Call, result: object, where: str) -> Returned:
+@contextmanager
+def _reading(what: str, where: str) -> Iterator[None]:
+    """Let whatever the author's objects raise while they are read be an EnvError."""
+    try:
+        yield
+    except (EnvError, RewardError):
+        raise
+    except Exception as error:
+        raise EnvError(f"{where}: reading {what} raised {described(error)}") from error
+
+
+def read_tools(env: AgentEnv, where: str) -> tuple[ToolSpec, ...]:
+    """Return the environment's tools.
+
+    Raises EnvError where they are no sequence of tools.
+    """
+    with _reading("tools", where):
+        tools: object = env.tools
+        if not isinstance(tools, Sequence) or not all(isinstance(t, ToolSpec) for t in tools):
+            raise EnvError(f"{where}: tools is {short(tools)}, which is not a sequence of tools: see @tool")
+        return tuple(tools)
+
+
+def read(call: Call, result: object, where: str, turns: int) -> Returned:
     """Check the ``result`` of ``call`` and copy what counts.
+
+    Args:
+        call: the call that returned.
+        result: what it returned.
+        where: names the call in errors.
+        turns: of the episode, with the one that the call ends.
 
     Raises:
         EnvError: the result breaks the contract.
-        RewardError: a reward or component is not a number, or not finite.
+        RewardError: a reward or component is not a number or not finite, or ``turn_rewards`` has not one entry a turn.
     """
     if call == "aclose":
-        return Returned(where)
+        return Returned()
+    with _reading("what it returned", where):
+        return _read(call, result, where, turns)
+
+
+def _read(call: Call, result: object, where: str, turns: int) -> Returned:
     names = RETURNS[call]
     if not isinstance(result, tuple) or len(result) != len(names):
         raise EnvError(f"{where} returned {short(result)}, not ({', '.join(names)})")
     got: dict[str, Any] = dict(zip(names, result, strict=True))
     flags = got.get("terminated", False), got.get("truncated", False)
     if not all(isinstance(x, bool | np.bool_) for x in flags):
-        raise EnvError(f"{where} returned terminated {flags[0]!r} and truncated {flags[1]!r}: both must be bool")
+        shown = [short(x) for x in flags]
+        raise EnvError(f"{where} returned terminated {shown[0]} and truncated {shown[1]}: both must be bool")
     observation = got.get("observation", ())
     if not isinstance(observation, tuple) or not all(isinstance(m, Message) for m in observation):
         raise EnvError(f"{where} returned the observation {short(observation)}: it must be a tuple of Message")
     reward = _finite(got.get("reward", 0.0), "the reward", where)
-    return replace(
-        _read_info(got["info"], where),
+    at_end = call == "afinish" or any(flags)
+    found = replace(
+        _read_info(got["info"], where, turns if at_end else None),
         observation=observation, reward=reward, terminated=bool(flags[0]), truncated=bool(flags[1]),
     )  # fmt: skip
+    if call == "areset" and not observation:
+        raise EnvError(f"{where}: the first observation is empty: the model would have nothing to answer")
+    return found
 
 
-def _read_info(info: Any, where: str) -> Returned:
+def _read_info(info: Any, where: str, turns: int | None) -> Returned:
+    """Check ``info``.
+
+    ``turns`` is how many there are where the episode ends here, else None.
+    """
     if not isinstance(info, dict) or not all(isinstance(k, str) for k in info):
         raise EnvError(f"{where} returned info {short(info)}, which is not a dict with text keys")
     reason, key = info.get("stop_reason"), info.get("state_key")
-    components, rewards = info.get("components", {}), info.get("turn_rewards")
-    if "stop_reason" in info and reason not in get_args(StopReason):
+    components = info.get("components", {})
+    if "stop_reason" in info and not (isinstance(reason, str) and reason in get_args(StopReason)):
         raise EnvError(f"{where}: info['stop_reason'] is {short(reason)}: use {', '.join(get_args(StopReason))}")
     if not isinstance(key, str | None):
         raise EnvError(f"{where}: info['state_key'] is {short(key)}, which is not a text")
-    if not isinstance(components, Mapping):
-        raise EnvError(f"{where}: info['components'] is {short(components)}, which is not a dict of numbers")
-    try:
-        turn_rewards = None if rewards is None else tuple(rewards)
-    except TypeError as error:
-        raise EnvError(f"{where}: info['turn_rewards'] is {short(rewards)}: give one number a turn") from error
+    if not isinstance(components, Mapping) or not all(isinstance(name, str) for name in components):
+        raise EnvError(f"{where}: info['components'] is {short(components)}, which is not a dict of numbers by name")
     records = info.get("tool_results", ())
     if not isinstance(records, list | tuple) or not all(isinstance(r, Mapping) and "status" in r for r in records):
         records = ()
     return Returned(
-        where,
         stop_reason=reason,
-        components={name: _finite(x, f"the component {name!r}", where) for name, x in components.items()},
-        turn_rewards=turn_rewards and tuple(_finite(x, "the turn reward", where) for x in turn_rewards),
+        components={name: _finite(x, f"the component {short(name)}", where) for name, x in components.items()},
+        turn_rewards=_read_turn_rewards(info.get("turn_rewards"), where, turns),
         state_key=key,
         tool_results=tuple(ToolOutcome(str(r["status"]), bool(r.get("truncated", False))) for r in records),
     )
 
 
+def _read_turn_rewards(rewards: Any, where: str, turns: int | None) -> tuple[float, ...] | None:
+    if rewards is None:
+        return None
+    if not isinstance(rewards, list | tuple) and not (isinstance(rewards, np.ndarray) and rewards.ndim == 1):
+        raise EnvError(
+            f"{where}: info['turn_rewards'] is {short(rewards)}: give a list, a tuple or a 1-d array with one number a "
+            "turn"
+        )
+    if turns is not None and len(rewards) != turns:
+        raise RewardError(f"{where}: turn_rewards has {len(rewards)} entries for {turns} turns")
+    return tuple(_finite(x, "the turn reward", where) for x in rewards)
+
+
 def _finite(value: Any, name: str, where: str) -> float:
     """Return ``value`` as a float.
 
-    Raises RewardError where it is no finite number. A text is never a number.
+    Raises RewardError where it is no finite number. Texts, arrays with axes and complex numbers are none.
     """
-    number: float | None = None
-    if hasattr(type(value), "__float__"):  # float() would read a text
-        with suppress(TypeError, ValueError, OverflowError, RuntimeError):  # huge integers, tensors of several numbers
-            number = float(value)
-    if number is None:
-        raise RewardError(f"{where} returned {name} {short(value)}, which is not a number")
-    if not math.isfinite(number):
-        raise RewardError(f"{where} returned {name} {number}, which is not finite")
-    return number
+    why: Exception | None = None
+    try:
+        number = _number(value)
+    except Exception as error:  # noqa: BLE001  the author's own object
+        number, why = None, error
+    if number is not None and math.isfinite(number):
+        return number
+    wrong = "not finite" if number is not None else "not a number" if why is None else f"not a number: {described(why)}"
+    raise RewardError(f"{where} returned {name} {short(value)}, which is {wrong}") from why
 
 
-def short(value: object) -> str:
-    """Return the start of ``value``'s text form, for a message."""
-    text = repr(value)
-    return text if len(text) <= 120 else text[:120] + "…"
+def _number(value: Any) -> float | None:
+    """Return ``value`` as a float, infinite where it is too large for one, or None where it is no number."""
+    if isinstance(value, str | bytes) or not hasattr(type(value), "__float__"):  # float() would read a text
+        return None
+    if isinstance(value, np.generic | np.ndarray) and (value.ndim or value.dtype.kind not in "biuf"):
+        return None
+    if "complex" in str(getattr(value, "dtype", "")):  # a tensor, which float() would cut to its real part
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

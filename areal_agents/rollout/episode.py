@@ -13,15 +13,18 @@ to mend. A mistake of the *model* is no error: the environment answers it.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, get_args
 
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, EnvError, InfraError, RewardError
-from areal_agents.rollout.env_results import Call, Returned, read
+from areal_agents.rollout.env_results import Call, Returned, read, read_tools
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Completion, Ids, Info, Observation, StopReason, Task, Trajectory, Turn
+from areal_agents.utils.exits import no_exit
+from areal_agents.utils.short_text import cut, described, short
 
 T = TypeVar("T")
 
@@ -122,10 +125,12 @@ class EpisodeDriver:
     max_turns: int | None = None
     """After so many turns the episode is finished. None leaves that to environment and policy."""
     saw: Callable[[Call, object], None] = _unseen
-    """Is given each call and what it returned, before anything reads it. It gets the very object, not a copy."""
+    """Is given each call and what it returned, before anything reads it, on the host. It gets the very object."""
 
     observation: Observation = field(default=(), init=False)
     """The messages that were shown last."""
+    tools: tuple[ToolSpec, ...] = field(default=(), init=False)
+    """The environment's, as it had them once it was open."""
     turns: list[Turn] = field(default_factory=list, init=False)
     tokens: int = field(default=0, init=False)
     """Sampled in ``turns``, as far as anybody knows."""
@@ -144,11 +149,6 @@ class EpisodeDriver:
     def ended(self) -> bool:
         return self.terminated or self.truncated
 
-    @property
-    def tools(self) -> tuple[ToolSpec, ...]:
-        """The environment's tools, once it is open."""
-        return tuple(self._opened().tools)
-
     async def play(self) -> None:
         """Play the whole episode and close it, however it ends.
 
@@ -161,11 +161,15 @@ class EpisodeDriver:
             await self.open()
             while not self.ended:
                 await self.turn()
-        except InfraError as error:
-            error.turns, error.tokens = len(self.turns), self.tokens
+        except BaseException as error:
+            if isinstance(error, InfraError):
+                error.turns, error.tokens = len(self.turns), self.tokens
+            try:
+                await self.close()
+            except Exception as second:  # noqa: BLE001  noted: it must not hide why the episode ended
+                error.add_note(f"and closing it raised {described(second)}")
             raise
-        finally:
-            await self.close()
+        await self.close()
 
     async def open(self) -> None:
         """Make and reset the environment."""
@@ -178,10 +182,10 @@ class EpisodeDriver:
 
     async def turn(self) -> None:
         """Take one turn, and finish the episode after the last one that a limit allows."""
-        start = time.perf_counter()
         said = await self.policy.say(self)
-        self.count("generate_seconds", time.perf_counter() - start)
-        if isinstance(said, str):
+        if not isinstance(said, Said):
+            if said not in get_args(StopReason):
+                raise TypeError(f"{type(self.policy).__name__}.say returned {short(said)}: no Said, no stop reason")
             return await self.finish(said)
         await self._step(said)
         if not self.ended and len(self.turns) == self.max_turns:
@@ -190,9 +194,8 @@ class EpisodeDriver:
 
     async def _step(self, said: Said) -> None:
         env, shown = self._opened(), self.observation
-        start = time.perf_counter()
-        got = await self.call("astep", lambda: env.astep(said.message))
-        self.count("env_seconds", time.perf_counter() - start)
+        with self.timed("env_seconds"):
+            got = await self.call("astep", lambda: env.astep(said.message))
         self.turns.append(
             Turn(
                 said.suffix, said.completion, got.marked(said.message), got.reward, got.components, said.parent, shown,
@@ -208,8 +211,10 @@ class EpisodeDriver:
     async def finish(self, reason: StopReason) -> None:
         """End the episode for ``reason`` and let the environment score what exists.
 
-        The score is added to the last turn's reward, so there must be a turn.
+        The score is added to the last turn's reward. Raises InfraError where there is no turn.
         """
+        if not self.turns:
+            raise InfraError(f"task {cut(self.task.id, 120)}: the policy stopped before its first turn ({reason})")
         env = self._opened()
         got = await self.call("afinish", lambda: env.afinish(reason))
         self.truncated, self.stop_reason = True, reason
@@ -223,12 +228,6 @@ class EpisodeDriver:
         """Give every turn the reward that the environment assigns to it now that the episode is over."""
         if got.turn_rewards is None:
             return
-        if len(got.turn_rewards) != len(self.turns):
-            error = RewardError(
-                f"{got.where}: turn_rewards has {len(got.turn_rewards)} entries for {len(self.turns)} turns"
-            )
-            self.faults[error] = len(self.turns) - 1
-            raise error
         self.turns = [replace(turn, reward=r) for turn, r in zip(self.turns, got.turn_rewards, strict=True)]
         self.credited = True
 
@@ -259,35 +258,48 @@ class EpisodeDriver:
         """Add to a metric of the episode."""
         self.metrics[name] = self.metrics.get(name, 0.0) + amount
 
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds that the block takes to a metric of the episode."""
+        start = time.perf_counter()
+        yield
+        self.count(name, time.perf_counter() - start)
+
     async def call(self, call: Call, make: Callable[[], Awaitable[object]]) -> Returned:
         """Call into the environment, check what it returns and copy what counts.
 
-        This is the boundary at which an exception of the environment's author becomes a fault and an EnvError.
+        This is the boundary at which an exception of the environment's author becomes a fault and an EnvError. What was
+        returned is read on the host too, because reading it may run the author's code.
         """
-
-        async def guarded() -> object:
-            try:
-                return await make()
-            except SystemExit as error:  # it would end the event loop, and with it every other episode
-                raise RuntimeError(f"it called sys.exit({error.code!r})") from error
-
         at_end = call in ("afinish", "aclose")  # which belong to the last turn
         turn = max(0, len(self.turns) - at_end)
-        where = f"{call} (task {self.task.id}, turn {turn})"
+        where = f"{call} (task {cut(self.task.id, 120)}, turn {turn})"
+        turns = len(self.turns) + (call == "astep")
+
+        async def guarded() -> Returned | EnvError | RewardError:
+            with no_exit():  # which would end the event loop, and with it every other episode
+                result = await make()
+                self.saw(call, result)
+                try:
+                    got = read(call, result, where, turns)
+                    if call == "areset":
+                        self.tools = read_tools(self._opened(), where)
+                except (EnvError, RewardError) as error:  # returned, so that the host does not take it for one it met
+                    return error
+                return got
+
         try:
-            result = await self.host.call(guarded, timeout=self.step_timeout, what=where)
+            got = await self.host.call(guarded, timeout=self.step_timeout, what=where)
         except ArealError:  # it says already whose failure it is: the host's, a sandbox's, the environment's
             raise
         except Exception as error:  # third-party code: recorded, attached, counted
-            failed = EnvError(f"{where} raised {type(error).__name__}: {error}")
+            failed = EnvError(f"{where} raised {described(error)}")
             self.faults[failed] = turn
             raise failed from error
-        self.saw(call, result)
-        try:
-            return read(call, result, where)
-        except (EnvError, RewardError) as error:
-            self.faults[error] = turn
-            raise
+        if isinstance(got, Returned):
+            return got
+        self.faults[got] = turn
+        raise got
 
     def _opened(self) -> AgentEnv:
         assert self._env is not None

@@ -21,10 +21,12 @@ from areal_agents.registry import EnvSpec
 from areal_agents.rollout.demonstrations import ExpertPolicy
 from areal_agents.rollout.env_host import EnvHost, HostLost
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy
+from areal_agents.rollout.script import expert_of
 from areal_agents.rollout.token_policy import EnginePolicy
 from areal_agents.sandbox import SandboxBackend, backends
 from areal_agents.settings.config import TrainConfig
 from areal_agents.types import Task, Trajectory
+from areal_agents.utils.short_text import text_of
 
 EventSink = Callable[..., None]
 """``event(kind, **fields)``: one line in the run's event log."""
@@ -123,7 +125,7 @@ class LocalPlayer:
         try:
             await self._host.close(backends().close_shared)
         except InfraError as error:  # noted, not raised: it must not hide why the run ends
-            self._event("close_failed", error=type(error).__name__, detail=str(error))
+            self._event("close_failed", error=type(error).__name__, detail=text_of(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,7 @@ class PlayerSpec:
         def policy(task: Task) -> Policy:
             if self.policy == "engine":
                 return EnginePolicy(engine, self.sampling, fmt, self.limits)
-            expert = self.env.expert(task)
+            expert = expert_of(self.env, task)
             if expert is None:
                 raise ConfigError(f"{self.env.id} has no expert: set warm_start.demonstrations = 0")
             return ExpertPolicy(expert, task, fmt, self.limits)

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from areal_agents.errors import ArealError, FailureBudgetError, InfraError, RewardError, WorkerLost
 from areal_agents.rollout.player import EpisodePlayer, EventSink, no_events
 from areal_agents.types import Task, Trajectory
+from areal_agents.utils.short_text import text_of
 
 
 class FailureBudget:
@@ -40,8 +41,8 @@ class FailureBudget:
         failed = sum(self._outcomes)
         if failed > self._limit:
             raise FailureBudgetError(
-                f"{failed} of the last {len(self._outcomes)} episode attempts failed, the budget is "
-                f"{self._limit:g} (rollout.failure_budget × rollout.failure_window). First failure: {self._first}"
+                f"{failed} of the last {len(self._outcomes)} episode attempts failed, the budget is {self._limit:g} "
+                f"(rollout.failure_budget × rollout.failure_window). First failure: {text_of(self._first)}"
             ) from self._first
 
 
@@ -56,6 +57,8 @@ class EpisodeRunner:
     ) -> None:
         self.player = player
         self.budget = budget
+        self.first_given_up: ArealError | None = None
+        """Why the first episode was given up, of those that were."""
         self._max_retries = max_retries
         self._event = event
 
@@ -83,11 +86,12 @@ class EpisodeRunner:
                 attempt += 1
                 retry = isinstance(error, InfraError) and not error.final and attempt <= self._max_retries
                 self._event(
-                    "episode_failed", episode=id, task=task.id, error=type(error).__name__, detail=str(error),
+                    "episode_failed", episode=id, task=task.id, error=type(error).__name__, detail=text_of(error),
                     attempt=attempt, retried=retry, **_where(error),
                 )  # fmt: skip
                 self.budget.failure(error)
                 if not retry:
+                    self.first_given_up = self.first_given_up or error
                     return None
             else:
                 self.budget.success()

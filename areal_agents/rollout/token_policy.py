@@ -61,7 +61,8 @@ class EnginePolicy(TokenPolicy):
     async def sample(self, prompt: Prompt, max_tokens: int, episode: EpisodeDriver) -> Completion:
         sampling = replace(self._sampling, max_tokens=min(max_tokens, self._sampling.max_tokens))
         deadline = self.limits.request_timeout
-        return await self._engine.generate(prompt, sampling, session=episode.id, deadline=deadline)
+        with episode.timed("generate_seconds"):
+            return await self._engine.generate(prompt, sampling, session=episode.id, deadline=deadline)
 
     async def close(self, episode: EpisodeDriver) -> None:
         with contextlib.suppress(EngineError):  # a failed release must not hide why the episode ended

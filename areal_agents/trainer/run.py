@@ -19,7 +19,7 @@ from areal_agents.engine import Sampling
 from areal_agents.errors import LearnerLost
 from areal_agents.evaluation.evaluate import EvalReport, Progress, Stopwatch, held_out, run_attempts, summarize
 from areal_agents.models import resolve
-from areal_agents.rollout.demonstrations import demonstration_rows
+from areal_agents.rollout.demonstrations import demonstration_rows, require_all
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, limits_of, prove_sandbox
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
@@ -135,7 +135,7 @@ class Run:
     async def warm_start(self) -> None:
         """Train by cross-entropy on scripted demonstrations, through the same learner.
 
-        The caller saves the result.
+        The caller saves the result. Raises ConfigError where a demonstration failed or earned nothing.
         """
         config, w = self.config, self.config.warm_start
         tasks = TaskStream(self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1)
@@ -147,7 +147,7 @@ class Run:
             )  # fmt: skip
         finally:
             await runner.close()
-        trajectories = [t for _, tries in played for t in tries if t is not None]
+        trajectories = require_all([t for _, tries in played for t in tries], runner.first_given_up)
         rows = demonstration_rows(trajectories)
         self.tracker.trajectories.write(trajectories, step=0, kind="demonstration")
         self.learner.set_threads(self.cores.learner_alone)

@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
 from areal_agents.errors import EnvError
+from areal_agents.utils.exits import guard_tasks
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -62,6 +63,7 @@ class _BackgroundLoop:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.loop = asyncio.new_event_loop()
+        guard_tasks(self.loop)  # an environment's sys.exit would end it, and the caller would wait for ever
         self.loop.set_default_executor(_LateExecutor(thread_name_prefix="areal-agents-facade"))
         self.thread = threading.Thread(target=self._run, name="areal-agents-facade", daemon=True)
         self.thread.start()

@@ -91,6 +91,7 @@ def test_pass_at_1_is_exact_and_episodes_are_saved(tmp_path: Path) -> None:
     assert (one.id, one.arguments, one.status) == ("call_100_0", {"a": 100, "b": 7}, "ok")
     assert right.turns[1].observation[0].text == "107"
     assert right.metrics["prompt_tokens"] == 14
+    assert right.metrics["generate_seconds"] > 0
     assert by_task["test-2"].turns[0].message.tool_calls[0].status == "invalid_json"
     assert SavedRun.open(tmp_path / "out").model_folder() is None
     for trajectory in (right, endless, by_task["test-2"]):

@@ -93,6 +93,18 @@ def a_record(records: list[Record], turns: int, reason: str = "answer") -> Recor
     return next(r for r in records if len(r.trajectory.turns) == turns and r.trajectory.stop_reason == reason)
 
 
+def test_a_record_without_a_turn_has_nothing_to_differ(mixed: tuple[Path, list[Record]]) -> None:
+    out, records = mixed
+    first_seen = records[0].trajectory.turns[0].observation
+    cut = replace(
+        records[0].trajectory, turns=(), terminated=False, truncated=True, stop_reason="context",
+        final_observation=first_seen,
+    )  # fmt: skip
+    assert again(out, replace(records[0], trajectory=cut)).identical
+    answered = replace(cut, truncated=False, stop_reason="answer")
+    assert first(again(out, replace(records[0], trajectory=answered))) == (0, "ending")
+
+
 # --- identical -------------------------------------------------------------------------------------------------------
 
 

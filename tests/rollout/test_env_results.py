@@ -7,16 +7,42 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError, RewardError
-from areal_agents.rollout.env_results import Call, read
+from areal_agents.rollout.env_results import Call, Returned, read, read_tools
 from areal_agents.types import Image, Message, ToolOutcome, user
+
+
+class Hostile:
+    """Whatever is done with it raises."""
+
+    def __float__(self) -> float:
+        raise KeyError("hostile")
+
+    def __repr__(self) -> str:
+        raise KeyError("hostile")
+
+    def __eq__(self, other: object) -> bool:
+        raise KeyError("hostile")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class HostileDict(dict[str, Any]):
+    def items(self) -> Any:
+        raise KeyError("hostile")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        raise KeyError("hostile")
+
 
 SEEN = (user("next"), Message("user", (Image("a.png"),)))
 
 
 def stepped(info: Any, reward: Any = 0.5, *, terminated: Any = False) -> Any:
-    return read("astep", (SEEN, reward, terminated, np.bool_(False), info), "astep of t")
+    return read("astep", (SEEN, reward, terminated, np.bool_(False), info), "astep of t", 2)
 
 
 def test_what_keeps_the_contract_is_copied() -> None:
@@ -35,9 +61,9 @@ def test_what_keeps_the_contract_is_copied() -> None:
         "k",
     )
     assert got.tool_results == (ToolOutcome("ok"), ToolOutcome("error", truncated=True))
-    assert read("areset", (SEEN, {}), "").observation == SEEN
-    assert read("afinish", (True, {}), "").reward == 1.0
-    assert read("aclose", None, "aclose").where == "aclose"
+    assert read("areset", (SEEN, {}), "", 0).observation == SEEN
+    assert read("afinish", (True, {}), "", 1).reward == 1.0
+    assert read("aclose", None, "", 1) == Returned()
 
 
 def test_the_reason_of_an_end_is_the_environments_or_follows_from_the_flags() -> None:
@@ -64,19 +90,90 @@ def test_tool_records_of_another_shape_are_the_environments_own() -> None:
         ("astep", ((), 0.0, True, False, {"stop_reason": None}), r"info\['stop_reason'\] is None"),
         ("astep", ((), 0.0, True, False, {"state_key": 3}), r"info\['state_key'\] is 3, which is not a text"),
         ("astep", ((), 0.0, True, False, {"components": [1.0]}), "is not a dict of numbers"),
-        ("astep", ((), 0.0, True, False, {"turn_rewards": 1.0}), "is 1.0: give one number a turn"),
+        (
+            "astep",
+            ((), 0.0, True, False, {"turn_rewards": 1.0}),
+            "is 1.0: give a list, a tuple or a 1-d array",
+        ),
+        ("astep", ((), 0.0, True, False, {"turn_rewards": {1.0}}), "is {1.0}: give a list"),
+        ("astep", ((), 0.0, True, False, {"turn_rewards": b"1"}), "is b'1': give a list"),
+        ("astep", ((), 0.0, True, False, {"turn_rewards": {0: 1.0}}), "is {0: 1.0}: give a list"),
+        ("astep", ((), 0.0, True, False, {"turn_rewards": iter([1.0])}), "give a list"),
+        ("astep", ((), 0.0, True, False, {"turn_rewards": np.ones((1, 1))}), "give a list"),
+        ("astep", ((), 0.0, True, False, {"components": {1: 1.0}}), "is not a dict of numbers by name"),
+        ("astep", ((), 0.0, True, False, {"stop_reason": np.ones(2)}), r"info\['stop_reason'\] is array"),
+        ("astep", ((), 0.0, True, np.ones(2), {}), "terminated True and truncated array"),
+        ("areset", ((), {}), "call: the first observation is empty: the model would have nothing to answer"),
         ("afinish", 0.5, r"call returned 0.5, not \(reward, info\)"),
     ],
 )
 def test_what_breaks_the_contract_is_named(call: Call, result: Any, message: str) -> None:
     with pytest.raises(EnvError, match=message):
-        read(call, result, "call")
+        read(call, result, "call", 1)
 
 
-@pytest.mark.parametrize("value", ["1.0", None, [1.0], 1 + 0j, 10**400, np.ones(2), float("nan"), -np.inf])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "1.0", b"1", None, [1.0], 1 + 0j, np.complex128(1), np.array(1 + 0j), torch.tensor(1 + 0j), np.str_("1.0"),
+        np.array("1.0"), 10**400, np.ones(2), np.array([0.5]), float("nan"), -np.inf, Hostile(),
+    ],
+)  # fmt: skip
 def test_a_number_is_a_finite_number_and_no_text(value: Any) -> None:
     broken: dict[str, Any] = {"the reward": ({}, value), "the component 'c'": ({"components": {"c": value}}, 0.0),
                               "the turn reward": ({"turn_rewards": [value]}, 0.0)}  # fmt: skip
     for name, (info, reward) in broken.items():
         with pytest.raises(RewardError, match=f"astep of t returned {name} .*, which is not (a number|finite)"):
             stepped(info, reward)
+
+
+@pytest.mark.parametrize("value", [1, True, np.float32(1), np.array(1.0), np.bool_(True), torch.tensor(1.0)])
+def test_every_kind_of_scalar_is_a_number(value: Any) -> None:
+    assert stepped({}, value).reward == 1.0
+
+
+def test_huge_whole_numbers_are_not_finite() -> None:
+    with pytest.raises(RewardError, match="the reward a whole number of about 5000 digits, which is not finite"):
+        stepped({}, 10**5000)
+
+
+def test_what_raises_while_it_is_read_is_named() -> None:
+    for info in ({"components": HostileDict(a=1.0)}, HostileDict(a=1.0), {"tool_results": [{"status": Hostile()}]}):
+        with pytest.raises(EnvError, match="astep of t: reading what it returned raised KeyError: 'hostile'"):
+            stepped(info)
+    for wrong in ({"state_key": Hostile()}, {"stop_reason": Hostile()}):
+        with pytest.raises(EnvError, match="is a Hostile"):
+            stepped(wrong)
+
+
+def test_turn_rewards_are_counted_before_they_are_read_at_the_end_of_an_episode() -> None:
+    class Long(list[float]):
+        def __iter__(self) -> Any:
+            raise AssertionError("it was read")
+
+    with pytest.raises(RewardError, match="turn_rewards has 3 entries for 2 turns"):
+        stepped({"turn_rewards": Long([1.0] * 3)}, terminated=True)
+    assert stepped({"turn_rewards": [1.0] * 3}).turn_rewards == (1.0, 1.0, 1.0)  # it goes on: nobody uses them
+
+
+def test_no_message_is_long() -> None:
+    long = "x" * 10_000_000
+    for info in ({"state_key": [long]}, {"components": {long: None}}, {long: 1, 2: 2}, {"stop_reason": long}):
+        with pytest.raises((EnvError, RewardError)) as caught:
+            stepped(info)
+        assert len(str(caught.value)) < 500
+    with pytest.raises(EnvError) as flag:
+        stepped({}, terminated=long)
+    assert len(str(flag.value)) < 500
+
+
+def test_tools_are_a_sequence_of_tools() -> None:
+    class Env(AgentEnv):
+        pass
+
+    env = Env()
+    assert read_tools(env, "areset") == ()
+    for wrong in (None, ("python",), {"python": 1}, iter(())):
+        env.tools = wrong  # type: ignore[assignment]
+        with pytest.raises(EnvError, match=r"areset: tools is .*, which is not a sequence of tools"):
+            read_tools(env, "areset")

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from areal_agents.algorithms.batch import rows_of
-from areal_agents.errors import EnvError, RewardError
+from areal_agents.errors import EnvError, InfraError, RewardError
 from areal_agents.rollout.env_host import EnvHost, HostLost
 from areal_agents.rollout.env_results import read
-from areal_agents.rollout.episode import EpisodeDriver, Limits
+from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy
+from areal_agents.rollout.script import ScriptPolicy
 from areal_agents.types import AssistantMessage, CallStatus, Info, StopReason, ToolCall, Trajectory
 from tests.scripted import FMT, LIMITS, Script, ScriptedEnv, ScriptedPolicy, block_the_loop, task
 
 SAY = FMT.encode_turn("hello")
 
 
-def play(script: Script, policy: ScriptedPolicy | None = None, limits: Limits = LIMITS) -> Trajectory:
+def play(script: Script, policy: Policy | None = None, limits: Limits = LIMITS) -> Trajectory:
     async def main() -> Trajectory:
         host = EnvHost()
         try:
@@ -30,8 +33,8 @@ def play(script: Script, policy: ScriptedPolicy | None = None, limits: Limits = 
     return asyncio.run(main())
 
 
-async def run(host: EnvHost, script: Script, policy: ScriptedPolicy) -> Trajectory:
-    limits = policy.limits
+async def run(host: EnvHost, script: Script, policy: Policy, limits: Limits = LIMITS) -> Trajectory:
+    limits = policy.limits if isinstance(policy, ScriptedPolicy) else limits
     episode = EpisodeDriver(
         lambda: ScriptedEnv(script), task(), policy, host, "e", 7, limits.step_timeout, limits.max_turns
     )
@@ -66,6 +69,7 @@ def test_what_the_environment_says_arrives_in_the_turns() -> None:
     assert t.turns[1].components == {"correct": 1.0}
     assert [m.text for m in t.turns[0].observation] == ["play", "task 0"]
     assert [m.text for m in t.turns[1].observation] == ["next"]
+    assert set(t.metrics) == {"env_seconds"}  # no engine was waited for
 
 
 def test_rewards_assigned_at_the_end_replace_those_given_before() -> None:
@@ -143,6 +147,176 @@ def test_an_environment_that_exits_ends_its_own_episode_alone() -> None:
     assert script.closed == 1  # on the same host, whose loop runs on
 
 
+async def leaves() -> None:
+    sys.exit(7)
+
+
+async def interrupts() -> None:
+    raise KeyboardInterrupt
+
+
+async def in_the_middle(code: Callable[[], Any]) -> None:
+    await asyncio.gather(code(), asyncio.sleep(0))
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        (lambda k: in_the_middle(leaves), r"it called sys\.exit\(7\)"),
+        (lambda k: asyncio.wait_for(leaves(), 60), r"it called sys\.exit\(7\)"),
+        (lambda k: asyncio.to_thread(sys.exit, 7), r"it called sys\.exit\(7\)"),
+        (lambda k: in_the_middle(interrupts), "it raised KeyboardInterrupt"),
+        (lambda k: interrupts(), "it raised KeyboardInterrupt"),
+    ],
+)
+def test_a_task_that_ends_the_process_ends_its_own_episode_alone(ends: Callable[[int], Any], said: str) -> None:
+    async def main() -> None:
+        host, stepping = EnvHost(), asyncio.Event()
+        loop, go_on = asyncio.get_running_loop(), threading.Event()
+
+        async def step() -> None:
+            loop.call_soon_threadsafe(stepping.set)
+            await asyncio.to_thread(go_on.wait)
+
+        innocent = asyncio.create_task(run(host, Script(turns=1, on_step=lambda k: step()), ScriptedPolicy(SAY)))
+        await stepping.wait()
+        with pytest.raises(EnvError, match=rf"astep \(task task-0, turn 0\) raised RuntimeError: {said}"):
+            await run(host, Script(on_step=ends), ScriptedPolicy(SAY))
+        go_on.set()
+        assert (await innocent).reward == 1.0
+        await host.close()
+
+    asyncio.run(main())
+
+
+def test_a_callback_that_ends_the_process_is_told_and_the_host_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    async def later() -> None:
+        asyncio.get_running_loop().call_soon(sys.exit, 7)
+        await asyncio.sleep(0)
+
+    assert play(Script(on_step=lambda k: later())).reward == 1.0
+    assert "an environment's callback tried to end the process" in caplog.text
+
+
+class Unreadable(Exception):
+    def __str__(self) -> str:
+        raise KeyError("no text")
+
+
+def test_texts_of_exceptions_are_cut_and_never_raise() -> None:
+    def explode(error: Exception) -> Callable[[int], Any]:
+        def step(k: int) -> None:
+            raise error
+
+        return step
+
+    with pytest.raises(EnvError) as caught:
+        play(Script(on_step=explode(ValueError("x" * 10_000_000))))
+    assert len(str(caught.value)) < 2_200
+    with pytest.raises(EnvError, match=r"raised Unreadable: \(its text cannot be read\)"):
+        play(Script(on_step=explode(Unreadable())))
+
+
+class Says(Policy):
+    """Says one thing, whatever it is."""
+
+    def __init__(self, said: Any) -> None:
+        self.said = said
+
+    async def say(self, episode: EpisodeDriver) -> Any:
+        return self.said
+
+
+def test_a_policy_that_stops_before_its_first_turn_is_an_error_with_a_sentence() -> None:
+    script = Script()
+    with pytest.raises(InfraError, match=r"task task-0: the policy stopped before its first turn \(tokens\)"):
+        play(script, Says("tokens"))
+    assert (script.finished, script.closed) == ([], 1)
+
+
+@pytest.mark.parametrize("said", [None, "won", 3])
+def test_a_policy_that_says_nothing_is_no_fault_of_the_environment(said: Any) -> None:
+    with pytest.raises(TypeError, match=r"Says\.say returned .*: no Said, no stop reason"):
+        play(Script(), Says(said))
+
+
+def test_a_policy_that_cannot_be_closed_does_not_hide_why_the_episode_ended() -> None:
+    class Sticks(ScriptedPolicy):
+        async def close(self, episode: EpisodeDriver) -> None:
+            raise ConnectionError("not released")
+
+    def explode(k: int) -> None:
+        raise KeyError("table")
+
+    script = Script(on_step=explode)
+    with pytest.raises(EnvError, match="raised KeyError: 'table'") as caught:
+        play(script, Sticks(SAY))
+    assert caught.value.__notes__ == ["and closing it raised ConnectionError: not released"]
+    assert script.closed == 1
+    with pytest.raises(ConnectionError):
+        play(Script(), Sticks(SAY))
+
+
+def expert(*said: Any, error: BaseException | None = None) -> ScriptPolicy:
+    def speak() -> Any:
+        for text in said:  # noqa: UP028  it would send to the tuple
+            yield text
+        if error is not None:
+            raise error
+
+    return ScriptPolicy(lambda shown: speak(), task())
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (expert("hello", error=KeyError("gold")), "raised KeyError: 'gold'"),
+        (expert("hello", error=SystemExit(0)), r"raised RuntimeError: it called sys\.exit\(0\)"),
+        (expert("hello"), "stopped before the episode ended"),
+        (expert("hello", None), "yielded None, which is not a text"),
+    ],
+)
+def test_an_experts_error_is_the_environments_and_final(policy: ScriptPolicy, message: str) -> None:
+    with pytest.raises(EnvError, match=f"the expert of task task-0 {message}") as caught:
+        play(Script(turns=3), policy)
+    assert (caught.value.final, caught.value.turns) == (True, 1)
+
+
+def test_an_expert_that_cannot_be_closed_is_named() -> None:
+    def speak() -> Any:
+        try:
+            while True:
+                yield "hello"
+        finally:
+            raise KeyError("finally")
+
+    with pytest.raises(EnvError, match=r"the expert of task task-0 raised KeyError: 'finally' when it was closed"):
+        play(Script(), ScriptPolicy(lambda shown: speak(), task()))
+
+
+def test_tools_are_read_on_the_host_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def tools(self: ScriptedEnv) -> tuple[()]:
+        threads.append(threading.current_thread().name)
+        return ()
+
+    monkeypatch.setattr(ScriptedEnv, "tools", property(tools))
+    play(Script(turns=3))
+    assert threads == ["areal-env-host"]
+
+
+def test_tools_that_raise_are_the_environments_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tools(self: ScriptedEnv) -> tuple[()]:
+        raise KeyError("catalogue")
+
+    monkeypatch.setattr(ScriptedEnv, "tools", property(tools))
+    script = Script()
+    with pytest.raises(EnvError, match=r"areset \(task task-0, turn 0\): reading tools raised KeyError: 'catalogue'"):
+        play(script)
+    assert script.closed == 1
+
+
 def test_an_environment_that_awaits_for_ever_is_cancelled() -> None:
     async def hang() -> None:
         await asyncio.get_running_loop().create_future()
@@ -208,5 +382,5 @@ def test_what_the_environment_found_out_about_a_call_reaches_the_trajectory() ->
     calls = tuple(ToolCall(str(i), "t", {}, "", s) for i, s in enumerate(parsed))
     results = [{"status": s} for s in ("unknown_tool", "malformed", "ok", "timeout")]
     stepped = ((), 0.0, True, False, {"tool_results": results})
-    found = read("astep", stepped, "here").marked(AssistantMessage((), calls))
+    found = read("astep", stepped, "here", 1).marked(AssistantMessage((), calls))
     assert [c.status for c in found.tool_calls] == ["unknown_tool", "invalid_json", "ok", "ok"]

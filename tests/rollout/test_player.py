@@ -92,10 +92,44 @@ class Fails(Talks):
         raise KeyError("lost")
 
 
+class FailsAtOnce(Talks):
+    """Its ``expert`` is no generator and raises when it is called."""
+
+    @classmethod
+    def expert(cls, task: Task) -> Expert:
+        raise KeyError("lost")
+
+
+class Lists(Talks):
+    @classmethod
+    def expert(cls, task: Task) -> Expert:
+        return iter(["abc"])  # type: ignore[return-value]
+
+
 class Stops(Talks):
     @classmethod
     def expert(cls, task: Task) -> Expert:
         yield "abc"
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [("FailsAtOnce", "raised KeyError: 'lost'"), ("Lists", "is <list_iterator .* not a generator")],
+)
+def test_an_expert_that_cannot_begin_is_the_environments_failure(tmp_path: Path, env: str, message: str) -> None:
+    tiny(CHATML).save_pretrained(tmp_path)
+    spec = registry.spec(f"tests.rollout.test_player:{env}")
+    player = PlayerSpec(spec, tmp_path, LIMITS, Sampling(20), kwargs={"word": "go"}, policy="expert").build(None)  # type: ignore[arg-type]
+
+    async def play() -> None:
+        try:
+            await player.play(spec.tasks("train")[0], id="e", group="g", seed=0)
+        finally:
+            await player.close()
+
+    with pytest.raises(EnvError, match=f"the expert of task train-0 {message}") as caught:
+        asyncio.run(play())
+    assert caught.value.final
 
 
 @pytest.mark.parametrize(
@@ -125,11 +159,12 @@ def test_an_error_arrives_with_its_class_its_place_and_its_cause() -> None:
     try:
         raise Authors("broken pipe") from OSError("no space left")
     except Authors as error:
-        error.tool, error.turns, error.tokens = "python", 3, 57
+        error.tool, error.turns, error.tokens, error.final = "python", 3, 57, True
         arrived = travelled(error)
     assert type(arrived) is SandboxError
     assert isinstance(arrived, InfraError)
     assert (str(arrived), arrived.tool, arrived.turns, arrived.tokens) == ("broken pipe", "python", 3, 57)
+    assert arrived.final
     assert isinstance(arrived.__cause__, RemoteCause)
     assert "OSError: no space left" in str(arrived.__cause__)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
 
 from areal_agents.algorithms.registry import Choice
-from areal_agents.errors import ConfigError, ModelError, RegistryError
-from areal_agents.rollout.demonstrations import demonstration_rows
+from areal_agents.env import Expert
+from areal_agents.errors import ConfigError, EnvError, ModelError, RegistryError
+from areal_agents.rollout.demonstrations import demonstration_rows, require_all
 from areal_agents.settings.config import AlgorithmConfig, TrainConfig
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import read_records
@@ -17,6 +19,7 @@ from areal_agents.trainer.loop import batch_of, rollout_metrics, train
 from areal_agents.trainer.resume import refuse_taken
 from areal_agents.trainer.threads import split_cores
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn
+from tests.letters_env import Letters
 from tests.tiny_models import tiny_chat_model
 
 TASK = Task.make("t", split="train", seed=0, payload={})
@@ -67,6 +70,41 @@ def test_a_demonstration_without_reward_is_refused() -> None:
     assert demonstration_rows([episode(0.0, 1.0)])[0].mask.sum() == 6
     with pytest.raises(ConfigError, match="1 of 2 demonstrations earned no reward"):
         demonstration_rows([episode(1.0), episode(0.0)])
+
+
+def test_a_missing_demonstration_is_refused() -> None:
+    assert require_all([episode(1.0)], None) == [episode(1.0)]
+    with pytest.raises(ConfigError, match=r"1 of 2 demonstrations failed: it broke\. Fix .* = 0") as caught:
+        require_all([episode(1.0), None], EnvError("it broke"))
+    assert isinstance(caught.value.__cause__, EnvError)
+
+
+class ForgetsOne(Letters):
+    """Its expert fails at one task of eight."""
+
+    @classmethod
+    def expert(cls, task: Task) -> Expert:
+        yield "abc"
+        if task.seed == 3:
+            raise KeyError("gold")
+        yield "abc"
+
+
+@pytest.mark.slow
+def test_an_expert_that_fails_at_one_task_stops_the_run(tmp_path: Path) -> None:
+    tree = {
+        "steps": 1, "out": tmp_path / "run", "env": {"id": "tests.trainer.test_loop:ForgetsOne"},
+        "model": {"path": str(tiny_chat_model(tmp_path / "m")), "max_context": 128},
+        "engine": {"precision": "fp32"}, "learner": {"precision": "fp32"},
+        "rollout": {"groups": 1, "group_size": 2, "concurrency": 2, "max_turn_tokens": 8},
+        "warm_start": {"demonstrations": 8}, "eval": {"n": 2, "baseline": False},
+    }  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"1 of 8 demonstrations failed: the expert of task train-3 raised KeyError: 'gold'\. Fix"
+    ):
+        asyncio.run(train(TrainConfig.model_validate(tree), console=False))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [(r["task"], r["retried"]) for r in rows if r["kind"] == "episode_failed"] == [("train-3", False)]
 
 
 def test_cores_are_split_and_never_oversubscribed() -> None:

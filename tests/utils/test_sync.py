@@ -30,6 +30,19 @@ def test_results_and_errors_come_back() -> None:
         run_sync(broken())
 
 
+def test_sys_exit_in_a_task_comes_back_as_an_error() -> None:
+    async def leave() -> None:
+        sys.exit(3)
+
+    async def in_the_middle() -> None:
+        await asyncio.gather(leave())
+
+    for ends in (leave, in_the_middle):
+        with pytest.raises(RuntimeError, match=r"it called sys\.exit\(3\)"):
+            run_sync(ends())
+    assert run_sync(double(4)) == 8
+
+
 def test_one_loop_in_a_thread_of_its_own() -> None:
     assert run_sync(where()) == run_sync(where()) == (id(background_loop()), False)
 
