@@ -81,6 +81,6 @@ def event_files(folder: Path) -> list[Path]:
 
 def _name_behind(old: Iterable[Path]) -> str:
     """Return a name for an event file that sorts behind all ``old`` ones, even if the clock was set back."""
-    stamps = [int(stamp) for path in old if (stamp := path.name.split(".")[3]).isdecimal()]
+    stamps = [int(path.name.split(".")[3]) for path in old if path.name.split(".")[3].isdecimal()]
     stamp = max([int(time.time()), *(s + 1 for s in stamps)])
     return f"events.out.tfevents.{stamp:010}.{socket.gethostname()}.{os.getpid()}.0"
