@@ -1,6 +1,6 @@
 """One side of a comparison: a process of its own that answers JSON lines, and the memory of its whole process tree.
 
-    with Side("trl", [python, "trl_side.py"]) as side:
+    with Side("trl", [python, "trl_sides.py", "trl"]) as side:
         answer = side.ask({"steps": 3})          # waits; RuntimeError with the end of stderr where the process dies
         side.memory.peak_mib()
 

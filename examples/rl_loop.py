@@ -3,8 +3,8 @@
     sample ─▶ rewards ─▶ advantages ─▶ loss ─▶ optimizer step ─▶ publish the weights ─▶ sample again
 
 ``python examples/rl_loop.py`` trains a tiny random model in less than a minute on two cores, ``--model smollm2`` a real
-one, for longer. Names end in their shape: B tasks a step, G episodes a task, K turns an episode, T tokens. Not here,
-but in ``areal_agents.train``: rollouts while the learner works, limits, retries, packing, checkpoints.
+one, for longer. Names end in their shape: B tasks a step, G episodes a task, K turns an episode, T tokens, V words of
+the vocabulary. In ``areal_agents.train`` alone: rollouts while it learns, limits, retries, packing, checkpoints.
 """
 
 from __future__ import annotations

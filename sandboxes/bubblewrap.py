@@ -28,7 +28,7 @@ from areal_agents.sandboxes.session import BubblewrapSession
 
 MAX_POOLED_SPECS: Final = 2
 
-_reports: dict[tuple[int, str, int], tuple[ProbeReport, memory.MemoryBound]] = {}
+_reports: dict[tuple[int, str], tuple[ProbeReport, memory.MemoryBound]] = {}
 """What this process has proved, by effective uid and settings."""
 
 
@@ -40,25 +40,22 @@ class BubblewrapBackend:
 
     name = "bubblewrap"
 
-    def __init__(self, *, pool: int = 2, python: str = "/usr/bin/python3", uid_base: int = 200_000) -> None:
+    def __init__(self, *, pool: int = 2, python: str = "/usr/bin/python3") -> None:
         """Check the settings, and start nothing yet.
 
         Args:
             pool: sandboxes kept started for the next session, for each of the last two specs. They are taken, never
                 reused.
             python: path of the interpreter inside, below /usr.
-            uid_base: a root host runs slot n as uid ``uid_base`` + n.
 
         Raises:
-            ValueError: for a negative ``pool``, a ``python`` elsewhere, or a ``uid_base`` below 1000.
+            ValueError: for a negative ``pool``, or a ``python`` elsewhere.
         """
         if pool < 0:
             raise ValueError(f"pool must be 0 or more, got {pool}.")
         if not python.startswith("/usr/"):
             raise ValueError(f"python must lie below /usr, which is what the sandbox sees; got {python!r}.")
-        if uid_base < 1000:
-            raise ValueError(f"uid_base must be 1000 or more, got {uid_base}.")
-        self._pool, self._python, self._uid_base = pool, python, uid_base
+        self._pool, self._python = pool, python
         self._warm: dict[SandboxSpec, list[asyncio.Task[Holder]]] = {}
         self._sessions: set[BubblewrapSession] = set()
         self._probing = asyncio.Lock()
@@ -73,7 +70,7 @@ class BubblewrapBackend:
         return (await self._proved())[0]
 
     async def _proved(self) -> tuple[ProbeReport, memory.MemoryBound]:
-        key = (os.geteuid(), self._python, self._uid_base)
+        key = (os.geteuid(), self._python)
         async with self._probing:
             if key not in _reports:
                 _reports[key] = await self._prove()
@@ -101,7 +98,7 @@ class BubblewrapBackend:
     async def _start(self, spec: SandboxSpec, bound: memory.MemoryBound) -> Holder:
         root = os.geteuid() == 0
         tools = launch.find_tools(root=root, python=self._python)
-        return await Holder.start(tools, spec, bound, self._uid_base if root else None)
+        return await Holder.start(tools, spec, bound, drop=root)
 
     async def _acquire(self, spec: SandboxSpec) -> Holder:
         _, bound = await self._proved()

@@ -72,14 +72,14 @@ class Holder:
         self._loop.add_reader(control, self._receive)
 
     @classmethod
-    async def start(cls, tools: launch.Tools, spec: SandboxSpec, bound: MemoryBound, uid_base: int | None) -> Holder:
+    async def start(cls, tools: launch.Tools, spec: SandboxSpec, bound: MemoryBound, *, drop: bool) -> Holder:
         """Start a sandbox.
 
         Args:
             tools: paths of the programs.
             spec: what the session may use.
             bound: how its memory is bounded.
-            uid_base: a root host drops to ``uid_base`` + slot; None stays the caller.
+            drop: run as the slot's own uid, as a root host must, and not as the caller.
 
         Raises:
             SandboxError: when bwrap does not come up.
@@ -87,7 +87,7 @@ class Holder:
             ConfigError: for a spec that leaves no room.
         """
         limits, program = bound.limits(spec), seccomp.program()
-        slot = uids.acquire(uid_base) if uid_base is not None else None
+        slot = uids.acquire() if drop else None
         meter: Meter | None = None
         holder: Holder | None = None
         fds = Fds()

@@ -14,6 +14,8 @@ from areal_agents.errors import SandboxError
 
 LOCKS = Path("/run/areal-agents/slots")
 MAX_SLOTS = 4096
+BASE = 200_000
+"""The uid of slot 0, above those that a system gives to its users."""
 
 
 @dataclass(slots=True)
@@ -34,10 +36,10 @@ class Slot:
             self._descriptor = -1
 
 
-def acquire(base: int, locks: Path = LOCKS) -> Slot:
+def acquire(locks: Path = LOCKS) -> Slot:
     """Lock the first free slot.
 
-    Its uid is ``base`` + index. The lock ends with the process that holds it. Raises SandboxError when all slots are
+    Its uid is ``BASE`` + index. The lock ends with the process that holds it. Raises SandboxError when all slots are
     held, or the lock folder cannot be written.
     """
     try:
@@ -52,7 +54,7 @@ def acquire(base: int, locks: Path = LOCKS) -> Slot:
             except BaseException:
                 os.close(descriptor)
                 raise
-            return Slot(index, base + index, descriptor)
+            return Slot(index, BASE + index, descriptor)
     except OSError as error:
         raise SandboxError(f"no sandbox slot: {error}. {locks} must be writable.") from error
     raise SandboxError(f"all {MAX_SLOTS} sandbox slots in {locks} are held. Close sessions or end stale processes.")

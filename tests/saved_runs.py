@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -158,13 +158,10 @@ def training_run(
     steps: int = 2,
     groups: int = 2,
     group_size: int = 4,
-    settings_: Mapping[str, Any] | None = None,
 ) -> list[Record]:
     """Play ``steps`` batches as training does and leave the run's folder at ``out``; returns what it holds."""
     model = tokenizer_folder(out.parent / f"{out.name}-tokenizer")
-    config = TrainConfig.model_validate(
-        {"out": out, "seed": 7, "env": {"id": env_id}, "model": {"path": str(model)}} | dict(settings_ or {})
-    )
+    config = TrainConfig.model_validate({"out": out, "seed": 7, "env": {"id": env_id}, "model": {"path": str(model)}})
 
     async def play() -> list[Record]:
         runner = EpisodeRunner(player(env_id, model, said), FailureBudget(window=8, share=0.0), max_retries=0)

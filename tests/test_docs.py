@@ -273,7 +273,7 @@ def _eval(command: Command, w: Workshop) -> list[str] | None:
 
 
 def _check(command: Command, w: Workshop) -> list[str] | None:
-    """Run with the tiny tokenizer; parsed where a sandbox is needed: ``test_registered_envs`` checks those."""
+    """Run with the tiny tokenizer; parsed where a sandbox is needed: tests/envs/test_registered.py checks those."""
     parsed, _ = _parse(list(command.words[1:]))
     if parsed.all or any(needs_sandbox(id) for id in parsed.env):
         return None
@@ -286,7 +286,7 @@ def _model(command: Command, w: Workshop) -> list[str] | None:
 
 
 def _serve(command: Command, w: Workshop) -> None:
-    """Parsed: it needs vLLM, and tests/vllm starts it."""
+    """Parsed: it needs vLLM, and tests/engines/vllm starts it."""
 
 
 def _resize(command: Command, w: Workshop) -> None:
@@ -300,6 +300,7 @@ def _as_it_stands(command: Command, w: Workshop) -> list[str]:
 RUN: dict[str, Callable[[Command, Workshop], list[str] | None]] = {
     "train": _train, "demo": _demo, "eval": _eval, "check": _check, "model": _model, "serve": _serve,
     "envs": _as_it_stands, "init": _as_it_stands, "rescore": _as_it_stands, "replay": _as_it_stands, "resize": _resize,
+    "algorithms": _as_it_stands,
 }  # fmt: skip
 """By subcommand: what is run in a command's place; None: the parser and the settings have seen it, that is all."""
 

@@ -28,6 +28,8 @@ from areal_agents.trainer.resume import MAY_CHANGE
 from tests import doc_blocks
 from tests.doc_blocks import PAGES, ROOT
 
+COLLECTIONS = ("envs", "tools", "sandboxes")
+
 
 def test_commands_in_the_text_are_known() -> None:
     classes = {a.__metadata__[0].name: a.__origin__ for a in Command.__args__}
@@ -57,13 +59,24 @@ def test_settings_in_the_text_exist_and_take_the_values_given() -> None:
             chosen, _, name = key.rpartition(".")
             kinds = REGISTRIES[chosen].names() if chosen in REGISTRIES else []
             owners = [kind for kind in kinds if name in parameters(chosen, kind)]
-            assert key in known_settings() or owners, f"{page}: {code}"
+            assert key in known_settings() or owners or (kinds and name == "kind"), f"{page}: {code}"
             if found[3] and re.fullmatch(r"-?[\d.e-]+|\"[^…]*\"|true|false|\[[\d., ]+\]", found[3]):  # no placeholder
                 partner = [f"--{chosen}", owners[0]] if owners else []
                 settings.load(None, [*partner, f"--{key}", found[3]])
     assert seen > 50
     with pytest.raises(ConfigError):  # the test can fail
         settings.load(None, ["--algorithm.advantage", "gae"])
+
+
+def test_the_choices_of_an_algorithm_can_be_written_into_a_file_as_the_page_has_them(tmp_path: Path) -> None:
+    rows = re.findall(
+        r"^\| .+? \| (`.+`) \|$", doc_blocks.section("docs/configure-a-run.md", "Algorithm"), re.MULTILINE
+    )
+    assert len(rows) > 5
+    for i, row in enumerate(rows):
+        file = tmp_path / f"{i}.toml"
+        file.write_text("\n".join(re.findall(r"`([^`]+)`", row)))
+        settings.load(file)
 
 
 @cache
@@ -138,12 +151,22 @@ def test_the_readmes_environment_is_complete_in_under_30_lines() -> None:
 
 def test_the_map_names_every_room_and_contract_and_no_other() -> None:
     page = PAGES["docs/layout.md"]
-    lines = page.split("areal_agents/ ")[1].split("envs/ tools/")[0].splitlines()
+    lines = page.split("areal_agents/ ")[1].split("    envs/ ")[0].splitlines()
     named = {word for line in lines[1:] for word in re.split(r" {2,}", line.strip())[0].split()}
     package = ROOT / "areal_agents"
     rooms = {f"{p.parent.name}/" for p in package.glob("*/__init__.py") if not p.parent.is_symlink()}
     contracts = {p.stem for p in package.glob("*.py") if not p.name.startswith("__")}
     assert named == rooms | contracts
+
+
+def test_the_map_names_every_file_and_no_other() -> None:
+    rows = re.findall(r"^\| `([\w/]+)/` \| (.+) \|$", doc_blocks.section("docs/layout.md", "Every file"), re.MULTILINE)
+    listed = [f"{room}/{name}" for room, names in rows for name in names.split(" · ")]
+    package = ROOT / "areal_agents"
+    folders = [*(p for p in package.iterdir() if p.is_dir() and not p.is_symlink()), *map(ROOT.joinpath, COLLECTIONS)]
+    files = [p for folder in folders for p in folder.rglob("*.py") if not p.name.startswith("__")]
+    there = [str(p.with_suffix("").relative_to(package if package in p.parents else ROOT)) for p in files]
+    assert sorted(listed) == sorted(name for name in there if not name.startswith("cli/templates/"))
 
 
 def test_the_order_of_rooms_on_the_page_is_the_one_that_is_checked() -> None:

@@ -72,7 +72,7 @@ def test_packages_listed_are_the_folders_there_are() -> None:
         for init in at.rglob("*/__init__.py"):  # links are not followed
             if "templates" not in init.parts:
                 folders.add(".".join([top, *init.parent.relative_to(at).parts]))
-    folders |= {"areal_agents.configs", "areal_agents.envs.data"}  # data only
+    folders.add("areal_agents.configs")  # data only
     assert set(settings["packages"]) == folders
     homes = {name: ROOT / folder for name, folder in settings["package-dir"].items()}
     assert set(homes) == {"areal_agents", "areal_agents.configs", *(f"areal_agents.{c}" for c in COLLECTIONS)}

@@ -1,1 +1,1 @@
-"""Conversations as tokens: templates, tool calls, and models that are only talked to."""
+"""Conversations as tokens: templates, control tokens and tool calls."""

@@ -120,6 +120,8 @@ class Eval:
         return config
 
     def _require_usage(self, config: TrainConfig) -> None:
+        from areal_agents.chat_model import REMOTE
+
         model = config.model.path
         if "id" not in config.env.model_fields_set:
             raise UsageError(
@@ -127,10 +129,10 @@ class Eval:
             )
         if "path" not in config.model.model_fields_set:
             raise UsageError(f"--model is missing: name the model to evaluate on {config.env.id}, for example smollm2")
-        if model.startswith("openai:") != bool(self.url):
+        if model.startswith(REMOTE) != bool(self.url):
             raise UsageError(
-                "--model openai:MODEL and --url URL belong together, for example "
-                f"--model openai:{model.removeprefix('openai:')} --url http://127.0.0.1:8000/v1"
+                f"--model {REMOTE}MODEL and --url URL belong together, for example "
+                f"--model {REMOTE}{model.removeprefix(REMOTE)} --url http://127.0.0.1:8000/v1"
             )
         if self.api_key_env and not self.url:
             raise UsageError("--api-key-env belongs to --url")

@@ -59,7 +59,7 @@ class EngineConfig(Section):
     kv_tokens: Count = 65_536
     """Bound on the tokens whose keys and values are kept, running and between turns together."""
     threads: int = Field(default=0, ge=0)
-    """Cores of the engine while the learner works; 0: half of them (all but one when there are more than four)."""
+    """Cores of the engine. 0: all of them; while a learner works, half (all but one when there are more than four)."""
     request_timeout: Positive = 300.0
     """Seconds one generation request may take before it counts as an infrastructure error."""
     hang_timeout: Positive = 60.0
@@ -268,9 +268,9 @@ class TrainConfig(Section):
     steps: Count = 10
     """Learner steps (batches)."""
     seed: int = Field(default=0, ge=0)
-    """Seeds tasks, sampling and the learner."""
+    """Seeds tasks and sampling, and the learner of a training."""
     out: Path = Path("runs/run")
-    """The run's folder; made if absent, refused if it holds another run."""
+    """The folder of all that is left behind; made if absent, refused if it holds another run."""
     model: ModelConfig = ModelConfig()
     env: EnvConfig = EnvConfig()
     engine: EngineConfig = EngineConfig()

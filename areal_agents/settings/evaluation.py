@@ -32,7 +32,6 @@ DEFAULTS = {
     "out": "runs/eval-TIME",
     "env.id": "ENV_ID",
     "model.path": "none, it must be given",
-    "engine.threads": "0, all cores",
 }
 """What stands in for a default that a training has."""
 

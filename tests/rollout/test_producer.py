@@ -41,7 +41,6 @@ def batches(
     group_size: int = 4,
     window: int = 64,
     share: float = 0.25,
-    retries: int = 2,
     events: Events | None = None,
     policy: Callable[[Task], ScriptedPolicy] = lambda task: ScriptedPolicy(SAY),
     inspect: Callable[[Rollouts], None] = lambda rollouts: None,
@@ -52,7 +51,7 @@ def batches(
     async def main() -> list[list[Group]]:
         log = events or Events()
         player = LocalPlayer(lambda: ScriptedEnv(script), policy, LIMITS, event=log)
-        runner = EpisodeRunner(player, FailureBudget(window=window, share=share), max_retries=retries, event=log)
+        runner = EpisodeRunner(player, FailureBudget(window=window, share=share), max_retries=2, event=log)
         settings: dict[str, Any] = {"groups": 2, "max_staleness": 1, "concurrency": 16, "total_batches": n} | buffer
         rollouts = Rollouts(
             Buffer(group_size=group_size, **settings), TaskStream(TASKS, seed=0), runner, seed=0, event=log

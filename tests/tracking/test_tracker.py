@@ -289,11 +289,24 @@ def test_tensorboard_keeps_kinds_whose_steps_lie_beyond_the_cut(tmp_path: Path) 
     assert [p[:2] for p in points["train/loss"]] == [(1, 1.0)]
 
 
+def test_an_open_tensorboard_goes_on_where_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = run_of(tmp_path, range(1, 4), tensorboard=True)[2]
+    watching = reader(tmp_path)
+    assert [e.step for e in watching.Scalars("train/loss")] == [1, 2, 3]
+    monkeypatch.setattr(time, "time", lambda: 1e9)  # 2001
+    for value in (30.0, 31.0):  # twice: the second one resumes while the clock stands still
+        with quiet(tmp_path, tensorboard=True, mark=mark) as tracker:
+            tracker.log(3, {"loss": value})
+        seen = [(e.step, e.value) for e in watching.Reload().Scalars("train/loss")]
+        assert seen == [(1, 1.0), (2, 2.0), (3, value)]
+        assert [p[:2] for p in board(tmp_path)["train/loss"]] == seen  # and one that is opened now
+
+
 # --- full disks and odd clocks -----------------------------------------------------------------------------------
 
 
-# TensorBoard's writing thread ends with the error that its flush raises.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("tensorboard", [False, True])
 def test_a_full_disk(tmp_path: Path, tensorboard: bool) -> None:
     with small_disk(tmp_path / "disk") as disk:
@@ -327,7 +340,6 @@ def test_a_full_disk(tmp_path: Path, tensorboard: bool) -> None:
             assert [p[:2] for p in board(disk)["train/loss"]] == [(1, 1.0), (2, 2.0)]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboard_on_a_full_disk_raises_at_every_row_and_hangs_at_none(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         folder = disk / "tensorboard"

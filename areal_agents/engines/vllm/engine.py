@@ -78,7 +78,7 @@ class VLLMEngine(EngineProcess):
         bind: str = "nobind",
         block_size: int | None = None,
         enforce_eager: bool | None = None,
-        gpu_memory_utilization: float = 0.9,
+        gpu_memory_utilization: float = 0.85,
         tensor_parallel_size: int = 1,
     ) -> VLLMEngine:
         """Start a worker that serves ``model`` (a local folder or a hub id) as version 0.

@@ -33,6 +33,7 @@ import httpx
 
 from areal_agents.chat.format import ChatFormat
 from areal_agents.chat.server_template import served_template
+from areal_agents.chat_model import REMOTE
 from areal_agents.engines.process_group_reaper import __file__ as guard_script
 from areal_agents.engines.process_group_reaper import killable, members
 from areal_agents.engines.vllm.cpu_build import CPU_WORKER, is_cpu_build
@@ -181,7 +182,7 @@ def usage_text(serving: Serving) -> str:
     body = json.dumps({"model": serving.name, "messages": [{"role": "user", "content": "What is 17 * 23?"}]})
     key = f' -H "Authorization: Bearer ${serving.api_key_env}"' if serving.api_key_env else ""
     flag = f" --api-key-env {serving.api_key_env}" if serving.api_key_env else ""
-    model = shlex.quote(f"openai:{serving.name}")
+    model = shlex.quote(f"{REMOTE}{serving.name}")
     return (
         f"serving {serving.name} at {url}\n"
         f"  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}\n"

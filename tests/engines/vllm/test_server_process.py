@@ -1,4 +1,4 @@
-"""What `areal-agents serve` starts, checks and says; the server itself is tested in tests/vllm."""
+"""What `areal-agents serve` starts, checks and says; the server itself is tested in test_server.py."""
 
 from __future__ import annotations
 
