@@ -65,6 +65,7 @@ class TextProcessEnv(AgentEnv):
         self._step_timeout = step_timeout
         self._start_timeout = start_timeout
         self._child: asyncio.subprocess.Process | None = None
+        self._group: asyncio.Task[None] | None = None
         self._stderr: IO[bytes] | None = None
 
     @classmethod
@@ -110,11 +111,13 @@ class TextProcessEnv(AgentEnv):
         child, self._child = self._child, None
         stderr, self._stderr = self._stderr, None
         if child is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # the session that it leads, its own children included
+            if child.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)  # the session that it leads, its own children included
             if child.stdin is not None:
                 child.stdin.close()
-            await child.wait()
+            if self._group is not None:
+                await self._group
         if stderr is not None:
             stderr.close()
 
@@ -126,6 +129,7 @@ class TextProcessEnv(AgentEnv):
             start_new_session=True, limit=_MAX_LINE_BYTES,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )  # fmt: skip
+        self._group = asyncio.create_task(_end_group(self._child))
         await self._ask(None, self._start_timeout)
 
     async def _ask(self, request: Mapping[str, Any] | None, timeout: float) -> dict[str, Any]:
@@ -169,6 +173,16 @@ class TextProcessEnv(AgentEnv):
         stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _STDERR_TAIL_BYTES))
         tail = stderr.read().decode(errors="replace").strip()
         return f" with status {child.returncode}" + (f": {tail}" if tail else "")
+
+
+async def _end_group(child: asyncio.subprocess.Process) -> None:
+    """Wait for the child's end, and end what it leaves behind.
+
+    At once, and nobody does it later: without members, the group's number may be given to another one.
+    """
+    await child.wait()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _observation(reply: Mapping[str, Any]) -> str:

@@ -90,7 +90,7 @@ class Engines:
         return self.runner.run(asyncio.wait_for(work, SECONDS))
 
     def close(self) -> None:
-        for engine in self.started:
+        for engine in self.started[-1:]:  # the earlier ones were ended when they were lost
             self.run(engine.end())
         self.runner.close()
         self.model.close()

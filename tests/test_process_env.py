@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -16,6 +18,7 @@ from areal_agents.errors import EnvError
 from areal_agents.process_env import TextProcessEnv
 from areal_agents.spaces import TextSpace
 from areal_agents.types import system, user
+from tests.processes import wait_gone
 
 
 class Guess(gymnasium.Env[Any, Any]):
@@ -45,6 +48,8 @@ class Guess(gymnasium.Env[Any, Any]):
                 return "", float("nan"), False, False, {}
             case "list":
                 return [1], 0.0, False, False, {}
+            case "fork":
+                return str(subprocess.Popen(["sleep", "600"]).pid), 0.0, False, False, {}
             case "late":
                 return "", 0.0, False, True, {}
         hit = int(action) == self.secret
@@ -129,6 +134,26 @@ def test_cancelling_a_step_ends_the_child() -> None:
         assert child.returncode == -9
 
     asyncio.run(main())
+
+
+def test_a_dead_childs_group_is_ended_at_once_and_gets_no_signal_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+
+    async def work() -> None:
+        env = Game()
+        await env.areset(seed=0)
+        observation, *_ = await env.astep(parse_text("fork"))
+        child, group = env._child, env._group
+        assert child is not None
+        assert group is not None
+        os.kill(child.pid, signal.SIGKILL)
+        await asyncio.wait_for(group, 60)
+        assert not wait_gone([int(observation[0].text)], 60)
+        monkeypatch.setattr(os, "killpg", lambda *signal: sent.append(signal))
+        await env.aclose()
+
+    asyncio.run(work())
+    assert sent == []
 
 
 def test_an_environment_that_cannot_be_made_says_why() -> None:

@@ -65,6 +65,7 @@ class EngineProcess(AsyncClosing):
         self._failure: str | None = None
         self._lost = ""
         self._closing = False
+        self._ending: asyncio.Task[None] | None = None
         self._max_context = 0
         self._tasks = [
             asyncio.create_task(self._read_stderr(), name="engine-stderr"),
@@ -213,10 +214,9 @@ class EngineProcess(AsyncClosing):
         if stdin is not None:
             stdin.close()
         try:
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self._process.wait()
-        except TimeoutError:
-            pass
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._process.wait()
         finally:
             await self._end()
 
@@ -237,14 +237,26 @@ class EngineProcess(AsyncClosing):
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
-            if not await self._group_gone():  # a worker with children has a guard, which ends them; be sure
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
-                await self._group_gone()
+            await asyncio.shield(self._group_ended())
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _group_ended(self) -> asyncio.Task[None]:
+        """Return the one task that ends the process group. It starts as soon as the worker's end is seen.
+
+        Once a group has no members its number may be given to another one, so nobody else may send a signal to it.
+        """
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end_group(), name="engine-end")
+        return self._ending
+
+    async def _end_group(self) -> None:
+        if not await self._group_gone():  # a worker with children has a guard, which ends them; be sure
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            await self._group_gone()
 
     async def _group_gone(self) -> bool:
         """Say whether the process group has no members within seconds.
@@ -307,6 +319,7 @@ class EngineProcess(AsyncClosing):
                 (size,) = p.HEADER.unpack(await stream.readexactly(p.HEADER.size))
                 self._on_reply(p.decode(await stream.readexactly(size)))
         code = await self._process.wait()
+        self._group_ended()
         # Its stderr says why it ended. The wait is short, as a child of its may hold that pipe open, and shielded, as
         # the timeout would else cancel the task that reads it.
         with contextlib.suppress(TimeoutError):

@@ -73,19 +73,16 @@ async def killed_while_it_samples(rig: Rig) -> None:
     (dead,) = rig.actors()
     below = rig.session.processes("VLLM::") + rig.session.processes("areal_agents.engines.vllm.worker")
     assert below
-    pending = [rig.ask(i, 600) for i in range(3)]
-    await rig.it.until(lambda health: health.running == 3 or all(task.done() for task in pending))
+    pending = [rig.ask(i, 800) for i in range(4)]
+    await rig.it.until(lambda health: health.running == 4)
     for pid in rig.session.processes("VLLM::EngineCore"):
-        os.kill(pid, signal.SIGSTOP)
-    pending.append(rig.ask(3))
-    await asyncio.sleep(0)
+        os.kill(pid, signal.SIGSTOP)  # none of them ends now
     os.kill(dead, signal.SIGKILL)
     await rig.check(*pending)
     assert not wait_gone([dead, *below], 60)
     assert [fields["version"] for fields in rig.named("engine_restarted")] == [1]
     retried = {fields["session"] for fields in rig.named("request_retried")}
-    assert "s3" in retried
-    assert retried <= {"s0", "s1", "s2", "s3"}
+    assert retried == {"s0", "s1", "s2", "s3"}
 
 
 def test_a_run_goes_on_after_the_loss_of_its_engine(session: RaySession, tmp_path: Path) -> None:

@@ -64,6 +64,27 @@ def test_the_worker_ends_when_its_parent_is_killed(tmp_path: Path, forks: str) -
         assert ended == [worker]
 
 
+def test_a_lost_workers_group_gets_no_signal_at_a_late_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may be another group's by then."""
+    sent: list[tuple[int, int]] = []
+
+    async def work() -> None:
+        engine = await TransformersEngine.start(save_tiny(tmp_path, tiny_model()), max_batch=1, max_context=64)
+        os.kill(engine.pid, signal.SIGKILL)
+        while engine.failure is None:
+            assert not (await engine.health()).ok
+        await asyncio.wait_for(engine._group_ended(), 60)
+        monkeypatch.setattr("areal_agents.engines.process.members", lambda group: [group])  # the number's next owner
+        monkeypatch.setattr(os, "killpg", lambda *signal: sent.append(signal))
+        monkeypatch.setattr(os, "kill", lambda *signal: sent.append(signal))
+        await engine.close()
+        await engine.kill()
+        await engine.close()
+
+    asyncio.run(work())
+    assert sent == []
+
+
 def test_models_that_cannot_be_served(tmp_path: Path) -> None:
     import transformers
 
