@@ -29,8 +29,6 @@ AREAL_DEMO_START ?= $(shell date +%s)
 AREAL_DEMO_START := $(AREAL_DEMO_START)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
-# OpenMP threads that wait for one another must not spin: beside another busy process that costs five times.
-export GOMP_SPINCOUNT ?= 0
 
 comma := ,
 define NEWLINE

@@ -18,6 +18,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from areal_agents.utils.openmp import sleep_at_barriers
+
+sleep_at_barriers()  # before anything can load torch
+
 if TYPE_CHECKING:
     from areal_agents.env import AgentEnv, LazyTasks
     from areal_agents.evaluation.evaluate import evaluate

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import areal_agents  # noqa: F401  before any test imports torch: it sets how torch's threads wait
+
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

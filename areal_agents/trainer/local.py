@@ -26,6 +26,7 @@ from areal_agents.trainer.backend import (
     salt,
 )
 from areal_agents.trainer.threads import split_cores
+from areal_agents.utils.openmp import warn_where_threads_spin
 
 
 @contextlib.asynccontextmanager
@@ -44,6 +45,7 @@ async def open_local(
         resumed_at: the step that the run goes on from, 0 for a new run. A resumed run's engines must not draw the
             random numbers of its first life.
     """
+    warn_where_threads_spin()
     cores = split_cores(config.engine.threads, config.learner.threads, replicas=config.engine.replicas)
     # An engine that keeps its threads never gets the learner's.
     threads = cores.engine if engine_kind(config.engine.kind).fixed_threads else cores.engine_alone
