@@ -105,8 +105,8 @@ def _system_folders() -> list[str]:
             arguments += ["--symlink", str(path.readlink()), str(path)]
         elif path.is_dir():
             arguments += ["--ro-bind", str(path), str(path)]
-    # Shared libraries and commands that Debian reaches through links kept in /etc.
-    for name in ("/etc/alternatives", "/etc/ld.so.cache"):
+    # Shared libraries and commands that Debian reaches through links kept in /etc, and where fonts are.
+    for name in ("/etc/alternatives", "/etc/ld.so.cache", "/etc/fonts"):
         arguments += ["--ro-bind-try", name, name]
     return arguments
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from areal_agents.sandbox import ExecResult, ExecStatus, SandboxSpec
 from areal_agents.tool import ToolError, ToolResult
 from areal_agents.tools.calculator import calculator, evaluate, show
-from areal_agents.tools.python import MAX_CODE_BYTES, describe, python
+from areal_agents.tools.python import MAX_CODE_BYTES, describe, python, shorten_tracebacks
 from tests.conftest import require
 
 
@@ -206,6 +206,41 @@ def test_tracebacks_are_short_whole_and_without_folders() -> None:
     assert '  File "json/decoder.py", line ' in library.text
     assert '  File "<stdin>", line 2, in <module>' in library.text
     assert program == ToolResult("__main__\n<stdin>")
+
+
+@pytest.mark.parametrize(
+    ("printed", "shown"),
+    [
+        ('  File "/home/me/v/lib/python3.13t/site-packages/p/q.py", line 1', '  File "p/q.py", line 1'),
+        ('  File "/usr/lib/python3/dist-packages/p.py", line 1, in f', '  File "p.py", line 1, in f'),
+        ('  |   File "/usr/lib/python3.11/asyncio/runners.py", line 1', '  |   File "asyncio/runners.py", line 1'),
+        ('  File "/work/own.py", line 1', '  File "/work/own.py", line 1'),
+        ('see "/usr/lib/python3.11/os.py"', 'see "/usr/lib/python3.11/os.py"'),
+    ],
+)
+def test_a_frame_names_a_package_and_not_its_folder(printed: str, shown: str) -> None:
+    assert shorten_tracebacks(printed) == shown
+
+
+def test_frames_in_the_middle_are_left_out() -> None:
+    frames = [f'  File "<stdin>", line {n}, in f' for n in range(1, 5)]
+    library = [f'  File "p.py", line {n}, in g\n    g({n})\n     ^^^' for n in range(5, 9)]
+    text = "\n".join(["before", _HEADER, *frames, *library, "Error: x", "  more", "after"])
+    assert shorten_tracebacks(text).splitlines() == [
+        "before",
+        _HEADER,
+        "  ...",
+        frames[2],
+        frames[3],
+        "  ...",
+        '  File "p.py", line 7, in g',
+        "    g(7)",
+        '  File "p.py", line 8, in g',
+        "    g(8)",
+        "Error: x",
+        "  more",
+        "after",
+    ]
 
 
 def test_any_text_goes_in_and_comes_out() -> None:
