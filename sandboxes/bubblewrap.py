@@ -55,6 +55,7 @@ class BubblewrapBackend:
         if pool < 0:
             raise ValueError(f"pool must be 0 or more, got {pool}.")
         self._pool, self._python = pool, python
+        self._tools: launch.Tools | None = None
         self._warm: dict[SandboxSpec, list[asyncio.Task[Holder]]] = {}
         self._sessions: set[BubblewrapSession] = set()
         self._probing = asyncio.Lock()
@@ -78,7 +79,7 @@ class BubblewrapBackend:
     async def _prove(self) -> tuple[ProbeReport, memory.MemoryBound]:
         if sys.platform != "linux":
             raise SandboxUnavailable(self.name, f"the platform is {sys.platform}", "Use a Linux host.")
-        tools = launch.find_tools(root=os.geteuid() == 0, python=self._python)
+        tools = self._find_tools()
         seccomp.program()
         bound = await asyncio.to_thread(memory.detect)
         try:
@@ -95,9 +96,13 @@ class BubblewrapBackend:
         return report, bound
 
     async def _start(self, spec: SandboxSpec, bound: memory.MemoryBound) -> Holder:
-        root = os.geteuid() == 0
-        tools = launch.find_tools(root=root, python=self._python)
-        return await Holder.start(tools, spec, bound, drop=root)
+        return await Holder.start(self._find_tools(), spec, bound, drop=os.geteuid() == 0)
+
+    def _find_tools(self) -> launch.Tools:
+        """Find the programs once: the folders of an environment are looked through, and the users' homes."""
+        if self._tools is None:
+            self._tools = launch.find_tools(root=os.geteuid() == 0, python=self._python)
+        return self._tools
 
     async def _acquire(self, spec: SandboxSpec) -> Holder:
         _, bound = await self._proved()
