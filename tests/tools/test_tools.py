@@ -297,6 +297,19 @@ def test_threads_and_processes_work() -> None:
     assert processes == ToolResult("[0, 1, 4, 9]\n{'a': 1}\n(b'child\\n', None) 9")
 
 
+def test_a_program_knows_who_and_where_it_is() -> None:
+    user, host, folders = run_python(
+        "import getpass, os, pwd; print(getpass.getuser(), pwd.getpwuid(os.getuid()).pw_dir)",
+        "import socket, threading\nserver = socket.create_server(('localhost', 0))\n"
+        "threading.Thread(target=lambda: server.accept()[0].sendall(b'hello')).start()\n"
+        "print(socket.create_connection(('localhost', server.getsockname()[1])).recv(9))",
+        "import os, tempfile\nos.makedirs(os.path.expanduser('~/.config'))\nprint(tempfile.gettempdir(), os.getcwd())",
+    )
+    assert user == ToolResult("sandbox /work")
+    assert host == ToolResult("b'hello'")
+    assert folders == ToolResult("/tmp /work")
+
+
 def test_python_keeps_files_between_calls_and_not_processes() -> None:
     _, read, name = run_python("open('f', 'w').write('kept'); x = 1", "print(open('f').read())", "print(x)")
     assert read.text == "kept"
