@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from areal_agents.errors import SandboxUnavailable
+from areal_agents.errors import SandboxError, SandboxUnavailable
 from areal_agents.sandbox import SandboxSpec
+from areal_agents.sandboxes import interpreter, memory, seccomp
 
-ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "HOME": "/work", "LANG": "C.UTF-8"}
+ENVIRONMENT: Final = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/work",
+    "LANG": "C.UTF-8",
+    "PYTHONUNBUFFERED": "1",  # what a program printed is seen also when it is killed
+    "OMP_NUM_THREADS": "1",  # OpenBLAS, MKL and OpenMP start a thread a core otherwise, past the limit on large hosts
+    "MALLOC_ARENA_MAX": "1",  # each arena reserves 64 MB of address space
+}
 """All that a sandboxed process finds in its environment."""
 
+FILES: Final = {
+    "/etc/passwd": b"sandbox:x:1000:1000::/work:/bin/sh\n",
+    "/etc/group": b"sandbox:x:1000:\n",
+    "/etc/hosts": b"127.0.0.1 localhost sandbox\n::1 localhost\n",
+    "/etc/nsswitch.conf": b"passwd: files\ngroup: files\nhosts: files\n",
+}
+"""What programs ask about themselves: who they are, and where localhost is."""
+
 _PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+_SYSTEM: Final = interpreter.Interpreter(interpreter.SYSTEM)
 _INSIDE_ID: Final = "1000"
 
 APPARMOR_PROFILE: Final = """\
@@ -34,13 +54,23 @@ class Tools:
     bwrap: str
     setpriv: str | None
     """None unless the host is root."""
-    python: str = "/usr/bin/python3"
+    python: interpreter.Interpreter = _SYSTEM
+    """What code inside runs on."""
+
+    @property
+    def supervisor(self) -> str:
+        """The Python of pid 1: the system's where there is one."""
+        return interpreter.SYSTEM if Path(interpreter.SYSTEM).exists() else self.python.executable
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**ENVIRONMENT, "PATH": self.python.search_path}
 
 
 def find_tools(*, root: bool, python: str) -> Tools:
     """Locate the programs that start a sandbox.
 
-    Raises SandboxUnavailable, which names the package to install.
+    ``python`` is the path of an environment or an interpreter. Raises SandboxUnavailable, which names what is missing.
     """
     bwrap, setpriv = (shutil.which(name, path=_PATH) for name in ("bwrap", "setpriv"))
     if bwrap is None:
@@ -49,16 +79,29 @@ def find_tools(*, root: bool, python: str) -> Tools:
     if root and setpriv is None:
         remedy = "Install it (apt-get or dnf install util-linux), or run as a plain user."
         raise SandboxUnavailable("bubblewrap", "setpriv was not found", remedy)
-    if not Path(python).exists():
-        remedy = "Install it: apt-get install python3-minimal or dnf install python3."
-        raise SandboxUnavailable("bubblewrap", f"{python} was not found (it runs inside the sandbox)", remedy)
-    return Tools(bwrap, setpriv if root else None, python)
+    inside = interpreter.find(python, "bubblewrap")
+    if root and (closed := interpreter.unreadable(inside)):
+        problem = f"{python} cannot run as the plain user that a root host's sandbox is: {closed} is closed to others"
+        remedy = f"Make the environment where everybody may read it. {interpreter.MAKE}"
+        raise SandboxUnavailable("bubblewrap", problem, remedy)
+    return Tools(bwrap, setpriv if root else None, inside)
 
 
 @cache
 def supervisor_source() -> bytes:
-    """Read the program of pid 1, which gets it on its stdin."""
-    return Path(__file__).with_name("supervisor.py").read_bytes()
+    """Read the program of pid 1, which gets it on its stdin, with the module that it imports."""
+    program, gate = (Path(__file__).with_name(name).read_text() for name in ("supervisor.py", "process_gate.py"))
+    own = "from areal_agents.sandboxes import process_gate\n"
+    assert own in program
+    source = f"import types; process_gate = types.ModuleType('process_gate'); exec({gate!r}, process_gate.__dict__)\n"
+    return program.replace(own, source).encode()
+
+
+def given(tools: Tools, bound: memory.MemoryBound, spec: SandboxSpec) -> dict[str, Any]:
+    """Return what every request tells pid 1 of the programs it starts."""
+    told: dict[str, Any] = {"env": tools.environment}
+    gate = seccomp.gate() if bound.kind == "rlimits" else None
+    return told | ({"gate": gate | {"limits": memory.alone(spec)}} if gate else {})
 
 
 def _system_folders() -> list[str]:
@@ -73,13 +116,22 @@ def _system_folders() -> list[str]:
             arguments += ["--symlink", str(path.readlink()), str(path)]
         elif path.is_dir():
             arguments += ["--ro-bind", str(path), str(path)]
-    # Shared libraries and commands that Debian reaches through links kept in /etc.
-    for name in ("/etc/alternatives", "/etc/ld.so.cache"):
+    # Shared libraries and commands that Debian reaches through links kept in /etc, and where fonts are.
+    for name in ("/etc/alternatives", "/etc/ld.so.cache", "/etc/fonts"):
         arguments += ["--ro-bind-try", name, name]
     return arguments
 
 
-def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, seccomp: int, info: int) -> list[str]:
+def command(
+    tools: Tools,
+    spec: SandboxSpec,
+    *,
+    uid: int | None,
+    control: int,
+    filter_fd: int,
+    info: int,
+    files: Mapping[str, int],
+) -> list[str]:
     """Build the bwrap command that starts the supervisor, whose source comes on its stdin.
 
     Args:
@@ -87,8 +139,9 @@ def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, s
         spec: its ``disk`` is the size of each tmpfs, in bytes.
         uid: user to become first, on a root host; None stays the caller.
         control: descriptor of the supervisor's end of the control socket.
-        seccomp: descriptor of the filter, as BPF.
+        filter_fd: descriptor of the filter, as BPF.
         info: descriptor to which bwrap writes the supervisor's pid, as JSON.
+        files: path inside → descriptor with the content, of ``FILES``.
     """
     drop = []
     if uid is not None:
@@ -99,16 +152,32 @@ def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, s
     namespaces = [f"--unshare-{name}" for name in ("user", "pid", "net", "ipc", "uts", "cgroup")]
     identity = ["--uid", _INSIDE_ID, "--gid", _INSIDE_ID, "--hostname", "sandbox", "--cap-drop", "ALL"]
     life = ["--as-pid-1", "--new-session", "--die-with-parent", "--clearenv"]
-    for name, value in ENVIRONMENT.items():
+    for name, value in tools.environment.items():
         life += ["--setenv", name, value]
     mounts = [*_system_folders(), "--proc", "/proc", "--dev", "/dev"]
     for path in ("/dev/shm", "/tmp", "/work"):
         mounts += ["--size", str(spec.disk), "--tmpfs", path]
+    for path, descriptor in files.items():
+        mounts += ["--ro-bind-data", str(descriptor), path]
+    # After /tmp, which one of them may lie below.
+    for path in tools.python.mounts:
+        mounts += ["--ro-bind", path, path]
+    for path, target in tools.python.links:
+        mounts += ["--symlink", target, path]
     # Last, because bwrap makes mount points in both: they would be writable, shared and unbounded otherwise.
     mounts += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/work"]
-    fds = ["--seccomp", str(seccomp), "--info-fd", str(info)]
-    inner = [tools.python, "-I", "-S", "-", str(control)]
+    fds = ["--seccomp", str(filter_fd), "--info-fd", str(info)]
+    inner = [tools.supervisor, "-I", "-S", "-", str(control)]
     return [*drop, tools.bwrap, *namespaces, *identity, *life, *mounts, *fds, "--", *inner]
+
+
+def inner_pid(info: int) -> int:
+    """Read the supervisor's pid on the host, which bwrap wrote before it started it."""
+    os.set_blocking(info, False)
+    try:
+        return int(json.loads(os.read(info, 4096))["child-pid"])
+    except (OSError, ValueError, KeyError) as error:
+        raise SandboxError(f"bwrap did not say which process it started: {error!r}") from error
 
 
 def explain(stderr: str) -> tuple[str, str]:

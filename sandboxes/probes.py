@@ -13,8 +13,9 @@ from typing import Any, Final
 
 from areal_agents.errors import SandboxUnavailable
 from areal_agents.sandbox import Probe, ProbeReport, Sandbox, SandboxSpec
+from areal_agents.sandboxes.interpreter import MAKE, Interpreter
 from areal_agents.sandboxes.launch import ENVIRONMENT
-from areal_agents.sandboxes.memory import MemoryBound
+from areal_agents.sandboxes.memory import MemoryBound, alone
 
 SPEC: Final = SandboxSpec(memory=256 << 20, disk=8 << 20, processes=32)
 """Small, so that the memory probe is quick."""
@@ -96,6 +97,39 @@ for _ in range(count):
 """
 
 
+# A process with a thread takes all it gets, and then a fork of it does: what both hold is printed as it grows.
+THREAD_AND_FORK: Final = r"""
+import os, threading, time
+def touch(block, held):
+    for i in range(0, len(block), 4096):
+        block[i] = 1
+    print(held + len(block), flush=True)
+    return held + len(block)
+def take(held):
+    blocks = []
+    try:
+        while True:
+            blocks.append(bytearray(4 << 20))
+            held = touch(blocks[-1], held)
+    except MemoryError:
+        return blocks, held
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+blocks, held = take(0)
+try:
+    pid = os.fork()
+except OSError as error:
+    print("fork:", error.strerror)
+else:
+    if pid:
+        os.waitpid(pid, 0)
+    else:
+        for block in blocks:
+            held = touch(block, held)
+        take(held)
+os._exit(0)
+"""
+
+
 @contextlib.contextmanager
 def _listeners() -> Iterator[tuple[int, str]]:
     """Open a TCP port on the host's loopback and an abstract socket, and yield their names.
@@ -157,7 +191,9 @@ CHECKS: Final[tuple[_Check, ...]] = (
 )
 
 
-async def run(backend: str, sandbox: Sandbox, bound: MemoryBound, host_uid: int) -> ProbeReport:
+async def run(
+    backend: str, sandbox: Sandbox, bound: MemoryBound, host_uid: int, interpreter: Interpreter
+) -> ProbeReport:
     """Probe a session that was opened with ``SPEC``.
 
     Args:
@@ -165,49 +201,66 @@ async def run(backend: str, sandbox: Sandbox, bound: MemoryBound, host_uid: int)
         sandbox: the session.
         bound: how the session's memory is bounded.
         host_uid: whom the host sees running the sandbox. The uid map inside does not tell: bwrap nests two namespaces.
+        interpreter: what code inside runs on.
 
     Raises:
         SandboxUnavailable: at the first probe that fails.
     """
+    passed = [await python_starts(backend, sandbox, interpreter)]
     with _listeners() as (port, abstract):
-        argv = ["/usr/bin/python3", "-I", "-c", _LOOK, str(port), abstract]
+        argv = ["python3", "-I", "-c", _LOOK, str(port), abstract]
         result = await sandbox.exec(argv, timeout=_TIMEOUT)
     try:
         seen = {**json.loads(result.stdout), "host_uid": host_uid}
     except ValueError as error:
         detail = f"{result.status}: {result.stderr.decode('utf-8', 'replace')[-400:]}"
         raise SandboxUnavailable(backend, f"code does not run inside ({detail})", _USERNS) from error
-    passed = []
     for name, remedy, holds, detail_of in CHECKS:
         probe = Probe(name, holds(seen), str(detail_of(seen)))
         if not probe.passed:
             raise SandboxUnavailable(backend, f"probe {name!r} failed: {probe.detail}", remedy)
         passed.append(probe)
     passed.append(await _memory(backend, sandbox, bound))
-    return ProbeReport(backend, tuple(passed), bound.kind, _notes(bound))
+    return ProbeReport(backend, tuple(passed), bound.kind, (*interpreter.notes, *_notes(bound)))
+
+
+async def python_starts(backend: str, sandbox: Sandbox, interpreter: Interpreter) -> Probe:
+    """Start the Python inside. Raises SandboxUnavailable with what it says where it does not start."""
+    code = "import sys, json, ctypes, zlib; print(sys.prefix)"
+    result = await sandbox.exec([interpreter.executable, "-I", "-c", code], timeout=_TIMEOUT)
+    found = result.stdout.decode("utf-8", "replace").strip()
+    if result.status != "ok" or interpreter.prefix not in ("", found):
+        detail = result.stderr.decode("utf-8", "replace").strip()[-400:] or f"its prefix is {found!r} ({result.status})"
+        problem = f"{interpreter.executable} does not start inside: {detail}"
+        seen = ", ".join(("/usr", *interpreter.mounts))
+        raise SandboxUnavailable(backend, problem, f"It sees {seen} and nothing else of the host. {MAKE}")
+    return Probe("python starts", True, found)
 
 
 async def _memory(backend: str, sandbox: Sandbox, bound: MemoryBound) -> Probe:
-    """Let eight processes try to hold 1.5 times the bound at one time."""
+    """Let eight processes try to hold 1.5 times the bound at one time; under rlimits, a program with threads too."""
     share = SPEC.memory * 3 // 2 // 8
-    argv = ["/usr/bin/python3", "-I", "-c", HOLD, "8", str(share)]
-    result = await sandbox.exec(argv, timeout=_TIMEOUT)
-    held = max((int(line) for line in result.stdout.split() if line.isdigit()), default=0)
-    detail = f"{bound.kind}: status {result.status}, {held >> 20} MB held at most of {SPEC.memory >> 20} MB allowed"
-    if (result.status == "oom" or result.status in ("ok", "error")) and held <= SPEC.memory:
-        return Probe("memory bounded", True, detail)
-    remedy = (
-        "Run as root with a writable memory cgroup, or with a systemd user session that delegates the memory "
-        "controller (loginctl enable-linger), so that a limit on the whole session holds."
-    )
-    raise SandboxUnavailable(backend, f"probe 'memory bounded' failed: {detail}", remedy)
+    attempts = [[HOLD, "8", str(share)], *([[THREAD_AND_FORK]] if bound.kind == "rlimits" else [])]
+    detail = ""
+    for attempt in attempts:
+        result = await sandbox.exec(["python3", "-I", "-c", *attempt], timeout=_TIMEOUT)
+        held = max((int(line) for line in result.stdout.split() if line.isdigit()), default=0)
+        detail = f"{bound.kind}: status {result.status}, {held >> 20} MB held at most of {SPEC.memory >> 20} MB allowed"
+        if result.status not in ("oom", "ok", "error") or held > SPEC.memory:
+            remedy = (
+                "Run as root with a writable memory cgroup, or with a systemd user session that delegates the memory "
+                "controller (loginctl enable-linger), so that a limit on the whole session holds."
+            )
+            raise SandboxUnavailable(backend, f"probe 'memory bounded' failed: {detail}", remedy)
+    return Probe("memory bounded", True, detail)
 
 
 def _notes(bound: MemoryBound) -> tuple[str, ...]:
     if bound.kind != "rlimits":
         return ()
-    limits = bound.limits(SandboxSpec())
+    limits, whole = bound.limits(SandboxSpec()), alone(SandboxSpec())
     return (
-        f"Memory is bounded by rlimits: a default session has {limits['NPROC'] - 1} processes of "
-        f"{limits['AS'] >> 20} MB address space each. Kernel memory (inodes, socket buffers) is not counted.",
+        f"Memory is bounded by rlimits. A program of a default session has threads and {whole['AS'] >> 20} MB of "
+        f"address space; or it starts others, and there are {limits['NPROC'] - 1} processes of {limits['AS'] >> 20} MB "
+        "each. Kernel memory (inodes, socket buffers) is not counted.",
     )

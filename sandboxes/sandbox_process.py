@@ -64,6 +64,7 @@ class Holder:
         self.slot: uids.Slot | None = None
         self.meter: Meter | None = None
         self.limits: Mapping[str, int] = {}
+        self.given: Mapping[str, Any] = {}
         self.gone = self._loop.create_future()
         """Done when the control socket has closed: nothing runs inside any more."""
         self._ready = self._loop.create_future()
@@ -86,20 +87,21 @@ class Holder:
             SandboxUnavailable: without seccomp.
             ConfigError: for a spec that leaves no room.
         """
-        limits, program = bound.limits(spec), seccomp.program()
+        limits, program = bound.limits(spec), seccomp.program(bound.kind == "rlimits")
         slot = uids.acquire() if drop else None
         meter: Meter | None = None
         holder: Holder | None = None
         fds = Fds()
         try:
             meter = bound.meter(f"areal-agents-{slot.index if slot else f'u{os.getpid()}-{next(_names)}'}", spec)
-            info_read, info_write = fds.pipe()
-            errors, filter_fd = fds.memfd("stderr"), fds.memfd("seccomp", program)
+            (info_read, info_write), errors = fds.pipe(), fds.memfd("stderr")
+            filter_fd = fds.memfd("seccomp", program)
             holder = cls(*_popen(tools, spec, bound, slot, filter_fd, info_write, errors), spec)
             holder.slot, holder.meter, holder.limits = slot, meter, limits
+            holder.given = launch.given(tools, bound, spec)
             os.close(fds.take(info_write))
             await holder._wait_ready(errors)
-            holder.pid = _inner_pid(info_read)
+            holder.pid = launch.inner_pid(info_read)
             holder._inner = os.pidfd_open(holder.pid)
             meter.attach(holder.pid)
         except BaseException as error:
@@ -198,7 +200,7 @@ class Holder:
         if self.slot is not None:
             for descriptor in streams:
                 os.fchown(descriptor, self.slot.uid, self.slot.uid)  # so that /dev/stdout and /dev/stdin can be opened
-        message = fds.memfd("request", json.dumps(request).encode())
+        message = fds.memfd("request", json.dumps({**request, **self.given}).encode())
         frame = supervisor.FRAME.pack(supervisor.START, ident, mode)
         if not self.alive:
             raise SandboxError("the sandbox has ended; its files are gone. Open a new session.")
@@ -219,8 +221,7 @@ class Holder:
 
     async def _kill(self, ident: int, reply: asyncio.Future[int]) -> None:
         self._send(supervisor.KILL, ident)
-        done, _ = await asyncio.wait((reply,), timeout=GRACE)
-        if not done:
+        if not (await asyncio.wait((reply,), timeout=GRACE))[0]:
             self.kill()
             await asyncio.wait((self.gone,), timeout=GRACE)
 
@@ -368,8 +369,9 @@ def _popen(
     try:
         source = fds.memfd("supervisor", launch.supervisor_source())
         control = theirs.fileno()
+        files = {path: fds.memfd("file", data) for path, data in launch.FILES.items()}
         inner = launch.command(
-            tools, spec, uid=slot.uid if slot else None, control=control, seccomp=filter_fd, info=info
+            tools, spec, uid=slot.uid if slot else None, control=control, filter_fd=filter_fd, info=info, files=files
         )
         process = subprocess.Popen(
             bound.wrap(inner, spec),
@@ -378,7 +380,7 @@ def _popen(
             stderr=errors,
             cwd="/",
             env={"PATH": "/usr/bin:/bin", **bound.environment()},
-            pass_fds=(control, filter_fd, info),
+            pass_fds=(control, filter_fd, info, *files.values()),
             start_new_session=True,
         )
     except BaseException:
@@ -388,12 +390,3 @@ def _popen(
         theirs.close()
         fds.close()
     return ours, process
-
-
-def _inner_pid(info: int) -> int:
-    """Read the supervisor's pid on the host, which bwrap wrote before it started it."""
-    os.set_blocking(info, False)
-    try:
-        return int(json.loads(os.read(info, 4096))["child-pid"])
-    except (OSError, ValueError, KeyError) as error:
-        raise SandboxError(f"bwrap did not say which process it started: {error!r}") from error
