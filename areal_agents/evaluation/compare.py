@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents.errors import ConfigError
-from areal_agents.evaluation.statistics import PASS, mean_interval, sign_test
+from areal_agents.evaluation.statistics import mean_interval, sign_test
 from areal_agents.tracking.trajectories import read_records, shards
+from areal_agents.utils.tolerance import PASS
 
 FEW_TASKS = 30
 """With fewer, the mean of the differences may be far from normal, which the t interval takes it for."""

@@ -19,7 +19,7 @@ from areal_agents import registry
 from areal_agents.chat_model import remote_name
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.players import Served, Server, on_engines, on_server
-from areal_agents.evaluation.statistics import PASS, clustered_interval, pass_at_k, pass_hat_k
+from areal_agents.evaluation.statistics import clustered_interval, pass_at_k, pass_hat_k
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
@@ -29,6 +29,7 @@ from areal_agents.settings.writing import dump
 from areal_agents.tracking.console import clock
 from areal_agents.tracking.tracker import Tracker
 from areal_agents.types import Task, Trajectory
+from areal_agents.utils.tolerance import PASS
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from areal_agents.trainer.run import Run, open_run
 from areal_agents.trainer.run_folder import Commit, RunFolder, require_shared
 from areal_agents.trainer.signals import Stop, StopRequested, stop_on_signals
 from areal_agents.types import Group
+from areal_agents.utils.tolerance import all_same, reaches
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,10 +299,8 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
     means = [sum(t.reward for t in g.trajectories) / len(g.trajectories) for g in groups]
     return {
         "reward": sum(rewards) / n,
-        "groups_with_signal": sum(
-            len({t.reward for t in g.trajectories}) > 1 for g in groups
-        ) / len(groups),
-        "groups_solved": sum(m >= 1.0 for m in means) / len(groups),
+        "groups_with_signal": sum(not all_same([t.reward for t in g.trajectories]) for g in groups) / len(groups),
+        "groups_solved": sum(reaches(m, 1.0) for m in means) / len(groups),
         "valid_call_rate": sum(made > 0 and made == ok for made, ok in calls) / n,
         "truncation_rate": sum(t.truncated for t in episodes) / n,
         "turns": sum(len(t.turns) for t in episodes) / n,
