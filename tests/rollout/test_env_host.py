@@ -16,20 +16,18 @@ class BackendDied(Exception):
 
 
 def test_a_call_that_fails_while_it_is_cancelled_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
-    begun: list[str] = []
-
-    async def stubborn() -> None:
-        try:
-            begun.append("x")
-            await asyncio.Event().wait()
-        finally:
-            raise BackendDied
-
     async def main() -> None:
-        host = EnvHost()
+        host, begun, loop = EnvHost(), asyncio.Event(), asyncio.get_running_loop()
+
+        async def stubborn() -> None:
+            try:
+                loop.call_soon_threadsafe(begun.set)
+                await asyncio.Event().wait()
+            finally:
+                raise BackendDied
+
         call = asyncio.create_task(host.call(stubborn, timeout=60.0, what="astep"))
-        while not begun:
-            await asyncio.sleep(0)
+        await begun.wait()
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
@@ -54,12 +52,15 @@ def test_calls_that_fail_together_raise_once_each_and_report_nothing(caplog: pyt
         async def die() -> None:
             dead.set()
 
-        with pytest.raises(ExceptionGroup) as caught:
+        async def all_of_them() -> None:
             async with asyncio.TaskGroup() as group:
                 for _ in range(200):
                     group.create_task(host.call(astep, timeout=60.0, what="astep"))
                 await asyncio.sleep(0)
                 await host.call(die, timeout=60.0, what="die")
+
+        with pytest.raises(ExceptionGroup) as caught:
+            await all_of_them()
         await host.close()
         assert all(isinstance(error, BackendDied) for error in caught.value.exceptions)
         return len(caught.value.exceptions)
