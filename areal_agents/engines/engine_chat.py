@@ -21,6 +21,7 @@ from areal_agents.engine import Engine, Sampling
 from areal_agents.errors import EngineError
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Message, Prompt
+from areal_agents.utils.outcomes import opened, outcome_of
 
 _numbers = itertools.count()
 
@@ -58,13 +59,12 @@ class EngineChat:
             EngineError: the engine is dead, refused, or missed the deadline.
             TemplateError: the template cannot render the messages.
         """
-        work = self._reply(messages, tools, sampling)
         if asyncio.get_running_loop() is self._loop:
-            return await work
+            return await self._reply(messages, tools, sampling)
         if self._loop.is_closed():
-            work.close()  # it will never run: Python warns of a coroutine that is neither awaited nor closed
             raise EngineError("the event loop of EngineChat's engine is closed: keep it open while the model is used")
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        work = outcome_of(lambda: self._reply(messages, tools, sampling))
+        return opened(await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop)))
 
     async def _reply(
         self, messages: Sequence[Message | AssistantMessage], tools: Sequence[ToolSpec], sampling: Sampling

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from areal_agents.errors import EnvError, InfraError
 from areal_agents.utils.exits import guard_tasks
+from areal_agents.utils.outcomes import Outcome, opened, outcome_of
 
 T = TypeVar("T")
 _HEARTBEAT_SECONDS = 5.0
@@ -65,13 +66,13 @@ class EnvHost:
 
         mine: list[asyncio.Task[Any]] = []
 
-        async def run() -> T:
+        async def run() -> Outcome[T]:
             task = asyncio.current_task()
             assert task is not None
             mine.append(task)
             self._calls.add(task)
             try:
-                return await make()
+                return await outcome_of(make)
             finally:
                 self._calls.discard(task)
 
@@ -83,9 +84,10 @@ class EnvHost:
             await asyncio.wait(both, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if wrapped.done():
                 try:
-                    return wrapped.result()
+                    outcome = wrapped.result()
                 except (FutureCancelled, asyncio.CancelledError) as error:
                     raise EnvError(f"{what} was cancelled by its own environment") from error
+                return opened(outcome)
             if not self.wedged:
                 future.cancel()
                 # The loop answers: this call alone hung, and is cancelled. Else some call holds the whole thread.

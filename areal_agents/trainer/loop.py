@@ -31,8 +31,9 @@ from areal_agents.trainer.resize import answering
 from areal_agents.trainer.resume import begin
 from areal_agents.trainer.run import Run, open_run
 from areal_agents.trainer.run_folder import Commit, RunFolder, require_shared
-from areal_agents.trainer.signals import Stop, StopRequested, stop_on_signals
 from areal_agents.types import Group
+from areal_agents.utils.outcomes import unheard
+from areal_agents.utils.signals import Stop, StopRequested, stop_on_signals
 from areal_agents.utils.tolerance import all_same, reaches
 
 
@@ -265,6 +266,7 @@ async def _update(run: Run, batch: Batch, rollouts: Rollouts) -> dict[str, float
         return dict(await run.learner.step(batch))
     finally:
         watcher.cancel()
+        unheard(watcher)  # a learner that is lost refuses its step too
 
 
 def batch_of(groups: list[Group], algorithm: AlgorithmConfig, version: int, temperature: float) -> Batch:

@@ -28,7 +28,7 @@ from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import Tracker
 from areal_agents.trainer.backend import Backend, OpenBackend
 from areal_agents.trainer.run_folder import Commit, RunFolder
-from areal_agents.trainer.signals import Stop
+from areal_agents.utils.signals import Stop
 
 
 @contextlib.asynccontextmanager

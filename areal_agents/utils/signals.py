@@ -1,6 +1,6 @@
 """The handling of Ctrl-C and SIGTERM.
 
-The first signal finishes the step and saves. The second stops now.
+The first signal finishes what runs and saves. The second stops now.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
+
+from areal_agents.utils.outcomes import unheard
 
 T = TypeVar("T")
 
@@ -63,16 +65,17 @@ class Stop:
             raise StopRequested
         finally:
             waiter.cancel()
+            unheard(task)  # it may end with an error in the moment in which the caller is cancelled
             if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
 
 @contextlib.contextmanager
-def stop_on_signals(message: Callable[[str], None]) -> Iterator[Stop]:
+def stop_on_signals(message: Callable[[str], None], *, doing: str = "finishing the step and saving") -> Iterator[Stop]:
     """Handle SIGINT and SIGTERM for the current task.
 
-    In other threads than the main one signals are left alone.
+    In other threads than the main one signals are left alone. ``doing`` says what the first signal leads to.
     """
     stop, loop, task = Stop(), asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
@@ -82,10 +85,10 @@ def stop_on_signals(message: Callable[[str], None]) -> Iterator[Stop]:
     def on_signal(number: signal.Signals) -> None:
         if not stop.requested:
             stop.request(number)
-            message(f"{number.name}: finishing the step and saving. Once more stops at once")
+            message(f"{number.name}: {doing}. Once more stops at once")
         elif not stop.forced:
             stop.forced = True
-            # The learner's thread cannot be stopped inside a step. The engine and sandboxes end with this process.
+            # A learner's thread cannot be stopped inside a step. The engine and sandboxes end with this process.
             last_resort.start()
             task.cancel()
 

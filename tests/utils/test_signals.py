@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from areal_agents.trainer.signals import Stop, StopRequested
+from areal_agents.utils.signals import Stop, StopRequested
 
 
 def test_after_a_stop_nothing_begins() -> None:
