@@ -45,6 +45,12 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     chance: ClassVar[float] = 0.0
     """The mean reward that a policy without any skill may reach. The reward audit allows 0.05 more."""
+    scores_cut_messages: ClassVar[bool] = False
+    """Whether a final message that ended early (``finish`` is not ``stop``) is an answer.
+
+    By default it is none: the episode is truncated, and nothing is paid for the message. With True the environment's
+    reward stands, and the episode counts as truncated all the same.
+    """
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
 
     task: Task

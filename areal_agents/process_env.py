@@ -28,7 +28,6 @@ import gymnasium
 
 from areal_agents.env import AgentEnv, LazyTasks
 from areal_agents.errors import EnvError
-from areal_agents.toolenv import without_reasoning
 from areal_agents.types import AssistantMessage, Info, Observation, Task, system, user
 from areal_agents.utils.parent import end_with_parent
 
@@ -82,7 +81,7 @@ class TextProcessEnv(AgentEnv):
 
         By default that is its text after the reasoning.
         """
-        return without_reasoning(action.text)
+        return action.spoken
 
     async def areset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None

@@ -1,6 +1,7 @@
 """Environments made of a system prompt, tools and a rubric, which most authors subclass.
 
     message without calls ─▶ the final answer ─▶ rubric ─▶ terminated
+    the same, but cut ─────▶ no answer ────────▶ rubric ─▶ truncated
     message with calls ────▶ check ─▶ run ─▶ one tool message a call ─▶ next turn
 
 A malformed call costs a turn and is answered with a text that says how to do it right. The sandbox session is opened
@@ -94,7 +95,7 @@ class ToolEnv(AgentEnv):
 
         By default that is its text after the reasoning.
         """
-        return without_reasoning(action.text)
+        return action.spoken
 
     # The contract
 
@@ -111,6 +112,8 @@ class ToolEnv(AgentEnv):
     async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
         """Take one turn, which scores a final message or runs the tools that the message calls.
 
+        A final message that was cut is no answer. It ends the episode as truncated, unless ``scores_cut_messages``.
+
         Raises:
             EnvError: the episode has ended.
             RewardError: the reward is broken.
@@ -119,6 +122,10 @@ class ToolEnv(AgentEnv):
         self._require_running()
         self._messages.append(action)
         if self.is_final(action):
+            cut = action.cut({t.name for t in self.tools})
+            if cut and not self.scores_cut_messages:
+                reward, info = await self._score(cut, None)
+                return (), reward, False, True, info
             reward, info = await self._score("answer", self.answer(action))
             return (), reward, True, False, info
         results = await self._dispatcher.run(action.tool_calls)
@@ -158,12 +165,6 @@ class ToolEnv(AgentEnv):
             return verdict.score, info
         info["turn_rewards"] = list(verdict.turn_rewards)
         return verdict.turn_rewards[-1], info
-
-
-def without_reasoning(text: str) -> str:
-    """Return ``text`` after its last ``</think>``, without what follows a ``<think>`` that is left open."""
-    rest = text.rpartition("</think>")[2]
-    return rest.partition("<think>")[0]
 
 
 def _records(calls: Sequence[ToolCall], results: Sequence[ToolResult]) -> list[dict[str, Any]]:

@@ -9,18 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
-Finish = Literal["stop", "length"]
+Cut = Literal[
+    "length",  # a limit on tokens cut it
+    "content_filter",  # a server's filter cut or withheld it
+    "empty",  # a server sent neither text nor calls
+]
+"""Why a message ended early."""
+Finish = Literal["stop", Cut]
+"""How a message ended: by the model itself (``stop``), or early."""
 CallStatus = Literal["ok", "invalid_json", "unclosed", "missing_name", "unknown_tool", "invalid_arguments"]
 StopReason = Literal[
     "answer",  # the environment ended the task (answered, won, lost)
     "max_turns",  # the environment's or runner's limit on turns
     "context",  # the next prompt would not fit the model's context
     "tokens",  # the episode's token budget is spent
+    "length",  # the limit on one turn's tokens cut the last message
+    "content_filter",  # a server's filter cut or withheld the last message, or refused the conversation
+    "empty",  # a server's last message had neither text nor calls
     "time_budget",  # a time limit the environment itself declares
     "error",  # infrastructure failed; `Trajectory.error` says how
 ]
@@ -86,11 +96,35 @@ class AssistantMessage:
     parts: tuple[Part, ...]
     tool_calls: tuple[ToolCall, ...] = ()
     finish: Finish = "stop"
+    in_thought: bool = False
+    """Whether the prompt had opened ``<think>``, so that the text begins inside a thought."""
 
     @property
     def text(self) -> str:
         """The whole text as sampled, tool-call blocks included."""
         return "".join(p.text for p in self.parts if isinstance(p, Text))
+
+    @property
+    def spoken(self) -> str:
+        """The text after the reasoning, without a thought that is left open."""
+        return without_reasoning(self.text, in_thought=self.in_thought)
+
+    def cut(self, tools: Collection[str]) -> Cut | None:
+        """Return why the message ended early, or None where it did not or has a whole call of a tool.
+
+        ``tools`` are names. What such a call asks for is whole, whatever was cut after it.
+        """
+        whole = any(call.status == "ok" and call.name in tools for call in self.tool_calls)
+        return None if whole or self.finish == "stop" else self.finish
+
+
+def without_reasoning(text: str, *, in_thought: bool = False) -> str:
+    """Return ``text`` after its last ``</think>``, without what follows a ``<think>`` that is left open.
+
+    ``in_thought`` says that the text begins inside a thought.
+    """
+    _, closed, rest = text.rpartition("</think>")
+    return "" if in_thought and not closed else rest.partition("<think>")[0]
 
 
 Observation = tuple[Message, ...]
@@ -205,7 +239,7 @@ class Turn:
     observation: Observation = ()
     """The messages that were new in this turn's prompt; kept for people and for rescoring."""
     state_key: str | None = None
-    """Equal keys mark equal environment states across a group (anchor states)."""
+    """Of the state that ``observation`` showed. Equal keys mark equal states across a group (anchor states)."""
     tool_results: tuple[ToolOutcome, ...] = ()
     """One a tool call of ``message``, in order; empty where none ran."""
 

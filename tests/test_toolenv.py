@@ -11,8 +11,8 @@ from areal_agents.errors import EnvError, RewardError
 from areal_agents.reward import Episode, RewardLike, Verdict, boxed_number
 from areal_agents.sandbox import Sandbox
 from areal_agents.tool import ToolResult, tool
-from areal_agents.toolenv import ToolEnv, without_reasoning
-from areal_agents.types import Message, Task, Text, system, user
+from areal_agents.toolenv import ToolEnv
+from areal_agents.types import Message, Task, Text, system, user, without_reasoning
 from tests.fake_sandbox import ScriptedBackend
 
 TASK = Task.make("t", split="train", seed=0, payload={"answer": "4"})

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -174,7 +175,7 @@ class ChatFormat:
         text = self._codec.decode(ids)
         blocks = find_blocks(text, thinking=self.thinks_first)
         spans = self._codec.token_spans(ids, [(b.start, b.end) for b in blocks]) if blocks else []
-        return message_of(text, finish, blocks, spans)
+        return replace(message_of(text, finish, blocks, spans), in_thought=self.thinks_first)
 
     # ── rendering and encoding ───────────────────────────────────────────────────────────────────────────────────
 

@@ -29,6 +29,8 @@ RETURNS: Mapping[Call, tuple[str, ...]] = {
     "afinish": ("reward", "info"),
 }
 """What the calls return, in order. What ``aclose`` returns is not looked at."""
+_VERDICTS = {"unverifiable": "unverifiable", "timeout": "verdict_timeout"}
+"""Metrics of an episode by ``info["verdict_status"]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,9 @@ class Returned:
     state_key: str | None = None
     tool_results: tuple[ToolOutcome, ...] = ()
     """How the turn's tool calls ended. Empty where the environment gives records of another shape, as it may."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of the episode so far: ``unverifiable`` or ``verdict_timeout`` where the verdict says so, ``sandbox_replays``."""
 
     @property
     def ending(self) -> StopReason:
@@ -92,6 +97,18 @@ def read_tools(env: AgentEnv, where: str) -> tuple[ToolSpec, ...]:
         if not isinstance(tools, Sequence) or not all(isinstance(t, ToolSpec) for t in tools):
             raise EnvError(f"{where}: tools is {short(tools)}, which is not a sequence of tools: see @tool")
         return tuple(tools)
+
+
+def read_scores_cut(env: AgentEnv, where: str) -> bool:
+    """Return the environment's ``scores_cut_messages``.
+
+    Raises EnvError where it is no bool.
+    """
+    with _reading("scores_cut_messages", where):
+        scores: object = env.scores_cut_messages
+        if not isinstance(scores, bool):
+            raise EnvError(f"{where}: scores_cut_messages is {short(scores)}: it must be True or False")
+        return scores
 
 
 def read(call: Call, result: object, where: str, turns: int) -> Returned:
@@ -160,7 +177,18 @@ def _read_info(info: Any, where: str, turns: int | None) -> Returned:
         turn_rewards=_read_turn_rewards(info.get("turn_rewards"), where, turns),
         state_key=key,
         tool_results=tuple(ToolOutcome(str(r["status"]), bool(r.get("truncated", False))) for r in records),
+        metrics=_read_metrics(info),
     )
+
+
+def _read_metrics(info: Mapping[str, Any]) -> dict[str, float]:
+    status, replays = info.get("verdict_status"), info.get("sandbox_replays")
+    found: dict[str, float] = {}
+    if isinstance(status, str) and status in _VERDICTS:
+        found[_VERDICTS[status]] = 1.0
+    if isinstance(replays, int) and replays > 0:
+        found["sandbox_replays"] = float(replays)
+    return found
 
 
 def _read_turn_rewards(rewards: Any, where: str, turns: int | None) -> tuple[float, ...] | None:

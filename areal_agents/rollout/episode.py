@@ -20,7 +20,8 @@ from typing import Protocol, TypeVar, get_args
 
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, EnvError, InfraError, RewardError
-from areal_agents.rollout.env_results import Call, Returned, read, read_tools
+from areal_agents.rollout.cut_messages import after_cut, withheld
+from areal_agents.rollout.env_results import Call, Returned, read, read_scores_cut, read_tools
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Completion, Ids, Info, Observation, StopReason, Task, Trajectory, Turn
 from areal_agents.utils.exits import no_exit
@@ -59,6 +60,16 @@ class Limits:
             return "tokens"
         return min(self.max_turn_tokens, self.max_context - used, self.max_episode_tokens - spent)
 
+    def met(self, *, used: int, spent: int) -> StopReason:
+        """Return which limit cut a turn.
+
+        Args:
+            used: tokens of its prompt and its own.
+            spent: tokens sampled in the episode, with its own.
+        """
+        full = self.room(used=used, spent=spent)
+        return full if isinstance(full, str) else "length"
+
 
 @dataclass(frozen=True, slots=True)
 class Said:
@@ -72,11 +83,13 @@ class Said:
     """As ``Turn.parent``."""
     tokens: int
     """Sampled tokens, as far as anybody knows."""
+    cut: StopReason | None = None
+    """Which limit cut the message, where one did. None leaves that to ``message.finish``."""
 
     @classmethod
-    def as_text(cls, message: AssistantMessage, turn: int, *, tokens: int = 0) -> Said:
+    def as_text(cls, message: AssistantMessage, turn: int, *, tokens: int = 0, cut: StopReason | None = None) -> Said:
         """Make the turn with index ``turn`` of a policy that gives no token ids."""
-        return cls(message, Completion((), (), (), message.finish), (), turn - 1 if turn else None, tokens)
+        return cls(message, Completion((), (), (), message.finish), (), turn - 1 if turn else None, tokens, cut)
 
 
 class Policy:
@@ -131,6 +144,10 @@ class EpisodeDriver:
     """The messages that were shown last."""
     tools: tuple[ToolSpec, ...] = field(default=(), init=False)
     """The environment's, as it had them once it was open."""
+    state_key: str | None = field(default=None, init=False)
+    """Of the state that ``observation`` shows."""
+    scores_cut: bool = field(default=False, init=False)
+    """The environment's ``scores_cut_messages``."""
     turns: list[Turn] = field(default_factory=list, init=False)
     tokens: int = field(default=0, init=False)
     """Sampled in ``turns``, as far as anybody knows."""
@@ -178,7 +195,8 @@ class EpisodeDriver:
             self._env = self.make_env()
             return await self._env.areset(seed=self.seed, options={"task": self.task})
 
-        self.observation = (await self.call("areset", create)).observation
+        got = await self.call("areset", create)
+        self.observation, self.state_key = got.observation, got.state_key
 
     async def turn(self) -> None:
         """Take one turn, and finish the episode after the last one that a limit allows."""
@@ -196,17 +214,27 @@ class EpisodeDriver:
         env, shown = self._opened(), self.observation
         with self.timed("env_seconds"):
             got = await self.call("astep", lambda: env.astep(said.message))
+        if cut := said.message.cut({t.name for t in self.tools}):
+            got = self._after_cut(got, said.cut or cut)
         self.turns.append(
             Turn(
                 said.suffix, said.completion, got.marked(said.message), got.reward, got.components, said.parent, shown,
-                got.state_key, got.tool_results,
+                self.state_key, got.tool_results,
             )
         )  # fmt: skip
         self.tokens += said.tokens
         self.observation, self.terminated, self.truncated = got.observation, got.terminated, got.truncated
+        self.state_key = got.state_key
+        self.metrics |= got.metrics
         if self.ended:
             self.stop_reason = got.ending
             self._credit(got)
+
+    def _after_cut(self, got: Returned, reason: StopReason) -> Returned:
+        paid = after_cut(got, reason, [turn.reward for turn in self.turns], scored=self.scores_cut)
+        if amount := withheld(got, paid):
+            self.count("reward_withheld", amount)
+        return paid
 
     async def finish(self, reason: StopReason) -> None:
         """End the episode for ``reason`` and let the environment score what exists.
@@ -218,6 +246,7 @@ class EpisodeDriver:
         env = self._opened()
         got = await self.call("afinish", lambda: env.afinish(reason))
         self.truncated, self.stop_reason = True, reason
+        self.metrics |= got.metrics
         last = self.turns[-1]
         self.turns[-1] = replace(
             last, reward=last.reward + got.reward, components={**last.components, **got.components}
@@ -284,6 +313,7 @@ class EpisodeDriver:
                     got = read(call, result, where, turns)
                     if call == "areset":
                         self.tools = read_tools(self._opened(), where)
+                        self.scores_cut = read_scores_cut(self._opened(), where)
                 except (EnvError, RewardError) as error:  # returned, so that the host does not take it for one it met
                     return error
                 return got

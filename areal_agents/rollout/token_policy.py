@@ -48,7 +48,9 @@ class TokenPolicy(Policy):
         completion = await self.sample(prompt, room, episode)
         if not completion.ids:
             raise EngineError(f"the engine returned no token for a prompt of {used} tokens")
-        return Said(conversation.add_completion(completion), completion, suffix, parent, len(completion.ids))
+        n = len(completion.ids)
+        cut = self.limits.met(used=used + n, spent=episode.tokens + n) if completion.finish == "length" else None
+        return Said(conversation.add_completion(completion), completion, suffix, parent, n, cut)
 
 
 class EnginePolicy(TokenPolicy):

@@ -32,8 +32,13 @@ from areal_agents.types import (
 )
 from areal_agents.utils.files import atomic_file, unwritable
 
-SCHEMA_VERSION = 2
-"""In the column ``schema_version`` and in the file's metadata; 1 was one JSON object a line."""
+SCHEMA_VERSION = 3
+"""In the column ``schema_version`` and in the file's metadata; 1 was one JSON object a line.
+
+Files of version 2 are read too. In them a turn's ``state_key`` is that of the state that followed it, and no message
+says whether it began in a thought.
+"""
+_READ = ("2", str(SCHEMA_VERSION))
 _VERSION_KEY = b"areal_agents.schema_version"
 _NAME = re.compile(r"step-(\d{6,})\.parquet")
 _KIND = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -118,13 +123,13 @@ def read_shard(path: Path) -> list[Record]:
     try:
         with pq.ParquetFile(path) as file:
             version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY, b"").decode(errors="replace")
-            if version != str(SCHEMA_VERSION):
+            if version not in _READ:
                 raise ArealError(
                     f"{path}: trajectory schema_version {version or 'is missing'}, but this package reads "
-                    f"{SCHEMA_VERSION}: read it with the version of areal-agents that wrote it"
+                    f"{' and '.join(_READ)}: read it with the version of areal-agents that wrote it"
                 )
             rows = file.read(use_threads=False).to_pylist()
-        return [_record(row) for row in rows]
+        return [_record(row if version != "2" else _from_2(row)) for row in rows]
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         raise ArealError(f"{path} is no readable trajectory shard: {type(error).__name__}: {error}") from error
 
@@ -155,8 +160,8 @@ def _schema() -> Any:
     )
     turn = struct(
         prompt_suffix=ids, ids=ids, logprobs=pa.list_(pa.float64()), versions=ids, finish=text, text=text, parts=text,
-        message_finish=text, tool_calls=pa.list_(call), reward=pa.float64(), components=text, parent=pa.int32(),
-        observation=pa.list_(message), state_key=text,
+        message_finish=text, in_thought=pa.bool_(), tool_calls=pa.list_(call), reward=pa.float64(), components=text,
+        parent=pa.int32(), observation=pa.list_(message), state_key=text,
         tool_results=pa.list_(struct(status=text, truncated=pa.bool_())),
     )  # fmt: skip
     row = struct(
@@ -220,6 +225,13 @@ def _record(row: ParquetRow) -> Record:
     return Record(_exact(row["kind"]), row["step"], trajectory)
 
 
+def _from_2(row: ParquetRow) -> ParquetRow:
+    """Return a row of version 2 as this version has it."""
+    keys = [None, *(turn["state_key"] for turn in row["turns"])]
+    turns = [turn | {"state_key": key, "in_thought": False} for turn, key in zip(row["turns"], keys, strict=False)]
+    return row | {"turns": turns}
+
+
 def _turn_row(turn: Turn) -> ParquetRow:
     done = turn.completion
     return {
@@ -230,6 +242,7 @@ def _turn_row(turn: Turn) -> ParquetRow:
         "finish": done.finish,
         **_parts_row(turn.message.parts),
         "message_finish": turn.message.finish,
+        "in_thought": turn.message.in_thought,
         "tool_calls": [_call_row(call) for call in turn.message.tool_calls],
         "reward": turn.reward,
         "components": dumps(turn.components),
@@ -244,7 +257,9 @@ def _turn(row: ParquetRow) -> Turn:
     return Turn(
         prompt_suffix=tuple(row["prompt_suffix"]),
         completion=Completion(tuple(row["ids"]), tuple(row["logprobs"]), tuple(row["versions"]), row["finish"]),
-        message=AssistantMessage(_parts(row), tuple(_call(c) for c in row["tool_calls"]), row["message_finish"]),
+        message=AssistantMessage(
+            _parts(row), tuple(_call(c) for c in row["tool_calls"]), row["message_finish"], in_thought=row["in_thought"]
+        ),
         reward=row["reward"],
         components=loads(row["components"]),
         parent=row["parent"],

@@ -65,7 +65,10 @@ def test_tokens_of_the_rows_are_the_prompts_that_were_sampled_from() -> None:
 def test_what_the_environment_says_arrives_in_the_turns() -> None:
     t = play(Script(turns=2, reward=0.75))
     assert [turn.reward for turn in t.turns] == [0.0, 0.75]
-    assert [turn.state_key for turn in t.turns] == ["k1", None]
+    assert [turn.state_key for turn in t.turns] == [
+        "k0",
+        "k1",
+    ]  # as they were shown, reset's first
     assert t.turns[1].components == {"correct": 1.0}
     assert [m.text for m in t.turns[0].observation] == ["play", "task 0"]
     assert [m.text for m in t.turns[1].observation] == ["next"]

@@ -26,9 +26,9 @@ from typing import Any
 
 import httpx
 
-from areal_agents.chat_model import ChatReply, ContextLengthError, RequestRefused
+from areal_agents.chat_model import ChatReply, ContentFiltered, ContextLengthError, RequestRefused
 from areal_agents.engine import Sampling
-from areal_agents.engines.openai.messages import error_text, read_reply, request_messages, request_tools
+from areal_agents.engines.openai.messages import FILTERED, error_text, read_reply, request_messages, request_tools
 from areal_agents.engines.openai.rate_limit import Backoff, Clock, Pace, retry_after
 from areal_agents.errors import ArealError, ConfigError, EngineError, ModelError
 from areal_agents.tool import ToolSpec
@@ -332,6 +332,8 @@ class OpenAIChat(AsyncClosing):
             return ConfigError(f"{self._who()}: HTTP {status}, a redirect to {self._safe(where)!r}: use that URL")
         if status in (400, 413, 422) and (code == "context_length_exceeded" or _CONTEXT.search(said)):
             return ContextLengthError(f"{self._who()}: {told}")
+        if code in FILTERED:
+            return ContentFiltered(f"{self._who()}: {told}: the server's filter refused the conversation")
         return RequestRefused(f"{self._who()}: {told}: the server refused the request")
 
     def _late(self, why: str) -> EngineError:

@@ -28,6 +28,10 @@ Json = dict[str, Any]
 _TEXT_ID = re.compile(r"call_\d+")  # the ids of calls that were found in text; those of a server are kept apart
 _MAX_ID = 256
 _URL = ("http://", "https://", "data:image/")
+FILTERED = frozenset({"content_filter", "content_policy_violation", "safety", "refusal"})
+"""Words of servers for what their filters did, as a finish_reason or an error's code."""
+_LENGTH = frozenset({"length", "max_tokens", "max_output_tokens", "model_length"})
+_BROKEN = frozenset({"error", "abort", "aborted", "cancelled", "network_error", "insufficient_system_resource"})
 
 
 def request_tools(tools: Sequence[ToolSpec]) -> list[Json]:
@@ -68,15 +72,15 @@ def request_messages(messages: Sequence[Message | AssistantMessage], *, text_cal
 def read_reply(body: object, *, text_calls: bool = True) -> ChatReply:
     """Read the first choice of a chat completion.
 
-    Raises EngineError, saying what is missing, where the body is no chat completion.
+    Raises EngineError where the body is no chat completion, saying what is missing, and where the server broke off.
     """
     choice = _first_choice(body)
     message = _mapping(choice.get("message"), "choices[0].message")
-    finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
     content = _text_of(message)
     entries = message.get("tool_calls") or []
     if not isinstance(entries, list):
         raise EngineError("choices[0].message.tool_calls is no list")
+    finish = _finish(choice.get("finish_reason"), empty=not content.strip() and not entries)
     if entries:
         calls = _calls(entries)
         text = content + "\n".join(call.raw for call in calls)
@@ -184,6 +188,22 @@ def _first_choice(body: object) -> Json:
     if "error" in reply:
         raise EngineError(f"the server answered with an error: {error_text(json.dumps(reply).encode())[0][:300]}")
     raise EngineError("the body has no choices")
+
+
+def _finish(reason: object, *, empty: bool) -> Finish:
+    """Return how the reply ended.
+
+    Servers have many words for a turn that the model ended itself (stop, tool_calls, eos_token, end_turn, none at all).
+    So only the words for what cuts a reply are known here.
+    """
+    word = reason.strip().lower() if isinstance(reason, str) else ""
+    if word in _BROKEN:
+        raise EngineError(f"the server broke the reply off (finish_reason {word!r})")
+    if word in FILTERED:
+        return "content_filter"
+    if word in _LENGTH:
+        return "length"
+    return "empty" if empty else "stop"
 
 
 def _mapping(value: object, what: str) -> Json:
