@@ -86,6 +86,8 @@ class AssistantMessage:
     parts: tuple[Part, ...]
     tool_calls: tuple[ToolCall, ...] = ()
     finish: Finish = "stop"
+    in_thought: bool = False
+    """Whether the prompt had opened ``<think>``, so that the text begins inside a thought."""
 
     @property
     def text(self) -> str:
