@@ -1,7 +1,8 @@
 """Sandbox backends by name.
 
 ``get(name)`` builds a backend, ``shared(name)`` returns the one of the running event loop, ``close_shared()`` ends
-those. Names: ``bubblewrap`` (the default), ``unsafe_local`` (no isolation), or ``"module:Class"``.
+those. Names: ``bubblewrap`` (the default), ``unsafe_local`` (no isolation), or ``"module:Class"``. A name may end in
+options of the backend, ``bubblewrap?python=/srv/sandbox-python``: an environment with packages for the code inside.
 """
 
 if __name__ != "areal_agents.sandboxes":
@@ -11,7 +12,9 @@ if __name__ != "areal_agents.sandboxes":
 import asyncio
 import difflib
 import importlib
+import inspect
 import os
+from collections.abc import Callable
 from typing import Final, cast
 from weakref import WeakKeyDictionary
 
@@ -32,21 +35,38 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> SandboxBackend:
-    """Build a new backend with its default settings.
+    """Build a new backend.
 
-    The caller closes it with ``aclose``. Raises RegistryError for a name that is unknown or cannot be imported.
+    The caller closes it with ``aclose``. Raises RegistryError for a name that is unknown or cannot be imported, and for
+    an option that the backend does not take.
     """
-    target = _BACKENDS.get(name, name)
+    plain, _, query = name.partition("?")
+    target = _BACKENDS.get(plain, plain)
     module_name, colon, attribute = target.partition(":")
     if not colon:
-        close = difflib.get_close_matches(name, _BACKENDS, n=1)
+        close = difflib.get_close_matches(plain, _BACKENDS, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise RegistryError(f"no sandbox backend {name!r}. {hint}Known: {', '.join(names())}, or 'module:Class'.")
+        raise RegistryError(f"no sandbox backend {plain!r}. {hint}Known: {', '.join(names())}, or 'module:Class'.")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise RegistryError(f"sandbox backend {name!r} cannot be loaded: {error}") from error
-    return cast(SandboxBackend, factory())
+        raise RegistryError(f"sandbox backend {plain!r} cannot be loaded: {error}") from error
+    return cast(SandboxBackend, factory(**_options(plain, query, factory)))
+
+
+def _options(name: str, query: str, factory: Callable[..., object]) -> dict[str, str]:
+    """Read ``key=value&key=value``: the constructor's keywords that are texts."""
+    known = [p.name for p in inspect.signature(factory).parameters.values() if p.annotation in (str, "str")]
+    options: dict[str, str] = {}
+    for part in filter(None, query.split("&")):
+        key, _, value = part.partition("=")
+        if key not in known or not value or key in options:
+            raise RegistryError(
+                f"sandbox backend {name!r}: {part!r} is no option. Write {name}?KEY=VALUE, with "
+                f"{' or '.join(known) or 'no key at all: it has none'} as the key."
+            )
+        options[key] = value
+    return options
 
 
 def shared(name: str) -> SandboxBackend:

@@ -22,7 +22,7 @@ from typing import Final
 
 from areal_agents.errors import ArealError, SandboxError, SandboxUnavailable
 from areal_agents.sandbox import ProbeReport, Sandbox, SandboxSpec
-from areal_agents.sandboxes import launch, memory, probes, seccomp
+from areal_agents.sandboxes import interpreter, launch, memory, probes, seccomp
 from areal_agents.sandboxes.sandbox_process import Holder
 from areal_agents.sandboxes.session import BubblewrapSession
 
@@ -40,21 +40,20 @@ class BubblewrapBackend:
 
     name = "bubblewrap"
 
-    def __init__(self, *, pool: int = 2, python: str = "/usr/bin/python3") -> None:
+    def __init__(self, *, pool: int = 2, python: str = interpreter.SYSTEM) -> None:
         """Check the settings, and start nothing yet.
 
         Args:
             pool: sandboxes kept started for the next session, for each of the last two specs. They are taken, never
                 reused.
-            python: path of the interpreter inside, below /usr.
+            python: what ``python3`` is inside: the folder of an environment with packages (venv, uv, conda), which is
+                mounted read-only, or an interpreter.
 
         Raises:
-            ValueError: for a negative ``pool``, or a ``python`` elsewhere.
+            ValueError: for a negative ``pool``.
         """
         if pool < 0:
             raise ValueError(f"pool must be 0 or more, got {pool}.")
-        if not python.startswith("/usr/"):
-            raise ValueError(f"python must lie below /usr, which is what the sandbox sees; got {python!r}.")
         self._pool, self._python = pool, python
         self._warm: dict[SandboxSpec, list[asyncio.Task[Holder]]] = {}
         self._sessions: set[BubblewrapSession] = set()
@@ -79,7 +78,7 @@ class BubblewrapBackend:
     async def _prove(self) -> tuple[ProbeReport, memory.MemoryBound]:
         if sys.platform != "linux":
             raise SandboxUnavailable(self.name, f"the platform is {sys.platform}", "Use a Linux host.")
-        launch.find_tools(root=os.geteuid() == 0, python=self._python)
+        tools = launch.find_tools(root=os.geteuid() == 0, python=self._python)
         seccomp.program()
         bound = await asyncio.to_thread(memory.detect)
         try:
@@ -88,7 +87,7 @@ class BubblewrapBackend:
             raise SandboxUnavailable(self.name, "a sandbox did not start", str(error)) from error
         session = BubblewrapSession(probes.SPEC, _given(holder))
         try:
-            report = await probes.run(self.name, session, bound, holder.host_uid())
+            report = await probes.run(self.name, session, bound, holder.host_uid(), tools.python)
         except SandboxError as error:
             raise SandboxUnavailable(self.name, "a sandbox died during its probes", str(error)) from error
         finally:

@@ -10,11 +10,20 @@ from typing import Final
 
 from areal_agents.errors import SandboxUnavailable
 from areal_agents.sandbox import SandboxSpec
+from areal_agents.sandboxes import interpreter
 
-ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "HOME": "/work", "LANG": "C.UTF-8"}
+ENVIRONMENT: Final = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/work",
+    "LANG": "C.UTF-8",
+    "PYTHONUNBUFFERED": "1",  # what a program printed is seen also when it is killed
+    "OMP_NUM_THREADS": "1",  # OpenBLAS, MKL and OpenMP start a thread a core otherwise, past the limit on large hosts
+    "MALLOC_ARENA_MAX": "2",  # each arena reserves 64 MB of address space
+}
 """All that a sandboxed process finds in its environment."""
 
 _PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+_SYSTEM: Final = interpreter.Interpreter(interpreter.SYSTEM)
 _INSIDE_ID: Final = "1000"
 
 APPARMOR_PROFILE: Final = """\
@@ -34,13 +43,23 @@ class Tools:
     bwrap: str
     setpriv: str | None
     """None unless the host is root."""
-    python: str = "/usr/bin/python3"
+    python: interpreter.Interpreter = _SYSTEM
+    """What code inside runs on."""
+
+    @property
+    def supervisor(self) -> str:
+        """The Python of pid 1: the system's where there is one."""
+        return interpreter.SYSTEM if Path(interpreter.SYSTEM).exists() else self.python.executable
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**ENVIRONMENT, "PATH": self.python.search_path}
 
 
 def find_tools(*, root: bool, python: str) -> Tools:
     """Locate the programs that start a sandbox.
 
-    Raises SandboxUnavailable, which names the package to install.
+    ``python`` is the path of an environment or an interpreter. Raises SandboxUnavailable, which names what is missing.
     """
     bwrap, setpriv = (shutil.which(name, path=_PATH) for name in ("bwrap", "setpriv"))
     if bwrap is None:
@@ -49,10 +68,14 @@ def find_tools(*, root: bool, python: str) -> Tools:
     if root and setpriv is None:
         remedy = "Install it (apt-get or dnf install util-linux), or run as a plain user."
         raise SandboxUnavailable("bubblewrap", "setpriv was not found", remedy)
-    if not Path(python).exists():
-        remedy = "Install it: apt-get install python3-minimal or dnf install python3."
-        raise SandboxUnavailable("bubblewrap", f"{python} was not found (it runs inside the sandbox)", remedy)
-    return Tools(bwrap, setpriv if root else None, python)
+    inside = interpreter.find(python, "bubblewrap")
+    if root and (closed := interpreter.unreadable(inside)):
+        problem = (
+            f"{closed} cannot be entered by the user that a sandbox of a root host runs as, so {python} cannot run"
+        )
+        remedy = f"Make the environment where everybody may read it. {interpreter.MAKE}"
+        raise SandboxUnavailable("bubblewrap", problem, remedy)
+    return Tools(bwrap, setpriv if root else None, inside)
 
 
 @cache
@@ -99,15 +122,20 @@ def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, s
     namespaces = [f"--unshare-{name}" for name in ("user", "pid", "net", "ipc", "uts", "cgroup")]
     identity = ["--uid", _INSIDE_ID, "--gid", _INSIDE_ID, "--hostname", "sandbox", "--cap-drop", "ALL"]
     life = ["--as-pid-1", "--new-session", "--die-with-parent", "--clearenv"]
-    for name, value in ENVIRONMENT.items():
+    for name, value in tools.environment.items():
         life += ["--setenv", name, value]
     mounts = [*_system_folders(), "--proc", "/proc", "--dev", "/dev"]
     for path in ("/dev/shm", "/tmp", "/work"):
         mounts += ["--size", str(spec.disk), "--tmpfs", path]
+    # After /tmp, which one of them may lie below.
+    for path in tools.python.mounts:
+        mounts += ["--ro-bind", path, path]
+    for path, target in tools.python.links:
+        mounts += ["--symlink", target, path]
     # Last, because bwrap makes mount points in both: they would be writable, shared and unbounded otherwise.
     mounts += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/work"]
     fds = ["--seccomp", str(seccomp), "--info-fd", str(info)]
-    inner = [tools.python, "-I", "-S", "-", str(control)]
+    inner = [tools.supervisor, "-I", "-S", "-", str(control)]
     return [*drop, tools.bwrap, *namespaces, *identity, *life, *mounts, *fds, "--", *inner]
 
 

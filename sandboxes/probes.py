@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from areal_agents.errors import SandboxUnavailable
 from areal_agents.sandbox import Probe, ProbeReport, Sandbox, SandboxSpec
+from areal_agents.sandboxes.interpreter import MAKE, Interpreter
 from areal_agents.sandboxes.launch import ENVIRONMENT
 from areal_agents.sandboxes.memory import MemoryBound
 
@@ -157,7 +158,9 @@ CHECKS: Final[tuple[_Check, ...]] = (
 )
 
 
-async def run(backend: str, sandbox: Sandbox, bound: MemoryBound, host_uid: int) -> ProbeReport:
+async def run(
+    backend: str, sandbox: Sandbox, bound: MemoryBound, host_uid: int, interpreter: Interpreter
+) -> ProbeReport:
     """Probe a session that was opened with ``SPEC``.
 
     Args:
@@ -165,32 +168,46 @@ async def run(backend: str, sandbox: Sandbox, bound: MemoryBound, host_uid: int)
         sandbox: the session.
         bound: how the session's memory is bounded.
         host_uid: whom the host sees running the sandbox. The uid map inside does not tell: bwrap nests two namespaces.
+        interpreter: what code inside runs on.
 
     Raises:
         SandboxUnavailable: at the first probe that fails.
     """
+    passed = [await python_starts(backend, sandbox, interpreter)]
     with _listeners() as (port, abstract):
-        argv = ["/usr/bin/python3", "-I", "-c", _LOOK, str(port), abstract]
+        argv = ["python3", "-I", "-c", _LOOK, str(port), abstract]
         result = await sandbox.exec(argv, timeout=_TIMEOUT)
     try:
         seen = {**json.loads(result.stdout), "host_uid": host_uid}
     except ValueError as error:
         detail = f"{result.status}: {result.stderr.decode('utf-8', 'replace')[-400:]}"
         raise SandboxUnavailable(backend, f"code does not run inside ({detail})", _USERNS) from error
-    passed = []
     for name, remedy, holds, detail_of in CHECKS:
         probe = Probe(name, holds(seen), str(detail_of(seen)))
         if not probe.passed:
             raise SandboxUnavailable(backend, f"probe {name!r} failed: {probe.detail}", remedy)
         passed.append(probe)
     passed.append(await _memory(backend, sandbox, bound))
-    return ProbeReport(backend, tuple(passed), bound.kind, _notes(bound))
+    return ProbeReport(backend, tuple(passed), bound.kind, (*interpreter.notes, *_notes(bound)))
+
+
+async def python_starts(backend: str, sandbox: Sandbox, interpreter: Interpreter) -> Probe:
+    """Start the Python inside. Raises SandboxUnavailable with what it says where it does not start."""
+    code = "import sys, json, ctypes, zlib; print(sys.prefix)"
+    result = await sandbox.exec(["python3", "-I", "-c", code], timeout=_TIMEOUT)
+    found = result.stdout.decode("utf-8", "replace").strip()
+    if result.status != "ok" or interpreter.prefix not in ("", found):
+        detail = result.stderr.decode("utf-8", "replace").strip()[-400:] or f"its prefix is {found!r} ({result.status})"
+        problem = f"{interpreter.executable} does not start inside: {detail}"
+        seen = ", ".join(("/usr", *interpreter.mounts))
+        raise SandboxUnavailable(backend, problem, f"It sees {seen} and nothing else of the host. {MAKE}")
+    return Probe("python starts", True, found)
 
 
 async def _memory(backend: str, sandbox: Sandbox, bound: MemoryBound) -> Probe:
     """Let eight processes try to hold 1.5 times the bound at one time."""
     share = SPEC.memory * 3 // 2 // 8
-    argv = ["/usr/bin/python3", "-I", "-c", HOLD, "8", str(share)]
+    argv = ["python3", "-I", "-c", HOLD, "8", str(share)]
     result = await sandbox.exec(argv, timeout=_TIMEOUT)
     held = max((int(line) for line in result.stdout.split() if line.isdigit()), default=0)
     detail = f"{bound.kind}: status {result.status}, {held >> 20} MB held at most of {SPEC.memory >> 20} MB allowed"

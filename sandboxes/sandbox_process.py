@@ -64,6 +64,7 @@ class Holder:
         self.slot: uids.Slot | None = None
         self.meter: Meter | None = None
         self.limits: Mapping[str, int] = {}
+        self.environment: Mapping[str, str] = launch.ENVIRONMENT
         self.gone = self._loop.create_future()
         """Done when the control socket has closed: nothing runs inside any more."""
         self._ready = self._loop.create_future()
@@ -93,10 +94,10 @@ class Holder:
         fds = Fds()
         try:
             meter = bound.meter(f"areal-agents-{slot.index if slot else f'u{os.getpid()}-{next(_names)}'}", spec)
-            info_read, info_write = fds.pipe()
-            errors, filter_fd = fds.memfd("stderr"), fds.memfd("seccomp", program)
+            (info_read, info_write), errors = fds.pipe(), fds.memfd("stderr")
+            filter_fd = fds.memfd("seccomp", program)
             holder = cls(*_popen(tools, spec, bound, slot, filter_fd, info_write, errors), spec)
-            holder.slot, holder.meter, holder.limits = slot, meter, limits
+            holder.slot, holder.meter, holder.limits, holder.environment = slot, meter, limits, tools.environment
             os.close(fds.take(info_write))
             await holder._wait_ready(errors)
             holder.pid = _inner_pid(info_read)
@@ -198,7 +199,7 @@ class Holder:
         if self.slot is not None:
             for descriptor in streams:
                 os.fchown(descriptor, self.slot.uid, self.slot.uid)  # so that /dev/stdout and /dev/stdin can be opened
-        message = fds.memfd("request", json.dumps(request).encode())
+        message = fds.memfd("request", json.dumps({**request, "env": dict(self.environment)}).encode())
         frame = supervisor.FRAME.pack(supervisor.START, ident, mode)
         if not self.alive:
             raise SandboxError("the sandbox has ended; its files are gone. Open a new session.")
@@ -219,8 +220,7 @@ class Holder:
 
     async def _kill(self, ident: int, reply: asyncio.Future[int]) -> None:
         self._send(supervisor.KILL, ident)
-        done, _ = await asyncio.wait((reply,), timeout=GRACE)
-        if not done:
+        if not (await asyncio.wait((reply,), timeout=GRACE))[0]:
             self.kill()
             await asyncio.wait((self.gone,), timeout=GRACE)
 

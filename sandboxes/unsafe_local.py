@@ -30,11 +30,13 @@ from typing import Any, Final
 
 from areal_agents.errors import SandboxError, SandboxUnavailable
 from areal_agents.sandbox import ExecResult, ExecStatus, Probe, ProbeReport, Process, Sandbox, SandboxSpec
-from areal_agents.sandboxes import pipes, supervisor
+from areal_agents.sandboxes import interpreter, launch, pipes, probes, supervisor
 from areal_agents.sandboxes.interactive_process import LiveProcess
 from areal_agents.sandboxes.session import inside_work
 
 _PRLIMIT: Final = "/usr/bin/prlimit"
+STACK: Final = 9 << 20
+"""Address space that a thread's stack and guard page reserve, with room for what libraries add."""
 
 
 class UnsafeLocalBackend:
@@ -45,22 +47,29 @@ class UnsafeLocalBackend:
 
     name = "unsafe_local"
 
-    def __init__(self) -> None:
+    def __init__(self, *, python: str = interpreter.SYSTEM) -> None:
+        """Take what ``python3`` is for the code: an environment's folder, or an interpreter."""
+        self._python = python
         self._sessions: set[UnsafeLocalSession] = set()
 
     async def probe(self) -> ProbeReport:
-        """Check that the limits can be set.
+        """Check that the limits can be set and that the Python starts.
 
         Proves nothing about isolation, of which there is none.
         """
         if not os.access(_PRLIMIT, os.X_OK):
             raise SandboxUnavailable(self.name, f"{_PRLIMIT} was not found", "Install it: apt-get install util-linux.")
-        return ProbeReport(self.name, (Probe("limits", True, _PRLIMIT),), "rlimits", ("No isolation of any kind.",))
+        python = interpreter.find(self._python, self.name, mounted=False)
+        async with self.session(SandboxSpec()) as session:
+            started = await probes.python_starts(self.name, session, python)
+        limits = Probe("limits", True, _PRLIMIT)
+        return ProbeReport(self.name, (limits, started), "rlimits", ("No isolation of any kind.",))
 
     @contextlib.asynccontextmanager
     async def session(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
         """Open a session with a temporary folder, made at its first call and removed at its end."""
-        session = UnsafeLocalSession(spec)
+        search_path = interpreter.find(self._python, self.name, mounted=False).search_path
+        session = UnsafeLocalSession(spec, search_path)
         self._sessions.add(session)
         try:
             yield session
@@ -80,8 +89,8 @@ class UnsafeLocalSession:
     Implements ``areal_agents.sandbox.Sandbox``. ``/work`` in the path of a file call means its folder.
     """
 
-    def __init__(self, spec: SandboxSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: SandboxSpec, search_path: str) -> None:
+        self._spec, self._search_path = spec, search_path
         self._lock = asyncio.Lock()
         self._folder: Path | None = None
         self._live: set[LiveProcess] = set()
@@ -98,7 +107,7 @@ class UnsafeLocalSession:
         folder, spec = str(self._work()), self._spec
         limits = [
             f"--cpu={spec.cpu_seconds}:{spec.cpu_seconds + 1}",
-            f"--as={max(2 * spec.memory, 1 << 30)}",
+            f"--as={max(2 * spec.memory, 1 << 30) + spec.processes * STACK}",
             f"--fsize={spec.disk}",
             f"--nofile={spec.open_files}",
             "--core=0",
@@ -109,7 +118,7 @@ class UnsafeLocalSession:
             stdout=stdout,
             stderr=stderr,
             cwd=folder,
-            env={"PATH": "/usr/bin:/bin", "HOME": folder, "LANG": "C.UTF-8"},
+            env={**launch.ENVIRONMENT, "PATH": self._search_path, "HOME": folder},
             start_new_session=True,
         )
 

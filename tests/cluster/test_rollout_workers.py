@@ -425,7 +425,7 @@ def test_the_last_worker_may_be_lost_while_another_one_is_added(
 def is_program(pid: int) -> bool:
     """Whether it is what the ``python`` tool runs inside the sandbox."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes() == b"/usr/bin/python3\0-I\0-\0"
+        return Path(f"/proc/{pid}/cmdline").read_bytes() == b"python3\0-I\0-u\0-X\0utf8\0-\0"
     return False
 
 

@@ -113,6 +113,7 @@ def test_bubblewrap_as_plain_user(check: suite.Check, as_plain_user: dict[str, s
 def test_probe_reports_every_point() -> None:
     report = asyncio.run(sandboxes.get("bubblewrap").probe())
     assert [probe.name for probe in report.probes if probe.passed] == [
+        "python starts",
         "no network",
         "file system read-only",
         "not host root",

@@ -129,6 +129,17 @@ def run_python(*codes: str) -> list[ToolResult]:
     return asyncio.run(main())
 
 
+def memory_bound() -> str:
+    require("bwrap")
+
+    async def main() -> str:
+        from areal_agents import sandboxes
+
+        return (await sandboxes.get("bubblewrap").probe()).memory_bound
+
+    return asyncio.run(main())
+
+
 def test_python_runs_in_the_sandbox() -> None:
     printed, silent, unicode, divided, exited = run_python(
         "print(347*58+129*46)", "x = 1", "print('é漢🙂')", "print('half')\n1/0", "import sys; sys.exit(3)"
@@ -143,6 +154,114 @@ def test_python_runs_in_the_sandbox() -> None:
     assert exited == ToolResult("error: exit code 3", "error")
 
 
+_HEADER = "Traceback (most recent call last):"
+
+
+def test_what_was_printed_is_shown_in_order_and_with_what_ended_it() -> None:
+    order, partial, killed, status, message, unread, expression = run_python(
+        "import sys, warnings\nprint('a'); print('b', file=sys.stderr); print('c'); warnings.warn('old')",
+        "print('no newline', end=''); import os; os._exit(7)",
+        "print('before'); import ctypes; ctypes.string_at(0)",
+        "print('x'); raise SystemExit(1)",
+        "import sys; sys.exit('bad input')",
+        "print(input('name? '))",
+        "1 + 1",
+    )
+    assert order == ToolResult("a\nb\nc\n<stdin>:2: UserWarning: old")
+    assert partial == ToolResult("no newline\nerror: exit code 7", "error")
+    assert killed == ToolResult("before\nerror: killed by SIGSEGV", "error")
+    assert status == ToolResult("x\nerror: exit code 1", "error")
+    assert message == ToolResult("bad input\nerror: exit code 1", "error")
+    assert unread.text.startswith("name? Traceback")
+    assert unread.text.endswith("EOFError: EOF when reading a line")
+    assert expression == ToolResult("(no output; use print)")
+
+
+def test_what_was_printed_before_memory_ran_out_is_shown() -> None:
+    bomb, after = run_python(
+        "print('before')\nblock = bytearray(2 << 30)\nfor i in range(0, 2 << 30, 4096): block[i] = 1", "print(1)"
+    )
+    assert bomb.text.startswith("before\n")
+    assert bomb.status == "error"
+    assert after == ToolResult("1")
+
+
+def test_tracebacks_are_short_whole_and_without_folders() -> None:
+    recursion, mutual, several, syntax, library, program = run_python(
+        "def f(): f()\nf()",
+        "def f(): g()\ndef g(): f()\nf()",
+        "raise ValueError('a\\nb\\nc\\nd\\ne')",
+        "x = 1\nprint(x",
+        "import json\njson.loads('{')",
+        "def f(): pass\nprint(__name__)\nif __name__ == '__main__': print(__file__)",
+    )
+    assert "[Previous line repeated 99" in recursion.text
+    assert recursion.text.endswith("RecursionError: maximum recursion depth exceeded")
+    assert mutual.text.splitlines()[:2] == ["Traceback (most recent call last):", "  ..."]
+    assert len(mutual.text.splitlines()) == 5
+    assert not mutual.truncated
+    assert several.text.endswith("ValueError: a\nb\nc\nd\ne")
+    assert syntax.text.splitlines()[0] == '  File "<stdin>", line 2'
+    assert syntax.text.splitlines()[-1].startswith("SyntaxError: ")
+    assert '  File "json/decoder.py", line ' in library.text
+    assert '  File "<stdin>", line 2, in <module>' in library.text
+    assert program == ToolResult("__main__\n<stdin>")
+
+
+def test_any_text_goes_in_and_comes_out() -> None:
+    half, printed, binary, encodings, zero = run_python(
+        "print(len('\ud83d'), ascii('\ud83d'))",
+        "print('\ud83d')",
+        "import sys; sys.stdout.buffer.write(b'\\xff|')",
+        "import locale, sys; print(sys.stdout.encoding, locale.getpreferredencoding(False), open('f', 'w').encoding)",
+        "print(1)\0",
+    )
+    assert half == ToolResult(r"1 '\ud83d'")
+    assert "UnicodeEncodeError" in printed.text
+    assert binary == ToolResult("\ufffd|")
+    assert {name.lower().replace("-", "") for name in encodings.text.split()} == {"utf8"}
+    assert zero == ToolResult("error: the code has a NUL character, which Python does not read", "error")
+
+
+_TOGETHER = """
+import os, threading
+from concurrent.futures import ThreadPoolExecutor
+meeting = threading.Barrier(32)
+def work(number):
+    meeting.wait(60)  # all 32 run at the same time, or nobody passes
+    return len(bytearray(100_000))
+with ThreadPoolExecutor(32) as pool:
+    print(sum(pool.map(work, range(32))))
+"""
+_PROCESSES = """
+import asyncio, multiprocessing, subprocess, sys
+def square(x):
+    return x * x
+if __name__ == "__main__":
+    with multiprocessing.Pool(2) as pool:
+        print(pool.map(square, range(4)))
+    with multiprocessing.Manager() as manager:
+        shared = manager.dict(a=1)
+        print(dict(shared))
+    from multiprocessing.shared_memory import SharedMemory
+    block = SharedMemory(create=True, size=1000)
+    block.close()
+    block.unlink()
+    async def main():
+        child = await asyncio.create_subprocess_exec(sys.executable, "-c", "print('child')", stdout=subprocess.PIPE)
+        print(await child.communicate(), await asyncio.to_thread(square, 3))
+    asyncio.run(main())
+"""
+
+
+def test_threads_and_processes_work() -> None:
+    if memory_bound() == "rlimits":
+        pytest.skip("memory is bounded by rlimits here, which leaves room for a few processes")
+    threads, processes = run_python(_TOGETHER, _PROCESSES)
+    assert threads == ToolResult("3200000")
+    assert processes == ToolResult("[0, 1, 4, 9]\n{'a': 1}\n(b'child\\n', None) 9")
+
+
 def test_python_keeps_files_between_calls_and_not_processes() -> None:
     _, read, name = run_python("open('f', 'w').write('kept'); x = 1", "print(open('f').read())", "print(x)")
     assert read.text == "kept"
@@ -154,14 +273,14 @@ def test_a_flood_of_output_is_stopped_and_cut() -> None:
     assert flood.status == "error"
     assert flood.truncated
     assert len(flood.text) <= python.max_output_chars
-    assert "error: stopped after 65536 bytes of output" in flood.text
+    assert "error: stopped after 131072 bytes of output" in flood.text
     assert after == ToolResult("1")
 
 
 @pytest.mark.slow
 def test_code_that_does_not_end_is_stopped() -> None:
-    endless, after = run_python("print('first', flush=True)\nwhile True: pass", "print(2)")
-    assert endless == ToolResult("first\nerror: stopped after 5 s", "timeout")
+    endless, after = run_python("print('first')\nprint('half', end='')\nwhile True: pass", "print(2)")
+    assert endless == ToolResult("first\nhalf\nerror: stopped after 5 s", "timeout")
     assert after == ToolResult("2")
 
 
@@ -182,11 +301,17 @@ def test_code_that_is_too_long_never_reaches_the_sandbox() -> None:
 @pytest.mark.parametrize(
     ("status", "out", "err", "expected"),
     [
-        ("ok", b"a\n\n", b"warning", ToolResult("a")),
+        ("ok", b"a\n\n", b"warning", ToolResult("a\nwarning")),
         ("ok", b"  a", b"", ToolResult("  a")),
         ("oom", b"", b"", ToolResult("error: out of memory", "error")),
-        ("timeout", b"a\n", b"", ToolResult("a\nerror: stopped after 5 s", "timeout")),
-        ("error", b"", b"1\n2\n3\n4\n", ToolResult("2\n3\n4", "error")),
+        ("timeout", b"a\n", b"", ToolResult("a\nerror: stopped at the limit of CPU time", "timeout")),
+        ("error", b"", b"1\n2\n", ToolResult("1\n2\nerror: exit code 9", "error")),
+        (
+            "error",
+            b"Traceback (most recent call last):\n   ^",
+            b"",
+            ToolResult("Traceback (most recent call last):\nerror: exit code 9", "error"),
+        ),
         ("error", b"\xff", b"", ToolResult("\ufffd\nerror: exit code 9", "error")),
     ],
 )

@@ -186,7 +186,7 @@ def test_a_killed_trainer_leaves_no_process(tmp_path: Path, model: Path, mark: s
 def _is_program(pid: int) -> bool:
     """Whether it is what the ``python`` tool runs inside the sandbox."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes() == b"/usr/bin/python3\0-I\0-\0"
+        return Path(f"/proc/{pid}/cmdline").read_bytes() == b"python3\0-I\0-u\0-X\0utf8\0-\0"
     except OSError:
         return False
 
