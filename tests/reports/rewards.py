@@ -60,17 +60,16 @@ def played(env: AgentEnv) -> tuple[list[float], float]:
         while True:
             yield r"\boxed{107}"
 
-    host = EnvHost()
-
     async def episode() -> list[float]:
-        driver = EpisodeDriver(lambda: env, task, ScriptPolicy(says, task), host, "e", 0, 60.0, max_turns=3)
-        await driver.play()
-        return [t.reward for t in driver.trajectory("g").turns]
+        host = EnvHost()
+        try:
+            driver = EpisodeDriver(lambda: env, task, ScriptPolicy(says, task), host, "e", 0, 60.0, max_turns=3)
+            await driver.play()
+            return [t.reward for t in driver.trajectory("g").turns]
+        finally:
+            await host.close()
 
-    try:
-        rewards = run(episode())
-    finally:
-        run(host.close())
+    rewards = run(episode())
     return rewards, sum(rewards)
 
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import venv
 from collections.abc import Sequence
+from pathlib import Path
 
+from tests.chat_server import Json, Step, call, chat_server, completion
 from tests.processes import descendants, until, wait_gone
 from tests.reports.envs import Coder
 from tests.reports.place import Place, call_text, case, play, run
 
 
-def printed(*codes: str) -> Sequence[str]:
+def printed(*codes: str, sandbox: str = "bubblewrap") -> Sequence[str]:
     """What the model sees of each of its runs, in one episode."""
     said = [call_text("python", json.dumps({"code": code})) for code in codes]
-    _, *after = play(Coder(), Coder.tasks("test")[0], said)
+    _, *after = play(Coder(sandbox=sandbox), Coder.tasks("test")[0], said)
     return ["\n".join(m.text for m in messages) for messages in after]
 
 
@@ -74,4 +79,32 @@ def nothing_survives(place: Place) -> None:
 
 @case("H1-65")
 def packages_inside(place: Place) -> None:
-    raise AssertionError("no setting yet")
+    """By a Python with packages, which a page says how to set; the default has none."""
+    setting = f"bubblewrap?python={environment(place.folder / 'python')}"
+    code = "import numpy, sympy\nprint(sympy.factor('x**2 - 1'), numpy.arange(3).sum())"
+    assert printed(code, sandbox=setting) == ["(x - 1)*(x + 1) 3"]
+    assert "ModuleNotFoundError: No module named 'sympy'" in printed("import sympy")[0]
+    with chat_server(solves) as server:  # and as a setting of a command
+        place.eval("Coder", {"model": "openai:m", "url": server.url, "n": 1, "env.sandbox": setting})
+    (episode,) = place.episodes("eval")
+    assert episode.turns[1].observation[0].text == "1007"
+    pages = (Path(__file__).parents[2] / "docs").glob("*.md")
+    assert any("bubblewrap?python=" in page.read_text() for page in pages)
+
+
+def environment(folder: Path) -> Path:
+    """A virtual environment with this one's numpy and sympy, as pip would install them."""
+    venv.create(folder, symlinks=True)
+    (there,) = folder.glob("lib/python*/site-packages")
+    for name in ("numpy", "numpy.libs", "sympy", "mpmath"):
+        here = Path(sysconfig.get_path("purelib")) / name
+        if here.is_dir():
+            shutil.copytree(here, there / name, ignore=shutil.ignore_patterns("tests", "__pycache__"))
+    return folder
+
+
+def solves(body: Json) -> Step:
+    if body["messages"][-1]["role"] == "tool":
+        return completion("done")
+    code = json.dumps({"code": "import sympy\nprint(sympy.Integer(1000) + 7)"})
+    return completion(None, finish="tool_calls", tool_calls=[call("python", code)])
