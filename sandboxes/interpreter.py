@@ -91,7 +91,8 @@ def _executable(python: str, backend: str) -> str:
     if os.path.isdir(path):
         path = os.path.join(path, "bin", "python3")
         if not os.path.exists(path):
-            raise SandboxUnavailable(backend, f"{python} is no Python environment: {path} was not found", MAKE)
+            gone = f"leads to {os.readlink(path)}, which is not there" if os.path.islink(path) else "was not found"
+            raise SandboxUnavailable(backend, f"{python} is no Python environment: {path} {gone}", MAKE)
     elif not os.path.exists(path):
         remedy = "Install it: apt-get install python3-minimal or dnf install python3." if path == SYSTEM else MAKE
         raise SandboxUnavailable(backend, f"{python} was not found (it runs inside the sandbox)", remedy)

@@ -70,9 +70,7 @@ def find_tools(*, root: bool, python: str) -> Tools:
         raise SandboxUnavailable("bubblewrap", "setpriv was not found", remedy)
     inside = interpreter.find(python, "bubblewrap")
     if root and (closed := interpreter.unreadable(inside)):
-        problem = (
-            f"{closed} cannot be entered by the user that a sandbox of a root host runs as, so {python} cannot run"
-        )
+        problem = f"{python} cannot run as the plain user that a root host's sandbox is: {closed} is closed to others"
         remedy = f"Make the environment where everybody may read it. {interpreter.MAKE}"
         raise SandboxUnavailable("bubblewrap", problem, remedy)
     return Tools(bwrap, setpriv if root else None, inside)

@@ -194,7 +194,7 @@ async def run(
 async def python_starts(backend: str, sandbox: Sandbox, interpreter: Interpreter) -> Probe:
     """Start the Python inside. Raises SandboxUnavailable with what it says where it does not start."""
     code = "import sys, json, ctypes, zlib; print(sys.prefix)"
-    result = await sandbox.exec(["python3", "-I", "-c", code], timeout=_TIMEOUT)
+    result = await sandbox.exec([interpreter.executable, "-I", "-c", code], timeout=_TIMEOUT)
     found = result.stdout.decode("utf-8", "replace").strip()
     if result.status != "ok" or interpreter.prefix not in ("", found):
         detail = result.stderr.decode("utf-8", "replace").strip()[-400:] or f"its prefix is {found!r} ({result.status})"

@@ -42,7 +42,7 @@ class EnvConfig(Section):
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the environment's constructor."""
     sandbox: str = "bubblewrap"
-    """The sandbox backend that tools run in."""
+    """The sandbox backend that tools run in. ``bubblewrap?python=FOLDER`` gives code the packages of a venv."""
     step_timeout: Positive = 60.0
     """Seconds one ``reset`` or ``step`` may take before it counts as an infrastructure error."""
 
