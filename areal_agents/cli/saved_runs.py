@@ -85,7 +85,7 @@ class Rescore:
 
     def _score(self, run: SavedRun, paths: list[Path], reward: object) -> Outcome:
         from areal_agents.errors import RegistryError
-        from areal_agents.evaluation.evaluate import Progress
+        from areal_agents.evaluation.progress import Progress
         from areal_agents.evaluation.rescore import answer_of, plain_answer, rescore
         from areal_agents.evaluation.saved_run import episode_ids
         from areal_agents.tracking.trajectories import write_shard

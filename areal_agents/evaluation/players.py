@@ -11,6 +11,7 @@ from areal_agents.chat.format import ChatFormat
 from areal_agents.chat_model import ChatReply
 from areal_agents.engine import Sampling
 from areal_agents.engine_kind import engine_kind
+from areal_agents.errors import ConfigError
 from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.chat_policy import ChatPolicy
@@ -43,9 +44,24 @@ class Served:
 
     url: str = ""
     names: set[str] = field(default_factory=set)
+    before: tuple[str, ...] = ()
+    """The names that it had in earlier sittings; empty where there was none."""
+
+    def __post_init__(self) -> None:
+        self.names |= set(self.before)
 
     def see(self, reply: ChatReply) -> None:
-        self.names.add(reply.model or "a model without a name")
+        """Note the name of the model that answered.
+
+        Raises ConfigError where an earlier sitting was answered by another one.
+        """
+        name = reply.model or "a model without a name"
+        if self.before and name not in self.before:
+            raise ConfigError(
+                f"{self.url} answers as {name!r}, and answered as {', '.join(map(repr, self.before))} when the "
+                "evaluation was begun: it is another model. Evaluate anew in another folder"
+            )
+        self.names.add(name)
 
     def text(self) -> str:
         return f"{', '.join(sorted(self.names))} at {self.url}" if self.url else ""

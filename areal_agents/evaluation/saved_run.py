@@ -21,7 +21,7 @@ from areal_agents import models, registry, settings
 from areal_agents.chat.toolcalls import find_blocks
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError
-from areal_agents.evaluation.evaluate import attempt_seed
+from areal_agents.evaluation.attempts import attempt_seed
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import env_maker
 from areal_agents.rollout.producer import group_seed

@@ -7,9 +7,11 @@ Some have a short name besides: ``--n`` is ``--eval.n``.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from areal_agents.settings import describe
 from areal_agents.settings.config import Section, TrainConfig
@@ -123,6 +125,15 @@ def load_evaluation(
 def eval_folder() -> Path:
     """Return where an evaluation goes that was given no folder."""
     return Path("runs") / f"eval-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def server_of(out: Path) -> dict[str, Any]:
+    """Read how the server of the evaluation in ``out`` was reached, or nothing where there was none."""
+    try:
+        found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["server"]
+    except (OSError, ValueError, KeyError, TypeError):  # who goes on with it says what is wrong with the file
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _given(section: Section, prefix: str) -> list[str]:

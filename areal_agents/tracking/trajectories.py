@@ -1,14 +1,16 @@
 """Trajectory files: Parquet shards that pandas, DuckDB and ``datasets`` read, and this package reads back exactly.
 
     OUT/trajectories/KIND/step-000003.parquet       one shard a (kind, step), one row an episode
+    OUT/trajectories/KIND/step-000003.jsonl         the same rows, one a line, while the episodes come (``journal.py``)
 
-A shard appears whole or not at all. Columns and queries: ``docs/trajectories.md``. Text and JSON columns are written by
-``exact_json``: plain, but for what UTF-8 and JSON lack.
+A shard appears whole or not at all, and takes the place of the lines. Columns and queries: ``docs/trajectories.md``.
+Text and JSON columns are written by ``exact_json``: plain, but for what UTF-8 and JSON lack.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ says whether it began in a thought.
 """
 _READ = ("2", str(SCHEMA_VERSION))
 _VERSION_KEY = b"areal_agents.schema_version"
-_NAME = re.compile(r"step-(\d{6,})\.parquet")
+_NAME = re.compile(r"step-(\d{6,})\.(?:parquet|jsonl)")
 _KIND = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 ParquetRow = dict[str, Any]
 
@@ -73,13 +75,16 @@ def shard_path(out: Path, kind: str, step: int) -> Path:
 def shards(out: Path, kind: str | None = None) -> list[Path]:
     """List the shards of a run folder (or of its ``trajectories/``), sorted by kind, then step.
 
-    ``kind`` chooses one kind, None all. Half-written files are left out. Raises ArealError where ``out`` is no folder.
+    The lines of a shard that is not whole yet stand in its place. ``kind`` chooses one kind, None all. Half-written
+    files are left out. Raises ArealError where ``out`` is no folder.
     """
     if not out.is_dir():
         raise ArealError(f"{out} is no folder: name a run's folder, such as runs/demo")
     root = out / "trajectories" if (out / "trajectories").is_dir() else out
-    found = [(p.parent.name, int(m[1]), p) for p in root.glob("*/*.parquet") if (m := _NAME.fullmatch(p.name))]
-    return [path for k, _, path in sorted(found) if kind is None or k == kind]
+    found = [(p.parent.name, int(m[1]), p) for p in root.glob("*/step-*") if (m := _NAME.fullmatch(p.name))]
+    # Where a process died between the two, the shard has all that the lines have.
+    whole = [(k, step, p) for k, step, p in found if p.suffix == ".parquet" or not p.with_suffix(".parquet").exists()]
+    return [path for k, _, path in sorted(whole) if kind is None or k == kind]
 
 
 def step_of(path: Path) -> int:
@@ -102,7 +107,7 @@ def write_shard(path: Path, records: Sequence[Record]) -> None:
     import pyarrow.parquet as pq
 
     try:
-        table = pa.Table.from_pylist([_row(r) for r in records], schema=_schema())
+        table = pa.Table.from_pylist([row_of(r) for r in records], schema=_schema())
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:  # hidden until it is whole: readers of the folder pass over it
             pq.write_table(table, file, compression="zstd")
@@ -121,6 +126,8 @@ def read_shard(path: Path) -> list[Record]:
     import pyarrow.parquet as pq
 
     try:
+        if path.suffix == ".jsonl":
+            return [_record(row) for row in read_rows(path)]
         with pq.ParquetFile(path) as file:
             version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY, b"").decode(errors="replace")
             if version not in _READ:
@@ -132,6 +139,27 @@ def read_shard(path: Path) -> list[Record]:
         return [_record(row if version != "2" else _from_2(row)) for row in rows]
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         raise ArealError(f"{path} is no readable trajectory shard: {type(error).__name__}: {error}") from error
+
+
+def read_rows(path: Path) -> list[ParquetRow]:
+    """Read the rows of a shard that is still lines.
+
+    A last line that was cut short is left out. Raises ArealError for a file that is missing, or another broken line.
+    """
+    rows: list[ParquetRow] = []
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for line in file:
+                if not line.endswith("\n"):
+                    break
+                row = json.loads(line)
+                if row["schema_version"] != SCHEMA_VERSION:
+                    raise ValueError(f"schema_version {row['schema_version']}, this package reads {SCHEMA_VERSION}")
+                rows.append(row)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ArealError(f"{path}: after {len(rows)} episodes, no readable line: {said}") from error
+    return rows
 
 
 def read_records(out: Path, *, kind: str | None = None) -> Iterator[Record]:
@@ -174,7 +202,8 @@ def _schema() -> Any:
     return pa.schema(list(row), metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()})
 
 
-def _row(record: Record) -> ParquetRow:
+def row_of(record: Record) -> ParquetRow:
+    """Return a record as one row of the file."""
     t = record.trajectory
     calls = [call for turn in t.turns for call in turn.message.tool_calls]
     return {

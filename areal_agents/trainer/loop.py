@@ -22,7 +22,8 @@ from areal_agents.algorithms.objective import PolicyObjective
 from areal_agents.chat_model import refuse_training, remote_name
 from areal_agents.engine import Sampling
 from areal_agents.errors import Interrupted, LearnerLost
-from areal_agents.evaluation.evaluate import EvalReport, Stopwatch, calls_of, compare_table
+from areal_agents.evaluation.evaluate import EvalReport, calls_of, compare_table
+from areal_agents.evaluation.progress import Stopwatch
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.tasks import TaskStream
@@ -161,7 +162,7 @@ async def _phases(run: Run) -> dict[str, EvalReport]:
 
 
 def _how_to_go_on(config: TrainConfig, folder: RunFolder, stop: Stop) -> str:
-    name = stop.signal.name if stop.signal else "a signal"
+    name = stop.name
     if not (config.out / "config.toml").exists():
         return f"stopped by {name} before anything was begun"
     commit = folder.read_commit() or Commit()

@@ -6,12 +6,12 @@ A resumed run may differ in some settings, and goes on from its last commit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from areal_agents import settings
 from areal_agents.errors import ConfigError
 from areal_agents.settings.config import TrainConfig
+from areal_agents.settings.differences import differences
 from areal_agents.trainer.run_folder import Commit, RunFolder
 
 MAY_CHANGE = (
@@ -75,19 +75,3 @@ def begin(folder: RunFolder, config: TrainConfig, *, resume: bool) -> tuple[Comm
         commit = dataclasses.replace(commit, complete=False, reports=reports)
         folder.commit(commit)  # before the logs are cut back behind that evaluation
     return commit, changes
-
-
-def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Return both values of each dotted key whose values differ, except ``out``."""
-    a, b = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    return {k: (a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k) and k != "out"}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and prefix + name != "env.kwargs":
-            out |= _flat(value, f"{prefix}{name}.")
-        else:
-            out[prefix + name] = value
-    return out

@@ -17,7 +17,9 @@ from areal_agents import registry
 from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Sampling
 from areal_agents.errors import LearnerLost
-from areal_agents.evaluation.evaluate import EvalReport, Progress, Stopwatch, held_out, run_attempts, summarize
+from areal_agents.evaluation.attempts import run_attempts
+from areal_agents.evaluation.evaluate import EvalReport, held_out, summarize
+from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.models import resolve
 from areal_agents.rollout.demonstrations import demonstration_rows, require_all
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, limits_of, prove_sandbox

@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, TypeVar
 
 from areal_agents.utils.outcomes import unheard
@@ -32,13 +32,19 @@ class StopRequested(BaseException):
 class Stop:
     """A request to stop a run, which a signal makes.
 
-    ``forced`` is true after the second signal, which also cancels the run's task.
+    ``forced`` is true after the second signal, which also cancels the run's task. While ``at_once`` is true the first
+    one cancels it too, since nothing has begun that would be worth finishing.
     """
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
         self.signal: signal.Signals | None = None
         self.forced = False
+        self.at_once = False
+
+    @property
+    def name(self) -> str:
+        return self.signal.name if self.signal else "a signal"
 
     @property
     def requested(self) -> bool:
@@ -47,6 +53,27 @@ class Stop:
     def request(self, number: signal.Signals) -> None:
         self.signal = number
         self._event.set()
+
+    @contextlib.contextmanager
+    def cancelling(self, tasks: Mapping[Any, asyncio.Task[Any]], *, seconds: float) -> Iterator[None]:
+        """Cancel the tasks that still run ``seconds`` after a stop.
+
+        Once a second, because whoever swallows a cancellation goes on.
+        """
+
+        async def cancel() -> None:
+            await self._event.wait()
+            await asyncio.sleep(seconds)
+            while True:
+                for task in tasks.values():
+                    task.cancel()
+                await asyncio.sleep(1.0)
+
+        canceller = asyncio.create_task(cancel())
+        try:
+            yield
+        finally:
+            canceller.cancel()
 
     async def race(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` and return its result, unless a stop comes first.
@@ -85,7 +112,9 @@ def stop_on_signals(message: Callable[[str], None], *, doing: str = "finishing t
     def on_signal(number: signal.Signals) -> None:
         if not stop.requested:
             stop.request(number)
-            message(f"{number.name}: {doing}. Once more stops at once")
+            message(f"{number.name}: stopping" if stop.at_once else f"{number.name}: {doing}. Once more stops at once")
+            if stop.at_once:
+                task.cancel()
         elif not stop.forced:
             stop.forced = True
             # A learner's thread cannot be stopped inside a step. The engine and sandboxes end with this process.

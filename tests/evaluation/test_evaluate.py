@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from areal_agents import registry
-from areal_agents.errors import ConfigError, FailureBudgetError, RegistryError, SandboxUnavailable
-from areal_agents.evaluation.evaluate import EvalReport, Progress, compare_table, evaluate, held_out, summarize
+from areal_agents.errors import ConfigError, FailureBudgetError, InfraError, RegistryError, SandboxUnavailable
+from areal_agents.evaluation.evaluate import EvalReport, compare_table, evaluate, held_out, summarize
+from areal_agents.evaluation.progress import Progress
 from areal_agents.evaluation.saved_run import SavedRun
 from areal_agents.settings.config import EngineConfig, EnvConfig, ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records
@@ -78,7 +79,7 @@ def test_rates_by_hand() -> None:
 def test_an_infrastructure_failure_is_no_wrong_answer() -> None:
     assert report([attempt(1.0)], [None]).pass_at_1 == 1.0
     assert report([attempt(1.0), None]).pass_at_k is None
-    with pytest.raises(ConfigError, match="every attempt failed"):
+    with pytest.raises(InfraError, match="infrastructure failed every attempt, so that there is nothing to score"):
         report([None], [None])
 
 

@@ -1,6 +1,6 @@
 """Hermes, Qwen2.5 and Qwen3, and the notation of experts and scripts in any model's episodes.
 
-    <tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>
+<tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>
 """
 
 from __future__ import annotations

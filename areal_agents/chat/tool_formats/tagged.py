@@ -34,7 +34,9 @@ class TaggedCall:
         if self.problem:
             return Read(self.name, {}, "invalid_arguments", self.problem)
         if sum(map(len, self.values.values())) > MAX_JSON_CHARS:
-            return Read(self.name, {}, "invalid_arguments", f"the arguments are longer than {MAX_JSON_CHARS} characters")
+            return Read(
+                self.name, {}, "invalid_arguments", f"the arguments are longer than {MAX_JSON_CHARS} characters"
+            )
         arguments = typed(self.values, tools.get(self.name))
         if not sane(arguments):
             return Read(self.name, {}, "invalid_arguments", "an argument is no text")
