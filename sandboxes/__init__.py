@@ -10,13 +10,15 @@ if __name__ != "areal_agents.sandboxes":
 
 import asyncio
 import difflib
-import importlib
 import os
 from typing import Final, cast
 from weakref import WeakKeyDictionary
 
-from areal_agents.errors import RegistryError
+from areal_agents.errors import ArealError, RegistryError
 from areal_agents.sandbox import SandboxBackend
+from areal_agents.utils.exits import no_exit
+from areal_agents.utils.foreign import import_foreign
+from areal_agents.utils.short_text import described
 
 _BACKENDS: Final = {
     "bubblewrap": "areal_agents.sandboxes.bubblewrap:BubblewrapBackend",
@@ -43,10 +45,17 @@ def get(name: str) -> SandboxBackend:
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise RegistryError(f"no sandbox backend {name!r}. {hint}Known: {', '.join(names())}, or 'module:Class'.")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise RegistryError(f"sandbox backend {name!r} cannot be loaded: {error}") from error
-    return cast(SandboxBackend, factory())
+        factory = getattr(import_foreign(module_name), attribute)
+    except Exception as error:  # the author's module may raise anything
+        raise RegistryError(f"sandbox backend {name!r} cannot be loaded: {described(error)}") from error
+    try:
+        with no_exit():
+            made = factory()
+    except ArealError:
+        raise
+    except Exception as error:
+        raise RegistryError(f"sandbox backend {name!r} cannot be made: {described(error)}") from error
+    return cast(SandboxBackend, made)
 
 
 def shared(name: str) -> SandboxBackend:
