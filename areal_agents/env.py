@@ -24,10 +24,11 @@ from typing import Any, ClassVar, SupportsFloat, overload
 
 import gymnasium
 
-from areal_agents.errors import EnvError
+from areal_agents.errors import ArealError, EnvError
 from areal_agents.spaces import ChatSpace, TextSpace
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Info, Observation, StopReason, Task
+from areal_agents.utils.short_text import described, short
 from areal_agents.utils.sync import run_sync
 
 Expert = Generator[str, Observation, None]
@@ -176,4 +177,12 @@ class LazyTasks(Sequence[Task]):
         position = index + self._length if index < 0 else index
         if not 0 <= position < self._length:
             raise IndexError(f"task {index} of {self._length}")
-        return self._make(position)
+        try:
+            task = self._make(position)
+        except ArealError:
+            raise
+        except Exception as error:  # the author's own code
+            raise EnvError(f"task {position} of {self._length} could not be made: {described(error)}") from error
+        if not isinstance(task, Task):
+            raise EnvError(f"task {position} of {self._length} is {short(task)}, which is no Task: use Task.make")
+        return task

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -155,6 +157,26 @@ def content_hash(payload: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _plain(value: Any, place: str) -> Any:
+    """Return ``value`` with Python's own numbers for NumPy's, and with lists and dictionaries of its own.
+
+    Raises TypeError for what JSON lacks. ``place`` says where in the payload it stands.
+    """
+    if isinstance(value, Mapping):
+        return {key: _plain(inner, f"{place}[{key!r}]") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_plain(inner, f"{place}[{i}]") for i, inner in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"{place} is {value}")
+    if value is None or isinstance(value, str | int | float):
+        return value
+    hint = {"ndarray": ": use .tolist()", "set": ": use sorted(…)", "bytes": ": decode it"}
+    raise TypeError(f"{place} is a {type(value).__name__}{hint.get(type(value).__name__, '')}")
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """One thing to do.
@@ -179,9 +201,17 @@ class Task:
             payload: what the environment knows of it, the gold answer included; JSON values.
 
         Raises:
-            TypeError: for a payload that is not JSON.
+            TypeError: for a payload that is not JSON, with the task and the place. NumPy's numbers become Python's.
         """
-        return cls(id, split, seed, dict(payload), content_hash(payload))
+        if not isinstance(id, str) or not isinstance(split, str):
+            raise TypeError(f"task {id!r} of split {split!r}: id and split are texts")
+        if not isinstance(payload, Mapping):
+            raise TypeError(f"the payload of task {id!r} is a {type(payload).__name__}: it must be a dictionary")
+        try:
+            plain = _plain(payload, "payload")
+            return cls(id, split, operator.index(seed), plain, content_hash(plain))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"task {id!r} is not JSON: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

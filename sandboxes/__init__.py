@@ -11,15 +11,17 @@ if __name__ != "areal_agents.sandboxes":
 
 import asyncio
 import difflib
-import importlib
 import inspect
 import os
 from collections.abc import Callable
 from typing import Final, cast
 from weakref import WeakKeyDictionary
 
-from areal_agents.errors import RegistryError
+from areal_agents.errors import ArealError, RegistryError
 from areal_agents.sandbox import SandboxBackend
+from areal_agents.utils.exits import no_exit
+from areal_agents.utils.foreign import import_foreign
+from areal_agents.utils.short_text import described
 
 _BACKENDS: Final = {
     "bubblewrap": "areal_agents.sandboxes.bubblewrap:BubblewrapBackend",
@@ -48,10 +50,17 @@ def get(name: str) -> SandboxBackend:
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise RegistryError(f"no sandbox backend {plain!r}. {hint}Known: {', '.join(names())}, or 'module:Class'.")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise RegistryError(f"sandbox backend {plain!r} cannot be loaded: {error}") from error
-    return cast(SandboxBackend, factory(**_options(plain, query, factory)))
+        factory = getattr(import_foreign(module_name), attribute)
+    except Exception as error:  # the author's module may raise anything
+        raise RegistryError(f"sandbox backend {plain!r} cannot be loaded: {described(error)}") from error
+    try:
+        with no_exit():
+            made = factory(**_options(plain, query, factory))
+    except ArealError:
+        raise
+    except Exception as error:
+        raise RegistryError(f"sandbox backend {plain!r} cannot be made: {described(error)}") from error
+    return cast(SandboxBackend, made)
 
 
 def _options(name: str, query: str, factory: Callable[..., object]) -> dict[str, str]:

@@ -35,7 +35,7 @@ from areal_agents.evaluation.unfinished import (
     tell,
 )
 from areal_agents.models import resolve
-from areal_agents.registry import EnvSpec
+from areal_agents.registry import EnvSpec, require_distinct
 from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig, TrainConfig
@@ -227,12 +227,14 @@ def held_out(spec: EnvSpec, split: str, n: int, *, difficulty: float | None) -> 
         difficulty: in [0, 1]. None is the environment's default.
 
     Raises:
-        ConfigError: the split has fewer tasks.
+        ConfigError: the split has fewer tasks, or two of them have one id.
     """
     tasks = spec.tasks(split, difficulty=difficulty)
     if len(tasks) < n:
-        raise ConfigError(f"{spec.id}:{split} has {len(tasks)} tasks, but n = {n}: lower it")
-    return [tasks[i] for i in range(n)]
+        raise ConfigError(f"{spec.id}:{split} has {len(tasks)} tasks, but eval.n = {n}: lower it")
+    chosen = [tasks[i] for i in range(n)]
+    require_distinct(chosen, f"{spec.id}:{split}")
+    return chosen
 
 
 async def evaluate(
@@ -322,6 +324,7 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
             "server's URL (--url), other models have none"
         )
     spec = registry.spec(config.env.id)
+    spec.require_arguments(config.env.kwargs)
     tasks = held_out(spec, e.split, e.n, difficulty=config.env.difficulty)
     earlier = read_earlier(config) if resume else Earlier()
     earlier.require_tasks(tasks, out=out)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import importlib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from areal_agents.tool import ToolResult
 from areal_agents.toolenv import ToolEnv
 from areal_agents.tracking.trajectories import Record, read_shard
 from areal_agents.types import AssistantMessage, Cut, Message, Trajectory
+from areal_agents.utils.foreign import import_foreign
 
 ReadAnswer = Callable[[Record], str]
 """Returns what the rubric gets to see of a record's final message."""
@@ -119,7 +119,7 @@ def _find(name: str) -> Any:
         except RegistryError as error:
             raise ConfigError(f'--reward {name}: write "package.module:function" ({error})') from error
     try:
-        module = importlib.import_module(module_name)
+        module = import_foreign(module_name)
     except Exception as error:  # a boundary: the author's module may raise anything
         raise ConfigError(f"--reward {name}: importing {module_name!r} failed: {error!r}") from error
     try:

@@ -12,15 +12,13 @@ two steps; what is on the disk then, and how a run goes on from it, is in ``trai
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from areal_agents import registry, settings
+from areal_agents import settings
 from areal_agents.algorithms.advantages import Estimator
 from areal_agents.algorithms.batch import Batch, Row, rows_of
-from areal_agents.algorithms.objective import PolicyObjective
-from areal_agents.chat_model import refuse_training, remote_name
-from areal_agents.engine import Sampling
 from areal_agents.errors import Interrupted, LearnerLost
 from areal_agents.evaluation.evaluate import EvalReport, calls_of, compare_table
 from areal_agents.evaluation.progress import Stopwatch
@@ -28,8 +26,9 @@ from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import AlgorithmConfig, TrainConfig
+from areal_agents.trainer.preflight import require_runnable
 from areal_agents.trainer.resize import answering
-from areal_agents.trainer.resume import begin
+from areal_agents.trainer.resume import begin, rate_change
 from areal_agents.trainer.run import Run, open_run
 from areal_agents.trainer.run_folder import Commit, RunFolder, require_shared
 from areal_agents.types import Group
@@ -77,11 +76,7 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
             resumed.
     """
     watch = Stopwatch()
-    if remote_name(config.model.path) is not None:
-        refuse_training(config.model.path)
-    spec = registry.spec(config.env.id)  # first: a typo must not wait for a model, nor leave a folder
-    spec.tasks(config.env.split, difficulty=config.env.difficulty)
-    _require_algorithms(config.algorithm)
+    require_runnable(config)  # first: a typo must not wait for a model, nor leave a folder
     with RunFolder(config.out, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as folder:
         commit, changes = begin(folder, config, resume=resume)
         lives = _Lives(config)
@@ -104,12 +99,6 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
     return RunResult(config.out, config.out / "model", reports, watch.seconds)
 
 
-def _require_algorithms(a: AlgorithmConfig) -> None:
-    """Raise ConfigError where a chosen function is not there, or returns something else on a small trial."""
-    Estimator(a.advantage)
-    PolicyObjective(loss=a.loss, correction=a.correction, aggregation=a.aggregation)
-
-
 @dataclass
 class _Lives:
     """The state that a run carries from one learner to the next."""
@@ -126,7 +115,7 @@ async def _run(
     commit: Commit | None,
     stop: Stop,
     *,
-    changes: dict[str, tuple[object, object]],
+    changes: Mapping[str, tuple[object, object]],
     console: bool,
 ) -> dict[str, EvalReport]:
     """Run all phases, except those that the commit has already."""
@@ -138,6 +127,9 @@ async def _run(
                     run.tracker.event("learner_replaced", reason=lost[-1], times=len(lost))
                 run.tracker.event("resumed", step=commit.step, changed={k: new for k, (_, new) in changes.items()})
                 run.tracker.message(f"resumed at step {commit.step} of {run.config.steps}")
+                if rate := rate_change(run.config, changes, commit.step):
+                    run.tracker.event("learning_rate_changed", step=rate.step, old=rate.old, new=rate.new)
+                    run.tracker.message(rate.text)
             return await _phases(run)
         finally:  # also where the learner is lost: the next one keeps the sizes that a resize gave
             lives.config = run.config
@@ -175,7 +167,6 @@ async def learn(run: Run) -> None:
     config, r, every = run.config, run.config.rollout, run.config.checkpoint.every
     if run.learner.version >= config.steps:
         return
-    Sampling(r.max_turn_tokens, r.temperature).require_trainable()
     buffer = Buffer(
         groups=r.groups, group_size=r.group_size, max_staleness=r.staleness, concurrency=r.concurrency,
         on_exceed=r.on_exceed, order=r.order, total_batches=config.steps,
