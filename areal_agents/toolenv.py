@@ -30,6 +30,7 @@ from areal_agents.types import (
     tool_result,
     user,
 )
+from areal_agents.utils.short_text import short
 
 if TYPE_CHECKING:
     from areal_agents.engine import ChatModel
@@ -104,7 +105,7 @@ class ToolEnv(AgentEnv):
         await self._dispatcher.aclose()
         task = self.begin(seed, options)
         opening = (system(self.system_prompt),) if self.system_prompt else ()
-        observation = (*opening, user(self.prompt(task)))
+        observation = (*opening, user(self._text("prompt", self.prompt(task))))
         self._messages, self._results, self._running = list(observation), [], True
         return observation, {}
 
@@ -112,14 +113,15 @@ class ToolEnv(AgentEnv):
         """Take one turn, which scores a final message or runs the tools that the message calls.
 
         Raises:
-            EnvError: the episode has ended.
+            EnvError: the episode has ended, or a hook returned something else than it must.
             RewardError: the reward is broken.
+            TaskError: the task cannot be scored.
             SandboxError: see ``Dispatcher``.
         """
         self._require_running()
         self._messages.append(action)
-        if self.is_final(action):
-            reward, info = await self._score("answer", self.answer(action))
+        if self._is_final(action):
+            reward, info = await self._score("answer", self._text("answer", self.answer(action)))
             return (), reward, True, False, info
         results = await self._dispatcher.run(action.tool_calls)
         self._results += results
@@ -144,6 +146,17 @@ class ToolEnv(AgentEnv):
     def _require_running(self) -> None:
         if not self._running:
             raise EnvError(f"{type(self).__name__}: no episode is running; call reset first")
+
+    def _text(self, hook: str, value: object) -> str:
+        if not isinstance(value, str):
+            raise EnvError(f"{type(self).__name__}.{hook} returned {short(value)}, which is not a text")
+        return value
+
+    def _is_final(self, action: AssistantMessage) -> bool:
+        final: object = self.is_final(action)
+        if not isinstance(final, bool):
+            raise EnvError(f"{type(self).__name__}.is_final returned {short(final)}, which is not a bool")
+        return final
 
     async def _score(self, reason: StopReason, answer: str | None) -> tuple[float, Info]:
         """End the episode and return the last turn's reward, with the info that explains it."""

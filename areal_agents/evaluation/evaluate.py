@@ -10,19 +10,21 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from areal_agents import registry
 from areal_agents.chat_model import remote_name
-from areal_agents.errors import ConfigError
+from areal_agents.errors import ConfigError, TaskError
 from areal_agents.evaluation.players import Served, Server, on_engines, on_server
 from areal_agents.evaluation.statistics import PASS, clustered_interval, pass_at_k, pass_hat_k
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
+from areal_agents.rollout.task_faults import reasons
 from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig, TrainConfig
 from areal_agents.settings.evaluation import eval_folder, training_only
 from areal_agents.settings.writing import dump
@@ -35,7 +37,7 @@ from areal_agents.types import Task, Trajectory
 class EvalReport:
     """The report of one evaluation.
 
-    Rates are over scored attempts, but ``infra_rate`` is over all of them.
+    Rates are over scored attempts, but ``infra_rate`` is over all attempts at tasks that can be played.
     """
 
     env: str
@@ -68,6 +70,8 @@ class EvalReport:
     tokens: float
     """Sampled tokens an attempt."""
     seconds: float
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Tasks that cannot be played or scored, each with the reason. Their attempts are in no rate."""
     served: str = ""
     """Of a model behind a chat server: the name that the server gives itself for it, and the server's URL."""
 
@@ -77,9 +81,10 @@ class EvalReport:
     def line(self, label: str) -> str:
         """Return the report as one line for a log."""
         low, high = self.ci95
+        out = f", {len(self.left_out)} tasks left out" if self.left_out else ""
         return (
             f"held-out, {label}: pass@1 {self.pass_at_1:.3f} ({low:.3f}–{high:.3f}), valid calls "
-            f"{self.valid_call_rate:.2f}, n = {self.n}, {self.seconds:.0f} s"
+            f"{self.valid_call_rate:.2f}, n = {self.n}{out}, {self.seconds:.0f} s"
         )
 
     def table(self) -> str:
@@ -103,6 +108,7 @@ def summarize(
     temperature: float,
     seed: int,
     seconds: float,
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> EvalReport:
     """Report what ``results`` show.
 
@@ -117,14 +123,16 @@ def summarize(
         temperature: of sampling.
         seed: of environments and sampling.
         seconds: that the evaluation took.
+        left_out: tasks that cannot be played or scored, each with the reason. Their attempts count nowhere.
 
     Raises:
         ConfigError: no attempt was scored.
     """
+    results = [(task, tries) for task, tries in results if task.id not in left_out]
     scored = [(task, [t for t in tries if t is not None]) for task, tries in results]
     scored = [(task, tries) for task, tries in scored if tries]
     if not scored:
-        raise ConfigError(f"evaluation of {env}: every attempt failed; events.jsonl holds the errors")
+        raise ConfigError(f"evaluation of {env}: every attempt failed; events.jsonl says why{reasons(left_out)}")
     k = max(len(tries) for _, tries in results)
     everything = [t for _, tries in scored for t in tries]
     total = len(everything)
@@ -149,6 +157,7 @@ def summarize(
         turns=sum(len(t.turns) for t in everything) / total,
         tokens=sum(t.sampled_tokens for t in everything) / total,
         seconds=seconds,
+        left_out=dict(left_out),
     )  # fmt: skip
 
 
@@ -164,7 +173,7 @@ async def run_attempts(
 ) -> list[tuple[Task, list[Trajectory | None]]]:
     """Play every task ``k`` times and return each task with its attempts.
 
-    An attempt is None where infrastructure failed it. The attempts at a task differ in their seed.
+    An attempt without a score is None. The attempts at a task differ in their seed.
 
     Args:
         runner: plays an episode, and counts and retries what fails.
@@ -180,14 +189,17 @@ async def run_attempts(
     """
     slots = asyncio.Semaphore(concurrency)
     done = 0
+    left = [k] * len(tasks)
 
     async def attempt(index: int, i: int) -> Trajectory | None:
         nonlocal done
+        task, name, result = tasks[index], f"{label}/{index}", None
         async with slots:
-            task = tasks[index]
-            result = await runner.run(
-                task, id=f"{label}/{index}/{i}", group=f"{label}/{index}", seed=attempt_seed(seed, i)
-            )
+            with contextlib.suppress(TaskError):  # ``settle`` says so, once for all attempts at the task
+                result = await runner.run(task, id=f"{name}/{i}", group=name, seed=attempt_seed(seed, i))
+        left[index] -= 1
+        if not left[index]:
+            runner.settle(task, group=name)
         done += 1
         progress(done, len(tasks) * k)
         return result
@@ -217,7 +229,9 @@ def compare_table(reports: dict[str, EvalReport]) -> str:
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+    table = "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+    named = {id: why for r in reports.values() for id, why in r.left_out.items()}
+    return f"{table}\n{len(named)} tasks left out, they are in no rate:{reasons(named)}" if named else table
 
 
 def held_out(spec: EnvSpec, split: str, n: int, *, difficulty: float | None) -> list[Task]:
@@ -332,7 +346,8 @@ async def _evaluate(config: TrainConfig, server: Server | None) -> EvalReport:
         tracker = stack.enter_context(Tracker(config.out, tensorboard=False))
         (config.out / "config.toml").write_text(dump(config, leave_out=training_only))
         player = await stack.enter_async_context(opener(tracker.event))
-        runner = EpisodeRunner(player, budget, max_retries=config.rollout.max_retries, event=tracker.event)
+        retries = config.rollout.max_retries
+        runner = EpisodeRunner(player, budget, max_retries=retries, event=tracker.event, say=tracker.message)
         try:
             results = await run_attempts(
                 runner, tasks, k=e.k, concurrency=concurrency, seed=config.seed, label=e.split,
@@ -342,7 +357,7 @@ async def _evaluate(config: TrainConfig, server: Server | None) -> EvalReport:
             await runner.close()
         report = summarize(
             results, env=config.env.id, split=e.split, model=config.model.path, version=0,
-            temperature=e.temperature, seed=config.seed, seconds=watch.seconds,
+            temperature=e.temperature, seed=config.seed, seconds=watch.seconds, left_out=runner.left_out,
         )  # fmt: skip
         report = replace(report, served=served.text())
         tracker.trajectories.write([t for _, tries in results for t in tries if t is not None], step=0, kind="eval")

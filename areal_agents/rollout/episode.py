@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar, get_args
 
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, EnvError, InfraError, RewardError
+from areal_agents.rollout.env_faults import located, raised
 from areal_agents.rollout.env_results import Call, Returned, read, read_tools
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Completion, Ids, Info, Observation, StopReason, Task, Trajectory, Turn
@@ -156,6 +157,7 @@ class EpisodeDriver:
             InfraError: the engine, the sandbox or the environment failed. Another attempt may succeed.
             RewardError: a reward is no finite number, or ``turn_rewards`` has not one entry a turn. Another attempt is
                 useless.
+            TaskError: the task cannot be played or scored, whoever plays it.
         """
         try:
             await self.open()
@@ -290,10 +292,10 @@ class EpisodeDriver:
 
         try:
             got = await self.host.call(guarded, timeout=self.step_timeout, what=where)
-        except ArealError:  # it says already whose failure it is: the host's, a sandbox's, the environment's
-            raise
+        except ArealError as error:  # it says already whose failure it is: the host's, a sandbox's, the environment's
+            raise located(error, where)  # noqa: B904  the same error
         except Exception as error:  # third-party code: recorded, attached, counted
-            failed = EnvError(f"{where} raised {described(error)}")
+            failed = raised(error, where)
             self.faults[failed] = turn
             raise failed from error
         if isinstance(got, Returned):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,7 +17,7 @@ from typing import Any, Literal, Protocol
 from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Engine, Sampling
 from areal_agents.env import AgentEnv
-from areal_agents.errors import ConfigError, FailureBudgetError, InfraError
+from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.demonstrations import ExpertPolicy
 from areal_agents.rollout.env_host import EnvHost, HostLost
@@ -32,6 +33,8 @@ EventSink = Callable[..., None]
 """``event(kind, **fields)``: one line in the run's event log."""
 
 _MAX_HOSTS_LOST = 20
+_MAX_BLOCKED = 2
+"""Attempts at one task whose reset may block the thread."""
 
 
 def no_events(kind: str, **fields: object) -> None:
@@ -55,6 +58,7 @@ class EpisodePlayer(Protocol):
         Raises:
             InfraError: another attempt may succeed.
             RewardError: another attempt is useless.
+            TaskError: every attempt at this task is.
         """
         ...
 
@@ -91,6 +95,8 @@ class LocalPlayer:
         self._make_env, self._policy, self._limits, self._event = make_env, policy, limits, event
         self._host = EnvHost()
         self._hosts_lost = 0
+        self._blocking: dict[str, list[EnvError]] = {}
+        """By task id: how its resets blocked the thread."""
 
     async def play(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory:
         """Make one attempt, as ``EpisodePlayer.play`` promises.
@@ -98,6 +104,9 @@ class LocalPlayer:
         Raises FailureBudgetError where hosts are lost again and again.
         """
         while True:
+            blocked = self._blocking.get(task.id, [])
+            if len(blocked) >= _MAX_BLOCKED:  # each costs a thread that nobody can end, and all others their turns
+                raise copy(blocked[0])
             episode = EpisodeDriver(
                 self._make_env, task, self._policy(task), self._healthy_host(), id=id, seed=seed,
                 step_timeout=self._limits.step_timeout, max_turns=self._limits.max_turns,
@@ -107,6 +116,10 @@ class LocalPlayer:
                 return episode.trajectory(group)
             except HostLost:  # another environment blocked the thread: this episode is innocent and starts again
                 self._event("host_lost", episode=id, task=task.id)
+            except EnvError as error:
+                if error.blame == "hang" and self._host.wedged and not error.turns:
+                    self._blocking.setdefault(task.id, []).append(error)
+                raise
 
     def _healthy_host(self) -> EnvHost:
         if self._host.wedged:
