@@ -45,6 +45,10 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     chance: ClassVar[float] = 0.0
     """The mean reward that a policy without any skill may reach. The reward audit allows 0.05 more."""
+    step_seconds: float = 0.0
+    """Seconds that a step may take by its nature, besides its tool calls (a compilation, a slow judge).
+
+    The runner ends a step after ``env.step_timeout``, these seconds, and what the message's tool calls may take."""
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
 
     task: Task

@@ -65,7 +65,7 @@ class TextProcessEnv(AgentEnv):
         super().__init__()
         if not getattr(type(self), "entry_point", ""):
             raise EnvError(f'{type(self).__name__} has no `entry_point`: set it to "module:Class" or a Gymnasium id')
-        self._step_timeout = step_timeout
+        self._step_timeout = self.step_seconds = step_timeout
         self._start_timeout = start_timeout
         self._child: asyncio.subprocess.Process | None = None
         self._group: asyncio.Task[None] | None = None

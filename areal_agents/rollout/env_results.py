@@ -94,6 +94,22 @@ def read_tools(env: AgentEnv, where: str) -> tuple[ToolSpec, ...]:
         return tuple(tools)
 
 
+def read_seconds(env: AgentEnv, where: str) -> float:
+    """Return how many seconds a step of the environment may take by its nature.
+
+    Raises EnvError where that is no number of seconds.
+    """
+    with _reading("step_seconds", where):
+        declared: object = env.step_seconds
+        try:
+            seconds = finite(declared)
+        except ValueError:
+            seconds = -1.0
+        if seconds < 0:
+            raise EnvError(f"{where}: step_seconds is {short(declared)}, which is no number of seconds")
+        return seconds
+
+
 def read(call: Call, result: object, where: str, turns: int) -> Returned:
     """Check the ``result`` of ``call`` and copy what counts.
 

@@ -8,13 +8,14 @@ wherever it is opened.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from areal_agents.chat.format import ChatFormat
+from areal_agents.chat.toolcalls import MAX_CALLS
 from areal_agents.engine import Engine, Sampling
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError
@@ -33,6 +34,8 @@ EventSink = Callable[..., None]
 """``event(kind, **fields)``: one line in the run's event log."""
 
 _MAX_HOSTS_LOST = 20
+_TOOL_SECONDS = 60.0
+"""What the calls of a tool are taken to need that is not known before its environment is made."""
 _MAX_BLOCKED = 2
 """Attempts at one task whose reset may block the thread."""
 
@@ -161,6 +164,16 @@ class PlayerSpec:
     """Keyword arguments of the environment's constructor, over the registered ones."""
     policy: Literal["engine", "expert"] = "engine"
     """Who takes the turns: the engine, or the environment's scripted expert."""
+
+    @property
+    def step_seconds(self) -> float:
+        """Most seconds that one step may take beyond ``limits.step_timeout``, by what the class declares."""
+        cls = self.env.env_class()
+        tools: object = cls.tools
+        known = isinstance(tools, Sequence)  # a property of the instances tells nothing here
+        slowest = max((t.timeout for t in tools), default=0.0) if known else _TOOL_SECONDS  # type: ignore[attr-defined]
+        own = cls.step_seconds
+        return MAX_CALLS * slowest + (own if isinstance(own, float | int) else 0.0)
 
     def build(self, engine: Engine, *, fmt: ChatFormat | None = None, event: EventSink = no_events) -> LocalPlayer:
         """Build the player in this process.
