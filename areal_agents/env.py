@@ -52,6 +52,10 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     By default it is none: the episode is truncated, and nothing is paid for the message. With True the environment's
     reward stands, and the episode counts as truncated all the same.
     """
+    step_seconds: float = 0.0
+    """Seconds that a step may take by its nature, besides its tool calls (a compilation, a slow judge).
+
+    The runner ends a step after ``env.step_timeout``, these seconds, and what the message's tool calls may take."""
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
 
     task: Task

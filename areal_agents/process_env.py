@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import importlib
 import json
-import math
 import os
 import signal
 import sys
@@ -25,11 +24,15 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any, ClassVar
 
 import gymnasium
+import numpy as np
 
 from areal_agents.env import AgentEnv, LazyTasks
 from areal_agents.errors import EnvError
 from areal_agents.types import AssistantMessage, Info, Observation, Task, system, user
+from areal_agents.utils.faults import from_outside
 from areal_agents.utils.parent import end_with_parent
+from areal_agents.utils.real_number import finite
+from areal_agents.utils.short_text import described, short
 
 _MAX_LINE_BYTES = 16 << 20
 _STDERR_TAIL_BYTES = 2000
@@ -61,7 +64,7 @@ class TextProcessEnv(AgentEnv):
         super().__init__()
         if not getattr(type(self), "entry_point", ""):
             raise EnvError(f'{type(self).__name__} has no `entry_point`: set it to "module:Class" or a Gymnasium id')
-        self._step_timeout = step_timeout
+        self._step_timeout = self.step_seconds = step_timeout
         self._start_timeout = start_timeout
         self._child: asyncio.subprocess.Process | None = None
         self._group: asyncio.Task[None] | None = None
@@ -91,20 +94,17 @@ class TextProcessEnv(AgentEnv):
             await self._start()
         reply = await self._ask({"reset": task.payload["seed"]}, self._step_timeout)
         opening = (system(self.system_prompt),) if self.system_prompt else ()
-        return (*opening, user(_observation(reply))), {}
+        return (*opening, user(reply["observation"])), {}
 
     async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
         if self._child is None:
             raise EnvError(f"{type(self).__name__}: no episode is running; call reset first")
         reply = await self._ask({"step": self.action_text(action)}, self._step_timeout)
-        reward = reply["reward"]
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise EnvError(f"{self.entry_point} returned the reward {reward!r}, which is no finite number")
-        terminated, truncated = bool(reply["terminated"]), bool(reply["truncated"])
+        reward, terminated, truncated = reply["reward"], reply["terminated"], reply["truncated"]
         info: Info = {}
         if terminated or truncated:
             info["stop_reason"] = "answer" if terminated else "max_turns"
-        return (user(_observation(reply)),), float(reward), terminated, truncated, info
+        return (user(reply["observation"]),), reward, terminated, truncated, info
 
     async def aclose(self) -> None:
         child, self._child = self._child, None
@@ -151,11 +151,15 @@ class TextProcessEnv(AgentEnv):
                 raise EnvError(f"the process of {self.entry_point} ended{await self._last_words()}")
             reply: dict[str, Any] = json.loads(line)
             if "error" in reply:
-                raise EnvError(f"{self.entry_point} failed: {reply['error']}")
+                failed = EnvError(f"{self.entry_point} failed: {reply['error']}")
+                failed.blame = "outside" if reply["outside"] else "environment"
+                raise failed
             answered = True
             return reply
         except TimeoutError as error:
-            raise EnvError(f"{self.entry_point} did not answer within {timeout:g} s and was killed") from error
+            hung = EnvError(f"{self.entry_point} did not answer within {timeout:g} s and was killed")
+            hung.blame = "hang"
+            raise hung from error
         except (ConnectionError, ValueError) as error:  # ValueError: no JSON, or a line over the limit
             raise EnvError(f"{self.entry_point} broke off: {error!r}{await self._last_words()}") from error
         finally:
@@ -184,14 +188,12 @@ async def _end_group(child: asyncio.subprocess.Process) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _observation(reply: Mapping[str, Any]) -> str:
-    text = reply["observation"]
-    if not isinstance(text, str):
-        raise EnvError(f"a TextProcessEnv's observations must be strings, got {text!r:.200}")
-    return text
-
-
 # The child
+
+_RETURNS = {
+    "reset": ("observation", "info"),
+    "step": ("observation", "reward", "terminated", "truncated", "info"),
+}
 
 
 def _make(entry_point: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
@@ -205,7 +207,7 @@ def _make(entry_point: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any
 
 def _serve(entry_point: str, kwargs: Mapping[str, Any], requests: IO[bytes], replies: IO[bytes]) -> None:
     def answer(reply: Mapping[str, Any]) -> None:
-        replies.write(json.dumps(reply, default=_plain).encode() + b"\n")
+        replies.write(json.dumps(reply).encode() + b"\n")
         replies.flush()
 
     try:
@@ -214,20 +216,38 @@ def _serve(entry_point: str, kwargs: Mapping[str, Any], requests: IO[bytes], rep
         for line in requests:
             request = json.loads(line)
             if "reset" in request:
-                answer({"observation": env.reset(seed=request["reset"])[0]})
+                answer(_checked("reset", env.reset(seed=request["reset"])))
             else:
-                observation, reward, terminated, truncated, _ = env.step(request["step"])
-                answer({"observation": observation, "reward": reward, "terminated": terminated, "truncated": truncated})
+                answer(_checked("step", env.step(request["step"])))
     except Exception as error:  # noqa: BLE001  the boundary: reported to the parent, which ends this process
-        answer({"error": repr(error)})
+        answer({"error": described(error), "outside": from_outside(error)})
 
 
-def _plain(value: Any) -> Any:
-    """Return NumPy's numbers and booleans as Python's own, for JSON.
+def _checked(call: str, returned: object) -> dict[str, Any]:
+    """Return what ``reset`` or ``step`` returned as plain values by name.
 
-    Anything else becomes its repr, which the parent's checks refuse.
+    Raises TypeError where it is not what Gymnasium's contract says, and for a reward that is no finite number.
     """
-    return value.item() if hasattr(value, "item") else repr(value)
+    names = _RETURNS[call]
+    if not isinstance(returned, tuple) or len(returned) != len(names):
+        raise TypeError(f"{call} returned {short(returned)}, not ({', '.join(names)})")
+    got = dict(zip(names, returned, strict=True))
+    if not isinstance(got["observation"], str):
+        raise TypeError(f"{call} returned the observation {short(got['observation'])}, which is not a text")
+    if not isinstance(got.pop("info"), Mapping):
+        raise TypeError(f"{call} returned info {short(returned[-1])}, which is not a dict")
+    plain: dict[str, Any] = {"observation": str(got["observation"])}
+    for flag in ("terminated", "truncated"):
+        if flag in got:
+            if not isinstance(got[flag], bool | np.bool_):
+                raise TypeError(f"{call} returned {flag} = {short(got[flag])}, which is not a bool")
+            plain[flag] = bool(got[flag])
+    if "reward" in got:
+        try:
+            plain["reward"] = finite(got["reward"])
+        except ValueError as wrong:
+            raise TypeError(f"{call} returned the reward {short(got['reward'])}, which is {wrong}") from wrong
+    return plain
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from areal_agents.types import (
     tool_result,
     user,
 )
+from areal_agents.utils.short_text import short
 
 if TYPE_CHECKING:
     from areal_agents.engine import ChatModel
@@ -105,7 +106,7 @@ class ToolEnv(AgentEnv):
         await self._dispatcher.aclose()
         task = self.begin(seed, options)
         opening = (system(self.system_prompt),) if self.system_prompt else ()
-        observation = (*opening, user(self.prompt(task)))
+        observation = (*opening, user(self._text("prompt", self.prompt(task))))
         self._messages, self._results, self._running = list(observation), [], True
         return observation, {}
 
@@ -115,18 +116,19 @@ class ToolEnv(AgentEnv):
         A final message that was cut is no answer. It ends the episode as truncated, unless ``scores_cut_messages``.
 
         Raises:
-            EnvError: the episode has ended.
+            EnvError: the episode has ended, or a hook returned something else than it must.
             RewardError: the reward is broken.
+            TaskError: the task cannot be scored.
             SandboxError: see ``Dispatcher``.
         """
         self._require_running()
         self._messages.append(action)
-        if self.is_final(action):
+        if self._is_final(action):
             cut = action.cut({t.name for t in self.tools})
             if cut and not self.scores_cut_messages:
                 reward, info = await self._score(cut, None)
                 return (), reward, False, True, info
-            reward, info = await self._score("answer", self.answer(action))
+            reward, info = await self._score("answer", self._text("answer", self.answer(action)))
             return (), reward, True, False, info
         results = await self._dispatcher.run(action.tool_calls)
         self._results += results
@@ -151,6 +153,17 @@ class ToolEnv(AgentEnv):
     def _require_running(self) -> None:
         if not self._running:
             raise EnvError(f"{type(self).__name__}: no episode is running; call reset first")
+
+    def _text(self, hook: str, value: object) -> str:
+        if not isinstance(value, str):
+            raise EnvError(f"{type(self).__name__}.{hook} returned {short(value)}, which is not a text")
+        return value
+
+    def _is_final(self, action: AssistantMessage) -> bool:
+        final: object = self.is_final(action)
+        if not isinstance(final, bool):
+            raise EnvError(f"{type(self).__name__}.is_final returned {short(final)}, which is not a bool")
+        return final
 
     async def _score(self, reason: StopReason, answer: str | None) -> tuple[float, Info]:
         """End the episode and return the last turn's reward, with the info that explains it."""

@@ -178,6 +178,8 @@ async def run(
         argv = ["python3", "-I", "-c", _LOOK, str(port), abstract]
         result = await sandbox.exec(argv, timeout=_TIMEOUT)
     try:
+        if result.status != "ok":
+            raise ValueError(result.status)
         seen = {**json.loads(result.stdout), "host_uid": host_uid}
     except ValueError as error:
         detail = f"{result.status}: {result.stderr.decode('utf-8', 'replace')[-400:]}"
@@ -209,9 +211,12 @@ async def _memory(backend: str, sandbox: Sandbox, bound: MemoryBound) -> Probe:
     share = SPEC.memory * 3 // 2 // 8
     argv = ["python3", "-I", "-c", HOLD, "8", str(share)]
     result = await sandbox.exec(argv, timeout=_TIMEOUT)
-    held = max((int(line) for line in result.stdout.split() if line.isdigit()), default=0)
+    counts = [int(line) for line in result.stdout.split() if line.isdigit()]
+    held = max(counts, default=0)
     detail = f"{bound.kind}: status {result.status}, {held >> 20} MB held at most of {SPEC.memory >> 20} MB allowed"
-    if (result.status == "oom" or result.status in ("ok", "error")) and held <= SPEC.memory:
+    # Without a count and without ``oom`` the program did not even start, which proves nothing.
+    tried = result.status == "oom" or (bool(counts) and result.status in ("ok", "error"))
+    if tried and held <= SPEC.memory:
         return Probe("memory bounded", True, detail)
     remedy = (
         "Run as root with a writable memory cgroup, or with a systemd user session that delegates the memory "

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, ClassVar
 
 import gymnasium
@@ -52,9 +53,32 @@ class Guess(gymnasium.Env[Any, Any]):
                 return str(subprocess.Popen(["sleep", "600"]).pid), 0.0, False, False, {}
             case "late":
                 return "", 0.0, False, True, {}
+            case "exact":
+                return "", Decimal("0.25"), False, False, {}
+            case "numpy":
+                return np.str_("so"), np.bool_(True), np.bool_(False), False, {}  # type: ignore[return-value]
+            case "zero-d":
+                return "", np.array(0.5), False, False, {}
+            case "old gym":
+                return "", 0.0, False, {}  # type: ignore[return-value]
+            case "no info":
+                return "", 0.0, False, False, None  # type: ignore[return-value]
+            case "no flag":
+                return "", 0.0, None, False, {}  # type: ignore[return-value]
+            case "a text":
+                return "", "1.0", False, False, {}
+            case "axes":
+                return "", np.array([1.0]), False, False, {}
+            case "refused":
+                raise RuntimeError("cannot ask") from ConnectionRefusedError(111, "refused")
         hit = int(action) == self.secret
         over: Any = np.bool_(hit)
         return ("yes" if hit else "no"), np.float32(hit), over, False, {}
+
+
+class OldGym(Guess):
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        return "hello"
 
 
 class Game(TextProcessEnv):
@@ -89,16 +113,44 @@ def test_an_episode() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("raise", r"Guess failed: KeyError\('lost'\)"),
+        ("raise", "Guess failed: KeyError: 'lost'"),
         ("seven", r"Guess failed: ValueError"),
         ("die", r"Guess ended with status 7.*last words"),
-        ("nan", "reward nan, which is no finite number"),
-        ("list", r"observations must be strings, got \[1\]"),
+        ("nan", "reward nan, which is not finite"),
+        ("list", r"the observation \[1\], which is not a text"),
+        ("old gym", r"step returned \('', 0.0, False, {}\), not \(observation, reward, terminated, truncated, info\)"),
+        ("no info", "step returned info None, which is not a dict"),
+        ("no flag", "step returned terminated = None, which is not a bool"),
+        ("a text", "the reward '1.0', which is not a number"),
+        ("axes", "the reward array.*, which is not a number"),
     ],
 )
 def test_what_the_environment_does_wrong_is_an_env_error(text: str, message: str) -> None:
-    with pytest.raises(EnvError, match=f"(?s){message}"):
+    with pytest.raises(EnvError, match=f"(?s){message}") as caught:
         play(text)
+    assert caught.value.blame == "environment"
+
+
+def test_numbers_of_every_kind_arrive_as_floats() -> None:
+    _, exact, numpy, zero_d = play("exact", "numpy", "zero-d")
+    assert exact[1:4] == (0.25, False, False)
+    assert numpy == ((user("so"),), 1.0, False, False, {})
+    assert zero_d[1] == 0.5
+    assert all(type(step[1]) is float for step in (exact, numpy, zero_d))
+
+
+def test_a_refused_connection_in_the_child_is_not_the_environments() -> None:
+    with pytest.raises(EnvError, match="RuntimeError: cannot ask") as caught:
+        play("refused")
+    assert caught.value.blame == "outside"
+
+
+def test_a_reset_of_the_old_gym_is_refused() -> None:
+    class Old(TextProcessEnv):
+        entry_point = "tests.test_process_env:OldGym"
+
+    with pytest.raises(EnvError, match=r"reset returned 'hello', not \(observation, info\)"):
+        play(env=Old(step_timeout=120))
 
 
 def test_a_step_that_hangs_is_killed() -> None:

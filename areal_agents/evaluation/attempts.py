@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from areal_agents.errors import TaskError
 from areal_agents.rollout.retries import EpisodeRunner
 from areal_agents.types import Task, Trajectory
 from areal_agents.utils.signals import Stop
@@ -32,7 +33,7 @@ async def run_attempts(
 ) -> list[tuple[Task, list[Trajectory | None]]]:
     """Play every task ``k`` times and return each task with its attempts.
 
-    An attempt is None where infrastructure failed it. The attempts at a task differ in their seed. After a stop nothing
+    An attempt without a score is None. The attempts at a task differ in their seed. After a stop nothing
     begins, and what runs has ``FINISH_SECONDS``: attempts that were not played, or not to their end, are left out.
 
     Args:
@@ -53,6 +54,7 @@ async def run_attempts(
     slots = asyncio.Semaphore(concurrency)
     done = len(saved)
     left_out: set[Place] = set()
+    open_attempts = [sum((index, i) not in saved for i in range(k)) for index in range(len(tasks))]
 
     async def attempt(index: int, i: int) -> Trajectory | None:
         nonlocal done
@@ -60,12 +62,14 @@ async def run_attempts(
             if stop is not None and stop.requested:
                 left_out.add((index, i))
                 return None
-            task = tasks[index]
-            result = await runner.run(
-                task, id=f"{label}/{index}/{i}", group=f"{label}/{index}", seed=attempt_seed(seed, i)
-            )
+            task, name, result = tasks[index], f"{label}/{index}", None
+            with contextlib.suppress(TaskError):  # ``settle`` says so, once for all attempts at the task
+                result = await runner.run(task, id=f"{name}/{i}", group=name, seed=attempt_seed(seed, i))
         if result is not None:
             scored(result)
+        open_attempts[index] -= 1
+        if not open_attempts[index]:
+            runner.settle(task, group=name, played=any((index, j) in saved for j in range(k)))
         done += 1
         progress(done, len(tasks) * k)
         return result

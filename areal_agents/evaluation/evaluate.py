@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from areal_agents import registry
@@ -38,6 +39,7 @@ from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec, require_distinct
 from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
+from areal_agents.rollout.task_faults import reasons
 from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig, TrainConfig
 from areal_agents.settings.evaluation import eval_folder, training_only
 from areal_agents.settings.writing import dump
@@ -54,7 +56,7 @@ from areal_agents.utils.tolerance import PASS
 class EvalReport:
     """The report of one evaluation.
 
-    Rates are over scored attempts, but ``infra_rate`` is over all of them.
+    Rates are over scored attempts, but ``infra_rate`` is over all attempts at tasks that can be played.
     """
 
     env: str
@@ -87,6 +89,8 @@ class EvalReport:
     tokens: float
     """Sampled tokens an attempt."""
     seconds: float
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Tasks that cannot be played or scored, each with the reason. Their attempts are in no rate."""
     served: str = ""
     """Of a model behind a chat server: the name that the server gives itself for it, and the server's URL."""
     unplayed: int = 0
@@ -98,9 +102,10 @@ class EvalReport:
     def line(self, label: str) -> str:
         """Return the report as one line for a log."""
         low, high = self.ci95
+        out = f", {len(self.left_out)} tasks left out" if self.left_out else ""
         return (
             f"held-out, {label}: pass@1 {self.pass_at_1:.3f} ({low:.3f}–{high:.3f}), valid calls "
-            f"{self.valid_call_rate:.2f}, n = {self.n}, {self.seconds:.0f} s"
+            f"{self.valid_call_rate:.2f}, n = {self.n}{out}, {self.seconds:.0f} s"
         )
 
     def table(self) -> str:
@@ -138,6 +143,7 @@ def summarize(
     seconds: float,
     planned: int | None = None,
     first_failure: BaseException | None = None,
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> EvalReport:
     """Report what ``results`` show.
 
@@ -154,16 +160,21 @@ def summarize(
         seconds: that the evaluation took.
         planned: attempts that were asked for; None means those that there are.
         first_failure: why the first attempt was given up, of those that were.
+        left_out: tasks that cannot be played or scored, each with the reason. Their attempts count nowhere.
 
     Raises:
         InfraError: no attempt was scored.
     """
+    results = [(task, tries) for task, tries in results if task.id not in left_out]
     scored = [(task, [t for t in tries if t is not None]) for task, tries in results]
     scored = [(task, tries) for task, tries in scored if tries]
     if not scored:
+        if not results:
+            raise ConfigError(f"evaluation of {env}: no task can be played or scored:{reasons(left_out)}")
         said = f" First failure: {text_of(first_failure)}" if first_failure is not None else ""
         raise InfraError(
             f"evaluation of {env}: infrastructure failed every attempt, so that there is nothing to score.{said}"
+            f"{reasons(left_out)}"
         ) from first_failure
     k = max(len(tries) for _, tries in results)
     everything = [t for _, tries in scored for t in tries]
@@ -189,6 +200,7 @@ def summarize(
         turns=sum(len(t.turns) for t in everything) / total,
         tokens=sum(t.sampled_tokens for t in everything) / total,
         seconds=seconds,
+        left_out=dict(left_out),
         unplayed=0 if planned is None else planned - sum(len(tries) for _, tries in results),
     )  # fmt: skip
 
@@ -210,7 +222,9 @@ def compare_table(reports: dict[str, EvalReport]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     notes = dict.fromkeys(note for r in reports.values() for note in r.notes())
-    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], *(f"note: {note}" for note in notes)])
+    text = "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], *(f"note: {note}" for note in notes)])
+    named = {id: why for r in reports.values() for id, why in r.left_out.items()}
+    return f"{text}\n{len(named)} tasks left out, they are in no rate:{reasons(named)}" if named else text
 
 
 def _rate(value: float | None) -> str:
@@ -369,11 +383,13 @@ async def _play(
             record = Record(KIND, STEP, trajectory)
             tracker.trajectories.append(journal, record, elapsed=watch.seconds, served=sorted(served.names))
 
-        results, failure = saved_rows(tasks, earlier.episodes, k=e.k), None
+        results, failure, left_out = saved_rows(tasks, earlier.episodes, k=e.k), None, dict[str, str]()
         if had < planned:
             budget = FailureBudget(window=config.rollout.failure_window, share=config.rollout.failure_budget)
             async with opener(tracker.event) as player:
-                runner = EpisodeRunner(player, budget, max_retries=config.rollout.max_retries, event=tracker.event)
+                runner = EpisodeRunner(
+                    player, budget, max_retries=config.rollout.max_retries, event=tracker.event, say=tracker.message
+                )
                 stop.at_once = False
                 try:
                     results = await run_attempts(
@@ -383,14 +399,14 @@ async def _play(
                     )  # fmt: skip
                 finally:
                     await runner.close()
-                failure = runner.first_given_up
+                failure, left_out = runner.first_given_up, runner.left_out
         episodes = [t for _, tries in results for t in tries if t is not None]
         if stop.requested and not episodes:
             raise Interrupted(f"stopped by {stop.name} before an attempt was scored")
         report = summarize(
             results, env=config.env.id, split=e.split, model=config.model.path, version=0,
-            temperature=e.temperature, seed=config.seed, seconds=watch.seconds, planned=planned,
-            first_failure=failure,
+            temperature=e.temperature, seed=config.seed, seconds=watch.seconds, planned=planned - e.k * len(left_out),
+            first_failure=failure, left_out=left_out,
         )  # fmt: skip
         report = replace(report, served=served.text())
         if not report.unplayed:

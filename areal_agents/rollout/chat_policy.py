@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from areal_agents.chat_model import ChatReply, ContentFiltered, ContextLengthError, RequestRefused, reply_of
 from areal_agents.engine import ChatModel, Sampling
-from areal_agents.errors import EngineError, EnvError
+from areal_agents.errors import EngineError, TaskError
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy, Said
 from areal_agents.types import AssistantMessage, Message, StopReason
 
@@ -57,7 +57,7 @@ class ChatPolicy(Policy):
         except ContextLengthError as error:
             if episode.turns:
                 return "context"
-            raise EnvError(f"task {episode.task.id}: the first prompt does not fit the model: {error}") from error
+            raise TaskError(f"task {episode.task.id}: the first prompt does not fit the model: {error}") from error
         except ContentFiltered:
             if not episode.turns:
                 raise

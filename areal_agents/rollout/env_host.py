@@ -92,10 +92,10 @@ class EnvHost:
                 future.cancel()
                 # The loop answers: this call alone hung, and is cancelled. Else some call holds the whole thread.
                 if await self.alive():
-                    raise EnvError(f"{what} did not return within {timeout:g} s (env.step_timeout): it was cancelled")
+                    raise _hung(f"{what} did not return within {timeout:g} s (env.step_timeout): it was cancelled")
                 self._abandon(mine)
             if self._culprit in mine:
-                raise EnvError(
+                raise _hung(
                     f"{what} blocked its event loop for more than {timeout:g} s (env.step_timeout): use `await` or "
                     "asyncio.to_thread for slow work"
                 )
@@ -144,6 +144,12 @@ class EnvHost:
         await asyncio.to_thread(self._thread.join, timeout)
         if not self._thread.is_alive():
             self._loop.close()
+
+
+def _hung(message: str) -> EnvError:
+    error = EnvError(message)
+    error.blame = "hang"
+    return error
 
 
 async def _cancel_others() -> None:

@@ -8,7 +8,6 @@ values are the author's own objects, so even looking at them may raise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,8 @@ import numpy as np
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError, RewardError
 from areal_agents.tool import ToolSpec
-from areal_agents.types import AssistantMessage, Message, Observation, StopReason, ToolOutcome
+from areal_agents.types import AssistantMessage, Image, Message, Observation, Role, StopReason, Text, ToolOutcome
+from areal_agents.utils.real_number import finite
 from areal_agents.utils.short_text import described, short
 
 Call = Literal["areset", "astep", "afinish", "aclose"]
@@ -111,6 +111,22 @@ def read_scores_cut(env: AgentEnv, where: str) -> bool:
         return scores
 
 
+def read_seconds(env: AgentEnv, where: str) -> float:
+    """Return how many seconds a step of the environment may take by its nature.
+
+    Raises EnvError where that is no number of seconds.
+    """
+    with _reading("step_seconds", where):
+        declared: object = env.step_seconds
+        try:
+            seconds = finite(declared)
+        except ValueError:
+            seconds = -1.0
+        if seconds < 0:
+            raise EnvError(f"{where}: step_seconds is {short(declared)}, which is no number of seconds")
+        return seconds
+
+
 def read(call: Call, result: object, where: str, turns: int) -> Returned:
     """Check the ``result`` of ``call`` and copy what counts.
 
@@ -142,6 +158,8 @@ def _read(call: Call, result: object, where: str, turns: int) -> Returned:
     observation = got.get("observation", ())
     if not isinstance(observation, tuple) or not all(isinstance(m, Message) for m in observation):
         raise EnvError(f"{where} returned the observation {short(observation)}: it must be a tuple of Message")
+    for message in observation:
+        _read_message(message, where)
     reward = _finite(got.get("reward", 0.0), "the reward", where)
     at_end = call == "afinish" or any(flags)
     found = replace(
@@ -151,6 +169,22 @@ def _read(call: Call, result: object, where: str, turns: int) -> Returned:
     if call == "areset" and not observation:
         raise EnvError(f"{where}: the first observation is empty: the model would have nothing to answer")
     return found
+
+
+def _read_message(message: Message, where: str) -> None:
+    """Check what is inside a message, which dataclasses leave to whoever makes them."""
+    what = f"{where} returned the message {short(message)}"
+    if message.role not in get_args(Role):
+        raise EnvError(f"{what}: its role must be one of {', '.join(get_args(Role))}")
+    if not isinstance(message.parts, tuple) or not all(isinstance(p, Text | Image) for p in message.parts):
+        raise EnvError(f"{what}: its parts must be a tuple of Text and Image")
+    for part in message.parts:
+        text = part.text if isinstance(part, Text) else part.ref
+        if not isinstance(text, str):
+            raise EnvError(f"{what}: {short(text)} in it is not a text")
+    for name in ("tool_call_id", "name"):
+        if not isinstance(getattr(message, name), str | None):
+            raise EnvError(f"{what}: its {name} must be a text or None")
 
 
 def _read_info(info: Any, where: str, turns: int | None) -> Returned:
@@ -207,28 +241,9 @@ def _read_turn_rewards(rewards: Any, where: str, turns: int | None) -> tuple[flo
 def _finite(value: Any, name: str, where: str) -> float:
     """Return ``value`` as a float.
 
-    Raises RewardError where it is no finite number. Texts, arrays with axes and complex numbers are none.
+    Raises RewardError where it is no finite number (``utils/real_number.py``).
     """
-    why: Exception | None = None
     try:
-        number = _number(value)
-    except Exception as error:  # noqa: BLE001  the author's own object
-        number, why = None, error
-    if number is not None and math.isfinite(number):
-        return number
-    wrong = "not finite" if number is not None else "not a number" if why is None else f"not a number: {described(why)}"
-    raise RewardError(f"{where} returned {name} {short(value)}, which is {wrong}") from why
-
-
-def _number(value: Any) -> float | None:
-    """Return ``value`` as a float, infinite where it is too large for one, or None where it is no number."""
-    if isinstance(value, str | bytes) or not hasattr(type(value), "__float__"):  # float() would read a text
-        return None
-    if isinstance(value, np.generic | np.ndarray) and (value.ndim or value.dtype.kind not in "biuf"):
-        return None
-    if "complex" in str(getattr(value, "dtype", "")):  # a tensor, which float() would cut to its real part
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+        return finite(value)
+    except ValueError as wrong:
+        raise RewardError(f"{where} returned {name} {short(value)}, which is {wrong}") from wrong

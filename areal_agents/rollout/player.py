@@ -8,15 +8,17 @@ wherever it is opened.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from areal_agents.chat.format import ChatFormat
+from areal_agents.chat.toolcalls import MAX_CALLS
 from areal_agents.engine import Engine, Sampling
 from areal_agents.env import AgentEnv
-from areal_agents.errors import ConfigError, FailureBudgetError, InfraError
+from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.demonstrations import ExpertPolicy
 from areal_agents.rollout.env_host import EnvHost, HostLost
@@ -32,6 +34,10 @@ EventSink = Callable[..., None]
 """``event(kind, **fields)``: one line in the run's event log."""
 
 _MAX_HOSTS_LOST = 20
+_TOOL_SECONDS = 60.0
+"""What the calls of a tool are taken to need that is not known before its environment is made."""
+_MAX_BLOCKED = 2
+"""Attempts at one task whose reset may block the thread."""
 
 
 def no_events(kind: str, **fields: object) -> None:
@@ -55,6 +61,7 @@ class EpisodePlayer(Protocol):
         Raises:
             InfraError: another attempt may succeed.
             RewardError: another attempt is useless.
+            TaskError: every attempt at this task is.
         """
         ...
 
@@ -91,6 +98,8 @@ class LocalPlayer:
         self._make_env, self._policy, self._limits, self._event = make_env, policy, limits, event
         self._host = EnvHost()
         self._hosts_lost = 0
+        self._blocking: dict[str, list[EnvError]] = {}
+        """By task id: how its resets blocked the thread."""
 
     async def play(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory:
         """Make one attempt, as ``EpisodePlayer.play`` promises.
@@ -98,6 +107,9 @@ class LocalPlayer:
         Raises FailureBudgetError where hosts are lost again and again.
         """
         while True:
+            blocked = self._blocking.get(task.id, [])
+            if len(blocked) >= _MAX_BLOCKED:  # each costs a thread that nobody can end, and all others their turns
+                raise copy(blocked[0])
             episode = EpisodeDriver(
                 self._make_env, task, self._policy(task), self._healthy_host(), id=id, seed=seed,
                 step_timeout=self._limits.step_timeout, max_turns=self._limits.max_turns,
@@ -107,6 +119,10 @@ class LocalPlayer:
                 return episode.trajectory(group)
             except HostLost:  # another environment blocked the thread: this episode is innocent and starts again
                 self._event("host_lost", episode=id, task=task.id)
+            except EnvError as error:
+                if error.blame == "hang" and self._host.wedged and not error.turns:
+                    self._blocking.setdefault(task.id, []).append(error)
+                raise
 
     def _healthy_host(self) -> EnvHost:
         if self._host.wedged:
@@ -148,6 +164,16 @@ class PlayerSpec:
     """Keyword arguments of the environment's constructor, over the registered ones."""
     policy: Literal["engine", "expert"] = "engine"
     """Who takes the turns: the engine, or the environment's scripted expert."""
+
+    @property
+    def step_seconds(self) -> float:
+        """Most seconds that one step may take beyond ``limits.step_timeout``, by what the class declares."""
+        cls = self.env.env_class()
+        tools: object = cls.tools
+        known = isinstance(tools, Sequence)  # a property of the instances tells nothing here
+        slowest = max((t.timeout for t in tools), default=0.0) if known else _TOOL_SECONDS  # type: ignore[attr-defined]
+        own = cls.step_seconds
+        return MAX_CALLS * slowest + (own if isinstance(own, float | int) else 0.0)
 
     def build(self, engine: Engine, *, fmt: ChatFormat | None = None, event: EventSink = no_events) -> LocalPlayer:
         """Build the player in this process.

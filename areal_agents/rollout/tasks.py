@@ -7,8 +7,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from areal_agents.errors import ConfigError
+from areal_agents.errors import ConfigError, TaskError
+from areal_agents.rollout.task_faults import reasons
 from areal_agents.types import Task
+
+FEWEST_BAD = 8
+"""Fewer tasks that cannot be played never stop a run, as long as others can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +28,30 @@ class StreamState:
     requeued: tuple[str, ...]
     recent: tuple[str, ...]
     """Content hashes of the tasks drawn last."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Ids of tasks that cannot be played, each with the reason."""
 
 
 class TaskStream:
-    """Tasks in a seeded random order, every task once an epoch, discarded tasks once more."""
+    """Tasks in a seeded random order, every task once an epoch, discarded tasks once more.
 
-    def __init__(self, tasks: Sequence[Task], *, seed: int) -> None:
+    A task that is left out does not come again.
+    """
+
+    def __init__(self, tasks: Sequence[Task], *, seed: int, max_bad: float = 1.0) -> None:
+        """Take the tasks.
+
+        Args:
+            tasks: of one split.
+            seed: of their order.
+            max_bad: most tasks that may be left out, as a share of those drawn so far.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        self.left_out: dict[str, str] = {}
+        """Ids of tasks that cannot be played, each with the reason."""
+        self._max_bad = max_bad
         if not tasks:
             raise ConfigError("the training split has no tasks")
         self._tasks = tasks
@@ -41,8 +63,36 @@ class TaskStream:
         self._requeued: set[str] = set()
 
     def next(self) -> Task:
-        """Return the next task: one that was queued again, else the next of the random order."""
-        return self._again.popleft() if self._again else self._tasks[self._draw()]
+        """Return the next task: one that was queued again, else the next of the random order.
+
+        Raises TaskError where all are left out.
+        """
+        for _ in range(len(self._again) + 2 * len(self._tasks)):  # the rest of this epoch, and the next one
+            task = self._again.popleft() if self._again else self._tasks[self._draw()]
+            if task.id not in self.left_out:
+                return task
+        raise TaskError(
+            f"none of the split's {len(self._tasks)} tasks can be played or scored:{reasons(self.left_out)}"
+        )
+
+    @property
+    def seen(self) -> int:
+        """Tasks that were drawn at least once."""
+        return min(self._drawn, len(self._tasks))
+
+    def leave_out(self, id: str, reason: str) -> None:
+        """Let the task not come again.
+
+        Raises TaskError where more than ``max_bad`` of the tasks drawn so far are left out, and at least
+        ``FEWEST_BAD``.
+        """
+        self.left_out[id] = reason
+        bad, seen = len(self.left_out), max(self.seen, len(self.left_out))
+        if bad >= FEWEST_BAD and bad > self._max_bad * seen:
+            raise TaskError(
+                f"{bad} of the {seen} tasks tried so far cannot be played or scored, more than rollout.max_bad_tasks = "
+                f"{self._max_bad:g} allows:{reasons(self.left_out)}"
+            )
 
     def _draw(self) -> int:
         if not self._order:
@@ -65,7 +115,10 @@ class TaskStream:
 
     def state(self) -> StreamState:
         recent = tuple(self._tasks[i].content_hash for i in self._recent)
-        return StreamState(len(self._tasks), self._drawn, tuple(self._again), tuple(sorted(self._requeued)), recent)
+        return StreamState(
+            len(self._tasks), self._drawn, tuple(self._again), tuple(sorted(self._requeued)), recent,
+            tuple(self.left_out.items()),
+        )  # fmt: skip
 
     def restore(self, state: StreamState) -> None:
         """Go on from ``state``, in a new stream of the same tasks and seed.
@@ -86,3 +139,4 @@ class TaskStream:
                 "tasks, or start a new run"
             )
         self._again, self._requeued = deque(state.again), set(state.requeued)
+        self.left_out |= dict(state.left_out)

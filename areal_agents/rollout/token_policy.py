@@ -13,7 +13,7 @@ from dataclasses import replace
 from areal_agents.chat.conversation import Conversation
 from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Engine, Sampling
-from areal_agents.errors import EngineError, EnvError
+from areal_agents.errors import EngineError, TaskError
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy, Said
 from areal_agents.types import Completion, Prompt, StopReason
 
@@ -37,7 +37,7 @@ class TokenPolicy(Policy):
         prompt, limit = conversation.prompt, self.limits.max_context
         used = len(prompt.ids)
         if not episode.turns and used >= limit:
-            raise EnvError(
+            raise TaskError(
                 f"task {episode.task.id}: the first prompt has {used} tokens, model.max_context is {limit}: "
                 "raise it or shorten the task"
             )

@@ -144,6 +144,8 @@ class RolloutConfig(Section):
     """The failure budget counts over this many most recent episodes."""
     failure_budget: Fraction = 0.25
     """The run stops, with the first error attached, when more than this share of the window failed."""
+    max_bad_tasks: Fraction = 0.2
+    """A task that cannot be played or scored is left out; more than this share of those tried, and 8, stop the run."""
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:

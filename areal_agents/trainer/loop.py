@@ -171,7 +171,10 @@ async def learn(run: Run) -> None:
         groups=r.groups, group_size=r.group_size, max_staleness=r.staleness, concurrency=r.concurrency,
         on_exceed=r.on_exceed, order=r.order, total_batches=config.steps,
     )  # fmt: skip
-    tasks = TaskStream(run.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed)
+    tasks = TaskStream(
+        run.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed, max_bad=r.max_bad_tasks
+    )
+    tasks.left_out |= run.left_out
     rollouts = Rollouts(buffer, tasks, run.runner, seed=config.seed, event=run.tracker.event)
     try:
         _restore(run, rollouts)
@@ -206,6 +209,7 @@ def _restore(run: Run, rollouts: Rollouts) -> None:
         open=len(state.open),
         finished=sum(len(g.finished) for g in state.open),
         restarted=sum(size - len(g.finished) for g in state.open),
+        left_out=len(state.tasks.left_out),
     )
 
 
@@ -235,6 +239,7 @@ async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, wa
         "discarded": float(rollouts.buffer.discarded),
         "dropped": float(len(rollouts.buffer.dropped)),
         "failed_attempts": float(run.budget.kinds.total()),
+        "tasks_left_out": float(len(rollouts.tasks.left_out)),
     }
     metrics["tokens_per_second"] = metrics["sampled_tokens"] / watch.seconds
     run.tracker.trajectories.write([t for g in groups for t in g.trajectories], step=step, kind="train")

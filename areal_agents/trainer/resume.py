@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "learner.lr", "learner.warmup_steps", "learner.schedule", "learner.grad_clip", "learner.token_budget",
     "learner.gradient_checkpointing", "learner.logprob_chunk", "learner.threads", "learner.device",
     "rollout.concurrency", "rollout.max_retries", "rollout.failure_window", "rollout.failure_budget",
+    "rollout.max_bad_tasks",
 )  # fmt: skip
 """Settings, or sections, that a resumed run may always have otherwise than the run it goes on with. The others decide
 which tasks come, what the stored episodes and evaluations mean, or are part of the optimizer's saved state."""

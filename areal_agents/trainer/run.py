@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import itertools
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import Tracker
 from areal_agents.trainer.backend import Backend, OpenBackend
 from areal_agents.trainer.run_folder import Commit, RunFolder
+from areal_agents.types import Trajectory
 from areal_agents.utils.signals import Stop
 
 
@@ -123,6 +125,8 @@ class Run:
         self.budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
         self.budget.kinds.update(self.commit.failures)
         self.runner = self._runner(self._engine_player(r.temperature))
+        self.left_out: dict[str, str] = {}
+        """Training tasks that the warm start could not play, each with the reason."""
         self.rollouts: Rollouts | None = None
         """While it learns."""
 
@@ -139,17 +143,8 @@ class Run:
 
         The caller saves the result. Raises ConfigError where a demonstration failed or earned nothing.
         """
-        config, w = self.config, self.config.warm_start
-        tasks = TaskStream(self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1)
-        runner = self._runner(replace(self._engine_player(1.0), policy="expert"))
-        try:
-            played = await run_attempts(
-                runner, [tasks.next() for _ in range(w.demonstrations)], k=1, concurrency=16, seed=config.seed,
-                label="demonstration",
-            )  # fmt: skip
-        finally:
-            await runner.close()
-        trajectories = require_all([t for _, tries in played for t in tries], runner.first_given_up)
+        w = self.config.warm_start
+        trajectories = await self._demonstrations()
         rows = demonstration_rows(trajectories)
         self.tracker.trajectories.write(trajectories, step=0, kind="demonstration")
         self.learner.set_threads(self.cores.learner_alone)
@@ -164,6 +159,33 @@ class Run:
         await self.publish()
         await self.engine.set_threads(self.cores.engine_alone)
         self.warm_started = True
+
+    async def _demonstrations(self) -> list[Trajectory]:
+        """Have the expert play. A task that cannot be played is left out, and another one takes its place."""
+        config, count = self.config, self.config.warm_start.demonstrations
+        tasks = TaskStream(
+            self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1,
+            max_bad=config.rollout.max_bad_tasks,
+        )  # fmt: skip
+        runner = self._runner(replace(self._engine_player(1.0), policy="expert"))
+        found: list[Trajectory | None] = []
+        try:
+            for turn in itertools.count():
+                played = await run_attempts(
+                    runner, [tasks.next() for _ in range(count - len(found))], k=1, concurrency=16, seed=config.seed,
+                    label=f"demonstration{turn or ''}",
+                )  # fmt: skip
+                for task, tries in played:
+                    if task.id in runner.left_out:
+                        tasks.leave_out(task.id, runner.left_out[task.id])
+                    else:
+                        found += tries
+                if len(found) == count:
+                    break
+        finally:
+            await runner.close()
+        self.left_out |= tasks.left_out
+        return require_all(found, runner.first_given_up)
 
     async def save(self, rollouts: Rollouts | None) -> None:
         """Checkpoint and commit the state between two steps.
@@ -216,7 +238,7 @@ class Run:
             await runner.close()
         report = summarize(
             results, env=config.env.id, split=e.split, model=config.model.path, version=self.learner.version,
-            temperature=e.temperature, seed=config.seed, seconds=watch.seconds,
+            temperature=e.temperature, seed=config.seed, seconds=watch.seconds, left_out=runner.left_out,
         )  # fmt: skip
         saved = [t for _, tries in results for t in tries if t is not None]
         self.tracker.trajectories.write(saved, step=step, kind=f"eval-{label}")
@@ -236,7 +258,10 @@ class Run:
         The player is here or on the cluster's workers.
         """
         player = (self.backend.players or self._local_player)(spec)
-        return EpisodeRunner(player, self.budget, max_retries=self.config.rollout.max_retries, event=self.tracker.event)
+        return EpisodeRunner(
+            player, self.budget, max_retries=self.config.rollout.max_retries, event=self.tracker.event,
+            say=self.tracker.message,
+        )  # fmt: skip
 
     def _local_player(self, spec: PlayerSpec) -> EpisodePlayer:
         return spec.build(self.engine, fmt=self.fmt, event=self.tracker.event)

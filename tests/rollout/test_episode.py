@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from areal_agents.algorithms.batch import rows_of
-from areal_agents.errors import EnvError, InfraError, RewardError
+from areal_agents.errors import EnvError, InfraError, RewardError, TaskError
 from areal_agents.rollout.env_host import EnvHost, HostLost
 from areal_agents.rollout.env_results import read
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy
@@ -119,7 +119,7 @@ def test_a_full_context_cuts_the_turn_and_ends_the_episode() -> None:
 
 
 def test_a_prompt_that_never_fits_names_both_numbers() -> None:
-    with pytest.raises(EnvError, match=r"the first prompt has \d+ tokens, model.max_context is 10"):
+    with pytest.raises(TaskError, match=r"the first prompt has \d+ tokens, model.max_context is 10"):
         play(Script(), limits=changed(max_context=10))
 
 

@@ -25,6 +25,7 @@ from areal_agents.errors import (
     RewardError,
     SandboxError,
     SandboxUnavailable,
+    TaskError,
     WorkerLost,
 )
 from areal_agents.rollout.player import PlayerSpec
@@ -175,9 +176,14 @@ def test_every_other_error_arrives_too() -> None:
     assert (refused.backend, refused.probe, refused.remedy) == (
         "bubblewrap", "no user namespaces", "Install the profile.",
     )  # fmt: skip
-    for kind in (RewardError, EnvError, FailureBudgetError, ConfigError):
+    for kind in (RewardError, TaskError, EnvError, FailureBudgetError, ConfigError):
         arrived = travelled(kind("why"))
         assert (type(arrived), str(arrived), arrived.__cause__) == (kind, "why", None)
+    hung = EnvError("slow")
+    hung.blame = "hang"
+    arrived = travelled(hung)
+    assert isinstance(arrived, EnvError)
+    assert arrived.blame == "hang"
 
 
 def test_a_lost_workers_episodes_are_counted_but_not_charged() -> None:
