@@ -108,6 +108,12 @@ class Eval:
         print(report.table())
         if "server" in more:
             print(f"served: {plain(report.served)}")
+        if report.infra_rate and stopped is None:
+            total = round(report.attempts / (1.0 - report.infra_rate))
+            print(
+                f"note: infrastructure failed {total - report.attempts} of {total} attempts: "
+                f"`eval --resume {config.out}` plays them again"
+            )
         print(f"files: {config.out}")
         if stopped is not None:
             print(stopped, file=sys.stderr)
@@ -157,7 +163,7 @@ class Eval:
         if split and config.eval.split != split:
             raise UsageError(f"ENV_ID names the split {split} and --eval.split {config.eval.split}: give one of them")
         self._require_usage(config)
-        if unused:
+        if unused and self.config:
             print(f"of {self.config}, an evaluation does not use {', '.join(unused)}", file=sys.stderr)
         return config
 

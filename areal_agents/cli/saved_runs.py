@@ -65,9 +65,8 @@ class Rescore:
     def _run(self, first: int, last: int | None) -> tuple[object, int]:
         """Return the report as JSON, and the exit code."""
         from areal_agents.evaluation.rescore import load_reward, refuse_inside
-        from areal_agents.evaluation.saved_run import SavedRun
 
-        run = SavedRun.open(self.folder)
+        run = _open(self.folder)
         for path in (self.out, self.json):
             if path is not None and str(path) != "-":
                 refuse_inside(path, run)
@@ -148,13 +147,11 @@ class Replay:
     """With --list: at most so many; 0: all."""
 
     def run(self, overrides: Sequence[str]) -> int:
-        from areal_agents.evaluation.saved_run import SavedRun
-
         if self.list == bool(self.episode):
             raise UsageError("name one episode with --episode ID, or list them with --list")
         if self.limit < 0:
             raise UsageError(f"--limit is {self.limit}: it must be at least 0 (0 lists all)")
-        run = SavedRun.open(self.folder)
+        run = _open(self.folder)
         return self._list(run) if self.list else self._replay(run)
 
     def _list(self, run: SavedRun) -> int:
@@ -208,6 +205,17 @@ class Replay:
             return 0 if report.identical else 1
 
         return asyncio.run(play())
+
+
+def _open(folder: Path) -> SavedRun:
+    """Open a run, and say where it is an evaluation that is not complete."""
+    from areal_agents.evaluation.saved_run import SavedRun
+    from areal_agents.evaluation.unfinished import partial_note
+
+    run = SavedRun.open(folder)
+    if note := partial_note(folder):
+        print(f"note: {note}", file=sys.stderr)
+    return run
 
 
 def _steps(text: str) -> tuple[int, int | None]:

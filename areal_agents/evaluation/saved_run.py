@@ -1,7 +1,7 @@
 """A finished run as its files tell it, with its environment, seeds, model and episodes.
 
     RUN/config.toml      its settings
-    RUN/report.json      of an evaluation alone (``areal-agents eval``)
+    RUN/report.json      of an evaluation alone (``areal-agents eval``), as evaluation.json
     RUN/trajectories/    its episodes
 
 It serves what reads runs and never writes them: ``evaluation/rescore.py`` and ``evaluation/replay.py``.
@@ -65,7 +65,8 @@ class SavedRun:
         """
         if (out / "config.toml").is_file():
             c = settings.load(out / "config.toml")
-            algorithm = None if (out / "report.json").is_file() else c.algorithm
+            evaluated = any((out / name).is_file() for name in ("report.json", "evaluation.json"))
+            algorithm = None if evaluated else c.algorithm
             return cls(
                 out, c.env.id, c.seed, c.model.path, c.env.sandbox, c.env.kwargs, c.env.step_timeout,
                 c.rollout.max_turns, algorithm, c.model.chat,

@@ -216,6 +216,15 @@ def open_journal(out: Path) -> Journal:
     return journal
 
 
+def partial_note(out: Path) -> str | None:
+    """Say that the evaluation in ``out`` is not complete, or return None where it is, or is none."""
+    path = shard_path(out, KIND, STEP)
+    if path.exists() or not path.with_suffix(".jsonl").exists() or not (out / "config.toml").is_file():
+        return None
+    e = settings.load(out / "config.toml").eval
+    return f"{out} is not complete: {how_to_go_on(out, count_saved(out), e.n * e.k)}"
+
+
 def fingerprint(folder: Path) -> str:
     """Return a hash that tells a model's folder from another model's, and from another training's.
 
