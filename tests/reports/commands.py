@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 from tests.chat_server import Json, Step, call, chat_server, completion
 from tests.reports.place import ENVS, Place, Said, case
@@ -38,17 +40,24 @@ def a_system_without_affinities(place: Place) -> None:
         )  # fmt: skip
     assert (said.code, place.report()["pass_at_1"]) == (0, 1.0), said
     assert "Traceback" not in said.text
-    argv = ["--model", str(place.tiny()), "--max-turn-tokens", "4", "--n", "1"]
-    local = process("eval", f"{ENVS}:Sums", *argv, "--out", place.folder / "local", first=WITHOUT_AFFINITY)
-    assert "Traceback" not in local.text
-    assert local.code == 0 or local.err.startswith("error: "), local
-    train = process(
-        "train", "--env.id", f"{ENVS}:Sums", "--model.path", place.tiny(), "--steps", 1, "--rollout.groups", 1,
-        "--rollout.group_size", 2, "--rollout.max_turn_tokens", 4, "--model.max_context", 128, "--eval.n", 1,
-        "--eval.baseline", "false", "--out", place.folder / "trained", first=WITHOUT_AFFINITY,
-    )  # fmt: skip
-    assert "Traceback" not in train.text
-    assert train.code == 0 or train.err.startswith("error: "), train
+    with without_affinities():
+        local = place.cli(
+            "eval", f"{ENVS}:Sums", "--model", place.tiny(), "--max-turn-tokens", 4, "--n", 1,
+            "--out", place.folder / "local", code=None,
+        )  # fmt: skip
+        train = place.train("Sums", {"out": place.folder / "trained"}, code=None)
+    for said in (local, train):
+        assert said.code == 0 or said.err.startswith("error: "), said
+
+
+@contextlib.contextmanager
+def without_affinities() -> Iterator[None]:
+    kept = os.sched_getaffinity
+    del os.sched_getaffinity
+    try:
+        yield
+    finally:
+        os.sched_getaffinity = kept
 
 
 @case("H1-74")

@@ -79,7 +79,7 @@ def goes_on(place: Place) -> None:
     kept = {e.task.id for e in place.episodes("eval")}
     assert 56 <= len(kept) <= 60
     with chat_server(answers) as server:
-        said = place.cli(*command(place, server.url), "--resume", place.run)
+        said = place.cli("eval", "--resume", place.run, "--url", server.url)
     assert len(server.requests) == 100 - len(kept)
     report = place.report()
     assert (report["n"], report["attempts"], report["pass_at_1"]) == (100, 100, 1.0)

@@ -33,8 +33,8 @@ def trains_without(place: Place, env: str) -> None:
     told = said.text + repr(place.events())
     named = {id for id in bad if re.search(rf"\b{id}\b", told)}
     assert named  # a draw of 40 of an endless stream may miss one
-    retried = [e for e in place.events("episode_failed") if e["task"] in bad and e["retried"]]
-    assert not retried
+    if env != "BrokenPrompt":  # what raises may be flaky: it is tried again before the task is blamed
+        assert not [e for e in place.events("episode_failed") if e["task"] in bad and e["retried"]]
 
 
 @case("H1-37")
