@@ -86,6 +86,8 @@ class AssistantMessage:
     parts: tuple[Part, ...]
     tool_calls: tuple[ToolCall, ...] = ()
     finish: Finish = "stop"
+    reasoning: str = ""
+    """The thinking that a server returned beside the text. It is kept, and is never part of the answer."""
 
     @property
     def text(self) -> str:
