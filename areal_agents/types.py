@@ -100,6 +100,8 @@ class AssistantMessage:
     finish: Finish = "stop"
     in_thought: bool = False
     """Whether the prompt had opened ``<think>``, so that the text begins inside a thought."""
+    reasoning: str = ""
+    """The thinking that a server returned beside the text. It is kept, and is never part of the answer."""
 
     @property
     def text(self) -> str:

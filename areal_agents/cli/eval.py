@@ -44,6 +44,8 @@ class Eval:
     """With --url: most requests at once; 16 where none is given."""
     requests_per_minute: float | None = None
     """With --url: most requests started in a minute, retries included."""
+    send_reasoning: bool = False
+    """With --url: send the thinking that the server returned with a turn (reasoning_content) back with it."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None
     """Go on with the evaluation in folder OUT, which was interrupted or killed; start it there where there is none."""
     compare: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="A B")] = None
@@ -129,6 +131,7 @@ class Eval:
             "api_key_env": self.api_key_env,
             "concurrency": self.concurrency,
             "requests_per_minute": self.requests_per_minute,
+            "send_reasoning": self.send_reasoning,
         }
         earlier: dict[str, Any] = {}
         if self.resume is not None:

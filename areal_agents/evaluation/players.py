@@ -36,6 +36,8 @@ class Server:
     """Most requests, and episodes, at once."""
     requests_per_minute: float | None = None
     """Most requests started in a minute, retries included."""
+    send_reasoning: bool = False
+    """Whether the thinking that the server returned with a turn is sent back with it."""
 
 
 @dataclass
@@ -130,6 +132,7 @@ def on_server(config: TrainConfig, spec: EnvSpec, name: str, server: Server, ser
         concurrency=server.concurrency,
         requests_per_minute=server.requests_per_minute,
         extra={"chat_template_kwargs": config.model.template_variables} if config.model.template_variables else None,
+        send_reasoning=server.send_reasoning,
     )
     served.url = chat.url
     # Twice the client's own deadline, whose message is better.

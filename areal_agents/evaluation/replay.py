@@ -259,7 +259,8 @@ def _message_lines(message: Message) -> list[str]:
 
 def _said(message: AssistantMessage) -> list[str]:
     text = "".join(f"[image {p.ref}]" if isinstance(p, Image) else p.text for p in message.parts)
-    return [f"[assistant finish={message.finish}]", *text.split("\n"), *map(_call_line, message.tool_calls)]
+    thought = ["[reasoning]", *message.reasoning.split("\n")] if message.reasoning else []
+    return [f"[assistant finish={message.finish}]", *thought, *text.split("\n"), *map(_call_line, message.tool_calls)]
 
 
 def _call_line(call: ToolCall) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from areal_agents.chat.format import ChatFormat
-from areal_agents.chat.toolcalls import MAX_CALLS
 from areal_agents.chat.options import ChatOptions
+from areal_agents.chat.toolcalls import MAX_CALLS
 from areal_agents.engine import Engine, Sampling
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError

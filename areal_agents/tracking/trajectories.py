@@ -188,8 +188,8 @@ def _schema() -> Any:
     )
     turn = struct(
         prompt_suffix=ids, ids=ids, logprobs=pa.list_(pa.float64()), versions=ids, finish=text, text=text, parts=text,
-        message_finish=text, in_thought=pa.bool_(), tool_calls=pa.list_(call), reward=pa.float64(), components=text,
-        parent=pa.int32(), observation=pa.list_(message), state_key=text,
+        message_finish=text, in_thought=pa.bool_(), reasoning=text, tool_calls=pa.list_(call),
+        reward=pa.float64(), components=text, parent=pa.int32(), observation=pa.list_(message), state_key=text,
         tool_results=pa.list_(struct(status=text, truncated=pa.bool_())),
     )  # fmt: skip
     row = struct(
@@ -272,6 +272,7 @@ def _turn_row(turn: Turn) -> ParquetRow:
         **_parts_row(turn.message.parts),
         "message_finish": turn.message.finish,
         "in_thought": turn.message.in_thought,
+        "reasoning": _text(turn.message.reasoning) or None,
         "tool_calls": [_call_row(call) for call in turn.message.tool_calls],
         "reward": turn.reward,
         "components": dumps(turn.components),
@@ -287,7 +288,11 @@ def _turn(row: ParquetRow) -> Turn:
         prompt_suffix=tuple(row["prompt_suffix"]),
         completion=Completion(tuple(row["ids"]), tuple(row["logprobs"]), tuple(row["versions"]), row["finish"]),
         message=AssistantMessage(
-            _parts(row), tuple(_call(c) for c in row["tool_calls"]), row["message_finish"], in_thought=row["in_thought"]
+            _parts(row),
+            tuple(_call(c) for c in row["tool_calls"]),
+            row["message_finish"],
+            in_thought=row["in_thought"],
+            reasoning=_exact(row.get("reasoning")) or "",  # files of before it was kept lack the column
         ),
         reward=row["reward"],
         components=loads(row["components"]),

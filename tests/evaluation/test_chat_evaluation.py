@@ -98,6 +98,28 @@ def test_pass_at_1_is_exact_and_episodes_are_saved(tmp_path: Path) -> None:
         assert main(["replay", str(tmp_path / "out"), "--kind", "eval", "--episode", trajectory.id]) == 0
 
 
+def thinking(body: Json) -> Step:
+    """A call after a thought, then the answer after another one."""
+    if body["messages"][-1]["role"] == "user":
+        return completion(None, reasoning_content="I <b>add</b>", tool_calls=[call("add", '{"a": 100, "b": 7}')])
+    return completion("\\boxed{107}", reasoning_content="\\boxed{0}, no")
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_servers_thinking_is_kept_and_sent_back_where_asked(tmp_path: Path, asked: bool) -> None:
+    argv = ["eval", ENV, "--model", "openai:m", "--n", "1", "--out", str(tmp_path / "out")]
+    with chat_server(thinking) as server:
+        assert main([*argv, "--url", server.url, *(["--send-reasoning"] if asked else [])]) == 0
+    (record,) = read_records(tmp_path / "out")
+    turns = record.trajectory.turns
+    assert [turn.message.reasoning for turn in turns] == ["I <b>add</b>", "\\boxed{0}, no"]
+    assert (turns[1].message.text, record.trajectory.reward) == ("\\boxed{107}", 1.0)
+    said = server.requests[1]["messages"][2]
+    assert said["role"] == "assistant"
+    assert said.get("reasoning_content") == ("I <b>add</b>" if asked else None)
+    assert main(["replay", str(tmp_path / "out"), "--kind", "eval", "--episode", "test/0/0"]) == 0
+
+
 def test_its_episodes_cannot_become_training_rows(tmp_path: Path) -> None:
     with chat_server(scripted) as server:
         run_evaluation(tmp_path / "out", server.url, n=1, k=1)

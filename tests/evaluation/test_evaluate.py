@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,50 @@ def test_the_table_shows_what_is_not_known_as_a_dash() -> None:
     assert lines[2].startswith("before")
     assert "–" in lines[2].split()
     assert "1.000" in lines[3]
+
+
+def test_the_table_has_what_several_attempts_say_and_a_word_where_they_are_the_same() -> None:
+    pair = report([attempt(1.0), attempt(0.0)], [attempt(1.0), attempt(1.0)])
+    head, _, row, note = pair.table().splitlines()
+    assert head.split() == [
+        "pass@1",
+        "95",
+        "%",
+        "CI",
+        "pass@2",
+        "pass^2",
+        "n",
+        "valid",
+        "calls",
+        "pass",
+        "|",
+        "valid",
+        "truncated",
+        "infra",
+    ]
+    assert row.split()[:1] + row.split()[3:6] == ["e:test", "1.000", "0.500", "2"]
+    assert note == (
+        "note: all 2 attempts at a task are the same at temperature 0, but for what its environment draws from its "
+        "seed: pass@2 and pass^2 say nothing more than pass@1 (--temperature 1, or --k 1)"
+    )
+    warm = replace(pair, temperature=1.0)
+    assert "note" not in warm.table()
+    one = report([attempt(1.0)])
+    assert "pass^" not in one.table()
+    assert "note" not in one.table()
+    mixed = compare_table({"one": one, "warm": warm}).splitlines()
+    assert "pass@k" in mixed[0]
+    assert mixed[3].split()[3:5] == ["1.000", "0.500"]
+
+
+def test_an_interrupted_report_says_so() -> None:
+    results: list[tuple[Task, list[Trajectory | None]]] = [(_task(0), [attempt(1.0), None]), (_task(1), [attempt(0.0)])]
+    part = summarize(
+        results, env="e", split="test", model="m", version=0, temperature=1.0, seed=0, seconds=1.0, planned=8
+    )
+    assert (part.n, part.attempts, part.unplayed) == (2, 2, 5)
+    assert part.infra_rate == pytest.approx(1 / 3)
+    assert part.table().endswith("note: partial: 3 of 8 attempts were played, at 2 tasks with a score")
 
 
 def test_more_tasks_than_there_are() -> None:

@@ -32,7 +32,7 @@ from tests.chat_server import Answer, Hang, Json, Step, chat_server, completion
 from tests.tiny_models import tiny_chat_model
 
 ENV = "tests.chat_envs:Sums"
-SECONDS = 120.0
+SECONDS = 300.0
 
 
 def answers(body: Json) -> Step:
@@ -204,7 +204,7 @@ def test_the_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         read_until(process, "Once more stops at once")
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30.0)
+        _, errors = process.communicate(timeout=SECONDS)
         gate.open.set()
     assert process.returncode == 130
     assert errors.startswith("stopped by SIGINT; 2 of 8 attempts are saved. Go on with:\n  areal-agents eval --resume ")

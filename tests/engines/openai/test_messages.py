@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal_agents.engines.openai.messages import read_reply, request_messages
+from areal_agents.engines.openai.messages import read_reply, reasoning_form, request_messages
 from areal_agents.errors import ConfigError
 from areal_agents.types import AssistantMessage, Image, Message, Text, tool_result, user
-from tests.chat_server import call
+from tests.chat_server import Json, call
 
 
 def reply_of(**message: Any) -> AssistantMessage:
@@ -62,6 +62,36 @@ def test_content_in_its_other_forms() -> None:
     assert reply_of().text == ""
     cut = read_reply({"choices": [{"message": {"content": "a"}, "finish_reason": "length"}], "usage": {"x": True}})
     assert (cut.message.finish, cut.completion_tokens) == ("length", None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "form", "text"),
+    [
+        ({"reasoning_content": "hm </think>"}, "reasoning_content", "hm </think>"),
+        ({"reasoning": "hm"}, "reasoning", "hm"),
+        ({"reasoning": "hm", "reasoning_content": "hm"}, "reasoning_content", "hm"),
+        ({"reasoning_content": None, "reasoning": ""}, None, ""),
+        ({"reasoning_content": {"a": 1}}, None, ""),
+        ({"reasoning": [{"type": "text", "text": "h"}, {"text": "m"}, 3]}, "reasoning", "hm"),
+        ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]}, "thinking", "hm"),
+    ],
+)
+def test_thinking_is_kept_apart_and_sent_back_as_it_came(fields: Json, form: str | None, text: str) -> None:
+    message = {"content": "7", "tool_calls": [call("add", "{}")]} | fields
+    body = {"choices": [{"message": message}]}
+    said = read_reply(body).message
+    assert (said.reasoning, "hm" in said.text) == (text, False)
+    assert reasoning_form(body) == form
+    (silent,) = request_messages([said])
+    assert "hm" not in json.dumps(silent)
+    (sent,) = request_messages([said], reasoning=reasoning_form(body))
+    assert sent["tool_calls"][0]["function"]["name"] == "add"
+    if form == "thinking":
+        assert sent["content"] == [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
+    elif form is not None:
+        assert (sent[form], sent["content"]) == (text, "7")
+    else:
+        assert sent == silent
 
 
 def test_calls_that_the_server_left_in_the_text_are_found_and_sent_back_as_text() -> None:
