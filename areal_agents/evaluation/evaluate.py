@@ -11,13 +11,14 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from areal_agents import registry
 from areal_agents.chat_model import remote_name
 from areal_agents.errors import ConfigError
+from areal_agents.evaluation.endings import count_endings, count_finishes, count_oddities, noted
 from areal_agents.evaluation.players import Served, Server, on_engines, on_server
 from areal_agents.evaluation.statistics import PASS, clustered_interval, pass_at_k, pass_hat_k
 from areal_agents.registry import EnvSpec
@@ -70,6 +71,19 @@ class EvalReport:
     seconds: float
     served: str = ""
     """Of a model behind a chat server: the name that the server gives itself for it, and the server's URL."""
+    endings: dict[str, int] = field(default_factory=dict)
+    """Attempts by stop reason."""
+    finishes: dict[str, int] = field(default_factory=dict)
+    """Turns by how they ended: ``stop``, or early."""
+    cut_turns: int = 0
+    """Turns that ended early."""
+    unverifiable: int = 0
+    verdict_timeouts: int = 0
+    """Attempts with such a verdict. They count with its score."""
+    sandbox_replays: int = 0
+    """Sandboxes that were lost and whose calls were run again."""
+    withheld: int = 0
+    """Attempts with a reward that was not paid, because it was for a message that was cut."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -133,7 +147,7 @@ def summarize(
     full = [(c, w) for c, w in zip(counts, wins, strict=True) if c == k]
     calls = [calls_of(t) for t in everything]
     valid = [t for t, (made, ok) in zip(everything, calls, strict=True) if made and made == ok]
-    made = sum(m for m, _ in calls)
+    made, odd = sum(m for m, _ in calls), count_oddities(everything)
     return EvalReport(
         env, split, model, version, temperature, seed, len(scored), k, total,
         pass_at_1=sum(wins) / total,
@@ -149,6 +163,13 @@ def summarize(
         turns=sum(len(t.turns) for t in everything) / total,
         tokens=sum(t.sampled_tokens for t in everything) / total,
         seconds=seconds,
+        endings=count_endings(everything),
+        finishes=count_finishes(everything),
+        cut_turns=odd["cut_turns"],
+        unverifiable=odd["unverifiable"],
+        verdict_timeouts=odd["verdict_timeouts"],
+        sandbox_replays=odd["sandbox_replays"],
+        withheld=odd["withheld"],
     )  # fmt: skip
 
 
@@ -217,7 +238,9 @@ def compare_table(reports: dict[str, EvalReport]) -> str:
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+    notes = [(name, noted(r.endings, r.finishes, r.to_json())) for name, r in reports.items()]
+    below = [f"{name}: {note}" for name, note in notes if note]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], *below])
 
 
 def held_out(spec: EnvSpec, split: str, n: int, *, difficulty: float | None) -> list[Task]:

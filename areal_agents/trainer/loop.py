@@ -22,6 +22,7 @@ from areal_agents.algorithms.objective import PolicyObjective
 from areal_agents.chat_model import refuse_training, remote_name
 from areal_agents.engine import Sampling
 from areal_agents.errors import Interrupted, LearnerLost
+from areal_agents.evaluation.endings import count_oddities
 from areal_agents.evaluation.evaluate import EvalReport, Stopwatch, calls_of, compare_table
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.producer import Rollouts
@@ -311,4 +312,5 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
         "episodes": float(n),
         "generate_seconds": sum(t.metrics.get("generate_seconds", 0.0) for t in episodes) / n,
         "env_seconds": sum(t.metrics.get("env_seconds", 0.0) for t in episodes) / n,
+        **{name: float(count) for name, count in count_oddities(episodes).items()},
     }  # fmt: skip
