@@ -18,6 +18,7 @@ from areal_agents import registry
 from areal_agents.chat_model import remote_name
 from areal_agents.errors import ArealError, ConfigError, InfraError, Interrupted
 from areal_agents.evaluation.attempts import FINISH_SECONDS, run_attempts, same_attempts, saved_rows
+from areal_agents.evaluation.endings import count_endings, count_finishes, count_oddities, noted
 from areal_agents.evaluation.players import Opener, Served, Server, on_engines, on_server
 from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.evaluation.statistics import clustered_interval, pass_at_k, pass_hat_k
@@ -95,6 +96,19 @@ class EvalReport:
     """Of a model behind a chat server: the name that the server gives itself for it, and the server's URL."""
     unplayed: int = 0
     """Attempts that were asked for and not played, because the evaluation was interrupted."""
+    endings: dict[str, int] = field(default_factory=dict)
+    """Attempts by stop reason."""
+    finishes: dict[str, int] = field(default_factory=dict)
+    """Turns by how they ended: ``stop``, or early."""
+    cut_turns: int = 0
+    """Turns that ended early."""
+    unverifiable: int = 0
+    verdict_timeouts: int = 0
+    """Attempts with such a verdict. They count with its score."""
+    sandbox_replays: int = 0
+    """Sandboxes that were lost and whose calls were run again."""
+    withheld: int = 0
+    """Attempts with a reward that was not paid, because it was for a message that was cut."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -184,7 +198,7 @@ def summarize(
     full = [(c, w) for c, w in zip(counts, wins, strict=True) if c == k]
     calls = [calls_of(t) for t in everything]
     valid = [t for t, (made, ok) in zip(everything, calls, strict=True) if made and made == ok]
-    made = sum(m for m, _ in calls)
+    made, odd = sum(m for m, _ in calls), count_oddities(everything)
     return EvalReport(
         env, split, model, version, temperature, seed, len(scored), k, total,
         pass_at_1=sum(wins) / total,
@@ -202,6 +216,13 @@ def summarize(
         seconds=seconds,
         left_out=dict(left_out),
         unplayed=0 if planned is None else planned - sum(len(tries) for _, tries in results),
+        endings=count_endings(everything),
+        finishes=count_finishes(everything),
+        cut_turns=odd["cut_turns"],
+        unverifiable=odd["unverifiable"],
+        verdict_timeouts=odd["verdict_timeouts"],
+        sandbox_replays=odd["sandbox_replays"],
+        withheld=odd["withheld"],
     )  # fmt: skip
 
 
@@ -222,7 +243,9 @@ def compare_table(reports: dict[str, EvalReport]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     notes = dict.fromkeys(note for r in reports.values() for note in r.notes())
-    text = "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], *(f"note: {note}" for note in notes)])
+    noticed = {name: noted(r.endings, r.finishes, r.to_json()) for name, r in reports.items()}
+    below = [f"{name}: {said}" for name, said in noticed.items() if said]
+    text = "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], *below, *(f"note: {note}" for note in notes)])
     named = {id: why for r in reports.values() for id, why in r.left_out.items()}
     return f"{text}\n{len(named)} tasks left out, they are in no rate:{reasons(named)}" if named else text
 

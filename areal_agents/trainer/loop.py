@@ -20,6 +20,7 @@ from areal_agents import settings
 from areal_agents.algorithms.advantages import Estimator
 from areal_agents.algorithms.batch import Batch, Row, rows_of
 from areal_agents.errors import Interrupted, LearnerLost
+from areal_agents.evaluation.endings import count_oddities
 from areal_agents.evaluation.evaluate import EvalReport, calls_of, compare_table
 from areal_agents.evaluation.progress import Stopwatch
 from areal_agents.rollout.buffer import Buffer
@@ -309,4 +310,5 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
         "episodes": float(n),
         "generate_seconds": sum(t.metrics.get("generate_seconds", 0.0) for t in episodes) / n,
         "env_seconds": sum(t.metrics.get("env_seconds", 0.0) for t in episodes) / n,
+        **{name: float(count) for name, count in count_oddities(episodes).items()},
     }  # fmt: skip

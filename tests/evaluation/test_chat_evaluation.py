@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from areal_agents.algorithms.batch import rows_of
 from areal_agents.chat.toolcalls import parse_text
-from areal_agents.chat_model import ContextLengthError
+from areal_agents.chat_model import ChatReply, ContextLengthError
 from areal_agents.cli.main import main
 from areal_agents.engine import Sampling
 from areal_agents.errors import ConfigError, EnvError
@@ -23,7 +24,7 @@ from areal_agents.rollout.episode import Limits
 from areal_agents.rollout.player import LocalPlayer
 from areal_agents.settings.config import ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records
-from areal_agents.types import AssistantMessage, Trajectory
+from areal_agents.types import AssistantMessage, Finish, StopReason, Trajectory
 from tests.chat_envs import Sums
 from tests.chat_server import Answer, Json, Step, call, chat_server, completion
 
@@ -224,3 +225,82 @@ def test_a_full_context_ends_the_episode_and_the_environment_scores_it() -> None
     with pytest.raises(EnvError, match="the first prompt does not fit the model: full"):
         play(Unmetered(full_at=1))
     assert play(Unmetered()).stop_reason == "max_turns"
+
+
+# --- how replies end -------------------------------------------------------------------------------------------------
+
+
+def test_cut_filtered_and_empty_replies_are_shown_apart_and_are_no_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def replies(body: Json) -> Step:
+        a, b = (int(n) for n in body["messages"][1]["content"].rstrip("?").split("+"))
+        right = f"\\boxed{{{a + b}}}"
+        return (
+            completion(right, tokens=4),
+            completion(right, finish="length", tokens=20),
+            completion(right, finish="content_filter", tokens=4),
+            completion(None, tokens=0),
+            completion(right, finish="length", tokens=4),  # by a limit of the server's own
+        )[a - 100]
+
+    with chat_server(replies) as server:
+        argv = ["eval", ENV, "--model", "openai:m", "--url", server.url, "--n", "5", "--rollout.max-turn-tokens", "20"]
+        assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["pass_at_1"], report["truncation_rate"], report["infra_rate"]) == (0.2, 0.8, 0.0)
+    assert report["endings"] == {"length": 2, "answer": 1, "content_filter": 1, "empty": 1}
+    assert report["finishes"] == {"length": 2, "stop": 1, "content_filter": 1, "empty": 1}
+    assert "ended by length 2, answer 1, content_filter 1, empty 1; turns cut by" in capsys.readouterr().out
+    for record in read_records(tmp_path / "out"):
+        assert main(["replay", str(tmp_path / "out"), "--kind", "eval", "--episode", record.trajectory.id]) == 0
+
+
+def test_a_conversation_that_the_filter_refuses_ends_truncated(tmp_path: Path) -> None:
+    def filtered(body: Json) -> Step:
+        if body["messages"][-1]["role"] == "tool":
+            return Answer({"error": {"message": "no", "code": "content_filter"}}, 400)
+        return completion(None, finish="tool_calls", tokens=5, tool_calls=[call("add", '{"a": 1, "b": 2}')])
+
+    with chat_server(filtered) as server:
+        report = run_evaluation(tmp_path / "out", server.url, n=2, k=1)
+    assert (report.attempts, report.endings, report.truncation_rate) == (2, {"content_filter": 2}, 1.0)
+    (record, _) = read_records(tmp_path / "out")
+    assert main(["replay", str(tmp_path / "out"), "--kind", "eval", "--episode", record.trajectory.id]) == 0
+
+
+class Ends:
+    """A ChatModel that says one thing, and ends it somehow."""
+
+    def __init__(self, text: str, finish: Finish) -> None:
+        self.message = parse_text(text, finish)
+
+    async def chat(self, messages: Any, tools: Any, sampling: Sampling) -> AssistantMessage:
+        return self.message
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "reason", "reward"),
+    [
+        ("\\boxed{107}", "stop", "answer", 1.0),
+        ("\\boxed{107}", "length", "length", 0.0),
+        (" ", "stop", "empty", 0.0),
+    ],
+)
+def test_models_that_report_nothing_are_held_to_the_same(
+    text: str, finish: Finish, reason: StopReason, reward: float
+) -> None:
+    played = play(Ends(text, finish))
+    assert (played.stop_reason, played.reward, played.truncated) == (reason, reward, reason != "answer")
+
+
+def test_the_budget_that_cut_a_reply_is_named() -> None:
+    class Metered(Ends):
+        async def reply(self, messages: Any, tools: Any, sampling: Sampling) -> ChatReply:
+            return ChatReply(self.message, 7, sampling.max_tokens)
+
+    cut = Metered("\\boxed{107}", "length")
+    assert play(cut).stop_reason == "length"
+    assert play(cut, replace(LIMITS, max_episode_tokens=12)).stop_reason == "tokens"
+    assert play(cut, replace(LIMITS, max_context=20)).stop_reason == "length"  # only the server knows its own prompt
+    assert play(cut, replace(LIMITS, max_context=27)).stop_reason == "context"

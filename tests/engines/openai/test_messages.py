@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from areal_agents.engines.openai.messages import read_reply, reasoning_form, request_messages
-from areal_agents.errors import ConfigError
+from areal_agents.errors import ConfigError, EngineError
 from areal_agents.types import AssistantMessage, Image, Message, Text, tool_result, user
 from tests.chat_server import Json, call
 
@@ -92,6 +92,38 @@ def test_thinking_is_kept_apart_and_sent_back_as_it_came(fields: Json, form: str
         assert (sent[form], sent["content"]) == (text, "7")
     else:
         assert sent == silent
+
+
+def ended(word: Any, **message: Any) -> str:
+    return read_reply({"choices": [{"message": message or {"content": "a"}, "finish_reason": word}]}).message.finish
+
+
+@pytest.mark.parametrize(
+    ("words", "finish"),
+    [
+        ((None, "", "stop", "tool_calls", "eos_token", "end_turn", "Stop", 3), "stop"),
+        (("length", "max_tokens", "model_length", "LENGTH"), "length"),
+        (("content_filter", "safety", "SAFETY", "refusal"), "content_filter"),
+    ],
+)
+def test_how_a_reply_ended_in_the_words_of_servers(words: tuple[Any, ...], finish: str) -> None:
+    assert {ended(word) for word in words} == {finish}
+
+
+def test_a_reply_without_text_and_calls_is_empty() -> None:
+    messages: list[Json] = [{"content": None}, {"content": ""}, {"content": " \n"}, {"content": [], "tool_calls": []}]
+    for message in messages:
+        assert ended("stop", **message) == "empty"
+        assert ended("length", **message) == "length"  # spent on reasoning that is not shown
+        assert ended("content_filter", **message) == "content_filter"
+    assert ended("stop", content=None, refusal="I will not") == "stop"
+    assert ended("tool_calls", content=None, tool_calls=[{"id": "i", "function": {"name": "f"}}]) == "stop"
+
+
+@pytest.mark.parametrize("word", ["error", "abort", "insufficient_system_resource"])
+def test_a_reply_that_the_server_broke_off_is_none(word: str) -> None:
+    with pytest.raises(EngineError, match=f"the server broke the reply off \\(finish_reason '{word}'\\)"):
+        ended(word)
 
 
 def test_calls_that_the_server_left_in_the_text_are_found_and_sent_back_as_text() -> None:
