@@ -10,15 +10,13 @@ if __name__ != "areal_agents.sandboxes":
 
 import asyncio
 import difflib
+import importlib
 import os
 from typing import Final, cast
 from weakref import WeakKeyDictionary
 
 from areal_agents.errors import ArealError, RegistryError
 from areal_agents.sandbox import SandboxBackend
-from areal_agents.utils.exits import no_exit
-from areal_agents.utils.foreign import import_foreign
-from areal_agents.utils.short_text import described
 
 _BACKENDS: Final = {
     "bubblewrap": "areal_agents.sandboxes.bubblewrap:BubblewrapBackend",
@@ -44,18 +42,26 @@ def get(name: str) -> SandboxBackend:
         close = difflib.get_close_matches(name, _BACKENDS, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise RegistryError(f"no sandbox backend {name!r}. {hint}Known: {', '.join(names())}, or 'module:Class'.")
+    if name in _BACKENDS:
+        return cast(SandboxBackend, getattr(importlib.import_module(module_name), attribute)())
+    return _foreign(name, module_name, attribute)
+
+
+def _foreign(name: str, module: str, attribute: str) -> SandboxBackend:
+    """Build somebody else's backend, whose module may raise anything or exit."""
+    from areal_agents.utils.foreign import contained, import_foreign  # late: our own backends need none of it
+
     try:
-        factory = getattr(import_foreign(module_name), attribute)
-    except Exception as error:  # the author's module may raise anything
-        raise RegistryError(f"sandbox backend {name!r} cannot be loaded: {described(error)}") from error
+        factory = getattr(import_foreign(module), attribute)
+    except Exception as error:
+        raise RegistryError(f"sandbox backend {name!r} cannot be loaded: {error}") from error
     try:
-        with no_exit():
-            made = factory()
+        with contained():
+            return cast(SandboxBackend, factory())
     except ArealError:
         raise
     except Exception as error:
-        raise RegistryError(f"sandbox backend {name!r} cannot be made: {described(error)}") from error
-    return cast(SandboxBackend, made)
+        raise RegistryError(f"sandbox backend {name!r} cannot be made: {type(error).__name__}: {error}") from error
 
 
 def shared(name: str) -> SandboxBackend:

@@ -6,7 +6,6 @@ Its settings are those of ``settings/evaluation.py``.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import sys
 from collections.abc import Sequence
@@ -52,14 +51,9 @@ class Eval:
     """Also write the report as JSON here; ``-``: to standard output, and everything else to standard error."""
 
     def run(self, overrides: Sequence[str]) -> int:
-        if str(self.json) != "-":
-            report = self._report(overrides)
-            if self.json is not None:
-                write_json(report, self.json)
-            return 0
-        with contextlib.redirect_stdout(sys.stderr):
-            report = self._report(overrides)
-        write_json(report, None)
+        report = self._report(overrides)
+        if self.json is not None:
+            write_json(report, None if str(self.json) == "-" else self.json)
         return 0
 
     def _report(self, overrides: Sequence[str]) -> Any:
