@@ -11,6 +11,7 @@ if __name__ != "areal_agents.sandboxes":
 
 import asyncio
 import difflib
+import importlib
 import inspect
 import os
 from collections.abc import Callable
@@ -19,9 +20,6 @@ from weakref import WeakKeyDictionary
 
 from areal_agents.errors import ArealError, RegistryError
 from areal_agents.sandbox import SandboxBackend
-from areal_agents.utils.exits import no_exit
-from areal_agents.utils.foreign import import_foreign
-from areal_agents.utils.short_text import described
 
 _BACKENDS: Final = {
     "bubblewrap": "areal_agents.sandboxes.bubblewrap:BubblewrapBackend",
@@ -49,18 +47,27 @@ def get(name: str) -> SandboxBackend:
         close = difflib.get_close_matches(plain, _BACKENDS, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise RegistryError(f"no sandbox backend {plain!r}. {hint}Known: {', '.join(names())}, or 'module:Class'.")
+    if plain in _BACKENDS:
+        factory = getattr(importlib.import_module(module_name), attribute)
+        return cast(SandboxBackend, factory(**_options(plain, query, factory)))
+    return _foreign(plain, query, module_name, attribute)
+
+
+def _foreign(name: str, query: str, module: str, attribute: str) -> SandboxBackend:
+    """Build somebody else's backend, whose module may raise anything or exit."""
+    from areal_agents.utils.foreign import contained, import_foreign  # late: our own backends need none of it
+
     try:
-        factory = getattr(import_foreign(module_name), attribute)
-    except Exception as error:  # the author's module may raise anything
-        raise RegistryError(f"sandbox backend {plain!r} cannot be loaded: {described(error)}") from error
+        factory = getattr(import_foreign(module), attribute)
+    except Exception as error:
+        raise RegistryError(f"sandbox backend {name!r} cannot be loaded: {error}") from error
     try:
-        with no_exit():
-            made = factory(**_options(plain, query, factory))
+        with contained():
+            return cast(SandboxBackend, factory(**_options(name, query, factory)))
     except ArealError:
         raise
     except Exception as error:
-        raise RegistryError(f"sandbox backend {plain!r} cannot be made: {described(error)}") from error
-    return cast(SandboxBackend, made)
+        raise RegistryError(f"sandbox backend {name!r} cannot be made: {type(error).__name__}: {error}") from error
 
 
 def _options(name: str, query: str, factory: Callable[..., object]) -> dict[str, str]:

@@ -6,7 +6,6 @@ Its settings are those of ``settings/evaluation.py``.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import sys
 from collections.abc import Sequence
@@ -56,14 +55,9 @@ class Eval:
     """Also write the report as JSON here; ``-``: to standard output, and everything else to standard error."""
 
     def run(self, overrides: Sequence[str]) -> int:
-        if str(self.json) != "-":
-            report, code = self._report(overrides)
-            if self.json is not None:
-                write_json(report, self.json)
-            return code
-        with contextlib.redirect_stdout(sys.stderr):
-            report, code = self._report(overrides)
-        write_json(report, None)
+        report, code = self._report(overrides)
+        if self.json is not None:
+            write_json(report, None if str(self.json) == "-" else self.json)
         return code
 
     def _report(self, overrides: Sequence[str]) -> tuple[Any, int]:

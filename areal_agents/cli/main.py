@@ -11,6 +11,7 @@ overrides of ``settings/loading.py`` besides. The exit codes are:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -21,7 +22,7 @@ from typing import Any
 import tyro
 
 from areal_agents.cli.commands import Command
-from areal_agents.cli.common import UsageError
+from areal_agents.cli.common import UsageError, json_alone
 from areal_agents.errors import ArealError, Interrupted
 from areal_agents.tracking.console import plain
 
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())
     try:
         command, overrides = _parse(args)
-        code: int = command.run(overrides)
+        wanted = getattr(command, "json", False)
+        with json_alone() if wanted is True or str(wanted) == "-" else contextlib.nullcontext():
+            code: int = command.run(overrides)
         return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

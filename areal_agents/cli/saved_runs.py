@@ -6,7 +6,6 @@ Each is a dataclass, as in ``cli/commands.py``.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import shlex
 import sys
@@ -55,10 +54,8 @@ class Rescore:
         first, last = _steps(self.steps)
         if self.out is not None and self.out.suffix != ".parquet":
             raise UsageError(f"--out is {self.out}: it must be a file whose name ends with .parquet")
-        to_stdout = str(self.json) == "-"
-        with contextlib.redirect_stdout(sys.stderr) if to_stdout else contextlib.nullcontext():
-            report, code = self._run(first, last)
-        if to_stdout:
+        report, code = self._run(first, last)
+        if str(self.json) == "-":
             write_json(report, None)
         return code
 
