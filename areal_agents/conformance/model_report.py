@@ -65,12 +65,13 @@ def check_model(model: str | Path, options: ChatOptions | None = None, *, engine
     report = ModelReport(str(model))
     options = options or ChatOptions()
     folder = Path(model)
-    try:
-        if not (folder.is_dir() and not (folder / "config.json").exists()):
+    if not folder.is_dir() or (folder / "config.json").exists():
+        try:
             folder = resolve(str(model))
-    except ModelError as error:
-        report.problems.append(str(error))
-        return report
+        except ModelError as error:
+            report.problems.append(str(error))
+            if not folder.is_dir():
+                return report
     try:
         _look_at_format(folder, options, report)
     except (TemplateError, ModelError) as error:
