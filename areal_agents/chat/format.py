@@ -66,6 +66,8 @@ class ChatFormat:
     """
 
     history: History
+    turn_end: int
+    """The id that the template writes after assistant content."""
     stop_ids: tuple[int, ...]
 
     def __init__(
@@ -107,9 +109,9 @@ class ChatFormat:
         self._codec = Codec(tokenizer.backend_tokenizer, frame=frame, own=_OWN)
         self.merge_system = merge_system
         self._rows = RowMaker(facts, merge_system=merge_system)
-        self._turn_end = self._codec.encode_rendered(facts.after.lstrip(), {})[0]
+        self.turn_end = self._codec.encode_rendered(facts.after.lstrip(), {})[0]
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-        found = tuple(dict.fromkeys((self._turn_end, *eos, *end_ids)))
+        found = tuple(dict.fromkeys((self.turn_end, *eos, *end_ids)))
         self.stop_ids = found if stop_ids is None else tuple(stop_ids)
         self.history = facts.history if history in (None, "auto") else history  # type: ignore[assignment]
         self._shown_roles: set[str] = set()
@@ -136,7 +138,7 @@ class ChatFormat:
             raise ModelError(f"{model} is not a folder: pull the model first and pass its local folder")
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # boundary: transformers and tokenizers raise errors of any type for a broken file
             raise ModelError(f"no tokenizer in {model}: {error}") from error
         return cls(
             tokenizer,
@@ -216,7 +218,7 @@ class ChatFormat:
 
         Returns the content's ids and the turn's end id.
         """
-        return (*self._codec.encode_said(text), self._turn_end)
+        return (*self._codec.encode_said(text), self.turn_end)
 
     # ── ids to messages ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -231,6 +233,10 @@ class ChatFormat:
         text = self._codec.decode(prompt[start:])
         # Content may stand there too where no control token separates it from the answer.
         return thought_is_open(text) and (self._separates or text.rstrip().endswith(THINK))
+
+    def text_of(self, id: int) -> str:
+        """Return the text of one token, empty for an id outside the vocabulary."""
+        return self._codec.decode((id,))
 
     def parse(self, completion_ids: Ids, finish: Finish, prompt: Ids = ()) -> AssistantMessage:
         """Read the message that sampled ids say, in answer to ``prompt``.
