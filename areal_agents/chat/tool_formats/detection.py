@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from areal_agents.chat.tool_formats import DEFAULT, FORMATS, Schemas, ToolFormat
+from areal_agents.chat.tool_formats import AUTO, DEFAULT, FORMATS, Schemas, ToolFormat, named_format
 from areal_agents.chat.tool_formats.base import Call, Source, visible_start
 from areal_agents.chat.tool_formats.harmony import REFUSAL, is_harmony
 from areal_agents.errors import TemplateError
 
 Render = Callable[[Sequence[Mapping[str, Any]]], str]
 """Renders rows without a generation prompt, and raises TemplateError."""
-AUTO = "auto"
 
 _FIRST: Call = ("zq7_first", {"text": "zq7 words", "count": 31, "flag": True, "items": [1, 2]})
 _SECOND: Call = ("zq7_second", {"text": "zq7 others"})
@@ -85,11 +84,8 @@ def chosen_format(written: Written, asked: str, *, renders_tools: bool) -> ToolF
                 "format, in the system message), or use another template"
             )
         return written.format or DEFAULT
-    if asked not in FORMATS:
-        raise TemplateError(f"tool_format {asked!r} is unknown: use {AUTO!r} or one of {', '.join(FORMATS)}")
-    if written.format is not None and written.format.name == asked:
-        return written.format
-    return FORMATS[asked]
+    named = named_format(asked)
+    return written.format if written.format is not None and written.format.name == asked else named
 
 
 def verify(form: ToolFormat) -> None:
