@@ -30,6 +30,15 @@ NO_TOOL_ROLE = (  # as Llama 2 and Mistral: roles alternate, and `tool` is unkno
     "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + (
+    NO_TOOL_ROLE  # as Gemma
+)
+DROPS_SYSTEM = CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")  # as Mistral
+SWITCH = CHATML.replace(  # as Qwen3
+    "assistant\n' }}{% endif %}",
+    "assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{% endif %}",
+)
 WITH_TOOLS = "{% if tools %}{{ '<|im_start|>system\nTOOLS ' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}" + CHATML
 NO_TURN_END = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"

@@ -105,6 +105,7 @@ class ChatFormat:
         self.facts = facts = look_at(self.template, [t for t in added if not t.isspace()])
         frame = facts.before + facts.after + facts.generation + facts.tool_frame
         self._codec = Codec(tokenizer.backend_tokenizer, frame=frame, own=_OWN)
+        self.merge_system = merge_system
         self._rows = RowMaker(facts, merge_system=merge_system)
         self._turn_end = self._codec.encode_rendered(facts.after.lstrip(), {})[0]
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)

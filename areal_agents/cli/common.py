@@ -1,12 +1,13 @@
 """The parts that several commands share.
 
-They are the error of wrong usage, and JSON for files and standard output.
+They are the error of wrong usage, variables of a chat template, and JSON for files and standard output.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,23 @@ class UsageError(Exception):
 
     The exit code is 2.
     """
+
+
+def template_variables(given: Sequence[str]) -> dict[str, Any]:
+    """Read the chat template's variables from texts such as ``enable_thinking=false``.
+
+    Values are read as ``--model.template_variables.NAME VALUE`` is. Raises UsageError.
+    """
+    from areal_agents.settings.describe import settings
+    from areal_agents.settings.values import value_of
+
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, raw = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--template-variables {text!r}: write NAME=VALUE, such as enable_thinking=false")
+        found[name] = value_of(raw, settings()["model.template_variables"])
+    return found
 
 
 def write_json(value: Any, path: Path | None) -> None:

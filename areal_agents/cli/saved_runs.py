@@ -200,7 +200,7 @@ class Replay:
                 record,
                 lambda: run.make_env(sandbox=sandbox),
                 seed=seed,
-                fmt=None if folder is None else ChatFormat.load(folder),
+                fmt=None if folder is None else ChatFormat.load(folder, run.chat),
                 step_timeout=run.step_timeout,
                 max_turns=run.max_turns,
             )

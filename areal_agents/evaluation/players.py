@@ -61,7 +61,7 @@ def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
     from areal_agents.engines.local import engine_spec, open_engines
 
     folder, engine = resolve(config.model.path), config.engine
-    fmt = ChatFormat.load(folder)
+    fmt = ChatFormat.load(folder, config.model.chat)
     limits = limits_of(config)
     player = PlayerSpec(
         env=spec,
@@ -70,6 +70,7 @@ def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
         sampling=Sampling(limits.max_turn_tokens, temperature=config.eval.temperature, stop_ids=fmt.stop_ids),
         sandbox=config.env.sandbox,
         kwargs=config.env.kwargs,
+        chat=config.model.chat,
     )
     # No learner wants a share of the cores.
     threads = max(1, (engine.threads or len(os.sched_getaffinity(0))) // engine.replicas)
@@ -91,7 +92,8 @@ def on_server(config: TrainConfig, spec: EnvSpec, name: str, server: Server, ser
     Raises ConfigError at once.
 
     Args:
-        config: the settings. Of the engine's, request_timeout alone is used.
+        config: the settings. Of the engine's, request_timeout alone is used. The template's variables go along with
+            each request, in the field ``chat_template_kwargs`` that vLLM and SGLang know.
         spec: the environment.
         name: the model's name for the server.
         server: where it is.
@@ -111,6 +113,7 @@ def on_server(config: TrainConfig, spec: EnvSpec, name: str, server: Server, ser
         deadline=limits.request_timeout + waiting,
         concurrency=server.concurrency,
         requests_per_minute=server.requests_per_minute,
+        extra={"chat_template_kwargs": config.model.template_variables} if config.model.template_variables else None,
     )
     served.url = chat.url
     # Twice the client's own deadline, whose message is better.

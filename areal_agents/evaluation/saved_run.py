@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents import models, registry, settings
+from areal_agents.chat.options import ChatOptions
 from areal_agents.chat.tool_formats import tool_format
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError
@@ -51,6 +52,8 @@ class SavedRun:
     """The runner's own limit on turns. None where only a report is left, which does not say it."""
     algorithm: AlgorithmConfig | None = None
     """None for an evaluation, which trains nothing."""
+    chat: ChatOptions = field(default_factory=ChatOptions)
+    """How the run's prompts were made."""
 
     @classmethod
     def open(cls, out: Path) -> SavedRun:
@@ -65,7 +68,7 @@ class SavedRun:
             algorithm = None if (out / "report.json").is_file() else c.algorithm
             return cls(
                 out, c.env.id, c.seed, c.model.path, c.env.sandbox, c.env.kwargs, c.env.step_timeout,
-                c.rollout.max_turns, algorithm,
+                c.rollout.max_turns, algorithm, c.model.chat,
             )  # fmt: skip
         try:
             row = json.loads((out / "report.json").read_text(encoding="utf-8"))

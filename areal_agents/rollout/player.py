@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from areal_agents.chat.format import ChatFormat
+from areal_agents.chat.options import ChatOptions
 from areal_agents.engine import Engine, Sampling
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ConfigError, FailureBudgetError, InfraError
@@ -148,20 +149,22 @@ class PlayerSpec:
     """Keyword arguments of the environment's constructor, over the registered ones."""
     policy: Literal["engine", "expert"] = "engine"
     """Who takes the turns: the engine, or the environment's scripted expert."""
+    chat: ChatOptions = field(default_factory=ChatOptions)
+    """What the user chose about the chat format of ``model``."""
 
     def build(self, engine: Engine, *, fmt: ChatFormat | None = None, event: EventSink = no_events) -> LocalPlayer:
         """Build the player in this process.
 
         Args:
             engine: samples the turns.
-            fmt: the chat format of ``model``, where the caller has loaded it.
+            fmt: the chat format of ``model`` with the options of ``chat``, where the caller has loaded it.
             event: as for ``LocalPlayer``.
 
         Raises:
             ModelError: ``model`` has no tokenizer.
             RegistryError: the environment cannot be imported.
         """
-        fmt = fmt or ChatFormat.load(self.model)
+        fmt = fmt or ChatFormat.load(self.model, self.chat)
         make_env = env_maker(self.env, sandbox=self.sandbox, kwargs=self.kwargs)
 
         def policy(task: Task) -> Policy:

@@ -62,7 +62,12 @@ TRAINING_ONLY = {
 }
 """Settings, and sections with a dot at their end, that mean nothing for an evaluation, and why."""
 
-SERVED = {"engine.": "the model is served at its URL, no engine is started"}
+_RENDERED = "the model's server renders the conversation"
+SERVED = {
+    "engine.": "the model is served at its URL, no engine is started",
+    "model.history": _RENDERED,
+    "model.merge_system": _RENDERED,
+}
 """The same, of a model behind a chat server."""
 
 

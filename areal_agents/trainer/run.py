@@ -48,7 +48,7 @@ async def open_run(
     if config.cluster.backend == "local":  # a cluster's workers prove theirs
         await prove_sandbox(spec, config.env.sandbox)
     model = resolve(config.model.path)
-    fmt = ChatFormat.load(model)
+    fmt = ChatFormat.load(model, config.model.chat)
     async with contextlib.AsyncExitStack() as stack:
         tracker = stack.enter_context(_tracker(config, commit, console=console))
         stack.enter_context(_noting_a_lost_learner(tracker))
@@ -248,6 +248,7 @@ class Run:
             sampling=Sampling(limits.max_turn_tokens, temperature=temperature, stop_ids=self.fmt.stop_ids),
             sandbox=config.env.sandbox,
             kwargs=config.env.kwargs,
+            chat=config.model.chat,
         )
 
 

@@ -15,7 +15,7 @@ from areal_agents.errors import TemplateError
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Message, Text, system, tool_result, user
 from tests.chat_server import call
-from tests.tiny_tokenizer import CHATML, NO_TOOL_ROLE, THINKING, WITH_TOOLS, tiny
+from tests.tiny_tokenizer import CHATML, DROPS_SYSTEM, NO_SYSTEM, NO_TOOL_ROLE, SWITCH, THINKING, WITH_TOOLS, tiny
 
 TOOLS = (
     ToolSpec(
@@ -60,10 +60,11 @@ def served_ids(fmt: ChatFormat, messages: tuple[Message | AssistantMessage, ...]
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("tools", [(), TOOLS], ids=["no tools", "tools"])
 @pytest.mark.parametrize(
-    "template", [CHATML, WITH_TOOLS, NO_TOOL_ROLE, THINKING, "  {% if true %}\n" + CHATML + "{% endif %}"]
+    "template",
+    [CHATML, WITH_TOOLS, NO_TOOL_ROLE, NO_SYSTEM, DROPS_SYSTEM, THINKING, "  {% if true %}\n" + CHATML + "{% endif %}"],
 )
 def test_the_same_ids(template: str, tools: tuple[ToolSpec, ...], name: str) -> None:
-    fmt = ChatFormat(tiny(template))
+    fmt = ChatFormat(tiny(template), merge_system=True)
     messages = CONVERSATIONS[name]
     assert served_ids(fmt, messages, tools) == fmt.first_prompt(messages, tools)
 
@@ -74,6 +75,27 @@ def test_the_same_ids_with_smollm2(smollm2: Path) -> None:
         for messages in CONVERSATIONS.values():
             assert served_ids(fmt, messages, tools) == fmt.first_prompt(messages, tools)
     assert served_template(fmt) != fmt.tokenizer.chat_template
+
+
+def test_variables_of_the_template_reach_the_server() -> None:
+    given = {"enable_thinking": False}
+    fmt = ChatFormat(tiny(SWITCH), template_variables=given)
+    messages = CONVERSATIONS["calls"]
+    assert served_ids(fmt, messages, TOOLS) == fmt.first_prompt(messages, TOOLS)
+    assert fmt.first_prompt(messages) != ChatFormat(tiny(SWITCH)).first_prompt(messages)
+
+
+@pytest.mark.parametrize("value", [True, None, -3, 0.5, 'é "quoted" \\ {{ x }} \n 😀', ["a", 1, {"b": [False]}], {}])
+def test_every_kind_of_value_reaches_the_server(value: Any) -> None:
+    fmt = ChatFormat(tiny("{{ given | tojson }}" + CHATML), template_variables={"given": value})
+    messages = CONVERSATIONS["user"]
+    assert served_ids(fmt, messages, ()) == fmt.first_prompt(messages)
+
+
+def test_a_system_message_is_refused_by_the_server_too() -> None:
+    fmt = ChatFormat(tiny(NO_SYSTEM))
+    with pytest.raises(Exception, match="knows no system message"):
+        served_ids(fmt, CONVERSATIONS["system"], ())
 
 
 def test_several_templates_are_refused() -> None:

@@ -25,13 +25,14 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import httpx
 
 from areal_agents.chat.format import ChatFormat
+from areal_agents.chat.options import ChatOptions
 from areal_agents.chat.server_template import served_template
 from areal_agents.chat_model import REMOTE
 from areal_agents.engines.process_group_reaper import __file__ as guard_script
@@ -79,6 +80,8 @@ class Serving:
     seed: int = 0
     api_key_env: str | None = None
     """Environment variable with the key that clients must send; None: whoever reaches the port may use the model."""
+    chat: ChatOptions = field(default_factory=ChatOptions)
+    """How prompts are made."""
     arguments: tuple[str, ...] = ()
     """Further arguments of vLLM's server; they come last and win."""
 
@@ -202,7 +205,7 @@ async def serve(serving: Serving, *, say: Callable[[str], None] = print, start_s
         EngineError: the server ended by itself, or missed its deadline.
     """
     require_vllm()
-    fmt = ChatFormat.load(serving.model)
+    fmt = ChatFormat.load(serving.model, serving.chat)
     cpu = is_cpu_build()
     serving = replace(serving, port=free_port(serving.host, serving.port))
     with tempfile.TemporaryDirectory(prefix="areal-serve-", ignore_cleanup_errors=True) as folder, _signals() as stop:
