@@ -11,7 +11,8 @@ are never calls. The text is hostile: no input raises.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
 from areal_agents.chat.tool_formats import DEFAULT, Block, Schemas, ToolFormat
 from areal_agents.chat.tool_formats.hermes import Hermes
@@ -27,9 +28,16 @@ __all__ = [
     "parse_text",
     "read_arguments",
     "rewrite",
+    "rewritten",
     "schemas_of",
     "write_block",
 ]
+
+
+_SAMPLE: tuple[str, Mapping[str, Any]] = ("f", {})
+_NOTATION = ("hermes", "api")
+"""The formats whose calls stand in a text as Hermes blocks."""
+M = TypeVar("M")
 
 
 class ToolLike(Protocol):
@@ -117,14 +125,21 @@ def read_arguments(name: str, text: str) -> Read:
     return arguments_of(name, value)
 
 
-def rewrite(text: str, form: ToolFormat, tools: Sequence[ToolLike] = ()) -> str:
-    """Write a script's message, whose calls are Hermes blocks, in another format.
+def rewrite(text: str, form: ToolFormat, tools: Sequence[ToolLike] = (), *, exact: bool = True) -> str:
+    """Write a message whose calls are Hermes blocks in another format.
 
     A call that a script breaks on purpose stays as it is.
 
-    Raises TemplateError where the format cannot say the calls, because it would read others back.
+    Args:
+        text: the whole text.
+        form: how the calls are to be written.
+        tools: what may be called.
+        exact: the calls will be run: refuse to write what would be read as others.
+
+    Raises:
+        TemplateError: the format cannot say the calls exactly.
     """
-    if form.name == DEFAULT.name:
+    if form.write(*_SAMPLE) == DEFAULT.write(*_SAMPLE):
         return text
     schemas = schemas_of(tools)
     blocks = [b for b in DEFAULT.find_blocks(text, tools=schemas) if b.status == "ok"]
@@ -140,9 +155,19 @@ def rewrite(text: str, form: ToolFormat, tools: Sequence[ToolLike] = ()) -> str:
         said = [text[edge : b.start] for edge, b in zip(edges, blocks, strict=False)] + [text[edges[-1] :]]
         written = form.write_message("\n".join(s.rstrip() for s in said if s.strip()), calls)
     read = [(b.name, b.arguments) for b in form.find_blocks(written, tools=schemas) if b.status == "ok"]
-    if read != calls:
+    if exact and read != calls:
         raise TemplateError(
-            f"T7: the calls {written[:200]!r} cannot be written in the tool format {form.name}, which would read others: "
+            f"T7: the tool format {form.name} would read other calls from {written[:200]!r} than were written: "
             "change the expert's arguments, or set another model.tool_format"
         )
     return written
+
+
+def rewritten(messages: Sequence[M], form: ToolFormat, tools: Sequence[ToolLike] = ()) -> list[M]:
+    """Return ``messages`` with those in ``form`` that were said elsewhere: by a server's model, or by a script."""
+    return [_rewritten(m, form, tools) if isinstance(m, AssistantMessage) else m for m in messages]
+
+
+def _rewritten(message: Any, form: ToolFormat, tools: Sequence[ToolLike]) -> Any:
+    foreign = any(c.format != form.name and c.format in _NOTATION for c in message.tool_calls)
+    return replace(message, parts=(Text(rewrite(message.text, form, tools, exact=False)),)) if foreign else message

@@ -238,4 +238,3 @@ def write_call(name: str, arguments: Mapping[str, Any]) -> str:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-

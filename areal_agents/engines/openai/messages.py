@@ -24,7 +24,7 @@ from areal_agents.chat.toolcalls import MAX_CALLS, parse_text, read_arguments, w
 from areal_agents.chat_model import ChatReply
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.tool import ToolSpec
-from areal_agents.types import AssistantMessage, CallStatus, Finish, Image, Message, Part, Text, ToolCall
+from areal_agents.types import AssistantMessage, Finish, Image, Message, Part, Text, ToolCall
 
 Json = dict[str, Any]
 
