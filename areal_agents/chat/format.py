@@ -57,6 +57,8 @@ class ChatFormat:
     """
 
     history: History
+    turn_end: int
+    """The id that the template writes after assistant content."""
     stop_ids: tuple[int, ...]
     tool_format: ToolFormat
     """How calls are written: the model is told it, its text is parsed in it, and experts speak it (T7)."""
@@ -103,9 +105,9 @@ class ChatFormat:
         self._codec = Codec(tokenizer.backend_tokenizer, frame=frame, own=own)
         self.merge_system = merge_system
         self._rows = RowMaker(facts, merge_system=merge_system)
-        self._turn_end = self._codec.encode_rendered(facts.after.lstrip(), {})[0]
+        self.turn_end = self._codec.encode_rendered(facts.after.lstrip(), {})[0]
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-        found = tuple(dict.fromkeys((self._turn_end, *eos, *end_ids)))
+        found = tuple(dict.fromkeys((self.turn_end, *eos, *end_ids)))
         self.stop_ids = found if stop_ids is None else tuple(stop_ids)
         self.history = facts.history if history in (None, "auto") else history  # type: ignore[assignment]
         if facts.moves_tools and self.history == "append":
@@ -129,7 +131,7 @@ class ChatFormat:
             raise ModelError(f"{model} is not a folder: pull the model first and pass its local folder")
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # boundary: transformers and tokenizers raise errors of any type for a broken file
             raise ModelError(f"no tokenizer in {model}: {error}") from error
         return cls(
             tokenizer,
@@ -222,14 +224,24 @@ class ChatFormat:
             )
         self._shown_roles.add(role)
 
-    def encode_turn(self, text: str, tools: Sequence[ToolLike] = ()) -> Ids:
+    def encode_turn(self, text: str, tools: Sequence[ToolLike] = (), prompt: Ids = ()) -> Ids:
         """Encode a scripted assistant turn, of a demonstration or an expert.
 
-        Calls in it are Hermes blocks, and are written as the model writes them.
+        Calls in it are Hermes blocks, and are written as the model writes them. A thought that ``prompt`` opened is
+        closed first.
 
         Returns the content's ids and the turn's end id. Raises TemplateError for calls that ``tool_format`` cannot say.
         """
-        return (*self._codec.encode_said(rewrite(text, self.tool_format, tools)), self._turn_end)
+        said = rewrite(self._after_thought(text, prompt), self.tool_format, tools)
+        return (*self._codec.encode_said(said), self.turn_end)
+
+    def _after_thought(self, text: str, prompt: Ids) -> str:
+        """Close the thought that ``prompt`` opened, where ``text`` does not go on with it."""
+        if not self.opens_thought(prompt):
+            return text
+        if text.lstrip().startswith(THINK):
+            return text.lstrip().removeprefix(THINK).removeprefix("\n")
+        return text if UNTHINK in text else f"\n{UNTHINK}\n\n{text}"
 
     # ── ids to messages ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -244,6 +256,10 @@ class ChatFormat:
         text = self._codec.decode(prompt[start:])
         # Content may stand there too where no control token separates it from the answer.
         return thought_is_open(text) and (self._separates or text.rstrip().endswith(THINK))
+
+    def text_of(self, id: int) -> str:
+        """Return the text of one token, empty for an id outside the vocabulary."""
+        return self._codec.decode((id,))
 
     def parse(
         self, completion_ids: Ids, finish: Finish, prompt: Ids = (), tools: Sequence[ToolLike] = ()
