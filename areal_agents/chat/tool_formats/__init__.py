@@ -15,8 +15,12 @@ from areal_agents.chat.tool_formats.llama_json import LlamaJson
 from areal_agents.chat.tool_formats.mistral import Mistral, MistralArgs
 from areal_agents.chat.tool_formats.pythonic import Pythonic
 from areal_agents.chat.tool_formats.qwen_xml import QwenXml
+from areal_agents.errors import TemplateError
 
-__all__ = ["DEFAULT", "FORMATS", "Block", "Schemas", "ToolFormat", "tool_format"]
+__all__ = ["AUTO", "DEFAULT", "FORMATS", "Block", "Schemas", "ToolFormat", "named_format", "tool_format"]
+
+AUTO = "auto"
+"""The name that leaves the choice to the template."""
 
 FORMATS: dict[str, ToolFormat] = {
     f.name: f
@@ -42,3 +46,15 @@ _API = Api()
 def tool_format(name: str) -> ToolFormat:
     """Return the format ``name``, or the one of calls that a server read itself (``api``). Raises KeyError."""
     return _API if name == _API.name else FORMATS[name]
+
+
+def named_format(name: str) -> ToolFormat:
+    """Return the format that a user named; ``auto`` is the default.
+
+    Raises TemplateError for an unknown name.
+    """
+    if name == AUTO:
+        return DEFAULT
+    if name not in FORMATS:
+        raise TemplateError(f"tool_format {name!r} is unknown: use {AUTO!r} or one of {', '.join(FORMATS)}")
+    return FORMATS[name]

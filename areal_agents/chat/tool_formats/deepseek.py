@@ -1,11 +1,15 @@
 """DeepSeek: calls between control tokens.
 
-    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME        ``deepseek``: V3 and R1
+``deepseek`` (V3 and R1):
+
+    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME
     ```json
     {"code": "print(1)"}
     ```<｜tool▁call▁end｜><｜tool▁calls▁end｜>
 
-    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{…}<｜tool▁call▁end｜><｜tool▁calls▁end｜>   ``deepseek_v31``
+``deepseek_v31``:
+
+    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{…}<｜tool▁call▁end｜><｜tool▁calls▁end｜>
 
 Each of the two reads both, and writes its own.
 """

@@ -9,19 +9,17 @@ an object, some as JSON text. Some write only the markup, and take the calls as 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from areal_agents.chat.tool_formats import DEFAULT, FORMATS, Schemas, ToolFormat
+from areal_agents.chat.tool_formats import AUTO, DEFAULT, FORMATS, Schemas, ToolFormat, named_format
 from areal_agents.chat.tool_formats.base import Call, Source, visible_start
 from areal_agents.chat.tool_formats.harmony import REFUSAL, is_harmony
 from areal_agents.errors import TemplateError
 
 Render = Callable[[Sequence[Mapping[str, Any]]], str]
 """Renders rows without a generation prompt, and raises TemplateError."""
-AUTO = "auto"
 
 _FIRST: Call = ("zq7_first", {"text": "zq7 words", "count": 31, "flag": True, "items": [1, 2]})
 _SECOND: Call = ("zq7_second", {"text": "zq7 others"})
@@ -40,24 +38,25 @@ class Written:
     """The rendering of one call. Empty where the template writes nothing of them."""
 
 
-def written_format(render: Render, before: Sequence[Mapping[str, Any]], head: str, tail: str) -> Written:
+def written_format(render: Render, before: Sequence[Mapping[str, Any]], opening: str, tail: str) -> Written:
     """Find the format in which a template writes calls.
 
     Args:
         render: the template.
         before: messages that an assistant message may follow.
-        head: what the template writes between them and the assistant's content.
-        tail: what it writes first behind the content.
+        opening: the rendering of them, up to the assistant's content.
+        tail: the token that ends the assistant's turn.
 
     Raises:
         TemplateError: the template writes harmony.
     """
+    base = render(before)
+    head = opening[_common(base, opening) :]
     one = next(_renderings(render, before, [_FIRST]), None)
     if one is None:
-        return _markup_alone(render, before, head, tail)
+        return _markup_alone(render, before, base, head, tail)
     if is_harmony(one):
         raise TemplateError(REFUSAL)
-    base = render(before)
     body = _body(one, base, head, tail)
     two = next(_renderings(render, before, [_FIRST, _SECOND]), None)
     fitting = [style for style in _styles() if _reads(style, body, [_FIRST])]
@@ -85,11 +84,8 @@ def chosen_format(written: Written, asked: str, *, renders_tools: bool) -> ToolF
                 "format, in the system message), or use another template"
             )
         return written.format or DEFAULT
-    if asked not in FORMATS:
-        raise TemplateError(f"tool_format {asked!r} is unknown: use {AUTO!r} or one of {', '.join(FORMATS)}")
-    if written.format is not None and written.format.name == asked:
-        return written.format
-    return FORMATS[asked]
+    named = named_format(asked)
+    return written.format if written.format is not None and written.format.name == asked else named
 
 
 def verify(form: ToolFormat) -> None:
@@ -98,10 +94,9 @@ def verify(form: ToolFormat) -> None:
         raise TemplateError(f"T7: the tool format {form.name} does not read what it writes")
 
 
-def _markup_alone(render: Render, before: Sequence[Mapping[str, Any]], head: str, tail: str) -> Written:
+def _markup_alone(render: Render, before: Sequence[Mapping[str, Any]], base: str, head: str, tail: str) -> Written:
     """Look for a template that writes a format's opening markup for calls, and takes the rest as content."""
     found: list[tuple[ToolFormat, str]] = []
-    base = render(before)
     for style in _styles():
         text = style.write_calls([_FIRST])
         opener = next((o for o in style.openers if text.startswith(o)), None)
@@ -140,7 +135,7 @@ def _entry(call: Call, *, as_text: bool) -> dict[str, Any]:
 
 def _body(rendered: str, base: str, head: str, tail: str) -> str:
     """Cut an assistant message's content out of a rendered conversation, ``base`` being the part before it."""
-    body = rendered[len(os.path.commonprefix([base, rendered])) :]
+    body = rendered[_common(base, rendered) :]
     for start in (head, head.rstrip()):
         if body.startswith(start):
             body = body[len(start) :]
@@ -159,6 +154,12 @@ def _reads(form: ToolFormat, text: str, calls: Sequence[Call]) -> bool:
     return [(b.status, b.name, b.arguments) for b in blocks] == [("ok", name, given) for name, given in calls]
 
 
+def _common(one: str, two: str) -> int:
+    """Return how many characters two texts share at their beginning."""
+    pairs = zip(one, two, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(two)))
+
+
 def _closest(fitting: Sequence[ToolFormat], body: str) -> ToolFormat | None:
     """Return the format that would write ``body`` itself, or most of its beginning."""
 
@@ -166,7 +167,7 @@ def _closest(fitting: Sequence[ToolFormat], body: str) -> ToolFormat | None:
 
     def common(form: ToolFormat) -> tuple[int, int]:
         text = form.write_calls([_FIRST])
-        squeezed = ["".join(t.split()) for t in (text, bare)]
-        return len(os.path.commonprefix(squeezed)), len(os.path.commonprefix([text, bare]))
+        squeezed = ("".join(t.split()) for t in (text, bare))
+        return _common(*squeezed), _common(text, bare)
 
     return max(fitting, key=common) if fitting else None

@@ -36,7 +36,7 @@ class Glm(ToolFormat):
 
     def __init__(self, *, lines: bool = True) -> None:
         """Make the format. ``lines`` writes each tag on a line of its own."""
-        self._line = "\n" if lines else ""
+        self.lines = lines
 
     def read(self, source: Source, start: int, room: int) -> tuple[list[Block], int]:
         pos = start + len(OPEN)
@@ -70,7 +70,7 @@ class Glm(ToolFormat):
         return [Block.broken(start, end, status)], end
 
     def write(self, name: str, arguments: Mapping[str, Any]) -> str:
-        line = self._line
+        line = "\n" if self.lines else ""
         pairs = "".join(f"{KEY}{k}{UNKEY}{line}{VALUE}{_text(v)}{UNVALUE}{line}" for k, v in arguments.items())
         return f"{OPEN}{name}{line}{pairs}{CLOSE}"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from areal_agents.chat.tool_formats.base import Block, Source, ToolFormat
 from areal_agents.chat.tool_formats.json_calls import call_of, decode
@@ -23,14 +23,14 @@ class Hermes(ToolFormat):
     closing = CLOSE
     openers = (OPEN,)
     control = (OPEN, CLOSE)
-    vllm_parser = "hermes"
+    vllm_parser: ClassVar[str | None] = "hermes"
 
     def __init__(self, *, lines: bool = False) -> None:
         """Make the format.
 
         ``lines`` writes each tag on a line of its own, as Qwen's templates do.
         """
-        self._line = "\n" if lines else ""
+        self.lines = lines
 
     def read(self, source: Source, start: int, room: int) -> tuple[list[Block], int]:
         body = start + len(OPEN)
@@ -49,8 +49,9 @@ class Hermes(ToolFormat):
 
     def write_text(self, name: str, arguments: str) -> str:
         """Write one call whose arguments are JSON text, which is taken as it is."""
+        line = "\n" if self.lines else ""
         quoted = json.dumps(name, ensure_ascii=False)
-        return f'{OPEN}{self._line}{{"name": {quoted}, "arguments": {arguments}}}{self._line}{CLOSE}'
+        return f'{OPEN}{line}{{"name": {quoted}, "arguments": {arguments}}}{line}{CLOSE}'
 
     def styles(self) -> tuple[ToolFormat, ...]:
         return Hermes(), Hermes(lines=True)

@@ -10,6 +10,8 @@ from areal_agents.chat.tool_formats.coercion import typed
 from areal_agents.chat.tool_formats.json_calls import MAX_JSON_CHARS, Read, sane
 from areal_agents.types import CallStatus
 
+_LONG = f"the arguments are longer than {MAX_JSON_CHARS} characters"
+
 
 @dataclass
 class TaggedCall:
@@ -34,9 +36,7 @@ class TaggedCall:
         if self.problem:
             return Read(self.name, {}, "invalid_arguments", self.problem)
         if sum(map(len, self.values.values())) > MAX_JSON_CHARS:
-            return Read(
-                self.name, {}, "invalid_arguments", f"the arguments are longer than {MAX_JSON_CHARS} characters"
-            )
+            return Read(self.name, {}, "invalid_arguments", _LONG)
         arguments = typed(self.values, tools.get(self.name))
         if not sane(arguments):
             return Read(self.name, {}, "invalid_arguments", "an argument is no text")

@@ -24,6 +24,7 @@ from typing import Any
 
 import httpx
 
+from areal_agents.chat.tool_formats import named_format
 from areal_agents.chat_model import ChatReply, ContentFiltered, ContextLengthError, RequestRefused
 from areal_agents.engine import Sampling
 from areal_agents.engines.openai.address import endpoint, key_of, loopback
@@ -79,6 +80,8 @@ class OpenAIChat(AsyncClosing):
         max_tokens_field: the field that bounds a reply. Some models want ``max_completion_tokens``.
         text_calls: False for servers that insist on an entry in tool_calls for every tool result, see ``messages.py``.
         send_reasoning: send the thinking that the server returned with a turn back with it, as it came.
+        tool_format: how calls are written that the server leaves in the text, see ``chat/tool_formats``. ``auto`` is
+            Hermes.
         extra: further fields of each request, for example ``{"chat_template_kwargs": {...}}``.
         rng: of the backoff's jitter.
         clock: replaced by tests.
@@ -105,6 +108,7 @@ class OpenAIChat(AsyncClosing):
         max_tokens_field: str = "max_tokens",
         text_calls: bool = True,
         send_reasoning: bool = False,
+        tool_format: str = "auto",
         extra: Mapping[str, Any] | None = None,
         rng: random.Random | None = None,
         clock: Clock | None = None,
@@ -132,6 +136,7 @@ class OpenAIChat(AsyncClosing):
         self._send_reasoning = send_reasoning
         self._reasoning: ReasoningForm | None = None
         """The form in which the server gave the model's thinking last."""
+        self._format = named_format(tool_format)
         self._clock = clock or Clock()
         self._backoff = Backoff(rng or random.Random())
         self._pace = Pace(requests_per_minute, self._clock)
@@ -174,7 +179,7 @@ class OpenAIChat(AsyncClosing):
         body = self._body(messages, tools, sampling)
         try:
             async with asyncio.timeout(self._deadline):  # waiting for a slot is bounded by this one
-                return await self._until_answered(body)
+                return await self._until_answered(body, tools)
         except TimeoutError as error:
             raise self._late("no reply") from error
 
@@ -219,7 +224,7 @@ class OpenAIChat(AsyncClosing):
         body |= {name: value for name, value in optional.items() if value is not None}
         return json.dumps(body | self._fixed, ensure_ascii=False, allow_nan=False).encode()
 
-    async def _until_answered(self, body: bytes) -> ChatReply:
+    async def _until_answered(self, body: bytes, tools: Sequence[ToolSpec]) -> ChatReply:
         """Try until there is a reply.
 
         A pause that would end after the deadline is not begun.
@@ -230,7 +235,7 @@ class OpenAIChat(AsyncClosing):
                 async with self._slots:
                     if not await self._pace.turn(end):
                         raise self._late("requests_per_minute left no turn for the request")
-                    return await self._attempt(body, end)
+                    return await self._attempt(body, end, tools)
             except _Transient as failure:
                 failed = failure
             if attempt == self._max_retries:
@@ -245,7 +250,7 @@ class OpenAIChat(AsyncClosing):
             "can it bear this many requests (concurrency, requests_per_minute)?"
         )
 
-    async def _attempt(self, body: bytes, end: float) -> ChatReply:
+    async def _attempt(self, body: bytes, end: float, tools: Sequence[ToolSpec]) -> ChatReply:
         """Send one request and read its reply.
 
         Raises _Transient where another try may do better, and ArealError where none will.
@@ -268,7 +273,7 @@ class OpenAIChat(AsyncClosing):
             )
         try:
             answer = json.loads(raw)
-            reply = read_reply(answer, text_calls=self._text_calls)
+            reply = read_reply(answer, text_calls=self._text_calls, form=self._format, tools=tools)
             self._reasoning = reasoning_form(answer) or self._reasoning
             return reply
         except (ValueError, RecursionError) as error:
