@@ -64,6 +64,7 @@ class Serve:
             if argument.partition("=")[0] in ("--host", "--port", "--uds") or argument.startswith("--ssl-"):
                 raise UsageError(f"--vllm-args has {argument!r}: use serve's own --host and --port; there is no TLS")
         variables = template_variables(self.template_variables)
+        from areal_agents.engines.context import fit_context
         from areal_agents.engines.vllm.server import Serving, require_vllm, serve
 
         require_vllm()  # before a model is downloaded
@@ -75,13 +76,14 @@ class Serve:
                 "NAME) under /v1 alone, /invocations and /tokenize stay open. Put a proxy in front of it",
                 file=sys.stderr,
             )
+        model = resolve(self.model)
         serving = Serving(
-            model=resolve(self.model),
+            model=model,
             name=self.name or self.model,
             host=self.host,
             port=self.port,
             precision=self.precision,
-            max_context=self.max_context,
+            max_context=fit_context(model, self.max_context, name="--max-context", default=type(self).max_context),
             threads=self.threads,
             kv_gib=self.kv_gib,
             seed=self.seed,

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from areal_agents.chat.format import ChatFormat
-from areal_agents.chat_model import ChatReply
-from areal_agents.engine import Engine, Sampling
+from areal_agents.chat_model import ChatReply, ContextLengthError
+from areal_agents.engine import Engine, Sampling, shortest_context
 from areal_agents.errors import EngineError
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Message, Prompt
@@ -56,6 +56,7 @@ class EngineChat:
         Where ``sampling.stop_ids`` is empty, the format's stop ids are used. Cancelling aborts the request.
 
         Raises:
+            ContextLengthError: the conversation does not fit.
             EngineError: the engine is dead, refused, or missed the deadline.
             TemplateError: the template cannot render the messages.
         """
@@ -70,6 +71,9 @@ class EngineChat:
         self, messages: Sequence[Message | AssistantMessage], tools: Sequence[ToolSpec], sampling: Sampling
     ) -> ChatReply:
         prompt = Prompt(self._fmt.first_prompt(messages, tools))
+        used = len(prompt.ids)
+        if shortest_context(used + 1, self._engine) <= used:
+            raise ContextLengthError(f"the conversation has {used} tokens, which leave no room for an answer")
         sampling = replace(sampling, stop_ids=sampling.stop_ids or self._fmt.stop_ids)
         session = f"chat-{next(_numbers)}"
         try:

@@ -101,7 +101,7 @@ class EvalReport:
     finishes: dict[str, int] = field(default_factory=dict)
     """Turns by how they ended: ``stop``, or early."""
     cut_turns: int = 0
-    """Turns that ended early."""
+    """Turns that ended early, in whatever way."""
     unverifiable: int = 0
     verdict_timeouts: int = 0
     """Attempts with such a verdict. They count with its score."""
@@ -198,7 +198,8 @@ def summarize(
     full = [(c, w) for c, w in zip(counts, wins, strict=True) if c == k]
     calls = [calls_of(t) for t in everything]
     valid = [t for t, (made, ok) in zip(everything, calls, strict=True) if made and made == ok]
-    made, odd = sum(m for m, _ in calls), count_oddities(everything)
+    made = sum(m for m, _ in calls)
+    odd: dict[str, Any] = {**count_oddities(everything)}
     return EvalReport(
         env, split, model, version, temperature, seed, len(scored), k, total,
         pass_at_1=sum(wins) / total,
@@ -218,11 +219,7 @@ def summarize(
         unplayed=0 if planned is None else planned - sum(len(tries) for _, tries in results),
         endings=count_endings(everything),
         finishes=count_finishes(everything),
-        cut_turns=odd["cut_turns"],
-        unverifiable=odd["unverifiable"],
-        verdict_timeouts=odd["verdict_timeouts"],
-        sandbox_replays=odd["sandbox_replays"],
-        withheld=odd["withheld"],
+        **odd,
     )  # fmt: skip
 
 

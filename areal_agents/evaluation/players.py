@@ -94,7 +94,7 @@ def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
     threads = max(1, (engine.threads or len(os.sched_getaffinity(0))) // engine.replicas)
     on_gpu = engine_kind(engine.kind).takes_gpus and torch.cuda.is_available()
     number = number_format(engine.precision, gpu=on_gpu)
-    one = engine_spec(engine, folder, max_context=limits.max_context, threads=threads, format=number)
+    one = engine_spec(engine, folder, max_context=limits.max_context, threads=threads, format=number, on_gpu=on_gpu)
 
     @contextlib.asynccontextmanager
     async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from areal_agents.chat.format import ChatFormat
 from areal_agents.chat.options import ChatOptions
 from areal_agents.chat.toolcalls import MAX_CALLS
-from areal_agents.engine import Engine, Sampling
+from areal_agents.engine import Engine, Sampling, shortest_context
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError
 from areal_agents.registry import EnvSpec
@@ -182,26 +182,29 @@ class PlayerSpec:
         """Build the player in this process.
 
         Args:
-            engine: samples the turns.
+            engine: samples the turns. Where it takes shorter conversations than ``limits`` say, its own limit holds.
             fmt: the chat format of ``model`` with the options of ``chat``, where the caller has loaded it.
-            event: as for ``LocalPlayer``.
+            event: as for ``LocalPlayer``, and is told context_limited where the engine's limit is the shorter one.
 
         Raises:
             ModelError: ``model`` has no tokenizer.
             RegistryError: the environment cannot be imported.
         """
         fmt = fmt or ChatFormat.load(self.model, self.chat)
+        limits = replace(self.limits, max_context=shortest_context(self.limits.max_context, engine))
+        if limits != self.limits:
+            event("context_limited", asked=self.limits.max_context, limit=limits.max_context)
         make_env = env_maker(self.env, sandbox=self.sandbox, kwargs=self.kwargs)
 
         def policy(task: Task) -> Policy:
             if self.policy == "engine":
-                return EnginePolicy(engine, self.sampling, fmt, self.limits)
+                return EnginePolicy(engine, self.sampling, fmt, limits)
             expert = expert_of(self.env, task)
             if expert is None:
                 raise ConfigError(f"{self.env.id} has no expert: set warm_start.demonstrations = 0")
-            return ExpertPolicy(expert, task, fmt, self.limits)
+            return ExpertPolicy(expert, task, fmt, limits)
 
-        return LocalPlayer(make_env, policy, self.limits, event=event)
+        return LocalPlayer(make_env, policy, limits, event=event)
 
 
 def limits_of(config: TrainConfig) -> Limits:

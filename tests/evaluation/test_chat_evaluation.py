@@ -302,5 +302,5 @@ def test_the_budget_that_cut_a_reply_is_named() -> None:
     cut = Metered("\\boxed{107}", "length")
     assert play(cut).stop_reason == "length"
     assert play(cut, replace(LIMITS, max_episode_tokens=12)).stop_reason == "tokens"
-    assert play(cut, replace(LIMITS, max_context=20)).stop_reason == "length"  # only the server knows its own prompt
+    assert play(cut, replace(LIMITS, max_context=28)).stop_reason == "length"
     assert play(cut, replace(LIMITS, max_context=27)).stop_reason == "context"
