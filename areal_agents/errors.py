@@ -140,8 +140,8 @@ class EnvError(InfraError):
     """The environment raised, hung or broke its contract."""
 
     blame: Literal["environment", "outside", "hang"] = "environment"
-    """Where it came from: the environment's code; something outside that it talks to (a refused connection); or a call
-    that did not return in time, which may be either's."""
+    """Where it came from: the environment's code, or its reset, which has only the task to do; something outside that
+    it talks to (a refused connection); or a step that did not return in time, which may be anybody's."""
 
 
 class WorkerLost(InfraError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from areal_agents.errors import ArealError, EnvError, RewardError, TaskError
+from areal_agents.rollout.env_results import Call
 from areal_agents.utils.faults import from_outside
 from areal_agents.utils.short_text import described, text_of
 
@@ -15,10 +16,13 @@ def raised(error: Exception, where: str) -> EnvError:
     return failed
 
 
-def located(error: ArealError, where: str) -> ArealError:
-    """Return ``error``, which the environment raised on purpose, with the call's name in its text."""
+def located(error: ArealError, call: Call, where: str) -> ArealError:
+    """Return ``error``, which ``call`` raised on purpose, with what names that call in its text."""
     if isinstance(error, EnvError | RewardError | TaskError) and where not in text_of(error):
         error.args = (f"{where}: {text_of(error)}",)
-    if isinstance(error, EnvError) and error.blame == "environment" and from_outside(error):
-        error.blame = "outside"
+    if isinstance(error, EnvError):
+        if call == "areset" and error.blame == "hang":  # it has only the task to do, and no orders of a model
+            error.blame = "environment"
+        elif error.blame == "environment" and from_outside(error):
+            error.blame = "outside"
     return error

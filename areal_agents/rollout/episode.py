@@ -329,7 +329,7 @@ class EpisodeDriver:
         try:
             got = await self.host.call(guarded, timeout=self.step_timeout + extra, what=where)
         except ArealError as error:  # it says already whose failure it is: the host's, a sandbox's, the environment's
-            raise located(error, where)  # noqa: B904  the same error
+            raise located(error, call, where)  # noqa: B904  the same error
         except Exception as error:  # third-party code: recorded, attached, counted
             failed = raised(error, where)
             self.faults[failed] = turn

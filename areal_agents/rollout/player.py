@@ -121,7 +121,7 @@ class LocalPlayer:
             except HostLost:  # another environment blocked the thread: this episode is innocent and starts again
                 self._event("host_lost", episode=id, task=task.id)
             except EnvError as error:
-                if error.blame == "hang" and self._host.wedged and not error.turns:
+                if error.blame == "environment" and self._host.wedged and not episode.observation:
                     self._blocking.setdefault(task.id, []).append(error)
                 raise
 

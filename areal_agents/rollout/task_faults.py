@@ -79,10 +79,7 @@ def _is_own(error: InfraError | RewardError) -> bool:
     """Say whether the environment itself failed, and might again."""
     if isinstance(error, RewardError):
         return True
-    if not isinstance(error, EnvError) or error.final:
-        return False
-    # A reset has only the task to do. A step that hangs may do what the model told it, on a busy machine.
-    return error.blame == "environment" or (error.blame == "hang" and not error.turns)
+    return isinstance(error, EnvError) and not error.final and error.blame == "environment"
 
 
 def _signature(error: ArealError) -> tuple[type, str]:
