@@ -9,14 +9,17 @@ process alive.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError as FutureCancelled
+from functools import partial
 from typing import Any, TypeVar
 
-from areal_agents.errors import EnvError, InfraError
+from areal_agents.errors import ArealError, EnvError, InfraError
 from areal_agents.utils.exits import guard_tasks
 from areal_agents.utils.outcomes import Outcome, opened, outcome_of
+from areal_agents.utils.short_text import described
 
 T = TypeVar("T")
 _HEARTBEAT_SECONDS = 5.0
@@ -32,12 +35,16 @@ class HostLost(InfraError):
 class EnvHost:
     """One background loop.
 
-    ``call`` is used from the caller's own loop.
+    ``call`` is used from the caller's own loop. ``event`` is told env_task_failed, of what an environment's own tasks
+    and callbacks raise where nobody listens: no episode hears of it, and many at once may meet it. None leaves that to
+    asyncio's own log.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, event: Callable[..., None] | None = None) -> None:
         self._loop = asyncio.new_event_loop()
         guard_tasks(self._loop)
+        if event is not None:
+            self._loop.set_exception_handler(partial(_tell, event))
         self._thread = threading.Thread(target=self._run, name="areal-env-host", daemon=True)
         self._lost = asyncio.Event()
         self._calls: set[asyncio.Task[Any]] = set()
@@ -150,6 +157,12 @@ def _hung(message: str) -> EnvError:
     error = EnvError(message)
     error.blame = "hang"
     return error
+
+
+def _tell(event: Callable[..., None], loop: asyncio.AbstractEventLoop, said: dict[str, Any]) -> None:
+    error = said.get("exception")
+    with contextlib.suppress(ArealError):  # the log cannot be written: the run's own next line says so
+        event("env_task_failed", message=said["message"], error="" if error is None else described(error))
 
 
 async def _cancel_others() -> None:

@@ -94,10 +94,11 @@ class LocalPlayer:
             make_env: makes the environment of one attempt, on the host.
             policy: makes whoever takes the turns of one attempt at the task.
             limits: of every episode; the policy keeps those on tokens.
-            event: is told host_lost (an innocent episode starts again, at no cost), host_replaced and close_failed.
+            event: is told host_lost (an innocent episode starts again, at no cost), host_replaced, close_failed
+                and env_task_failed.
         """
         self._make_env, self._policy, self._limits, self._event = make_env, policy, limits, event
-        self._host = EnvHost()
+        self._host = self._new_host()
         self._hosts_lost = 0
         self._blocking: dict[str, list[EnvError]] = {}
         """By task id: how its resets blocked the thread."""
@@ -125,6 +126,9 @@ class LocalPlayer:
                     self._blocking.setdefault(task.id, []).append(error)
                 raise
 
+    def _new_host(self) -> EnvHost:
+        return EnvHost(None if self._event is no_events else self._event)
+
     def _healthy_host(self) -> EnvHost:
         if self._host.wedged:
             self._hosts_lost += 1
@@ -134,7 +138,7 @@ class LocalPlayer:
                     "calls (events.jsonl names the tasks)"
                 )
             self._event("host_replaced", lost=self._hosts_lost)
-            self._host = EnvHost()
+            self._host = self._new_host()
         return self._host
 
     async def close(self) -> None:

@@ -70,6 +70,29 @@ def test_calls_that_fail_together_raise_once_each_and_report_nothing(caplog: pyt
     assert not caplog.records
 
 
+def test_what_an_environments_own_task_raises_is_an_event(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[tuple[str, dict[str, object]]] = []
+
+    async def main() -> None:
+        host = EnvHost(lambda kind, **fields: seen.append((kind, fields)))
+
+        async def leaves_a_task() -> None:
+            async def reader() -> None:
+                raise BackendDied("hung up")
+
+            await asyncio.wait({asyncio.create_task(reader())})  # and asks for no result
+
+        await host.call(leaves_a_task, timeout=60.0, what="astep")
+        gc.collect()
+        await host.close()
+
+    asyncio.run(main())
+    ((kind, fields),) = seen
+    assert (kind, fields["message"]) == ("env_task_failed", "Task exception was never retrieved")
+    assert "hung up" in str(fields["error"])
+    assert not caplog.records
+
+
 def test_results_errors_and_a_call_that_cancels_itself_arrive() -> None:
     async def seven() -> int:
         return 7
