@@ -6,11 +6,11 @@ import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from areal_agents.errors import SandboxUnavailable
 from areal_agents.sandbox import SandboxSpec
-from areal_agents.sandboxes import interpreter
+from areal_agents.sandboxes import interpreter, memory, seccomp
 
 ENVIRONMENT: Final = {
     "PATH": "/usr/bin:/bin",
@@ -18,7 +18,7 @@ ENVIRONMENT: Final = {
     "LANG": "C.UTF-8",
     "PYTHONUNBUFFERED": "1",  # what a program printed is seen also when it is killed
     "OMP_NUM_THREADS": "1",  # OpenBLAS, MKL and OpenMP start a thread a core otherwise, past the limit on large hosts
-    "MALLOC_ARENA_MAX": "2",  # each arena reserves 64 MB of address space
+    "MALLOC_ARENA_MAX": "1",  # each arena reserves 64 MB of address space
 }
 """All that a sandboxed process finds in its environment."""
 
@@ -78,8 +78,19 @@ def find_tools(*, root: bool, python: str) -> Tools:
 
 @cache
 def supervisor_source() -> bytes:
-    """Read the program of pid 1, which gets it on its stdin."""
-    return Path(__file__).with_name("supervisor.py").read_bytes()
+    """Read the program of pid 1, which gets it on its stdin, with the module that it imports."""
+    program, gate = (Path(__file__).with_name(name).read_text() for name in ("supervisor.py", "process_gate.py"))
+    own = "from areal_agents.sandboxes import process_gate\n"
+    assert own in program
+    source = f"import types; process_gate = types.ModuleType('process_gate'); exec({gate!r}, process_gate.__dict__)\n"
+    return program.replace(own, source).encode()
+
+
+def given(tools: Tools, bound: memory.MemoryBound, spec: SandboxSpec) -> dict[str, Any]:
+    """Return what every request tells pid 1 of the programs it starts."""
+    told: dict[str, Any] = {"env": tools.environment}
+    gate = seccomp.gate() if bound.kind == "rlimits" else None
+    return told | ({"gate": gate | {"limits": memory.alone(spec)}} if gate else {})
 
 
 def _system_folders() -> list[str]:
@@ -100,7 +111,7 @@ def _system_folders() -> list[str]:
     return arguments
 
 
-def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, seccomp: int, info: int) -> list[str]:
+def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, filter_fd: int, info: int) -> list[str]:
     """Build the bwrap command that starts the supervisor, whose source comes on its stdin.
 
     Args:
@@ -108,7 +119,7 @@ def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, s
         spec: its ``disk`` is the size of each tmpfs, in bytes.
         uid: user to become first, on a root host; None stays the caller.
         control: descriptor of the supervisor's end of the control socket.
-        seccomp: descriptor of the filter, as BPF.
+        filter_fd: descriptor of the filter, as BPF.
         info: descriptor to which bwrap writes the supervisor's pid, as JSON.
     """
     drop = []
@@ -132,7 +143,7 @@ def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, s
         mounts += ["--symlink", target, path]
     # Last, because bwrap makes mount points in both: they would be writable, shared and unbounded otherwise.
     mounts += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/work"]
-    fds = ["--seccomp", str(seccomp), "--info-fd", str(info)]
+    fds = ["--seccomp", str(filter_fd), "--info-fd", str(info)]
     inner = [tools.supervisor, "-I", "-S", "-", str(control)]
     return [*drop, tools.bwrap, *namespaces, *identity, *life, *mounts, *fds, "--", *inner]
 

@@ -25,6 +25,9 @@ SUPERVISOR: Final = 24 << 20
 MIN_ADDRESS_SPACE: Final = 96 << 20
 """Address space that one process gets at least: system Python with a little room."""
 
+STACK: Final = 2 << 20
+"""Stack of each thread unless the program says otherwise, where address space is short."""
+
 
 class Meter(Protocol):
     """The running bound of one session."""
@@ -257,6 +260,14 @@ class RlimitBound:
 
     def meter(self, name: str, spec: SandboxSpec) -> NoMeter:
         return NoMeter()
+
+
+def alone(spec: SandboxSpec) -> dict[str, int]:
+    """Return the limits of a program that is the only one while rlimits bound memory, in place of ``limits``.
+
+    It has all the memory and the places for threads, and no process beside it: ``process_gate`` sees to that.
+    """
+    return {"AS": _left_by_disk(spec), "NPROC": spec.processes + 1, "STACK": STACK}
 
 
 def detect(own: str | None = None, mounts: str | None = None) -> MemoryBound:

@@ -15,7 +15,7 @@ from areal_agents.errors import SandboxUnavailable
 from areal_agents.sandbox import Probe, ProbeReport, Sandbox, SandboxSpec
 from areal_agents.sandboxes.interpreter import MAKE, Interpreter
 from areal_agents.sandboxes.launch import ENVIRONMENT
-from areal_agents.sandboxes.memory import MemoryBound
+from areal_agents.sandboxes.memory import MemoryBound, alone
 
 SPEC: Final = SandboxSpec(memory=256 << 20, disk=8 << 20, processes=32)
 """Small, so that the memory probe is quick."""
@@ -94,6 +94,39 @@ for _ in range(count):
     print(len(children) * size, flush=True)
     if dead:
         break
+"""
+
+
+# A process with a thread takes all it gets, and then a fork of it does: what both hold is printed as it grows.
+THREAD_AND_FORK: Final = r"""
+import os, threading, time
+def touch(block, held):
+    for i in range(0, len(block), 4096):
+        block[i] = 1
+    print(held + len(block), flush=True)
+    return held + len(block)
+def take(held):
+    blocks = []
+    try:
+        while True:
+            blocks.append(bytearray(4 << 20))
+            held = touch(blocks[-1], held)
+    except MemoryError:
+        return blocks, held
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+blocks, held = take(0)
+try:
+    pid = os.fork()
+except OSError as error:
+    print("fork:", error.strerror)
+else:
+    if pid:
+        os.waitpid(pid, 0)
+    else:
+        for block in blocks:
+            held = touch(block, held)
+        take(held)
+os._exit(0)
 """
 
 
@@ -207,29 +240,32 @@ async def python_starts(backend: str, sandbox: Sandbox, interpreter: Interpreter
 
 
 async def _memory(backend: str, sandbox: Sandbox, bound: MemoryBound) -> Probe:
-    """Let eight processes try to hold 1.5 times the bound at one time."""
+    """Let eight processes try to hold 1.5 times the bound at one time; under rlimits, a program with threads too."""
     share = SPEC.memory * 3 // 2 // 8
-    argv = ["python3", "-I", "-c", HOLD, "8", str(share)]
-    result = await sandbox.exec(argv, timeout=_TIMEOUT)
-    counts = [int(line) for line in result.stdout.split() if line.isdigit()]
-    held = max(counts, default=0)
-    detail = f"{bound.kind}: status {result.status}, {held >> 20} MB held at most of {SPEC.memory >> 20} MB allowed"
-    # Without a count and without ``oom`` the program did not even start, which proves nothing.
-    tried = result.status == "oom" or (bool(counts) and result.status in ("ok", "error"))
-    if tried and held <= SPEC.memory:
-        return Probe("memory bounded", True, detail)
-    remedy = (
-        "Run as root with a writable memory cgroup, or with a systemd user session that delegates the memory "
-        "controller (loginctl enable-linger), so that a limit on the whole session holds."
-    )
-    raise SandboxUnavailable(backend, f"probe 'memory bounded' failed: {detail}", remedy)
+    attempts = [[HOLD, "8", str(share)], *([[THREAD_AND_FORK]] if bound.kind == "rlimits" else [])]
+    detail = ""
+    for attempt in attempts:
+        result = await sandbox.exec(["python3", "-I", "-c", *attempt], timeout=_TIMEOUT)
+        counts = [int(line) for line in result.stdout.split() if line.isdigit()]
+        held = max(counts, default=0)
+        detail = f"{bound.kind}: status {result.status}, {held >> 20} MB held at most of {SPEC.memory >> 20} MB allowed"
+        # Without a count and without ``oom`` the program did not even start, which proves nothing.
+        tried = result.status == "oom" or (bool(counts) and result.status in ("ok", "error"))
+        if not tried or held > SPEC.memory:
+            remedy = (
+                "Run as root with a writable memory cgroup, or with a systemd user session that delegates the memory "
+                "controller (loginctl enable-linger), so that a limit on the whole session holds."
+            )
+            raise SandboxUnavailable(backend, f"probe 'memory bounded' failed: {detail}", remedy)
+    return Probe("memory bounded", True, detail)
 
 
 def _notes(bound: MemoryBound) -> tuple[str, ...]:
     if bound.kind != "rlimits":
         return ()
-    limits = bound.limits(SandboxSpec())
+    limits, whole = bound.limits(SandboxSpec()), alone(SandboxSpec())
     return (
-        f"Memory is bounded by rlimits: a default session has {limits['NPROC'] - 1} processes of "
-        f"{limits['AS'] >> 20} MB address space each. Kernel memory (inodes, socket buffers) is not counted.",
+        f"Memory is bounded by rlimits. A program of a default session has threads and {whole['AS'] >> 20} MB of "
+        f"address space; or it starts others, and there are {limits['NPROC'] - 1} processes of {limits['AS'] >> 20} MB "
+        "each. Kernel memory (inodes, socket buffers) is not counted.",
     )

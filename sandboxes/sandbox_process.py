@@ -64,7 +64,7 @@ class Holder:
         self.slot: uids.Slot | None = None
         self.meter: Meter | None = None
         self.limits: Mapping[str, int] = {}
-        self.environment: Mapping[str, str] = launch.ENVIRONMENT
+        self.given: Mapping[str, Any] = {}
         self.gone = self._loop.create_future()
         """Done when the control socket has closed: nothing runs inside any more."""
         self._ready = self._loop.create_future()
@@ -87,7 +87,7 @@ class Holder:
             SandboxUnavailable: without seccomp.
             ConfigError: for a spec that leaves no room.
         """
-        limits, program = bound.limits(spec), seccomp.program()
+        limits, program = bound.limits(spec), seccomp.program(bound.kind == "rlimits")
         slot = uids.acquire() if drop else None
         meter: Meter | None = None
         holder: Holder | None = None
@@ -97,7 +97,8 @@ class Holder:
             (info_read, info_write), errors = fds.pipe(), fds.memfd("stderr")
             filter_fd = fds.memfd("seccomp", program)
             holder = cls(*_popen(tools, spec, bound, slot, filter_fd, info_write, errors), spec)
-            holder.slot, holder.meter, holder.limits, holder.environment = slot, meter, limits, tools.environment
+            holder.slot, holder.meter, holder.limits = slot, meter, limits
+            holder.given = launch.given(tools, bound, spec)
             os.close(fds.take(info_write))
             await holder._wait_ready(errors)
             holder.pid = _inner_pid(info_read)
@@ -199,7 +200,7 @@ class Holder:
         if self.slot is not None:
             for descriptor in streams:
                 os.fchown(descriptor, self.slot.uid, self.slot.uid)  # so that /dev/stdout and /dev/stdin can be opened
-        message = fds.memfd("request", json.dumps({**request, "env": dict(self.environment)}).encode())
+        message = fds.memfd("request", json.dumps({**request, **self.given}).encode())
         frame = supervisor.FRAME.pack(supervisor.START, ident, mode)
         if not self.alive:
             raise SandboxError("the sandbox has ended; its files are gone. Open a new session.")
@@ -369,7 +370,7 @@ def _popen(
         source = fds.memfd("supervisor", launch.supervisor_source())
         control = theirs.fileno()
         inner = launch.command(
-            tools, spec, uid=slot.uid if slot else None, control=control, seccomp=filter_fd, info=info
+            tools, spec, uid=slot.uid if slot else None, control=control, filter_fd=filter_fd, info=info
         )
         process = subprocess.Popen(
             bound.wrap(inner, spec),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 from areal_agents.errors import SandboxUnavailable
 
@@ -40,10 +40,11 @@ _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 
 
 @cache
-def program() -> bytes:
+def program(gated: bool = False) -> bytes:
     """Compile the filter to BPF, for ``bwrap --seccomp``.
 
-    Raises SandboxUnavailable when pyseccomp or libseccomp is missing.
+    With ``gated``, each program gets a ``gate`` too where this machine has one. Raises SandboxUnavailable when
+    pyseccomp or libseccomp is missing.
     """
     try:
         import pyseccomp
@@ -64,13 +65,50 @@ def program() -> bytes:
         rules.add_rule(deny, "clone", arg(0, pyseccomp.MASKED_EQ, flag, flag))
     for request in (_TIOCSTI, _TIOCLINUX):
         rules.add_rule(deny, "ioctl", arg(1, pyseccomp.MASKED_EQ, 0xFFFFFFFF, request))
-    # Setting another process's limits would reach pid 1, which has the same uid.
-    rules.add_rule(deny, "prlimit64", arg(0, pyseccomp.NE, 0), arg(2, pyseccomp.NE, 0))
+    if not (gated and gate()):
+        _keep_limits(rules)
     unsupported = pyseccomp.ERRNO(errno.EAFNOSUPPORT)
     for call in ("socket", "socketpair"):
         rules.add_rule(unsupported, call, arg(0, pyseccomp.GT, max(_ALLOWED_SOCKETS)))
         for family in sorted(set(range(max(_ALLOWED_SOCKETS))) - set(_ALLOWED_SOCKETS)):
             rules.add_rule(unsupported, call, arg(0, pyseccomp.EQ, family))
+    return _compiled(rules)
+
+
+@cache
+def gate() -> dict[str, Any] | None:
+    """Compile the filters of ``process_gate``, or return None on a machine without them.
+
+    Pid 1 sets limits of programs there, so that what forbids it is part of these and not of its own filter.
+    """
+    import pyseccomp
+
+    if os.uname().machine not in ("x86_64", "aarch64"):  # the calls' arguments have another order elsewhere
+        return None
+    halting, plain = pyseccomp.SyscallFilter(pyseccomp.ALLOW), pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    numbers = {name: pyseccomp.resolve_syscall(pyseccomp.system_arch(), name) for name in ("clone", "fork", "vfork")}
+    try:
+        for name, number in numbers.items():
+            if number >= 0:
+                halting.add_rule(pyseccomp.NOTIFY, name)
+    except OSError:  # libseccomp or the kernel is older than such filters
+        return None
+    _keep_limits(halting)
+    _keep_limits(plain)
+    call = pyseccomp.resolve_syscall(pyseccomp.system_arch(), "seccomp")
+    filters = {"halting": _compiled(halting).hex(), "plain": _compiled(plain).hex()}
+    return {**filters, "seccomp": call, "clone": numbers["clone"]}
+
+
+def _keep_limits(rules: Any) -> None:
+    """Forbid to set another process's limits, which would reach pid 1: it has the same uid."""
+    import pyseccomp
+
+    arg = pyseccomp.Arg
+    rules.add_rule(pyseccomp.ERRNO(errno.EPERM), "prlimit64", arg(0, pyseccomp.NE, 0), arg(2, pyseccomp.NE, 0))
+
+
+def _compiled(rules: Any) -> bytes:
     descriptor = os.memfd_create("seccomp", os.MFD_CLOEXEC)
     with open(descriptor, "rb+", buffering=0) as file:
         rules.export_bpf(file)

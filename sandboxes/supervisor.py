@@ -1,8 +1,9 @@
 """Process 1 inside a sandbox: it starts what the host asks for, kills what is left, and moves files.
 
-Sent to the sandbox as text and run by its system Python, so it imports only the standard library. As pid 1 it cannot be
-signalled from inside, and it is not dumpable, so code with the same uid can neither read its memory nor its
-descriptors. The host owns every pipe. This process sees requests and reports exit statuses, nothing else.
+Sent to the sandbox as text and run by its system Python, so it imports only the standard library and process_gate.
+As pid 1 it cannot be signalled from inside, and it is not dumpable, so code with the same uid can neither read its
+memory nor its descriptors. The host owns every pipe. This process sees requests and reports exit statuses, nothing
+else.
 
 Messages on the SEQPACKET control socket (big-endian, fixed size):
 
@@ -29,6 +30,8 @@ import sys
 import time
 from collections.abc import Iterator
 from typing import IO, Any
+
+from areal_agents.sandboxes import process_gate
 
 FRAME = struct.Struct("!Bii")
 START, KILL, READY, EXIT = 1, 2, 3, 4
@@ -237,31 +240,26 @@ def prctl_dumpable(value: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE)")
 
 
-def apply_limits(limits: dict[str, int]) -> None:
-    import resource
-
-    for name, value in limits.items():
-        # One second between the soft and the hard limit leaves SIGXCPU, which names the cause, ahead of SIGKILL.
-        hard = value + 1 if name == "CPU" else value
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, hard))
-
-
-def child(request: dict[str, Any], fds: list[int]) -> int:
+def child(request: dict[str, Any], fds: list[int], gate: socket.socket) -> int:
     """Become the requested process, or return an exit code where there is no program to become."""
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     os.setsid()
-    for target, source in enumerate(fds):
-        os.dup2(source, target)
-    os.closerange(3, 1 << 16)
+    for target, source in enumerate((*fds, gate.fileno())):
+        os.dup2(source, target, inheritable=target < 3)
+    os.closerange(4, 1 << 16)
     if request["op"] != "exec":
         return file_operation(request)
     prctl_dumpable(1)
     # The kernel then prefers this process over pid 1 when memory runs out.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
-    apply_limits(request["limits"])
+    limits = request["limits"]
+    if "gate" in request and (listener := process_gate.enter(request["gate"], request["argv"])) >= 0:
+        socket.send_fds(socket.socket(fileno=3), [b"."], [listener])
+        limits = limits | (request["gate"]["limits"] if request["alone"] else {})
+    process_gate.set_limits(limits)
     os.chdir("/work")
     try:
         os.execvpe(request["argv"][0], request["argv"], request["env"])
@@ -277,6 +275,7 @@ class Supervisor:
         self.control = control
         self.running: dict[int, int] = {}
         self.spawned: dict[int, int] = {}
+        self.gates = process_gate.Gates()
         self.wake, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(wake_write, False)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
@@ -286,11 +285,12 @@ class Supervisor:
 
     def serve(self) -> None:
         self.control.send(FRAME.pack(READY, 0, 0))
-        poll = select.poll()
+        poll = self.gates.poll
         poll.register(self.control, select.POLLIN)
         poll.register(self.wake, select.POLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in poll.poll()}
+            ready = dict(poll.poll())
+            self.gates.answer(ready)
             if self.wake in ready:
                 os.read(self.wake, 4096)
                 self.reap()
@@ -314,15 +314,22 @@ class Supervisor:
         with open(fds[0], "rb") as file:
             file.seek(0)
             request = json.load(file)
+        # A program beside a live one has a share of the memory from the start.
+        request["alone"] = mode == RUN and not self.spawned
+        ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
             code = 125
             try:
-                code = child(request, fds[1:])
+                code = child(request, fds[1:], theirs)
             finally:
                 os._exit(code)
+        theirs.close()
         for descriptor in fds[1:]:
             os.close(descriptor)
+        if request["op"] == "exec" and "gate" in request:
+            self.gates.open(ours, request)
+        ours.close()
         (self.spawned if mode == SPAWN else self.running)[pid] = ident
 
     def reap(self, flags: int = os.WNOHANG) -> bool:
@@ -386,9 +393,6 @@ class Supervisor:
 
 
 def main(descriptor: int) -> None:
-    import ctypes  # noqa: F401  (loaded before the first fork, as are resource and the rest)
-    import resource  # noqa: F401
-
     prctl_dumpable(0)
     Supervisor(socket.socket(fileno=descriptor)).serve()
 

@@ -63,9 +63,17 @@ def test_rlimits_keep_the_sum_below_the_bound() -> None:
     # 512 MB - 3 x 64 MB of tmpfs - 24 MB leave 296 MB: three processes of 98.67 MB.
     default = memory.RlimitBound().limits(SandboxSpec())
     assert (default["NPROC"], default["AS"]) == (4, (296 << 20) // 3)
+    # A program without others beside it: all the 296 MB, and 64 places beside pid 1's for its threads.
+    assert memory.alone(SandboxSpec()) == {"AS": 296 << 20, "NPROC": 65, "STACK": 2 << 20}
     for bound in (memory.RlimitBound(), memory.ScopeBound(), memory.CgroupBound(Path("/"), 2)):
         with pytest.raises(ConfigError, match="Set memory to 327155712 or more"):  # 192 + 24 + 96 MB
             bound.limits(SandboxSpec(memory=64 << 20))
+
+
+def test_a_cgroup_leaves_address_space_to_threads() -> None:
+    for bound in (memory.ScopeBound(), memory.CgroupBound(Path("/"), 2)):
+        limits = bound.limits(SandboxSpec(processes=20, cpu_seconds=7, disk=1 << 20))
+        assert limits == {"CPU": 7, "NPROC": 21, "FSIZE": 1 << 20, "CORE": 0, "NOFILE": 256}
 
 
 def _hierarchy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
