@@ -16,12 +16,14 @@ from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from areal_agents.chat.tool_formats import tool_format
 from areal_agents.errors import EnvError, SandboxError
 from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec, backends
 from areal_agents.tool import ToolResult, ToolSpec
 from areal_agents.types import ToolCall
 from areal_agents.utils.sync import on_exit
 
+_UNREADABLE = ("unclosed", "missing_name", "invalid_json")
 _CANARY = ("/bin/true",)
 _CANARY_TIMEOUT_S = 30.0
 
@@ -92,21 +94,16 @@ class Dispatcher:
 
     def check(self, call: ToolCall) -> _Ready | ToolResult:
         """Make a call ready to run, or write the error text that tells the model what to write instead."""
-        usage = 'Write <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
-        if call.status == "unclosed":
-            return ToolResult(f"error: the call has no closing </tool_call>. {usage}", "malformed")
-        if call.status == "missing_name":
-            return ToolResult(f'error: the call has no "name". {usage}', "malformed")
-        if call.status == "invalid_json":
-            return ToolResult(f"error: the call is not valid JSON. {usage}", "malformed")
+        if call.status in _UNREADABLE:
+            text = tool_format(call.format).explain(call.status, call.problem)
+            return ToolResult(f"error: {text}", "malformed")
         spec = self._tools.get(call.name)
         if spec is None:
             known = ", ".join(self._tools) or "none"
             return ToolResult(f"error: no tool {call.name[:64]!r}; tools: {known}", "unknown_tool")
         if call.status == "invalid_arguments":
-            return ToolResult(
-                f'error: "arguments" must be a JSON object. Expected: {spec.signature()}', "invalid_arguments"
-            )
+            problem = call.problem or '"arguments" must be a JSON object'
+            return ToolResult(f"error: {problem}. Expected: {spec.signature()}", "invalid_arguments")
         arguments = spec.validate(call.arguments)
         if isinstance(arguments, str):
             return ToolResult(f"error: {arguments}", "invalid_arguments")

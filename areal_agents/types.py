@@ -59,6 +59,10 @@ class ToolCall:
     status: CallStatus = "ok"
     token_span: tuple[int, int] | None = None
     """Half-open range of the block inside the completion's ids; None for text that was never tokens."""
+    format: str = "hermes"
+    """The name of the tool format that ``raw`` is written in (``chat/tool_formats``), which error texts name too."""
+    problem: str = ""
+    """What was wrong with it, in words for the model. Empty where ``status`` says enough."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -29,28 +29,19 @@ from areal_agents.chat.template import ChatTemplate
 from areal_agents.chat.template_facts import MARK, look_at, result, said
 from areal_agents.chat.thinking import THINK, UNTHINK, thought_is_open
 from areal_agents.chat.token_codec import Codec
-from areal_agents.chat.toolcalls import CLOSE, OPEN, find_blocks, message_of, parse_text
+from areal_agents.chat.tool_formats import AUTO
+from areal_agents.chat.tool_formats.base import ToolFormat
+from areal_agents.chat.tool_formats.detection import chosen_format, verify, written_format
+from areal_agents.chat.toolcalls import ToolLike, message_of, parse_text, rewrite, rewritten, schemas_of
 from areal_agents.errors import ModelError, TemplateError
 from areal_agents.types import AssistantMessage, Completion, Finish, Ids
 
 __all__ = ["ChatFormat", "ChatMessage", "History", "ToolLike", "parse_text"]
 
-_OWN = (THINK, UNTHINK, OPEN, CLOSE)
-"""What the model writes itself, as tokens where the tokenizer has such."""
 _SHOWN = "Zq7 shown"
+_SECTION = "Zq7 section"
 _NEAR_END = 64
 """Tokens at a prompt's end in which the answer's opening stands."""
-
-
-class ToolLike(Protocol):
-    """Anything that describes a tool to the model, as ``areal_agents.tool.ToolSpec`` does."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def description(self) -> str: ...
-    @property
-    def parameters(self) -> Mapping[str, Any]: ...
 
 
 class ChatFormat:
@@ -69,12 +60,16 @@ class ChatFormat:
     turn_end: int
     """The id that the template writes after assistant content."""
     stop_ids: tuple[int, ...]
+    tool_format: ToolFormat
+    """How calls are written: the model is told it, its text is parsed in it, and experts speak it (T7)."""
+    renders_tools: bool
+    """The template describes the tools itself, in ``tool_format``. Otherwise the first message describes them."""
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        tool_format: Literal["hermes"] = "hermes",
+        tool_format: str = AUTO,
         stop_ids: Sequence[int] | None = None,
         end_ids: Sequence[int] = (),
         history: Literal["auto", "append", "template"] | None = None,
@@ -85,7 +80,7 @@ class ChatFormat:
 
         Args:
             tokenizer: has a Rust backend and a chat template.
-            tool_format: how the model writes its tool calls.
+            tool_format: the name of how the model writes its tool calls. "auto" asks the template.
             stop_ids: None takes the default.
             end_ids: ids that end a turn too, as the model's generation config says.
             history: None and "auto" ask the template.
@@ -93,10 +88,8 @@ class ChatFormat:
             merge_system: put a system message into the first user message where the template knows no system role.
 
         Raises:
-            TemplateError: where the template cannot keep rules T1 to T4. It names the rule and the remedy.
+            TemplateError: where the template cannot keep rules T1 to T4 and T7. It names the rule and the remedy.
         """
-        if tool_format != "hermes":
-            raise TemplateError(f'tool_format {tool_format!r} is unknown: use "hermes"')
         if history not in (None, "auto", "append", "template"):
             raise TemplateError(f'history {history!r} is unknown: use "auto", "append" or "template"')
         if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -106,7 +99,10 @@ class ChatFormat:
         added = [t.content for t in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()]
         self.facts = facts = look_at(self.template, [t for t in added if not t.isspace()])
         frame = facts.before + facts.after + facts.generation + facts.tool_frame
-        self._codec = Codec(tokenizer.backend_tokenizer, frame=frame, own=_OWN)
+        self._find_tool_format(tool_format, added)
+        # What the model writes itself, as tokens where the tokenizer has such.
+        own = (THINK, UNTHINK, *self.tool_format.control)
+        self._codec = Codec(tokenizer.backend_tokenizer, frame=frame, own=own)
         self.merge_system = merge_system
         self._rows = RowMaker(facts, merge_system=merge_system)
         self.turn_end = self._codec.encode_rendered(facts.after.lstrip(), {})[0]
@@ -114,13 +110,10 @@ class ChatFormat:
         found = tuple(dict.fromkeys((self.turn_end, *eos, *end_ids)))
         self.stop_ids = found if stop_ids is None else tuple(stop_ids)
         self.history = facts.history if history in (None, "auto") else history  # type: ignore[assignment]
+        if facts.moves_tools and self.history == "append":
+            self.renders_tools = False  # what was shown once stays where it stood (T1)
         self._shown_roles: set[str] = set()
         self._check_ids()
-
-    @property
-    def renders_tools(self) -> bool:
-        """The template renders ``tools`` itself; otherwise the first message carries the schemas."""
-        return self.facts.renders_tools
 
     @property
     def accepts_tool_role(self) -> bool:
@@ -143,10 +136,22 @@ class ChatFormat:
         return cls(
             tokenizer,
             end_ids=end_ids(Path(model)),
+            tool_format=options.tool_format,
             history=options.history,
             template_variables=options.template_variables,
             merge_system=options.merge_system,
         )
+
+    def _find_tool_format(self, asked: str, added: Sequence[str]) -> None:
+        """Choose how calls are written, so that what is rendered and what is parsed are one format."""
+        facts = self.facts
+        end = facts.after.lstrip()
+        tail = max((t for t in added if end.startswith(t)), key=len)
+        written = written_format(self.template.render, facts.head, facts.before, tail)
+        self.tool_format = chosen_format(written, asked, renders_tools=facts.renders_tools)
+        verify(self.tool_format)
+        told = written.format is not None and written.format.name == self.tool_format.name
+        self.renders_tools = facts.renders_tools and told
 
     # ── messages to ids ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -155,12 +160,18 @@ class ChatFormat:
 
         Raises TemplateError where the template cannot show the messages.
         """
-        specs = [_schema(t) for t in tools] if self.renders_tools else None
-        section = _tools_section(tools) if tools and not self.renders_tools else ""
-        rows, held = self._codec.hold(self._rows.conversation(messages, section))
-        if specs:
-            specs, held = self._codec.hold(specs, held)
-        return self._codec.encode_rendered(self.template.render(rows, tools=specs or None, generate=True), held)
+        specs, held = self._codec.hold([_schema(t) for t in tools])
+        own = rewritten(messages, self.tool_format, tools)
+        if self.renders_tools or not specs:
+            rows, held = self._codec.hold(self._rows.conversation(own), held)
+            return self._codec.encode_rendered(self.template.render(rows, tools=specs or None, generate=True), held)
+        # The section is put in after the rendering: its markup is the model's own, and so are the control tokens in it.
+        place = _SECTION
+        while place in repr(messages):
+            place += "q"
+        rows, held = self._codec.hold(self._rows.conversation(own, place), held)
+        section = self.tool_format.section([s["function"] for s in specs])
+        return self._codec.encode_rendered(self.template.render(rows, generate=True).replace(place, section), held)
 
     def suffix(self, messages: Sequence[ChatMessage], previous: Completion) -> Ids:
         """Return the ids between ``previous``'s last sampled token and the next turn's first (T2).
@@ -213,12 +224,24 @@ class ChatFormat:
             )
         self._shown_roles.add(role)
 
-    def encode_turn(self, text: str) -> Ids:
+    def encode_turn(self, text: str, tools: Sequence[ToolLike] = (), prompt: Ids = ()) -> Ids:
         """Encode a scripted assistant turn, of a demonstration or an expert.
 
-        Returns the content's ids and the turn's end id.
+        Calls in it are Hermes blocks, and are written as the model writes them. A thought that ``prompt`` opened is
+        closed first.
+
+        Returns the content's ids and the turn's end id. Raises TemplateError for calls that ``tool_format`` cannot say.
         """
-        return (*self._codec.encode_said(text), self.turn_end)
+        said = rewrite(self._after_thought(text, prompt), self.tool_format, tools)
+        return (*self._codec.encode_said(said), self.turn_end)
+
+    def _after_thought(self, text: str, prompt: Ids) -> str:
+        """Close the thought that ``prompt`` opened, where ``text`` does not go on with it."""
+        if not self.opens_thought(prompt):
+            return text
+        if text.lstrip().startswith(THINK):
+            return text.lstrip().removeprefix(THINK).removeprefix("\n")
+        return text if UNTHINK in text else f"\n{UNTHINK}\n\n{text}"
 
     # ── ids to messages ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -238,17 +261,25 @@ class ChatFormat:
         """Return the text of one token, empty for an id outside the vocabulary."""
         return self._codec.decode((id,))
 
-    def parse(self, completion_ids: Ids, finish: Finish, prompt: Ids = ()) -> AssistantMessage:
-        """Read the message that sampled ids say, in answer to ``prompt``.
+    def parse(
+        self, completion_ids: Ids, finish: Finish, prompt: Ids = (), tools: Sequence[ToolLike] = ()
+    ) -> AssistantMessage:
+        """Read the message that sampled ids say.
 
         It has the text, and tool calls with status and token span (T7). Never raises.
+
+        Args:
+            completion_ids: what was sampled.
+            finish: how its sampling ended.
+            prompt: what it answers.
+            tools: what it may call. Formats without types need their schemas.
         """
         ids = completion_ids[:-1] if completion_ids and completion_ids[-1] in self.stop_ids else completion_ids
         text = self._codec.decode(ids)
         opened = self.opens_thought(prompt)
-        blocks = find_blocks(text, thinking=opened)
+        blocks = self.tool_format.find_blocks(text, thinking=opened, tools=schemas_of(tools))
         spans = self._codec.token_spans(ids, [(b.start, b.end) for b in blocks]) if blocks else []
-        message = message_of(text, finish, blocks, spans)
+        message = message_of(text, finish, blocks, spans, self.tool_format)
         return replace(message, in_thought=True) if opened else message
 
     # ── checks ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -291,13 +322,3 @@ def _schema(tool: ToolLike) -> dict[str, Any]:
         "type": "function",
         "function": {"name": tool.name, "description": tool.description, "parameters": parameters},
     }
-
-
-def _tools_section(tools: Sequence[ToolLike]) -> str:
-    """Write the Hermes section for templates that ignore tools.
-
-    It is short, because small models read it on CPUs.
-    """
-    lines = [json.dumps(_schema(t)["function"], ensure_ascii=False, separators=(", ", ": ")) for t in tools]
-    call = '{"name": ..., "arguments": {...}}'
-    return "\n".join(["<tools>", *lines, "</tools>", f"To call a tool, write {OPEN}{call}{CLOSE}"])

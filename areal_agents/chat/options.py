@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+ToolFormatName = Literal[
+    "auto", "hermes", "qwen_xml", "glm", "mistral", "mistral_args", "deepseek", "deepseek_v31", "llama_json",
+    "pythonic", "gemma",
+]  # fmt: skip
+"""The formats of ``tool_formats``, and ``auto``."""
 History = Literal["append", "template"]
 
 
@@ -19,3 +24,5 @@ class ChatOptions:
     """Variables of the template, ``enable_thinking`` for example."""
     merge_system: bool = False
     """Put a system message into the first user message where the template knows no system role."""
+    tool_format: ToolFormatName = "auto"
+    """How the model writes its tool calls. ``auto`` asks the template."""

@@ -2,11 +2,10 @@
 
     OpenAI messages ──prelude──▶ the rows that ChatFormat gives its template ──the tokenizer's own template──▶ text
 
-The prelude puts tool calls back into the assistant's text as blocks. It puts tools into the system message where the
-tokenizer's template ignores them (the first user message where it knows no system role), and results into user messages
-where it does not know the role ``tool``. It sets the user's variables of the template. It holds for
-what the Hermes parser reads from a model's text (``chat/toolcalls.py``). The text between two calls is lost in any
-OpenAI message, and becomes a newline.
+The prelude puts tool calls back into the assistant's text, in the model's own tool format (``chat/server_calls.py``).
+It puts tools into the system message where the tokenizer's template ignores them (the first user message where it knows
+no system role), and results into user messages where it does not know the role ``tool``. It sets the user's variables
+of the template. The text between two calls is lost in any OpenAI message.
 
 Not covered: a control token's text inside content. ``ChatFormat`` keeps it plain text (``chat/token_codec.py``). A
 server encodes the whole rendering at once, and takes it for the token.
@@ -19,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from areal_agents.chat.format import ChatFormat
-from areal_agents.chat.toolcalls import CLOSE, OPEN
+from areal_agents.chat.server_calls import calls_of
 from areal_agents.errors import TemplateError
 
 # Names start with areal_: the template that follows may use any other. `-` at both ends of every tag: no white space of
@@ -33,9 +32,7 @@ _ROWS = """\
     {%- set areal_f = areal_call['function'] -%}
     {%- set areal_args = areal_f['arguments'] or {} -%}
     {%- set areal_args = areal_args if areal_args is string else areal_args | tojson -%}
-    {%- set areal_ns.text = areal_ns.text ~ ('' if loop.first else '\\n') ~ 'OPEN{"name": ' ~ (areal_f['name'] | tojson)
-        ~ ', "arguments": ' ~ areal_args ~ '}CLOSE' -%}
-  {%- endfor -%}
+CALL  {%- endfor -%}
   {%- if areal_m['role'] == 'tool' and WRAP -%}
     {%- set areal_ns.text = '<tool_response>\\n' ~ areal_ns.text ~ '\\n</tool_response>' -%}
     {%- if areal_ns.joined -%}
@@ -67,7 +64,7 @@ _ROWS = """\
 _SECTION = """\
 {%- if areal_ns.tools -%}
   {%- set areal_ns.section = '<tools>\\n' ~ areal_ns.section
-      ~ '</tools>\\nTo call a tool, write OPEN{"name": ..., "arguments": {...}}CLOSE' -%}
+      ~ '</tools>\\nTo call a tool, write ' ~ USAGE -%}
 {%- endif -%}
 {%- set tools = none -%}
 """
@@ -135,7 +132,8 @@ def served_template(fmt: ChatFormat) -> str:
     prelude += _IN_USER if fmt.facts.system_refusal else _IN_SYSTEM
     prelude += _ALTERNATING if fmt.facts.alternates else ""
     prelude = prelude.replace("WRAP", _literal(not fmt.accepts_tool_role)).replace("MERGE", _literal(fmt.merge_system))
-    prelude = prelude.replace("OPEN", OPEN).replace("CLOSE", CLOSE)
+    macros, call = calls_of(fmt.tool_format)
+    prelude = macros + prelude.replace("CALL", call).replace("USAGE", _literal(fmt.tool_format.usage))
     variables = "".join(f"{{%- set {name} = {_literal(v)} -%}}\n" for name, v in fmt.template.variables.items())
     return prelude + variables + _MESSAGES + template
 

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from areal_agents.chat.options import ChatOptions
+from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.cli.common import UsageError, template_variables, write_json
 from areal_agents.cli.eval import Eval
 from areal_agents.cli.resize import Resize
@@ -138,11 +138,14 @@ class Check:
     """As the setting model.template_variables: ``--template-variables enable_thinking=false``."""
     merge_system: bool = False
     """As the setting model.merge_system."""
+    tool_format: ToolFormatName = "auto"
+    """As the setting model.tool_format."""
     json: bool = False
     """Print JSON."""
 
     def run(self, overrides: Sequence[str]) -> int:
-        options = ChatOptions(self.history, template_variables(self.template_variables), self.merge_system)
+        variables = template_variables(self.template_variables)
+        options = ChatOptions(self.history, variables, self.merge_system, self.tool_format)
         if self.model:
             return self._check_model(options)
         from areal_agents import registry

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from areal_agents.chat.options import ChatOptions
+from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.cli.common import UsageError, template_variables
 
 
@@ -46,6 +46,8 @@ class Serve:
     """Variables of the chat template, as in training: ``--template-variables enable_thinking=false``."""
     merge_system: bool = False
     """Put a system message into the first user message where the chat template shows none."""
+    tool_format: ToolFormatName = "auto"
+    """How the model writes its tool calls. ``auto``: as its chat template does."""
     vllm_args: Annotated[str, tyro.conf.arg(metavar="ARGS")] = ""
     """Further arguments of vLLM's server, in one string: ``--vllm-args="--max-num-seqs 64"``."""
 
@@ -84,7 +86,9 @@ class Serve:
             kv_gib=self.kv_gib,
             seed=self.seed,
             api_key_env=self.api_key_env or None,
-            chat=ChatOptions(template_variables=variables, merge_system=self.merge_system),
+            chat=ChatOptions(
+                template_variables=variables, merge_system=self.merge_system, tool_format=self.tool_format
+            ),
             arguments=further,
         )
         return asyncio.run(serve(serving, say=lambda text: print(text, flush=True)))

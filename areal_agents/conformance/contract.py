@@ -321,7 +321,7 @@ async def _prompts(subject: Subject, form: ChatFormat, name: ScriptName, cut: bo
             if missing:
                 raise CheckError(f"the prompt does not name the tool {missing[0]!r}")
             await episode.turn()
-            ids = form.encode_turn(episode.turns[-1].message.text)
+            ids = form.encode_turn(episode.turns[-1].message.text, episode.tools, prompt)
             ids = ids[:-1] if cut and len(ids) > 1 else ids
             finish: Finish = "length" if cut else "stop"
             talk.add_completion(Completion(ids, (0.0,) * len(ids), (0,) * len(ids), finish))

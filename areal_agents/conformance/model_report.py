@@ -29,7 +29,7 @@ class ModelReport:
     facts: dict[str, Any] = field(default_factory=dict)
     """By name: plain values. Empty where the chat format was refused."""
     rules: dict[str, str] = field(default_factory=dict)
-    """T1 to T4: how each is kept."""
+    """T1 to T4 and T7: how each is kept."""
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     """Why training would be refused."""
@@ -94,7 +94,7 @@ def _look_at_format(folder: Path, options: ChatOptions, report: ModelReport) -> 
     for i in named:
         sources[i].append("generation_config.json")
     report.facts = {
-        "tool_format": "hermes",
+        "tool_format": form.tool_format.name,
         "tools_shown": "by the template" if form.renders_tools else f"in the {_place(form)}",
         "history": form.history,
         "thinking": _thinking(form, options),
@@ -178,6 +178,7 @@ def _rules(form: Any) -> dict[str, str]:
         "T3": "log-probabilities are those of the sampled tokens, from the engine",
         "T4": f"{end!r} ends a turn, and follows where a turn was cut"
         + (f" or ended with {', '.join(map(repr, others))}" if others else ""),
+        "T7": f"calls are told, written and read as {form.tool_format.name}: {form.tool_format.usage!r}",
     }
 
 
@@ -193,8 +194,7 @@ def _rehearse(form: Any, report: ModelReport) -> None:
     talk = Conversation(form, opening, [tool])
     for k, place in enumerate(("left", "right")):
         before = talk.prompt.ids
-        closing = "</think>" if form.opens_thought(before) else ""
-        ids = form.encode_turn(closing + write_block("look", json.dumps({"at": place})))
+        ids = form.encode_turn(write_block("look", json.dumps({"at": place})), [tool], before)
         message = talk.add_completion(Completion(ids, (0.0,) * len(ids), (0,) * len(ids), "stop"))
         if [(c.name, c.status, dict(c.arguments)) for c in message.tool_calls] != [("look", "ok", {"at": place})]:
             report.problems.append(f"T7: the call {message.text!r} is not read back as it was written")

@@ -78,5 +78,5 @@ class EngineChat:
             # A dead engine has nothing to release, and the error of `generate` is the one to raise.
             with contextlib.suppress(EngineError):
                 await self._engine.release(session)
-        message = self._fmt.parse(done.ids, done.finish, prompt.ids)
+        message = self._fmt.parse(done.ids, done.finish, prompt.ids, tools)
         return ChatReply(message, len(prompt.ids), len(done.ids))

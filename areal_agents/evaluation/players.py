@@ -113,6 +113,7 @@ def on_server(config: TrainConfig, spec: EnvSpec, name: str, server: Server, ser
         deadline=limits.request_timeout + waiting,
         concurrency=server.concurrency,
         requests_per_minute=server.requests_per_minute,
+        tool_format=config.model.tool_format,
         extra={"chat_template_kwargs": config.model.template_variables} if config.model.template_variables else None,
     )
     served.url = chat.url

@@ -19,7 +19,7 @@ from typing import Any
 
 from areal_agents import models, registry, settings
 from areal_agents.chat.options import ChatOptions
-from areal_agents.chat.toolcalls import find_blocks
+from areal_agents.chat.tool_formats import tool_format
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError
 from areal_agents.evaluation.evaluate import attempt_seed
@@ -189,8 +189,10 @@ def as_sampled(message: AssistantMessage) -> AssistantMessage:
 def _as_sampled(call: ToolCall) -> ToolCall:
     if call.status not in _FOUND_LATE:
         return call
-    blocks = find_blocks(call.raw)
-    return replace(call, status=blocks[0].status) if blocks else call
+    if call.problem:  # only the text itself gives a call one
+        return replace(call, status="invalid_arguments")
+    block = tool_format(call.format).read_raw(call.raw)
+    return replace(call, status=block.status) if block else call
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

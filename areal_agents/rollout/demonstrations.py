@@ -26,7 +26,7 @@ class ExpertPolicy(TokenPolicy):
         self._script = ScriptPolicy(lambda shown: expert, task)
 
     async def sample(self, prompt: Prompt, max_tokens: int, episode: EpisodeDriver) -> Completion:
-        ids = self.fmt.encode_turn(self._script.text(episode.observation))
+        ids = self.fmt.encode_turn(self._script.text(episode.observation), episode.tools, prompt.ids)
         return Completion(ids, (0.0,) * len(ids), (0,) * len(ids), "stop")
 
     async def close(self, episode: EpisodeDriver) -> None:

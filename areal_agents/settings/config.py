@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from areal_agents.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, Choice, Registry
-from areal_agents.chat.options import ChatOptions
+from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -38,11 +38,13 @@ class ModelConfig(Section):
     """Variables of the chat template, such as ``enable_thinking = false``; one that it does not read is refused."""
     merge_system: bool = False
     """Put a system message at the start of the first user message where the template shows none; else it is refused."""
+    tool_format: ToolFormatName = "auto"
+    """How the model writes its tool calls (docs/tool-formats.md). ``auto``: as its chat template does."""
 
     @property
     def chat(self) -> ChatOptions:
         """What of this shapes prompts."""
-        return ChatOptions(self.history, self.template_variables, self.merge_system)
+        return ChatOptions(self.history, self.template_variables, self.merge_system, self.tool_format)
 
 
 class EnvConfig(Section):

@@ -151,8 +151,9 @@ def _schema() -> Any:
     text, ids = pa.string(), pa.list_(pa.int32())
     message = struct(role=text, text=text, parts=text, tool_call_id=text, name=text)
     call = struct(
-        id=text, name=text, arguments=text, raw=text, status=text, token_start=pa.int32(), token_end=pa.int32()
-    )
+        id=text, name=text, arguments=text, raw=text, status=text, token_start=pa.int32(), token_end=pa.int32(),
+        format=text, problem=text,
+    )  # fmt: skip
     turn = struct(
         prompt_suffix=ids, ids=ids, logprobs=pa.list_(pa.float64()), versions=ids, finish=text, text=text, parts=text,
         message_finish=text, tool_calls=pa.list_(call), reward=pa.float64(), components=text, parent=pa.int32(),
@@ -264,6 +265,8 @@ def _call_row(call: ToolCall) -> ParquetRow:
         "status": call.status,
         "token_start": start,
         "token_end": end,
+        "format": call.format,
+        "problem": _text(call.problem),
     }
 
 
@@ -271,7 +274,16 @@ def _call(row: ParquetRow) -> ToolCall:
     start, end = row["token_start"], row["token_end"]
     span = None if start is None else (start, end)
     arguments: Mapping[str, Any] = loads(row["arguments"])
-    return ToolCall(_exact(row["id"]), _exact(row["name"]), arguments, _exact(row["raw"]), row["status"], span)
+    return ToolCall(
+        _exact(row["id"]),
+        _exact(row["name"]),
+        arguments,
+        _exact(row["raw"]),
+        row["status"],
+        span,
+        row.get("format") or "hermes",  # older shards have no such column, and hold nothing else
+        _exact(row.get("problem") or ""),
+    )
 
 
 def _message_row(message: Message) -> ParquetRow:

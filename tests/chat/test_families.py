@@ -138,7 +138,9 @@ class Guided(EnginePolicy):
         if len(episode.turns) == len(PLACES):
             return done
         thought = THOUGHT.removeprefix("<think>\n") if self.fmt.opens_thought(prompt.ids) else THOUGHT
-        ids = self.fmt.encode_turn(thought + write_block("look", f'{{"at": "{PLACES[len(episode.turns)]}"}}'))
+        ids = self.fmt.encode_turn(
+            thought + write_block("look", f'{{"at": "{PLACES[len(episode.turns)]}"}}'), episode.tools
+        )
         return Completion(ids, logprobs(self._model, prompt.ids, ids), (0,) * len(ids), "stop")
 
 

@@ -205,7 +205,7 @@ def call(body: str) -> str:
         ('{"name": "f", "arguments": {"x": "a\nb"}}', "ok", "f", {"x": "a\nb"}),
         ('{"name": "f", "arguments": [1]}', "invalid_arguments", "f", {}),
         ('{"name": "f", "arguments": "x = 1"}', "invalid_arguments", "f", {}),
-        ('{"name": "f", "arguments": null}', "invalid_arguments", "f", {}),
+        ('{"name": "f", "arguments": null}', "ok", "f", {}),
         ('{"arguments": {}}', "missing_name", "", {}),
         ('{"name": "", "arguments": {}}', "missing_name", "", {}),
         ('{"name": 3}', "missing_name", "", {}),

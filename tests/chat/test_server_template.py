@@ -10,6 +10,7 @@ import pytest
 
 from areal_agents.chat.format import ChatFormat
 from areal_agents.chat.server_template import served_template
+from areal_agents.chat.tool_formats import FORMATS
 from areal_agents.engines.openai.messages import read_reply, request_messages, request_tools
 from areal_agents.errors import TemplateError
 from areal_agents.tool import ToolSpec
@@ -75,6 +76,15 @@ def test_the_same_ids_with_smollm2(smollm2: Path) -> None:
         for messages in CONVERSATIONS.values():
             assert served_ids(fmt, messages, tools) == fmt.first_prompt(messages, tools)
     assert served_template(fmt) != fmt.tokenizer.chat_template
+
+
+@pytest.mark.parametrize("tool_format", FORMATS)
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_the_same_ids_in_every_tool_format(name: str, tool_format: str) -> None:
+    fmt = ChatFormat(tiny(CHATML), tool_format=tool_format)
+    messages = CONVERSATIONS[name]
+    assert fmt.tool_format.name == tool_format
+    assert served_ids(fmt, messages, TOOLS) == fmt.first_prompt(messages, TOOLS)
 
 
 def test_variables_of_the_template_reach_the_server() -> None:

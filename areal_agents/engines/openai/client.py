@@ -26,6 +26,7 @@ from typing import Any
 
 import httpx
 
+from areal_agents.chat.tool_formats import named_format
 from areal_agents.chat_model import ChatReply, ContextLengthError, RequestRefused
 from areal_agents.engine import Sampling
 from areal_agents.engines.openai.messages import error_text, read_reply, request_messages, request_tools
@@ -71,6 +72,8 @@ class OpenAIChat(AsyncClosing):
         stop: strings that end a reply (evaluation only, because training ends turns on token ids).
         max_tokens_field: the field that bounds a reply. Some models want ``max_completion_tokens``.
         text_calls: False for servers that insist on an entry in tool_calls for every tool result, see ``messages.py``.
+        tool_format: how calls are written that the server leaves in the text, see ``chat/tool_formats``. ``auto`` is
+            Hermes.
         extra: further fields of each request, for example ``{"chat_template_kwargs": {...}}``.
         rng: of the backoff's jitter.
         clock: replaced by tests.
@@ -96,6 +99,7 @@ class OpenAIChat(AsyncClosing):
         stop: Sequence[str] = (),
         max_tokens_field: str = "max_tokens",
         text_calls: bool = True,
+        tool_format: str = "auto",
         extra: Mapping[str, Any] | None = None,
         rng: random.Random | None = None,
         clock: Clock | None = None,
@@ -120,6 +124,7 @@ class OpenAIChat(AsyncClosing):
         self._fixed: dict[str, Any] = {"stop": list(stop)} if stop else {}
         self._fixed |= dict(extra or {})
         self._max_tokens_field, self._text_calls = max_tokens_field, text_calls
+        self._format = named_format(tool_format)
         self._clock = clock or Clock()
         self._backoff = Backoff(rng or random.Random())
         self._pace = Pace(requests_per_minute, self._clock)
@@ -162,7 +167,7 @@ class OpenAIChat(AsyncClosing):
         body = self._body(messages, tools, sampling)
         try:
             async with asyncio.timeout(self._deadline):  # waiting for a slot is bounded by this one
-                return await self._until_answered(body)
+                return await self._until_answered(body, tools)
         except TimeoutError as error:
             raise self._late("no reply") from error
 
@@ -203,7 +208,7 @@ class OpenAIChat(AsyncClosing):
         body |= {name: value for name, value in optional.items() if value is not None}
         return json.dumps(body | self._fixed, ensure_ascii=False, allow_nan=False).encode()
 
-    async def _until_answered(self, body: bytes) -> ChatReply:
+    async def _until_answered(self, body: bytes, tools: Sequence[ToolSpec]) -> ChatReply:
         """Try until there is a reply.
 
         A pause that would end after the deadline is not begun.
@@ -214,7 +219,7 @@ class OpenAIChat(AsyncClosing):
                 async with self._slots:
                     if not await self._pace.turn(end):
                         raise self._late("requests_per_minute left no turn for the request")
-                    return await self._attempt(body, end)
+                    return await self._attempt(body, end, tools)
             except _Transient as failure:
                 failed = failure
             if attempt == self._max_retries:
@@ -229,7 +234,7 @@ class OpenAIChat(AsyncClosing):
             "can it bear this many requests (concurrency, requests_per_minute)?"
         )
 
-    async def _attempt(self, body: bytes, end: float) -> ChatReply:
+    async def _attempt(self, body: bytes, end: float, tools: Sequence[ToolSpec]) -> ChatReply:
         """Send one request and read its reply.
 
         Raises _Transient where another try may do better, and ArealError where none will.
@@ -251,7 +256,7 @@ class OpenAIChat(AsyncClosing):
                 f"{self._who()}: the reply is longer than {self._max_bytes} bytes (max_response_bytes): it was not read"
             )
         try:
-            return read_reply(json.loads(raw), text_calls=self._text_calls)
+            return read_reply(json.loads(raw), text_calls=self._text_calls, form=self._format, tools=tools)
         except (ValueError, RecursionError) as error:
             start = self._safe(raw.decode("utf-8", "replace"))[:60]
             raise EngineError(

@@ -4,10 +4,10 @@ A server that parses tool calls returns them beside the text. They are put back 
 ``AssistantMessage.text`` is whole: rewards, chat templates and saved episodes read it. They are taken out again when
 the message is sent.
 
-A server that has no parser, or could not read a call, leaves it in the text. Our own parser finds it there. Such a
-message is sent back as the text it is.
+A server that has no parser, or could not read a call, leaves it in the text. Our own parser finds it there, in the tool
+format that ``model.tool_format`` names (Hermes by default). Such a message is sent back as the text it is.
 
-The reply is hostile: it is only read as JSON, within the limits of ``chat/toolcalls.py``.
+The reply is hostile: it is only read as JSON, within the limits of ``chat/tool_formats``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from areal_agents.chat.toolcalls import CLOSE, MAX_CALLS, parse_text, read_arguments, write_block
+from areal_agents.chat.tool_formats import DEFAULT, ToolFormat
+from areal_agents.chat.tool_formats.hermes import CLOSE
+from areal_agents.chat.tool_formats.json_calls import Read, alternative
+from areal_agents.chat.toolcalls import MAX_CALLS, parse_text, read_arguments, write_block
 from areal_agents.chat_model import ChatReply
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.tool import ToolSpec
-from areal_agents.types import AssistantMessage, CallStatus, Finish, Image, Message, Part, Text, ToolCall
+from areal_agents.types import AssistantMessage, Finish, Image, Message, Part, Text, ToolCall
 
 Json = dict[str, Any]
 
@@ -65,8 +68,16 @@ def request_messages(messages: Sequence[Message | AssistantMessage], *, text_cal
     return rows
 
 
-def read_reply(body: object, *, text_calls: bool = True) -> ChatReply:
+def read_reply(
+    body: object, *, text_calls: bool = True, form: ToolFormat = DEFAULT, tools: Sequence[ToolSpec] = ()
+) -> ChatReply:
     """Read the first choice of a chat completion.
+
+    Args:
+        body: the decoded JSON.
+        text_calls: look for calls in the text where the server read none.
+        form: the tool format of those.
+        tools: what the request offered.
 
     Raises EngineError, saying what is missing, where the body is no chat completion.
     """
@@ -82,7 +93,8 @@ def read_reply(body: object, *, text_calls: bool = True) -> ChatReply:
         text = content + "\n".join(call.raw for call in calls)
         said = AssistantMessage((Text(text),), calls, finish)
     else:
-        said = parse_text(content, finish) if text_calls else AssistantMessage((Text(content),), (), finish)
+        read = parse_text(content, finish, form=form, tools=tools) if text_calls else None
+        said = read or AssistantMessage((Text(content),), (), finish)
     assert isinstance(body, dict)
     usage = body.get("usage")
     usage = usage if isinstance(usage, dict) else {}
@@ -228,13 +240,14 @@ def _calls(entries: Sequence[object]) -> tuple[ToolCall, ...]:
 def _call(id: str, function: Mapping[str, Any], *, readable: bool) -> ToolCall:
     name, given = function.get("name"), function.get("arguments")
     name = _clean(name).strip() if isinstance(name, str) else ""
+    if given is None or (isinstance(given, str) and not given.strip()):
+        given = alternative(function)
     text = _clean(given) if isinstance(given, str) else "" if given is None else json.dumps(given)
-    arguments: Mapping[str, Any]
-    status: CallStatus
-    arguments, status = read_arguments(text) if readable else ({}, "invalid_json")
+    read = read_arguments(name, text) if readable else Read(name, {}, "invalid_json")
     if not name:
-        arguments, status = {}, "missing_name"
-    return ToolCall(id, name, arguments, write_block(name, text if text.strip() else "{}"), status)
+        read = Read("", {}, "missing_name")
+    raw = write_block(name, text if text.strip() else "{}")
+    return ToolCall(id, name, read.arguments, raw, read.status, None, "api", read.problem)
 
 
 def _count(value: object) -> int | None:
