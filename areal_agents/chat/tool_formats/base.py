@@ -213,5 +213,10 @@ def visible_start(source: Source, *, thinking: bool) -> int:
 
 
 def refused(blocks: Sequence[Block], problem: str) -> list[Block]:
-    """Return ``blocks`` as calls that were meant and must not run."""
-    return [replace(b, arguments={}, status="invalid_json", problem=problem) for b in blocks]
+    """Return ``blocks`` without those that could run: their calls were meant, but do not stand as they must."""
+    return [
+        b
+        if b.status in ("invalid_json", "unclosed")
+        else replace(b, arguments={}, status="invalid_json", problem=problem)
+        for b in blocks
+    ]

@@ -64,13 +64,14 @@ class Gemma(ToolFormat):
                 return blocks, max(end, start + len(FENCE))
             block = self._one(source, reader, begin, pos)
             blocks.append(block)
-            begin = pos = self._over(source, block.end)
-            if block.status in ("unclosed", "invalid_json") and not source.at(FENCE, pos):
-                end = source.after(FENCE, pos)
-                limit = source.find(THINK, pos)
-                status = block.status if end < limit else "unclosed"
-                blocks[-1] = Block.broken(block.start, min(end, limit), status)
-                return blocks, blocks[-1].end
+            after = self._over(source, block.end)
+            if block.status in ("unclosed", "invalid_json") and not source.at(FENCE, after):
+                close, limit = source.find(FENCE, pos), source.find(THINK, pos)
+                whole = close < limit
+                end = close + len(FENCE) if whole else limit
+                blocks[-1] = Block.broken(block.start, end, "invalid_json" if whole else "unclosed")
+                return blocks, end
+            begin = pos = after
         end = pos + len(FENCE)
         if not blocks:
             return [Block.broken(start, end, "invalid_json")], end

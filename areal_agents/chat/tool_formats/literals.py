@@ -185,7 +185,8 @@ class LiteralReader:
         except ValueError:
             raise Unreadable("no literal", cut=pos >= self._end) from None
         assert match is not None
-        if not math.isfinite(value) or self._text[match.end() : match.end() + 1].isalnum():
+        after = self._text[match.end() : match.end() + 1]
+        if after.isalnum() or (isinstance(value, float) and not math.isfinite(value)):
             raise Unreadable("no finite number", cut=False)
         return value, match.end()
 

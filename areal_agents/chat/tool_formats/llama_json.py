@@ -43,7 +43,10 @@ class LlamaJson(ToolFormat):
 
     def find_blocks(self, text: str, *, thinking: bool = False, tools: Schemas | None = None) -> list[Block]:
         source = Source(text, tools or {})
-        start = _skip(source, visible_start(source, thinking=thinking))
+        begin = visible_start(source, thinking=thinking)
+        start = _skip(source, begin)
+        if TAG in text[begin:start]:
+            return self._calls(source, begin, start)[0]
         if source.at("{", start) or source.at("[", start) or source.at("```", start):
             return self._whole_message(source, start)
         tag = tag_position(source, start, (TAG,))

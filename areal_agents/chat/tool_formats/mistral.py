@@ -70,7 +70,9 @@ class Mistral(ToolFormat):
         return [*blocks, Block.broken(begin, limit, "invalid_json")], max(limit, begin + 1)
 
     def _status(self, source: Source, pos: int, end: int, room: int) -> CallStatus:
-        cut = room > 0 and end == len(source.text) and item_end(source.text, pos, end) is None
+        rest = source.text[pos:end].strip()
+        begun = not rest or "{" in rest or "[" in rest
+        cut = room > 0 and begun and end == len(source.text) and item_end(source.text, pos, end) is None
         return "unclosed" if cut else "invalid_json"
 
     def read_raw(self, raw: str, tools: Mapping[str, Mapping[str, Any]] | None = None) -> Block | None:

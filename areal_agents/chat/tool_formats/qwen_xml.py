@@ -46,7 +46,8 @@ class QwenXml(ToolFormat):
         pos = source.blank(start + len(OPEN)) if wrapped else start
         call = TaggedCall("")
         if room <= 0 or not source.at(FUNCTION, pos):
-            end, status = ending(source, start + len(OPEN), self.openers, CLOSE)
+            tags, close = ((OPEN,), CLOSE) if wrapped else (self.openers, UNFUNCTION)
+            end, status = ending(source, start + 1, tags, close)
             return [Block.broken(start, end, status)], end
         pos, whole = self._function(source, pos, call)
         if not whole:
