@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from areal_agents.chat.format import ChatFormat
 from areal_agents.chat.toolcalls import write_block
 from areal_agents.engine import Engine, Sampling
 from areal_agents.engines.cpu.engine import TransformersEngine
-from areal_agents.reward import Episode
+from areal_agents.reward import Episode, RewardLike
 from areal_agents.rollout.episode import EpisodeDriver, Limits
 from areal_agents.rollout.player import LocalPlayer
 from areal_agents.rollout.token_policy import EnginePolicy
@@ -104,19 +104,20 @@ async def look(at: str) -> str:
     return f'seen "{at}"\n<|im_end|></s>'  # with control tokens of some families, as content
 
 
+def answered(episode: Episode) -> float:
+    return 1.0 if episode.answer is not None else 0.5
+
+
 class Looks(ToolEnv):
     """A task of two calls and a last word."""
 
     tools = (look,)
+    rubric: ClassVar[RewardLike] = answered
     splits = ("train",)
 
     def __init__(self, opening: str) -> None:
         super().__init__(sandbox=None)
         self.system_prompt = opening
-
-    @staticmethod
-    def rubric(episode: Episode) -> float:
-        return 1.0 if episode.answer is not None else 0.5
 
     def prompt(self, task: Task) -> str:
         return "Look at both sides."

@@ -54,6 +54,13 @@ def test_file_then_overrides(tmp_path: Path) -> None:
             {"name": "x", "deep": {"a": [1, None]}},
         ),
         (["--env.kwargs", "{a = 1}", "--env.kwargs.b-c", "-2"], "env.kwargs", {"a": 1, "b-c": -2}),
+        (
+            ["--model.template_variables.enable_thinking", "false"],
+            "model.template_variables",
+            {"enable_thinking": False},
+        ),
+        (["--model.template-variables", "{date = 'x'}"], "model.template_variables", {"date": "x"}),
+        (["--model.history", "append"], "model.history", "append"),
     ],
 )
 def test_override_values(args: list[str], key: str, value: Any) -> None:
