@@ -201,7 +201,7 @@ class ChatFormat:
 
     def _tail(self, mark: str, rows: Sequence[Mapping[str, Any]]) -> str:
         """Render ``rows`` after an assistant's turn, and return what stands after its content, the mark."""
-        dummy = [*self.facts.head, said(mark)]
+        dummy = [*self.facts.dummy, said(mark)]
         before, found, tail = self.template.render([*dummy, *rows], generate=True).partition(mark)
         # Who asks for "append" takes the past as it was sampled, whatever the template would make of it.
         kept = self.facts.history == "template" or self.template.render(dummy).startswith(before)

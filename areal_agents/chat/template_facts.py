@@ -21,6 +21,8 @@ from areal_agents.errors import TemplateError
 MARK = "Zq7 sentinel"
 """Letters, a digit and a space: no template trims or rewrites it."""
 _ASKED = "Zq7 question"
+_INSTRUCTION = "Zq7 instruction"
+_SYSTEM: dict[str, Any] = {"role": "system", "content": _INSTRUCTION}
 _USER: dict[str, Any] = {"role": "user", "content": "U."}
 _NEXT: dict[str, Any] = {"role": "user", "content": "V."}
 _TOOL: dict[str, Any] = {
@@ -48,6 +50,8 @@ class TemplateFacts:
     """Why it shows no system message, in its own words where it has some. Empty where it shows one."""
     head: tuple[dict[str, Any], ...]
     """The beginning of a conversation that it can render: a system message, if it knows any, and a user's."""
+    dummy: tuple[dict[str, Any], ...]
+    """The beginning of a conversation of which nothing stands behind an assistant's turn that follows it."""
     before: str
     """The text before an assistant's content, in a conversation that begins with ``head``."""
     after: str
@@ -80,7 +84,7 @@ def look_at(template: ChatTemplate, added: Collection[str]) -> TemplateFacts:
     end, or the generation prompt does not begin one.
     """
     refusal = _system_refusal(template)
-    head = (_USER,) if refusal else ({"role": "system", "content": "S."}, _USER)
+    head = (_USER,) if refusal else (_SYSTEM, _USER)
     before, after = _assistant_frame(template, head, added)
     generation = _generation(template, head, added)
     tool_frame = _tool_frame(template, head, added)
@@ -88,6 +92,7 @@ def look_at(template: ChatTemplate, added: Collection[str]) -> TemplateFacts:
     return TemplateFacts(
         system_refusal=refusal,
         head=head,
+        dummy=_dummy(template, head),
         before=before,
         after=after,
         generation=generation,
@@ -130,6 +135,12 @@ def _assistant_frame(template: ChatTemplate, head: Rows, added: Collection[str])
             "turns must end on a token id; use a template that ends them with one"
         )
     return before, after
+
+
+def _dummy(template: ChatTemplate, head: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """Return ``head``, without its system message where the template shows that in a later user's message (Mistral)."""
+    later = template.render([*head, said(MARK), _NEXT], generate=True).partition(MARK)[2]
+    return (_USER,) if _INSTRUCTION in later else head
 
 
 def _generation(template: ChatTemplate, head: Rows, added: Collection[str]) -> str:

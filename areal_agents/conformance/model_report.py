@@ -148,7 +148,7 @@ def _notes(form: Any, options: ChatOptions) -> list[str]:
     if form.history == "template":
         notes.append('each turn is a sample of its own, with a whole prompt: model.history = "append" is cheaper')
     if facts.moves_tools and form.history == "append":
-        notes.append("a later user message would take the tools' list along: it stays where it was shown first")
+        notes.append("the template moves its list of tools to later user messages: the first message has one instead")
     if facts.system_refusal:
         remedy = "is merged into the first user message" if options.merge_system else (
             "is refused; model.merge_system = true puts it into the first user message"

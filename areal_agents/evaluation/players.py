@@ -15,7 +15,15 @@ from areal_agents.errors import ConfigError
 from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.chat_policy import ChatPolicy
-from areal_agents.rollout.player import EpisodePlayer, EventSink, LocalPlayer, PlayerSpec, env_maker, limits_of
+from areal_agents.rollout.player import (
+    EpisodePlayer,
+    EventSink,
+    LocalPlayer,
+    PlayerSpec,
+    env_maker,
+    limits_of,
+    require_prompts,
+)
 from areal_agents.settings.config import TrainConfig
 from areal_agents.types import Task
 from areal_agents.utils.precision import number_format
@@ -72,7 +80,7 @@ class Served:
 def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
     """Return what opens a player on engines of this machine, which end with it.
 
-    Raises ModelError at once.
+    Raises ModelError or TemplateError at once.
     """
     import torch  # heavy, as the engines: a served model needs neither
 
@@ -80,6 +88,7 @@ def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
 
     folder, engine = resolve(config.model.path), config.engine
     fmt = ChatFormat.load(folder, config.model.chat)
+    require_prompts(spec, fmt)
     limits = limits_of(config)
     player = PlayerSpec(
         env=spec,

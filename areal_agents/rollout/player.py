@@ -28,7 +28,7 @@ from areal_agents.rollout.script import expert_of
 from areal_agents.rollout.token_policy import EnginePolicy
 from areal_agents.sandbox import SandboxBackend, backends
 from areal_agents.settings.config import TrainConfig
-from areal_agents.types import Task, Trajectory
+from areal_agents.types import Task, Trajectory, system, user
 from areal_agents.utils.short_text import text_of
 
 EventSink = Callable[..., None]
@@ -221,6 +221,13 @@ def limits_of(config: TrainConfig) -> Limits:
         step_timeout=config.env.step_timeout,
         request_timeout=config.engine.request_timeout,
     )
+
+
+def require_prompts(spec: EnvSpec, fmt: ChatFormat) -> None:
+    """Raise TemplateError, before anything slow starts, where the environment's system prompt cannot be shown."""
+    text = getattr(spec.env_class(), "system_prompt", "")
+    if isinstance(text, str) and text:
+        fmt.first_prompt([system(text), user("")])
 
 
 def env_maker(spec: EnvSpec, *, sandbox: str, kwargs: Mapping[str, Any]) -> Callable[[], AgentEnv]:

@@ -23,7 +23,7 @@ from areal_agents.evaluation.evaluate import EvalReport, held_out, summarize
 from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.models import resolve
 from areal_agents.rollout.demonstrations import demonstration_rows, require_all
-from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, limits_of, prove_sandbox
+from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, limits_of, prove_sandbox, require_prompts
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.rollout.tasks import TaskStream
@@ -53,6 +53,7 @@ async def open_run(
         await prove_sandbox(spec, config.env.sandbox)
     model = resolve(config.model.path)
     fmt = ChatFormat.load(model, config.model.chat)
+    require_prompts(spec, fmt)
     async with contextlib.AsyncExitStack() as stack:
         tracker = stack.enter_context(_tracker(config, commit, console=console))
         stack.enter_context(_noting_a_lost_learner(tracker))

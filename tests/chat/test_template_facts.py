@@ -353,3 +353,20 @@ def test_a_broken_template_says_so() -> None:
         fmt("{% for m in messages %}")
     with pytest.raises(TemplateError, match=r"the tokenizer has no bos_token: set it"):
         fmt("{{ bos_token + '' }}" + CHATML)
+
+
+def test_a_system_message_that_moves_to_later_messages_stays_where_it_was_shown() -> None:
+    """As Mistral 0.3, which writes it into the last user message."""
+    moves = (
+        "{% set ns = namespace(text='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set ns.text = m.content %}{% else %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ (ns.text if loop.last and m.role == 'user' else '') + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    assert fmt(moves).history == "template"
+    form = fmt(moves, history="append")
+    talk = Conversation(form, [system("S"), user("U")])
+    assert text_of(form, talk.prompt.ids) == "<|im_start|>user\nSU<|im_end|><|im_start|>assistant\n"
+    talk.add_completion(done(form.encode_turn("x")))
+    talk.add_observation([user("V")])
+    assert text_of(form, talk.suffix) == "<|im_start|>user\nV<|im_end|><|im_start|>assistant\n"

@@ -38,8 +38,9 @@ def test_a_model_that_can_be_trained(tmp_path: Path) -> None:
         }
     ]
     assert facts["thinking"] == {"first_prompt": "none", "switches": {}}
+    assert facts["tool_format"] == "hermes"
     assert facts["tools_shown"] == "in the system message"
-    assert sorted(report.rules) == ["T1", "T2", "T3", "T4"]
+    assert sorted(report.rules) == ["T1", "T2", "T3", "T4", "T7"]
     assert json.loads(json.dumps(report.to_json()))["passed"] is True
     assert str(report).startswith(f"{tmp_path}: can be trained\n")
 

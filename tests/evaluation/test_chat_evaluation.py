@@ -121,6 +121,15 @@ def test_a_servers_thinking_is_kept_and_sent_back_where_asked(tmp_path: Path, as
     assert main(["replay", str(tmp_path / "out"), "--kind", "eval", "--episode", "test/0/0"]) == 0
 
 
+def test_variables_of_the_template_go_along_with_each_request(tmp_path: Path) -> None:
+    with chat_server(scripted) as server:
+        run_evaluation(tmp_path / "a", server.url, n=1, k=1, model={"template_variables": {"enable_thinking": False}})
+        assert {json.dumps(r["chat_template_kwargs"]) for r in server.requests} == {'{"enable_thinking": false}'}
+        server.requests.clear()
+        run_evaluation(tmp_path / "b", server.url, n=1, k=1)
+        assert not any("chat_template_kwargs" in r for r in server.requests)
+
+
 def test_its_episodes_cannot_become_training_rows(tmp_path: Path) -> None:
     with chat_server(scripted) as server:
         run_evaluation(tmp_path / "out", server.url, n=1, k=1)

@@ -7,11 +7,20 @@ import json
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from areal_agents import registry
-from areal_agents.errors import ConfigError, FailureBudgetError, InfraError, RegistryError, SandboxUnavailable
+from areal_agents.cli.main import main
+from areal_agents.errors import (
+    ConfigError,
+    FailureBudgetError,
+    InfraError,
+    RegistryError,
+    SandboxUnavailable,
+    TemplateError,
+)
 from areal_agents.evaluation.evaluate import EvalReport, compare_table, evaluate, held_out, summarize
 from areal_agents.evaluation.progress import Progress
 from areal_agents.evaluation.saved_run import SavedRun
@@ -31,6 +40,7 @@ from areal_agents.types import (
 )
 from tests.letters_env import Letters
 from tests.tiny_models import tiny_chat_model
+from tests.tiny_tokenizer import SWITCH, tiny
 
 
 class Stuck(Letters):
@@ -185,6 +195,32 @@ def test_a_real_engine_leaves_report_and_trajectories(tmp_path: Path) -> None:
     assert (run.env_id, run.model, run.step_timeout, run.max_turns, run.algorithm) == (
         "tests.letters_env:Letters", str(model), 33.0, 16, None,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_variables_of_the_template_and_the_mode_of_the_past_reach_prompts_and_replays(tmp_path: Path) -> None:
+    model, out = tiny_chat_model(tmp_path / "model"), tmp_path / "out"
+    tokenizer = tiny(SWITCH)
+    tokenizer.save_pretrained(model)
+
+    def run(**changes: Any) -> EvalReport:
+        return asyncio.run(
+            evaluate(
+                EnvConfig(id="tests.letters_env:Letters"), n=1, k=1, temperature=1.0, out=out,
+                model=ModelConfig(path=str(model), max_context=256, **changes),
+                rollout=RolloutConfig(max_turn_tokens=6),
+            )
+        )  # fmt: skip
+
+    with pytest.raises(TemplateError, match=r"enable_thinkin: .* did you mean enable_thinking\?"):
+        run(template_variables={"enable_thinkin": False})
+    run(template_variables={"enable_thinking": False}, history="template")
+    (record,) = read_records(out, kind="eval")
+    assert len(record.trajectory.turns) == 2
+    for turn in record.trajectory.turns:
+        assert turn.parent is None
+        assert tokenizer.decode(list(turn.prompt_suffix)).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert main(["replay", str(out), "--kind", "eval", "--episode", record.trajectory.id]) == 0
 
 
 def test_settings_are_checked_together(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from areal_agents import registry
+from areal_agents.chat.format import ChatFormat
+from areal_agents.chat.options import ChatOptions
 from areal_agents.cluster.remote_errors import Failure, RemoteCause
 from areal_agents.cluster.worker_slots import Places
 from areal_agents.engine import Sampling
@@ -26,14 +28,15 @@ from areal_agents.errors import (
     SandboxError,
     SandboxUnavailable,
     TaskError,
+    TemplateError,
     WorkerLost,
 )
-from areal_agents.rollout.player import PlayerSpec
+from areal_agents.rollout.player import PlayerSpec, require_prompts
 from areal_agents.rollout.retries import FailureBudget
 from areal_agents.types import Info, Observation, Task, Trajectory, user
 from tests.letters_env import Letters
 from tests.scripted import LIMITS
-from tests.tiny_tokenizer import CHATML, tiny
+from tests.tiny_tokenizer import CHATML, NO_SYSTEM, tiny
 
 
 def travelled(error: ArealError) -> ArealError:
@@ -254,3 +257,27 @@ def test_without_hope_whoever_waits_is_told() -> None:
     asyncio.run(main())
     with pytest.raises(ConfigError, match="at least 1"):
         Places(0)
+
+
+class Instructed(Talks):
+    system_prompt = "Be brief."
+
+
+def test_a_system_prompt_that_the_template_cannot_show_is_refused_before_anything_starts() -> None:
+    spec = registry.spec("tests.rollout.test_player:Instructed")
+    with pytest.raises(TemplateError, match=r"set model\.merge_system = true"):
+        require_prompts(spec, ChatFormat(tiny(NO_SYSTEM)))
+    require_prompts(spec, ChatFormat(tiny(NO_SYSTEM), merge_system=True))
+    require_prompts(spec, ChatFormat(tiny(CHATML)))
+    require_prompts(registry.spec("tests.rollout.test_player:Talks"), ChatFormat(tiny(NO_SYSTEM)))
+
+
+def test_a_player_is_built_with_the_chat_options_of_its_spec(tmp_path: Path) -> None:
+    tiny(CHATML).save_pretrained(tmp_path)
+    spec = PlayerSpec(
+        registry.spec("tests.rollout.test_player:Talks"), tmp_path, LIMITS, Sampling(20), kwargs={"word": "go"},
+        chat=ChatOptions(template_variables={"thinking": False}),
+    )  # fmt: skip
+    assert pickle.loads(pickle.dumps(spec)) == spec
+    with pytest.raises(TemplateError, match=r"model\.template_variables\.thinking"):
+        spec.build(None)  # type: ignore[arg-type]  # no engine is asked

@@ -58,6 +58,8 @@ class Source:
 
     def __init__(self, text: str, tools: Schemas) -> None:
         self.text, self.tools = text, tools
+        self.attempts = 0
+        """How often JSON was decoded that may be no call."""
         self._known: dict[str, tuple[int, int]] = {}
 
     def find(self, tag: str, pos: int) -> int:

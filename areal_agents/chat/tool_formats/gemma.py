@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from areal_agents.chat.tool_formats.base import THINK, Block, Call, Source, ToolFormat
-from areal_agents.chat.tool_formats.json_calls import call_of, decode, item_end, looks_like_call
+from areal_agents.chat.tool_formats.json_calls import MAX_CALLS, call_of, decode, item_end, looks_like_call
 from areal_agents.chat.tool_formats.literals import LiteralReader, write_call
 from areal_agents.chat.tool_formats.pythonic import read_call
 
@@ -47,6 +47,9 @@ class Gemma(ToolFormat):
     def _is_json_call(self, source: Source, pos: int) -> bool:
         if not _MEANT.match(source.text, source.blank(pos)):
             return False
+        source.attempts += 1
+        if source.attempts > MAX_CALLS:  # enough was decoded: it counts as a call, and its own limit applies
+            return True
         value, _, failed = decode(source.text, pos)
         rows = value if isinstance(value, list) else [value]
         return failed or all(looks_like_call(row, source.tools) for row in rows)
@@ -90,7 +93,7 @@ class Gemma(ToolFormat):
         value, end, failed = decode(source.text, pos)
         if not failed:
             return Block.of(begin, end, call_of(value, source.tools, "parameters"))
-        limit = source.first((THINK,), pos)
+        limit = source.first((FENCE, THINK), pos)
         whole = item_end(source.text, pos, limit)
         return Block.broken(begin, limit if whole is None else whole, "unclosed" if whole is None else "invalid_json")
 

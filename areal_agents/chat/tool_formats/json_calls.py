@@ -56,7 +56,7 @@ def item_end(text: str, pos: int, end: int, quotes: str = '"') -> int | None:
     Brackets inside ``quotes`` are not counted.
     """
     depth, quote, escaped = 0, "", False
-    for at in range(pos, end):
+    for at in range(pos, min(end, pos + MAX_JSON_CHARS)):
         char = text[at]
         if quote:
             quote = quote if escaped or char != quote else ""

@@ -86,8 +86,8 @@ def test_what_is_written_is_read_back(form: ToolFormat, given_calls: Any, prose:
 
 ATOMS = [
     *MARKUP, "<think>", "</think>", '{"name": "run", "arguments": {"s": "x"}}', '{"name": "g", "parameters": {}}',
-    "run(s='x')", "g()", "[", "]", "{", "}", "(", ")", '"', "'", "\\", "\n", ",", ";", "=", "**", "```json\n", "run", "g",
-    "<parameter=s>", "<arg_key>s</arg_key>", "function", "print(", "\ud800", " ", "é",
+    "run(s='x')", "g()", "[", "]", "{", "}", "(", ")", '"', "'", "\\", "\n", ",", ";", "=", "**", "```json\n", "run",
+    "g", "<parameter=s>", "<arg_key>s</arg_key>", "function", "print(", "\ud800", " ", "é",
 ]  # fmt: skip
 
 
@@ -146,29 +146,28 @@ HOSTILE = [
     "<tool_call>", "<tool_call>{", '<tool_call>{"a', "<think></think>", "</tool_call>", "<tool_call><function=g>",
     "<function=f><parameter=s>", "</parameter>x", "<function=f><parameter=s></parameter>", "<tool_call>g<arg_key>s",
     "<arg_key>s</arg_key><arg_value>", "</arg_value>x", "[TOOL_CALLS]", "[TOOL_CALLS][{", '[TOOL_CALLS][{"name": "g"},',
-    "[TOOL_CALLS]g[ARGS]{", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>g<｜tool▁sep｜>", "<｜tool▁call▁begin｜>", "{",
-    '{"name": "g", "parameters": {}};', "<|python_tag|>", "<|python_tag|>{", "[g(), ", "[g(", "[g(s='", "g(),", "\\",
-    "```", "```json\n{", "```tool_code\ng(", '```json\n{"name": ', "```tool_code\n", "<think>", "  ", "**{", "'", '"', "#",
+    "[TOOL_CALLS]g[ARGS]{", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>g<｜tool▁sep｜>", "<｜tool▁call▁begin｜>",
+    "{", '{"name": "g", "parameters": {}};', "<|python_tag|>", "<|python_tag|>{", "[g(), ", "[g(", "[g(s='", "g(),", "\\",
+    "```", "```json\n{", "```tool_code\ng(", '```json\n{"name": ', "```tool_code\n", "<think>", "  ", "**{",
+    "'", '"', "#",
 ]  # fmt: skip
-PREFIXES = [
-    "",
-    "[g(s='",
-    '{"name": "',
-    "<|python_tag|>",
-    "```tool_code\n",
-    "[TOOL_CALLS][",
-    "<function=f><parameter=s>",
-]
+PREFIXES = {  # what makes each format read on
+    "hermes": "<tool_call>{", "qwen_xml": "<function=f><parameter=s>",
+    "glm": "<tool_call>g<arg_key>s</arg_key><arg_value>",
+    "mistral": "[TOOL_CALLS][", "mistral_args": "[TOOL_CALLS]g[ARGS]{",
+    "deepseek": "<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+    "deepseek_v31": "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{", "llama_json": '{"name": "', "pythonic": "[g(s='",
+    "gemma": "```tool_code\n",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("form", [f for f in FORMATS.values()], ids=list(FORMATS))
-def test_reading_is_linear(form: ToolFormat) -> None:
-    # The bound on one call's JSON is 65,536 characters: beyond it work grows by what is found, not by what is decoded.
+@pytest.mark.parametrize("name", FORMATS)
+def test_reading_is_linear(name: str) -> None:
     for atom in HOSTILE:
-        for prefix in PREFIXES:
-            small, large = (work(form, prefix + atom * (size // len(atom))) for size in (40_000, 160_000))
-            # Four times the text: linear is 4, quadratic 16. The rest is what is read at most once a message.
-            assert large <= 8 * small + 400_000, (atom, prefix, small, large)
+        for prefix in ("", PREFIXES[name]):
+            small, large = (work(FORMATS[name], prefix + atom * (size // len(atom))) for size in (4_000, 16_000))
+            # Four times the text: linear is 4, quadratic 16.
+            assert large <= 7 * small + 20_000, (atom, prefix, small, large)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -177,7 +176,7 @@ def test_token_spans_are_exact_where_markup_is_tokens(name: str, special: bool) 
     tokenizer = tiny()
     form = FORMATS[name]
     control = list(form.control)
-    tokenizer.add_tokens([t for t in control], special_tokens=special)
+    tokenizer.add_tokens(list(control), special_tokens=special)
     fmt = ChatFormat(tokenizer, tool_format=name)
     spec = ToolSpec("run", "", {"type": "object", "properties": {"s": {"type": "string"}, "n": {"type": "integer"}}})
     tools = [spec, ToolSpec("g", "", {"type": "object", "properties": {}})]

@@ -134,7 +134,7 @@ CASES: list[tuple[str, str, Found]] = [
     ("llama_json", '\n<|python_tag|>{"name": "f", "parameters": {"s": "x"}}', [ok(s="x")]),
     ("llama_json", '{"type": "function", "name": "f", "parameters": {"s": "x"}}', [ok(s="x")]),
     ("llama_json", '{"type": "function", "function": {"name": "f", "parameters": {"s": "x"}}}', [ok(s="x")]),
-    ("llama_json", '{"name": "g", "parameters": {}}; {"name": "f", "parameters": {"s": "; {"}}', [ok("g"), ok(s="; {")]),
+    ("llama_json", '{"name": "g", "parameters": {}}; {"name": "f", "parameters": {"s": ";{"}}', [ok("g"), ok(s=";{")]),
     ("llama_json", '{"name": "g", "parameters": {}}\n{"name": "g", "parameters": {}}', [ok("g"), ok("g")]),
     ("llama_json", '<think>{"name": "g"}</think>\n{"name": "g", "parameters": null}', [ok("g")]),
     ("llama_json", 'Let me look. <|python_tag|>{"name": "g", "parameters": {}}', [ok("g")]),
