@@ -74,9 +74,8 @@ class EvalReport:
     endings: dict[str, int] = field(default_factory=dict)
     """Attempts by stop reason."""
     finishes: dict[str, int] = field(default_factory=dict)
-    """Turns by how they ended: ``stop``, or early."""
+    """Turns by how they ended: ``stop``, or early (``cut_turns``)."""
     cut_turns: int = 0
-    """Turns that ended early, in whatever way."""
     unverifiable: int = 0
     verdict_timeouts: int = 0
     """Attempts with such a verdict. They count with its score."""
@@ -148,7 +147,6 @@ def summarize(
     calls = [calls_of(t) for t in everything]
     valid = [t for t, (made, ok) in zip(everything, calls, strict=True) if made and made == ok]
     made = sum(m for m, _ in calls)
-    odd: dict[str, Any] = {**count_oddities(everything)}
     return EvalReport(
         env, split, model, version, temperature, seed, len(scored), k, total,
         pass_at_1=sum(wins) / total,
@@ -166,7 +164,7 @@ def summarize(
         seconds=seconds,
         endings=count_endings(everything),
         finishes=count_finishes(everything),
-        **odd,
+        **dict[str, Any](count_oddities(everything)),
     )  # fmt: skip
 
 
@@ -235,8 +233,7 @@ def compare_table(reports: dict[str, EvalReport]) -> str:
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    notes = [(name, noted(r.endings, r.finishes, r.to_json())) for name, r in reports.items()]
-    below = [f"{name}: {note}" for name, note in notes if note]
+    below = [f"{name}: {n}" for name, r in reports.items() if (n := noted(r.endings, r.finishes, r.to_json()))]
     return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], *below])
 
 
