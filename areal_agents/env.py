@@ -3,15 +3,18 @@
     areset ─▶ (new messages, info)
     astep(assistant message) ─▶ (new messages, reward, terminated, truncated, info)
 
-``terminated`` says that the task ended. ``truncated`` says that turns, tokens or context ran out. The trainer awaits
-areset, astep, afinish and aclose. ``reset``, ``step`` and ``close`` are Gymnasium's synchronous facade over them.
+``terminated`` says that the task ended. ``truncated`` says that turns, tokens or context ran out, or that the last
+message was cut, which is no answer (``scores_cut_messages``). The trainer awaits areset, astep, afinish and aclose.
+``reset``, ``step`` and ``close`` are Gymnasium's synchronous facade over them.
 
 Keys of ``info``:
 
     stop_reason     why the episode ended
+    verdict_status  of the reward; ``unverifiable`` and ``timeout`` are counted
+    sandbox_replays sandboxes lost so far, whose calls were run again
     components      of the reward
     tool_results    how the turn's calls ended
-    state_key       equal keys mark equal states
+    state_key       of the state that is shown now, from areset too; equal keys mark equal states
     turn_rewards    with the end of the episode only: one number a turn, in place of the rewards given before
 
 An environment is deterministic, its info included, so no clock readings belong there.

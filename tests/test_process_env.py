@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from decimal import Decimal
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import gymnasium
@@ -17,8 +18,10 @@ from areal_agents.chat.toolcalls import parse_text
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError
 from areal_agents.process_env import TextProcessEnv
+from areal_agents.rollout.env_host import EnvHost
+from areal_agents.rollout.episode import EpisodeDriver, Policy, Said
 from areal_agents.spaces import TextSpace
-from areal_agents.types import system, user
+from areal_agents.types import Finish, StopReason, Trajectory, system, user
 from tests.processes import wait_gone
 
 
@@ -108,6 +111,39 @@ def test_an_episode() -> None:
     assert missed == ((user("no"),), 0.0, False, False, {})
     assert hit == ((user("yes"),), 1.0, True, False, {"stop_reason": "answer"})
     assert play("late")[1][2:] == (False, True, {"stop_reason": "max_turns"})
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "in_thought", "expected"),
+    [
+        ("{secret}", "stop", False, (True, False, "answer", 1.0)),
+        ("{secret}", "length", False, (False, True, "length", 0.0)),  # the wrapped game took it, nobody pays for it
+        ("<think>2</think>{secret}", "content_filter", False, (False, True, "content_filter", 0.0)),
+        ("2?</think>{secret}", "stop", True, (True, False, "answer", 1.0)),
+        ("late", "length", False, (False, True, "max_turns", 0.0)),  # its own limit
+    ],
+)
+def test_a_cut_message_is_no_answer_to_a_foreign_environment_either(
+    text: str, finish: Finish, in_thought: bool, expected: tuple[bool, bool, StopReason, float]
+) -> None:
+    said = text.format(secret=int(np.random.default_rng(0).integers(1, 4)))
+
+    class Says(Policy):
+        async def say(self, episode: EpisodeDriver) -> Said:
+            return Said.as_text(replace(parse_text(said, finish), in_thought=in_thought), 0)
+
+    async def main() -> Trajectory:
+        host = EnvHost()
+        try:
+            task = Game.tasks("train")[0]
+            episode = EpisodeDriver(lambda: Game(step_timeout=120), task, Says(), host, "e", 0, 120.0)
+            await episode.play()
+            return episode.trajectory("g")
+        finally:
+            await host.close()
+
+    t = asyncio.run(main())
+    assert (t.terminated, t.truncated, t.stop_reason, t.reward) == expected
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,8 @@ class EvalReport:
     endings: dict[str, int] = field(default_factory=dict)
     """Attempts by stop reason."""
     finishes: dict[str, int] = field(default_factory=dict)
-    """Turns by how they ended: ``stop``, or early."""
+    """Turns by how they ended: ``stop``, or early (``cut_turns``)."""
     cut_turns: int = 0
-    """Turns that ended early, in whatever way."""
     unverifiable: int = 0
     verdict_timeouts: int = 0
     """Attempts with such a verdict. They count with its score."""
@@ -199,7 +198,6 @@ def summarize(
     calls = [calls_of(t) for t in everything]
     valid = [t for t, (made, ok) in zip(everything, calls, strict=True) if made and made == ok]
     made = sum(m for m, _ in calls)
-    odd: dict[str, Any] = {**count_oddities(everything)}
     return EvalReport(
         env, split, model, version, temperature, seed, len(scored), k, total,
         pass_at_1=sum(wins) / total,
@@ -219,7 +217,7 @@ def summarize(
         unplayed=0 if planned is None else planned - sum(len(tries) for _, tries in results),
         endings=count_endings(everything),
         finishes=count_finishes(everything),
-        **odd,
+        **dict[str, Any](count_oddities(everything)),
     )  # fmt: skip
 
 

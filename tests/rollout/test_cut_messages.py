@@ -13,7 +13,7 @@ from areal_agents.chat.format import ChatFormat
 from areal_agents.chat.toolcalls import parse_text
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError
-from areal_agents.reward import Episode, Verdict, boxed_number
+from areal_agents.reward import Episode, Verdict, VerdictStatus, boxed_number
 from areal_agents.rollout.cut_messages import after_cut
 from areal_agents.rollout.env_host import EnvHost
 from areal_agents.rollout.env_results import Returned
@@ -91,6 +91,7 @@ class Game(AgentEnv):
     """Three moves in text; a move that begins with "go" pays 1, the last one ends the game."""
 
     pay: ClassVar[float] = 1.0
+    replays: ClassVar[int] = 0
     ends: ClassVar[tuple[bool, bool]] = (True, False)
     info: ClassVar[Info] = {}
 
@@ -105,7 +106,7 @@ class Game(AgentEnv):
         self.k += 1
         reward = self.pay if action.text.startswith("go") else 0.0
         if self.k < 3:
-            return (user("next"),), reward, False, False, {}
+            return (user("next"),), reward, False, False, {"sandbox_replays": self.replays}
         return (), reward, *self.ends, self.info
 
     async def afinish(self, reason: StopReason) -> tuple[float, Info]:
@@ -287,6 +288,27 @@ def test_the_limit_that_was_met_is_the_stop_reason(changes: dict[str, int], reas
     t = play(Sums, ScriptedPolicy(ids, limits=limits))
     assert len(t.turns[0].completion.ids) == 4
     assert ending(t) == (False, True, reason, 0.0)
+
+
+# --- what else is counted ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "metric"), [("unverifiable", "unverifiable"), ("timeout", "verdict_timeout"), ("ok", None)]
+)
+def test_an_odd_verdict_is_a_metric_of_its_episode(status: VerdictStatus, metric: str | None) -> None:
+    class Odd(Sums):
+        rubric: ClassVar[Any] = staticmethod(lambda episode: Verdict(0.5, status=status))
+
+    for said, turns in ((RIGHT, 8), (CALL, 1)):  # by an answer, and by afinish
+        metrics = play(Odd, Chatty((said, "stop")), max_turns=turns).metrics
+        assert {k: v for k, v in metrics.items() if k != "env_seconds"} == ({metric: 1.0} if metric else {})
+
+
+def test_sandbox_replays_are_counted_once() -> None:
+    """The environment tells the count so far with every turn."""
+    t = play(variant(replays=2), Chatty(GO, GO, GO))
+    assert t.metrics["sandbox_replays"] == 2.0
 
 
 # --- open thoughts ----------------------------------------------------------------------------------------------------
