@@ -24,7 +24,8 @@ from areal_agents.evaluation.statistics import PASS, clustered_interval, pass_at
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
-from areal_agents.rollout.task_faults import reasons
+from areal_agents.rollout.task_faults import footer, reasons
+from areal_agents.rollout.tasks import first_tasks
 from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig, TrainConfig
 from areal_agents.settings.evaluation import eval_folder, training_only
 from areal_agents.settings.writing import dump
@@ -81,7 +82,7 @@ class EvalReport:
     def line(self, label: str) -> str:
         """Return the report as one line for a log."""
         low, high = self.ci95
-        out = f", {len(self.left_out)} tasks left out" if self.left_out else ""
+        out = f" ({len(self.left_out)} tasks left out)" if self.left_out else ""
         return (
             f"held-out, {label}: pass@1 {self.pass_at_1:.3f} ({low:.3f}–{high:.3f}), valid calls "
             f"{self.valid_call_rate:.2f}, n = {self.n}{out}, {self.seconds:.0f} s"
@@ -129,8 +130,7 @@ def summarize(
         ConfigError: no attempt was scored.
     """
     results = [(task, tries) for task, tries in results if task.id not in left_out]
-    scored = [(task, [t for t in tries if t is not None]) for task, tries in results]
-    scored = [(task, tries) for task, tries in scored if tries]
+    scored = [(task, kept) for task, tries in results if (kept := [t for t in tries if t is not None])]
     if not scored:
         raise ConfigError(f"evaluation of {env}: every attempt failed; events.jsonl says why{reasons(left_out)}")
     k = max(len(tries) for _, tries in results)
@@ -188,8 +188,7 @@ async def run_attempts(
         ArealError: what ``runner`` raises first. The other attempts are then cancelled.
     """
     slots = asyncio.Semaphore(concurrency)
-    done = 0
-    left = [k] * len(tasks)
+    done, left = 0, [k] * len(tasks)
 
     async def attempt(index: int, i: int) -> Trajectory | None:
         nonlocal done
@@ -197,10 +196,9 @@ async def run_attempts(
         async with slots:
             with contextlib.suppress(TaskError):  # ``settle`` says so, once for all attempts at the task
                 result = await runner.run(task, id=f"{name}/{i}", group=name, seed=attempt_seed(seed, i))
-        left[index] -= 1
+        done, left[index] = done + 1, left[index] - 1
         if not left[index]:
             runner.settle(task, group=name)
-        done += 1
         progress(done, len(tasks) * k)
         return result
 
@@ -229,19 +227,21 @@ def compare_table(reports: dict[str, EvalReport]) -> str:
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    table = "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
     named = {id: why for r in reports.values() for id, why in r.left_out.items()}
-    return f"{table}\n{len(named)} tasks left out, they are in no rate:{reasons(named)}" if named else table
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]]) + footer(named)
 
 
-def held_out(spec: EnvSpec, split: str, n: int, *, difficulty: float | None) -> list[Task]:
-    """Return the first ``n`` tasks of a split.
+def held_out(
+    spec: EnvSpec, split: str, n: int, *, difficulty: float | None, tell: Callable[[str, str], None]
+) -> list[Task]:
+    """Return the first ``n`` tasks of a split, without those that cannot be made.
 
     Args:
         spec: the environment.
         split: name of the split.
         n: number of tasks.
         difficulty: in [0, 1]. None is the environment's default.
+        tell: is given name and reason of a task that cannot be made.
 
     Raises:
         ConfigError: the split has fewer tasks.
@@ -249,7 +249,7 @@ def held_out(spec: EnvSpec, split: str, n: int, *, difficulty: float | None) -> 
     tasks = spec.tasks(split, difficulty=difficulty)
     if len(tasks) < n:
         raise ConfigError(f"{spec.id}:{split} has {len(tasks)} tasks, but n = {n}: lower it")
-    return [tasks[i] for i in range(n)]
+    return first_tasks(tasks, n, tell)
 
 
 def refuse_used(out: Path) -> None:
@@ -257,11 +257,10 @@ def refuse_used(out: Path) -> None:
 
     Two of them in one folder cannot be told apart.
     """
-    for name in ("report.json", "trajectories", "metrics.jsonl"):
-        if (out / name).exists():
-            raise ConfigError(
-                f"{out} already holds an evaluation or a run ({name}): choose another --out, or remove that folder"
-            )
+    if used := [name for name in ("report.json", "trajectories", "metrics.jsonl") if (out / name).exists()]:
+        raise ConfigError(
+            f"{out} already holds an evaluation or a run ({used[0]}): choose another --out, or remove that folder"
+        )
 
 
 async def evaluate(
@@ -331,23 +330,24 @@ async def _evaluate(config: TrainConfig, server: Server | None) -> EvalReport:
             f"model {config.model.path!r} and server {server!r}: a served model is called openai:MODEL and needs its "
             "server's URL (--url), other models have none"
         )
-    e = config.eval
+    e, r, bad = config.eval, config.rollout, dict[str, str]()
     spec = registry.spec(config.env.id)
-    tasks = held_out(spec, e.split, e.n, difficulty=config.env.difficulty)
+    tasks = held_out(spec, e.split, e.n, difficulty=config.env.difficulty, tell=bad.__setitem__)
     await prove_sandbox(spec, config.env.sandbox)
     served = Served()
     if server is not None and name is not None:
         opener, concurrency = on_server(config, spec, name, server, served), server.concurrency
     else:
         opener, concurrency = on_engines(config, spec), config.engine.max_batch * config.engine.replicas
-    budget = FailureBudget(window=config.rollout.failure_window, share=config.rollout.failure_budget)
+    budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
     watch = Stopwatch()
     async with contextlib.AsyncExitStack() as stack:
         tracker = stack.enter_context(Tracker(config.out, tensorboard=False))
         (config.out / "config.toml").write_text(dump(config, leave_out=training_only))
         player = await stack.enter_async_context(opener(tracker.event))
-        retries = config.rollout.max_retries
-        runner = EpisodeRunner(player, budget, max_retries=retries, event=tracker.event, say=tracker.message)
+        runner = EpisodeRunner(player, budget, max_retries=r.max_retries, event=tracker.event, say=tracker.message)
+        for name, reason in bad.items():
+            runner.leave_out(name, reason)
         try:
             results = await run_attempts(
                 runner, tasks, k=e.k, concurrency=concurrency, seed=config.seed, label=e.split,
@@ -359,8 +359,8 @@ async def _evaluate(config: TrainConfig, server: Server | None) -> EvalReport:
             results, env=config.env.id, split=e.split, model=config.model.path, version=0,
             temperature=e.temperature, seed=config.seed, seconds=watch.seconds, left_out=runner.left_out,
         )  # fmt: skip
-        report = replace(report, served=served.text())
         tracker.trajectories.write([t for _, tries in results for t in tries if t is not None], step=0, kind="eval")
+    report = replace(report, served=served.text())
     (config.out / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
     return report
 
