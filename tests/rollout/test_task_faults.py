@@ -219,9 +219,7 @@ def test_a_reset_that_blocks_its_thread_costs_few_threads(monkeypatch: pytest.Mo
     world = World(reset=lambda task: block_the_loop(20.0) if "wrong" in task.payload else None)
     _, runner = train(world, tasks(wrong=1), limits=replace(LIMITS, step_timeout=2.0), fewest=4)
     assert "blocked its event loop" in runner.left_out[f"t-{BAD}"]
-    assert (
-        2 <= len(world.of("host_replaced")) < 8
-    )  # two, though the group has eight
+    assert 2 <= len(world.of("host_replaced")) < 8  # two, though the group has eight
 
 
 def test_a_flaky_backend_is_infrastructure() -> None:
