@@ -6,8 +6,8 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
-from decimal import Decimal
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any, ClassVar
 
 import gymnasium

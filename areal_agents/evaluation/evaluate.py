@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -40,7 +40,8 @@ from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec, require_distinct
 from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
-from areal_agents.rollout.task_faults import reasons
+from areal_agents.rollout.task_faults import footer, reasons
+from areal_agents.rollout.tasks import first_tasks
 from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig, TrainConfig
 from areal_agents.settings.evaluation import eval_folder, training_only
 from areal_agents.settings.writing import dump
@@ -115,7 +116,7 @@ class EvalReport:
     def line(self, label: str) -> str:
         """Return the report as one line for a log."""
         low, high = self.ci95
-        out = f", {len(self.left_out)} tasks left out" if self.left_out else ""
+        out = f" ({len(self.left_out)} tasks left out)" if self.left_out else ""
         return (
             f"held-out, {label}: pass@1 {self.pass_at_1:.3f} ({low:.3f}–{high:.3f}), valid calls "
             f"{self.valid_call_rate:.2f}, n = {self.n}{out}, {self.seconds:.0f} s"
@@ -179,8 +180,7 @@ def summarize(
         InfraError: no attempt was scored.
     """
     results = [(task, tries) for task, tries in results if task.id not in left_out]
-    scored = [(task, [t for t in tries if t is not None]) for task, tries in results]
-    scored = [(task, tries) for task, tries in scored if tries]
+    scored = [(task, kept) for task, tries in results if (kept := [t for t in tries if t is not None])]
     if not scored:
         if not results:
             raise ConfigError(f"evaluation of {env}: no task can be played or scored:{reasons(left_out)}")
@@ -240,23 +240,26 @@ def compare_table(reports: dict[str, EvalReport]) -> str:
     notes = dict.fromkeys(note for r in reports.values() for note in r.notes())
     noticed = {name: noted(r.endings, r.finishes, r.to_json()) for name, r in reports.items()}
     below = [f"{name}: {said}" for name, said in noticed.items() if said]
-    text = "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], *below, *(f"note: {note}" for note in notes)])
     named = {id: why for r in reports.values() for id, why in r.left_out.items()}
-    return f"{text}\n{len(named)} tasks left out, they are in no rate:{reasons(named)}" if named else text
+    under = [*below, *(f"note: {note}" for note in notes)]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], *under]) + footer(named)
 
 
 def _rate(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def held_out(spec: EnvSpec, split: str, n: int, *, difficulty: float | None) -> list[Task]:
-    """Return the first ``n`` tasks of a split.
+def held_out(
+    spec: EnvSpec, split: str, n: int, *, difficulty: float | None, tell: Callable[[str, str], None]
+) -> list[Task]:
+    """Return the first ``n`` tasks of a split, without those that cannot be made.
 
     Args:
         spec: the environment.
         split: name of the split.
         n: number of tasks.
         difficulty: in [0, 1]. None is the environment's default.
+        tell: is given name and reason of a task that cannot be made.
 
     Raises:
         ConfigError: the split has fewer tasks, or two of them have one id.
@@ -264,7 +267,7 @@ def held_out(spec: EnvSpec, split: str, n: int, *, difficulty: float | None) -> 
     tasks = spec.tasks(split, difficulty=difficulty)
     if len(tasks) < n:
         raise ConfigError(f"{spec.id}:{split} has {len(tasks)} tasks, but eval.n = {n}: lower it")
-    chosen = [tasks[i] for i in range(n)]
+    chosen = first_tasks(tasks, n, tell)
     require_distinct(chosen, f"{spec.id}:{split}")
     return chosen
 
@@ -355,9 +358,10 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
             f"model {config.model.path!r} and server {server!r}: a served model is called openai:MODEL and needs its "
             "server's URL (--url), other models have none"
         )
+    bad = dict[str, str]()
     spec = registry.spec(config.env.id)
     spec.require_arguments(config.env.kwargs)
-    tasks = held_out(spec, e.split, e.n, difficulty=config.env.difficulty)
+    tasks = held_out(spec, e.split, e.n, difficulty=config.env.difficulty, tell=bad.__setitem__)
     earlier = read_earlier(config) if resume else Earlier()
     earlier.require_tasks(tasks, out=out)
     await prove_sandbox(spec, config.env.sandbox)
@@ -370,7 +374,7 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
     earlier.require_model(model, out=out, path=config.model.path)
     sitting = Sitting(model, None if server is None else dataclasses.asdict(server))
     try:
-        return await _play(config, tasks, earlier, sitting, opener, concurrency, served, stop)
+        return await _play(config, tasks, earlier, sitting, opener, concurrency, served, stop, bad)
     except Interrupted:
         raise
     except ArealError as error:
@@ -388,6 +392,7 @@ async def _play(
     concurrency: int,
     served: Served,
     stop: Stop,
+    bad: Mapping[str, str],
 ) -> EvalReport:
     """Play what no earlier sitting played, with each episode on the disk as it ends, and write the report."""
     out, e, watch = config.out, config.eval, Stopwatch(before=earlier.seconds)
@@ -401,13 +406,15 @@ async def _play(
             record = Record(KIND, STEP, trajectory)
             tracker.trajectories.append(journal, record, elapsed=watch.seconds, served=sorted(served.names))
 
-        results, failure, left_out = saved_rows(tasks, earlier.episodes, k=e.k), None, dict[str, str]()
+        results, failure, left_out = saved_rows(tasks, earlier.episodes, k=e.k), None, dict(bad)
         if had < planned:
             budget = FailureBudget(window=config.rollout.failure_window, share=config.rollout.failure_budget)
             async with opener(tracker.event) as player:
                 runner = EpisodeRunner(
                     player, budget, max_retries=config.rollout.max_retries, event=tracker.event, say=tracker.message
                 )
+                for id, reason in bad.items():
+                    runner.leave_out(id, reason)
                 stop.at_once = False
                 try:
                     results = await run_attempts(
@@ -423,8 +430,8 @@ async def _play(
             raise Interrupted(f"stopped by {stop.name} before an attempt was scored")
         report = summarize(
             results, env=config.env.id, split=e.split, model=config.model.path, version=0,
-            temperature=e.temperature, seed=config.seed, seconds=watch.seconds, planned=planned - e.k * len(left_out),
-            first_failure=failure, left_out=left_out,
+            temperature=e.temperature, seed=config.seed, seconds=watch.seconds,
+            planned=e.k * sum(task.id not in left_out for task in tasks), first_failure=failure, left_out=left_out,
         )  # fmt: skip
         report = replace(report, served=served.text())
         if not report.unplayed:

@@ -151,14 +151,17 @@ class EpisodeRunner:
         if error is None:
             self._charge(attempts.clear())
             return None
-        reason = text_of(error)
         self.first_given_up = self.first_given_up or error
-        self.left_out[task.id] = reason
-        self._event("task_left_out", task=task.id, group=group, reason=reason)
+        self.leave_out(task.id, text_of(error))
+        return self.left_out[task.id]
+
+    def leave_out(self, task: str, reason: str) -> None:
+        """Note that the task with this id cannot be played or scored, and tell everybody."""
+        self.left_out[task] = reason
+        self._event("task_left_out", task=task, reason=reason)
         if len(self.left_out) <= _LINES:
             more = "; further ones are named in events.jsonl alone" if len(self.left_out) == _LINES else ""
-            self._say(f"task {cut(task.id, 120)} is left out: {reason}{more}")
-        return reason
+            self._say(f"task {cut(task, 120)} is left out: {reason}{more}")
 
     def _charge(self, failures: list[ArealError]) -> None:
         for error in failures:

@@ -75,6 +75,11 @@ def reasons(left_out: Mapping[str, str]) -> str:
     return "".join(f"\n  {line}" for line in shown)
 
 
+def footer(left_out: Mapping[str, str]) -> str:
+    """Return lines below an evaluation's table that name what is not in it, or an empty text."""
+    return f"\n{len(left_out)} tasks left out, they are in no rate:{reasons(left_out)}" if left_out else ""
+
+
 def _is_own(error: InfraError | RewardError) -> bool:
     """Say whether the environment itself failed, and might again."""
     if isinstance(error, RewardError):

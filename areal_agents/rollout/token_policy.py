@@ -13,7 +13,7 @@ from dataclasses import replace
 from areal_agents.chat.conversation import Conversation
 from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Engine, Sampling
-from areal_agents.errors import EngineError, TaskError
+from areal_agents.errors import EngineError, TaskError, TemplateError
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy, Said
 from areal_agents.types import Completion, Prompt, StopReason
 
@@ -33,7 +33,12 @@ class TokenPolicy(Policy):
         raise NotImplementedError
 
     async def say(self, episode: EpisodeDriver) -> Said | StopReason:
-        self._conversation = conversation = continued(self._conversation, self.fmt, episode)
+        try:
+            self._conversation = conversation = continued(self._conversation, self.fmt, episode)
+        except TemplateError as error:
+            if episode.turns:
+                raise
+            raise TaskError(f"task {episode.task.id}: the first prompt cannot be rendered: {error}") from error
         prompt, limit = conversation.prompt, self.limits.max_context
         used = len(prompt.ids)
         if not episode.turns and used >= limit:

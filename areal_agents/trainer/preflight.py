@@ -35,7 +35,8 @@ def _require_tasks(spec: EnvSpec, config: TrainConfig) -> None:
     tasks = spec.tasks(config.env.split, difficulty=config.env.difficulty)
     if not tasks:
         raise ConfigError(f"env.split = {config.env.split!r}: {spec.id} has no tasks in it")
-    held_out(spec, config.eval.split, config.eval.n, difficulty=config.env.difficulty)
+    tell = lambda name, reason: None  # noqa: E731  the evaluation itself tells
+    held_out(spec, config.eval.split, config.eval.n, difficulty=config.env.difficulty, tell=tell)
     if config.warm_start.demonstrations:
         first = TaskStream(tasks, seed=config.seed + 1).next()  # the one that the warm start draws first
         if expert_of(spec, first) is None:

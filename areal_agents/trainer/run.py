@@ -164,11 +164,11 @@ class Run:
     async def _demonstrations(self) -> list[Trajectory]:
         """Have the expert play. A task that cannot be played is left out, and another one takes its place."""
         config, count = self.config, self.config.warm_start.demonstrations
+        runner = self._runner(replace(self._engine_player(1.0), policy="expert"))
         tasks = TaskStream(
             self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1,
-            max_bad=config.rollout.max_bad_tasks,
+            max_bad=config.rollout.max_bad_tasks, tell=runner.leave_out,
         )  # fmt: skip
-        runner = self._runner(replace(self._engine_player(1.0), policy="expert"))
         found: list[Trajectory | None] = []
         try:
             for turn in itertools.count():
@@ -222,13 +222,12 @@ class Run:
         if label in self.reports:
             return self.reports[label]
         config, e = self.config, self.config.eval
-        tasks = held_out(self.spec, e.split, e.n, difficulty=config.env.difficulty)
         watch = Stopwatch()
         runner = self._runner(self._engine_player(e.temperature))
         try:
             results = await run_attempts(
                 runner,
-                tasks,
+                held_out(self.spec, e.split, e.n, difficulty=config.env.difficulty, tell=runner.leave_out),
                 k=e.k,
                 concurrency=config.engine.max_batch * config.engine.replicas,
                 seed=config.seed,
@@ -283,4 +282,5 @@ class Run:
 def _numbers(report: EvalReport) -> dict[str, float]:
     """Return the report's scalars, for metrics.jsonl and TensorBoard."""
     row = {k: float(v) for k, v in report.to_json().items() if isinstance(v, int | float)}
-    return row | {"ci95_low": report.ci95[0], "ci95_high": report.ci95[1]}
+    bounds = {"ci95_low": report.ci95[0], "ci95_high": report.ci95[1]}
+    return row | bounds | {"tasks_left_out": float(len(report.left_out))}

@@ -149,9 +149,9 @@ def test_an_interrupted_report_says_so() -> None:
 
 def test_more_tasks_than_there_are() -> None:
     spec = registry.spec("tests.letters_env:Letters")
-    assert len(held_out(spec, "test", 8, difficulty=None)) == 8
+    assert len(held_out(spec, "test", 8, difficulty=None, tell=print)) == 8
     with pytest.raises(ConfigError, match=r"test has 8 tasks, but eval\.n = 9"):
-        held_out(spec, "test", 9, difficulty=None)
+        held_out(spec, "test", 9, difficulty=None, tell=print)
 
 
 def test_progress_is_not_chatty() -> None:
