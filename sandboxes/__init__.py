@@ -16,7 +16,7 @@ from typing import Final, cast
 from weakref import WeakKeyDictionary
 
 from areal_agents.errors import ArealError, RegistryError
-from areal_agents.sandbox import SandboxBackend
+from areal_agents.sandbox import SandboxBackend, require_linux
 
 _BACKENDS: Final = {
     "bubblewrap": "areal_agents.sandboxes.bubblewrap:BubblewrapBackend",
@@ -34,7 +34,8 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> SandboxBackend:
     """Build a new backend with its default settings.
 
-    The caller closes it with ``aclose``. Raises RegistryError for a name that is unknown or cannot be imported.
+    The caller closes it with ``aclose``. Raises RegistryError for a name that is unknown or cannot be imported, and
+    SandboxUnavailable for one of ours on another system than Linux.
     """
     target = _BACKENDS.get(name, name)
     module_name, colon, attribute = target.partition(":")
@@ -43,6 +44,7 @@ def get(name: str) -> SandboxBackend:
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise RegistryError(f"no sandbox backend {name!r}. {hint}Known: {', '.join(names())}, or 'module:Class'.")
     if name in _BACKENDS:
+        require_linux(name)
         return cast(SandboxBackend, getattr(importlib.import_module(module_name), attribute)())
     return _foreign(name, module_name, attribute)
 

@@ -29,6 +29,7 @@ from areal_agents.settings.writing import dump
 from areal_agents.tracking.console import clock
 from areal_agents.tracking.tracker import Tracker
 from areal_agents.types import Task, Trajectory
+from areal_agents.utils.system import require_linux
 from areal_agents.utils.tolerance import PASS
 
 
@@ -320,6 +321,8 @@ async def _evaluate(config: TrainConfig, server: Server | None) -> EvalReport:
             f"model {config.model.path!r} and server {server!r}: a served model is called openai:MODEL and needs its "
             "server's URL (--url), other models have none"
         )
+    if server is None:
+        require_linux(f"an engine for {config.model.path}")
     e = config.eval
     spec = registry.spec(config.env.id)
     spec.require_arguments(config.env.kwargs)
