@@ -121,6 +121,10 @@ class TextProcessEnv(AgentEnv):
             stderr.close()
 
     async def _start(self) -> None:
+        if not hasattr(os, "killpg"):
+            raise EnvError(
+                f"{type(self).__name__} plays in a process group, which {sys.platform} lacks: use Linux or macOS"
+            )
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed by aclose
         self._child = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "areal_agents.process_env", self.entry_point, json.dumps(dict(self.env_kwargs)),

@@ -19,7 +19,7 @@ from typing import Final, cast
 from weakref import WeakKeyDictionary
 
 from areal_agents.errors import ArealError, RegistryError
-from areal_agents.sandbox import SandboxBackend
+from areal_agents.sandbox import SandboxBackend, require_linux
 
 _BACKENDS: Final = {
     "bubblewrap": "areal_agents.sandboxes.bubblewrap:BubblewrapBackend",
@@ -38,7 +38,7 @@ def get(name: str) -> SandboxBackend:
     """Build a new backend.
 
     The caller closes it with ``aclose``. Raises RegistryError for a name that is unknown or cannot be imported, and for
-    an option that the backend does not take.
+    an option that the backend does not take, and SandboxUnavailable for one of ours on another system than Linux.
     """
     plain, _, query = name.partition("?")
     target = _BACKENDS.get(plain, plain)
@@ -48,6 +48,7 @@ def get(name: str) -> SandboxBackend:
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise RegistryError(f"no sandbox backend {plain!r}. {hint}Known: {', '.join(names())}, or 'module:Class'.")
     if plain in _BACKENDS:
+        require_linux(plain)
         factory = getattr(importlib.import_module(module_name), attribute)
         return cast(SandboxBackend, factory(**_options(plain, query, factory)))
     return _foreign(plain, query, module_name, attribute)

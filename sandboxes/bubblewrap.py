@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final
 
@@ -76,8 +75,6 @@ class BubblewrapBackend:
             return _reports[key]
 
     async def _prove(self) -> tuple[ProbeReport, memory.MemoryBound]:
-        if sys.platform != "linux":
-            raise SandboxUnavailable(self.name, f"the platform is {sys.platform}", "Use a Linux host.")
         tools = launch.find_tools(root=os.geteuid() == 0, python=self._python)
         seccomp.program()
         bound = await asyncio.to_thread(memory.detect)

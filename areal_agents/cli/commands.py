@@ -23,6 +23,7 @@ from areal_agents.cli.saved_runs import Replay, Rescore
 from areal_agents.cli.serve import Serve
 from areal_agents.errors import ArealError, Interrupted
 from areal_agents.tracking.console import plain
+from areal_agents.utils.system import require_linux
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Train:
         from areal_agents import registry, settings
 
         config = settings.load(self.config or None, overrides)
+        require_linux("training")
         registry.spec(config.env.id)  # a typo is answered before torch is imported
         inside = Path(self.config).expanduser().parent
         if self.resume and (inside / "commit.json").exists() and inside.resolve() != config.out.resolve():
@@ -68,6 +70,7 @@ class Demo:
     """Go on with an interrupted demo instead of starting it again."""
 
     def run(self, overrides: Sequence[str]) -> int:
+        require_linux("training")
         from areal_agents.cli.demo import demo
 
         demo(overrides, resume=self.resume)

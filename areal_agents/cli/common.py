@@ -60,7 +60,7 @@ def json_alone() -> Iterator[None]:
 def _flush(stream: TextIO) -> None:
     """Write out what Python and C keep back for ``stream``, as long as it still leads elsewhere."""
     stream.flush()
-    with contextlib.suppress(OSError, AttributeError):  # a C library without it
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # a system without it
         ctypes.CDLL(None).fflush(None)
 
 

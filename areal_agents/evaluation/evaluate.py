@@ -51,6 +51,7 @@ from areal_agents.types import Task, Trajectory
 from areal_agents.utils.files import write_atomically
 from areal_agents.utils.short_text import text_of
 from areal_agents.utils.signals import Stop, stop_on_signals
+from areal_agents.utils.system import require_linux
 from areal_agents.utils.tolerance import PASS
 
 
@@ -358,6 +359,8 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
             f"model {config.model.path!r} and server {server!r}: a served model is called openai:MODEL and needs its "
             "server's URL (--url), other models have none"
         )
+    if server is None:
+        require_linux(f"an engine for {config.model.path}")
     bad = dict[str, str]()
     spec = registry.spec(config.env.id)
     spec.require_arguments(config.env.kwargs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
@@ -27,6 +26,7 @@ from areal_agents.rollout.player import (
 from areal_agents.settings.config import TrainConfig
 from areal_agents.types import Task
 from areal_agents.utils.precision import number_format
+from areal_agents.utils.system import available_cores
 
 Opener = Callable[[EventSink], contextlib.AbstractAsyncContextManager[EpisodePlayer]]
 """Opens a player that tells an event sink, and ends what it opened."""
@@ -100,7 +100,7 @@ def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
         chat=config.model.chat,
     )
     # No learner wants a share of the cores.
-    threads = max(1, (engine.threads or len(os.sched_getaffinity(0))) // engine.replicas)
+    threads = max(1, (engine.threads or available_cores()) // engine.replicas)
     on_gpu = engine_kind(engine.kind).takes_gpus and torch.cuda.is_available()
     number = number_format(engine.precision, gpu=on_gpu)
     one = engine_spec(engine, folder, max_context=limits.max_context, threads=threads, format=number, on_gpu=on_gpu)

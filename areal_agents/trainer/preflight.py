@@ -16,12 +16,14 @@ from areal_agents.registry import EnvSpec
 from areal_agents.rollout.script import expert_of
 from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import TrainConfig
+from areal_agents.utils.system import require_linux
 
 
 def require_runnable(config: TrainConfig) -> None:
     """Raise ArealError for a setting that a training would fail at, whenever it reads it."""
     if remote_name(config.model.path) is not None:
         refuse_training(config.model.path)
+    require_linux("training")
     spec = registry.spec(config.env.id)
     spec.require_arguments(config.env.kwargs)
     _require_tasks(spec, config)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -105,6 +104,8 @@ class RunFolder:
         Raises ConfigError while another process holds it, or where nothing can be written there. The kernel frees the
         lock of a dead one.
         """
+        import fcntl  # not on every system, and only a training needs it
+
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._lock = (self.out / "lock").open("a+")
