@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import json
 import math
@@ -64,6 +65,7 @@ class TextProcessEnv(AgentEnv):
             raise EnvError(f'{type(self).__name__} has no `entry_point`: set it to "module:Class" or a Gymnasium id')
         self._step_timeout = step_timeout
         self._start_timeout = start_timeout
+        self._kwargs: Mapping[str, Any] = self.env_kwargs
         self._child: asyncio.subprocess.Process | None = None
         self._group: asyncio.Task[None] | None = None
         self._stderr: IO[bytes] | None = None
@@ -116,15 +118,15 @@ class TextProcessEnv(AgentEnv):
                     os.killpg(child.pid, signal.SIGKILL)  # the session that it leads, its own children included
             if child.stdin is not None:
                 child.stdin.close()
-            if self._group is not None:
-                await self._group
+        if self._group is not None:  # also where another call has begun to close it
+            await asyncio.wait({self._group})
         if stderr is not None:
             stderr.close()
 
     async def _start(self) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed by aclose
         self._child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "areal_agents.process_env", self.entry_point, json.dumps(dict(self.env_kwargs)),
+            sys.executable, "-m", "areal_agents.process_env", self.entry_point, json.dumps(dict(self._kwargs)),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=self._stderr,
             start_new_session=True, limit=_MAX_LINE_BYTES,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
@@ -175,6 +177,24 @@ class TextProcessEnv(AgentEnv):
         return f" with status {child.returncode}" + (f": {tail}" if tail else "")
 
 
+@functools.cache
+def wrapped(entry_point: str) -> type[TextProcessEnv]:
+    """Return the ``TextProcessEnv`` of a plain ``gymnasium.Env`` over text, with the arguments of that class."""
+    entry = entry_point
+
+    class Plain(TextProcessEnv):
+        """A plain ``gymnasium.Env``, as its own code has it."""
+
+        entry_point = entry
+
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__()
+            self._kwargs = kwargs
+
+    Plain.__name__ = Plain.__qualname__ = entry_point.partition(":")[2]
+    return Plain
+
+
 async def _end_group(child: asyncio.subprocess.Process) -> None:
     """Wait for the child's end, and end what it leaves behind.
 
@@ -215,12 +235,22 @@ def _serve(entry_point: str, kwargs: Mapping[str, Any], requests: IO[bytes], rep
         for line in requests:
             request = json.loads(line)
             if "reset" in request:
-                answer({"observation": env.reset(seed=request["reset"])[0]})
+                answer({"observation": _several("reset", env.reset(seed=request["reset"]), 2)[0]})
             else:
-                observation, reward, terminated, truncated, _ = env.step(request["step"])
+                observation, reward, terminated, truncated, _ = _several("step", env.step(request["step"]), 5)
                 answer({"observation": observation, "reward": reward, "terminated": terminated, "truncated": truncated})
     except Exception as error:  # noqa: BLE001  the boundary: reported to the parent, which ends this process
         answer({"error": repr(error)})
+
+
+def _several(call: str, returned: Any, n: int) -> tuple[Any, ...]:
+    """Return what ``reset`` or ``step`` returned, whose first part might else be the first letter of a text."""
+    if not isinstance(returned, tuple) or len(returned) != n:
+        raise TypeError(
+            f"{call} returned {returned!r:.200}: Gymnasium's returns "
+            + ("(observation, info)" if n == 2 else "(observation, reward, terminated, truncated, info)")
+        )
+    return returned
 
 
 def _plain(value: Any) -> Any:
