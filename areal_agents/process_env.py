@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -66,6 +67,7 @@ class TextProcessEnv(AgentEnv):
             raise EnvError(f'{type(self).__name__} has no `entry_point`: set it to "module:Class" or a Gymnasium id')
         self._step_timeout = self.step_seconds = step_timeout
         self._start_timeout = start_timeout
+        self._kwargs: Mapping[str, Any] = self.env_kwargs
         self._child: asyncio.subprocess.Process | None = None
         self._group: asyncio.Task[None] | None = None
         self._stderr: IO[bytes] | None = None
@@ -115,8 +117,8 @@ class TextProcessEnv(AgentEnv):
                     os.killpg(child.pid, signal.SIGKILL)  # the session that it leads, its own children included
             if child.stdin is not None:
                 child.stdin.close()
-            if self._group is not None:
-                await self._group
+        if self._group is not None:  # also where another call has begun to close it
+            await asyncio.wait({self._group})
         if stderr is not None:
             stderr.close()
 
@@ -127,7 +129,7 @@ class TextProcessEnv(AgentEnv):
             )
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed by aclose
         self._child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "areal_agents.process_env", self.entry_point, json.dumps(dict(self.env_kwargs)),
+            sys.executable, "-m", "areal_agents.process_env", self.entry_point, json.dumps(dict(self._kwargs)),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=self._stderr,
             start_new_session=True, limit=_MAX_LINE_BYTES,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
@@ -180,6 +182,24 @@ class TextProcessEnv(AgentEnv):
         stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _STDERR_TAIL_BYTES))
         tail = stderr.read().decode(errors="replace").strip()
         return f" with status {child.returncode}" + (f": {tail}" if tail else "")
+
+
+@functools.cache
+def wrapped(entry_point: str) -> type[TextProcessEnv]:
+    """Return the ``TextProcessEnv`` of a plain ``gymnasium.Env`` over text, with the arguments of that class."""
+    entry = entry_point
+
+    class Plain(TextProcessEnv):
+        """A plain ``gymnasium.Env``, as its own code has it."""
+
+        entry_point = entry
+
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__()
+            self._kwargs = kwargs
+
+    Plain.__name__ = Plain.__qualname__ = entry_point.partition(":")[2]
+    return Plain
 
 
 async def _end_group(child: asyncio.subprocess.Process) -> None:

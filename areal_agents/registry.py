@@ -65,7 +65,8 @@ class EnvSpec:
     def env_class(self) -> type[AgentEnv]:
         """Import the class.
 
-        Raises RegistryError with the reason where that fails.
+        A plain ``gymnasium.Env`` over text is wrapped in a ``TextProcessEnv``. Raises RegistryError with the reason
+        where that fails.
         """
         from areal_agents.env import AgentEnv
 
@@ -76,12 +77,17 @@ class EnvSpec:
             raise RegistryError(f"{self.id}: importing {module_name!r} failed: {error!r}") from error
         if found is None:
             raise RegistryError(f"{self.id}: module {module_name!r} has no class {class_name!r}")
-        if not (isinstance(found, type) and issubclass(found, AgentEnv)):
-            raise RegistryError(
-                f"{self.id}: {self.entry_point!r} is no AgentEnv; wrap a plain gymnasium.Env over text in "
-                "areal_agents.TextProcessEnv"
-            )
-        return found
+        if isinstance(found, type) and issubclass(found, AgentEnv):
+            return found
+        import gymnasium
+
+        if isinstance(found, type) and issubclass(found, gymnasium.Env) and found is not gymnasium.Env:
+            # By name: a room above this one, and nobody else needs it.
+            wrapped: type[AgentEnv] = importlib.import_module("areal_agents.process_env").wrapped(self.entry_point)
+            return wrapped
+        raise RegistryError(
+            f"{self.id}: {self.entry_point!r} is no AgentEnv, and no gymnasium.Env over text either: name such a class"
+        )
 
     def make(self, **kwargs: Any) -> AgentEnv:
         """Make a new instance.

@@ -23,6 +23,7 @@ from areal_agents.utils.short_text import described
 
 T = TypeVar("T")
 _HEARTBEAT_SECONDS = 5.0
+_ENDING_SECONDS = 10.0
 
 
 class HostLost(InfraError):
@@ -125,6 +126,18 @@ class EnvHost:
         self.wedged = True
         self._lost.set()
 
+    async def _end_calls(self) -> None:
+        """Cancel the calls and wait for their ends.
+
+        A call whose caller was cancelled may still be ending its process. A second cancellation would interrupt that.
+        """
+        calls = self._calls - {asyncio.current_task()}
+        for task in calls:
+            if not task.cancelling():
+                task.cancel()
+        if calls:
+            await asyncio.wait(calls, timeout=_ENDING_SECONDS)
+
     async def alive(self) -> bool:
         """Say whether the loop still answers."""
         if not self._loop.is_running():
@@ -138,12 +151,13 @@ class EnvHost:
         return True
 
     async def close(self, cleanup: Callable[[], Awaitable[Any]] | None = None, *, timeout: float = 20.0) -> None:
-        """Run ``cleanup`` on the loop, then stop it.
+        """End the calls, run ``cleanup`` on the loop, then stop it.
 
         A wedged host is left to its daemon thread.
         """
         if self.wedged or not self._loop.is_running():
             return
+        await self.call(self._end_calls, timeout=timeout, what="ending the environments' calls")
         if cleanup is not None:
             await self.call(cleanup, timeout=timeout, what="closing the environments")
         await self.call(_cancel_others, timeout=timeout, what="cancelling what environments left running")
