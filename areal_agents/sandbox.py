@@ -44,6 +44,7 @@ class SandboxSpec:
     cpu_seconds: int = 10
     """CPU time of one process."""
     processes: int = 64
+    """Processes and threads at one time."""
     disk: int = 64 << 20
     """Size of /work, and separately of /tmp and /dev/shm."""
     open_files: int = 256

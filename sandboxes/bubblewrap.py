@@ -54,6 +54,7 @@ class BubblewrapBackend:
         if pool < 0:
             raise ValueError(f"pool must be 0 or more, got {pool}.")
         self._pool, self._python = pool, python
+        self._tools: launch.Tools | None = None
         self._warm: dict[SandboxSpec, list[asyncio.Task[Holder]]] = {}
         self._sessions: set[BubblewrapSession] = set()
         self._probing = asyncio.Lock()
@@ -75,7 +76,7 @@ class BubblewrapBackend:
             return _reports[key]
 
     async def _prove(self) -> tuple[ProbeReport, memory.MemoryBound]:
-        tools = launch.find_tools(root=os.geteuid() == 0, python=self._python)
+        tools = self._find_tools()
         seccomp.program()
         bound = await asyncio.to_thread(memory.detect)
         try:
@@ -92,9 +93,13 @@ class BubblewrapBackend:
         return report, bound
 
     async def _start(self, spec: SandboxSpec, bound: memory.MemoryBound) -> Holder:
-        root = os.geteuid() == 0
-        tools = launch.find_tools(root=root, python=self._python)
-        return await Holder.start(tools, spec, bound, drop=root)
+        return await Holder.start(self._find_tools(), spec, bound, drop=os.geteuid() == 0)
+
+    def _find_tools(self) -> launch.Tools:
+        """Find the programs once: the folders of an environment are looked through, and the users' homes."""
+        if self._tools is None:
+            self._tools = launch.find_tools(root=os.geteuid() == 0, python=self._python)
+        return self._tools
 
     async def _acquire(self, spec: SandboxSpec) -> Holder:
         _, bound = await self._proved()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from areal_agents.errors import SandboxUnavailable
+from areal_agents.errors import SandboxError, SandboxUnavailable
 from areal_agents.sandbox import SandboxSpec
 from areal_agents.sandboxes import interpreter, memory, seccomp
 
@@ -21,6 +24,14 @@ ENVIRONMENT: Final = {
     "MALLOC_ARENA_MAX": "1",  # each arena reserves 64 MB of address space
 }
 """All that a sandboxed process finds in its environment."""
+
+FILES: Final = {
+    "/etc/passwd": b"sandbox:x:1000:1000::/work:/bin/sh\n",
+    "/etc/group": b"sandbox:x:1000:\n",
+    "/etc/hosts": b"127.0.0.1 localhost sandbox\n::1 localhost\n",
+    "/etc/nsswitch.conf": b"passwd: files\ngroup: files\nhosts: files\n",
+}
+"""What programs ask about themselves: who they are, and where localhost is."""
 
 _PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 _SYSTEM: Final = interpreter.Interpreter(interpreter.SYSTEM)
@@ -105,13 +116,22 @@ def _system_folders() -> list[str]:
             arguments += ["--symlink", str(path.readlink()), str(path)]
         elif path.is_dir():
             arguments += ["--ro-bind", str(path), str(path)]
-    # Shared libraries and commands that Debian reaches through links kept in /etc.
-    for name in ("/etc/alternatives", "/etc/ld.so.cache"):
+    # Shared libraries and commands that Debian reaches through links kept in /etc, and where fonts are.
+    for name in ("/etc/alternatives", "/etc/ld.so.cache", "/etc/fonts"):
         arguments += ["--ro-bind-try", name, name]
     return arguments
 
 
-def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, filter_fd: int, info: int) -> list[str]:
+def command(
+    tools: Tools,
+    spec: SandboxSpec,
+    *,
+    uid: int | None,
+    control: int,
+    filter_fd: int,
+    info: int,
+    files: Mapping[str, int],
+) -> list[str]:
     """Build the bwrap command that starts the supervisor, whose source comes on its stdin.
 
     Args:
@@ -121,6 +141,7 @@ def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, f
         control: descriptor of the supervisor's end of the control socket.
         filter_fd: descriptor of the filter, as BPF.
         info: descriptor to which bwrap writes the supervisor's pid, as JSON.
+        files: path inside → descriptor with the content, of ``FILES``.
     """
     drop = []
     if uid is not None:
@@ -136,6 +157,8 @@ def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, f
     mounts = [*_system_folders(), "--proc", "/proc", "--dev", "/dev"]
     for path in ("/dev/shm", "/tmp", "/work"):
         mounts += ["--size", str(spec.disk), "--tmpfs", path]
+    for path, descriptor in files.items():
+        mounts += ["--ro-bind-data", str(descriptor), path]
     # After /tmp, which one of them may lie below.
     for path in tools.python.mounts:
         mounts += ["--ro-bind", path, path]
@@ -146,6 +169,15 @@ def command(tools: Tools, spec: SandboxSpec, *, uid: int | None, control: int, f
     fds = ["--seccomp", str(filter_fd), "--info-fd", str(info)]
     inner = [tools.supervisor, "-I", "-S", "-", str(control)]
     return [*drop, tools.bwrap, *namespaces, *identity, *life, *mounts, *fds, "--", *inner]
+
+
+def inner_pid(info: int) -> int:
+    """Read the supervisor's pid on the host, which bwrap wrote before it started it."""
+    os.set_blocking(info, False)
+    try:
+        return int(json.loads(os.read(info, 4096))["child-pid"])
+    except (OSError, ValueError, KeyError) as error:
+        raise SandboxError(f"bwrap did not say which process it started: {error!r}") from error
 
 
 def explain(stderr: str) -> tuple[str, str]:

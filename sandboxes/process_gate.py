@@ -105,11 +105,23 @@ class Gate:
     def answer(self, listener: int) -> None:
         """Answer one call that waits."""
         note = bytearray(NOTE.size)
-        with contextlib.suppress(OSError):  # the caller was killed meanwhile
+        try:
             fcntl.ioctl(listener, RECEIVE, note)
-            ident, pid, _, number, _, _, flags = NOTE.unpack(note)
+        except OSError:
+            return  # the caller was killed meanwhile, or a signal came first and the poll finds the call again
+        ident, pid, _, number, _, _, flags = NOTE.unpack(note)
+        try:
             error = self.decide(pid, number == self.clone and bool(flags & CLONE_THREAD))
-            fcntl.ioctl(listener, SEND, ANSWER.pack(ident, 0, -error, 0 if error else CONTINUE))
+        except OSError as failure:  # of a caller that is no more
+            error = failure.errno or errno.EAGAIN
+        answer = ANSWER.pack(ident, 0, -error, 0 if error else CONTINUE)
+        with contextlib.suppress(FileNotFoundError):  # the caller was killed meanwhile
+            while True:
+                try:
+                    fcntl.ioctl(listener, SEND, answer)
+                except InterruptedError:
+                    continue
+                break
 
     def decide(self, pid: int, thread: bool) -> int:
         """Say with which errno a call fails, 0 for none."""

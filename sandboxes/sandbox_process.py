@@ -101,7 +101,7 @@ class Holder:
             holder.given = launch.given(tools, bound, spec)
             os.close(fds.take(info_write))
             await holder._wait_ready(errors)
-            holder.pid = _inner_pid(info_read)
+            holder.pid = launch.inner_pid(info_read)
             holder._inner = os.pidfd_open(holder.pid)
             meter.attach(holder.pid)
         except BaseException as error:
@@ -369,8 +369,9 @@ def _popen(
     try:
         source = fds.memfd("supervisor", launch.supervisor_source())
         control = theirs.fileno()
+        files = {path: fds.memfd("file", data) for path, data in launch.FILES.items()}
         inner = launch.command(
-            tools, spec, uid=slot.uid if slot else None, control=control, filter_fd=filter_fd, info=info
+            tools, spec, uid=slot.uid if slot else None, control=control, filter_fd=filter_fd, info=info, files=files
         )
         process = subprocess.Popen(
             bound.wrap(inner, spec),
@@ -379,7 +380,7 @@ def _popen(
             stderr=errors,
             cwd="/",
             env={"PATH": "/usr/bin:/bin", **bound.environment()},
-            pass_fds=(control, filter_fd, info),
+            pass_fds=(control, filter_fd, info, *files.values()),
             start_new_session=True,
         )
     except BaseException:
@@ -389,12 +390,3 @@ def _popen(
         theirs.close()
         fds.close()
     return ours, process
-
-
-def _inner_pid(info: int) -> int:
-    """Read the supervisor's pid on the host, which bwrap wrote before it started it."""
-    os.set_blocking(info, False)
-    try:
-        return int(json.loads(os.read(info, 4096))["child-pid"])
-    except (OSError, ValueError, KeyError) as error:
-        raise SandboxError(f"bwrap did not say which process it started: {error!r}") from error

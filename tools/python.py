@@ -19,7 +19,8 @@ _RUN = ("/bin/sh", "-c", "exec python3 -I -u -X utf8 - 2>&1")
 _FRAMES = 2
 """Frames of a traceback that are shown: the last ones of the code itself, and the last ones."""
 _EXCEPTION = re.compile(r'(Traceback \(most recent call last\):|^  File "<stdin>", line \d+)$', re.MULTILINE)
-_PACKAGES = re.compile(r'^(  File ")/[^"]*/lib/python3(?:\.\d+t?)?/(?:(?:site|dist)-packages/)?')
+_PACKAGES = re.compile(r'^([ |]*  File ")/[^"]*/lib/python3(?:\.\d+t?)?/(?:(?:site|dist)-packages/)?', re.MULTILINE)
+"""The folder of a frame's file, up to where a package's own begin. A bar leads the lines of an exception group."""
 
 
 # The tool's own limit is wider than the code's: opening a sandbox on a busy machine must not cost the model reward.
@@ -40,9 +41,9 @@ def describe(done: ExecResult) -> ToolResult:
     """Describe a finished run for the model: what it printed, and what went wrong."""
     streams = (stream.decode(errors="replace").strip("\n") for stream in (done.stdout, done.stderr))
     printed = "\n".join(stream for stream in streams if stream)
+    printed = shorten_tracebacks(printed)
     if done.status == "ok":
         return ToolResult(printed or "(no output; use print)")
-    printed = shorten_tracebacks(printed)
     text = "\n".join(part for part in (printed, _reason(done, printed)) if part)
     return ToolResult(text, "timeout" if done.status == "timeout" else "error", done.status == "output_limit")
 
@@ -73,13 +74,13 @@ def shorten_tracebacks(text: str) -> str:
     kept: list[str] = []
     frames: list[list[str]] = []
     inside = False
-    for line in text.split("\n"):
+    for line in _PACKAGES.sub(r"\1", text).split("\n"):
         if inside and line.startswith("  "):
             if not line.strip(" ~^"):
                 continue  # it underlines the line before
             if line.startswith('  File "') or not frames:
                 frames.append([])
-            frames[-1].append(_PACKAGES.sub(r"\1", line))
+            frames[-1].append(line)
             continue
         kept += _some(frames)
         frames, inside = [], line.endswith("Traceback (most recent call last):")

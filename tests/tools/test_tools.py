@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from areal_agents.sandbox import ExecResult, ExecStatus, SandboxSpec
 from areal_agents.tool import ToolError, ToolResult
 from areal_agents.tools.calculator import calculator, evaluate, show
-from areal_agents.tools.python import MAX_CODE_BYTES, describe, python
+from areal_agents.tools.python import MAX_CODE_BYTES, describe, python, shorten_tracebacks
 from tests.conftest import require
 
 
@@ -208,6 +208,41 @@ def test_tracebacks_are_short_whole_and_without_folders() -> None:
     assert program == ToolResult("__main__\n<stdin>")
 
 
+@pytest.mark.parametrize(
+    ("printed", "shown"),
+    [
+        ('  File "/home/me/v/lib/python3.13t/site-packages/p/q.py", line 1', '  File "p/q.py", line 1'),
+        ('  File "/usr/lib/python3/dist-packages/p.py", line 1, in f', '  File "p.py", line 1, in f'),
+        ('  |   File "/usr/lib/python3.11/asyncio/runners.py", line 1', '  |   File "asyncio/runners.py", line 1'),
+        ('  File "/work/own.py", line 1', '  File "/work/own.py", line 1'),
+        ('see "/usr/lib/python3.11/os.py"', 'see "/usr/lib/python3.11/os.py"'),
+    ],
+)
+def test_a_frame_names_a_package_and_not_its_folder(printed: str, shown: str) -> None:
+    assert shorten_tracebacks(printed) == shown
+
+
+def test_frames_in_the_middle_are_left_out() -> None:
+    frames = [f'  File "<stdin>", line {n}, in f' for n in range(1, 5)]
+    library = [f'  File "p.py", line {n}, in g\n    g({n})\n     ^^^' for n in range(5, 9)]
+    text = "\n".join(["before", _HEADER, *frames, *library, "Error: x", "  more", "after"])
+    assert shorten_tracebacks(text).splitlines() == [
+        "before",
+        _HEADER,
+        "  ...",
+        frames[2],
+        frames[3],
+        "  ...",
+        '  File "p.py", line 7, in g',
+        "    g(7)",
+        '  File "p.py", line 8, in g',
+        "    g(8)",
+        "Error: x",
+        "  more",
+        "after",
+    ]
+
+
 def test_any_text_goes_in_and_comes_out() -> None:
     half, printed, binary, encodings, zero = run_python(
         "print(len('\ud83d'), ascii('\ud83d'))",
@@ -260,6 +295,19 @@ def test_threads_and_processes_work() -> None:
     threads, processes = run_python(_TOGETHER, _PROCESSES)
     assert threads == ToolResult("3200000")
     assert processes == ToolResult("[0, 1, 4, 9]\n{'a': 1}\n(b'child\\n', None) 9")
+
+
+def test_a_program_knows_who_and_where_it_is() -> None:
+    user, host, folders = run_python(
+        "import getpass, os, pwd; print(getpass.getuser(), pwd.getpwuid(os.getuid()).pw_dir)",
+        "import socket, threading\nserver = socket.create_server(('localhost', 0))\n"
+        "threading.Thread(target=lambda: server.accept()[0].sendall(b'hello')).start()\n"
+        "print(socket.create_connection(('localhost', server.getsockname()[1])).recv(9))",
+        "import os, tempfile\nos.makedirs(os.path.expanduser('~/.config'))\nprint(tempfile.gettempdir(), os.getcwd())",
+    )
+    assert user == ToolResult("sandbox /work")
+    assert host == ToolResult("b'hello'")
+    assert folders == ToolResult("/tmp /work")
 
 
 def test_python_keeps_files_between_calls_and_not_processes() -> None:
