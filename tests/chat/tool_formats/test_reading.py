@@ -248,7 +248,7 @@ def test_a_block_alone_reads_as_it_did(name: str) -> None:
 def test_what_an_error_says_names_the_formats_own_markup(name: str) -> None:
     form = tool_format(name)
     for status in ("unclosed", "missing_name", "invalid_json"):
-        text = form.explain(status)  # type: ignore[arg-type]
+        text = form.explain(status)
         assert text.endswith(form.hint)
         assert ("<tool_call>" in text) == (name in ("hermes", "qwen_xml", "glm"))
     assert form.explain("invalid_json", "why").startswith("why. ")
