@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -24,6 +24,8 @@ _ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeEr
 class ChatTemplate:
     """The chat template of a tokenizer, with the values that the user gave its variables."""
 
+    source: str
+    """The template itself. Of several, the one for tools: a conversation must not begin in one and go on in another."""
     variables: Mapping[str, Any]
     """What the user set."""
     reads: tuple[str, ...]
@@ -37,10 +39,9 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise TemplateError("the tokenizer has no chat template: use an instruction-tuned model or set one")
         self._tokenizer = tokenizer
-        given = tokenizer.chat_template
-        self.sources: tuple[str, ...] = tuple(given.values()) if isinstance(given, Mapping) else (str(given),)
+        self.source = _one_of(tokenizer.chat_template)
         special = set(tokenizer.SPECIAL_TOKENS_ATTRIBUTES) | set(tokenizer.special_tokens_map)
-        read = {name for source in self.sources for name in _undeclared(source)}
+        read = _undeclared(self.source)
         self.lacks = sorted(name for name in read & special if name not in tokenizer.special_tokens_map)
         """Special tokens that the template reads and the tokenizer does not have."""
         self.reads = tuple(sorted(read - special - set(_GIVEN)))
@@ -61,7 +62,12 @@ class ChatTemplate:
         """
         try:
             text = self._tokenizer.apply_chat_template(
-                [dict(r) for r in rows], tools=tools, tokenize=False, add_generation_prompt=generate, **self.variables
+                [dict(r) for r in rows],
+                chat_template=self.source,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=generate,
+                **self.variables,
             )
         except _ERRORS as error:
             roles = " ".join(str(r["role"]) for r in rows)
@@ -79,6 +85,18 @@ class ChatTemplate:
         hint = f"did you mean {near[0]}? " if near else ""
         known = f"it reads {', '.join(self.reads)}" if self.reads else "it reads none"
         raise TemplateError(f"model.template_variables.{name}: the chat template reads no such variable: {hint}{known}")
+
+
+def _one_of(given: object) -> str:
+    if not isinstance(given, Mapping):
+        return str(given)
+    for name in ("tool_use", "default"):
+        if name in given:
+            return str(given[name])
+    raise TemplateError(
+        f"the tokenizer has the chat templates {', '.join(map(str, given))}, and none is called default: save it with "
+        "the one to use"
+    )
 
 
 class _Generation(jinja2.ext.Extension):
@@ -100,27 +118,33 @@ _JINJA.globals |= {"raise_exception": None, "strftime_now": None}  # functions t
 def _undeclared(source: str) -> set[str]:
     """Return the names that a template takes from outside.
 
-    Jinja also reports a name that is first set inside a branch or a loop. Such a name is the template's own unless it
-    asks whether the name is defined.
+    Jinja also reports a name that is set inside a branch or a loop. Such a name is the template's own where it is set
+    before it is used.
     """
     try:
         tree = _JINJA.parse(source)
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from error
-    names = list(tree.find_all(jinja2.nodes.Name))
-    own = {n.name for n in names if n.ctx != "load"}
-    asked = set(_asked(tree)) - {n for m in tree.find_all(jinja2.nodes.Macro) for n in _asked(m) if n in _arguments(m)}
-    return {name for name in jinja2.meta.find_undeclared_variables(tree) if name not in own or name in asked}
+    first: dict[str, str] = {}
+    for name, use in _uses(tree, frozenset()):
+        first.setdefault(name, use)
+    return {name for name in jinja2.meta.find_undeclared_variables(tree) if first.get(name) == "load"}
 
 
-def _asked(tree: jinja2.nodes.Node) -> list[str]:
-    """Return the names in ``tree`` that are asked whether they are defined."""
-    return [
-        test.node.name
-        for test in tree.find_all(jinja2.nodes.Test)
-        if test.name in ("defined", "undefined") and isinstance(test.node, jinja2.nodes.Name)
-    ]
-
-
-def _arguments(macro: jinja2.nodes.Macro) -> set[str]:
-    return {argument.name for argument in macro.args}
+def _uses(node: jinja2.nodes.Node, own: frozenset[str]) -> Iterator[tuple[str, str]]:
+    """Yield each name in the order in which it is used, with ``load`` or ``store``. ``own`` are a macro's arguments."""
+    if isinstance(node, jinja2.nodes.Name):
+        if node.name not in own:
+            yield node.name, node.ctx
+        return
+    children = list(node.iter_child_nodes())
+    match node:
+        case jinja2.nodes.Assign():
+            children = [node.node, node.target]
+        case jinja2.nodes.For():
+            children.remove(node.iter)
+            children.insert(0, node.iter)
+        case jinja2.nodes.Macro() | jinja2.nodes.CallBlock():
+            own |= {argument.name for argument in node.args}
+    for child in children:
+        yield from _uses(child, own)

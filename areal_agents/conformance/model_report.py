@@ -119,7 +119,7 @@ def _thinking(form: Any, options: ChatOptions) -> dict[str, Any]:
 
     switches: dict[str, Any] = {}
     for name in form.template.reads:
-        if "think" not in name.lower() and "reason" not in name.lower():
+        if "think" not in name.lower():
             continue
         found = {}
         for value in (True, False):
@@ -158,7 +158,7 @@ def _notes(form: Any, options: ChatOptions) -> list[str]:
         notes.append("no role for tool results: they travel in a user message")
     if template.lacks:
         notes.append(f"the template reads {', '.join(template.lacks)}, which the tokenizer does not have")
-    if any("strftime_now" in source for source in template.sources):
+    if "strftime_now" in template.source:
         notes.append("the template writes today's date: prompts differ from day to day")
     unknown = [i for i in form.stop_ids if not form.text_of(i)]
     if unknown:

@@ -343,9 +343,23 @@ def test_what_a_template_reads() -> None:
         "{% for m in messages %}{% set body = m.content %}{% generation %}{{ show(body) }}{% endgeneration %}"
         "{% if loop.first %}{% continue %}{% endif %}{{ style.name }}{% endfor %}{{ bos_token }}{{ tools }}"
     )
+    source += "{% set deep = deep | default(true) %}{% if not lang %}{% set lang = 'en' %}{% endif %}{{ deep ~ lang }}"
+    source += "{% macro call(x) %}{{ caller(x) }}{% endmacro %}{% call(y) call(1) %}{{ y ~ z }}{% endcall %}"
     template = ChatTemplate(tiny(source))
-    assert template.reads == ("date", "style")
+    assert template.reads == ("date", "deep", "lang", "style", "z")
     assert template.lacks == ["bos_token"]
+
+
+def test_of_several_templates_one_is_used_in_every_rendering() -> None:
+    tokenizer = tiny()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": tiny_.NO_TOOL_ROLE}
+    form = ChatFormat(tokenizer)
+    for tools in ((), (TOOL,)):
+        assert "\n<|im_start|>" not in text_of(form, form.first_prompt([user("U")], tools))
+    assert "<tool_response>" in text_of(form, form.suffix([Message("tool", (Text("1"),))], done((5,))))
+    tokenizer.chat_template = {"rag": CHATML}
+    with pytest.raises(TemplateError, match="the chat templates rag, and none is called default"):
+        ChatFormat(tokenizer)
 
 
 def test_a_broken_template_says_so() -> None:
