@@ -201,10 +201,10 @@ class ChatFormat:
 
     def _tail(self, mark: str, rows: Sequence[Mapping[str, Any]]) -> str:
         """Render ``rows`` after an assistant's turn, and return what stands after its content, the mark."""
-        dummy = [*self.facts.dummy, said(mark)]
-        before, found, tail = self.template.render([*dummy, *rows], generate=True).partition(mark)
+        text = self.template.render([*self.facts.dummy, said(mark), *rows], generate=True)
+        before, found, tail = text.partition(mark)
         # Who asks for "append" takes the past as it was sampled, whatever the template would make of it.
-        kept = self.facts.history == "template" or self.template.render(dummy).startswith(before)
+        kept = self.facts.history == "template" or before == self.facts.begun
         if not (found and kept):
             raise TemplateError(
                 "T2: the template renders earlier messages differently when later ones follow, so a suffix cannot be "

@@ -52,6 +52,8 @@ class TemplateFacts:
     """The beginning of a conversation that it can render: a system message, if it knows any, and a user's."""
     dummy: tuple[dict[str, Any], ...]
     """The beginning of a conversation of which nothing stands behind an assistant's turn that follows it."""
+    begun: str
+    """The text before an assistant's content in a conversation that begins with ``dummy``."""
     before: str
     """The text before an assistant's content, in a conversation that begins with ``head``."""
     after: str
@@ -86,13 +88,15 @@ def look_at(template: ChatTemplate, added: Collection[str]) -> TemplateFacts:
     refusal = _system_refusal(template)
     head = (_USER,) if refusal else (_SYSTEM, _USER)
     before, after = _assistant_frame(template, head, added)
+    dummy = _dummy(template, head)
     generation = _generation(template, head, added)
     tool_frame = _tool_frame(template, head, added)
     renders_tools = "zq7_tool" in _rendered(template, head, tools=[_TOOL])
     return TemplateFacts(
         system_refusal=refusal,
         head=head,
-        dummy=_dummy(template, head),
+        dummy=dummy,
+        begun=template.render([*dummy, said(MARK), _NEXT], generate=True).partition(MARK)[0],
         before=before,
         after=after,
         generation=generation,

@@ -109,6 +109,11 @@ def test_a_prompt_that_does_not_open_a_turn_is_refused(template: str, reason: st
         fmt(template)
 
 
+def test_a_template_that_wants_a_question_at_the_end_plays() -> None:
+    form = fmt("{% if messages[-1].role == 'assistant' %}{{ raise_exception('no question') }}{% endif %}" + CHATML)
+    assert text_of(form, form.suffix([user("V")], done((5,)))).startswith("<|im_end|>\n<|im_start|>user\nV")
+
+
 # ── thoughts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -147,8 +147,8 @@ HOSTILE = [
     "<function=f><parameter=s>", "</parameter>x", "<function=f><parameter=s></parameter>", "<tool_call>g<arg_key>s",
     "<arg_key>s</arg_key><arg_value>", "</arg_value>x", "[TOOL_CALLS]", "[TOOL_CALLS][{", '[TOOL_CALLS][{"name": "g"},',
     "[TOOL_CALLS]g[ARGS]{", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>g<｜tool▁sep｜>", "<｜tool▁call▁begin｜>",
-    "{", '{"name": "g", "parameters": {}};', "<|python_tag|>", "<|python_tag|>{", "[g(), ", "[g(", "[g(s='", "g(),", "\\",
-    "```", "```json\n{", "```tool_code\ng(", '```json\n{"name": ', "```tool_code\n", "<think>", "  ", "**{",
+    "{", '{"name": "g", "parameters": {}};', "<|python_tag|>", "<|python_tag|>{", "[g(), ", "[g(", "[g(s='", "g(),",
+    "\\", "```", "```json\n{", "```tool_code\ng(", '```json\n{"name": ', "```tool_code\n", "<think>", "  ", "**{",
     "'", '"', "#",
 ]  # fmt: skip
 PREFIXES = {  # what makes each format read on
