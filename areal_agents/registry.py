@@ -97,7 +97,8 @@ class EnvSpec:
         cls = self.env_class()
         merged = {**self.kwargs, **kwargs}
         try:
-            return cls(**merged)
+            with contained():
+                return cls(**merged)
         except TypeError as error:
             raise RegistryError(f"{self.id}: {cls.__name__}({', '.join(sorted(merged))}) failed: {error}") from error
 

@@ -88,6 +88,17 @@ def template_variables(given: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def require_writable(path: Path) -> None:
+    """Raise ArealError where the file ``path`` could not be written later, once there is something to write."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise ArealError(f"cannot write {path}: it is a folder")
+    if not there.is_dir():
+        raise ArealError(f"cannot write {path}: {there} is no folder")
+    if not os.access(path if path.exists() else there, os.W_OK):
+        raise ArealError(f"cannot write {path}: it may not be written by this user")
+
+
 def write_json(value: Any, path: Path | None) -> None:
     """Write ``value`` as JSON to the file ``path``, or to standard output where it is None.
 

@@ -17,12 +17,13 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from areal_agents.cli.commands import Command
-from areal_agents.cli.common import UsageError, json_alone
+from areal_agents.cli.common import UsageError, json_alone, require_writable
 from areal_agents.errors import ArealError, Interrupted
 from areal_agents.tracking.console import plain
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, overrides = _parse(args)
         wanted = getattr(command, "json", False)
+        if isinstance(wanted, Path) and str(wanted) != "-":
+            require_writable(wanted)
         with json_alone() if wanted is True or str(wanted) == "-" else contextlib.nullcontext():
             code: int = command.run(overrides)
         return code

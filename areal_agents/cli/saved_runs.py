@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from areal_agents.cli.common import UsageError, write_json
+from areal_agents.cli.common import UsageError, require_writable, write_json
 from areal_agents.errors import ArealError
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class Rescore:
         first, last = _steps(self.steps)
         if self.out is not None and self.out.suffix != ".parquet":
             raise UsageError(f"--out is {self.out}: it must be a file whose name ends with .parquet")
+        if self.out is not None:
+            require_writable(self.out)
         report, code = self._run(first, last)
         if str(self.json) == "-":
             write_json(report, None)

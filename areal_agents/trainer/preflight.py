@@ -16,6 +16,7 @@ from areal_agents.registry import EnvSpec
 from areal_agents.rollout.script import expert_of
 from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import TrainConfig
+from areal_agents.utils.precision import resolve_device
 from areal_agents.utils.system import require_linux
 
 
@@ -31,6 +32,8 @@ def require_runnable(config: TrainConfig) -> None:
     Estimator(a.advantage)
     PolicyObjective(loss=a.loss, correction=a.correction, aggregation=a.aggregation)
     Sampling(r.max_turn_tokens, r.temperature).require_trainable()
+    if config.cluster.backend == "local":  # on a cluster the learner's node decides
+        resolve_device(config.learner.device)
 
 
 def _require_tasks(spec: EnvSpec, config: TrainConfig) -> None:
