@@ -140,7 +140,7 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
         if isinstance(action, str):
             from areal_agents.chat.toolcalls import parse_text  # late: only this facade needs it
 
-            action = parse_text(action)
+            action = parse_text(action, tools=self.tools)
         return run_sync(self.astep(action))
 
     def close(self) -> None:

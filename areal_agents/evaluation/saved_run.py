@@ -187,11 +187,11 @@ def as_sampled(message: AssistantMessage) -> AssistantMessage:
 
 
 def _as_sampled(call: ToolCall) -> ToolCall:
-    if call.status not in _FOUND_LATE:
+    if call.status not in _FOUND_LATE or call.problem:  # only the text itself gives a call a problem
         return call
-    if call.problem:  # only the text itself gives a call one
-        return replace(call, status="invalid_arguments")
-    block = tool_format(call.format).read_raw(call.raw)
+    if call.status == "unknown_tool" or call.arguments:  # such a call was read
+        return replace(call, status="ok")
+    block = tool_format(call.format).read_raw(call.raw)  # shards of earlier versions hold no problems
     return replace(call, status=block.status) if block else call
 
 

@@ -90,7 +90,11 @@ def first(report: ReplayReport) -> tuple[int, str]:
 
 
 def a_record(records: list[Record], turns: int, reason: str = "answer") -> Record:
-    return next(r for r in records if len(r.trajectory.turns) == turns and r.trajectory.stop_reason == reason)
+    """The first of so many turns with that end, whose end gave no credit to earlier turns."""
+    return next(
+        r for r in records if len(r.trajectory.turns) == turns and r.trajectory.stop_reason == reason
+        and not any(turn.reward for turn in r.trajectory.turns[:-1])
+    )  # fmt: skip
 
 
 def test_a_record_without_a_turn_has_nothing_to_differ(mixed: tuple[Path, list[Record]]) -> None:

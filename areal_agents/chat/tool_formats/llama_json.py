@@ -47,8 +47,8 @@ class LlamaJson(ToolFormat):
         start = _skip(source, begin)
         if TAG in text[begin:start]:
             return self._calls(source, begin, start)[0]
-        if source.at("{", start) or source.at("[", start) or source.at("```", start):
-            return self._whole_message(source, start)
+        if text.startswith(("{", "[", "```"), start) and (blocks := self._whole_message(source, start)):
+            return blocks
         tag = tag_position(source, start, (TAG,))
         if tag == len(text):
             return []

@@ -37,9 +37,15 @@ class Pythonic(ToolFormat):
     def find_blocks(self, text: str, *, thinking: bool = False, tools: Schemas | None = None) -> list[Block]:
         source = Source(text, tools or {})
         start = visible_start(source, thinking=thinking)
-        if (tag := tag_position(source, start, self.openers)) < len(text) and not source.at("[", start):
-            blocks, end = read_list(source, tag, source.blank(tag + len(START if source.at(START, tag) else TAG)))
+        if blocks := self._whole_message(source, start):
             return blocks
+        tag = tag_position(source, start, self.openers)
+        if tag == len(text):
+            return []
+        return read_list(source, tag, source.blank(tag + len(START if source.at(START, tag) else TAG)))[0]
+
+    def _whole_message(self, source: Source, start: int) -> list[Block]:
+        text = source.text
         fence = _FENCED.match(text, start)
         body = fence.end() if fence else start
         listed = source.at("[", body)
