@@ -121,13 +121,8 @@ _MESSAGES = "{%- set messages = areal_ns.rows %}\n"
 def served_template(fmt: ChatFormat) -> str:
     """Build the Jinja chat template with which a server's ids, with tools, are those of ``fmt.first_prompt``.
 
-    Raises TemplateError where the tokenizer has several templates, because which one a server takes is its own choice.
+    Raises TemplateError for a variable of the template whose value Jinja cannot write.
     """
-    template = fmt.tokenizer.chat_template
-    if not isinstance(template, str):
-        raise TemplateError(
-            f"the tokenizer has {len(template)} chat templates ({', '.join(template)}): save it with the one to serve"
-        )
     prelude = _ROWS + (_TOOLS if fmt.renders_tools else _SECTION)
     prelude += _IN_USER if fmt.facts.system_refusal else _IN_SYSTEM
     prelude += _ALTERNATING if fmt.facts.alternates else ""
@@ -135,7 +130,7 @@ def served_template(fmt: ChatFormat) -> str:
     macros, call = calls_of(fmt.tool_format)
     prelude = macros + prelude.replace("CALL", call).replace("USAGE", _literal(fmt.tool_format.usage))
     variables = "".join(f"{{%- set {name} = {_literal(v)} -%}}\n" for name, v in fmt.template.variables.items())
-    return prelude + variables + _MESSAGES + template
+    return prelude + variables + _MESSAGES + fmt.template.source
 
 
 def _literal(value: Any) -> str:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents.chat.options import ChatOptions
+from areal_agents.chat.thinking import UNTHINK
 from areal_agents.engine_kind import KindName, engine_kind
 from areal_agents.errors import ArealError, ModelError, TemplateError
 from areal_agents.models import resolve
 from areal_agents.settings.config import ModelConfig
 from areal_agents.tool import ToolSpec
-from areal_agents.types import Completion, Message, system, tool_result, user
+from areal_agents.types import Completion, Ids, Message, system, tool_result, user
 
 
 @dataclass
@@ -133,10 +134,14 @@ def _thinking(form: Any, options: ChatOptions) -> dict[str, Any]:
 
 
 def _first_thought(form: Any) -> str:
-    """Say ``opens``, ``empty`` or ``none``: what the generation prompt writes of a thought."""
-    if form.opens_thought(form.first_prompt([user("U.")])):
+    return _thought_at_end(form, form.first_prompt([user("U.")]))
+
+
+def _thought_at_end(form: Any, prompt: Ids) -> str:
+    """Say ``opens``, ``empty`` or ``none``: what the end of a prompt writes of a thought."""
+    if form.opens_thought(prompt):
         return "opens"
-    return "empty" if "</think>" in form.facts.generation else "none"
+    return "empty" if form.tokenizer.decode(list(prompt[-64:])).rstrip().endswith(UNTHINK) else "none"
 
 
 def _notes(form: Any, options: ChatOptions) -> list[str]:
@@ -200,6 +205,7 @@ def _rehearse(form: Any, report: ModelReport) -> None:
             report.problems.append(f"T7: the call {message.text!r} is not read back as it was written")
             return
         talk.add_observation([tool_result(f"seen {place}", call=message.tool_calls[0])])
+        report.facts["thinking"]["after_a_result"] = _thought_at_end(form, talk.prompt.ids)
         if form.history == "append" and talk.prompt.ids[: len(before) + len(ids)] != before + ids:
             report.problems.append(f"T1: prompt {k + 2} does not extend the one before it")
         if f"seen {place}" not in form.tokenizer.decode(list(talk.prompt.ids)):
@@ -229,5 +235,5 @@ def _words(value: Any) -> str:
         case {"id": i, "text": text, "from": source}:
             return f"{i} {text!r} ({source})"
         case dict():
-            return "; ".join(f"{k.replace('_', ' ')} {_words(v)}" for k, v in value.items()) or "none"
+            return "; ".join(f"{k}: {_words(v)}" for k, v in value.items()) or "none"
     return str(value)

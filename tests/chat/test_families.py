@@ -26,6 +26,7 @@ from areal_agents.rollout.token_policy import EnginePolicy
 from areal_agents.tool import tool
 from areal_agents.toolenv import ToolEnv
 from areal_agents.types import Completion, Ids, Prompt, Task, Trajectory, user
+from tests.chat.test_server_template import CONVERSATIONS, TOOLS, served_ids
 from tests.chat_families import FAMILIES, family_model, family_tokenizer
 
 LIMITS = Limits(
@@ -217,3 +218,11 @@ def test_an_episode_of_two_tool_calls(
 def _ends_between(name: str) -> int:
     """How often the turn's end stands in two calls and two results: ends of the results' messages count too."""
     return {"deepseekv3": 2, "mistral_tools": 2, "cohere2": 2}.get(name, 4)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_server_renders_the_same_ids(name: str, smollm2: Path, templates: Path) -> None:
+    form = ChatFormat(family_tokenizer(smollm2, templates, name), merge_system=True)
+    for messages in CONVERSATIONS.values():
+        for tools in ((), TOOLS):
+            assert served_ids(form, messages, tools) == form.first_prompt(messages, tools)

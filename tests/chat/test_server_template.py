@@ -108,8 +108,15 @@ def test_a_system_message_is_refused_by_the_server_too() -> None:
         served_ids(fmt, CONVERSATIONS["system"], ())
 
 
-def test_several_templates_are_refused() -> None:
-    fmt = ChatFormat(tiny(CHATML))
-    fmt.tokenizer.chat_template = {"default": CHATML, "tool_use": CHATML}
-    with pytest.raises(TemplateError, match=r"2 chat templates \(default, tool_use\): save it with the one to serve"):
+def test_of_several_templates_the_one_of_our_prompts_is_served() -> None:
+    tokenizer = tiny(CHATML)
+    tokenizer.chat_template = {"default": NO_TOOL_ROLE, "tool_use": CHATML}
+    fmt = ChatFormat(tokenizer)
+    for tools in ((), TOOLS):
+        assert served_ids(fmt, CONVERSATIONS["calls"], tools) == fmt.first_prompt(CONVERSATIONS["calls"], tools)
+
+
+def test_a_value_that_jinja_cannot_write_is_refused() -> None:
+    fmt = ChatFormat(tiny("{{ given }}" + CHATML), template_variables={"given": b"bytes"})
+    with pytest.raises(TemplateError, match="has no Jinja literal"):
         served_template(fmt)

@@ -37,7 +37,7 @@ def test_a_model_that_can_be_trained(tmp_path: Path) -> None:
             "from": "the template's end of a turn; the tokenizer's eos; generation_config.json",
         }
     ]
-    assert facts["thinking"] == {"first_prompt": "none", "switches": {}}
+    assert facts["thinking"] == {"first_prompt": "none", "switches": {}, "after_a_result": "none"}
     assert facts["tool_format"] == "hermes"
     assert facts["tools_shown"] == "in the system message"
     assert sorted(report.rules) == ["T1", "T2", "T3", "T4", "T7"]
@@ -50,12 +50,18 @@ def test_what_a_thinking_model_is_told(tmp_path: Path) -> None:
     assert facts["thinking"] == {
         "first_prompt": "none",
         "switches": {"enable_thinking": {"true": "none", "false": "empty"}},
+        "after_a_result": "none",
     }
     assert facts["template_variables"] == {"reads": ["enable_thinking"], "set": {}}
     off = looked_at(tmp_path, tiny_.SWITCH, template_variables={"enable_thinking": False}).facts
     assert off["thinking"]["first_prompt"] == "empty"
     assert off["template_variables"]["set"] == {"enable_thinking": False}
     assert looked_at(tmp_path, tiny_.OPENS_THINKING).facts["thinking"]["first_prompt"] == "opens"
+    opens_once = tiny_.OPENS_THINKING.replace(
+        "<think>\n' }}", "' + ('' if messages[-1].role == 'tool' else '<think>') }}"
+    )
+    found = looked_at(tmp_path, opens_once).facts["thinking"]
+    assert (found["first_prompt"], found["after_a_result"]) == ("opens", "none")
 
 
 def test_the_past(tmp_path: Path) -> None:
