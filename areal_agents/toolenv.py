@@ -31,6 +31,7 @@ from areal_agents.types import (
     tool_result,
     user,
 )
+from areal_agents.types import without_reasoning as without_reasoning  # its place for authors who override `answer`
 
 if TYPE_CHECKING:
     from areal_agents.engine import ChatModel
