@@ -32,6 +32,7 @@ from areal_agents.types import (
     user,
 )
 from areal_agents.utils.short_text import short
+from areal_agents.types import without_reasoning as without_reasoning  # its place for authors who override `answer`
 
 if TYPE_CHECKING:
     from areal_agents.engine import ChatModel
