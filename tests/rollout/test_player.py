@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from areal_agents import registry
 from areal_agents.cluster.remote_errors import Failure, RemoteCause
 from areal_agents.cluster.worker_slots import Places
 from areal_agents.engine import Sampling
-from areal_agents.env import Expert
+from areal_agents.env import AgentEnv, Expert
 from areal_agents.errors import (
     ArealError,
     ConfigError,
@@ -30,6 +30,7 @@ from areal_agents.errors import (
 )
 from areal_agents.rollout.player import PlayerSpec
 from areal_agents.rollout.retries import FailureBudget
+from areal_agents.tool import ToolSpec
 from areal_agents.types import Info, Observation, Task, Trajectory, user
 from tests.letters_env import Letters
 from tests.scripted import LIMITS
@@ -254,3 +255,21 @@ def test_without_hope_whoever_waits_is_told() -> None:
     asyncio.run(main())
     with pytest.raises(ConfigError, match="at least 1"):
         Places(0)
+
+
+class Instances(AgentEnv):
+    """Has its tools by instance, so that the class tells nothing of them."""
+
+    step_seconds = 5.0
+
+    @property
+    def tools(self) -> Sequence[ToolSpec]:  # type: ignore[override]
+        return ()
+
+
+def test_what_a_step_may_take_is_known_from_the_class() -> None:
+    sampling = Sampling(8, temperature=0.0)
+    spec = PlayerSpec(registry.spec("areal/Arithmetic-v0"), Path("m"), LIMITS, sampling)
+    assert spec.step_seconds == 64 * 60  # 64 calls of ``python``, whose limit is 60 s
+    unknown = replace(spec, env=registry.spec(f"{__name__}:Instances"))
+    assert unknown.step_seconds == 64 * 60 + 5
