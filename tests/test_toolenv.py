@@ -256,7 +256,7 @@ class Recorder:
 def test_a_steps_limit_is_its_environments_and_its_calls() -> None:
     class Compiles(Sums):
         step_seconds = 100.0
-        tools = (run, sleepy)
+        tools = (run,)
 
     def speak(shown: Observation) -> Expert:
         yield CALL + CALL  # ``run`` has 5 s a call
