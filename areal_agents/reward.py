@@ -85,6 +85,11 @@ async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verd
     if not isinstance(value, Verdict):
         score = _finite(value, label, episode)
         return Verdict(score, {label: score})
+    if value.status not in _WORST_FIRST:
+        raise RewardError(
+            f"reward {label!r} returned the status {short(value.status)} on task {episode.task.id!r}: use "
+            f"{', '.join(_WORST_FIRST)}"
+        )
     turns = value.turn_rewards
     if turns is not None and len(turns) != episode.turns:
         raise RewardError(

@@ -31,8 +31,8 @@ from areal_agents.types import (
     tool_result,
     user,
 )
-from areal_agents.utils.short_text import short
 from areal_agents.types import without_reasoning as without_reasoning  # its place for authors who override `answer`
+from areal_agents.utils.short_text import short
 
 if TYPE_CHECKING:
     from areal_agents.engine import ChatModel

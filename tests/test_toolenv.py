@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -198,7 +198,7 @@ def test_reasoning_is_no_part_of_the_answer(text: str, rest: str) -> None:
     assert without_reasoning(text) == rest
 
 
-@tool(timeout=0.4)
+@tool(timeout=0.75)
 async def sleepy(x: int) -> str:
     """Sleep."""
     await asyncio.Event().wait()
@@ -222,11 +222,11 @@ def eight_slow_calls() -> tuple[EpisodeDriver, EnvHost]:
     task = Task.make("t", split="train", seed=0, payload={})
     host = EnvHost()
     script = ScriptPolicy(speak, task)
-    return EpisodeDriver(lambda: Slow(sandbox=None), task, script, host, "e", 0, step_timeout=1.5), host
+    return EpisodeDriver(lambda: Slow(sandbox=None), task, script, host, "e", 0, step_timeout=5.0), host
 
 
 def test_eight_calls_that_meet_their_own_limit_cost_reward_and_no_infrastructure() -> None:
-    """8 × 0.4 s is more than the 1.5 s that a step may take beside its calls."""
+    """8 × 0.75 s is more than the 5 s that a step may take beside its calls."""
 
     async def main() -> EpisodeDriver:
         episode, host = eight_slow_calls()
@@ -240,6 +240,33 @@ def test_eight_calls_that_meet_their_own_limit_cost_reward_and_no_infrastructure
     assert [r.status for r in episode.turns[0].tool_results] == ["timeout"] * 8
     assert episode.turns[1].reward == 0.5
     assert episode.stop_reason == "answer"
+
+
+class Recorder:
+    """A host without limits, which notes what it was told."""
+
+    def __init__(self) -> None:
+        self.limits: list[tuple[str, float]] = []
+
+    async def call(self, make: Callable[[], Awaitable[Any]], *, timeout: float, what: str) -> Any:
+        self.limits.append((what.partition(" ")[0], timeout))
+        return await make()
+
+
+def test_a_steps_limit_is_its_environments_and_its_calls() -> None:
+    class Compiles(Sums):
+        step_seconds = 100.0
+        tools = (run,)
+
+    def speak(shown: Observation) -> Expert:
+        yield CALL + CALL  # ``run`` has 5 s a call
+        yield "4"
+
+    host = Recorder()
+    script = ScriptPolicy(speak, TASK)
+    episode = EpisodeDriver(lambda: Compiles(sandbox=ScriptedBackend()), TASK, script, host, "e", 0, step_timeout=60.0)
+    asyncio.run(episode.play())
+    assert host.limits == [("areset", 60.0), ("astep", 170.0), ("astep", 160.0), ("aclose", 60.0)]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ class EvalReport:
     def line(self, label: str) -> str:
         """Return the report as one line for a log."""
         low, high = self.ci95
-        out = f" ({len(self.left_out)} tasks left out)" if self.left_out else ""
+        out = f" (left out: {len(self.left_out)})" if self.left_out else ""
         return (
             f"held-out, {label}: pass@1 {self.pass_at_1:.3f} ({low:.3f}–{high:.3f}), valid calls "
             f"{self.valid_call_rate:.2f}, n = {self.n}{out}, {self.seconds:.0f} s"

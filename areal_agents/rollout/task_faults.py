@@ -77,7 +77,8 @@ def reasons(left_out: Mapping[str, str]) -> str:
 
 def footer(left_out: Mapping[str, str]) -> str:
     """Return lines below an evaluation's table that name what is not in it, or an empty text."""
-    return f"\n{len(left_out)} tasks left out, they are in no rate:{reasons(left_out)}" if left_out else ""
+    n = len(left_out)
+    return f"\n{n} {'task' if n == 1 else 'tasks'} left out, in no rate:{reasons(left_out)}" if n else ""
 
 
 def _is_own(error: InfraError | RewardError) -> bool:

@@ -15,7 +15,7 @@ from areal_agents.chat.toolcalls import parse_text
 from areal_agents.chat_model import ChatReply, ContextLengthError
 from areal_agents.cli.main import main
 from areal_agents.engine import Sampling
-from areal_agents.errors import ConfigError, EnvError
+from areal_agents.errors import ConfigError, TaskError
 from areal_agents.evaluation.evaluate import EvalReport, evaluate
 from areal_agents.evaluation.players import Server
 from areal_agents.evaluation.saved_run import SavedRun
@@ -231,7 +231,7 @@ def test_limits_by_reported_tokens(tmp_path: Path) -> None:
 def test_a_full_context_ends_the_episode_and_the_environment_scores_it() -> None:
     played = play(Unmetered(full_at=3))
     assert (played.stop_reason, played.truncated, len(played.turns), played.sampled_tokens) == ("context", True, 2, 0)
-    with pytest.raises(EnvError, match="the first prompt does not fit the model: full"):
+    with pytest.raises(TaskError, match="the first prompt does not fit the model: full"):
         play(Unmetered(full_at=1))
     assert play(Unmetered()).stop_reason == "max_turns"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from areal_agents.chat.options import ChatOptions
 from areal_agents.cluster.remote_errors import Failure, RemoteCause
 from areal_agents.cluster.worker_slots import Places
 from areal_agents.engine import Sampling
-from areal_agents.env import Expert
+from areal_agents.env import AgentEnv, Expert
 from areal_agents.errors import (
     ArealError,
     ConfigError,
@@ -33,6 +33,7 @@ from areal_agents.errors import (
 )
 from areal_agents.rollout.player import PlayerSpec, require_prompts
 from areal_agents.rollout.retries import FailureBudget
+from areal_agents.tool import ToolSpec
 from areal_agents.types import Info, Observation, Task, Trajectory, user
 from tests.letters_env import Letters
 from tests.scripted import LIMITS
@@ -281,3 +282,21 @@ def test_a_player_is_built_with_the_chat_options_of_its_spec(tmp_path: Path) -> 
     assert pickle.loads(pickle.dumps(spec)) == spec
     with pytest.raises(TemplateError, match=r"model\.template_variables\.thinking"):
         spec.build(None)  # type: ignore[arg-type]  # no engine is asked
+
+
+class Instances(AgentEnv):
+    """Has its tools by instance, so that the class tells nothing of them."""
+
+    step_seconds = 5.0
+
+    @property
+    def tools(self) -> Sequence[ToolSpec]:  # type: ignore[override]
+        return ()
+
+
+def test_what_a_step_may_take_is_known_from_the_class() -> None:
+    sampling = Sampling(8, temperature=0.0)
+    spec = PlayerSpec(registry.spec("areal/Arithmetic-v0"), Path("m"), LIMITS, sampling)
+    assert spec.step_seconds == 64 * 60  # 64 calls of ``python``, whose limit is 60 s
+    unknown = replace(spec, env=registry.spec(f"{__name__}:Instances"))
+    assert unknown.step_seconds == 64 * 60 + 5

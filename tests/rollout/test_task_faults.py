@@ -328,7 +328,7 @@ def test_an_evaluation_names_counts_and_goes_on() -> None:
     assert report.to_json()["left_out"] == runner.left_out
     assert "2 tasks left out" in report.table()
     assert "t-7: " in report.table()
-    assert "2 tasks left out" in report.line("before")
+    assert "n = 38 (left out: 2)" in report.line("before")
     assert len(world.of("task_left_out")) == 2
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from areal_agents.chat.tool_formats import named_format
 from areal_agents.engines.openai.messages import read_reply, reasoning_form, request_messages
 from areal_agents.errors import ConfigError, EngineError
-from areal_agents.chat.tool_formats import named_format
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Image, Message, Text, tool_result, user
 from tests.chat_server import Json, call
