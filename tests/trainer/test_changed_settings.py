@@ -27,7 +27,7 @@ from tests.trainer.test_run_folder import REPORT
 
 
 class ExpertLetters(Letters):
-    def __init__(self, words: int = 2) -> None:
+    def __init__(self, sandbox: str, words: int = 2) -> None:
         super().__init__()
         self.words = words
 
