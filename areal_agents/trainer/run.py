@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from areal_agents.tracking.tracker import Tracker
 from areal_agents.trainer.backend import Backend, OpenBackend
 from areal_agents.trainer.run_folder import Commit, RunFolder
 from areal_agents.trainer.signals import Stop
+from areal_agents.types import Task
 
 
 @contextlib.asynccontextmanager
@@ -138,11 +139,11 @@ class Run:
         The caller saves the result. Raises ConfigError where a demonstration failed or earned nothing.
         """
         config, w = self.config, self.config.warm_start
-        tasks = TaskStream(self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1)
+        tasks = self.spec.tasks(config.env.split, difficulty=config.env.difficulty)
         runner = self._runner(replace(self._engine_player(1.0), policy="expert"))
         try:
             played = await run_attempts(
-                runner, [tasks.next() for _ in range(w.demonstrations)], k=1, concurrency=16, seed=config.seed,
+                runner, demonstrated(tasks, config), k=1, concurrency=16, seed=config.seed,
                 label="demonstration",
             )  # fmt: skip
         finally:
@@ -249,6 +250,12 @@ class Run:
             sandbox=config.env.sandbox,
             kwargs=config.env.kwargs,
         )
+
+
+def demonstrated(tasks: Sequence[Task], config: TrainConfig) -> list[Task]:
+    """Return those of ``tasks``, the training split's, that the warm start shows."""
+    stream = TaskStream(tasks, seed=config.seed + 1)
+    return [stream.next() for _ in range(config.warm_start.demonstrations)]
 
 
 def _numbers(report: EvalReport) -> dict[str, float]:
