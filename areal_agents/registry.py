@@ -123,8 +123,11 @@ class EnvSpec:
     def require_arguments(self, given: Mapping[str, Any]) -> None:
         """Raise RegistryError where the class does not take the arguments ``given``, over the registered ones."""
         cls = self.env_class()
+        signature, merged = inspect.signature(cls), {**self.kwargs, **given}
+        if "sandbox" in signature.parameters:  # a run gives it where nobody else does
+            merged.setdefault("sandbox", None)
         try:
-            inspect.signature(cls).bind(**{**self.kwargs, **given})
+            signature.bind(**merged)
         except TypeError as error:
             raise RegistryError(f"{self.id}: {cls.__name__} does not take env.kwargs as they are: {error}") from error
 

@@ -107,7 +107,7 @@ def _snapped(advantages: Tensor, group: Sequence[EpisodeRewards]) -> Tensor:
 def _of_few_bits(group: Sequence[EpisodeRewards]) -> list[EpisodeRewards]:
     """Round the rewards to 10 bits below the largest of them, so that float32 has room for their sums."""
     largest = max(abs(r) for e in group for r in e.rewards_K)
-    unit = math.ldexp(1.0, math.frexp(largest)[1] - 10)
+    unit = math.ldexp(1.0, max(math.frexp(largest)[1] - 10, -1000))  # below it there is nothing to round
     return [EpisodeRewards(tuple(round(r / unit) * unit for r in e.rewards_K)) for e in group]
 
 

@@ -14,8 +14,8 @@ from areal_agents.errors import ConfigError
 from areal_agents.evaluation.evaluate import held_out
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.script import expert_of
-from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import TrainConfig
+from areal_agents.trainer.run import demonstrated
 from areal_agents.utils.precision import resolve_device
 from areal_agents.utils.system import require_linux
 
@@ -43,9 +43,10 @@ def _require_tasks(spec: EnvSpec, config: TrainConfig) -> None:
     tell = lambda name, reason: None  # noqa: E731  the evaluation itself tells
     held_out(spec, config.eval.split, config.eval.n, difficulty=config.env.difficulty, tell=tell)
     if config.warm_start.demonstrations:
-        first = TaskStream(tasks, seed=config.seed + 1).next()  # the one that the warm start draws first
-        if expert_of(spec, first) is None:
+        drawn = demonstrated(tasks, config)
+        without = [task.id for task in drawn if expert_of(spec, task) is None]
+        if without:
             raise ConfigError(
-                f"warm_start.demonstrations = {config.warm_start.demonstrations}: {spec.id} has no expert for task "
-                f"{first.id}: write its expert(), or set warm_start.demonstrations = 0"
+                f"warm_start.demonstrations = {len(drawn)}: {spec.id} has no expert for {len(without)} of these tasks "
+                f"(first: {without[0]}): write its expert(), or set warm_start.demonstrations = 0"
             )

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import importlib
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import Tracker
 from areal_agents.trainer.backend import Backend, OpenBackend
 from areal_agents.trainer.run_folder import Commit, RunFolder
-from areal_agents.types import Trajectory
+from areal_agents.types import Task, Trajectory
 from areal_agents.utils.signals import Stop
 
 
@@ -277,6 +277,12 @@ class Run:
             kwargs=config.env.kwargs,
             chat=config.model.chat,
         )
+
+
+def demonstrated(tasks: Sequence[Task], config: TrainConfig) -> list[Task]:
+    """Return those of ``tasks``, the training split's, that the warm start draws, before it replaces bad ones."""
+    stream = TaskStream(tasks, seed=config.seed + 1)
+    return [stream.next() for _ in range(config.warm_start.demonstrations)]
 
 
 def _numbers(report: EvalReport) -> dict[str, float]:

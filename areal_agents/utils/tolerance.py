@@ -26,4 +26,4 @@ def all_same(values: Sequence[float]) -> bool:
 
 def rounding_of(*values: float) -> float:
     """Return the largest difference that is mere rounding between numbers that were made of ``values``."""
-    return TOLERANCE * max(1.0, *(abs(v) for v in values))
+    return TOLERANCE * max([1.0, *(abs(v) for v in values)])

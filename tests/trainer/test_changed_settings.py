@@ -19,6 +19,7 @@ from areal_agents.tracking.tracker import read_metrics
 from areal_agents.trainer.loop import train
 from areal_agents.trainer.preflight import require_runnable
 from areal_agents.trainer.resume import begin, rate_change
+from areal_agents.trainer.run import demonstrated
 from areal_agents.trainer.run_folder import Commit, RunFolder
 from areal_agents.types import Task
 from tests.letters_env import Letters
@@ -27,7 +28,7 @@ from tests.trainer.test_run_folder import REPORT
 
 
 class ExpertLetters(Letters):
-    def __init__(self, words: int = 2) -> None:
+    def __init__(self, sandbox: str, words: int = 2) -> None:
         super().__init__()
         self.words = words
 
@@ -80,21 +81,15 @@ def test_a_folder_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
         asyncio.run(train(c, console=False))
 
 
-def test_the_expert_of_the_first_drawn_task_is_asked(tmp_path: Path) -> None:
+def test_the_expert_of_every_drawn_task_is_asked(tmp_path: Path) -> None:
     c = config(tmp_path, 2, env={"id": "tests.trainer.test_changed_settings:ExpertLetters", "kwargs": {"words": 3}})
-    require_runnable(changed(c, "warm_start.demonstrations", 1))
-    seeds = [s for s in range(40) if not _runs(changed(changed(c, "warm_start.demonstrations", 1), "seed", s))]
-    assert 0 < len(seeds) < 20  # one task of eight has none
-
-
-def _runs(c: TrainConfig) -> bool:
-    try:
-        require_runnable(c)
-        return True
-    except ConfigError as error:
-        said = str(error)
-    assert "has no expert for task train-3" in said
-    return False
+    with pytest.raises(ConfigError, match=r"no expert for 1 of these tasks \(first: train-3\): write its expert"):
+        require_runnable(changed(c, "warm_start.demonstrations", 8))  # an epoch: each task once
+    shown = [t.id for t in demonstrated(ExpertLetters.tasks("train"), changed(c, "warm_start.demonstrations", 8))]
+    assert sorted(shown) == [f"train-{i}" for i in range(8)]
+    before = shown.index("train-3")
+    assert before > 0, "the test needs a task before it"
+    require_runnable(changed(c, "warm_start.demonstrations", before))
 
 
 # --- which settings may change --------------------------------------------------------------------------------------

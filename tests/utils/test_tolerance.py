@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from areal_agents.utils.tolerance import PASS, all_same, reaches
+from areal_agents.utils.tolerance import PASS, all_same, reaches, rounding_of
 
 
 def test_rounding_makes_no_difference() -> None:
@@ -10,6 +10,8 @@ def test_rounding_makes_no_difference() -> None:
     assert all_same([sum([0.1] * 10), 1.0])
     assert all_same([1e6, 1e6 + 1e-4])
     assert all_same([])
+    assert rounding_of() == 1e-9
+    assert rounding_of(-1e6, 3.0) == 1e-3
     assert all_same([0.5])
     assert reaches(sum([0.1] * 10), 1.0)  # 0.9999999999999999
     assert reaches(0.1 * 3 / 0.3 - 1e-12, 1.0)
