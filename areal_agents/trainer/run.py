@@ -255,5 +255,5 @@ class Run:
 
 def _numbers(report: EvalReport) -> dict[str, float]:
     """Return the report's scalars, for metrics.jsonl and TensorBoard."""
-    row = {k: float(v) for k, v in report.to_json().items() if isinstance(v, int | float)}
+    row = {k: float(v) for k, v in report.to_json().items() if isinstance(v, int | float) and k != "unplayed"}
     return row | {"ci95_low": report.ci95[0], "ci95_high": report.ci95[1]}
