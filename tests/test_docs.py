@@ -256,7 +256,8 @@ def _demo(command: Command, w: Workshop) -> None:
 def _eval(command: Command, w: Workshop) -> list[str] | None:
     """Run on two tasks; with the tiny model, where the page's is no folder. Comparisons as they stand.
 
-    Only parsed where it goes on with another one, the model is a server's, or the environment needs a sandbox and this machine has no bubblewrap.
+    Only parsed where it goes on with another one, the model is a server's, or the environment needs a sandbox and this
+    machine has no bubblewrap.
     """
     parsed, overrides = _parse(list(command.words[1:]))
     if parsed.compare is not None:

@@ -160,6 +160,8 @@ def test_a_killed_evaluation_goes_on_after_its_torn_line(tmp_path: Path, capsys:
         assert count_saved(out) == 4
         before = compare(out, out, common=True)
         assert any("is not complete: 4 of 8 attempts are saved" in note for note in before.notes)
+        assert main(["rescore", str(out), "--kind", "eval", "--reward", ENV]) == 0
+        assert "is not complete: 4 of 8 attempts are saved" in capsys.readouterr().err
         asked = len(server.requests)
         assert main(["eval", "--resume", str(out)]) == 0
         said = capsys.readouterr().out
