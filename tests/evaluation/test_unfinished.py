@@ -350,6 +350,17 @@ def test_a_broken_line_and_a_changed_task_are_refused(tmp_path: Path, capsys: py
         assert main(["eval", "--resume", str(part), "--out", "x"]) == 2
 
 
+def test_what_is_no_evaluation_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in (("lock", "holds a training run"), ("report.json", "already holds an evaluation or a run")):
+        out = tmp_path / name
+        out.mkdir()
+        (out / "config.toml").write_text("[env]\nid = 'tests.chat_envs:Sums'\n[model]\npath = 'openai:m'\n")
+        (out / name).write_text("{}")
+        assert main(["eval", "--resume", str(out), "--url", "http://127.0.0.1:9/v1", "--n", "4"]) == 1
+        assert text in capsys.readouterr().err
+        assert (out / name).read_text() == "{}"
+
+
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
     with Journal(tmp_path / "a/b/step-000000.jsonl"), pytest.raises(ConfigError, match="written by another process"):
         Journal(tmp_path / "a/b/step-000000.jsonl")
