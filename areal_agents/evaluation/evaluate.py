@@ -296,8 +296,7 @@ async def evaluate(
     report.json, config.toml and every trajectory go to the folder ``out``. An episode is there for good as soon as it
     ends: what was interrupted or killed goes on with ``resume``.
 
-    On the first SIGINT or SIGTERM the episodes that run have a minute to end, and EvaluationInterrupted has the report
-    of what there is. On the second it ends at once.
+    After one SIGINT or SIGTERM running episodes have a minute, and the error has a report. After two it ends at once.
 
     The sections are those of ``TrainConfig``, so a run is evaluated as it was trained with ``engine=config.engine,
     rollout=config.rollout``. What they say of training alone (batches, staleness, how weights travel) is not used.

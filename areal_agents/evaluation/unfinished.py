@@ -151,13 +151,14 @@ def read_earlier(config: TrainConfig) -> Earlier:
         ArealError: an episode cannot be read.
     """
     out = config.out
-    if (out / "commit.json").exists() or (out / "metrics.jsonl").exists():
+    if any((out / name).exists() for name in ("lock", "commit.json", "metrics.jsonl")):
         raise ConfigError(f"{out} holds a training run: `areal-agents train --resume` goes on with it")
     if not (out / "config.toml").is_file():
         refuse_used(out)
         return Earlier()
     episodes, seconds, served = _read_episodes(out)
     if not episodes:
+        refuse_used(out)  # a report without its episodes
         return Earlier()
     if changed := _changed(settings.load(out / "config.toml"), config):
         raise ConfigError(

@@ -287,6 +287,6 @@ def demonstrated(tasks: Sequence[Task], config: TrainConfig) -> list[Task]:
 
 def _numbers(report: EvalReport) -> dict[str, float]:
     """Return the report's scalars, for metrics.jsonl and TensorBoard."""
-    row = {k: float(v) for k, v in report.to_json().items() if isinstance(v, int | float)}
+    row = {k: float(v) for k, v in report.to_json().items() if isinstance(v, int | float) and k != "unplayed"}
     bounds = {"ci95_low": report.ci95[0], "ci95_high": report.ci95[1]}
     return row | bounds | {"tasks_left_out": float(len(report.left_out))}

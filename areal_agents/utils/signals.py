@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, TypeVar
@@ -102,7 +103,8 @@ class Stop:
 def stop_on_signals(message: Callable[[str], None], *, doing: str = "finishing the step and saving") -> Iterator[Stop]:
     """Handle SIGINT and SIGTERM for the current task.
 
-    In other threads than the main one signals are left alone. ``doing`` says what the first signal leads to.
+    In other threads than the main one, and on Windows, signals are left alone. ``doing`` says what the first signal
+    leads to.
     """
     stop, loop, task = Stop(), asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
@@ -121,7 +123,7 @@ def stop_on_signals(message: Callable[[str], None], *, doing: str = "finishing t
             last_resort.start()
             task.cancel()
 
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
         yield stop
         return
     for number in _SIGNALS:

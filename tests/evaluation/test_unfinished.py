@@ -160,6 +160,8 @@ def test_a_killed_evaluation_goes_on_after_its_torn_line(tmp_path: Path, capsys:
         assert count_saved(out) == 4
         before = compare(out, out, common=True)
         assert any("is not complete: 4 of 8 attempts are saved" in note for note in before.notes)
+        assert main(["rescore", str(out), "--kind", "eval", "--reward", ENV]) == 0
+        assert "is not complete: 4 of 8 attempts are saved" in capsys.readouterr().err
         asked = len(server.requests)
         assert main(["eval", "--resume", str(out)]) == 0
         said = capsys.readouterr().out
@@ -346,6 +348,17 @@ def test_a_broken_line_and_a_changed_task_are_refused(tmp_path: Path, capsys: py
         fresh = [a for a in command("", server.url) if a not in ("--out", "")]
         assert main([*fresh, "--resume", str(tmp_path / "fresh")]) == 0  # a job script can always pass it
         assert main(["eval", "--resume", str(part), "--out", "x"]) == 2
+
+
+def test_what_is_no_evaluation_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in (("lock", "holds a training run"), ("report.json", "already holds an evaluation or a run")):
+        out = tmp_path / name
+        out.mkdir()
+        (out / "config.toml").write_text("[env]\nid = 'tests.chat_envs:Sums'\n[model]\npath = 'openai:m'\n")
+        (out / name).write_text("{}")
+        assert main(["eval", "--resume", str(out), "--url", "http://127.0.0.1:9/v1", "--n", "4"]) == 1
+        assert text in capsys.readouterr().err
+        assert (out / name).read_text() == "{}"
 
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
