@@ -170,3 +170,20 @@ def test_misuse_is_refused() -> None:
         dispatcher(tools=(run, run))
     with pytest.raises(EnvError, match="sandbox=None"):
         asyncio.run(dispatcher(None).run([call(code="a")]))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("hermes", 'no closing </tool_call>. Write <tool_call>{"name": ..., "arguments": {...}}</tool_call>'),
+        ("qwen_xml", "no closing </function>. Write <tool_call>\n<function=NAME>"),
+        ("llama_json", 'the call is cut off. Write {"name": ..., "parameters": {...}} and nothing else'),
+        ("mistral", 'the call is cut off. Write [TOOL_CALLS][{"name"'),
+        ("api", "Call the tool again, with its arguments as a JSON object"),
+    ],
+)
+def test_an_error_tells_the_models_own_format(name: str, told: str) -> None:
+    broken = ToolCall("c", "", {}, "…", "unclosed", format=name)
+    (result,) = asyncio.run(Dispatcher([], sandbox=None, sandbox_spec=SandboxSpec(), models={}).run([broken]))
+    assert result.status == "malformed"
+    assert told in result.text

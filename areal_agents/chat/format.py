@@ -32,6 +32,7 @@ from areal_agents.chat.token_codec import Codec
 from areal_agents.chat.tool_formats import AUTO
 from areal_agents.chat.tool_formats.base import ToolFormat
 from areal_agents.chat.tool_formats.detection import chosen_format, verify, written_format
+from areal_agents.chat.tool_formats.harmony import REFUSAL, is_harmony
 from areal_agents.chat.toolcalls import ToolLike, message_of, parse_text, rewrite, rewritten, schemas_of
 from areal_agents.errors import ModelError, TemplateError
 from areal_agents.types import AssistantMessage, Completion, Finish, Ids
@@ -96,6 +97,8 @@ class ChatFormat:
             raise TemplateError("the tokenizer has no Rust backend (tokenizer.json): convert it to a fast tokenizer")
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template_variables)
+        if is_harmony(self.template.source):  # before its other rules are looked at: this is the reason
+            raise TemplateError(REFUSAL)
         added = [t.content for t in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()]
         self.facts = facts = look_at(self.template, [t for t in added if not t.isspace()])
         frame = facts.before + facts.after + facts.generation + facts.tool_frame
@@ -171,7 +174,10 @@ class ChatFormat:
             place += "q"
         rows, held = self._codec.hold(self._rows.conversation(own, place), held)
         section = self.tool_format.section([s["function"] for s in specs])
-        return self._codec.encode_rendered(self.template.render(rows, generate=True).replace(place, section), held)
+        text = self.template.render(rows, generate=True)
+        if place not in text:
+            raise TemplateError("T7: the chat template shows the tools' description nowhere: use another template")
+        return self._codec.encode_rendered(text.replace(place, section), held)
 
     def suffix(self, messages: Sequence[ChatMessage], previous: Completion) -> Ids:
         """Return the ids between ``previous``'s last sampled token and the next turn's first (T2).

@@ -40,91 +40,109 @@ _PYTHON = """\
   {{- ')' -}}
 {%- endmacro -%}
 """
-_SPEAKS = "{%- set areal_speaks = areal_ns.text.split('</think>')[-1].strip() != '' -%}\n"
-
-
-def _add(expression: str) -> str:
-    return f"    {{%- set areal_ns.text = areal_ns.text ~ {expression} -%}}\n"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
-
-
-def _tags(separator: str, opening: str, closing: str, tool_call: str, value: str) -> str:
-    """Return the piece of a format with one pair of tags a parameter."""
-    loop = "    {%- for areal_k in areal_given -%}\n    {%- set areal_v = areal_given[areal_k] -%}\n"
-    parameter = _add(value)
-    first = _add(f"('' if loop.first else {_quoted(separator)}) ~ {opening}")
-    return _OBJECT + first + loop + parameter + "    {%- endfor -%}\n" + _add(closing or tool_call)
+# A list of calls follows the text at once, without white space between.
+_RSTRIP = "    {%- if loop.first -%}{%- set areal_ns.text = areal_ns.text.rstrip() -%}{%- endif -%}\n"
+# Whether anything but thoughts stands before the first call, kept in a flag that is free at this place.
+_SPEAKS = """\
+    {%- if loop.first -%}
+      {%- set areal_ns.joined = areal_ns.text.split('</think>')[-1].strip() != '' -%}
+    {%- endif -%}
+"""
+_NAME, _QUOTED = "areal_f['name']", "(areal_f['name'] | tojson)"
 
 
 def calls_of(form: ToolFormat) -> tuple[str, str]:
     """Return the Jinja that comes before the messages, and the piece for one call."""
-    rstrip = "    {%- if loop.first -%}{%- set areal_ns.text = areal_ns.text.rstrip() -%}{%- endif -%}\n"
-    nl = "\\n"
     match form:
         case hermes.Hermes():
-            line = nl if form.lines else ""
-            return "", _add(
-                f"('' if loop.first else '{nl}') ~ '{hermes.OPEN}{line}{{\"name\": ' ~ (areal_f['name'] | tojson)"
-                f" ~ ', \"arguments\": ' ~ areal_args ~ '}}{line}{hermes.CLOSE}'"
-            )
+            return "", _hermes(form)
         case qwen_xml.QwenXml():
-            listed = "areal_v is mapping or (areal_v is sequence and areal_v is not string)"
-            shown = f"(areal_v | tojson if {listed} else areal_v ~ '')"
-            return "", _tags(
-                "\n",
-                f"'{qwen_xml.OPEN}{nl}{qwen_xml.FUNCTION}' ~ areal_f['name'] ~ '>{nl}'",
-                f"'{qwen_xml.UNFUNCTION}{nl}{qwen_xml.CLOSE}'",
-                "",
-                f"'{qwen_xml.PARAMETER}' ~ areal_k ~ '>{nl}' ~ {shown} ~ '{nl}{qwen_xml.UNPARAMETER}{nl}'",
-            )
+            return "", _qwen_xml()
         case glm.Glm():
-            line = nl if form.lines else ""
-            return "", _tags(
-                "\n",
-                f"'{glm.OPEN}' ~ areal_f['name'] ~ '{line}'",
-                f"'{glm.CLOSE}'",
-                "",
-                f"'{glm.KEY}' ~ areal_k ~ '{glm.UNKEY}{line}{glm.VALUE}'"
-                f" ~ (areal_v if areal_v is string else areal_v | tojson) ~ '{glm.UNVALUE}{line}'",
-            )
+            return "", _glm(form)
         case mistral.MistralArgs():
-            return "", rstrip + _add(f"'{mistral.OPEN}' ~ areal_f['name'] ~ '{mistral.ARGS}' ~ areal_args")
+            return "", _RSTRIP + _add(_text(mistral.OPEN), _NAME, _text(mistral.ARGS), "areal_args")
         case mistral.Mistral():
-            return "", rstrip + _add(
-                f"('{mistral.OPEN}[' if loop.first else ', ') ~ '{{\"name\": ' ~ (areal_f['name'] | tojson)"
-                " ~ ', \"arguments\": ' ~ areal_args ~ '}' ~ (']' if loop.last else '')"
+            return "", _RSTRIP + _add(
+                _at_first(mistral.OPEN + "[", ", "), _json_call("arguments"), "(']' if loop.last else '')"
             )
         case deepseek.DeepSeek():
-            head = "" if isinstance(form, deepseek.DeepSeekV31) else f"function{deepseek.SEP}"
-            fence = "" if isinstance(form, deepseek.DeepSeekV31) else deepseek.FENCE
-            before = f"{nl}{fence}json{nl}" if fence else deepseek.SEP
-            after = f"{nl}{fence}" if fence else ""
-            return "", rstrip + _add(
-                f"('{deepseek.BEGIN}' if loop.first else {_quoted(form.between)}) ~ '{deepseek.OPEN}{head}'"
-                f" ~ areal_f['name'] ~ '{before}' ~ areal_args ~ '{after}{deepseek.CLOSE}'"
-                f" ~ ('{deepseek.END}' if loop.last else '')"
-            )
+            return "", _deepseek(form)
         case llama_json.LlamaJson():
-            return "", rstrip + "    {%- if loop.first -%}" + _SPEAKS + "{%- set areal_ns.text = areal_ns.text ~ (" + (
-                f"'{llama_json.TAG}' if areal_speaks else '') -%}}{{%- endif -%}}\n"
-            ) + _add(
-                "('' if loop.first else '; ') ~ '{\"name\": ' ~ (areal_f['name'] | tojson)"
-                " ~ ', \"parameters\": ' ~ areal_args ~ '}'"
-            )
+            tag = f"({_text(llama_json.TAG)} if areal_ns.joined else '')"
+            return "", _RSTRIP + _SPEAKS + _add(f"({tag} if loop.first else '; ')", _json_call("parameters"))
         case pythonic.Pythonic():
-            return _PYTHON, rstrip + _OBJECT + "    {%- if loop.first -%}" + _SPEAKS + (
-                "{%- set areal_ns.joined = areal_speaks -%}{%- endif -%}\n"
-            ) + _add(
-                f"(('{llama_json.START}' if areal_ns.joined else '') ~ '[' if loop.first else ', ')"
-                " ~ areal_written(areal_f['name'], areal_given)"
-                f" ~ (']' ~ ('{llama_json.END}' if areal_ns.joined else '') if loop.last else '')"
-            )
+            return _PYTHON, _pythonic()
         case gemma.Gemma():
-            return _PYTHON, _OBJECT + _add(
-                f"('' if loop.first else '{nl}') ~ '{gemma.FENCE}tool_code{nl}'"
-                f" ~ areal_written(areal_f['name'], areal_given) ~ '{nl}{gemma.FENCE}'"
-            )
-    raise AssertionError(form.name)
+            call = f"areal_written({_NAME}, areal_given)"
+            fence = f"{gemma.FENCE}tool_code\n"
+            return _PYTHON, _OBJECT + _add(_at_first(fence, f"\n{fence}"), call, _text(f"\n{gemma.FENCE}"))
+    raise AssertionError(f"the tool format {form.name} has no Jinja")
+
+
+def _hermes(form: hermes.Hermes) -> str:
+    line = "\n" if form.lines else ""
+    opening = hermes.OPEN + line
+    return _add(_at_first(opening, "\n" + opening), _json_call("arguments"), _text(line + hermes.CLOSE))
+
+
+def _qwen_xml() -> str:
+    opening = f"{qwen_xml.OPEN}\n{qwen_xml.FUNCTION}"
+    listed = "areal_v is mapping or (areal_v is sequence and areal_v is not string)"
+    parameter = _add(
+        _text(qwen_xml.PARAMETER), "areal_k", _text(">\n"), f"(areal_v | tojson if {listed} else areal_v ~ '')",
+        _text(f"\n{qwen_xml.UNPARAMETER}\n"),
+    )  # fmt: skip
+    closing = f"{qwen_xml.UNFUNCTION}\n{qwen_xml.CLOSE}"
+    return _tags(_add(_at_first(opening, "\n" + opening), _NAME, _text(">\n")), parameter, closing)
+
+
+def _glm(form: glm.Glm) -> str:
+    line = "\n" if form.lines else ""
+    parameter = _add(
+        _text(glm.KEY), "areal_k", _text(glm.UNKEY + line + glm.VALUE),
+        "(areal_v if areal_v is string else areal_v | tojson)", _text(glm.UNVALUE + line),
+    )  # fmt: skip
+    return _tags(_add(_at_first(glm.OPEN, "\n" + glm.OPEN), _NAME, _text(line)), parameter, glm.CLOSE)
+
+
+def _deepseek(form: deepseek.DeepSeek) -> str:
+    plain = isinstance(form, deepseek.DeepSeekV31)
+    opening = deepseek.OPEN + ("" if plain else f"function{deepseek.SEP}")
+    before = deepseek.SEP if plain else f"\n{deepseek.FENCE}json\n"
+    after = ("" if plain else f"\n{deepseek.FENCE}") + deepseek.CLOSE
+    end = f"({_text(deepseek.END)} if loop.last else '')"
+    first = _at_first(deepseek.BEGIN + opening, form.between + opening)
+    return _RSTRIP + _add(first, _NAME, _text(before), "areal_args", _text(after), end)
+
+
+def _pythonic() -> str:
+    opened = f"({_text(llama_json.START)} if areal_ns.joined else '')"
+    closed = f"({_text(llama_json.END)} if areal_ns.joined else '')"
+    first = f"({opened} ~ '[' if loop.first else ', ')"
+    last = f"(']' ~ {closed} if loop.last else '')"
+    return _RSTRIP + _OBJECT + _SPEAKS + _add(first, f"areal_written({_NAME}, areal_given)", last)
+
+
+def _tags(opening: str, parameter: str, closing: str) -> str:
+    """Return the piece of a format with a pair of tags for each parameter."""
+    loop = "    {%- for areal_k in areal_given -%}\n    {%- set areal_v = areal_given[areal_k] -%}\n"
+    return _OBJECT + opening + loop + parameter + "    {%- endfor -%}\n" + _add(_text(closing))
+
+
+def _add(*parts: str) -> str:
+    return f"    {{%- set areal_ns.text = areal_ns.text ~ {' ~ '.join(parts)} -%}}\n"
+
+
+def _at_first(first: str, later: str) -> str:
+    return f"({_text(first)} if loop.first else {_text(later)})"
+
+
+def _json_call(key: str) -> str:
+    parts = [_text('{"name": '), _QUOTED, _text(f', "{key}": '), "areal_args", _text("}")]
+    return " ~ ".join(parts)
+
+
+def _text(text: str) -> str:
+    """Write a Jinja string."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

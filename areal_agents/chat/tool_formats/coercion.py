@@ -61,7 +61,8 @@ def _as(text: str, schema: Mapping[str, Any]) -> tuple[bool, Any]:
     if kinds is None and allowed:
         value = _plain(bare)
         return any(type(value) is type(a) and value == a for a in allowed), value
-    readers = [_READERS[k] for k in ([kinds] if isinstance(kinds, str) else kinds or ()) if k in _READERS]
+    named = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list | tuple) else []
+    readers = [_READERS[k] for k in named if isinstance(k, str) and k in _READERS]
     for read in readers:
         fits, value = read(bare)
         if fits and (not allowed or value in allowed):
@@ -135,7 +136,8 @@ def _alternatives(schema: Any, root: Mapping[str, Any], depth: int) -> Iterator[
             target = target.get(part) if isinstance(target, Mapping) else None
         yield from _alternatives(target, root, depth + 1)
     for key in ("anyOf", "oneOf", "allOf"):
-        for one in schema.get(key) or ():
+        several = schema.get(key)
+        for one in several if isinstance(several, list | tuple) else ():
             yield from _alternatives(one, root, depth + 1)
     if any(k in schema for k in ("type", "enum", "const")):
         yield schema

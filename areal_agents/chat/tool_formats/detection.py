@@ -15,7 +15,6 @@ from typing import Any
 
 from areal_agents.chat.tool_formats import AUTO, DEFAULT, FORMATS, Schemas, ToolFormat, named_format
 from areal_agents.chat.tool_formats.base import Call, Source, visible_start
-from areal_agents.chat.tool_formats.harmony import REFUSAL, is_harmony
 from areal_agents.errors import TemplateError
 
 Render = Callable[[Sequence[Mapping[str, Any]]], str]
@@ -46,17 +45,12 @@ def written_format(render: Render, before: Sequence[Mapping[str, Any]], opening:
         before: messages that an assistant message may follow.
         opening: the rendering of them, up to the assistant's content.
         tail: the token that ends the assistant's turn.
-
-    Raises:
-        TemplateError: the template writes harmony.
     """
     base = render(before)
     head = opening[_common(base, opening) :]
     one = next(_renderings(render, before, [_FIRST]), None)
     if one is None:
         return _markup_alone(render, before, base, head, tail)
-    if is_harmony(one):
-        raise TemplateError(REFUSAL)
     body = _body(one, base, head, tail)
     two = next(_renderings(render, before, [_FIRST, _SECOND]), None)
     fitting = [style for style in _styles() if _reads(style, body, [_FIRST])]

@@ -14,6 +14,6 @@ REFUSAL = (
 )
 
 
-def is_harmony(rendered: str) -> bool:
-    """Say whether a template's rendering of an assistant message is harmony."""
-    return all(mark in rendered for mark in MARKS)
+def is_harmony(template: str) -> bool:
+    """Say whether a template's source writes harmony."""
+    return all(mark in template for mark in MARKS)

@@ -26,6 +26,7 @@ from areal_agents.chat.tool_formats.json_calls import (
 
 TAG = "<|python_tag|>"
 START, END = "<|python_start|>", "<|python_end|>"  # Llama 4's
+EOM = "<|eom_id|>"  # ends a message with a call, where it is no end of the turn
 FOLLOWED = "text follows the call: write the call alone"
 _MEANT = re.compile(r"""\[?\s{0,64}\{\s{0,64}["'](?:name|type|function|parameters|arguments)["']\s{0,64}:""")
 _FENCED = re.compile(r"```[a-z_]{0,16}\s{0,64}")
@@ -129,7 +130,7 @@ def _skip(source: Source, pos: int) -> int:
     """Return the position after white space and tags."""
     while True:
         pos = source.blank(pos)
-        tag = next((t for t in (TAG, START, END) if source.at(t, pos)), None)
+        tag = next((t for t in (TAG, START, END, EOM) if source.at(t, pos)), None)
         if tag is None:
             return pos
         pos += len(tag)

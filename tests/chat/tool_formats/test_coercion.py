@@ -67,6 +67,10 @@ def one(text: str, schema: Any, **root: Any) -> Any:
         ("5", {"$ref": "#/$defs/Loop"}, "5"),
         ("5", {"$ref": "#/nowhere"}, "5"),
         ("5", {"type": "no such"}, "5"),
+        ("5", {"type": {"a": 1}}, "5"),
+        ("5", {"type": [["integer"]]}, "5"),
+        ("5", {"anyOf": 3}, "5"),
+        ("5", True, "5"),
         ("5", None, "5"),
     ],
 )

@@ -139,9 +139,11 @@ def test_other_templates_of_the_families(name: str) -> None:
 
 STRANGE = CALLS + "<invoke name='{{ c.function.name }}'>{{ c.function.arguments | tojson }}</invoke>" + ENDED
 HARMONY = (
-    CALLS
-    + "<|channel|>commentary to=functions.{{ c.function.name }}<|message|>{{ c.function.arguments | tojson }}<|call|>"
-    + ENDED
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% for c in m.tool_calls or [] %}<|start|>assistant "
+    "to=functions.{{ c.function.name }}<|channel|>commentary json<|message|>{{ c.function.arguments | tojson }}<|call|>"
+    "{% endfor %}{% if m.content %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 
 
@@ -170,7 +172,7 @@ def test_a_template_that_ignores_calls_takes_the_section() -> None:
 
 def test_harmony_is_refused_with_the_reason_and_the_remedy() -> None:
     with pytest.raises(TemplateError, match=r"gpt-oss's harmony, whose turn is several messages.*--url"):
-        ChatFormat(tiny(writing(HARMONY)))
+        ChatFormat(tiny(HARMONY))
 
 
 def test_unknown_names_are_refused() -> None:

@@ -153,6 +153,8 @@ CASES: list[tuple[str, str, Found]] = [
     ("llama_json", '{"name": "g", "parameters": {bad}}; {"name": "g", "parameters": {}}', [bad(), ok("g")]),
     ("llama_json", '{"parameters": {"s": "x"}}', [bad("missing_name")]),
     ("llama_json", "<|python_tag|>print(1)", [bad()]),
+    ("llama_json", '<|python_tag|>{"name": "g", "parameters": {}}<|eom_id|>', [ok("g")]),
+    ("llama_json", '{"name": "g", "parameters": {}}<|eom_id|>', [ok("g")]),
     ("llama_json", "<|python_tag|>", [bad("unclosed")]),
     ("llama_json", '{"name": "f", "parameters": {bad <think>{"name": "g", "parameters": {}}', [bad("unclosed")]),
     ("llama_json", '[1] then <|python_tag|>{"name": "g", "parameters": {}}', [ok("g")]),

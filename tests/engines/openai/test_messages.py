@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from areal_agents.chat.tool_formats import named_format
 from areal_agents.engines.openai.messages import read_reply, request_messages
 from areal_agents.errors import ConfigError
+from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Image, Message, Text, tool_result, user
 from tests.chat_server import call
 
@@ -127,3 +129,13 @@ def test_a_reply_comes_back_as_it_came(content: str, calls: list[tuple[str, Any]
         {"role": "tool", "content": text, "tool_call_id": e["id"], "name": e["function"]["name"]}
         for text, e in zip(results, entries, strict=False)
     ]
+
+
+def test_calls_left_in_the_text_are_read_in_the_named_format() -> None:
+    tool = ToolSpec("add", "", {"type": "object", "properties": {"a": {"type": "integer"}}})
+    text = "<tool_call>\n<function=add>\n<parameter=a>\n3\n</parameter>\n</function>\n</tool_call>"
+    body = {"choices": [{"message": {"content": text}}]}
+    (call,) = read_reply(body, form=named_format("qwen_xml"), tools=[tool]).message.tool_calls
+    assert (call.name, call.arguments, call.status, call.format) == ("add", {"a": 3}, "ok", "qwen_xml")
+    (call,) = read_reply(body).message.tool_calls
+    assert (call.status, call.format) == ("invalid_json", "hermes")
