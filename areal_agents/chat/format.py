@@ -33,7 +33,7 @@ from areal_agents.chat.tool_formats import AUTO
 from areal_agents.chat.tool_formats.base import ToolFormat
 from areal_agents.chat.tool_formats.detection import chosen_format, verify, written_format
 from areal_agents.chat.tool_formats.harmony import REFUSAL, is_harmony
-from areal_agents.chat.toolcalls import ToolLike, message_of, parse_text, rewrite, rewritten, schemas_of
+from areal_agents.chat.toolcalls import ToolLike, blocks_of, message_of, parse_text, rewrite, rewritten, schemas_of
 from areal_agents.errors import ModelError, TemplateError
 from areal_agents.types import AssistantMessage, Completion, Finish, Ids
 
@@ -283,7 +283,7 @@ class ChatFormat:
         ids = completion_ids[:-1] if completion_ids and completion_ids[-1] in self.stop_ids else completion_ids
         text = self._codec.decode(ids)
         opened = self.opens_thought(prompt)
-        blocks = self.tool_format.find_blocks(text, thinking=opened, tools=schemas_of(tools))
+        blocks = blocks_of(text, self.tool_format, schemas_of(tools), thinking=opened)
         spans = self._codec.token_spans(ids, [(b.start, b.end) for b in blocks]) if blocks else []
         message = message_of(text, finish, blocks, spans, self.tool_format)
         return replace(message, in_thought=True) if opened else message

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from areal_agents.chat.tool_formats import DEFAULT, Block, Schemas, ToolFormat
+from areal_agents.chat.tool_formats import DEFAULT, Block, Schemas, ToolFormat, tool_format
 from areal_agents.chat.tool_formats.hermes import Hermes
 from areal_agents.chat.tool_formats.json_calls import MAX_CALLS, Read, arguments_of, decode
 from areal_agents.errors import TemplateError
@@ -23,6 +23,7 @@ from areal_agents.types import AssistantMessage, Finish, Text, ToolCall
 __all__ = [
     "MAX_CALLS",
     "ToolLike",
+    "blocks_of",
     "find_blocks",
     "message_of",
     "parse_text",
@@ -37,6 +38,9 @@ __all__ = [
 _SAMPLE: tuple[str, Mapping[str, Any]] = ("f", {})
 _NOTATION = ("hermes", "api")
 """The formats whose calls stand in a text as Hermes blocks."""
+_MARKED = ("hermes", "qwen_xml", "mistral", "deepseek")
+"""Formats whose markup stands in no prose."""
+_FOREIGN = "the call is written in another format"
 M = TypeVar("M")
 
 
@@ -69,8 +73,30 @@ def parse_text(
         form: how its calls are written.
         tools: what it may call, where that is known.
     """
-    blocks = form.find_blocks(text, tools=schemas_of(tools))
+    blocks = blocks_of(text, form, schemas_of(tools))
     return message_of(text, finish, blocks, [None] * len(blocks), form)
+
+
+def blocks_of(text: str, form: ToolFormat, tools: Schemas, *, thinking: bool = False) -> list[Block]:
+    """Find the calls of ``text``.
+
+    A known tool's call in the markup of another family is meant as one. It is not run, and no final answer either.
+
+    Args:
+        text: what the model wrote.
+        form: how it was told to write calls.
+        tools: what it may call.
+        thinking: the prompt already opened ``<think>``.
+    """
+    if blocks := form.find_blocks(text, thinking=thinking, tools=tools):
+        return blocks
+    for other in map(tool_format, _MARKED) if tools else ():
+        found = [
+            b for b in other.find_blocks(text, thinking=thinking, tools=tools) if b.status == "ok" and b.name in tools
+        ]
+        if found:
+            return [Block.broken(b.start, b.end, "invalid_json", _FOREIGN) for b in found]
+    return []
 
 
 def message_of(

@@ -126,7 +126,8 @@ def _thinking(form: Any, options: ChatOptions) -> dict[str, Any]:
         for value in (True, False):
             variables = {**options.template_variables, name: value}
             try:
-                found[str(value).lower()] = _first_thought(ChatFormat(form.tokenizer, template_variables=variables))
+                other = ChatFormat(form.tokenizer, tool_format=options.tool_format, template_variables=variables)
+                found[str(value).lower()] = _first_thought(other)
             except TemplateError as error:
                 found[str(value).lower()] = f"refused: {error}"
         switches[name] = found

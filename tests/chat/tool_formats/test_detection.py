@@ -11,7 +11,7 @@ from areal_agents.chat.conversation import Conversation
 from areal_agents.chat.format import ChatFormat
 from areal_agents.chat.options import ChatOptions
 from areal_agents.chat.tool_formats import FORMATS
-from areal_agents.chat.toolcalls import write_block
+from areal_agents.chat.toolcalls import parse_text, write_block
 from areal_agents.errors import ConfigError, TemplateError
 from areal_agents.settings import loading
 from areal_agents.tool import ToolSpec
@@ -190,6 +190,25 @@ def test_the_setting_reaches_the_format(tmp_path: Path) -> None:
     assert ChatFormat.load(tmp_path).tool_format.name == "hermes"
     config = loading.load(None, overrides=["--model.tool_format", "glm"])
     assert config.model.chat.tool_format == "glm"
+
+
+@pytest.mark.parametrize("name", ["llama_json", "pythonic", "gemma", "mistral", "deepseek"])
+def test_a_call_in_another_familys_markup_is_no_answer(name: str) -> None:
+    form = ChatFormat(tiny(CHATML), tool_format=name)
+    said = "so " + write_block("noop", "{}")
+
+    def read(text: str, tools: Any = TOOLS) -> list[tuple[str, str]]:
+        ids = form.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [(c.status, c.raw) for c in form.parse(tuple(ids), "stop", (), tools).tool_calls]
+
+    assert read(said) == [("invalid_json", write_block("noop", "{}"))]
+    assert read(f"<think>{said}</think> 42") == []
+    assert read("so " + write_block("nobody", "{}")) == []
+    assert read(said, ()) == []
+    assert read("write <tool_call> and then JSON") == []
+    (call,) = parse_text(said, form=form.tool_format, tools=TOOLS).tool_calls
+    told = form.tool_format.explain(call.status, call.problem)
+    assert told == f"the call is written in another format. Write {form.tool_format.usage}"
 
 
 def test_an_expert_says_only_what_is_read_back() -> None:

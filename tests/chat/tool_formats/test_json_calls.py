@@ -120,6 +120,11 @@ def test_a_servers_call_with_another_key(key: str) -> None:
     assert (call.status, call.arguments, call.format) == ("ok", {"x": 1}, "api")
 
 
+def test_a_schema_without_properties_is_none_of_the_models_business() -> None:
+    for schema in ({}, {"properties": None}, {"type": "object"}):
+        assert call_of({"name": "f", "arguments": {"x": 1}}, {"f": schema}) == ("f", {"x": 1}, "ok", "")
+
+
 def test_arguments_of_names_the_key() -> None:
     assert arguments_of("f", 3, "input").problem == '"input" must be a JSON object'
 
