@@ -99,17 +99,15 @@ class EvalReport:
     unplayed: int = 0
     """Attempts that were asked for and not played, because the evaluation was interrupted."""
     endings: dict[str, int] = field(default_factory=dict)
-    """Attempts by stop reason."""
     finishes: dict[str, int] = field(default_factory=dict)
-    """Turns by how they ended: ``stop``, or early (``cut_turns``)."""
+    """Attempts by stop reason, and turns by how they ended: ``stop``, or early (``cut_turns``)."""
     cut_turns: int = 0
     unverifiable: int = 0
     verdict_timeouts: int = 0
     """Attempts with such a verdict. They count with its score."""
     sandbox_replays: int = 0
-    """Sandboxes that were lost and whose calls were run again."""
     withheld: int = 0
-    """Attempts with a reward that was not paid, because it was for a message that was cut."""
+    """Lost sandboxes whose calls were run again; attempts with a reward that a cut message earned and did not get."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
