@@ -150,8 +150,11 @@ def test_wrong_names_fail_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="areal/Arithmetic-v0"):
         asyncio.run(train(bad_env, console=False))
     bad_model = TrainConfig.model_validate(
-        {"out": tmp_path / "b", "env": {"id": "tests.letters_env:Letters"}, "model": {"path": str(tmp_path / "none")}}
-    )
+        {
+            "out": tmp_path / "b", "env": {"id": "tests.letters_env:Letters"}, "eval": {"n": 8},
+            "model": {"path": str(tmp_path / "none")},
+        }
+    )  # fmt: skip
     with pytest.raises(ModelError):
         asyncio.run(train(bad_model, console=False))
     assert not (tmp_path / "a").exists()  # the next attempt, with the right name, may use the same folder
