@@ -29,7 +29,11 @@ class ContextLengthError(EngineError):
 
 
 class RequestRefused(EngineError):
-    """The server will not answer this conversation (a filter, a field it does not know)."""
+    """The server will not answer this conversation (a field it does not know, say)."""
+
+
+class ContentFiltered(RequestRefused):
+    """The server's filter refused the conversation."""
 
 
 @dataclass(frozen=True, slots=True)

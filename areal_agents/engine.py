@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from areal_agents.errors import ConfigError
 from areal_agents.tool import ToolSpec
@@ -160,6 +160,22 @@ class Engine(Protocol):
 
     async def health(self) -> Health: ...
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """An engine that says how long a conversation may be."""
+
+    @property
+    def max_context(self) -> int:
+        """Longest prompt plus completion, in tokens. 0 where it is not known."""
+        ...
+
+
+def shortest_context(asked: int, engine: Engine) -> int:
+    """Return ``asked``, or less where ``engine`` takes no conversation of so many tokens."""
+    takes = engine.max_context if isinstance(engine, Bounded) else 0
+    return min(asked, takes) if takes else asked
 
 
 class ChatModel(Protocol):

@@ -3,15 +3,18 @@
     areset ─▶ (new messages, info)
     astep(assistant message) ─▶ (new messages, reward, terminated, truncated, info)
 
-``terminated`` says that the task ended. ``truncated`` says that turns, tokens or context ran out. The trainer awaits
-areset, astep, afinish and aclose. ``reset``, ``step`` and ``close`` are Gymnasium's synchronous facade over them.
+``terminated`` says that the task ended. ``truncated`` says that turns, tokens or context ran out, or that the last
+message was cut, which is no answer (``scores_cut_messages``). The trainer awaits areset, astep, afinish and aclose.
+``reset``, ``step`` and ``close`` are Gymnasium's synchronous facade over them.
 
 Keys of ``info``:
 
     stop_reason     why the episode ended
+    verdict_status  of the reward; ``unverifiable`` and ``timeout`` are counted
+    sandbox_replays sandboxes lost so far, whose calls were run again
     components      of the reward
     tool_results    how the turn's calls ended
-    state_key       equal keys mark equal states
+    state_key       of the state that is shown now, from areset too; equal keys mark equal states
     turn_rewards    with the end of the episode only: one number a turn, in place of the rewards given before
 
 An environment is deterministic, its info included, so no clock readings belong there.
@@ -24,10 +27,11 @@ from typing import Any, ClassVar, SupportsFloat, overload
 
 import gymnasium
 
-from areal_agents.errors import EnvError
+from areal_agents.errors import ArealError, EnvError
 from areal_agents.spaces import ChatSpace, TextSpace
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Info, Observation, StopReason, Task
+from areal_agents.utils.short_text import described, short
 from areal_agents.utils.sync import run_sync
 
 Expert = Generator[str, Observation, None]
@@ -45,6 +49,16 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     chance: ClassVar[float] = 0.0
     """The mean reward that a policy without any skill may reach. The reward audit allows 0.05 more."""
+    scores_cut_messages: ClassVar[bool] = False
+    """Whether a final message that ended early (``finish`` is not ``stop``) is an answer.
+
+    By default it is none: the episode is truncated, and nothing is paid for the message. With True the environment's
+    reward stands, and the episode counts as truncated all the same.
+    """
+    step_seconds: float = 0.0
+    """Seconds that a step may take by its nature, besides its tool calls (a compilation, a slow judge).
+
+    The runner ends a step after ``env.step_timeout``, these seconds, and what the message's tool calls may take."""
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
 
     task: Task
@@ -140,7 +154,7 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
         if isinstance(action, str):
             from areal_agents.chat.toolcalls import parse_text  # late: only this facade needs it
 
-            action = parse_text(action)
+            action = parse_text(action, tools=self.tools)
         return run_sync(self.astep(action))
 
     def close(self) -> None:
@@ -170,4 +184,12 @@ class LazyTasks(Sequence[Task]):
         position = index + self._length if index < 0 else index
         if not 0 <= position < self._length:
             raise IndexError(f"task {index} of {self._length}")
-        return self._make(position)
+        try:
+            task = self._make(position)
+        except ArealError:
+            raise
+        except Exception as error:  # the author's own code
+            raise EnvError(f"task {position} of {self._length} could not be made: {described(error)}") from error
+        if not isinstance(task, Task):
+            raise EnvError(f"task {position} of {self._length} is {short(task)}, which is no Task: use Task.make")
+        return task

@@ -6,6 +6,7 @@
     ├── ModelError                   a model folder, hub id or embedded model cannot be loaded
     ├── TemplateError                a chat template breaks the token rules (T1-T4)
     ├── RewardError                  a reward returned something that is not a finite number
+    ├── TaskError                    a task cannot be played or scored, whoever plays it: it is left out
     ├── CheckError                   `areal-agents check` found a violation
     ├── CheckpointError              a checkpoint cannot be written, or not be understood
     ├── Interrupted                  stopped by a signal, with everything saved
@@ -22,6 +23,8 @@ A *policy* error (malformed call, failing code) is no exception: it is an observ
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 
 class ArealError(Exception):
@@ -49,6 +52,15 @@ class TemplateError(ArealError):
 
 class RewardError(ArealError):
     """A reward returned NaN, an infinity or something that is not a number."""
+
+
+class TaskError(ArealError):
+    """A task cannot be played or scored, and another attempt would find the same.
+
+    Its first prompt is longer than the context, for example, or its gold answer does not parse. The task is left out
+    and named, and costs no retry and no failure budget. An environment raises it where it is sure. Whether another
+    error is the task's shows when all attempts at it fail in the same words (``rollout/task_faults.py``).
+    """
 
 
 class CheckError(ArealError):
@@ -126,6 +138,10 @@ class SandboxError(InfraError):
 
 class EnvError(InfraError):
     """The environment raised, hung or broke its contract."""
+
+    blame: Literal["environment", "outside", "hang"] = "environment"
+    """Where it came from: the environment's code, or its reset, which has only the task to do; something outside that
+    it talks to (a refused connection); or a step that did not return in time, which may be anybody's."""
 
 
 class WorkerLost(InfraError):

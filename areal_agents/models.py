@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import fcntl
 import hashlib
 import importlib.util
 import io
@@ -358,6 +357,10 @@ def _locked(path: Path, progress: bool) -> Iterator[None]:
 
     The lock goes with its process, so a killed one leaves none behind.
     """
+    try:
+        import fcntl
+    except ImportError as error:  # no POSIX
+        raise ModelError(f"an embedded model is made under a file lock, which {sys.platform} lacks") from error
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

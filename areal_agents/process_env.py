@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import json
-import math
 import os
 import signal
 import sys
@@ -25,12 +25,15 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any, ClassVar
 
 import gymnasium
+import numpy as np
 
 from areal_agents.env import AgentEnv, LazyTasks
 from areal_agents.errors import EnvError
-from areal_agents.toolenv import without_reasoning
 from areal_agents.types import AssistantMessage, Info, Observation, Task, system, user
+from areal_agents.utils.faults import from_outside
 from areal_agents.utils.parent import end_with_parent
+from areal_agents.utils.real_number import finite
+from areal_agents.utils.short_text import described, short
 
 _MAX_LINE_BYTES = 16 << 20
 _STDERR_TAIL_BYTES = 2000
@@ -62,8 +65,9 @@ class TextProcessEnv(AgentEnv):
         super().__init__()
         if not getattr(type(self), "entry_point", ""):
             raise EnvError(f'{type(self).__name__} has no `entry_point`: set it to "module:Class" or a Gymnasium id')
-        self._step_timeout = step_timeout
+        self._step_timeout = self.step_seconds = step_timeout
         self._start_timeout = start_timeout
+        self._kwargs: Mapping[str, Any] = self.env_kwargs
         self._child: asyncio.subprocess.Process | None = None
         self._group: asyncio.Task[None] | None = None
         self._stderr: IO[bytes] | None = None
@@ -82,7 +86,7 @@ class TextProcessEnv(AgentEnv):
 
         By default that is its text after the reasoning.
         """
-        return without_reasoning(action.text)
+        return action.spoken
 
     async def areset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
@@ -92,20 +96,17 @@ class TextProcessEnv(AgentEnv):
             await self._start()
         reply = await self._ask({"reset": task.payload["seed"]}, self._step_timeout)
         opening = (system(self.system_prompt),) if self.system_prompt else ()
-        return (*opening, user(_observation(reply))), {}
+        return (*opening, user(reply["observation"])), {}
 
     async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
         if self._child is None:
             raise EnvError(f"{type(self).__name__}: no episode is running; call reset first")
         reply = await self._ask({"step": self.action_text(action)}, self._step_timeout)
-        reward = reply["reward"]
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise EnvError(f"{self.entry_point} returned the reward {reward!r}, which is no finite number")
-        terminated, truncated = bool(reply["terminated"]), bool(reply["truncated"])
+        reward, terminated, truncated = reply["reward"], reply["terminated"], reply["truncated"]
         info: Info = {}
         if terminated or truncated:
             info["stop_reason"] = "answer" if terminated else "max_turns"
-        return (user(_observation(reply)),), float(reward), terminated, truncated, info
+        return (user(reply["observation"]),), reward, terminated, truncated, info
 
     async def aclose(self) -> None:
         child, self._child = self._child, None
@@ -116,15 +117,19 @@ class TextProcessEnv(AgentEnv):
                     os.killpg(child.pid, signal.SIGKILL)  # the session that it leads, its own children included
             if child.stdin is not None:
                 child.stdin.close()
-            if self._group is not None:
-                await self._group
+        if self._group is not None:  # also where another call has begun to close it
+            await asyncio.wait({self._group})
         if stderr is not None:
             stderr.close()
 
     async def _start(self) -> None:
+        if not hasattr(os, "killpg"):
+            raise EnvError(
+                f"{type(self).__name__} plays in a process group, which {sys.platform} lacks: use Linux or macOS"
+            )
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed by aclose
         self._child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "areal_agents.process_env", self.entry_point, json.dumps(dict(self.env_kwargs)),
+            sys.executable, "-m", "areal_agents.process_env", self.entry_point, json.dumps(dict(self._kwargs)),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=self._stderr,
             start_new_session=True, limit=_MAX_LINE_BYTES,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
@@ -152,11 +157,15 @@ class TextProcessEnv(AgentEnv):
                 raise EnvError(f"the process of {self.entry_point} ended{await self._last_words()}")
             reply: dict[str, Any] = json.loads(line)
             if "error" in reply:
-                raise EnvError(f"{self.entry_point} failed: {reply['error']}")
+                failed = EnvError(f"{self.entry_point} failed: {reply['error']}")
+                failed.blame = "outside" if reply["outside"] else "environment"
+                raise failed
             answered = True
             return reply
         except TimeoutError as error:
-            raise EnvError(f"{self.entry_point} did not answer within {timeout:g} s and was killed") from error
+            hung = EnvError(f"{self.entry_point} did not answer within {timeout:g} s and was killed")
+            hung.blame = "hang"
+            raise hung from error
         except (ConnectionError, ValueError) as error:  # ValueError: no JSON, or a line over the limit
             raise EnvError(f"{self.entry_point} broke off: {error!r}{await self._last_words()}") from error
         finally:
@@ -175,6 +184,24 @@ class TextProcessEnv(AgentEnv):
         return f" with status {child.returncode}" + (f": {tail}" if tail else "")
 
 
+@functools.cache
+def wrapped(entry_point: str) -> type[TextProcessEnv]:
+    """Return the ``TextProcessEnv`` of a plain ``gymnasium.Env`` over text, with the arguments of that class."""
+    entry = entry_point
+
+    class Plain(TextProcessEnv):
+        """A plain ``gymnasium.Env``, as its own code has it."""
+
+        entry_point = entry
+
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__()
+            self._kwargs = kwargs
+
+    Plain.__name__ = Plain.__qualname__ = entry_point.partition(":")[2]
+    return Plain
+
+
 async def _end_group(child: asyncio.subprocess.Process) -> None:
     """Wait for the child's end, and end what it leaves behind.
 
@@ -185,14 +212,12 @@ async def _end_group(child: asyncio.subprocess.Process) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _observation(reply: Mapping[str, Any]) -> str:
-    text = reply["observation"]
-    if not isinstance(text, str):
-        raise EnvError(f"a TextProcessEnv's observations must be strings, got {text!r:.200}")
-    return text
-
-
 # The child
+
+_RETURNS = {
+    "reset": ("observation", "info"),
+    "step": ("observation", "reward", "terminated", "truncated", "info"),
+}
 
 
 def _make(entry_point: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
@@ -206,7 +231,7 @@ def _make(entry_point: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any
 
 def _serve(entry_point: str, kwargs: Mapping[str, Any], requests: IO[bytes], replies: IO[bytes]) -> None:
     def answer(reply: Mapping[str, Any]) -> None:
-        replies.write(json.dumps(reply, default=_plain).encode() + b"\n")
+        replies.write(json.dumps(reply).encode() + b"\n")
         replies.flush()
 
     try:
@@ -215,20 +240,38 @@ def _serve(entry_point: str, kwargs: Mapping[str, Any], requests: IO[bytes], rep
         for line in requests:
             request = json.loads(line)
             if "reset" in request:
-                answer({"observation": env.reset(seed=request["reset"])[0]})
+                answer(_checked("reset", env.reset(seed=request["reset"])))
             else:
-                observation, reward, terminated, truncated, _ = env.step(request["step"])
-                answer({"observation": observation, "reward": reward, "terminated": terminated, "truncated": truncated})
+                answer(_checked("step", env.step(request["step"])))
     except Exception as error:  # noqa: BLE001  the boundary: reported to the parent, which ends this process
-        answer({"error": repr(error)})
+        answer({"error": described(error), "outside": from_outside(error)})
 
 
-def _plain(value: Any) -> Any:
-    """Return NumPy's numbers and booleans as Python's own, for JSON.
+def _checked(call: str, returned: object) -> dict[str, Any]:
+    """Return what ``reset`` or ``step`` returned as plain values by name.
 
-    Anything else becomes its repr, which the parent's checks refuse.
+    Raises TypeError where it is not what Gymnasium's contract says, and for a reward that is no finite number.
     """
-    return value.item() if hasattr(value, "item") else repr(value)
+    names = _RETURNS[call]
+    if not isinstance(returned, tuple) or len(returned) != len(names):
+        raise TypeError(f"{call} returned {short(returned)}, not ({', '.join(names)})")
+    got = dict(zip(names, returned, strict=True))
+    if not isinstance(got["observation"], str):
+        raise TypeError(f"{call} returned the observation {short(got['observation'])}, which is not a text")
+    if not isinstance(got.pop("info"), Mapping):
+        raise TypeError(f"{call} returned info {short(returned[-1])}, which is not a dict")
+    plain: dict[str, Any] = {"observation": str(got["observation"])}
+    for flag in ("terminated", "truncated"):
+        if flag in got:
+            if not isinstance(got[flag], bool | np.bool_):
+                raise TypeError(f"{call} returned {flag} = {short(got[flag])}, which is not a bool")
+            plain[flag] = bool(got[flag])
+    if "reward" in got:
+        try:
+            plain["reward"] = finite(got["reward"])
+        except ValueError as wrong:
+            raise TypeError(f"{call} returned the reward {short(got['reward'])}, which is {wrong}") from wrong
+    return plain
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ A package that fails to import is kept in ``load_errors`` and warned about when 
 from __future__ import annotations
 
 import difflib
-import importlib
 import importlib.metadata
+import inspect
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from areal_agents.errors import ConfigError, RegistryError
+from areal_agents.errors import ArealError, ConfigError, RegistryError
+from areal_agents.utils.exits import no_exit
+from areal_agents.utils.foreign import contained, import_foreign
+from areal_agents.utils.short_text import described, short
 
 if TYPE_CHECKING:
     from areal_agents.env import AgentEnv, Expert
@@ -62,23 +65,29 @@ class EnvSpec:
     def env_class(self) -> type[AgentEnv]:
         """Import the class.
 
-        Raises RegistryError with the reason where that fails.
+        A plain ``gymnasium.Env`` over text is wrapped in a ``TextProcessEnv``. Raises RegistryError with the reason
+        where that fails.
         """
         from areal_agents.env import AgentEnv
 
         module_name, _, class_name = self.entry_point.partition(":")
         try:
-            found = getattr(importlib.import_module(module_name), class_name, None)
+            found = getattr(import_foreign(module_name), class_name, None)
         except Exception as error:
             raise RegistryError(f"{self.id}: importing {module_name!r} failed: {error!r}") from error
         if found is None:
             raise RegistryError(f"{self.id}: module {module_name!r} has no class {class_name!r}")
-        if not (isinstance(found, type) and issubclass(found, AgentEnv)):
-            raise RegistryError(
-                f"{self.id}: {self.entry_point!r} is no AgentEnv; wrap a plain gymnasium.Env over text in "
-                "areal_agents.TextProcessEnv"
-            )
-        return found
+        if isinstance(found, type) and issubclass(found, AgentEnv):
+            return found
+        import gymnasium
+
+        if isinstance(found, type) and issubclass(found, gymnasium.Env) and found is not gymnasium.Env:
+            # By name: a room above this one, and nobody else needs it.
+            wrapped: type[AgentEnv] = importlib.import_module("areal_agents.process_env").wrapped(self.entry_point)
+            return wrapped
+        raise RegistryError(
+            f"{self.id}: {self.entry_point!r} is no AgentEnv, and no gymnasium.Env over text either: name such a class"
+        )
 
     def make(self, **kwargs: Any) -> AgentEnv:
         """Make a new instance.
@@ -88,7 +97,8 @@ class EnvSpec:
         cls = self.env_class()
         merged = {**self.kwargs, **kwargs}
         try:
-            return cls(**merged)
+            with contained():
+                return cls(**merged)
         except TypeError as error:
             raise RegistryError(f"{self.id}: {cls.__name__}({', '.join(sorted(merged))}) failed: {error}") from error
 
@@ -99,8 +109,8 @@ class EnvSpec:
     def tasks(self, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
         """Return the tasks of one split.
 
-        Raises RegistryError for a split that the environment does not have, and ConfigError for a difficulty outside
-        [0, 1].
+        Raises RegistryError for a split that the environment does not have, and for tasks that cannot be used. Raises
+        ConfigError for a difficulty outside [0, 1].
         """
         if split not in self.splits:
             raise RegistryError(
@@ -108,7 +118,18 @@ class EnvSpec:
             )
         if difficulty is not None and not 0.0 <= difficulty <= 1.0:
             raise ConfigError(f"difficulty {difficulty} of {self.id} must lie in [0, 1]")
-        return self.env_class().tasks(split, difficulty=difficulty)
+        return tasks_of(self.env_class(), self.id, split, difficulty)
+
+    def require_arguments(self, given: Mapping[str, Any]) -> None:
+        """Raise RegistryError where the class does not take the arguments ``given``, over the registered ones."""
+        cls = self.env_class()
+        signature, merged = inspect.signature(cls), {**self.kwargs, **given}
+        if "sandbox" in signature.parameters:  # a run gives it where nobody else does
+            merged.setdefault("sandbox", None)
+        try:
+            signature.bind(**merged)
+        except TypeError as error:
+            raise RegistryError(f"{self.id}: {cls.__name__} does not take env.kwargs as they are: {error}") from error
 
     def expert(self, task: Task) -> Expert | None:
         """Return a fresh scripted demonstration of ``task``, or None."""
@@ -125,6 +146,51 @@ class EnvSpec:
         cls = self.env_class()
         gold, expert = (getattr(cls, n).__func__ is not getattr(AgentEnv, n).__func__ for n in ("gold", "expert"))
         return Audit(cls.chance, gold, expert)
+
+
+def tasks_of(cls: type[AgentEnv], id: str, split: str, difficulty: float | None) -> Sequence[Task]:
+    """Ask ``cls`` for the tasks of ``split``.
+
+    Raises RegistryError, with the class and what is wrong, where it gives anything but a sequence of distinct tasks.
+    The items of a list are looked at here, those of another sequence where they are used.
+    """
+    where = f"{id}: {cls.__name__}.tasks({split!r})"
+    try:
+        inspect.signature(cls.tasks).bind(split, difficulty=difficulty)
+    except TypeError as error:
+        raise RegistryError(
+            f"{where} cannot be asked: {error}; write `def tasks(cls, split, *, difficulty=None)` under @classmethod"
+        ) from error
+    try:
+        with no_exit():
+            found = cls.tasks(split, difficulty=difficulty)
+    except ArealError:
+        raise
+    except Exception as error:  # the author's own code
+        raise RegistryError(f"{where} raised {described(error)}") from error
+    if isinstance(found, str | bytes | Mapping) or not all(hasattr(found, n) for n in ("__len__", "__getitem__")):
+        if inspect.iscoroutine(found):
+            found.close()  # never awaited, which Python would warn of
+        raise RegistryError(f"{where} returned a {type(found).__name__}: return a list of Task, or LazyTasks")
+    if isinstance(found, list | tuple):
+        require_distinct(found, where)
+    return found
+
+
+def require_distinct(tasks: Iterable[object], where: str) -> None:
+    """Raise RegistryError where something in ``tasks`` is no Task, or two have one id, by which results are counted.
+
+    ``where`` begins the message.
+    """
+    from areal_agents.types import Task
+
+    seen: set[str] = set()
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise RegistryError(f"{where} holds {short(task)}, which is no Task: use Task.make")
+        if task.id in seen:
+            raise RegistryError(f"{where} has two tasks with the id {task.id!r}: give each task an id of its own")
+        seen.add(task.id)
 
 
 _specs: dict[str, EnvSpec] = {}
@@ -240,7 +306,8 @@ def _load(namespace: str, *, warn: bool) -> None:
 def _load_entry_point(entry: importlib.metadata.EntryPoint) -> None:
     distribution = entry.dist.name if entry.dist is not None else "unknown distribution"
     try:
-        entry.load()
+        with contained():
+            entry.load()
     except Exception as error:  # noqa: BLE001  a boundary: a broken package must not break the others
         _load_errors[f"{entry.name} = {entry.value} ({distribution})"] = error
 

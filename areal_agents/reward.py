@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import inspect
 import math
-import numbers
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-from areal_agents.errors import RewardError
+from areal_agents.errors import RewardError, TaskError
 from areal_agents.types import AssistantMessage, Message, StopReason, Task
+from areal_agents.utils.real_number import finite
+from areal_agents.utils.short_text import cut, short
 
 if TYPE_CHECKING:
     import sympy  # type: ignore[import-untyped]
@@ -84,6 +85,11 @@ async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verd
     if not isinstance(value, Verdict):
         score = _finite(value, label, episode)
         return Verdict(score, {label: score})
+    if value.status not in _WORST_FIRST:
+        raise RewardError(
+            f"reward {label!r} returned the status {short(value.status)} on task {episode.task.id!r}: use "
+            f"{', '.join(_WORST_FIRST)}"
+        )
     turns = value.turn_rewards
     if turns is not None and len(turns) != episode.turns:
         raise RewardError(
@@ -171,12 +177,13 @@ Rubric: TypeAlias = WeightedSum | Gate
 
 
 def _finite(value: object, name: str, episode: Episode) -> float:
-    if isinstance(value, numbers.Real) and math.isfinite(value):
-        return float(value)
-    raise RewardError(
-        f"reward {name!r} returned {value!r:.200} on task {episode.task.id!r}: a reward is a finite number; "
-        "raise an InfraError for a verifier that failed, or return Verdict(status='unverifiable')"
-    )
+    try:
+        return finite(value)
+    except ValueError as wrong:
+        raise RewardError(
+            f"reward {name!r} returned {short(value)} on task {episode.task.id!r}: a reward is a finite number, this "
+            f"is {wrong}; raise an InfraError for a verifier that failed, or return Verdict(status='unverifiable')"
+        ) from wrong
 
 
 def boxed_all(text: str) -> tuple[str, ...]:
@@ -252,10 +259,12 @@ def boxed_number(key: str = "answer") -> Callable[[Episode], float]:
     """
 
     def correct(episode: Episode) -> float:
-        gold = number(str(episode.task.payload[key]))
+        payload, who = episode.task.payload, f"task {cut(episode.task.id, 120)!r}"
+        if key not in payload:
+            raise TaskError(f"{who}: its payload has no {key!r}")
+        gold = number(str(payload[key]))
         if gold is None:
-            value = episode.task.payload[key]
-            raise RewardError(f"task {episode.task.id!r}: payload[{key!r}] = {value!r:.200} is no number")
+            raise TaskError(f"{who}: payload[{key!r}] = {short(payload[key])} is no number")
         said = sole_boxed(episode.answer or "")
         return float(said is not None and number(said) == gold)
 

@@ -8,11 +8,15 @@ failed. Implementations live in ``areal_agents.sandboxes``.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Literal, Protocol
+
+from areal_agents.errors import SandboxUnavailable
 
 ExecStatus = Literal["ok", "error", "timeout", "oom", "output_limit"]
 
@@ -125,6 +129,16 @@ class SandboxBackend(Protocol):
     async def aclose(self) -> None:
         """Free pools and helper processes, and end sessions that are still open."""
         ...
+
+
+def require_linux(backend: str) -> None:
+    """Raise SandboxUnavailable on a system without what ``backend`` is made of."""
+    if sys.platform != "linux" or not (hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")):
+        raise SandboxUnavailable(
+            backend,
+            f"it needs Linux (memfd_create, pidfd_open and /proc), and the platform is {sys.platform}",
+            "Use a Linux host, or an environment whose tools need no sandbox.",
+        )
 
 
 def backends() -> ModuleType:

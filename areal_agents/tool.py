@@ -19,11 +19,11 @@ import typing
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from areal_agents.errors import EnvError, InfraError, RewardError, SandboxUnavailable
+from areal_agents.errors import EnvError, InfraError, RewardError, SandboxUnavailable, TaskError
 from areal_agents.sandbox import Sandbox
 
 ToolFunction = Callable[..., Awaitable[object]]
@@ -131,11 +131,17 @@ class ToolSpec:
             return ToolResult(f"the call ran longer than {self.timeout:g} s and was stopped", "timeout")
         except ToolError as error:
             return self._cut(ToolResult(str(error) or "the tool reported an error", "error"))
-        except (InfraError, SandboxUnavailable, RewardError):
+        except (InfraError, SandboxUnavailable, RewardError, TaskError):
             raise
         except Exception as error:
             raise EnvError(f"tool {self.name!r} raised {error!r} on {_short(arguments)}") from error
-        return self._cut(value if isinstance(value, ToolResult) else ToolResult(_text(value)))
+        if not isinstance(value, ToolResult):
+            return self._cut(ToolResult(_text(value)))
+        if not isinstance(value.text, str) or value.status not in get_args(ToolStatus):
+            raise EnvError(
+                f"tool {self.name!r} returned {_short(value)}: its text must be a text, its status a ToolStatus"
+            )
+        return self._cut(value)
 
     async def __call__(self, *args: Any, **kwargs: Any) -> object:
         """Call the undecorated function, so that tools can call each other."""

@@ -11,17 +11,20 @@ the harmless command fails too, the SandboxError passes to the runner.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from areal_agents.chat.tool_formats import tool_format
 from areal_agents.errors import EnvError, SandboxError
 from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec, backends
 from areal_agents.tool import ToolResult, ToolSpec
 from areal_agents.types import ToolCall
+from areal_agents.utils.short_text import cut
 from areal_agents.utils.sync import on_exit
 
+_UNREADABLE = ("unclosed", "missing_name", "invalid_json")
 _CANARY = ("/bin/true",)
 _CANARY_TIMEOUT_S = 30.0
 
@@ -82,31 +85,22 @@ class Dispatcher:
         """
         checked = [self.check(call) for call in calls]
         results: list[ToolResult] = []
-        while len(results) < len(checked):
-            rest = checked[len(results) :]
-            together = 1
-            while together < len(rest) and _parallel(rest[0]) and _parallel(rest[together]):
-                together += 1
-            results += await self._run_batch(rest[:together])
+        for first, end in _batches([_parallel(entry) for entry in checked]):
+            results += await self._run_batch(checked[first:end])
         return results
 
     def check(self, call: ToolCall) -> _Ready | ToolResult:
         """Make a call ready to run, or write the error text that tells the model what to write instead."""
-        usage = 'Write <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
-        if call.status == "unclosed":
-            return ToolResult(f"error: the call has no closing </tool_call>. {usage}", "malformed")
-        if call.status == "missing_name":
-            return ToolResult(f'error: the call has no "name". {usage}', "malformed")
-        if call.status == "invalid_json":
-            return ToolResult(f"error: the call is not valid JSON. {usage}", "malformed")
+        if call.status in _UNREADABLE:
+            text = tool_format(call.format).explain(call.status, call.problem)
+            return ToolResult(f"error: {text}", "malformed")
         spec = self._tools.get(call.name)
         if spec is None:
             known = ", ".join(self._tools) or "none"
             return ToolResult(f"error: no tool {call.name[:64]!r}; tools: {known}", "unknown_tool")
         if call.status == "invalid_arguments":
-            return ToolResult(
-                f'error: "arguments" must be a JSON object. Expected: {spec.signature()}', "invalid_arguments"
-            )
+            problem = call.problem or '"arguments" must be a JSON object'
+            return ToolResult(f"error: {problem}. Expected: {spec.signature()}", "invalid_arguments")
         arguments = spec.validate(call.arguments)
         if isinstance(arguments, str):
             return ToolResult(f"error: {arguments}", "invalid_arguments")
@@ -132,15 +126,23 @@ class Dispatcher:
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
             outcomes = [task.result() for task in tasks]
+        # What ended well comes first: it ran beside the calls that failed, and a fresh session needs its files as well.
+        self._note([(e, o) for e, o in zip(batch, outcomes, strict=True) if isinstance(o, ToolResult)])
         results = []
         for entry, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, SandboxError):
                 assert isinstance(entry, _Ready)
                 outcome = await self._replay(entry)
-            if isinstance(entry, _Ready) and entry.needs_sandbox and outcome.status != "sandbox_failed":
-                self._journal.append(entry)
+                self._note([(entry, outcome)])
             results.append(outcome)
         return results
+
+    def _note(self, ended: Sequence[tuple[_Ready | ToolResult, ToolResult]]) -> None:
+        """Remember calls that a fresh session must run again."""
+        self._journal += [
+            entry for entry, outcome in ended
+            if isinstance(entry, _Ready) and entry.needs_sandbox and outcome.status != "sandbox_failed"
+        ]  # fmt: skip
 
     async def _attempt(self, entry: _Ready | ToolResult) -> ToolResult | SandboxError:
         if isinstance(entry, ToolResult):
@@ -175,7 +177,13 @@ class Dispatcher:
         with suppress(SandboxError):  # it failed already
             await self._close_session()
         sandbox = await self._open_session()
-        await sandbox.exec(_CANARY, timeout=_CANARY_TIMEOUT_S)
+        canary = await sandbox.exec(_CANARY, timeout=_CANARY_TIMEOUT_S)
+        if canary.status != "ok":
+            said = canary.stderr.decode(errors="replace").strip()
+            raise SandboxError(
+                f"a fresh sandbox cannot run {_CANARY[0]}: {canary.status}, exit code {canary.exit_code}"
+                + (f", {cut(said, 200)}" if said else "")
+            )
         for earlier in self._journal:
             outcome = await self._attempt(earlier)
             if isinstance(outcome, SandboxError):
@@ -198,6 +206,30 @@ class Dispatcher:
         session, self._session, self._sandbox = self._session, None, None
         if session is not None:
             await session.__aexit__(None, None, None)
+
+
+def seconds_of(calls: Sequence[ToolCall], tools: Sequence[ToolSpec]) -> float:
+    """Return the most seconds that the calls of one message may take by their tools' own limits.
+
+    One after the other they add up. Of neighbours that run in parallel the slowest counts.
+    """
+    known = {spec.name: spec for spec in tools}
+    specs = [known.get(call.name) for call in calls]
+    total = 0.0
+    for first, end in _batches([spec is None or spec.parallel for spec in specs]):
+        total += max(0.0 if spec is None else spec.timeout for spec in specs[first:end])
+    return total
+
+
+def _batches(parallel: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """Yield the half-open ranges of calls that run together, in order."""
+    first = 0
+    while first < len(parallel):
+        end = first + 1
+        while parallel[first] and end < len(parallel) and parallel[end]:
+            end += 1
+        yield first, end
+        first = end
 
 
 def _parallel(entry: _Ready | ToolResult) -> bool:

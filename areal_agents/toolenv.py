@@ -1,6 +1,7 @@
 """Environments made of a system prompt, tools and a rubric, which most authors subclass.
 
     message without calls ─▶ the final answer ─▶ rubric ─▶ terminated
+    the same, but cut ─────▶ no answer ────────▶ rubric ─▶ truncated
     message with calls ────▶ check ─▶ run ─▶ one tool message a call ─▶ next turn
 
 A malformed call costs a turn and is answered with a text that says how to do it right. The sandbox session is opened
@@ -30,6 +31,8 @@ from areal_agents.types import (
     tool_result,
     user,
 )
+from areal_agents.types import without_reasoning as without_reasoning  # its place for authors who override `answer`
+from areal_agents.utils.short_text import short
 
 if TYPE_CHECKING:
     from areal_agents.engine import ChatModel
@@ -94,7 +97,7 @@ class ToolEnv(AgentEnv):
 
         By default that is its text after the reasoning.
         """
-        return without_reasoning(action.text)
+        return action.spoken
 
     # The contract
 
@@ -104,22 +107,29 @@ class ToolEnv(AgentEnv):
         await self._dispatcher.aclose()
         task = self.begin(seed, options)
         opening = (system(self.system_prompt),) if self.system_prompt else ()
-        observation = (*opening, user(self.prompt(task)))
+        observation = (*opening, user(self._text("prompt", self.prompt(task))))
         self._messages, self._results, self._running = list(observation), [], True
         return observation, {}
 
     async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
         """Take one turn, which scores a final message or runs the tools that the message calls.
 
+        A final message that was cut is no answer. It ends the episode as truncated, unless ``scores_cut_messages``.
+
         Raises:
-            EnvError: the episode has ended.
+            EnvError: the episode has ended, or a hook returned something else than it must.
             RewardError: the reward is broken.
+            TaskError: the task cannot be scored.
             SandboxError: see ``Dispatcher``.
         """
         self._require_running()
         self._messages.append(action)
-        if self.is_final(action):
-            reward, info = await self._score("answer", self.answer(action))
+        if self._is_final(action):
+            cut = action.cut({t.name for t in self.tools})
+            if cut and not self.scores_cut_messages:
+                reward, info = await self._score(cut, None)
+                return (), reward, False, True, info
+            reward, info = await self._score("answer", self._text("answer", self.answer(action)))
             return (), reward, True, False, info
         results = await self._dispatcher.run(action.tool_calls)
         self._results += results
@@ -145,6 +155,17 @@ class ToolEnv(AgentEnv):
         if not self._running:
             raise EnvError(f"{type(self).__name__}: no episode is running; call reset first")
 
+    def _text(self, hook: str, value: object) -> str:
+        if not isinstance(value, str):
+            raise EnvError(f"{type(self).__name__}.{hook} returned {short(value)}, which is not a text")
+        return value
+
+    def _is_final(self, action: AssistantMessage) -> bool:
+        final: object = self.is_final(action)
+        if not isinstance(final, bool):
+            raise EnvError(f"{type(self).__name__}.is_final returned {short(final)}, which is not a bool")
+        return final
+
     async def _score(self, reason: StopReason, answer: str | None) -> tuple[float, Info]:
         """End the episode and return the last turn's reward, with the info that explains it."""
         self._running = False
@@ -158,12 +179,6 @@ class ToolEnv(AgentEnv):
             return verdict.score, info
         info["turn_rewards"] = list(verdict.turn_rewards)
         return verdict.turn_rewards[-1], info
-
-
-def without_reasoning(text: str) -> str:
-    """Return ``text`` after its last ``</think>``, without what follows a ``<think>`` that is left open."""
-    rest = text.rpartition("</think>")[2]
-    return rest.partition("<think>")[0]
 
 
 def _records(calls: Sequence[ToolCall], results: Sequence[ToolResult]) -> list[dict[str, Any]]:

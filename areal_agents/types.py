@@ -9,18 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+import operator
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
-Finish = Literal["stop", "length"]
+Cut = Literal[
+    "length",  # a limit on tokens cut it
+    "content_filter",  # a server's filter cut or withheld it
+    "empty",  # a server sent neither text nor calls
+]
+"""Why a message ended early."""
+Finish = Literal["stop", Cut]
+"""How a message ended: by the model itself (``stop``), or early."""
 CallStatus = Literal["ok", "invalid_json", "unclosed", "missing_name", "unknown_tool", "invalid_arguments"]
 StopReason = Literal[
     "answer",  # the environment ended the task (answered, won, lost)
     "max_turns",  # the environment's or runner's limit on turns
     "context",  # the next prompt would not fit the model's context
     "tokens",  # the episode's token budget is spent
+    "length",  # the limit on one turn's tokens cut the last message
+    "content_filter",  # a server's filter cut or withheld the last message, or refused the conversation
+    "empty",  # a server's last message had neither text nor calls
     "time_budget",  # a time limit the environment itself declares
     "error",  # infrastructure failed; `Trajectory.error` says how
 ]
@@ -59,6 +71,10 @@ class ToolCall:
     status: CallStatus = "ok"
     token_span: tuple[int, int] | None = None
     """Half-open range of the block inside the completion's ids; None for text that was never tokens."""
+    format: str = "hermes"
+    """The name of the tool format that ``raw`` is written in (``chat/tool_formats``), which error texts name too."""
+    problem: str = ""
+    """What was wrong with it, in words for the model. Empty where ``status`` says enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +102,37 @@ class AssistantMessage:
     parts: tuple[Part, ...]
     tool_calls: tuple[ToolCall, ...] = ()
     finish: Finish = "stop"
+    in_thought: bool = False
+    """Whether the prompt had opened ``<think>``, so that the text begins inside a thought."""
+    reasoning: str = ""
+    """The thinking that a server returned beside the text. It is kept, and is never part of the answer."""
 
     @property
     def text(self) -> str:
         """The whole text as sampled, tool-call blocks included."""
         return "".join(p.text for p in self.parts if isinstance(p, Text))
+
+    @property
+    def spoken(self) -> str:
+        """The text after the reasoning, without a thought that is left open."""
+        return without_reasoning(self.text, in_thought=self.in_thought)
+
+    def cut(self, tools: Collection[str]) -> Cut | None:
+        """Return why the message ended early, or None where it did not or has a whole call of a tool.
+
+        ``tools`` are names. What such a call asks for is whole, whatever was cut after it.
+        """
+        whole = any(call.status == "ok" and call.name in tools for call in self.tool_calls)
+        return None if whole or self.finish == "stop" else self.finish
+
+
+def without_reasoning(text: str, *, in_thought: bool = False) -> str:
+    """Return ``text`` after its last ``</think>``, without what follows a ``<think>`` that is left open.
+
+    ``in_thought`` says that the text begins inside a thought.
+    """
+    _, closed, rest = text.rpartition("</think>")
+    return "" if in_thought and not closed else rest.partition("<think>")[0]
 
 
 Observation = tuple[Message, ...]
@@ -121,6 +163,26 @@ def content_hash(payload: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _plain(value: Any, place: str) -> Any:
+    """Return ``value`` with Python's own numbers for NumPy's, and with lists and dictionaries of its own.
+
+    Raises TypeError for what JSON lacks. ``place`` says where in the payload it stands.
+    """
+    if isinstance(value, Mapping):
+        return {key: _plain(inner, f"{place}[{key!r}]") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_plain(inner, f"{place}[{i}]") for i, inner in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"{place} is {value}")
+    if value is None or isinstance(value, str | int | float):
+        return value
+    hint = {"ndarray": ": use .tolist()", "set": ": use sorted(…)", "bytes": ": decode it"}
+    raise TypeError(f"{place} is a {type(value).__name__}{hint.get(type(value).__name__, '')}")
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """One thing to do.
@@ -145,9 +207,17 @@ class Task:
             payload: what the environment knows of it, the gold answer included; JSON values.
 
         Raises:
-            TypeError: for a payload that is not JSON.
+            TypeError: for a payload that is not JSON, with the task and the place. NumPy's numbers become Python's.
         """
-        return cls(id, split, seed, dict(payload), content_hash(payload))
+        if not isinstance(id, str) or not isinstance(split, str):
+            raise TypeError(f"task {id!r} of split {split!r}: id and split are texts")
+        if not isinstance(payload, Mapping):
+            raise TypeError(f"the payload of task {id!r} is a {type(payload).__name__}: it must be a dictionary")
+        try:
+            plain = _plain(payload, "payload")
+            return cls(id, split, operator.index(seed), plain, content_hash(plain))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"task {id!r} is not JSON: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +275,7 @@ class Turn:
     observation: Observation = ()
     """The messages that were new in this turn's prompt; kept for people and for rescoring."""
     state_key: str | None = None
-    """Equal keys mark equal environment states across a group (anchor states)."""
+    """Of the state that ``observation`` showed. Equal keys mark equal states across a group (anchor states)."""
     tool_results: tuple[ToolOutcome, ...] = ()
     """One a tool call of ``message``, in order; empty where none ran."""
 

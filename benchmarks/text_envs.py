@@ -59,6 +59,7 @@ else:
         """One question, one answer."""
 
         count = 4
+        scores_cut_messages = True
 
         @classmethod
         def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
@@ -79,6 +80,7 @@ else:
     class LongTail(AgentEnv):
         """A task of a fixed number of turns; between two turns the model waits for a tool of 100 to 500 ms."""
 
+        scores_cut_messages = True
         first_train_reset: float | None = None
         """``time.time()`` of the process's first training episode."""
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from typing import Final, cast
 from weakref import WeakKeyDictionary
 
-from areal_agents.errors import RegistryError
-from areal_agents.sandbox import SandboxBackend
+from areal_agents.errors import ArealError, RegistryError
+from areal_agents.sandbox import SandboxBackend, require_linux
 
 _BACKENDS: Final = {
     "bubblewrap": "areal_agents.sandboxes.bubblewrap:BubblewrapBackend",
@@ -38,7 +38,7 @@ def get(name: str) -> SandboxBackend:
     """Build a new backend.
 
     The caller closes it with ``aclose``. Raises RegistryError for a name that is unknown or cannot be imported, and for
-    an option that the backend does not take.
+    an option that the backend does not take, and SandboxUnavailable for one of ours on another system than Linux.
     """
     plain, _, query = name.partition("?")
     target = _BACKENDS.get(plain, plain)
@@ -47,11 +47,28 @@ def get(name: str) -> SandboxBackend:
         close = difflib.get_close_matches(plain, _BACKENDS, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise RegistryError(f"no sandbox backend {plain!r}. {hint}Known: {', '.join(names())}, or 'module:Class'.")
-    try:
+    if plain in _BACKENDS:
+        require_linux(plain)
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise RegistryError(f"sandbox backend {plain!r} cannot be loaded: {error}") from error
-    return cast(SandboxBackend, factory(**_options(plain, query, factory)))
+        return cast(SandboxBackend, factory(**_options(plain, query, factory)))
+    return _foreign(plain, query, module_name, attribute)
+
+
+def _foreign(name: str, query: str, module: str, attribute: str) -> SandboxBackend:
+    """Build somebody else's backend, whose module may raise anything or exit."""
+    from areal_agents.utils.foreign import contained, import_foreign  # late: our own backends need none of it
+
+    try:
+        factory = getattr(import_foreign(module), attribute)
+    except Exception as error:
+        raise RegistryError(f"sandbox backend {name!r} cannot be loaded: {error}") from error
+    try:
+        with contained():
+            return cast(SandboxBackend, factory(**_options(name, query, factory)))
+    except ArealError:
+        raise
+    except Exception as error:
+        raise RegistryError(f"sandbox backend {name!r} cannot be made: {type(error).__name__}: {error}") from error
 
 
 def _options(name: str, query: str, factory: Callable[..., object]) -> dict[str, str]:

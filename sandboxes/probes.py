@@ -211,6 +211,8 @@ async def run(
         argv = ["python3", "-I", "-c", _LOOK, str(port), abstract]
         result = await sandbox.exec(argv, timeout=_TIMEOUT)
     try:
+        if result.status != "ok":
+            raise ValueError(result.status)
         seen = {**json.loads(result.stdout), "host_uid": host_uid}
     except ValueError as error:
         detail = f"{result.status}: {result.stderr.decode('utf-8', 'replace')[-400:]}"
@@ -244,9 +246,12 @@ async def _memory(backend: str, sandbox: Sandbox, bound: MemoryBound) -> Probe:
     detail = ""
     for attempt in attempts:
         result = await sandbox.exec(["python3", "-I", "-c", *attempt], timeout=_TIMEOUT)
-        held = max((int(line) for line in result.stdout.split() if line.isdigit()), default=0)
+        counts = [int(line) for line in result.stdout.split() if line.isdigit()]
+        held = max(counts, default=0)
         detail = f"{bound.kind}: status {result.status}, {held >> 20} MB held at most of {SPEC.memory >> 20} MB allowed"
-        if result.status not in ("oom", "ok", "error") or held > SPEC.memory:
+        # Without a count and without ``oom`` the program did not even start, which proves nothing.
+        tried = result.status == "oom" or (bool(counts) and result.status in ("ok", "error"))
+        if not tried or held > SPEC.memory:
             remedy = (
                 "Run as root with a writable memory cgroup, or with a systemd user session that delegates the memory "
                 "controller (loginctl enable-linger), so that a limit on the whole session holds."

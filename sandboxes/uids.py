@@ -5,7 +5,6 @@ Two processes of a host never hold the same slot.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,8 @@ def acquire(locks: Path = LOCKS) -> Slot:
     Its uid is ``BASE`` + index. The lock ends with the process that holds it. Raises SandboxError when all slots are
     held, or the lock folder cannot be written.
     """
+    import fcntl  # not on every system
+
     try:
         locks.mkdir(mode=0o700, parents=True, exist_ok=True)
         for index in range(MAX_SLOTS):

@@ -29,7 +29,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from areal_agents.errors import SandboxError, SandboxUnavailable
-from areal_agents.sandbox import ExecResult, ExecStatus, Probe, ProbeReport, Process, Sandbox, SandboxSpec
+from areal_agents.sandbox import (
+    ExecResult,
+    ExecStatus,
+    Probe,
+    ProbeReport,
+    Process,
+    Sandbox,
+    SandboxSpec,
+)
 from areal_agents.sandboxes import interpreter, launch, pipes, probes, supervisor
 from areal_agents.sandboxes.interactive_process import LiveProcess
 from areal_agents.sandboxes.session import inside_work

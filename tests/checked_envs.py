@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from areal_agents.env import AgentEnv, Expert
-from areal_agents.types import AssistantMessage, Info, Message, Observation, StopReason, Task, user
+from areal_agents.types import AssistantMessage, Info, Message, Observation, StopReason, Task, system, user
 
 Stepped = tuple[Observation, float, bool, bool, Info]
 
@@ -314,6 +314,11 @@ class SkipsBegin(Good):
 class TwoUserMessages(Good):
     def opening(self, task: Task) -> Observation:
         return (user("Hello."), *super().opening(task))
+
+
+class SystemFirst(Good):
+    def opening(self, task: Task) -> Observation:
+        return (system("Be brief."), *super().opening(task))
 
 
 class ShowsOneTool(Good):

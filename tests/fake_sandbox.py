@@ -20,6 +20,8 @@ class ScriptedBackend:
         self.opened = 0
         self.closed = 0
         self.ran: list[tuple[int, str]] = []
+        self.fails: set[tuple[int, str]] = set()
+        """Session and code of what ends with an error status, as a program that cannot be started does."""
 
     async def probe(self) -> ProbeReport:
         return ProbeReport(self.name)
@@ -53,6 +55,8 @@ class ScriptedSandbox:
         printed = self._backend.script(self._number, code)
         if printed is None:
             raise SandboxError(f"session {self._number} died")
+        if (self._number, code) in self._backend.fails:
+            return ExecResult("error", 127, b"", b"no such program", 0.0)
         return ExecResult("ok", 0, printed.encode(), b"", 0.0)
 
     async def spawn(self, argv: Sequence[str]) -> Process:

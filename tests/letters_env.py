@@ -12,6 +12,8 @@ from areal_agents.types import AssistantMessage, Info, Observation, StopReason, 
 class Letters(AgentEnv):
     """Each turn pays the share of lower-case letters in what was said; two turns, so rewards differ by turn."""
 
+    scores_cut_messages = True  # every text is worth its letters, and a random model seldom ends one
+
     @classmethod
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
         return [Task.make(f"{split}-{i}", split=split, seed=i, payload={"word": f"{split} {i}"}) for i in range(8)]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from areal_agents import registry, settings
 from areal_agents.chat.format import ChatFormat
-from areal_agents.evaluation.evaluate import run_attempts
+from areal_agents.evaluation.attempts import run_attempts
 from areal_agents.reward import Episode, Verdict
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.episode import EpisodeDriver, Limits

@@ -71,7 +71,7 @@ class ScriptedEnv(AgentEnv):
     ) -> tuple[Observation, Info]:
         self.begin(seed, options)
         self.script.seeds.append(seed)
-        return (system("play"), user(f"task {self.task.payload['i']}")), {}
+        return (system("play"), user(f"task {self.task.payload['i']}")), {"state_key": "k0"}
 
     async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
         result = self.script.on_step(self.k)

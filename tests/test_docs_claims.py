@@ -24,7 +24,7 @@ from areal_agents.settings.describe import parameters
 from areal_agents.settings.describe import settings as known_settings
 from areal_agents.settings.evaluation import SHORT
 from areal_agents.tool import tool
-from areal_agents.trainer.resume import MAY_CHANGE
+from areal_agents.trainer.resume import MAY_CHANGE, USED_BY
 from tests import doc_blocks
 from tests.doc_blocks import PAGES, ROOT
 
@@ -117,9 +117,12 @@ def test_tables_list_what_the_code_has() -> None:
     assert listed == list(CHECKS)
     options = doc_blocks.first_cells(PAGES["docs/write-a-tool.md"].split("## What a tool returns")[0])
     assert set(options) == set(inspect.signature(tool).parameters)
-    cells = re.findall(r"^\| (`.+?) \|", doc_blocks.section("docs/resume.md", "Changing settings"), re.MULTILINE)
+    always, unused = doc_blocks.section("docs/resume.md", "Changing settings").split("The second kind")
+    cells = re.findall(r"^\| (`.+?) \|", always, re.MULTILINE)
     changeable = {c.replace("*", "") for cell in cells for c in re.findall(r"`([^`]+)`", cell)}
     assert changeable == set(MAY_CHANGE) - {"out"}
+    rows = re.findall(r"^\| the first .+? \| (`.+`) \|$", unused, re.MULTILINE)
+    assert {c.replace("*", "") for row in rows for c in re.findall(r"`([^`]+)`", row)} == set(USED_BY)
 
 
 def test_links_lead_somewhere() -> None:

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from decimal import Decimal
 from typing import Any, ClassVar
 
 import gymnasium
@@ -16,8 +18,10 @@ from areal_agents.chat.toolcalls import parse_text
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError
 from areal_agents.process_env import TextProcessEnv
+from areal_agents.rollout.env_host import EnvHost
+from areal_agents.rollout.episode import EpisodeDriver, Policy, Said
 from areal_agents.spaces import TextSpace
-from areal_agents.types import system, user
+from areal_agents.types import Finish, StopReason, Trajectory, system, user
 from tests.processes import wait_gone
 
 
@@ -52,9 +56,32 @@ class Guess(gymnasium.Env[Any, Any]):
                 return str(subprocess.Popen(["sleep", "600"]).pid), 0.0, False, False, {}
             case "late":
                 return "", 0.0, False, True, {}
+            case "exact":
+                return "", Decimal("0.25"), False, False, {}
+            case "numpy":
+                return np.str_("so"), np.bool_(True), np.bool_(False), False, {}  # type: ignore[return-value]
+            case "zero-d":
+                return "", np.array(0.5), False, False, {}
+            case "old gym":
+                return "", 0.0, False, {}  # type: ignore[return-value]
+            case "no info":
+                return "", 0.0, False, False, None  # type: ignore[return-value]
+            case "no flag":
+                return "", 0.0, None, False, {}  # type: ignore[return-value]
+            case "a text":
+                return "", "1.0", False, False, {}
+            case "axes":
+                return "", np.array([1.0]), False, False, {}
+            case "refused":
+                raise RuntimeError("cannot ask") from ConnectionRefusedError(111, "refused")
         hit = int(action) == self.secret
         over: Any = np.bool_(hit)
         return ("yes" if hit else "no"), np.float32(hit), over, False, {}
+
+
+class OldGym(Guess):
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        return "hello"
 
 
 class Game(TextProcessEnv):
@@ -87,18 +114,79 @@ def test_an_episode() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "finish", "in_thought", "expected"),
+    [
+        ("{secret}", "stop", False, (True, False, "answer", 1.0)),
+        ("{secret}", "length", False, (False, True, "length", 0.0)),  # the wrapped game took it, nobody pays for it
+        ("<think>2</think>{secret}", "content_filter", False, (False, True, "content_filter", 0.0)),
+        ("2?</think>{secret}", "stop", True, (True, False, "answer", 1.0)),
+        ("late", "length", False, (False, True, "max_turns", 0.0)),  # its own limit
+    ],
+)
+def test_a_cut_message_is_no_answer_to_a_foreign_environment_either(
+    text: str, finish: Finish, in_thought: bool, expected: tuple[bool, bool, StopReason, float]
+) -> None:
+    said = text.format(secret=int(np.random.default_rng(0).integers(1, 4)))
+
+    class Says(Policy):
+        async def say(self, episode: EpisodeDriver) -> Said:
+            return Said.as_text(replace(parse_text(said, finish), in_thought=in_thought), 0)
+
+    async def main() -> Trajectory:
+        host = EnvHost()
+        try:
+            task = Game.tasks("train")[0]
+            episode = EpisodeDriver(lambda: Game(step_timeout=120), task, Says(), host, "e", 0, 120.0)
+            await episode.play()
+            return episode.trajectory("g")
+        finally:
+            await host.close()
+
+    t = asyncio.run(main())
+    assert (t.terminated, t.truncated, t.stop_reason, t.reward) == expected
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("raise", r"Guess failed: KeyError\('lost'\)"),
+        ("raise", "Guess failed: KeyError: 'lost'"),
         ("seven", r"Guess failed: ValueError"),
         ("die", r"Guess ended with status 7.*last words"),
-        ("nan", "reward nan, which is no finite number"),
-        ("list", r"observations must be strings, got \[1\]"),
+        ("nan", "reward nan, which is not finite"),
+        ("list", r"the observation \[1\], which is not a text"),
+        ("old gym", r"step returned \('', 0.0, False, {}\), not \(observation, reward, terminated, truncated, info\)"),
+        ("no info", "step returned info None, which is not a dict"),
+        ("no flag", "step returned terminated = None, which is not a bool"),
+        ("a text", "the reward '1.0', which is not a number"),
+        ("axes", "the reward array.*, which is not a number"),
     ],
 )
 def test_what_the_environment_does_wrong_is_an_env_error(text: str, message: str) -> None:
-    with pytest.raises(EnvError, match=f"(?s){message}"):
+    with pytest.raises(EnvError, match=f"(?s){message}") as caught:
         play(text)
+    assert caught.value.blame == "environment"
+
+
+def test_numbers_of_every_kind_arrive_as_floats() -> None:
+    _, exact, numpy, zero_d = play("exact", "numpy", "zero-d")
+    assert exact[1:4] == (0.25, False, False)
+    assert numpy == ((user("so"),), 1.0, False, False, {})
+    assert zero_d[1] == 0.5
+    assert all(type(step[1]) is float for step in (exact, numpy, zero_d))
+
+
+def test_a_refused_connection_in_the_child_is_not_the_environments() -> None:
+    with pytest.raises(EnvError, match="RuntimeError: cannot ask") as caught:
+        play("refused")
+    assert caught.value.blame == "outside"
+
+
+def test_a_reset_of_the_old_gym_is_refused() -> None:
+    class Old(TextProcessEnv):
+        entry_point = "tests.test_process_env:OldGym"
+
+    with pytest.raises(EnvError, match=r"reset returned 'hello', not \(observation, info\)"):
+        play(env=Old(step_timeout=120))
 
 
 def test_a_step_that_hangs_is_killed() -> None:

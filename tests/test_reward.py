@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sympy import Rational  # type: ignore[import-untyped]
 
-from areal_agents.errors import RewardError
+from areal_agents.errors import RewardError, TaskError
 from areal_agents.reward import (
     Episode,
     Gate,
@@ -226,5 +226,15 @@ def test_boxed_number(answer: str | None, score: float) -> None:
 
 
 def test_boxed_number_names_a_task_without_a_number() -> None:
-    with pytest.raises(RewardError, match=r"task 't1': payload\['answer'\] = 'seven' is no number"):
+    with pytest.raises(TaskError, match=r"task 't1': payload\['answer'\] = 'seven' is no number"):
         run(boxed_number(), episode("x", gold="seven"))
+
+
+def test_a_status_that_is_none_is_refused() -> None:
+    with pytest.raises(RewardError, match="the status 'fine' on task 't1': use timeout, unverifiable, ok"):
+        run(lambda of: Verdict(1.0, status="fine"))  # type: ignore[arg-type]
+
+
+def test_boxed_number_names_a_task_without_the_key() -> None:
+    with pytest.raises(TaskError, match="task 't1': its payload has no 'solution'"):
+        run(boxed_number("solution"), episode("x", gold="7"))

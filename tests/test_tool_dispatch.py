@@ -9,7 +9,7 @@ import pytest
 from areal_agents.errors import EnvError, SandboxError
 from areal_agents.sandbox import Sandbox, SandboxSpec
 from areal_agents.tool import ToolResult, ToolSpec, tool
-from areal_agents.tool_dispatch import Dispatcher
+from areal_agents.tool_dispatch import Dispatcher, seconds_of
 from areal_agents.types import CallStatus, ToolCall
 from tests.fake_sandbox import Script, ScriptedBackend
 
@@ -150,10 +150,56 @@ def test_a_sandbox_that_cannot_run_anything_is_infrastructure(session: int) -> N
     assert backend.opened == backend.closed
 
 
+@pytest.mark.parametrize("session", [2, 3])
+def test_the_canarys_own_status_counts(session: int) -> None:
+    backend = ScriptedBackend(script((1, "x"), (2, "x")))
+    backend.fails.add((session, "/bin/true"))
+    why = "a fresh sandbox cannot run /bin/true: error, exit code 127, no such program"
+    with pytest.raises(SandboxError, match=why) as caught:
+        results(backend, [call(code="x")])
+    assert caught.value.tool == "run"
+
+
 def test_parallel_failures_are_replayed_one_by_one() -> None:
     backend = ScriptedBackend(script((1, "a"), (1, "c")))
     [got] = results(backend, [call("run_parallel", code=code) for code in "abc"])
     assert [r.text for r in got] == ["a@2", "b@1", "c@3"]
+    # The sibling b is run again in every fresh session, whether it stood before or after the call that failed.
+    in_session = {n: [code for session, code in backend.ran if session == n] for n in (2, 3)}
+    assert in_session == {2: ["/bin/true", "b", "a"], 3: ["/bin/true", "b", "a", "c"]}
+
+
+def test_a_siblings_files_survive_a_call_that_fails_twice() -> None:
+    backend = ScriptedBackend(script((1, "kill"), (2, "kill")))
+    results(backend, [call("run_parallel", code="kill"), call("run_parallel", code="write")], [call(code="read")])
+    assert [code for session, code in backend.ran if session == 3] == ["/bin/true", "write", "read"]
+
+
+@tool(timeout=7)
+async def slow(x: int) -> str:
+    return str(x)
+
+
+@tool(timeout=3, parallel=True)
+async def side(x: int) -> str:
+    return str(x)
+
+
+@pytest.mark.parametrize(
+    ("names", "seconds"),
+    [
+        ("", 0.0),
+        ("slow", 7.0),
+        ("slow slow slow", 21.0),
+        ("side side side", 3.0),
+        ("side side slow side", 13.0),
+        ("nope", 0.0),
+        ("side nope side", 3.0),
+        (" ".join(["slow"] * 64), 448.0),
+    ],
+)
+def test_the_seconds_that_calls_may_take(names: str, seconds: float) -> None:
+    assert seconds_of([call(name, x=1) for name in names.split()], (slow, side)) == seconds
 
 
 def test_author_bugs_in_parallel_calls_come_out_as_one_error() -> None:
@@ -170,3 +216,20 @@ def test_misuse_is_refused() -> None:
         dispatcher(tools=(run, run))
     with pytest.raises(EnvError, match="sandbox=None"):
         asyncio.run(dispatcher(None).run([call(code="a")]))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("hermes", 'no closing </tool_call>. Write <tool_call>{"name": ..., "arguments": {...}}</tool_call>'),
+        ("qwen_xml", "no closing </function>. Write <tool_call>\n<function=NAME>"),
+        ("llama_json", 'the call is cut off. Write {"name": ..., "parameters": {...}} and nothing else'),
+        ("mistral", 'the call is cut off. Write [TOOL_CALLS][{"name"'),
+        ("api", "Call the tool again, with its arguments as a JSON object"),
+    ],
+)
+def test_an_error_tells_the_models_own_format(name: str, told: str) -> None:
+    broken = ToolCall("c", "", {}, "…", "unclosed", format=name)
+    (result,) = asyncio.run(Dispatcher([], sandbox=None, sandbox_spec=SandboxSpec(), models={}).run([broken]))
+    assert result.status == "malformed"
+    assert told in result.text

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import re
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
 
 from areal_agents.chat.toolcalls import parse_text
+from areal_agents.env import Expert
 from areal_agents.errors import EnvError, RewardError
 from areal_agents.reward import Episode, RewardLike, Verdict, boxed_number
+from areal_agents.rollout.env_host import EnvHost
+from areal_agents.rollout.episode import EpisodeDriver
+from areal_agents.rollout.script import ScriptPolicy
 from areal_agents.sandbox import Sandbox
 from areal_agents.tool import ToolResult, tool
-from areal_agents.toolenv import ToolEnv, without_reasoning
-from areal_agents.types import Message, Task, Text, system, user
+from areal_agents.toolenv import ToolEnv
+from areal_agents.types import Message, Observation, Task, Text, system, user, without_reasoning
 from tests.fake_sandbox import ScriptedBackend
 
 TASK = Task.make("t", split="train", seed=0, payload={"answer": "4"})
@@ -191,3 +196,115 @@ def test_the_end_of_an_episode_can_be_redefined() -> None:
 )
 def test_reasoning_is_no_part_of_the_answer(text: str, rest: str) -> None:
     assert without_reasoning(text) == rest
+
+
+@tool(timeout=0.75)
+async def sleepy(x: int) -> str:
+    """Sleep."""
+    await asyncio.Event().wait()
+    return "never"
+
+
+def eight_slow_calls() -> tuple[EpisodeDriver, EnvHost]:
+    class Slow(ToolEnv):
+        rubric = lambda episode: 0.5  # noqa: E731
+        tools = (sleepy,)
+
+        def prompt(self, task: Task) -> str:
+            return "sleep"
+
+    calls = "".join(f'<tool_call>{{"name": "sleepy", "arguments": {{"x": {i}}}}}</tool_call>' for i in range(8))
+
+    def speak(shown: Observation) -> Expert:
+        yield calls
+        yield "done"
+
+    task = Task.make("t", split="train", seed=0, payload={})
+    host = EnvHost()
+    script = ScriptPolicy(speak, task)
+    return EpisodeDriver(lambda: Slow(sandbox=None), task, script, host, "e", 0, step_timeout=5.0), host
+
+
+def test_eight_calls_that_meet_their_own_limit_cost_reward_and_no_infrastructure() -> None:
+    """8 × 0.75 s is more than the 5 s that a step may take beside its calls."""
+
+    async def main() -> EpisodeDriver:
+        episode, host = eight_slow_calls()
+        try:
+            await episode.play()
+        finally:
+            await host.close()
+        return episode
+
+    episode = asyncio.run(main())
+    assert [r.status for r in episode.turns[0].tool_results] == ["timeout"] * 8
+    assert episode.turns[1].reward == 0.5
+    assert episode.stop_reason == "answer"
+
+
+class Recorder:
+    """A host without limits, which notes what it was told."""
+
+    def __init__(self) -> None:
+        self.limits: list[tuple[str, float]] = []
+
+    async def call(self, make: Callable[[], Awaitable[Any]], *, timeout: float, what: str) -> Any:
+        self.limits.append((what.partition(" ")[0], timeout))
+        return await make()
+
+
+def test_a_steps_limit_is_its_environments_and_its_calls() -> None:
+    class Compiles(Sums):
+        step_seconds = 100.0
+        tools = (run,)
+
+    def speak(shown: Observation) -> Expert:
+        yield CALL + CALL  # ``run`` has 5 s a call
+        yield "4"
+
+    host = Recorder()
+    script = ScriptPolicy(speak, TASK)
+    episode = EpisodeDriver(lambda: Compiles(sandbox=ScriptedBackend()), TASK, script, host, "e", 0, step_timeout=60.0)
+    asyncio.run(episode.play())
+    assert host.limits == [("areset", 60.0), ("astep", 170.0), ("astep", 160.0), ("aclose", 60.0)]
+
+
+@pytest.mark.parametrize(
+    ("hook", "value", "says"),
+    [
+        ("prompt", None, "prompt returned None, which is not a text"),
+        ("prompt", ["hi"], r"prompt returned \['hi'\], which is not a text"),
+        ("answer", None, "answer returned None, which is not a text"),
+        ("answer", 7, "answer returned 7, which is not a text"),
+        ("is_final", None, "is_final returned None, which is not a bool"),
+        ("system_prompt", ["be", "kind"], r"\['be', 'kind'\] in it is not a text"),
+        ("step_seconds", -1, "step_seconds is -1, which is no number of seconds"),
+        ("tools", [len], r"raised AttributeError|not a sequence of tools"),
+    ],
+)
+def test_a_hook_that_returns_something_else_is_named_with_task_and_turn(hook: str, value: Any, says: str) -> None:
+    class Wrong(ToolEnv):
+        rubric = lambda episode: 1.0  # noqa: E731
+
+        def prompt(self, task: Task) -> str:
+            return "hi"
+
+    setattr(Wrong, hook, value if hook in ("system_prompt", "step_seconds", "tools") else lambda self, given: value)
+
+    async def main() -> None:
+        task = Task.make("t9", split="train", seed=0, payload={})
+        host = EnvHost()
+
+        def speak(shown: Observation) -> Expert:
+            yield "done"
+
+        try:
+            await EpisodeDriver(
+                lambda: Wrong(sandbox=None), task, ScriptPolicy(speak, task), host, "e", 0, step_timeout=60
+            ).play()
+        finally:
+            await host.close()
+
+    with pytest.raises(EnvError, match=says) as caught:
+        asyncio.run(main())
+    assert re.search(r"\(task t9, turn 0\)", str(caught.value)), str(caught.value)

@@ -7,7 +7,8 @@ one task. A trajectory counts once in every mean, however many turns, tokens or 
     R_i = Σ_k r_{i,k}                    return of trajectory i
     G_{i,k} = Σ_{j≥k} γ^{j−k} r_{i,j}    return from turn k on
 
-Sums run in float64, results are float32.
+Sums run in float64, results are float32. A difference that is mere rounding (``utils/tolerance.py``) is exactly 0, so
+that equal rewards give no gradient: AdamW would take a step even for 1e-16, whatever its momentum says.
 
 Not covered: critics, and discounting inside a turn.
 """
@@ -26,6 +27,7 @@ from torch import Tensor
 from areal_agents.algorithms.registry import ADVANTAGES, Choice
 from areal_agents.errors import ConfigError, RewardError
 from areal_agents.types import Group
+from areal_agents.utils.tolerance import all_same, rounding_of
 
 STD_EPS = 1e-6
 """Added to the group's standard deviation: equal rewards give advantage 0, not 0/0."""
@@ -65,6 +67,15 @@ class Estimator:
 
         Raises ConfigError where the function returns anything else, or a number that is not finite.
         """
+        advantages = self._checked(group)
+        # For equal returns an estimator looks at more than returns, or makes much of a rounding: in float32, or by a
+        # division by the spread. Numbers of few bits have exact means, and with them it shows which.
+        equal = all_same([math.fsum(e.rewards_K) for e in group])
+        if equal and _any(advantages) and not _any(self._checked(_of_few_bits(group))):
+            return [torch.zeros_like(a) for a in advantages]
+        return [_snapped(a, group) for a in advantages]
+
+    def _checked(self, group: Sequence[EpisodeRewards]) -> list[Tensor]:
         expected = [(len(e.rewards_K),) for e in group]
         found = self._estimate(tuple(group))
         where = f"algorithm.advantage.kind = {self.choice.kind!r}"
@@ -81,6 +92,23 @@ class Estimator:
     def of(self, group: Group) -> list[Tensor]:
         """Return the advantages of a finished group's episodes."""
         return self([EpisodeRewards(tuple(t.reward for t in e.turns)) for e in group.trajectories])
+
+
+def _any(advantages: Sequence[Tensor]) -> bool:
+    return any(bool(a.any()) for a in advantages)
+
+
+def _snapped(advantages: Tensor, group: Sequence[EpisodeRewards]) -> Tensor:
+    """Replace what is mere rounding of the group's rewards by 0."""
+    zero = rounding_of(*(math.fsum(map(abs, e.rewards_K)) for e in group))
+    return torch.where(advantages.abs() > zero, advantages, 0.0)
+
+
+def _of_few_bits(group: Sequence[EpisodeRewards]) -> list[EpisodeRewards]:
+    """Round the rewards to 10 bits below the largest of them, so that float32 has room for their sums."""
+    largest = max(abs(r) for e in group for r in e.rewards_K)
+    unit = math.ldexp(1.0, max(math.frexp(largest)[1] - 10, -1000))  # below it there is nothing to round
+    return [EpisodeRewards(tuple(round(r / unit) * unit for r in e.rewards_K)) for e in group]
 
 
 def grpo(
@@ -103,7 +131,7 @@ def grpo(
     if len(group) < 2:
         raise ValueError(f"grpo compares the episodes of a group: it needs at least 2, got {len(group)}")
     returns_G = torch.tensor([math.fsum(e.rewards_K) for e in group], dtype=torch.float64)
-    advantages_G = returns_G - returns_G.mean()
+    advantages_G = _snapped(returns_G - returns_G.mean(), group)
     if normalize:
         advantages_G = advantages_G / (returns_G.std(correction=1) + STD_EPS)
     return [a.expand(len(e.rewards_K)).float() for a, e in zip(advantages_G, group, strict=True)]
@@ -147,5 +175,5 @@ def turn_return(
     others_GK = alive_GK.sum(0, keepdim=True) - 1
     baseline_GK = (returns_GK.sum(0, keepdim=True) - returns_GK) / others_GK.clamp(min=1)
     baseline_GK = torch.where(others_GK > 0, baseline_GK, 0.0)
-    advantages_GK = (returns_GK - baseline_GK).float()
+    advantages_GK = _snapped(returns_GK - baseline_GK, group).float()
     return [advantages_GK[i, : len(e.rewards_K)].clone() for i, e in enumerate(group)]

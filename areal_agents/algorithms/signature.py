@@ -6,7 +6,6 @@ The functions are foreign code. Whatever is wrong with one is a ConfigError that
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import math
 import typing
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
 from areal_agents.errors import ConfigError
+from areal_agents.utils.foreign import import_foreign
 
 
 class Parameters(BaseModel):
@@ -34,8 +34,8 @@ def load_function(module: str, attribute: str, where: str) -> Callable[..., Any]
     ``where`` begins the message of the ConfigError.
     """
     try:
-        found: Any = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-    except (Exception, SystemExit) as error:
+        found: Any = functools.reduce(getattr, attribute.split("."), import_foreign(module))
+    except Exception as error:
         raise ConfigError(
             f"{where}: {module}:{attribute} cannot be imported: {type(error).__name__}: {error}"
         ) from error

@@ -66,7 +66,7 @@ class Conversation:
         It becomes the turn with the next index.
         """
         suffix = self.suffix
-        message = self.fmt.parse(completion.ids, completion.finish)
+        message = self.fmt.parse(completion.ids, completion.finish, self._context + suffix, self._tools)
         self._turns.append(_Node(self._messages, self._context, self._parent, suffix, completion, message))
         self._after(len(self._turns) - 1)
         return message

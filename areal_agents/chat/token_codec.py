@@ -3,19 +3,23 @@
 Content is hostile: a task or a tool may print ``<|im_end|>``. Before the template is rendered, ``hold`` replaces every
 control token's text inside content by a placeholder; a control token in the rendered text is therefore the template's
 own. ``encode_rendered`` cuts the text there. Each piece gets its placeholders' text back and is encoded by a copy of
-the tokenizer that does not recognise control tokens. Fast tokenizers cut at control tokens before anything else, so
+the tokenizer that does not recognise control tokens. What the model itself said may hold its ``own`` control tokens, a
+thinking tag for example, which stay tokens there. Fast tokenizers cut at control tokens before anything else, so
 for harmless content the ids equal those of the whole text (``ChatFormat`` verifies this at start).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from areal_agents.types import Ids
+
+_TAG = re.compile(r"</?(think|tool_\w+)>")
+"""Tags that a template and content both use. Tokenizers that do not call them special take them for tokens anywhere."""
 
 
 class Codec:
@@ -23,16 +27,32 @@ class Codec:
 
     The control tokens are all special tokens, and those that ``frame`` (template text) uses. ``frame`` must use at
     least one added token. ``ChatFormat`` refuses templates that do not.
+
+    ``own`` are texts that the model writes itself. They are control tokens where the tokenizer calls them special.
     """
 
-    def __init__(self, backend: Any, *, frame: str) -> None:
+    def __init__(self, backend: Any, *, frame: str, own: Collection[str] = ()) -> None:
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         # Some tokenizers do not call the tokens special that frame a turn.
-        control = {i: t for i, t in added.items() if t.special or (t.content in frame and not t.content.isspace())}
+        control = {
+            i: t
+            for i, t in added.items()
+            if t.special
+            or (
+                t.content in frame
+                and not t.content.isspace()
+                and t.content not in own
+                and not _TAG.fullmatch(t.content)
+            )
+        }
         self._ids = {t.content: i for i, t in control.items()}
+        self.framing_ids = frozenset(i for text, i in self._ids.items() if text not in own)
+        """The control tokens that only a template writes."""
         longest_first = sorted(control.values(), key=lambda t: -len(t.content))
         self._controls = re.compile("|".join(re.escape(t.content) for t in longest_first))
+        foreign = [re.escape(t.content) for t in longest_first if t.content not in own]
+        self._foreign = re.compile("|".join(foreign) or r"(?!)")
         self._framing = re.compile(
             "|".join(
                 (r"\s*" if t.lstrip else "") + re.escape(t.content) + (r"\s*" if t.rstrip else "")
@@ -54,6 +74,8 @@ class Codec:
     ) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """Replace every control token's text in ``rows`` by a placeholder.
 
+        In the rows of the assistant, the model's own control tokens stay as they are.
+
         Returns the new rows, and what the placeholders stand for, those of ``held`` included.
         """
         out = dict(held or {})
@@ -69,16 +91,16 @@ class Codec:
             out[key] = match[0]
             return key
 
-        def walk(value: Any) -> Any:
+        def walk(value: Any, hidden: re.Pattern[str]) -> Any:
             if isinstance(value, str):
-                return self._controls.sub(hide, value)
+                return hidden.sub(hide, value)
             if isinstance(value, Mapping):
-                return {walk(k): walk(v) for k, v in value.items()}
+                return {walk(k, hidden): walk(v, hidden) for k, v in value.items()}
             if isinstance(value, list | tuple):
-                return [walk(v) for v in value]
+                return [walk(v, hidden) for v in value]
             return value
 
-        return [walk(r) for r in rows], out
+        return [walk(r, self._foreign if r.get("role") == "assistant" else self._controls) for r in rows], out
 
     def encode_rendered(self, text: str, held: Mapping[str, str]) -> Ids:
         """Encode rendered text.
@@ -99,6 +121,11 @@ class Codec:
             return ()
         clean = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be encoded
         return tuple(self._plain.encode(clean, add_special_tokens=False).ids)
+
+    def encode_said(self, text: str) -> Ids:
+        """Encode what the model says: its own control tokens get their ids, others are plain text."""
+        rows, held = self.hold([{"role": "assistant", "content": text}])
+        return self.encode_rendered(rows[0]["content"], held)
 
     def encode_whole(self, text: str) -> Ids:
         """Encode text as the tokenizer itself does, with control tokens recognised wherever they stand."""

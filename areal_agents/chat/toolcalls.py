@@ -1,56 +1,110 @@
-"""The tool calls in a model's text, read block by block.
+"""Messages with tool calls, made of a model's text in any of the formats of ``tool_formats``.
+
+Where no format is named it is Hermes: experts, scripts and ``env.step("text")`` write it, whatever the model writes.
 
     <tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>
 
-This is the Hermes format, which Qwen2.5 and Qwen3 use too. Each block gets its own status, so one malformed call never
-voids its neighbours (T7). Calls inside ``<think>…</think>`` are never calls.
-
-The text is hostile. It is only ever read as JSON, within the limits below, in time linear in its length, and no input
-raises.
+Each call gets its own status, so one malformed call never voids its neighbours (T7). Calls inside ``<think>…</think>``
+are never calls. The text is hostile: no input raises.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
-from areal_agents.types import AssistantMessage, CallStatus, Finish, Text, ToolCall
+from areal_agents.chat.tool_formats import DEFAULT, Block, Schemas, ToolFormat, tool_format
+from areal_agents.chat.tool_formats.hermes import Hermes
+from areal_agents.chat.tool_formats.json_calls import MAX_CALLS, Read, arguments_of, decode
+from areal_agents.errors import TemplateError
+from areal_agents.types import AssistantMessage, Finish, Text, ToolCall
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-THINK, UNTHINK = "<think>", "</think>"
-MAX_CALLS = 64
-"""Blocks of one message whose JSON is read; later ones are ``invalid_json``."""
-MAX_JSON_CHARS = 65_536
-"""Longest JSON of one block."""
-MAX_DEPTH = 32
-"""Deepest nesting of arguments."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One ``<tool_call>`` block: its half-open character range in the text and what was read from it."""
-
-    start: int
-    end: int
-    name: str
-    arguments: Mapping[str, Any]
-    status: CallStatus
+__all__ = [
+    "MAX_CALLS",
+    "ToolLike",
+    "blocks_of",
+    "find_blocks",
+    "message_of",
+    "parse_text",
+    "read_arguments",
+    "rewrite",
+    "rewritten",
+    "schemas_of",
+    "write_block",
+]
 
 
-def parse_text(text: str, finish: Finish = "stop") -> AssistantMessage:
+_SAMPLE: tuple[str, Mapping[str, Any]] = ("f", {})
+_NOTATION = ("hermes", "api")
+"""The formats whose calls stand in a text as Hermes blocks."""
+_MARKED = ("hermes", "qwen_xml", "mistral", "deepseek")
+"""Formats whose markup stands in no prose."""
+_FOREIGN = "the call is written in another format"
+M = TypeVar("M")
+
+
+class ToolLike(Protocol):
+    """Anything that describes a tool to the model, as ``areal_agents.tool.ToolSpec`` does."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def parameters(self) -> Mapping[str, Any]: ...
+
+
+def schemas_of(tools: Sequence[ToolLike]) -> Schemas:
+    """Return the JSON schema of each tool's arguments, by the tool's name."""
+    return {tool.name: tool.parameters for tool in tools}
+
+
+def parse_text(
+    text: str, finish: Finish = "stop", *, form: ToolFormat = DEFAULT, tools: Sequence[ToolLike] = ()
+) -> AssistantMessage:
     """Read the message that a text says, where there were never tokens.
 
     Its calls have no ``token_span``. Never raises.
+
+    Args:
+        text: the whole text.
+        finish: how it ended.
+        form: how its calls are written.
+        tools: what it may call, where that is known.
     """
-    blocks = find_blocks(text)
-    return message_of(text, finish, blocks, [None] * len(blocks))
+    blocks = blocks_of(text, form, schemas_of(tools))
+    return message_of(text, finish, blocks, [None] * len(blocks), form)
+
+
+def blocks_of(text: str, form: ToolFormat, tools: Schemas, *, thinking: bool = False) -> list[Block]:
+    """Find the calls of ``text``.
+
+    A known tool's call in the markup of another family is meant as one. It is not run, and no final answer either.
+
+    Args:
+        text: what the model wrote.
+        form: how it was told to write calls.
+        tools: what it may call.
+        thinking: the prompt already opened ``<think>``.
+    """
+    if blocks := form.find_blocks(text, thinking=thinking, tools=tools):
+        return blocks
+    for other in map(tool_format, _MARKED) if tools else ():
+        found = [
+            b for b in other.find_blocks(text, thinking=thinking, tools=tools) if b.status == "ok" and b.name in tools
+        ]
+        if found:
+            return [Block.broken(b.start, b.end, "invalid_json", _FOREIGN) for b in found]
+    return []
 
 
 def message_of(
-    text: str, finish: Finish, blocks: Sequence[Block], spans: Sequence[tuple[int, int] | None]
+    text: str,
+    finish: Finish,
+    blocks: Sequence[Block],
+    spans: Sequence[tuple[int, int] | None],
+    form: ToolFormat = DEFAULT,
 ) -> AssistantMessage:
     """Build the message of ``text``, with one call for each block.
 
@@ -59,157 +113,87 @@ def message_of(
         finish: how its sampling ended.
         blocks: the tool-call blocks in it.
         spans: the blocks' token ranges, in the same order; None where there were never tokens.
+        form: the format of the blocks.
     """
     calls = tuple(
-        ToolCall(f"call_{i}", b.name, b.arguments, text[b.start : b.end], b.status, span)
+        ToolCall(f"call_{i}", b.name, b.arguments, text[b.start : b.end], b.status, span, form.name, b.problem)
         for i, (b, span) in enumerate(zip(blocks, spans, strict=True))
     )
     return AssistantMessage((Text(text),), calls, finish)
 
 
+def find_blocks(text: str, *, thinking: bool = False) -> list[Block]:
+    """Find the Hermes blocks of ``text``, in order.
+
+    ``thinking`` says that the prompt already opened ``<think>``.
+    """
+    return DEFAULT.find_blocks(text, thinking=thinking)
+
+
 def write_block(name: str, arguments: str) -> str:
-    """Write one block as a model writes it.
+    """Write one Hermes block.
 
     ``arguments`` is JSON text and is taken as it is.
     """
-    return f'{OPEN}{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}{CLOSE}'
+    return Hermes().write_text(name, arguments)
 
 
-def read_arguments(text: str) -> tuple[Mapping[str, Any], CallStatus]:
+def read_arguments(name: str, text: str) -> Read:
     """Read the arguments that a server sends as JSON text, under the limits of a block.
 
-    Empty text means no arguments.
+    Empty text and null mean no arguments.
     """
     if not text.strip():
-        return {}, "ok"
-    value, end, failed = _decode(text, 0)
+        return Read(name, {}, "ok")
+    value, end, failed = decode(text, 0)
     if failed or text[end:].strip():
-        return {}, "invalid_json"
-    _, arguments, status = _call_of({"name": "any", "arguments": value})
-    return arguments, status
+        return Read(name, {}, "invalid_json")
+    return arguments_of(name, value)
 
 
-def find_blocks(text: str, *, thinking: bool = False) -> list[Block]:
-    """Find the tool-call blocks of ``text``, in order.
+def rewrite(text: str, form: ToolFormat, tools: Sequence[ToolLike] = (), *, exact: bool = True) -> str:
+    """Write a message whose calls are Hermes blocks in another format.
 
-    ``thinking`` says that the prompt already opened ``<think>``. An unclosed ``<think>`` hides the rest of the text.
+    A call that a script breaks on purpose stays as it is.
 
-    A block ends at its closing tag, at the next opening tag, or at the end of the text. Without a closing tag (cut by
-    the length limit, say) it is ``unclosed``.
+    Args:
+        text: the whole text.
+        form: how the calls are to be written.
+        tools: what may be called.
+        exact: the calls will be run: refuse to write what would be read as others.
+
+    Raises:
+        TemplateError: the format cannot say the calls exactly.
     """
-    blocks: list[Block] = []
-    pos = 0
-    if thinking:
-        pos = _after(text, UNTHINK, 0)
-    call = text.find(OPEN, pos)
-    think = text.find(THINK, pos)
-    while call >= 0:
-        if 0 <= think < call:
-            pos = _after(text, UNTHINK, think + len(THINK))
-        else:
-            block = _read_block(text, call, decode=len(blocks) < MAX_CALLS)
-            blocks.append(block)
-            pos = block.end
-        # Only a position that was passed is looked up again: each tag is found once.
-        if call < pos:
-            call = text.find(OPEN, pos)
-        if 0 <= think < pos:
-            think = text.find(THINK, pos)
-    return blocks
+    if form.write(*_SAMPLE) == DEFAULT.write(*_SAMPLE):
+        return text
+    schemas = schemas_of(tools)
+    blocks = [b for b in DEFAULT.find_blocks(text, tools=schemas) if b.status == "ok"]
+    if not blocks:
+        return text
+    calls = [(b.name, b.arguments) for b in blocks]
+    if form.inline:
+        edges = [0, *(b.end for b in blocks)]
+        pieces = [text[edge : b.start] + form.write(*call) for edge, b, call in zip(edges, blocks, calls, strict=False)]
+        written = "".join(pieces) + text[edges[-1] :]
+    else:
+        edges = [0, *(b.end for b in blocks)]
+        said = [text[edge : b.start] for edge, b in zip(edges, blocks, strict=False)] + [text[edges[-1] :]]
+        written = form.write_message("\n".join(s.rstrip() for s in said if s.strip()), calls)
+    read = [(b.name, b.arguments) for b in form.find_blocks(written, tools=schemas) if b.status == "ok"]
+    if exact and read != calls:
+        raise TemplateError(
+            f"T7: the tool format {form.name} would read other calls from {written[:200]!r} than were written: "
+            "change the expert's arguments, or set another model.tool_format"
+        )
+    return written
 
 
-def _after(text: str, tag: str, pos: int) -> int:
-    """Return the position after the next ``tag``, or the end of the text."""
-    found = text.find(tag, pos)
-    return len(text) if found < 0 else found + len(tag)
+def rewritten(messages: Sequence[M], form: ToolFormat, tools: Sequence[ToolLike] = ()) -> list[M]:
+    """Return ``messages`` with those in ``form`` that were said elsewhere: by a server's model, or by a script."""
+    return [_rewritten(m, form, tools) if isinstance(m, AssistantMessage) else m for m in messages]
 
 
-def _read_block(text: str, start: int, *, decode: bool) -> Block:
-    body = start + len(OPEN)
-    value, stop, problem = _decode(text, body) if decode else (None, body, True)
-    if not problem:
-        # The JSON says where it ends: a closing tag inside a string argument is data.
-        close = stop
-        while close < len(text) and text[close] in " \t\r\n":
-            close += 1
-        if text.startswith(CLOSE, close):
-            name, arguments, status = _call_of(value)
-            return Block(start, close + len(CLOSE), name, arguments, status)
-    return _malformed(text, start, body if problem else stop)
-
-
-def _malformed(text: str, start: int, pos: int) -> Block:
-    following = text.find(OPEN, pos)
-    limit = len(text) if following < 0 else following
-    close = text.find(CLOSE, pos, limit)
-    if close < 0:
-        return Block(start, limit, "", {}, "unclosed")
-    return Block(start, close + len(CLOSE), "", {}, "invalid_json")
-
-
-def _decode(text: str, pos: int) -> tuple[Any, int, bool]:
-    """Decode the JSON value that starts at ``pos``, after white space, to (value, end, failed)."""
-    chunk = text[pos : pos + MAX_JSON_CHARS]
-    lead = len(chunk) - len(chunk.lstrip(" \t\r\n"))
-    try:
-        value, end = _DECODER.raw_decode(chunk, lead)
-    except (ValueError, RecursionError):  # ValueError includes JSONDecodeError and Python's integer-digits limit
-        return None, pos, True
-    if not _sane(value):
-        return None, pos, True
-    return value, pos + end, False
-
-
-def _call_of(value: Any) -> tuple[str, Mapping[str, Any], CallStatus]:
-    if not isinstance(value, dict):
-        return "", {}, "invalid_json"
-    name = value.get("name")
-    if not isinstance(name, str) or not name.strip():
-        return "", {}, "missing_name"
-    name = name.strip()
-    arguments = value.get("arguments", {})
-    if isinstance(arguments, str):  # some models quote the object once more
-        inner, end, failed = _decode(arguments, 0)
-        if failed or arguments[end:].strip() or not isinstance(inner, dict):
-            return name, {}, "invalid_arguments"
-        arguments = inner
-    if not isinstance(arguments, dict):
-        return name, {}, "invalid_arguments"
-    return name, arguments, "ok"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("duplicate key")
-    return out
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not a finite number")
-    return value
-
-
-def _sane(value: Any) -> bool:
-    """Say whether the value nests at most MAX_DEPTH deep and all its strings can be encoded as UTF-8."""
-    stack = [(value, 1)]
-    while stack:
-        item, depth = stack.pop()
-        if depth > MAX_DEPTH:
-            return False
-        if isinstance(item, dict):
-            stack += [(v, depth + 1) for v in item.values()] + [(k, depth) for k in item]
-        elif isinstance(item, list):
-            stack += [(v, depth + 1) for v in item]
-        elif isinstance(item, str):
-            try:
-                item.encode()
-            except UnicodeEncodeError:  # a lone surrogate, written as \ud800
-                return False
-    return True
-
-
-# strict=False: small models write code with literal newlines inside JSON strings, and that is unambiguous.
-_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+def _rewritten(message: Any, form: ToolFormat, tools: Sequence[ToolLike]) -> Any:
+    foreign = any(c.format != form.name and c.format in _NOTATION for c in message.tool_calls)
+    return replace(message, parts=(Text(rewrite(message.text, form, tools, exact=False)),)) if foreign else message

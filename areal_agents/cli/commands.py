@@ -11,16 +11,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from areal_agents.cli.common import UsageError, write_json
+from areal_agents.chat.options import ChatOptions, ToolFormatName
+from areal_agents.cli.common import UsageError, template_variables, write_json
 from areal_agents.cli.eval import Eval
 from areal_agents.cli.resize import Resize
 from areal_agents.cli.saved_runs import Replay, Rescore
 from areal_agents.cli.serve import Serve
 from areal_agents.errors import ArealError, Interrupted
+from areal_agents.tracking.console import plain
+from areal_agents.utils.system import require_linux
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Train:
         from areal_agents import registry, settings
 
         config = settings.load(self.config or None, overrides)
+        require_linux("training")
         registry.spec(config.env.id)  # a typo is answered before torch is imported
         inside = Path(self.config).expanduser().parent
         if self.resume and (inside / "commit.json").exists() and inside.resolve() != config.out.resolve():
@@ -66,6 +70,7 @@ class Demo:
     """Go on with an interrupted demo instead of starting it again."""
 
     def run(self, overrides: Sequence[str]) -> int:
+        require_linux("training")
         from areal_agents.cli.demo import demo
 
         demo(overrides, resume=self.resume)
@@ -114,7 +119,11 @@ class Envs:
 
 @dataclass
 class Check:
-    """Check that environments keep the contract: Gymnasium's checker, seeds, isolation, tokens, reward audit."""
+    """Check environments, or a model: ``check areal/Arithmetic-v0``, ``check --model FOLDER``.
+
+    An environment is checked for the contract: Gymnasium's checker, seeds, isolation, tokens, reward audit. Of a model
+    it says what its chat template and tokenizer are like, and whether training would refuse it.
+    """
 
     env: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID")] = ()
     """Environment ids or module:Class."""
@@ -122,10 +131,26 @@ class Check:
     """Check every registered environment."""
     tokenizer: str = "smollm2"
     """Model whose tokenizer the prefix-exact token check uses; ``none`` skips that check."""
+    model: str = ""
+    """Check this model instead: a local folder, ``smollm2`` or a hub id."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """The engine that the model would be trained with."""
+    history: Literal["auto", "append", "template"] = "auto"
+    """As the setting model.history."""
+    template_variables: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """As the setting model.template_variables: ``--template-variables enable_thinking=false``."""
+    merge_system: bool = False
+    """As the setting model.merge_system."""
+    tool_format: ToolFormatName = "auto"
+    """As the setting model.tool_format."""
     json: bool = False
     """Print JSON."""
 
     def run(self, overrides: Sequence[str]) -> int:
+        variables = template_variables(self.template_variables)
+        options = ChatOptions(self.history, variables, self.merge_system, self.tool_format)
+        if self.model:
+            return self._check_model(options)
         from areal_agents import registry
         from areal_agents.conformance.check import check
 
@@ -135,13 +160,25 @@ class Check:
         tokenizer = None if self.tokenizer.lower() == "none" else self.tokenizer
         reports = []
         for id in ids:
-            reports.append(check(id, tokenizer=tokenizer))
+            reports.append(check(id, tokenizer=tokenizer, chat=options))
             if not self.json:
                 print(reports[-1], flush=True)
         if self.json:
             rows = [r.to_json() for r in reports]
             write_json(rows[0] if len(rows) == 1 and not self.all else rows, None)
         return 0 if all(r.passed for r in reports) else 1
+
+    def _check_model(self, options: ChatOptions) -> int:
+        if self.env or self.all:
+            raise UsageError("--model checks a model and plays nothing: for environments use --tokenizer")
+        from areal_agents.conformance.model_report import check_model
+
+        report = check_model(self.model, options, engine=self.engine)
+        if self.json:
+            write_json(report.to_json(), None)
+        else:
+            print(plain(str(report)))
+        return 0 if report.passed else 1
 
 
 @dataclass

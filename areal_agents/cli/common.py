@@ -1,14 +1,20 @@
 """The parts that several commands share.
 
-They are the error of wrong usage, and JSON for files and standard output.
+They are the error of wrong usage, variables of a chat template, and JSON for files and standard output, where nothing
+else may stand beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from areal_agents.errors import ArealError
 
@@ -20,6 +26,79 @@ class UsageError(Exception):
     """
 
 
+_json_output: TextIO | None = None
+"""Where JSON goes while ``json_alone`` lasts."""
+
+
+@contextlib.contextmanager
+def json_alone() -> Iterator[None]:
+    """Keep standard output for ``write_json``.
+
+    Whatever else is printed goes to standard error: by this package, by somebody else's Python, by a C library and by
+    processes that are started meanwhile.
+    """
+    global _json_output
+    usual, before = sys.stdout, _json_output
+    usual.flush()
+    with contextlib.ExitStack() as stack:
+        if _descriptor(usual) == 1 and _descriptor(sys.stderr) == 2:
+            kept = os.dup(1)
+            stack.callback(os.close, kept)
+            os.dup2(2, 1)
+            stack.callback(os.dup2, kept, 1)
+            stack.callback(_flush, usual)
+            _json_output = stack.enter_context(open(kept, "w", encoding="utf-8", closefd=False))
+        else:  # somebody has replaced them, a test or a notebook
+            _json_output = usual
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        try:
+            yield
+        finally:
+            _json_output = before
+
+
+def _flush(stream: TextIO) -> None:
+    """Write out what Python and C keep back for ``stream``, as long as it still leads elsewhere."""
+    stream.flush()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # a system without it
+        ctypes.CDLL(None).fflush(None)
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def template_variables(given: Sequence[str]) -> dict[str, Any]:
+    """Read the chat template's variables from texts such as ``enable_thinking=false``.
+
+    Values are read as ``--model.template_variables.NAME VALUE`` is. Raises UsageError.
+    """
+    from areal_agents.settings.describe import settings
+    from areal_agents.settings.values import value_of
+
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, raw = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--template-variables {text!r}: write NAME=VALUE, such as enable_thinking=false")
+        found[name] = value_of(raw, settings()["model.template_variables"])
+    return found
+
+
+def require_writable(path: Path) -> None:
+    """Raise ArealError where the file ``path`` could not be written later, once there is something to write."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise ArealError(f"cannot write {path}: it is a folder")
+    if not there.is_dir():
+        raise ArealError(f"cannot write {path}: {there} is no folder")
+    if not os.access(path if path.exists() else there, os.W_OK):
+        raise ArealError(f"cannot write {path}: it may not be written by this user")
+
+
 def write_json(value: Any, path: Path | None) -> None:
     """Write ``value`` as JSON to the file ``path``, or to standard output where it is None.
 
@@ -27,7 +106,7 @@ def write_json(value: Any, path: Path | None) -> None:
     """
     text = json.dumps(_without_nan(value), indent=2, ensure_ascii=True, allow_nan=False)
     if path is None:
-        print(text)
+        print(text, file=_json_output or sys.stdout, flush=True)
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ Its settings are those of ``settings/evaluation.py``.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import sys
 from collections.abc import Sequence
@@ -40,10 +39,14 @@ class Eval:
     """Of an OpenAI-compatible server that serves MODEL, up to /v1: ``--model openai:MODEL --url http://HOST:8000/v1``."""
     api_key_env: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
     """With --url: the environment variable that holds the server's key; without it no key is sent."""
-    concurrency: int = 16
-    """With --url: most requests at once."""
+    concurrency: int | None = None
+    """With --url: most requests at once; 16 where none is given."""
     requests_per_minute: float | None = None
     """With --url: most requests started in a minute, retries included."""
+    send_reasoning: bool = False
+    """With --url: send the thinking that the server returned with a turn (reasoning_content) back with it."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None
+    """Go on with the evaluation in folder OUT, which was interrupted or killed; start it there where there is none."""
     compare: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="A B")] = None
     """Compare B with A, task by task: folders that ``eval`` wrote, or RUN:LABEL (runs/demo:after_rl). No ENV_ID."""
     common: bool = False
@@ -52,52 +55,85 @@ class Eval:
     """Also write the report as JSON here; ``-``: to standard output, and everything else to standard error."""
 
     def run(self, overrides: Sequence[str]) -> int:
-        if str(self.json) != "-":
-            report = self._report(overrides)
-            if self.json is not None:
-                write_json(report, self.json)
-            return 0
-        with contextlib.redirect_stdout(sys.stderr):
-            report = self._report(overrides)
-        write_json(report, None)
-        return 0
+        report, code = self._report(overrides)
+        if self.json is not None:
+            write_json(report, None if str(self.json) == "-" else self.json)
+        return code
 
-    def _report(self, overrides: Sequence[str]) -> Any:
+    def _report(self, overrides: Sequence[str]) -> tuple[Any, int]:
+        """Return the report as JSON, and the exit code."""
         if self.compare is None:
             return self._evaluate(overrides)
-        given = [self.env and "ENV_ID", self.config and "--config", *overrides]
+        given = [self.env and "ENV_ID", self.config and "--config", self.resume and "--resume", *overrides]
         if first := next(filter(None, given), None):
             raise UsageError(f"--compare reads two finished evaluations and plays nothing: leave out {first}")
         from areal_agents.evaluation.compare import compare
 
         comparison = compare(*self.compare, common=self.common)
         print(plain(comparison.table()))
-        return comparison.to_json()
+        return comparison.to_json(), 0
 
-    def _evaluate(self, overrides: Sequence[str]) -> Any:
+    def _evaluate(self, overrides: Sequence[str]) -> tuple[Any, int]:
         from areal_agents import registry
+        from areal_agents.errors import ArealError
 
         config = self.settings(overrides)
         registry.spec(config.env.id)  # a typo is answered before torch is imported
         from areal_agents.evaluation.evaluate import evaluate
+        from areal_agents.evaluation.unfinished import EvaluationInterrupted
 
-        served: dict[str, Any] = {}
-        if self.url:
+        more: dict[str, Any] = {"resume": True} if self.resume else {}
+        if self._server():
             from areal_agents.evaluation.players import Server
 
-            served["server"] = Server(self.url, self.api_key_env or None, self.concurrency, self.requests_per_minute)
-        e = config.eval
-        report = asyncio.run(
-            evaluate(
-                config.env, model=config.model, split=e.split, n=e.n, k=e.k, temperature=e.temperature,
-                seed=config.seed, out=config.out, engine=config.engine, rollout=config.rollout, **served,
-            )
-        )  # fmt: skip
+            more["server"] = Server(**self._server())
+        e, stopped = config.eval, None
+        try:
+            report = asyncio.run(
+                evaluate(
+                    config.env, model=config.model, split=e.split, n=e.n, k=e.k, temperature=e.temperature,
+                    seed=config.seed, out=config.out, engine=config.engine, rollout=config.rollout, **more,
+                )
+            )  # fmt: skip
+        except EvaluationInterrupted as error:
+            report, stopped = error.report, error
+        except ArealError as error:
+            for note in getattr(error, "__notes__", ()):
+                print(note, file=sys.stderr)
+            raise
         print(report.table())
-        if served:
+        if "server" in more:
             print(f"served: {plain(report.served)}")
+        if report.infra_rate and stopped is None:
+            total = round(report.attempts / (1.0 - report.infra_rate))
+            print(
+                f"note: infrastructure failed {total - report.attempts} of {total} attempts: "
+                f"`eval --resume {config.out}` plays them again"
+            )
         print(f"files: {config.out}")
-        return report.to_json()
+        if stopped is not None:
+            print(stopped, file=sys.stderr)
+        return report.to_json(), 0 if stopped is None else 130
+
+    def _server(self) -> dict[str, Any]:
+        """Return the fields of ``Server``, which are those of the evaluation to go on with where none are given.
+
+        Empty for a model that no server serves.
+        """
+        given = {
+            "url": self.url,
+            "api_key_env": self.api_key_env,
+            "concurrency": self.concurrency,
+            "requests_per_minute": self.requests_per_minute,
+            "send_reasoning": self.send_reasoning,
+        }
+        earlier: dict[str, Any] = {}
+        if self.resume is not None:
+            from areal_agents.settings.evaluation import server_of
+
+            earlier = server_of(self.resume)
+        found = earlier | {name: value for name, value in given.items() if value}
+        return found if "url" in found else {}
 
     def settings(self, overrides: Sequence[str]) -> TrainConfig:
         """Read the settings.
@@ -109,13 +145,22 @@ class Eval:
         env_id, split = split_of(self.env)
         named = ["--env.id", env_id] if env_id else []
         named += ["--eval.split", split] if split else []
-        config, unused = load_evaluation(self.config or None, [*named, *overrides], served=bool(self.url))
+        base = self.config or None
+        if self.resume is not None:
+            if any(o.partition("=")[0] == "--out" for o in overrides):
+                raise UsageError("--resume OUT names the folder: leave out --out")
+            named += ["--out", str(self.resume)]
+            if (self.resume / "config.toml").is_file():
+                base = base or str(self.resume / "config.toml")
+            elif not (env_id or base):
+                raise UsageError(f"{self.resume} holds no evaluation to go on with: name another folder, or ENV_ID")
+        config, unused = load_evaluation(base, [*named, *overrides], served=bool(self._server()))
         if env_id and config.env.id != env_id:
             raise UsageError(f"ENV_ID is {env_id} and --env.id {config.env.id}: give one of them")
         if split and config.eval.split != split:
             raise UsageError(f"ENV_ID names the split {split} and --eval.split {config.eval.split}: give one of them")
         self._require_usage(config)
-        if unused:
+        if unused and self.config:
             print(f"of {self.config}, an evaluation does not use {', '.join(unused)}", file=sys.stderr)
         return config
 
@@ -129,16 +174,16 @@ class Eval:
             )
         if "path" not in config.model.model_fields_set:
             raise UsageError(f"--model is missing: name the model to evaluate on {config.env.id}, for example smollm2")
-        if model.startswith(REMOTE) != bool(self.url):
+        if model.startswith(REMOTE) != bool(self._server()):
             raise UsageError(
                 f"--model {REMOTE}MODEL and --url URL belong together, for example "
                 f"--model {REMOTE}{model.removeprefix(REMOTE)} --url http://127.0.0.1:8000/v1"
             )
-        if self.api_key_env and not self.url:
+        if self.api_key_env and not self._server():
             raise UsageError("--api-key-env belongs to --url")
         if self.common:
             raise UsageError("--common belongs to --compare A B")
-        if self.concurrency < 1:
+        if self.concurrency is not None and self.concurrency < 1:
             raise UsageError(f"--concurrency is {self.concurrency}: it must be at least 1")
 
 

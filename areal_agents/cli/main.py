@@ -11,17 +11,19 @@ overrides of ``settings/loading.py`` besides. The exit codes are:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from areal_agents.cli.commands import Command
-from areal_agents.cli.common import UsageError
+from areal_agents.cli.common import UsageError, json_alone, require_writable
 from areal_agents.errors import ArealError, Interrupted
 from areal_agents.tracking.console import plain
 
@@ -47,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())
     try:
         command, overrides = _parse(args)
-        code: int = command.run(overrides)
+        wanted = getattr(command, "json", False)
+        if isinstance(wanted, Path) and str(wanted) != "-":
+            require_writable(wanted)
+        with json_alone() if wanted is True or str(wanted) == "-" else contextlib.nullcontext():
+            code: int = command.run(overrides)
         return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -6,7 +6,6 @@ Each is a dataclass, as in ``cli/commands.py``.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import shlex
 import sys
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from areal_agents.cli.common import UsageError, write_json
+from areal_agents.cli.common import UsageError, require_writable, write_json
 from areal_agents.errors import ArealError
 
 if TYPE_CHECKING:
@@ -55,19 +54,18 @@ class Rescore:
         first, last = _steps(self.steps)
         if self.out is not None and self.out.suffix != ".parquet":
             raise UsageError(f"--out is {self.out}: it must be a file whose name ends with .parquet")
-        to_stdout = str(self.json) == "-"
-        with contextlib.redirect_stdout(sys.stderr) if to_stdout else contextlib.nullcontext():
-            report, code = self._run(first, last)
-        if to_stdout:
+        if self.out is not None:
+            require_writable(self.out)
+        report, code = self._run(first, last)
+        if str(self.json) == "-":
             write_json(report, None)
         return code
 
     def _run(self, first: int, last: int | None) -> tuple[object, int]:
         """Return the report as JSON, and the exit code."""
         from areal_agents.evaluation.rescore import load_reward, refuse_inside
-        from areal_agents.evaluation.saved_run import SavedRun
 
-        run = SavedRun.open(self.folder)
+        run = _open(self.folder)
         for path in (self.out, self.json):
             if path is not None and str(path) != "-":
                 refuse_inside(path, run)
@@ -85,7 +83,7 @@ class Rescore:
 
     def _score(self, run: SavedRun, paths: list[Path], reward: object) -> Outcome:
         from areal_agents.errors import RegistryError
-        from areal_agents.evaluation.evaluate import Progress
+        from areal_agents.evaluation.progress import Progress
         from areal_agents.evaluation.rescore import answer_of, plain_answer, rescore
         from areal_agents.evaluation.saved_run import episode_ids
         from areal_agents.tracking.trajectories import write_shard
@@ -148,13 +146,11 @@ class Replay:
     """With --list: at most so many; 0: all."""
 
     def run(self, overrides: Sequence[str]) -> int:
-        from areal_agents.evaluation.saved_run import SavedRun
-
         if self.list == bool(self.episode):
             raise UsageError("name one episode with --episode ID, or list them with --list")
         if self.limit < 0:
             raise UsageError(f"--limit is {self.limit}: it must be at least 0 (0 lists all)")
-        run = SavedRun.open(self.folder)
+        run = _open(self.folder)
         return self._list(run) if self.list else self._replay(run)
 
     def _list(self, run: SavedRun) -> int:
@@ -200,7 +196,7 @@ class Replay:
                 record,
                 lambda: run.make_env(sandbox=sandbox),
                 seed=seed,
-                fmt=None if folder is None else ChatFormat.load(folder),
+                fmt=None if folder is None else ChatFormat.load(folder, run.chat),
                 step_timeout=run.step_timeout,
                 max_turns=run.max_turns,
             )
@@ -208,6 +204,17 @@ class Replay:
             return 0 if report.identical else 1
 
         return asyncio.run(play())
+
+
+def _open(folder: Path) -> SavedRun:
+    """Open a run, and say where it is an evaluation that is not complete."""
+    from areal_agents.evaluation.saved_run import SavedRun
+    from areal_agents.evaluation.unfinished import partial_note
+
+    run = SavedRun.open(folder)
+    if note := partial_note(folder):
+        print(f"note: {note}", file=sys.stderr)
+    return run
 
 
 def _steps(text: str) -> tuple[int, int | None]:

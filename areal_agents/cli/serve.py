@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from areal_agents.cli.common import UsageError
+from areal_agents.chat.options import ChatOptions, ToolFormatName
+from areal_agents.cli.common import UsageError, template_variables
 
 
 @dataclass
@@ -41,6 +42,12 @@ class Serve:
     """Of requests without their own."""
     api_key_env: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
     """The environment variable with the key that clients must send to /v1; vLLM's other paths ask for none."""
+    template_variables: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """Variables of the chat template, as in training: ``--template-variables enable_thinking=false``."""
+    merge_system: bool = False
+    """Put a system message into the first user message where the chat template shows none."""
+    tool_format: ToolFormatName = "auto"
+    """How the model writes its tool calls. ``auto``: as its chat template does."""
     vllm_args: Annotated[str, tyro.conf.arg(metavar="ARGS")] = ""
     """Further arguments of vLLM's server, in one string: ``--vllm-args="--max-num-seqs 64"``."""
 
@@ -56,6 +63,8 @@ class Serve:
         for argument in further:  # where it listens must be known here
             if argument.partition("=")[0] in ("--host", "--port", "--uds") or argument.startswith("--ssl-"):
                 raise UsageError(f"--vllm-args has {argument!r}: use serve's own --host and --port; there is no TLS")
+        variables = template_variables(self.template_variables)
+        from areal_agents.engines.context import fit_context
         from areal_agents.engines.vllm.server import Serving, require_vllm, serve
 
         require_vllm()  # before a model is downloaded
@@ -67,17 +76,21 @@ class Serve:
                 "NAME) under /v1 alone, /invocations and /tokenize stay open. Put a proxy in front of it",
                 file=sys.stderr,
             )
+        model = resolve(self.model)
         serving = Serving(
-            model=resolve(self.model),
+            model=model,
             name=self.name or self.model,
             host=self.host,
             port=self.port,
             precision=self.precision,
-            max_context=self.max_context,
+            max_context=fit_context(model, self.max_context, name="--max-context", default=type(self).max_context),
             threads=self.threads,
             kv_gib=self.kv_gib,
             seed=self.seed,
             api_key_env=self.api_key_env or None,
+            chat=ChatOptions(
+                template_variables=variables, merge_system=self.merge_system, tool_format=self.tool_format
+            ),
             arguments=further,
         )
         return asyncio.run(serve(serving, say=lambda text: print(text, flush=True)))

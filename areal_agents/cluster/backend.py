@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from areal_agents.registry import EnvSpec
 from areal_agents.settings.config import TrainConfig
 from areal_agents.trainer.backend import Backend, Event, engine_spec_of, learner_settings, receivers, salt
 from areal_agents.trainer.threads import Cores
+from areal_agents.utils.system import available_cores
 
 
 @contextlib.asynccontextmanager
@@ -122,7 +122,7 @@ def _reserved(config: TrainConfig) -> float | None:
     if c.address:
         return None
     asked = c.engine_cpus * config.engine.replicas + c.learner_cpus + c.worker_cpus * c.rollout_workers
-    return max(float(math.ceil(asked)), float(len(os.sched_getaffinity(0))))
+    return max(float(math.ceil(asked)), float(available_cores()))
 
 
 def _declared(config: TrainConfig) -> dict[str, float]:

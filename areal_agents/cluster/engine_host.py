@@ -32,6 +32,7 @@ from areal_agents.engine import Engine, Health, KVPolicy, Sampling, UpdateMode, 
 from areal_agents.engines.pool.supervision import Threaded
 from areal_agents.errors import ArealError, ConfigError, EngineError
 from areal_agents.types import Completion, Prompt
+from areal_agents.utils.outcomes import unheard
 
 CONCURRENCY = 16_384
 """Calls that an actor works on at once. Further ones would wait, and health questions with them."""
@@ -109,6 +110,7 @@ class EngineHost:
             await asyncio.wait({task})  # not ``await task``: a cancelled task is an answer, not the end of this call
         finally:
             self._running.pop(id, None)
+            unheard(task)
         if task.cancelled():
             return self._answer(Failure.of(EngineError("the call was aborted")))
         try:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import dataclass
+from typing import Literal
 
-from areal_agents.errors import ArealError, InfraError, SandboxUnavailable
+from areal_agents.errors import ArealError, EnvError, InfraError, SandboxUnavailable
 from areal_agents.utils.short_text import cut, text_of
 
 _TRACEBACK_CHARS = 20_000
@@ -30,6 +31,7 @@ class Failure:
     turns: int = 0
     tokens: int = 0
     final: bool = False
+    blame: Literal["environment", "outside", "hang"] = "environment"
     cause: str = ""
     """Traceback of its ``__cause__``; empty where it has none."""
 
@@ -44,7 +46,8 @@ class Failure:
         cause = error.__cause__
         text = "" if cause is None else cut("".join(traceback.format_exception(cause)).rstrip(), _TRACEBACK_CHARS)
         if isinstance(error, InfraError):
-            return cls(kind, args, error.tool, error.turns, error.tokens, error.final, text)
+            blame = error.blame if isinstance(error, EnvError) else "environment"
+            return cls(kind, args, error.tool, error.turns, error.tokens, error.final, blame, text)
         return cls(kind, args, cause=text)
 
     def error(self) -> ArealError:
@@ -53,6 +56,8 @@ class Failure:
         if isinstance(error, InfraError):
             error.tool, error.turns, error.tokens = self.tool, self.turns, self.tokens
             error.final = self.final
+        if isinstance(error, EnvError):
+            error.blame = self.blame
         if self.cause:
             error.__cause__ = RemoteCause(self.cause)
         return error

@@ -44,7 +44,7 @@ class RolloutWorker:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._formats: dict[Path, ChatFormat] = {}
+        self._formats: dict[tuple[Path, str], ChatFormat] = {}
         self._players: dict[int, asyncio.Task[LocalPlayer]] = {}
         self._attempts: dict[int, asyncio.Task[Trajectory]] = {}
         self._cancelled: deque[int] = deque(maxlen=_REMEMBERED)
@@ -107,9 +107,10 @@ class RolloutWorker:
         return await built.play(task, id=id, group=group, seed=seed)
 
     def _build(self, spec: PlayerSpec) -> LocalPlayer:
-        if spec.model not in self._formats:
-            self._formats[spec.model] = ChatFormat.load(spec.model)
-        return spec.build(self._engine, fmt=self._formats[spec.model], event=self._event)
+        key = (spec.model, repr(spec.chat))
+        if key not in self._formats:
+            self._formats[key] = ChatFormat.load(spec.model, spec.chat)
+        return spec.build(self._engine, fmt=self._formats[key], event=self._event)
 
     async def cancel(self, ticket: int) -> None:
         """Cancel an attempt and wait for its end.

@@ -165,7 +165,7 @@ class RolloutWorkers(AsyncClosing):
     async def play(self, player: int, spec: PlayerSpec, task: Task, *, id: str, group: str, seed: int) -> Trajectory:
         """Play one attempt on the least-loaded worker, for ``RemotePlayer.play``."""
         worker = await self._take()
-        ticket, seconds = next(self._tickets), episode_seconds(spec.limits)
+        ticket, seconds = next(self._tickets), episode_seconds(spec.limits, spec.step_seconds)
         try:
             async with asyncio.timeout(seconds):
                 played: Played = await worker.actor.call(
@@ -383,10 +383,13 @@ class RemotePlayer:
         await self._workers.end_player(self._number)
 
 
-def episode_seconds(limits: Limits) -> float:
-    """Return more seconds than any episode within ``limits`` can take, with a blocked loop and a second start."""
+def episode_seconds(limits: Limits, step_seconds: float = 0.0) -> float:
+    """Return more seconds than any episode within ``limits`` can take, with a blocked loop and a second start.
+
+    ``step_seconds`` is what a step may take beyond ``limits.step_timeout``.
+    """
     calls = limits.max_turns + 3  # reset, finish and close too
-    return 2 * (calls * (limits.step_timeout + limits.request_timeout) + 60.0)
+    return 2 * (calls * (limits.step_timeout + step_seconds + limits.request_timeout) + 60.0)
 
 
 async def _cancel(tasks: list[asyncio.Task[None]]) -> None:

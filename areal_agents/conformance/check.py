@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from areal_agents import registry
+from areal_agents.chat.options import ChatOptions
 from areal_agents.conformance import contract, isolation, reward_audit
 from areal_agents.conformance.contract import Subject
 from areal_agents.errors import ArealError
@@ -82,6 +83,7 @@ def check(
     env_id: str,
     *,
     tokenizer: str | Path | None = "smollm2",
+    chat: ChatOptions | None = None,
     timeout: float = 60.0,
     kwargs: Mapping[str, Any] | None = None,
     report: Callable[[CheckResult], None] | None = None,
@@ -91,6 +93,7 @@ def check(
     Args:
         env_id: the environment's id, or ``"module:Class"``.
         tokenizer: a model name or folder for the token check. None skips that check.
+        chat: how the token check makes prompts. None leaves it to the chat template.
         timeout: seconds for one call into the environment. One check gets ten times as much.
         kwargs: keyword arguments of the environment, over the registered ones.
         report: is called with each result as it is found.
@@ -99,7 +102,9 @@ def check(
         RegistryError: the environment cannot be found. Nothing else is raised.
     """
     spec = registry.spec(env_id)
-    subject = Subject(replace(spec, kwargs={**spec.kwargs, **(kwargs or {})}), timeout, tokenizer)
+    subject = Subject(
+        replace(spec, kwargs={**spec.kwargs, **(kwargs or {})}), timeout, tokenizer, chat or ChatOptions()
+    )
     found: queue.SimpleQueue[CheckResult] = queue.SimpleQueue()
     abandoned = threading.Event()
     worker = threading.Thread(target=_run_all, args=(subject, found, abandoned), name="areal-agents-check", daemon=True)

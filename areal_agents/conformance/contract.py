@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
+from areal_agents.chat.options import ChatOptions
 from areal_agents.conformance.scripted_episode import ScriptedEpisode, ScriptName, script_for, trace_difference
 from areal_agents.errors import CheckError, TemplateError
 from areal_agents.registry import EnvSpec
@@ -51,6 +52,7 @@ class Subject:
     spec: EnvSpec
     timeout: float
     tokenizer: str | Path | None
+    chat: ChatOptions = field(default_factory=ChatOptions)
     _sample: tuple[Task, ...] = ()
     _alone: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
     _children: list[dict[str, Any]] = field(default_factory=list)
@@ -276,7 +278,7 @@ async def tokens(subject: Subject) -> str:
     """Check that each prompt is exactly the one before it, the sampled ids and the new messages."""
     if subject.tokenizer is None:
         raise Skipped("no tokenizer was given")
-    form = _chat_format(subject.tokenizer)
+    form = _chat_format(subject.tokenizer, subject.chat)
     turns = 0
     names: tuple[ScriptName, ...] = ("main", "clumsy")
     for name in names:
@@ -287,13 +289,17 @@ async def tokens(subject: Subject) -> str:
     return f"{turns} prefix-exact prompts with {subject.tokenizer}"
 
 
-def _chat_format(tokenizer: str | Path) -> ChatFormat:
+def _chat_format(tokenizer: str | Path, options: ChatOptions) -> ChatFormat:
     # Late imports: transformers is heavy, and the other checks do without it.
     from areal_agents.chat.format import ChatFormat
     from areal_agents.models import resolve
 
     folder = Path(tokenizer)
-    return ChatFormat.load(folder if folder.is_dir() else resolve(str(tokenizer)))
+    return ChatFormat.load(folder if folder.is_dir() else resolve(str(tokenizer)), options)
+
+
+def _stands_in(text: str, shown: str) -> bool:
+    return text in shown or json.dumps(text, ensure_ascii=False)[1:-1] in shown
 
 
 async def _prompts(subject: Subject, form: ChatFormat, name: ScriptName, cut: bool) -> int:
@@ -315,7 +321,7 @@ async def _prompts(subject: Subject, form: ChatFormat, name: ScriptName, cut: bo
             if missing:
                 raise CheckError(f"the prompt does not name the tool {missing[0]!r}")
             await episode.turn()
-            ids = form.encode_turn(episode.turns[-1].message.text)
+            ids = form.encode_turn(episode.turns[-1].message.text, episode.tools, prompt)
             ids = ids[:-1] if cut and len(ids) > 1 else ids
             finish: Finish = "length" if cut else "stop"
             talk.add_completion(Completion(ids, (0.0,) * len(ids), (0,) * len(ids), finish))
@@ -324,7 +330,8 @@ async def _prompts(subject: Subject, form: ChatFormat, name: ScriptName, cut: bo
             if form.history == "append" and talk.prompt.ids[: len(prompt) + len(ids)] != prompt + ids:
                 raise CheckError(f"turn {turns}: the next prompt does not extend the last one")
             shown = form.tokenizer.decode(list(talk.suffix))
-            lost = [m.text for m in episode.observation if m.text.strip() not in shown]
+            # A template may write a result as JSON text.
+            lost = [m.text for m in episode.observation if not _stands_in(m.text.strip(), shown)]
             if lost:
                 raise CheckError(f"turn {turns}: the chat template leaves out the message {lost[0]!r:.120}")
     except TemplateError as error:

@@ -17,6 +17,7 @@ import numpy as np
 from areal_agents.conformance.contract import Subject
 from areal_agents.conformance.scripted_episode import ScriptedEpisode, ScriptName, plain, spoil, trace_difference
 from areal_agents.errors import ArealError, CheckError
+from areal_agents.utils.outcomes import unheard
 
 LOOP_TURNS = (1, 2, 3, 8)
 SECONDS = (0.02, 0.2)
@@ -166,6 +167,7 @@ async def _cancel(victim: ScriptedEpisode, call: str, moment: float) -> None:
     else:
         await asyncio.wait({work}, timeout=moment)
     work.cancel()
+    unheard(work)
     grace = min(victim.step_timeout, 10.0)
     await asyncio.wait({work}, timeout=grace)
     if not work.done():

@@ -14,6 +14,7 @@ from areal_agents.env import Expert
 from areal_agents.errors import CheckError
 from areal_agents.rollout.script import Script
 from areal_agents.types import Observation, Task
+from areal_agents.utils.tolerance import all_same
 
 SLACK = 0.05
 """What a policy without skill may earn above the declared chance."""
@@ -125,5 +126,5 @@ async def _skilled(subject: Subject, tasks: Sequence[Task], gold: Sequence[str |
 
 
 def _require_full(total: float, who: str, task: Task) -> None:
-    if abs(total - 1.0) > 1e-6:
+    if not all_same((total, 1.0)):
         raise CheckError(f"{who} earns {total:g} on task {task.id}, not 1: the reward or the {who} is wrong")

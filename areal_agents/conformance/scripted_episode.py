@@ -32,6 +32,7 @@ from areal_agents.rollout.script import Script, ScriptPolicy, expert_of
 from areal_agents.sandbox import backends
 from areal_agents.types import AssistantMessage, Task, ToolCall
 from areal_agents.utils.exits import guard_tasks, no_exit
+from areal_agents.utils.outcomes import unheard
 from areal_agents.utils.short_text import described, short
 
 T = TypeVar("T")
@@ -86,6 +87,7 @@ class OwnLoop:
         await asyncio.wait({task}, timeout=timeout)
         if not task.done():
             task.cancel()
+            unheard(task)
             raise CheckError(f"{what} did not return within {timeout:g} s")
         try:
             return task.result()

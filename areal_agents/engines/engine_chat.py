@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from areal_agents.chat.format import ChatFormat
-from areal_agents.chat_model import ChatReply
-from areal_agents.engine import Engine, Sampling
+from areal_agents.chat_model import ChatReply, ContextLengthError
+from areal_agents.engine import Engine, Sampling, shortest_context
 from areal_agents.errors import EngineError
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Message, Prompt
+from areal_agents.utils.outcomes import opened, outcome_of
 
 _numbers = itertools.count()
 
@@ -55,21 +56,24 @@ class EngineChat:
         Where ``sampling.stop_ids`` is empty, the format's stop ids are used. Cancelling aborts the request.
 
         Raises:
+            ContextLengthError: the conversation does not fit.
             EngineError: the engine is dead, refused, or missed the deadline.
             TemplateError: the template cannot render the messages.
         """
-        work = self._reply(messages, tools, sampling)
         if asyncio.get_running_loop() is self._loop:
-            return await work
+            return await self._reply(messages, tools, sampling)
         if self._loop.is_closed():
-            work.close()  # it will never run: Python warns of a coroutine that is neither awaited nor closed
             raise EngineError("the event loop of EngineChat's engine is closed: keep it open while the model is used")
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        work = outcome_of(lambda: self._reply(messages, tools, sampling))
+        return opened(await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop)))
 
     async def _reply(
         self, messages: Sequence[Message | AssistantMessage], tools: Sequence[ToolSpec], sampling: Sampling
     ) -> ChatReply:
         prompt = Prompt(self._fmt.first_prompt(messages, tools))
+        used = len(prompt.ids)
+        if shortest_context(used + 1, self._engine) <= used:
+            raise ContextLengthError(f"the conversation has {used} tokens, which leave no room for an answer")
         sampling = replace(sampling, stop_ids=sampling.stop_ids or self._fmt.stop_ids)
         session = f"chat-{next(_numbers)}"
         try:
@@ -78,5 +82,5 @@ class EngineChat:
             # A dead engine has nothing to release, and the error of `generate` is the one to raise.
             with contextlib.suppress(EngineError):
                 await self._engine.release(session)
-        message = self._fmt.parse(done.ids, done.finish)
+        message = self._fmt.parse(done.ids, done.finish, prompt.ids, tools)
         return ChatReply(message, len(prompt.ids), len(done.ids))

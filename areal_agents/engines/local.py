@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from areal_agents.engine_kind import engine_kind
+from areal_agents.engines.context import fit_context
 from areal_agents.engines.pool.pool import EnginePool
 from areal_agents.engines.pool.replica import SupervisedSettings
 from areal_agents.engines.pool.supervised import SupervisedEngine
@@ -24,16 +25,23 @@ from areal_agents.settings.config import EngineConfig
 from areal_agents.utils.precision import Format
 
 
-def engine_spec(engine: EngineConfig, model: Path, *, max_context: int, threads: int, format: Format) -> EngineSpec:
+def engine_spec(
+    engine: EngineConfig, model: Path, *, max_context: int, threads: int, format: Format, on_gpu: bool = False
+) -> EngineSpec:
     """Return how one engine is started, here or on another node.
 
     Args:
         engine: the settings.
         model: the model's folder.
-        max_context: longest prompt plus completion, in tokens.
+        max_context: longest prompt plus completion, in tokens, as it was set.
         threads: cores of the engine.
         format: what it computes in. It is decided here, since the engine's node may differ from this one.
+        on_gpu: whether it computes on a GPU, whose memory and not ``engine.kv_tokens`` bounds the KV.
+
+    Raises:
+        ConfigError: ``max_context`` is more than model and engine can take. See ``fit_context``.
     """
+    max_context = fit_context(model, max_context, kv_tokens=None if on_gpu else engine.kv_tokens)
     options: dict[str, Any] = {
         "precision": format,
         "max_batch": engine.max_batch,

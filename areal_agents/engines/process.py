@@ -29,6 +29,7 @@ from areal_agents.engines.process_group_reaper import members
 from areal_agents.errors import ConfigError, EngineError, ModelError
 from areal_agents.types import Completion, Prompt
 from areal_agents.utils.closing import AsyncClosing
+from areal_agents.utils.outcomes import unheard
 
 T = TypeVar("T")
 
@@ -285,6 +286,7 @@ class EngineProcess(AsyncClosing):
                 return cast(T, await future)
         finally:
             self._pending.pop(id, None)
+            unheard(future)  # the worker may have ended while the command was still being written
 
     def _send(self, command: p.WorkerCommand) -> None:
         """Queue a command that has no reply.

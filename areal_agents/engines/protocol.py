@@ -101,7 +101,7 @@ class Close:
 @dataclass(frozen=True, slots=True)
 class Ready:
     max_context: int
-    """The asked one, cut to what the model's positions allow."""
+    """The asked one, cut to what the model's positions and the KV allow."""
 
 
 @dataclass(frozen=True, slots=True)

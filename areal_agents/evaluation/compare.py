@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents.errors import ConfigError
-from areal_agents.evaluation.statistics import PASS, mean_interval, sign_test
+from areal_agents.evaluation.statistics import mean_interval, sign_test
+from areal_agents.evaluation.unfinished import partial_note
 from areal_agents.tracking.trajectories import read_records, shards
+from areal_agents.utils.tolerance import PASS
 
 FEW_TASKS = 30
 """With fewer, the mean of the differences may be far from normal, which the t interval takes it for."""
@@ -43,6 +45,8 @@ class Evaluation:
     """Per task the rewards of its attempts."""
     env: str | None = None
     """The environment's id, where a file next to the trajectories says it."""
+    partial: str | None = None
+    """What it lacks, where it was interrupted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +189,7 @@ def load(source: str | Path) -> Evaluation:
         rewards.setdefault((task.split, task.id, task.content_hash), []).append(record.trajectory.reward)
     if not rewards:
         raise ConfigError(_nothing_there(folder, label))
-    return Evaluation(text, rewards, _environment(folder))
+    return Evaluation(text, rewards, _environment(folder), None if label else partial_note(folder))
 
 
 def _nothing_there(folder: Path, label: str) -> str:
@@ -267,6 +271,7 @@ def _notes(
     uneven = sum(len(e.rewards[key]) < _most(e, shared) for e in (one, two) for key in shared)
     if uneven:
         notes.append(f"{uneven} times a task lacks attempts, which infrastructure failed: its mean is over the others")
+    notes += dict.fromkeys(e.partial for e in (one, two) if e.partial)
     if one.env and two.env and one.env != two.env:
         notes.append(f"the environments differ: {one.env} and {two.env}")
     return tuple(notes)

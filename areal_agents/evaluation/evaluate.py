@@ -6,36 +6,60 @@ It plays n tasks × k attempts, reports the statistics that people trust, and sa
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from areal_agents import registry
 from areal_agents.chat_model import remote_name
-from areal_agents.errors import ConfigError
-from areal_agents.evaluation.players import Served, Server, on_engines, on_server
-from areal_agents.evaluation.statistics import PASS, clustered_interval, pass_at_k, pass_hat_k
-from areal_agents.registry import EnvSpec
+from areal_agents.errors import ArealError, ConfigError, InfraError, Interrupted
+from areal_agents.evaluation.attempts import FINISH_SECONDS, run_attempts, same_attempts, saved_rows
+from areal_agents.evaluation.endings import count_endings, count_finishes, count_oddities, noted
+from areal_agents.evaluation.players import Opener, Served, Server, on_engines, on_server
+from areal_agents.evaluation.progress import Progress, Stopwatch
+from areal_agents.evaluation.statistics import clustered_interval, pass_at_k, pass_hat_k
+from areal_agents.evaluation.unfinished import (
+    KIND,
+    STEP,
+    Earlier,
+    EvaluationInterrupted,
+    Sitting,
+    count_saved,
+    fingerprint,
+    how_to_go_on,
+    open_journal,
+    read_earlier,
+    refuse_used,
+    tell,
+)
+from areal_agents.models import resolve
+from areal_agents.registry import EnvSpec, require_distinct
 from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
+from areal_agents.rollout.task_faults import footer, reasons
+from areal_agents.rollout.tasks import first_tasks
 from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig, TrainConfig
 from areal_agents.settings.evaluation import eval_folder, training_only
 from areal_agents.settings.writing import dump
-from areal_agents.tracking.console import clock
 from areal_agents.tracking.tracker import Tracker
+from areal_agents.tracking.trajectories import Record
 from areal_agents.types import Task, Trajectory
+from areal_agents.utils.files import write_atomically
+from areal_agents.utils.short_text import text_of
+from areal_agents.utils.signals import Stop, stop_on_signals
+from areal_agents.utils.system import require_linux
+from areal_agents.utils.tolerance import PASS
 
 
 @dataclass(frozen=True, slots=True)
 class EvalReport:
     """The report of one evaluation.
 
-    Rates are over scored attempts, but ``infra_rate`` is over all of them.
+    Rates are over scored attempts, but ``infra_rate`` is over all attempts at tasks that can be played.
     """
 
     env: str
@@ -68,8 +92,22 @@ class EvalReport:
     tokens: float
     """Sampled tokens an attempt."""
     seconds: float
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Tasks that cannot be played or scored, each with the reason. Their attempts are in no rate."""
     served: str = ""
     """Of a model behind a chat server: the name that the server gives itself for it, and the server's URL."""
+    unplayed: int = 0
+    """Attempts that were asked for and not played, because the evaluation was interrupted."""
+    endings: dict[str, int] = field(default_factory=dict)
+    finishes: dict[str, int] = field(default_factory=dict)
+    """Attempts by stop reason, and turns by how they ended: ``stop``, or early (``cut_turns``)."""
+    cut_turns: int = 0
+    unverifiable: int = 0
+    verdict_timeouts: int = 0
+    """Attempts with such a verdict. They count with its score."""
+    sandbox_replays: int = 0
+    withheld: int = 0
+    """Lost sandboxes whose calls were run again; attempts with a reward that a cut message earned and did not get."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -77,14 +115,27 @@ class EvalReport:
     def line(self, label: str) -> str:
         """Return the report as one line for a log."""
         low, high = self.ci95
+        out = f" (left out: {len(self.left_out)})" if self.left_out else ""
         return (
             f"held-out, {label}: pass@1 {self.pass_at_1:.3f} ({low:.3f}–{high:.3f}), valid calls "
-            f"{self.valid_call_rate:.2f}, n = {self.n}, {self.seconds:.0f} s"
+            f"{self.valid_call_rate:.2f}, n = {self.n}{out}, {self.seconds:.0f} s"
         )
 
     def table(self) -> str:
         """Return the report as text for people."""
         return compare_table({f"{self.env}:{self.split}": self})
+
+    def notes(self) -> list[str]:
+        """Say what makes the numbers less than they look."""
+        notes = []
+        if self.unplayed:
+            made = round(self.attempts / (1.0 - self.infra_rate))
+            notes.append(
+                f"partial: {made} of {made + self.unplayed} attempts were played, at {self.n} tasks with a score"
+            )
+        if self.k > 1 and self.temperature == 0.0:
+            notes.append(same_attempts(self.k))
+        return notes
 
 
 def calls_of(trajectory: Trajectory) -> tuple[int, int]:
@@ -103,6 +154,9 @@ def summarize(
     temperature: float,
     seed: int,
     seconds: float,
+    planned: int | None = None,
+    first_failure: BaseException | None = None,
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> EvalReport:
     """Report what ``results`` show.
 
@@ -117,14 +171,23 @@ def summarize(
         temperature: of sampling.
         seed: of environments and sampling.
         seconds: that the evaluation took.
+        planned: attempts that were asked for; None means those that there are.
+        first_failure: why the first attempt was given up, of those that were.
+        left_out: tasks that cannot be played or scored, each with the reason. Their attempts count nowhere.
 
     Raises:
-        ConfigError: no attempt was scored.
+        InfraError: no attempt was scored.
     """
-    scored = [(task, [t for t in tries if t is not None]) for task, tries in results]
-    scored = [(task, tries) for task, tries in scored if tries]
+    results = [(task, tries) for task, tries in results if task.id not in left_out]
+    scored = [(task, kept) for task, tries in results if (kept := [t for t in tries if t is not None])]
     if not scored:
-        raise ConfigError(f"evaluation of {env}: every attempt failed; events.jsonl holds the errors")
+        if not results:
+            raise ConfigError(f"evaluation of {env}: no task can be played or scored:{reasons(left_out)}")
+        said = f" First failure: {text_of(first_failure)}" if first_failure is not None else ""
+        raise InfraError(
+            f"evaluation of {env}: infrastructure failed every attempt, so that there is nothing to score.{said}"
+            f"{reasons(left_out)}"
+        ) from first_failure
     k = max(len(tries) for _, tries in results)
     everything = [t for _, tries in scored for t in tries]
     total = len(everything)
@@ -149,105 +212,63 @@ def summarize(
         turns=sum(len(t.turns) for t in everything) / total,
         tokens=sum(t.sampled_tokens for t in everything) / total,
         seconds=seconds,
+        left_out=dict(left_out),
+        unplayed=0 if planned is None else planned - sum(len(tries) for _, tries in results),
+        endings=count_endings(everything),
+        finishes=count_finishes(everything),
+        **dict[str, Any](count_oddities(everything)),
     )  # fmt: skip
-
-
-async def run_attempts(
-    runner: EpisodeRunner,
-    tasks: Sequence[Task],
-    *,
-    k: int,
-    concurrency: int,
-    seed: int,
-    label: str,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[tuple[Task, list[Trajectory | None]]]:
-    """Play every task ``k`` times and return each task with its attempts.
-
-    An attempt is None where infrastructure failed it. The attempts at a task differ in their seed.
-
-    Args:
-        runner: plays an episode, and counts and retries what fails.
-        tasks: what to play.
-        k: attempts a task.
-        concurrency: most episodes at once.
-        seed: see ``attempt_seed``.
-        label: first part of the episodes' ids.
-        progress: is called with the number of episodes that are done, and of all.
-
-    Raises:
-        ArealError: what ``runner`` raises first. The other attempts are then cancelled.
-    """
-    slots = asyncio.Semaphore(concurrency)
-    done = 0
-
-    async def attempt(index: int, i: int) -> Trajectory | None:
-        nonlocal done
-        async with slots:
-            task = tasks[index]
-            result = await runner.run(
-                task, id=f"{label}/{index}/{i}", group=f"{label}/{index}", seed=attempt_seed(seed, i)
-            )
-        done += 1
-        progress(done, len(tasks) * k)
-        return result
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            running = [[group.create_task(attempt(i, j)) for j in range(k)] for i in range(len(tasks))]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from errors.exceptions[0].__cause__
-    return [(task, [r.result() for r in row]) for task, row in zip(tasks, running, strict=True)]
-
-
-def attempt_seed(seed: int, attempt: int) -> int:
-    """Return the seed that attempt ``attempt`` at any task resets its environment with."""
-    return seed + attempt
 
 
 def compare_table(reports: dict[str, EvalReport]) -> str:
     """Lay out named reports side by side, for people."""
-    head = ("", "pass@1", "95 % CI", "valid calls", "pass | valid", "truncated", "infra")
+    ks = {r.k for r in reports.values()}
+    k = str(max(ks)) if len(ks) == 1 else "k"
+    several = (f"pass@{k}", f"pass^{k}") if max(ks, default=1) > 1 else ()
+    head = ("", "pass@1", "95 % CI", *several, "n", "valid calls", "pass | valid", "truncated", "infra")
     rows = [head]
     for name, r in reports.items():
-        given = "–" if r.accuracy_given_valid is None else f"{r.accuracy_given_valid:.3f}"
+        of_k = (_rate(r.pass_at_k), _rate(r.pass_hat_k)) if several else ()
         rows.append((
-            name, f"{r.pass_at_1:.3f}", f"{r.ci95[0]:.3f}–{r.ci95[1]:.3f}", f"{r.valid_call_rate:.3f}", given,
-            f"{r.truncation_rate:.3f}", f"{r.infra_rate:.3f}",
+            name, f"{r.pass_at_1:.3f}", f"{r.ci95[0]:.3f}–{r.ci95[1]:.3f}", *of_k, str(r.n),
+            f"{r.valid_call_rate:.3f}", _rate(r.accuracy_given_valid), f"{r.truncation_rate:.3f}",
+            f"{r.infra_rate:.3f}",
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+    notes = dict.fromkeys(note for r in reports.values() for note in r.notes())
+    noticed = {name: noted(r.endings, r.finishes, r.to_json()) for name, r in reports.items()}
+    below = [f"{name}: {said}" for name, said in noticed.items() if said]
+    named = {id: why for r in reports.values() for id, why in r.left_out.items()}
+    under = [*below, *(f"note: {note}" for note in notes)]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], *under]) + footer(named)
 
 
-def held_out(spec: EnvSpec, split: str, n: int, *, difficulty: float | None) -> list[Task]:
-    """Return the first ``n`` tasks of a split.
+def _rate(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def held_out(
+    spec: EnvSpec, split: str, n: int, *, difficulty: float | None, tell: Callable[[str, str], None]
+) -> list[Task]:
+    """Return the first ``n`` tasks of a split, without those that cannot be made.
 
     Args:
         spec: the environment.
         split: name of the split.
         n: number of tasks.
         difficulty: in [0, 1]. None is the environment's default.
+        tell: is given name and reason of a task that cannot be made.
 
     Raises:
-        ConfigError: the split has fewer tasks.
+        ConfigError: the split has fewer tasks, or two of them have one id.
     """
     tasks = spec.tasks(split, difficulty=difficulty)
     if len(tasks) < n:
-        raise ConfigError(f"{spec.id}:{split} has {len(tasks)} tasks, but n = {n}: lower it")
-    return [tasks[i] for i in range(n)]
-
-
-def refuse_used(out: Path) -> None:
-    """Raise ConfigError where ``out`` holds an evaluation or a run.
-
-    Two of them in one folder cannot be told apart.
-    """
-    for name in ("report.json", "trajectories", "metrics.jsonl"):
-        if (out / name).exists():
-            raise ConfigError(
-                f"{out} already holds an evaluation or a run ({name}): choose another --out, or remove that folder"
-            )
+        raise ConfigError(f"{spec.id}:{split} has {len(tasks)} tasks, but eval.n = {n}: lower it")
+    chosen = first_tasks(tasks, n, tell)
+    require_distinct(chosen, f"{spec.id}:{split}")
+    return chosen
 
 
 async def evaluate(
@@ -263,13 +284,17 @@ async def evaluate(
     engine: EngineConfig | None = None,
     rollout: RolloutConfig | None = None,
     server: Server | None = None,
+    resume: bool = False,
 ) -> EvalReport:
     """Evaluate a model on an environment.
 
         report = await areal_agents.evaluate("areal/Arithmetic-v0", model="smollm2", n=32)
         print(report.table())
 
-    report.json, config.toml and every trajectory go to the folder ``out``.
+    report.json, config.toml and every trajectory go to the folder ``out``. An episode is there for good as soon as it
+    ends: what was interrupted or killed goes on with ``resume``.
+
+    After one SIGINT or SIGTERM running episodes have a minute, and the error has a report. After two it ends at once.
 
     The sections are those of ``TrainConfig``, so a run is evaluated as it was trained with ``engine=config.engine,
     rollout=config.rollout``. What they say of training alone (batches, staleness, how weights travel) is not used.
@@ -288,13 +313,16 @@ async def evaluate(
         rollout: limits of an episode, retries and the failure budget.
         server: of a model called ``openai:MODEL``. Its episodes have no token ids, and their limits on tokens are kept
             as far as the server reports what it sampled.
+        resume: go on with the evaluation in ``out``, if there is one, with the same settings and the same model.
 
     Returns:
         The report, with rates in [0, 1].
 
     Raises:
-        ArealError: an ``out`` that is used already, an unknown environment or split, a missing model, an unavailable
-            sandbox, a server that refuses, too many failures, no scored attempt.
+        ArealError: an ``out`` that is used already, or holds another evaluation than the one to go on with, an unknown
+            environment or split, a missing model, an unavailable sandbox, a server that refuses, too many failures.
+        InfraError: no attempt was scored, because infrastructure failed all of them.
+        Interrupted: by a signal, with what was scored on the disk.
         ValueError: a setting out of range (pydantic's ValidationError).
     """
     config = TrainConfig(
@@ -306,79 +334,112 @@ async def evaluate(
         rollout=rollout or RolloutConfig(),
         eval=EvalConfig(split=split, n=n, k=k, temperature=temperature),
     )
-    return await _evaluate(config, server)
+    with stop_on_signals(print, doing=f"finishing the episodes that run, for at most {FINISH_SECONDS:g} s") as stop:
+        stop.at_once = True  # until there are episodes
+        try:
+            return await _evaluate(config, server, stop, resume=resume)
+        except asyncio.CancelledError as error:
+            if not stop.requested:
+                raise
+            saved, planned = count_saved(config.out), config.eval.n * config.eval.k
+            left = how_to_go_on(config.out, saved, planned) if saved else "before an attempt was scored"
+            raise Interrupted(f"stopped by {stop.name}; {left}") from error
 
 
-async def _evaluate(config: TrainConfig, server: Server | None) -> EvalReport:
-    refuse_used(config.out)
+async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, resume: bool) -> EvalReport:
+    out, e = config.out, config.eval
+    if not resume:
+        refuse_used(out)
     name = remote_name(config.model.path)
     if (name is None) != (server is None):
         raise ConfigError(
             f"model {config.model.path!r} and server {server!r}: a served model is called openai:MODEL and needs its "
             "server's URL (--url), other models have none"
         )
-    e = config.eval
+    if server is None:
+        require_linux(f"an engine for {config.model.path}")
+    bad = dict[str, str]()
     spec = registry.spec(config.env.id)
-    tasks = held_out(spec, e.split, e.n, difficulty=config.env.difficulty)
+    spec.require_arguments(config.env.kwargs)
+    tasks = held_out(spec, e.split, e.n, difficulty=config.env.difficulty, tell=bad.__setitem__)
+    earlier = read_earlier(config) if resume else Earlier()
+    earlier.require_tasks(tasks, out=out)
     await prove_sandbox(spec, config.env.sandbox)
-    served = Served()
+    served, model = Served(before=earlier.served), ""
     if server is not None and name is not None:
         opener, concurrency = on_server(config, spec, name, server, served), server.concurrency
     else:
         opener, concurrency = on_engines(config, spec), config.engine.max_batch * config.engine.replicas
-    budget = FailureBudget(window=config.rollout.failure_window, share=config.rollout.failure_budget)
-    watch = Stopwatch()
-    async with contextlib.AsyncExitStack() as stack:
-        tracker = stack.enter_context(Tracker(config.out, tensorboard=False))
-        (config.out / "config.toml").write_text(dump(config, leave_out=training_only))
-        player = await stack.enter_async_context(opener(tracker.event))
-        runner = EpisodeRunner(player, budget, max_retries=config.rollout.max_retries, event=tracker.event)
-        try:
-            results = await run_attempts(
-                runner, tasks, k=e.k, concurrency=concurrency, seed=config.seed, label=e.split,
-                progress=Progress(tracker.message),
-            )  # fmt: skip
-        finally:
-            await runner.close()
+        model = fingerprint(resolve(config.model.path))
+    earlier.require_model(model, out=out, path=config.model.path)
+    sitting = Sitting(model, None if server is None else dataclasses.asdict(server))
+    try:
+        return await _play(config, tasks, earlier, sitting, opener, concurrency, served, stop, bad)
+    except Interrupted:
+        raise
+    except ArealError as error:
+        if saved := count_saved(out):
+            error.add_note(how_to_go_on(out, saved, len(tasks) * e.k))
+        raise
+
+
+async def _play(
+    config: TrainConfig,
+    tasks: Sequence[Task],
+    earlier: Earlier,
+    sitting: Sitting,
+    opener: Opener,
+    concurrency: int,
+    served: Served,
+    stop: Stop,
+    bad: Mapping[str, str],
+) -> EvalReport:
+    """Play what no earlier sitting played, with each episode on the disk as it ends, and write the report."""
+    out, e, watch = config.out, config.eval, Stopwatch(before=earlier.seconds)
+    planned, had = len(tasks) * e.k, len(earlier.episodes)
+    with open_journal(out) as journal, Tracker(out, tensorboard=False) as tracker:
+        write_atomically(out / "config.toml", dump(config, leave_out=training_only))
+        replace(sitting, served=earlier.served, seconds=earlier.seconds).write(out)
+        tell(tracker, config, had=had, planned=planned, torn=journal.torn)
+
+        def scored(trajectory: Trajectory) -> None:
+            record = Record(KIND, STEP, trajectory)
+            tracker.trajectories.append(journal, record, elapsed=watch.seconds, served=sorted(served.names))
+
+        results, failure, left_out = saved_rows(tasks, earlier.episodes, k=e.k), None, dict(bad)
+        if had < planned:
+            budget = FailureBudget(window=config.rollout.failure_window, share=config.rollout.failure_budget)
+            async with opener(tracker.event) as player:
+                runner = EpisodeRunner(
+                    player, budget, max_retries=config.rollout.max_retries, event=tracker.event, say=tracker.message
+                )
+                for id, reason in bad.items():
+                    runner.leave_out(id, reason)
+                stop.at_once = False
+                try:
+                    results = await run_attempts(
+                        runner, tasks, k=e.k, concurrency=concurrency, seed=config.seed, label=e.split,
+                        progress=Progress(tracker.message, before=had), saved=earlier.episodes, scored=scored,
+                        stop=stop,
+                    )  # fmt: skip
+                finally:
+                    await runner.close()
+                failure, left_out = runner.first_given_up, runner.left_out
+        episodes = [t for _, tries in results for t in tries if t is not None]
+        if stop.requested and not episodes:
+            raise Interrupted(f"stopped by {stop.name} before an attempt was scored")
         report = summarize(
             results, env=config.env.id, split=e.split, model=config.model.path, version=0,
             temperature=e.temperature, seed=config.seed, seconds=watch.seconds,
+            planned=e.k * sum(task.id not in left_out for task in tasks), first_failure=failure, left_out=left_out,
         )  # fmt: skip
         report = replace(report, served=served.text())
-        tracker.trajectories.write([t for _, tries in results for t in tries if t is not None], step=0, kind="eval")
-    (config.out / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        if not report.unplayed:
+            tracker.trajectories.write(episodes, step=STEP, kind=KIND)
+            tracker.flush()
+    replace(sitting, served=tuple(sorted(served.names)), seconds=watch.seconds).write(out)
+    write_atomically(out / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
+    if report.unplayed:
+        said = f"stopped by {stop.name}; {how_to_go_on(out, len(episodes), planned)}"
+        raise EvaluationInterrupted(said, report)
     return report
-
-
-class Progress:
-    """A progress display of lines such as ``64/128 episodes, ETA 0:21``.
-
-    Args:
-        show: is called with each line.
-        label: first words of a line.
-        what: the things that are counted.
-        every: seconds between two lines, at least.
-    """
-
-    def __init__(
-        self, show: Callable[[str], None], *, label: str = "evaluating", what: str = "episodes", every: float = 5.0
-    ) -> None:
-        self._show, self._label, self._what, self._every = show, label, what, every
-        self._watch, self._last = Stopwatch(), 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        seconds = self._watch.seconds
-        if seconds - self._last >= self._every and done < total:
-            self._last = seconds
-            self._show(f"{self._label}: {done}/{total} {self._what}, ETA {clock(seconds / done * (total - done))}")
-
-
-class Stopwatch:
-    """A clock that tells the seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
@@ -11,13 +10,23 @@ from areal_agents.chat.format import ChatFormat
 from areal_agents.chat_model import ChatReply
 from areal_agents.engine import Sampling
 from areal_agents.engine_kind import engine_kind
+from areal_agents.errors import ConfigError
 from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.chat_policy import ChatPolicy
-from areal_agents.rollout.player import EpisodePlayer, EventSink, LocalPlayer, PlayerSpec, env_maker, limits_of
+from areal_agents.rollout.player import (
+    EpisodePlayer,
+    EventSink,
+    LocalPlayer,
+    PlayerSpec,
+    env_maker,
+    limits_of,
+    require_prompts,
+)
 from areal_agents.settings.config import TrainConfig
 from areal_agents.types import Task
 from areal_agents.utils.precision import number_format
+from areal_agents.utils.system import available_cores
 
 Opener = Callable[[EventSink], contextlib.AbstractAsyncContextManager[EpisodePlayer]]
 """Opens a player that tells an event sink, and ends what it opened."""
@@ -35,6 +44,8 @@ class Server:
     """Most requests, and episodes, at once."""
     requests_per_minute: float | None = None
     """Most requests started in a minute, retries included."""
+    send_reasoning: bool = False
+    """Whether the thinking that the server returned with a turn is sent back with it."""
 
 
 @dataclass
@@ -43,9 +54,24 @@ class Served:
 
     url: str = ""
     names: set[str] = field(default_factory=set)
+    before: tuple[str, ...] = ()
+    """The names that it had in earlier sittings; empty where there was none."""
+
+    def __post_init__(self) -> None:
+        self.names |= set(self.before)
 
     def see(self, reply: ChatReply) -> None:
-        self.names.add(reply.model or "a model without a name")
+        """Note the name of the model that answered.
+
+        Raises ConfigError where an earlier sitting was answered by another one.
+        """
+        name = reply.model or "a model without a name"
+        if self.before and name not in self.before:
+            raise ConfigError(
+                f"{self.url} answers as {name!r}, and answered as {', '.join(map(repr, self.before))} when the "
+                "evaluation was begun: it is another model. Evaluate anew in another folder"
+            )
+        self.names.add(name)
 
     def text(self) -> str:
         return f"{', '.join(sorted(self.names))} at {self.url}" if self.url else ""
@@ -54,14 +80,15 @@ class Served:
 def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
     """Return what opens a player on engines of this machine, which end with it.
 
-    Raises ModelError at once.
+    Raises ModelError or TemplateError at once.
     """
     import torch  # heavy, as the engines: a served model needs neither
 
     from areal_agents.engines.local import engine_spec, open_engines
 
     folder, engine = resolve(config.model.path), config.engine
-    fmt = ChatFormat.load(folder)
+    fmt = ChatFormat.load(folder, config.model.chat)
+    require_prompts(spec, fmt)
     limits = limits_of(config)
     player = PlayerSpec(
         env=spec,
@@ -70,12 +97,13 @@ def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
         sampling=Sampling(limits.max_turn_tokens, temperature=config.eval.temperature, stop_ids=fmt.stop_ids),
         sandbox=config.env.sandbox,
         kwargs=config.env.kwargs,
+        chat=config.model.chat,
     )
     # No learner wants a share of the cores.
-    threads = max(1, (engine.threads or len(os.sched_getaffinity(0))) // engine.replicas)
+    threads = max(1, (engine.threads or available_cores()) // engine.replicas)
     on_gpu = engine_kind(engine.kind).takes_gpus and torch.cuda.is_available()
     number = number_format(engine.precision, gpu=on_gpu)
-    one = engine_spec(engine, folder, max_context=limits.max_context, threads=threads, format=number)
+    one = engine_spec(engine, folder, max_context=limits.max_context, threads=threads, format=number, on_gpu=on_gpu)
 
     @contextlib.asynccontextmanager
     async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:
@@ -91,7 +119,8 @@ def on_server(config: TrainConfig, spec: EnvSpec, name: str, server: Server, ser
     Raises ConfigError at once.
 
     Args:
-        config: the settings. Of the engine's, request_timeout alone is used.
+        config: the settings. Of the engine's, request_timeout alone is used. The template's variables go along with
+            each request, in the field ``chat_template_kwargs`` that vLLM and SGLang know.
         spec: the environment.
         name: the model's name for the server.
         server: where it is.
@@ -111,6 +140,9 @@ def on_server(config: TrainConfig, spec: EnvSpec, name: str, server: Server, ser
         deadline=limits.request_timeout + waiting,
         concurrency=server.concurrency,
         requests_per_minute=server.requests_per_minute,
+        tool_format=config.model.tool_format,
+        extra={"chat_template_kwargs": config.model.template_variables} if config.model.template_variables else None,
+        send_reasoning=server.send_reasoning,
     )
     served.url = chat.url
     # Twice the client's own deadline, whose message is better.

@@ -36,6 +36,7 @@ What = Literal[
     "observation", "prompt tokens", "parsing", "exception", "tool results", "state key", "ending", "reward",
     "components",
 ]  # fmt: skip
+_LIMITS: tuple[StopReason, ...] = ("context", "tokens")
 _DIFF_LINES = 40
 _LINE_CHARS = 200
 _SHOWN_IDS = 8
@@ -144,10 +145,13 @@ class Playback(Policy):
             return self._recorded.stop_reason
         turn = self._recorded.turns[k]
         message, tokens = as_sampled(turn.message), len(turn.completion.ids)
+        # Which limit cut the last message stands in the record alone.
+        last = k == len(self._recorded.turns) - 1
+        cut = self._recorded.stop_reason if last and self._recorded.stop_reason in _LIMITS else None
         if episode.observation != turn.observation:
             self._differ(k, "observation", _diff(_lines(turn.observation), _lines(episode.observation)))
         if self._fmt is None:
-            return Said(message, turn.completion, turn.prompt_suffix, turn.parent, tokens)
+            return Said(message, turn.completion, turn.prompt_suffix, turn.parent, tokens, cut)
         self._conversation = conversation = continued(self._conversation, self._fmt, episode)
         suffix, parent = conversation.suffix, conversation.parent
         if suffix != turn.prompt_suffix:
@@ -157,7 +161,7 @@ class Playback(Policy):
         parsed = conversation.add_completion(turn.completion)
         if parsed != message:
             self._differ(k, "parsing", _diff(_said(message), _said(parsed)))
-        return Said(parsed, turn.completion, suffix, parent, tokens)
+        return Said(parsed, turn.completion, suffix, parent, tokens, cut)
 
     def ended_by_the_runner(self) -> bool:
         """Say whether the runner ended the recorded episode, so that it has to end this one too.
@@ -167,7 +171,7 @@ class Playback(Policy):
         t, limit = self._recorded, self._max_turns
         if not t.truncated or t.terminated:
             return False
-        return t.stop_reason in ("context", "tokens") or (
+        return t.stop_reason in (*_LIMITS, "content_filter") or (
             t.stop_reason == "max_turns" and (limit is None or len(t.turns) >= limit)
         )
 
@@ -255,7 +259,8 @@ def _message_lines(message: Message) -> list[str]:
 
 def _said(message: AssistantMessage) -> list[str]:
     text = "".join(f"[image {p.ref}]" if isinstance(p, Image) else p.text for p in message.parts)
-    return [f"[assistant finish={message.finish}]", *text.split("\n"), *map(_call_line, message.tool_calls)]
+    thought = ["[reasoning]", *message.reasoning.split("\n")] if message.reasoning else []
+    return [f"[assistant finish={message.finish}]", *thought, *text.split("\n"), *map(_call_line, message.tool_calls)]
 
 
 def _call_line(call: ToolCall) -> str:

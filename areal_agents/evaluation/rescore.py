@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import importlib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from areal_agents import registry
 from areal_agents.env import AgentEnv
@@ -26,9 +25,10 @@ from areal_agents.errors import ArealError, ConfigError, RegistryError
 from areal_agents.evaluation.saved_run import SavedRun, as_sampled
 from areal_agents.reward import Episode, RewardLike, Verdict, judge
 from areal_agents.tool import ToolResult
-from areal_agents.toolenv import ToolEnv, without_reasoning
+from areal_agents.toolenv import ToolEnv
 from areal_agents.tracking.trajectories import Record, read_shard
-from areal_agents.types import AssistantMessage, Message, Trajectory
+from areal_agents.types import AssistantMessage, Cut, Message, Trajectory
+from areal_agents.utils.foreign import import_foreign
 
 ReadAnswer = Callable[[Record], str]
 """Returns what the rubric gets to see of a record's final message."""
@@ -119,7 +119,7 @@ def _find(name: str) -> Any:
         except RegistryError as error:
             raise ConfigError(f'--reward {name}: write "package.module:function" ({error})') from error
     try:
-        module = importlib.import_module(module_name)
+        module = import_foreign(module_name)
     except Exception as error:  # a boundary: the author's module may raise anything
         raise ConfigError(f"--reward {name}: importing {module_name!r} failed: {error!r}") from error
     try:
@@ -150,7 +150,7 @@ def answer_of(run: SavedRun) -> ReadAnswer:
 
 def plain_answer(record: Record) -> str:
     """Return the text after the reasoning, as ``ToolEnv.answer`` does by default."""
-    return without_reasoning(record.trajectory.turns[-1].message.text)
+    return record.trajectory.turns[-1].message.spoken
 
 
 def episode_of(record: Record, answer: ReadAnswer = plain_answer) -> Episode:
@@ -165,8 +165,20 @@ def episode_of(record: Record, answer: ReadAnswer = plain_answer) -> Episode:
         for call, outcome in zip(turn.message.tool_calls, turn.tool_results, strict=False):
             results.append(ToolResult(texts.get(call.id, ""), cast(Any, outcome.status), outcome.truncated))
     messages += trajectory.final_observation
-    final = answer(record) if trajectory.stop_reason == "answer" else None
-    return Episode(trajectory.task, tuple(messages), final, tuple(results), trajectory.stop_reason)
+    reason, final = trajectory.stop_reason, None
+    if (cut := _cut_answer(trajectory)) is not None:
+        reason = "answer" if trajectory.terminated else cut  # an environment does not see which limit it was
+    if reason == "answer":
+        final = answer(record)
+    return Episode(trajectory.task, tuple(messages), final, tuple(results), reason)
+
+
+def _cut_answer(trajectory: Trajectory) -> Cut | None:
+    """Return why the last message ended early, where the episode ended by it."""
+    last = trajectory.turns[-1]
+    by_limit = trajectory.truncated and trajectory.stop_reason in ("context", "tokens", *get_args(Cut))
+    answered = bool(trajectory.final_observation or last.tool_results)  # then it was a turn as any other
+    return last.message.cut([call.name for call in last.message.tool_calls]) if by_limit and not answered else None
 
 
 def with_verdict(trajectory: Trajectory, verdict: Verdict) -> Trajectory:

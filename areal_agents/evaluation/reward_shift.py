@@ -22,12 +22,11 @@ from areal_agents.evaluation.saved_run import columns
 from areal_agents.evaluation.statistics import spearman
 from areal_agents.settings.config import AlgorithmConfig
 from areal_agents.tracking.console import plain
+from areal_agents.utils.tolerance import all_same, rounding_of
 
 WORST = 10
 """Flipped tasks that the table lists. The JSON holds all."""
 SHOWN_TRACE_LINES = 30
-_ZERO = 1e-9
-"""Advantages below this share of the group's largest reward (or of 1) are the rounding of zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ class RewardShift:
     mean_old: float
     mean_new: float
     changed: float
-    """Share of episodes whose reward is another number."""
+    """Share of episodes whose reward is another number, up to rounding."""
     spearman: float | None
     pass_at: float
     pass_old: float
@@ -157,7 +156,7 @@ def compare(
     if not scored:
         raise ValueError(f"{reward} failed on every episode: there is nothing to compare")
     old, new = np.array([e.old for e in scored]), np.array([e.new for e in scored])
-    limit = pass_at - 1e-9
+    limit = pass_at - rounding_of(pass_at)
     flips = _flips(scored, limit)
     return RewardShift(
         reward,
@@ -169,7 +168,7 @@ def compare(
         statuses=dict(Counter(e.status for e in scored)),
         mean_old=float(old.mean()),
         mean_new=float(new.mean()),
-        changed=float((old != new).mean()),
+        changed=sum(not all_same((e.old, e.new)) for e in scored) / len(scored),
         spearman=spearman(old.tolist(), new.tolist()),
         pass_at=pass_at,
         pass_old=float((old >= limit).mean()),
@@ -225,8 +224,7 @@ def _changed_tokens(tokens_K: NDArray[np.int64], old_K: NDArray[np.int8], new_K:
 def _signs(rewards: Sequence[tuple[float, ...]], estimator: Estimator) -> list[NDArray[np.int8]]:
     """Return the signs of the advantages that training would compute: −1, 0 or 1 a turn."""
     advantages = estimator([EpisodeRewards(r) for r in rewards])
-    zero = _ZERO * max(1.0, *(abs(x) for r in rewards for x in r))
-    return [np.where(np.abs(a) > zero, np.sign(a), 0).astype(np.int8) for a in (t.numpy() for t in advantages)]
+    return [np.sign(a.numpy()).astype(np.int8) for a in advantages]
 
 
 def _flips(scored: Sequence[Rescored], limit: float) -> list[TaskFlip]:

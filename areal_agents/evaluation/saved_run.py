@@ -1,7 +1,7 @@
 """A finished run as its files tell it, with its environment, seeds, model and episodes.
 
     RUN/config.toml      its settings
-    RUN/report.json      of an evaluation alone (``areal-agents eval``)
+    RUN/report.json      of an evaluation alone (``areal-agents eval``), as evaluation.json
     RUN/trajectories/    its episodes
 
 It serves what reads runs and never writes them: ``evaluation/rescore.py`` and ``evaluation/replay.py``.
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents import models, registry, settings
-from areal_agents.chat.toolcalls import find_blocks
+from areal_agents.chat.options import ChatOptions
+from areal_agents.chat.tool_formats import tool_format
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError
-from areal_agents.evaluation.evaluate import attempt_seed
+from areal_agents.evaluation.attempts import attempt_seed
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import env_maker
 from areal_agents.rollout.producer import group_seed
@@ -51,6 +52,8 @@ class SavedRun:
     """The runner's own limit on turns. None where only a report is left, which does not say it."""
     algorithm: AlgorithmConfig | None = None
     """None for an evaluation, which trains nothing."""
+    chat: ChatOptions = field(default_factory=ChatOptions)
+    """How the run's prompts were made."""
 
     @classmethod
     def open(cls, out: Path) -> SavedRun:
@@ -62,10 +65,11 @@ class SavedRun:
         """
         if (out / "config.toml").is_file():
             c = settings.load(out / "config.toml")
-            algorithm = None if (out / "report.json").is_file() else c.algorithm
+            evaluated = any((out / name).is_file() for name in ("report.json", "evaluation.json"))
+            algorithm = None if evaluated else c.algorithm
             return cls(
                 out, c.env.id, c.seed, c.model.path, c.env.sandbox, c.env.kwargs, c.env.step_timeout,
-                c.rollout.max_turns, algorithm,
+                c.rollout.max_turns, algorithm, c.model.chat,
             )  # fmt: skip
         try:
             row = json.loads((out / "report.json").read_text(encoding="utf-8"))
@@ -184,10 +188,12 @@ def as_sampled(message: AssistantMessage) -> AssistantMessage:
 
 
 def _as_sampled(call: ToolCall) -> ToolCall:
-    if call.status not in _FOUND_LATE:
+    if call.status not in _FOUND_LATE or call.problem:  # only the text itself gives a call a problem
         return call
-    blocks = find_blocks(call.raw)
-    return replace(call, status=blocks[0].status) if blocks else call
+    if call.status == "unknown_tool" or call.arguments:  # such a call was read
+        return replace(call, status="ok")
+    block = tool_format(call.format).read_raw(call.raw)  # shards of earlier versions hold no problems
+    return replace(call, status=block.status) if block else call
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

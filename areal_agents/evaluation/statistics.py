@@ -14,10 +14,10 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from areal_agents.utils.tolerance import all_same
+
 Floats: TypeAlias = NDArray[np.float64]
 _Z95 = 1.959963984540054
-PASS = 1.0 - 1e-9
-"""An episode passes when its reward reaches 1, whatever bonus components add."""
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -80,7 +80,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     are.
     """
     n = len(values)
-    if n < 2 or max(values) - min(values) <= 1e-9 * max(1.0, *(abs(v) for v in values)):
+    if n < 2 or all_same(values):
         return None
     mean = math.fsum(values) / n
     variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)

@@ -119,15 +119,13 @@ class TorchLearner:
         self.source = Path(model)
         self.config, self.algorithm = learner, algorithm
         self.total_steps, self.seed, self.max_staleness = total_steps, seed, max_staleness
-        self.publish_dtype = publish_dtype
         self._policy = PolicyObjective(
             loss=algorithm.loss, correction=algorithm.correction, aggregation=algorithm.aggregation,
             max_staleness=max_staleness,
         )  # fmt: skip
-        self._version = 0
-        self._threads = threads
+        self._version, self._threads, self.publish_dtype = 0, threads, publish_dtype
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
-        self._decoder = self._executor.submit(self._with_threads, self._load).result()
+        self._decoder = self._executor.submit(self._load).result()
         self._model = self._decoder.model
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = self._new_optimizer(learner.lr)
@@ -153,11 +151,11 @@ class TorchLearner:
         self._threads = n
 
     async def step(self, batch: Batch) -> Metrics:
-        """Take one optimizer step a minibatch, or none where a minibatch has no gradient or not a finite one.
+        """Take one optimizer step a minibatch, or none where its gradient is 0 or not finite.
 
         Returns:
             loss, grad_norm (before clipping): means over minibatches. lr: the same for all of them.
-            skipped, minibatches_empty: steps without a finite gradient, and without any gradient.
+            skipped, minibatches_empty: steps left out for a gradient that is not finite, and for one that is 0.
             tokens (sampled), rows, rows_skipped, episodes, over_age_share: of the batch.
             tokens_forward, tokens_per_second: through the model, shared prefixes once.
             seconds, memory_peak_mb (of the process), and ``OffPolicyStats`` under ``off_policy/``.
@@ -204,11 +202,14 @@ class TorchLearner:
         await asyncio.to_thread(self._publisher.close)
 
     async def _run(self, job: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._with_threads, job)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._finish, job)
 
-    def _with_threads(self, job: Callable[[], T]) -> T:
+    def _finish(self, job: Callable[[], T]) -> T:
         self._use_threads()
-        return job()
+        try:
+            return job()
+        finally:  # of one that raised, out of memory perhaps: gradients are as large as the weights
+            self._model.zero_grad(set_to_none=True)
 
     def _use_threads(self) -> None:
         # OpenMP counts threads per calling thread: it has to be said here. A CPU's backward runs in this thread too.
@@ -216,6 +217,7 @@ class TorchLearner:
             torch.set_num_threads(self._threads)
 
     def _load(self) -> Decoder:
+        self._use_threads()
         device = resolve_device(self.config.device)
         dtype = resolve_precision(self.config.precision, gpu=device.type == "cuda")
         decoder = Decoder(load_model(self.source, device), dtype)
@@ -254,14 +256,15 @@ class TorchLearner:
             counts = Denominators.of(
                 [r for r in batch.rows if r.episode in inside], total_episodes=batch.episodes, episodes=len(part)
             )
-            if not rows:  # no gradient at all: AdamW would move by its momentum alone
+            if not rows:  # no signal: AdamW would move by its momentum alone, as it would for a gradient of 0
                 empty += 1
                 continue
             chosen = [batch.rows[i] for i in rows]
             old = [proximal[i] for i in rows] if proximal else None
             value, tokens = self._backward(chosen, old, batch.temperature, self._objective(counts, stats))
             norm = self._apply(self._optimizer, lr)
-            loss, forwarded, skipped = loss + value / len(parts), forwarded + tokens, skipped + (norm is None)
+            loss, forwarded = loss + value / len(parts), forwarded + tokens
+            skipped, empty = skipped + (norm is None), empty + (norm == 0.0)
             norms += [] if norm is None else [norm]
         self._version += 1
         seconds = time.perf_counter() - start
@@ -318,7 +321,6 @@ class TorchLearner:
     ) -> tuple[float, int]:
         """Add the gradient of ``objective`` over ``rows``, and return its value and the tokens that went through."""
         loss, d = 0.0, self._decoder
-        self._model.zero_grad(set_to_none=True)  # of a call that raised in its middle, out of memory perhaps
         packs = pack_rows([r.ids for r in rows], token_budget=self.config.token_budget, shared=d.shared)
         # One autocast for all packs: it casts each weight once. It must end before the weights change.
         with d.autocast():
@@ -345,9 +347,9 @@ class TorchLearner:
         return loss, sum(p.tokens for p in packs)
 
     def _apply(self, optimizer: torch.optim.AdamW, lr: float) -> float | None:
-        """Clip, step and free the gradients. Return their norm, or None without a step where it is not finite."""
+        """Clip, step unless they are 0, and free the gradients. Return their norm, or None where it is not finite."""
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.grad_clip))
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm > 0.0:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()

@@ -12,9 +12,9 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from areal_agents.chat_model import ChatReply, ContextLengthError, RequestRefused, reply_of
+from areal_agents.chat_model import ChatReply, ContentFiltered, ContextLengthError, RequestRefused, reply_of
 from areal_agents.engine import ChatModel, Sampling
-from areal_agents.errors import EngineError, EnvError
+from areal_agents.errors import EngineError, TaskError
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy, Said
 from areal_agents.types import AssistantMessage, Message, StopReason
 
@@ -57,9 +57,18 @@ class ChatPolicy(Policy):
         except ContextLengthError as error:
             if episode.turns:
                 return "context"
-            raise EnvError(f"task {episode.task.id}: the first prompt does not fit the model: {error}") from error
-        self._messages.append(reply.message)
-        return Said.as_text(reply.message, len(episode.turns), tokens=reply.completion_tokens or 0)
+            raise TaskError(f"task {episode.task.id}: the first prompt does not fit the model: {error}") from error
+        except ContentFiltered:
+            if not episode.turns:
+                raise
+            return "content_filter"
+        message, tokens = reply.message, reply.completion_tokens or 0
+        if message.finish == "stop" and not message.text.strip() and not message.tool_calls:
+            message = replace(message, finish="empty")
+        self._messages.append(message)
+        spent = episode.tokens + tokens
+        cut = self._limits.met(used=self._context, spent=spent) if message.finish == "length" else None
+        return Said.as_text(message, len(episode.turns), tokens=tokens, cut=cut)
 
     async def _reply(self, episode: EpisodeDriver, room: int) -> ChatReply:
         limit = self._limits.request_timeout

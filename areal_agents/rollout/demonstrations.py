@@ -13,6 +13,7 @@ from areal_agents.rollout.script import ScriptPolicy
 from areal_agents.rollout.token_policy import TokenPolicy
 from areal_agents.types import Completion, Prompt, Task, Trajectory
 from areal_agents.utils.short_text import text_of
+from areal_agents.utils.tolerance import rounding_of
 
 
 class ExpertPolicy(TokenPolicy):
@@ -26,7 +27,7 @@ class ExpertPolicy(TokenPolicy):
         self._script = ScriptPolicy(lambda shown: expert, task)
 
     async def sample(self, prompt: Prompt, max_tokens: int, episode: EpisodeDriver) -> Completion:
-        ids = self.fmt.encode_turn(self._script.text(episode.observation))
+        ids = self.fmt.encode_turn(self._script.text(episode.observation), episode.tools, prompt.ids)
         return Completion(ids, (0.0,) * len(ids), (0,) * len(ids), "stop")
 
     async def close(self, episode: EpisodeDriver) -> None:
@@ -53,7 +54,7 @@ def demonstration_rows(trajectories: Sequence[Trajectory]) -> list[Row]:
 
     Raises ConfigError where a demonstration earned nothing.
     """
-    failed = [t.task.id for t in trajectories if t.reward <= 0]
+    failed = [t.task.id for t in trajectories if t.reward <= rounding_of(t.reward)]
     if failed:
         raise ConfigError(
             f"{len(failed)} of {len(trajectories)} demonstrations earned no reward (first: task {failed[0]}): fix the "

@@ -9,16 +9,21 @@ process alive.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError as FutureCancelled
+from functools import partial
 from typing import Any, TypeVar
 
-from areal_agents.errors import EnvError, InfraError
+from areal_agents.errors import ArealError, EnvError, InfraError
 from areal_agents.utils.exits import guard_tasks
+from areal_agents.utils.outcomes import Outcome, opened, outcome_of
+from areal_agents.utils.short_text import described
 
 T = TypeVar("T")
 _HEARTBEAT_SECONDS = 5.0
+_ENDING_SECONDS = 10.0
 
 
 class HostLost(InfraError):
@@ -31,12 +36,16 @@ class HostLost(InfraError):
 class EnvHost:
     """One background loop.
 
-    ``call`` is used from the caller's own loop.
+    ``call`` is used from the caller's own loop. ``event`` is told env_task_failed, of what an environment's own tasks
+    and callbacks raise where nobody listens: no episode hears of it, and many at once may meet it. None leaves that to
+    asyncio's own log.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, event: Callable[..., None] | None = None) -> None:
         self._loop = asyncio.new_event_loop()
         guard_tasks(self._loop)
+        if event is not None:
+            self._loop.set_exception_handler(partial(_tell, event))
         self._thread = threading.Thread(target=self._run, name="areal-env-host", daemon=True)
         self._lost = asyncio.Event()
         self._calls: set[asyncio.Task[Any]] = set()
@@ -65,13 +74,13 @@ class EnvHost:
 
         mine: list[asyncio.Task[Any]] = []
 
-        async def run() -> T:
+        async def run() -> Outcome[T]:
             task = asyncio.current_task()
             assert task is not None
             mine.append(task)
             self._calls.add(task)
             try:
-                return await make()
+                return await outcome_of(make)
             finally:
                 self._calls.discard(task)
 
@@ -83,17 +92,18 @@ class EnvHost:
             await asyncio.wait(both, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if wrapped.done():
                 try:
-                    return wrapped.result()
+                    outcome = wrapped.result()
                 except (FutureCancelled, asyncio.CancelledError) as error:
                     raise EnvError(f"{what} was cancelled by its own environment") from error
+                return opened(outcome)
             if not self.wedged:
                 future.cancel()
                 # The loop answers: this call alone hung, and is cancelled. Else some call holds the whole thread.
                 if await self.alive():
-                    raise EnvError(f"{what} did not return within {timeout:g} s (env.step_timeout): it was cancelled")
+                    raise _hung(f"{what} did not return within {timeout:g} s (env.step_timeout): it was cancelled")
                 self._abandon(mine)
             if self._culprit in mine:
-                raise EnvError(
+                raise _hung(
                     f"{what} blocked its event loop for more than {timeout:g} s (env.step_timeout): use `await` or "
                     "asyncio.to_thread for slow work"
                 )
@@ -116,6 +126,18 @@ class EnvHost:
         self.wedged = True
         self._lost.set()
 
+    async def _end_calls(self) -> None:
+        """Cancel the calls and wait for their ends.
+
+        A call whose caller was cancelled may still be ending its process. A second cancellation would interrupt that.
+        """
+        calls = self._calls - {asyncio.current_task()}
+        for task in calls:
+            if not task.cancelling():
+                task.cancel()
+        if calls:
+            await asyncio.wait(calls, timeout=_ENDING_SECONDS)
+
     async def alive(self) -> bool:
         """Say whether the loop still answers."""
         if not self._loop.is_running():
@@ -129,12 +151,13 @@ class EnvHost:
         return True
 
     async def close(self, cleanup: Callable[[], Awaitable[Any]] | None = None, *, timeout: float = 20.0) -> None:
-        """Run ``cleanup`` on the loop, then stop it.
+        """End the calls, run ``cleanup`` on the loop, then stop it.
 
         A wedged host is left to its daemon thread.
         """
         if self.wedged or not self._loop.is_running():
             return
+        await self.call(self._end_calls, timeout=timeout, what="ending the environments' calls")
         if cleanup is not None:
             await self.call(cleanup, timeout=timeout, what="closing the environments")
         await self.call(_cancel_others, timeout=timeout, what="cancelling what environments left running")
@@ -142,6 +165,18 @@ class EnvHost:
         await asyncio.to_thread(self._thread.join, timeout)
         if not self._thread.is_alive():
             self._loop.close()
+
+
+def _hung(message: str) -> EnvError:
+    error = EnvError(message)
+    error.blame = "hang"
+    return error
+
+
+def _tell(event: Callable[..., None], loop: asyncio.AbstractEventLoop, said: dict[str, Any]) -> None:
+    error = said.get("exception")
+    with contextlib.suppress(ArealError):  # the log cannot be written: the run's own next line says so
+        event("env_task_failed", message=said["message"], error="" if error is None else described(error))
 
 
 async def _cancel_others() -> None:

@@ -8,7 +8,6 @@ values are the author's own objects, so even looking at them may raise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,8 @@ import numpy as np
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError, RewardError
 from areal_agents.tool import ToolSpec
-from areal_agents.types import AssistantMessage, Message, Observation, StopReason, ToolOutcome
+from areal_agents.types import AssistantMessage, Image, Message, Observation, Role, StopReason, Text, ToolOutcome
+from areal_agents.utils.real_number import finite
 from areal_agents.utils.short_text import described, short
 
 Call = Literal["areset", "astep", "afinish", "aclose"]
@@ -29,6 +29,8 @@ RETURNS: Mapping[Call, tuple[str, ...]] = {
     "afinish": ("reward", "info"),
 }
 """What the calls return, in order. What ``aclose`` returns is not looked at."""
+_VERDICTS = {"unverifiable": "unverifiable", "timeout": "verdict_timeout"}
+"""Metrics of an episode by ``info["verdict_status"]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,9 @@ class Returned:
     state_key: str | None = None
     tool_results: tuple[ToolOutcome, ...] = ()
     """How the turn's tool calls ended. Empty where the environment gives records of another shape, as it may."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of the episode so far: ``unverifiable`` or ``verdict_timeout`` where the verdict says so, ``sandbox_replays``."""
 
     @property
     def ending(self) -> StopReason:
@@ -94,6 +99,34 @@ def read_tools(env: AgentEnv, where: str) -> tuple[ToolSpec, ...]:
         return tuple(tools)
 
 
+def read_scores_cut(env: AgentEnv, where: str) -> bool:
+    """Return the environment's ``scores_cut_messages``.
+
+    Raises EnvError where it is no bool.
+    """
+    with _reading("scores_cut_messages", where):
+        scores: object = env.scores_cut_messages
+        if not isinstance(scores, bool):
+            raise EnvError(f"{where}: scores_cut_messages is {short(scores)}: it must be True or False")
+        return scores
+
+
+def read_seconds(env: AgentEnv, where: str) -> float:
+    """Return how many seconds a step of the environment may take by its nature.
+
+    Raises EnvError where that is no number of seconds.
+    """
+    with _reading("step_seconds", where):
+        declared: object = env.step_seconds
+        try:
+            seconds = finite(declared)
+        except ValueError:
+            seconds = -1.0
+        if seconds < 0:
+            raise EnvError(f"{where}: step_seconds is {short(declared)}, which is no number of seconds")
+        return seconds
+
+
 def read(call: Call, result: object, where: str, turns: int) -> Returned:
     """Check the ``result`` of ``call`` and copy what counts.
 
@@ -125,6 +158,8 @@ def _read(call: Call, result: object, where: str, turns: int) -> Returned:
     observation = got.get("observation", ())
     if not isinstance(observation, tuple) or not all(isinstance(m, Message) for m in observation):
         raise EnvError(f"{where} returned the observation {short(observation)}: it must be a tuple of Message")
+    for message in observation:
+        _read_message(message, where)
     reward = _finite(got.get("reward", 0.0), "the reward", where)
     at_end = call == "afinish" or any(flags)
     found = replace(
@@ -134,6 +169,22 @@ def _read(call: Call, result: object, where: str, turns: int) -> Returned:
     if call == "areset" and not observation:
         raise EnvError(f"{where}: the first observation is empty: the model would have nothing to answer")
     return found
+
+
+def _read_message(message: Message, where: str) -> None:
+    """Check what is inside a message, which dataclasses leave to whoever makes them."""
+    what = f"{where} returned the message {short(message)}"
+    if message.role not in get_args(Role):
+        raise EnvError(f"{what}: its role must be one of {', '.join(get_args(Role))}")
+    if not isinstance(message.parts, tuple) or not all(isinstance(p, Text | Image) for p in message.parts):
+        raise EnvError(f"{what}: its parts must be a tuple of Text and Image")
+    for part in message.parts:
+        text = part.text if isinstance(part, Text) else part.ref
+        if not isinstance(text, str):
+            raise EnvError(f"{what}: {short(text)} in it is not a text")
+    for name in ("tool_call_id", "name"):
+        if not isinstance(getattr(message, name), str | None):
+            raise EnvError(f"{what}: its {name} must be a text or None")
 
 
 def _read_info(info: Any, where: str, turns: int | None) -> Returned:
@@ -160,7 +211,18 @@ def _read_info(info: Any, where: str, turns: int | None) -> Returned:
         turn_rewards=_read_turn_rewards(info.get("turn_rewards"), where, turns),
         state_key=key,
         tool_results=tuple(ToolOutcome(str(r["status"]), bool(r.get("truncated", False))) for r in records),
+        metrics=_read_metrics(info),
     )
+
+
+def _read_metrics(info: Mapping[str, Any]) -> dict[str, float]:
+    status, replays = info.get("verdict_status"), info.get("sandbox_replays")
+    found: dict[str, float] = {}
+    if isinstance(status, str) and status in _VERDICTS:
+        found[_VERDICTS[status]] = 1.0
+    if isinstance(replays, int) and replays > 0:
+        found["sandbox_replays"] = float(replays)
+    return found
 
 
 def _read_turn_rewards(rewards: Any, where: str, turns: int | None) -> tuple[float, ...] | None:
@@ -179,28 +241,9 @@ def _read_turn_rewards(rewards: Any, where: str, turns: int | None) -> tuple[flo
 def _finite(value: Any, name: str, where: str) -> float:
     """Return ``value`` as a float.
 
-    Raises RewardError where it is no finite number. Texts, arrays with axes and complex numbers are none.
+    Raises RewardError where it is no finite number (``utils/real_number.py``).
     """
-    why: Exception | None = None
     try:
-        number = _number(value)
-    except Exception as error:  # noqa: BLE001  the author's own object
-        number, why = None, error
-    if number is not None and math.isfinite(number):
-        return number
-    wrong = "not finite" if number is not None else "not a number" if why is None else f"not a number: {described(why)}"
-    raise RewardError(f"{where} returned {name} {short(value)}, which is {wrong}") from why
-
-
-def _number(value: Any) -> float | None:
-    """Return ``value`` as a float, infinite where it is too large for one, or None where it is no number."""
-    if isinstance(value, str | bytes) or not hasattr(type(value), "__float__"):  # float() would read a text
-        return None
-    if isinstance(value, np.generic | np.ndarray) and (value.ndim or value.dtype.kind not in "biuf"):
-        return None
-    if "complex" in str(getattr(value, "dtype", "")):  # a tensor, which float() would cut to its real part
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+        return finite(value)
+    except ValueError as wrong:
+        raise RewardError(f"{where} returned {name} {short(value)}, which is {wrong}") from wrong

@@ -20,8 +20,11 @@ from typing import Protocol, TypeVar, get_args
 
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, EnvError, InfraError, RewardError
-from areal_agents.rollout.env_results import Call, Returned, read, read_tools
+from areal_agents.rollout.cut_messages import after_cut, withheld
+from areal_agents.rollout.env_faults import located, raised
+from areal_agents.rollout.env_results import Call, Returned, read, read_scores_cut, read_seconds, read_tools
 from areal_agents.tool import ToolSpec
+from areal_agents.tool_dispatch import seconds_of
 from areal_agents.types import AssistantMessage, Completion, Ids, Info, Observation, StopReason, Task, Trajectory, Turn
 from areal_agents.utils.exits import no_exit
 from areal_agents.utils.short_text import cut, described, short
@@ -42,7 +45,7 @@ class Limits:
     max_episode_tokens: int
     max_turns: int
     step_timeout: float
-    """Seconds for one reset or step."""
+    """Seconds for one reset or step, beside what its tool calls may take."""
     request_timeout: float
     """Seconds for one generation."""
 
@@ -59,6 +62,16 @@ class Limits:
             return "tokens"
         return min(self.max_turn_tokens, self.max_context - used, self.max_episode_tokens - spent)
 
+    def met(self, *, used: int, spent: int) -> StopReason:
+        """Return which limit cut a turn.
+
+        Args:
+            used: tokens of its prompt and its own.
+            spent: tokens sampled in the episode, with its own.
+        """
+        full = self.room(used=used, spent=spent)
+        return full if isinstance(full, str) else "length"
+
 
 @dataclass(frozen=True, slots=True)
 class Said:
@@ -72,11 +85,13 @@ class Said:
     """As ``Turn.parent``."""
     tokens: int
     """Sampled tokens, as far as anybody knows."""
+    cut: StopReason | None = None
+    """Which limit cut the message, where one did. None leaves that to ``message.finish``."""
 
     @classmethod
-    def as_text(cls, message: AssistantMessage, turn: int, *, tokens: int = 0) -> Said:
+    def as_text(cls, message: AssistantMessage, turn: int, *, tokens: int = 0, cut: StopReason | None = None) -> Said:
         """Make the turn with index ``turn`` of a policy that gives no token ids."""
-        return cls(message, Completion((), (), (), message.finish), (), turn - 1 if turn else None, tokens)
+        return cls(message, Completion((), (), (), message.finish), (), turn - 1 if turn else None, tokens, cut)
 
 
 class Policy:
@@ -121,7 +136,7 @@ class EpisodeDriver:
     seed: int
     """The environment is reset with it."""
     step_timeout: float
-    """Seconds for one call into the environment."""
+    """Seconds for one call into the environment, beside what ``seconds_for`` adds."""
     max_turns: int | None = None
     """After so many turns the episode is finished. None leaves that to environment and policy."""
     saw: Callable[[Call, object], None] = _unseen
@@ -131,6 +146,12 @@ class EpisodeDriver:
     """The messages that were shown last."""
     tools: tuple[ToolSpec, ...] = field(default=(), init=False)
     """The environment's, as it had them once it was open."""
+    state_key: str | None = field(default=None, init=False)
+    """Of the state that ``observation`` shows."""
+    scores_cut: bool = field(default=False, init=False)
+    """The environment's ``scores_cut_messages``."""
+    step_seconds: float = field(default=0.0, init=False)
+    """As the environment declares it."""
     turns: list[Turn] = field(default_factory=list, init=False)
     tokens: int = field(default=0, init=False)
     """Sampled in ``turns``, as far as anybody knows."""
@@ -156,6 +177,7 @@ class EpisodeDriver:
             InfraError: the engine, the sandbox or the environment failed. Another attempt may succeed.
             RewardError: a reward is no finite number, or ``turn_rewards`` has not one entry a turn. Another attempt is
                 useless.
+            TaskError: the task cannot be played or scored, whoever plays it.
         """
         try:
             await self.open()
@@ -178,7 +200,8 @@ class EpisodeDriver:
             self._env = self.make_env()
             return await self._env.areset(seed=self.seed, options={"task": self.task})
 
-        self.observation = (await self.call("areset", create)).observation
+        got = await self.call("areset", create)
+        self.observation, self.state_key = got.observation, got.state_key
 
     async def turn(self) -> None:
         """Take one turn, and finish the episode after the last one that a limit allows."""
@@ -195,18 +218,28 @@ class EpisodeDriver:
     async def _step(self, said: Said) -> None:
         env, shown = self._opened(), self.observation
         with self.timed("env_seconds"):
-            got = await self.call("astep", lambda: env.astep(said.message))
+            got = await self.call("astep", lambda: env.astep(said.message), self.seconds_for(said.message))
+        if cut := said.message.cut({t.name for t in self.tools}):
+            got = self._after_cut(got, said.cut or cut)
         self.turns.append(
             Turn(
                 said.suffix, said.completion, got.marked(said.message), got.reward, got.components, said.parent, shown,
-                got.state_key, got.tool_results,
+                self.state_key, got.tool_results,
             )
         )  # fmt: skip
         self.tokens += said.tokens
         self.observation, self.terminated, self.truncated = got.observation, got.terminated, got.truncated
+        self.state_key = got.state_key
+        self.metrics |= got.metrics
         if self.ended:
             self.stop_reason = got.ending
             self._credit(got)
+
+    def _after_cut(self, got: Returned, reason: StopReason) -> Returned:
+        paid = after_cut(got, reason, [turn.reward for turn in self.turns], scored=self.scores_cut)
+        if amount := withheld(got, paid):
+            self.count("reward_withheld", amount)
+        return paid
 
     async def finish(self, reason: StopReason) -> None:
         """End the episode for ``reason`` and let the environment score what exists.
@@ -216,8 +249,9 @@ class EpisodeDriver:
         if not self.turns:
             raise InfraError(f"task {cut(self.task.id, 120)}: the policy stopped before its first turn ({reason})")
         env = self._opened()
-        got = await self.call("afinish", lambda: env.afinish(reason))
+        got = await self.call("afinish", lambda: env.afinish(reason), self.step_seconds)
         self.truncated, self.stop_reason = True, reason
+        self.metrics |= got.metrics
         last = self.turns[-1]
         self.turns[-1] = replace(
             last, reward=last.reward + got.reward, components={**last.components, **got.components}
@@ -265,8 +299,10 @@ class EpisodeDriver:
         yield
         self.count(name, time.perf_counter() - start)
 
-    async def call(self, call: Call, make: Callable[[], Awaitable[object]]) -> Returned:
+    async def call(self, call: Call, make: Callable[[], Awaitable[object]], extra: float = 0.0) -> Returned:
         """Call into the environment, check what it returns and copy what counts.
+
+        It may take ``extra`` seconds more than ``step_timeout``.
 
         This is the boundary at which an exception of the environment's author becomes a fault and an EnvError. What was
         returned is read on the host too, because reading it may run the author's code.
@@ -284,22 +320,28 @@ class EpisodeDriver:
                     got = read(call, result, where, turns)
                     if call == "areset":
                         self.tools = read_tools(self._opened(), where)
+                        self.scores_cut = read_scores_cut(self._opened(), where)
+                        self.step_seconds = read_seconds(self._opened(), where)
                 except (EnvError, RewardError) as error:  # returned, so that the host does not take it for one it met
                     return error
                 return got
 
         try:
-            got = await self.host.call(guarded, timeout=self.step_timeout, what=where)
-        except ArealError:  # it says already whose failure it is: the host's, a sandbox's, the environment's
-            raise
+            got = await self.host.call(guarded, timeout=self.step_timeout + extra, what=where)
+        except ArealError as error:  # it says already whose failure it is: the host's, a sandbox's, the environment's
+            raise located(error, call, where)  # noqa: B904  the same error
         except Exception as error:  # third-party code: recorded, attached, counted
-            failed = EnvError(f"{where} raised {described(error)}")
+            failed = raised(error, where)
             self.faults[failed] = turn
             raise failed from error
         if isinstance(got, Returned):
             return got
         self.faults[got] = turn
         raise got
+
+    def seconds_for(self, message: AssistantMessage) -> float:
+        """Return the seconds beyond ``step_timeout`` that a step may take: its own, and those of its tool calls."""
+        return self.step_seconds + seconds_of(message.tool_calls, self.tools)
 
     def _opened(self) -> AgentEnv:
         assert self._env is not None

@@ -8,15 +8,18 @@ wherever it is opened.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from areal_agents.chat.format import ChatFormat
-from areal_agents.engine import Engine, Sampling
+from areal_agents.chat.options import ChatOptions
+from areal_agents.chat.toolcalls import MAX_CALLS
+from areal_agents.engine import Engine, Sampling, shortest_context
 from areal_agents.env import AgentEnv
-from areal_agents.errors import ConfigError, FailureBudgetError, InfraError
+from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.demonstrations import ExpertPolicy
 from areal_agents.rollout.env_host import EnvHost, HostLost
@@ -25,13 +28,17 @@ from areal_agents.rollout.script import expert_of
 from areal_agents.rollout.token_policy import EnginePolicy
 from areal_agents.sandbox import SandboxBackend, backends
 from areal_agents.settings.config import TrainConfig
-from areal_agents.types import Task, Trajectory
+from areal_agents.types import Task, Trajectory, system, user
 from areal_agents.utils.short_text import text_of
 
 EventSink = Callable[..., None]
 """``event(kind, **fields)``: one line in the run's event log."""
 
 _MAX_HOSTS_LOST = 20
+_TOOL_SECONDS = 60.0
+"""What the calls of a tool are taken to need that is not known before its environment is made."""
+_MAX_BLOCKED = 2
+"""Attempts at one task whose reset may block the thread."""
 
 
 def no_events(kind: str, **fields: object) -> None:
@@ -55,6 +62,7 @@ class EpisodePlayer(Protocol):
         Raises:
             InfraError: another attempt may succeed.
             RewardError: another attempt is useless.
+            TaskError: every attempt at this task is.
         """
         ...
 
@@ -86,11 +94,14 @@ class LocalPlayer:
             make_env: makes the environment of one attempt, on the host.
             policy: makes whoever takes the turns of one attempt at the task.
             limits: of every episode; the policy keeps those on tokens.
-            event: is told host_lost (an innocent episode starts again, at no cost), host_replaced and close_failed.
+            event: is told host_lost (an innocent episode starts again, at no cost), host_replaced, close_failed
+                and env_task_failed.
         """
         self._make_env, self._policy, self._limits, self._event = make_env, policy, limits, event
-        self._host = EnvHost()
+        self._host = self._new_host()
         self._hosts_lost = 0
+        self._blocking: dict[str, list[EnvError]] = {}
+        """By task id: how its resets blocked the thread."""
 
     async def play(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory:
         """Make one attempt, as ``EpisodePlayer.play`` promises.
@@ -98,6 +109,9 @@ class LocalPlayer:
         Raises FailureBudgetError where hosts are lost again and again.
         """
         while True:
+            blocked = self._blocking.get(task.id, [])
+            if len(blocked) >= _MAX_BLOCKED:  # each costs a thread that nobody can end, and all others their turns
+                raise copy(blocked[0])
             episode = EpisodeDriver(
                 self._make_env, task, self._policy(task), self._healthy_host(), id=id, seed=seed,
                 step_timeout=self._limits.step_timeout, max_turns=self._limits.max_turns,
@@ -107,6 +121,13 @@ class LocalPlayer:
                 return episode.trajectory(group)
             except HostLost:  # another environment blocked the thread: this episode is innocent and starts again
                 self._event("host_lost", episode=id, task=task.id)
+            except EnvError as error:
+                if error.blame == "environment" and self._host.wedged and not episode.observation:
+                    self._blocking.setdefault(task.id, []).append(error)
+                raise
+
+    def _new_host(self) -> EnvHost:
+        return EnvHost(None if self._event is no_events else self._event)
 
     def _healthy_host(self) -> EnvHost:
         if self._host.wedged:
@@ -117,7 +138,7 @@ class LocalPlayer:
                     "calls (events.jsonl names the tasks)"
                 )
             self._event("host_replaced", lost=self._hosts_lost)
-            self._host = EnvHost()
+            self._host = self._new_host()
         return self._host
 
     async def close(self) -> None:
@@ -148,31 +169,46 @@ class PlayerSpec:
     """Keyword arguments of the environment's constructor, over the registered ones."""
     policy: Literal["engine", "expert"] = "engine"
     """Who takes the turns: the engine, or the environment's scripted expert."""
+    chat: ChatOptions = field(default_factory=ChatOptions)
+    """What the user chose about the chat format of ``model``."""
+
+    @property
+    def step_seconds(self) -> float:
+        """Most seconds that one step may take beyond ``limits.step_timeout``, by what the class declares."""
+        cls = self.env.env_class()
+        tools: object = cls.tools
+        known = isinstance(tools, Sequence)  # a property of the instances tells nothing here
+        slowest = max((t.timeout for t in tools), default=0.0) if known else _TOOL_SECONDS  # type: ignore[attr-defined]
+        own = cls.step_seconds
+        return MAX_CALLS * slowest + (own if isinstance(own, float | int) else 0.0)
 
     def build(self, engine: Engine, *, fmt: ChatFormat | None = None, event: EventSink = no_events) -> LocalPlayer:
         """Build the player in this process.
 
         Args:
-            engine: samples the turns.
-            fmt: the chat format of ``model``, where the caller has loaded it.
-            event: as for ``LocalPlayer``.
+            engine: samples the turns. Where it takes shorter conversations than ``limits`` say, its own limit holds.
+            fmt: the chat format of ``model`` with the options of ``chat``, where the caller has loaded it.
+            event: as for ``LocalPlayer``, and is told context_limited where the engine's limit is the shorter one.
 
         Raises:
             ModelError: ``model`` has no tokenizer.
             RegistryError: the environment cannot be imported.
         """
-        fmt = fmt or ChatFormat.load(self.model)
+        fmt = fmt or ChatFormat.load(self.model, self.chat)
+        limits = replace(self.limits, max_context=shortest_context(self.limits.max_context, engine))
+        if limits != self.limits:
+            event("context_limited", asked=self.limits.max_context, limit=limits.max_context)
         make_env = env_maker(self.env, sandbox=self.sandbox, kwargs=self.kwargs)
 
         def policy(task: Task) -> Policy:
             if self.policy == "engine":
-                return EnginePolicy(engine, self.sampling, fmt, self.limits)
+                return EnginePolicy(engine, self.sampling, fmt, limits)
             expert = expert_of(self.env, task)
             if expert is None:
                 raise ConfigError(f"{self.env.id} has no expert: set warm_start.demonstrations = 0")
-            return ExpertPolicy(expert, task, fmt, self.limits)
+            return ExpertPolicy(expert, task, fmt, limits)
 
-        return LocalPlayer(make_env, policy, self.limits, event=event)
+        return LocalPlayer(make_env, policy, limits, event=event)
 
 
 def limits_of(config: TrainConfig) -> Limits:
@@ -185,6 +221,13 @@ def limits_of(config: TrainConfig) -> Limits:
         step_timeout=config.env.step_timeout,
         request_timeout=config.engine.request_timeout,
     )
+
+
+def require_prompts(spec: EnvSpec, fmt: ChatFormat) -> None:
+    """Raise TemplateError, before anything slow starts, where the environment's system prompt cannot be shown."""
+    text = getattr(spec.env_class(), "system_prompt", "")
+    if isinstance(text, str) and text:
+        fmt.first_prompt([system(text), user("")])
 
 
 def env_maker(spec: EnvSpec, *, sandbox: str, kwargs: Mapping[str, Any]) -> Callable[[], AgentEnv]:

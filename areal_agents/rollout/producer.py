@@ -2,7 +2,7 @@
 
     TaskStream ─▶ admit (buffer.py) ─▶ G × play (player.py) ─▶ complete ─▶ next_batch ─▶ learner
                      ▲                        │ InfraError: retried; too few left: discarded, task queued once more
-                     └────────────────────────┘
+                     └────────────────────────┘ TaskError: the task is left out (task_faults.py)
 
 Waits for / unblocked by: the producer waits for ``Buffer.can_admit`` and is unblocked by completions, discards,
 batches and acknowledgements; ``next_batch`` waits for ``Buffer.take`` and is unblocked by completions. Neither holds
@@ -16,6 +16,7 @@ import math
 import random
 from dataclasses import dataclass, field
 
+from areal_agents.errors import TaskError
 from areal_agents.rollout.buffer import Buffer, BufferState, Ticket
 from areal_agents.rollout.player import EventSink, no_events
 from areal_agents.rollout.retries import EpisodeRunner
@@ -97,8 +98,14 @@ class Rollouts:
 
     def start(self) -> None:
         """Admit whatever may start now."""
-        while not self._closed and self.buffer.can_admit():
-            self._launch(OpenGroup(self.buffer.admit(), self.tasks.next()))
+        while not self._closed and not self._failed.done() and self.buffer.can_admit():
+            try:
+                task = self.tasks.next()
+            except TaskError as error:  # none is left; ``start`` is called from where nobody would hear of it
+                self._failed.set_exception(error)
+                return self._notify()
+            self._launch(OpenGroup(self.buffer.admit(), task))
+        return None
 
     def state(self) -> RolloutState:
         """Return what ``restore`` needs.
@@ -141,7 +148,8 @@ class Rollouts:
     async def next_batch(self) -> list[Group]:
         """Wait for the next B groups, and return them.
 
-        Raises what stopped the producer (FailureBudgetError, or a defect).
+        Raises what stopped the producer: FailureBudgetError, TaskError where too many tasks cannot be played, or a
+        defect.
         """
         while True:
             if self._failed.done():
@@ -192,10 +200,17 @@ class Rollouts:
                 for index in range(size):
                     if index not in open.finished:
                         tasks.create_task(play(index))
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from errors.exceptions[0].__cause__  # the first one; the rest were cancelled
-        del self._open[ticket.order]
+        except ExceptionGroup as errors:  # the rest were cancelled
+            for error in errors.exceptions:
+                if not isinstance(error, TaskError):
+                    raise error from error.__cause__
         done = tuple(t for _, t in sorted(open.finished.items()) if t is not None)
+        reason = self.runner.settle(task, group=group, played=bool(done))
+        del self._open[ticket.order]
+        if reason is not None:
+            self.buffer.discard(ticket)
+            self.tasks.leave_out(task.id, reason)
+            return
         # Two at least, because advantages compare the episodes of a group.
         if len(done) >= max(2, math.ceil(size / 2)):
             self.buffer.complete(Group(group, task, done, ticket.version, ticket.order))

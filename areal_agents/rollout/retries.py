@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable
 
-from areal_agents.errors import ArealError, FailureBudgetError, InfraError, RewardError, WorkerLost
+from areal_agents.errors import ArealError, FailureBudgetError, InfraError, RewardError, TaskError, WorkerLost
 from areal_agents.rollout.player import EpisodePlayer, EventSink, no_events
+from areal_agents.rollout.task_faults import TaskAttempts
 from areal_agents.types import Task, Trajectory
-from areal_agents.utils.short_text import text_of
+from areal_agents.utils.short_text import cut, text_of
+
+_LINES = 10
+"""Tasks left out that a runner shows to people, one a line."""
 
 
 class FailureBudget:
@@ -49,18 +54,38 @@ class FailureBudget:
 class EpisodeRunner:
     """The runner of episodes on a player, which retries infrastructure failures.
 
-    Every failed attempt is counted against the budget.
+    Every failed attempt is counted against the budget, except those that are the task's (``task_faults.py``). Such a
+    task is left out: named in an event and in a line for people, and not played again by this runner.
     """
 
     def __init__(
-        self, player: EpisodePlayer, budget: FailureBudget, *, max_retries: int, event: EventSink = no_events
+        self,
+        player: EpisodePlayer,
+        budget: FailureBudget,
+        *,
+        max_retries: int,
+        event: EventSink = no_events,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
+        """Take over the player.
+
+        Args:
+            player: makes the attempts; closed by ``close``.
+            budget: of failed attempts.
+            max_retries: further attempts at an episode after an infrastructure failure.
+            event: told of failed attempts and of tasks that are left out.
+            say: shows a line to people.
+        """
         self.player = player
         self.budget = budget
+        self.left_out: dict[str, str] = {}
+        """Tasks that cannot be played or scored, each with the reason."""
         self.first_given_up: ArealError | None = None
         """Why the first episode was given up, of those that were."""
         self._max_retries = max_retries
         self._event = event
+        self._say = say
+        self._attempts: dict[str, TaskAttempts] = {}
 
     async def run(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory | None:
         """Play one episode, with as many attempts as it takes and ``max_retries`` allow.
@@ -68,34 +93,79 @@ class EpisodeRunner:
         Args:
             task: the task to play.
             id: of the episode. Retry n plays as ``id~n``.
-            group: the group that the trajectory belongs to.
+            group: the group that the trajectory belongs to. Once its last episode is over, ``settle`` is due.
             seed: the environment is reset with it at every attempt.
 
         Returns:
             The trajectory, or None after ``max_retries`` retries or a final failure.
 
         Raises:
+            TaskError: the task cannot be played. The group's other episodes need no attempt.
             FailureBudgetError: the budget is spent.
         """
+        attempts = self._attempts.setdefault(group, TaskAttempts())
         attempt = 0
-        while True:
+        while attempts.certain is None:
             attempt_id = id if attempt == 0 else f"{id}~{attempt}"
             try:
                 trajectory = await self.player.play(task, id=attempt_id, group=group, seed=seed)
+            except TaskError as error:
+                attempts.certain = attempts.certain or error
             except (InfraError, RewardError) as error:
                 attempt += 1
+                charged = attempts.failed(error)
                 retry = isinstance(error, InfraError) and not error.final and attempt <= self._max_retries
+                # Twice as many as one episode may have: siblings that still play may yet clear the task.
+                retry = retry and not attempts.enough(2 * (1 + self._max_retries))
                 self._event(
                     "episode_failed", episode=id, task=task.id, error=type(error).__name__, detail=text_of(error),
                     attempt=attempt, retried=retry, **_where(error),
                 )  # fmt: skip
-                self.budget.failure(error)
+                self._charge(charged)
                 if not retry:
                     self.first_given_up = self.first_given_up or error
                     return None
             else:
+                self._charge(attempts.clear())
                 self.budget.success()
                 return trajectory
+        raise attempts.certain
+
+    def settle(self, task: Task, *, group: str, played: bool = False) -> str | None:
+        """Say why ``task`` is left out, or return None where it is not, once its group's attempts are over.
+
+        Failures that were held until now are charged to the budget where they are not the task's.
+
+        Args:
+            task: the group's.
+            group: as ``run`` was told.
+            played: whether an episode of the group succeeded elsewhere, before a resume for example.
+
+        Raises:
+            FailureBudgetError: the budget is spent.
+        """
+        attempts = self._attempts.pop(group, None)
+        if attempts is None:
+            return None
+        error = attempts.verdict() if not played or attempts.certain else None
+        if error is None:
+            self._charge(attempts.clear())
+            return None
+        self.first_given_up = self.first_given_up or error
+        self.leave_out(task.id, text_of(error))
+        return self.left_out[task.id]
+
+    def leave_out(self, task: str, reason: str) -> None:
+        """Note that the task with this id cannot be played or scored, and tell everybody."""
+        self.left_out[task] = reason
+        self._event("task_left_out", task=task, reason=reason)
+        if len(self.left_out) <= _LINES:
+            more = "; further ones are named in events.jsonl alone" if len(self.left_out) == _LINES else ""
+            self._say(f"task {cut(task, 120)} is left out: {reason}{more}")
+
+    def _charge(self, failures: list[ArealError]) -> None:
+        for error in failures:
+            self.budget.failure(error)
 
     async def close(self) -> None:
         """Close the player."""

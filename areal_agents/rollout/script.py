@@ -42,7 +42,7 @@ class ScriptPolicy(Policy):
         self._speaker: Expert | None = None
 
     async def say(self, episode: EpisodeDriver) -> Said:
-        return Said.as_text(parse_text(self.text(episode.observation)), len(episode.turns))
+        return Said.as_text(parse_text(self.text(episode.observation), tools=episode.tools), len(episode.turns))
 
     def text(self, shown: Observation) -> str:
         """Answer ``shown``.

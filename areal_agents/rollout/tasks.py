@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from areal_agents.errors import ConfigError
+from areal_agents.errors import ConfigError, TaskError
+from areal_agents.rollout.task_faults import reasons
 from areal_agents.types import Task
+from areal_agents.utils.short_text import described, short
+
+FEWEST_BAD = 8
+"""Fewer tasks that cannot be played never stop a run, as long as others can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +29,63 @@ class StreamState:
     requeued: tuple[str, ...]
     recent: tuple[str, ...]
     """Content hashes of the tasks drawn last."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Ids of tasks that cannot be played, each with the reason."""
+
+
+def task_at(tasks: Sequence[Task], index: int) -> Task | str:
+    """Return the task at ``index``, or why the environment cannot make it (a lazy sequence makes it only now)."""
+    try:
+        found: object = tasks[index]
+    except Exception as error:  # noqa: BLE001  the author's own code
+        return f"making it raised {described(error)}"
+    return found if isinstance(found, Task) else f"it is {short(found)}, which is not a Task"
+
+
+def first_tasks(tasks: Sequence[Task], n: int, tell: Callable[[str, str], None]) -> list[Task]:
+    """Return those of the first ``n`` tasks that can be made.
+
+    ``tell`` is given name and reason of the others.
+    """
+    found = [task_at(tasks, i) for i in range(n)]
+    for i, task in enumerate(found):
+        if isinstance(task, str):
+            tell(_name(i), task)
+    return [task for task in found if isinstance(task, Task)]
+
+
+def _name(index: int) -> str:
+    return f"task {index} of the split"
 
 
 class TaskStream:
-    """Tasks in a seeded random order, every task once an epoch, discarded tasks once more."""
+    """Tasks in a seeded random order, every task once an epoch, discarded tasks once more.
 
-    def __init__(self, tasks: Sequence[Task], *, seed: int) -> None:
+    A task that is left out does not come again.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        *,
+        seed: int,
+        max_bad: float = 1.0,
+        tell: Callable[[str, str], None] = lambda name, reason: None,
+    ) -> None:
+        """Take the tasks.
+
+        Args:
+            tasks: of one split.
+            seed: of their order.
+            max_bad: most tasks that may be left out, as a share of those drawn so far.
+            tell: is given name and reason of a task that cannot even be made.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        self.left_out: dict[str, str] = {}
+        """Ids of tasks that cannot be played, each with the reason."""
+        self._max_bad, self._tell = max_bad, tell
         if not tasks:
             raise ConfigError("the training split has no tasks")
         self._tasks = tasks
@@ -41,8 +97,47 @@ class TaskStream:
         self._requeued: set[str] = set()
 
     def next(self) -> Task:
-        """Return the next task: one that was queued again, else the next of the random order."""
-        return self._again.popleft() if self._again else self._tasks[self._draw()]
+        """Return the next task: one that was queued again, else the next of the random order.
+
+        Raises TaskError where all are left out.
+        """
+        for _ in range(len(self._again) + 2 * len(self._tasks)):  # the rest of this epoch, and the next one
+            task = self._again.popleft() if self._again else self._made(self._draw())
+            if task is not None and task.id not in self.left_out:
+                return task
+        raise TaskError(
+            f"none of the split's {len(self._tasks)} tasks can be played or scored:{reasons(self.left_out)}"
+        )
+
+    @property
+    def seen(self) -> int:
+        """Tasks that were drawn at least once."""
+        return min(self._drawn, len(self._tasks))
+
+    def leave_out(self, id: str, reason: str) -> None:
+        """Let the task not come again.
+
+        Raises TaskError where more than ``max_bad`` of the tasks drawn so far are left out, and at least
+        ``FEWEST_BAD``.
+        """
+        self.left_out[id] = reason
+        bad, seen = len(self.left_out), max(self.seen, len(self.left_out))
+        if bad >= FEWEST_BAD and bad > self._max_bad * seen:
+            raise TaskError(
+                f"{bad} of the {seen} tasks tried so far cannot be played or scored, more than rollout.max_bad_tasks = "
+                f"{self._max_bad:g} allows:{reasons(self.left_out)}"
+            )
+
+    def _made(self, index: int) -> Task | None:
+        """Return the task at ``index``, or None where the environment cannot make it, which leaves it out."""
+        found = task_at(self._tasks, index)
+        if isinstance(found, Task):
+            return found
+        name = _name(index)
+        if name not in self.left_out:
+            self._tell(name, found)
+            self.leave_out(name, found)
+        return None
 
     def _draw(self) -> int:
         if not self._order:
@@ -51,6 +146,10 @@ class TaskStream:
         self._drawn += 1
         self._recent.append(self._order.pop())
         return self._recent[-1]
+
+    def _content(self, index: int) -> str:
+        found = task_at(self._tasks, index)
+        return found.content_hash if isinstance(found, Task) else ""
 
     def requeue(self, task: Task) -> bool:
         """Queue a discarded task again, once.
@@ -64,8 +163,11 @@ class TaskStream:
         return True
 
     def state(self) -> StreamState:
-        recent = tuple(self._tasks[i].content_hash for i in self._recent)
-        return StreamState(len(self._tasks), self._drawn, tuple(self._again), tuple(sorted(self._requeued)), recent)
+        recent = tuple(map(self._content, self._recent))
+        return StreamState(
+            len(self._tasks), self._drawn, tuple(self._again), tuple(sorted(self._requeued)), recent,
+            tuple(self.left_out.items()),
+        )  # fmt: skip
 
     def restore(self, state: StreamState) -> None:
         """Go on from ``state``, in a new stream of the same tasks and seed.
@@ -80,9 +182,10 @@ class TaskStream:
         # Drawing again brings the generator and the order of this epoch to where they were.
         for _ in range(state.drawn):
             self._draw()
-        if tuple(self._tasks[i].content_hash for i in self._recent) != state.recent:
+        if tuple(map(self._content, self._recent)) != state.recent:
             raise ConfigError(
                 "the training split's tasks are not those that the checkpoint was made with: resume with the same "
                 "tasks, or start a new run"
             )
         self._again, self._requeued = deque(state.again), set(state.requeued)
+        self.left_out |= dict(state.left_out)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from areal_agents.chat.conversation import Conversation
 from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Engine, Sampling
-from areal_agents.errors import EngineError, EnvError
+from areal_agents.errors import EngineError, TaskError, TemplateError
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy, Said
 from areal_agents.types import Completion, Prompt, StopReason
 
@@ -33,11 +33,16 @@ class TokenPolicy(Policy):
         raise NotImplementedError
 
     async def say(self, episode: EpisodeDriver) -> Said | StopReason:
-        self._conversation = conversation = continued(self._conversation, self.fmt, episode)
+        try:
+            self._conversation = conversation = continued(self._conversation, self.fmt, episode)
+        except TemplateError as error:
+            if episode.turns:
+                raise
+            raise TaskError(f"task {episode.task.id}: the first prompt cannot be rendered: {error}") from error
         prompt, limit = conversation.prompt, self.limits.max_context
         used = len(prompt.ids)
         if not episode.turns and used >= limit:
-            raise EnvError(
+            raise TaskError(
                 f"task {episode.task.id}: the first prompt has {used} tokens, model.max_context is {limit}: "
                 "raise it or shorten the task"
             )
@@ -48,7 +53,9 @@ class TokenPolicy(Policy):
         completion = await self.sample(prompt, room, episode)
         if not completion.ids:
             raise EngineError(f"the engine returned no token for a prompt of {used} tokens")
-        return Said(conversation.add_completion(completion), completion, suffix, parent, len(completion.ids))
+        n = len(completion.ids)
+        cut = self.limits.met(used=used + n, spent=episode.tokens + n) if completion.finish == "length" else None
+        return Said(conversation.add_completion(completion), completion, suffix, parent, n, cut)
 
 
 class EnginePolicy(TokenPolicy):

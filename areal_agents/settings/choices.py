@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from areal_agents.algorithms.registry import REGISTRIES
 from areal_agents.errors import ConfigError
 from areal_agents.settings.describe import Setting, parameters, settings
-from areal_agents.settings.values import Origins, mismatch, none_of, value_of
+from areal_agents.settings.values import Origins, mismatch, none_of, table_of, value_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ def override_choice(
 ) -> None:
     """Set an algorithm, or one of its parameters, as an override says.
 
-    ``--algorithm.loss NAME`` takes the place of the whole table. ``--algorithm.loss.X V`` sets one entry of it.
+    ``--algorithm.loss NAME`` takes the place of the whole table, as a table in TOML or JSON does.
+    ``--algorithm.loss.X V`` sets one entry of it.
 
     Args:
         tree: the settings so far, changed in place.
@@ -55,6 +56,16 @@ def override_choice(
         if lost := [o for p in table if (o := origins.get(f"{key}.{p}", "")).startswith("--")]:
             problems.append(f"{flag} takes the place of the whole table, {lost[0]} included: put {flag} before it")
         tree[section][name] = {}
+        if raw is not None and raw.lstrip().startswith("{"):
+            if (given_table := table_of(raw)) is None:
+                problems.append(
+                    f'{flag} {raw}: this is no table; write {flag} \'{{"kind": "NAME"}}\' (JSON), '
+                    f"'{{kind = \"NAME\"}}' (TOML), or {flag} NAME"
+                )
+                return
+            tree[section][name] = given_table
+            origins |= {f"{key}.{entry}": flag for entry in given_table}
+            return
     entry = parameter or "kind"
     table = tree.setdefault(section, {}).setdefault(name, {})
     table[entry] = value_of(raw, settings()[key]) if entry == "kind" and raw is not None else _Raw(raw)

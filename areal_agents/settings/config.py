@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from areal_agents.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, Choice, Registry
+from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -30,6 +31,20 @@ class ModelConfig(Section):
     """``smollm2`` (the embedded default), a local folder, or a hub id."""
     max_context: Count = 2048
     """Longest conversation in tokens; an episode that would pass it is truncated."""
+    history: Literal["auto", "append", "template"] = "auto"
+    """What a turn sees of earlier ones: the very tokens, past thinking too, whatever the template does (``append``), or
+    a new rendering, each turn a sample (``template``). ``auto``: append, unless the template rewrites its past."""
+    template_variables: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, such as ``enable_thinking = false``; one that it does not read is refused."""
+    merge_system: bool = False
+    """Put a system message at the start of the first user message where the template shows none; else it is refused."""
+    tool_format: ToolFormatName = "auto"
+    """How the model writes its tool calls (docs/tool-formats.md). ``auto``: as its chat template does."""
+
+    @property
+    def chat(self) -> ChatOptions:
+        """What of this shapes prompts."""
+        return ChatOptions(self.history, self.template_variables, self.merge_system, self.tool_format)
 
 
 class EnvConfig(Section):
@@ -144,6 +159,8 @@ class RolloutConfig(Section):
     """The failure budget counts over this many most recent episodes."""
     failure_budget: Fraction = 0.25
     """The run stops, with the first error attached, when more than this share of the window failed."""
+    max_bad_tasks: Fraction = 0.2
+    """A task that cannot be played or scored is left out; more than this share of those tried, and 8, stop the run."""
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:

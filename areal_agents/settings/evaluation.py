@@ -7,9 +7,11 @@ Some have a short name besides: ``--n`` is ``--eval.n``.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from areal_agents.settings import describe
 from areal_agents.settings.config import Section, TrainConfig
@@ -56,13 +58,19 @@ TRAINING_ONLY = {
     "rollout.on_exceed": _BATCHES,
     "rollout.order": _BATCHES,
     "rollout.concurrency": "it plays as many episodes at once as its engines decode (engine.max_batch)",
+    "rollout.max_bad_tasks": "it leaves such tasks out and goes on",
     "rollout.temperature": "its temperature is eval.temperature",
     "eval.every": "it is one evaluation",
     "eval.baseline": "it is one evaluation",
 }
 """Settings, and sections with a dot at their end, that mean nothing for an evaluation, and why."""
 
-SERVED = {"engine.": "the model is served at its URL, no engine is started"}
+_RENDERED = "the model's server renders the conversation"
+SERVED = {
+    "engine.": "the model is served at its URL, no engine is started",
+    "model.history": _RENDERED,
+    "model.merge_system": _RENDERED,
+}
 """The same, of a model behind a chat server."""
 
 
@@ -123,6 +131,15 @@ def load_evaluation(
 def eval_folder() -> Path:
     """Return where an evaluation goes that was given no folder."""
     return Path("runs") / f"eval-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def server_of(out: Path) -> dict[str, Any]:
+    """Read how the server of the evaluation in ``out`` was reached, or nothing where there was none."""
+    try:
+        found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["server"]
+    except (OSError, ValueError, KeyError, TypeError):  # who goes on with it says what is wrong with the file
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _given(section: Section, prefix: str) -> list[str]:

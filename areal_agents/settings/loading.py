@@ -25,7 +25,7 @@ from areal_agents.errors import ConfigError
 from areal_agents.settings.choices import choose, override_choice
 from areal_agents.settings.config import TrainConfig
 from areal_agents.settings.describe import Setting, either, nearest, sections, settings
-from areal_agents.settings.values import Origins, mismatch, none_of, show, value_of
+from areal_agents.settings.values import Origins, how_to_write, mismatch, none_of, show, value_of
 
 # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -227,7 +227,7 @@ def _override(
         return
     if raw is None:
         if not setting.boolean:
-            problems.append(f"{flag} needs a value: {setting.expects}")
+            problems.append(f"{flag} needs a value: {setting.expects}{how_to_write(setting)}")
             return
         raw = "true"
     path = setting.key.split(".")

@@ -17,15 +17,23 @@ SHOWN = (
     ("tokens_per_second", "{:.0f} tok/s"),
 )
 """Metrics of kind ``train`` that the display shows where they are logged, with their formats."""
+NOTED = (
+    ("unverifiable", "unverifiable {:.0f}"),
+    ("verdict_timeouts", "verdict timeouts {:.0f}"),
+    ("sandbox_replays", "sandbox replays {:.0f}"),
+    ("withheld", "cut answers unpaid {:.0f}"),
+)
+"""Metrics that it shows where they are not 0."""
 
 
 def summary(values: Mapping[str, float], kind: str) -> str:
     """Write out the numbers that are worth a line.
 
-    They are those of ``SHOWN`` for training, and all of them otherwise.
+    They are those of ``SHOWN`` and ``NOTED`` for training, and all of them otherwise.
     """
     if kind == "train":
-        return "  ".join(text.format(values[name]) for name, text in SHOWN if name in values)
+        shown = [text.format(values[name]) for name, text in SHOWN if name in values]
+        return "  ".join(shown + [text.format(values[name]) for name, text in NOTED if values.get(name)])
     return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 

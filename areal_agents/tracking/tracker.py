@@ -31,6 +31,7 @@ from typing import Any, Self, TypeVar
 
 from areal_agents.errors import ArealError
 from areal_agents.tracking import console as display
+from areal_agents.tracking.journal import Journal
 from areal_agents.tracking.rewind import Cut, cut_back, run_shards, spans
 from areal_agents.tracking.tensorboard import Board, Point, event_files
 from areal_agents.tracking.trajectories import Record, shard_path, write_shard
@@ -170,10 +171,15 @@ class TrajectoryWriter:
 
         def job() -> None:
             write_shard(path, records)
+            path.with_suffix(".jsonl").unlink(missing_ok=True)  # the episodes one by one, which the shard has now
             self.written.add(path)
 
         self._writer.submit(job)
         self._known.add(path)
+
+    def append(self, journal: Journal, record: Record, **beside: Any) -> None:
+        """Write one episode of a shard that is not whole yet. Raises ArealError where an earlier write failed."""
+        self._writer.submit(lambda: journal.append(record, **beside))
 
 
 class Tracker:

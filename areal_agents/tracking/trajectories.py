@@ -1,14 +1,16 @@
 """Trajectory files: Parquet shards that pandas, DuckDB and ``datasets`` read, and this package reads back exactly.
 
     OUT/trajectories/KIND/step-000003.parquet       one shard a (kind, step), one row an episode
+    OUT/trajectories/KIND/step-000003.jsonl         the same rows, one a line, while the episodes come (``journal.py``)
 
-A shard appears whole or not at all. Columns and queries: ``docs/trajectories.md``. Text and JSON columns are written by
-``exact_json``: plain, but for what UTF-8 and JSON lack.
+A shard appears whole or not at all, and takes the place of the lines. Columns and queries: ``docs/trajectories.md``.
+Text and JSON columns are written by ``exact_json``: plain, but for what UTF-8 and JSON lack.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,10 +34,15 @@ from areal_agents.types import (
 )
 from areal_agents.utils.files import atomic_file, unwritable
 
-SCHEMA_VERSION = 2
-"""In the column ``schema_version`` and in the file's metadata; 1 was one JSON object a line."""
+SCHEMA_VERSION = 3
+"""In the column ``schema_version`` and in the file's metadata; 1 was one JSON object a line.
+
+Files of version 2 are read too. In them a turn's ``state_key`` is that of the state that followed it, and no message
+says whether it began in a thought.
+"""
+_READ = ("2", str(SCHEMA_VERSION))
 _VERSION_KEY = b"areal_agents.schema_version"
-_NAME = re.compile(r"step-(\d{6,})\.parquet")
+_NAME = re.compile(r"step-(\d{6,})\.(?:parquet|jsonl)")
 _KIND = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 ParquetRow = dict[str, Any]
 
@@ -68,13 +75,16 @@ def shard_path(out: Path, kind: str, step: int) -> Path:
 def shards(out: Path, kind: str | None = None) -> list[Path]:
     """List the shards of a run folder (or of its ``trajectories/``), sorted by kind, then step.
 
-    ``kind`` chooses one kind, None all. Half-written files are left out. Raises ArealError where ``out`` is no folder.
+    The lines of a shard that is not whole yet stand in its place. ``kind`` chooses one kind, None all. Half-written
+    files are left out. Raises ArealError where ``out`` is no folder.
     """
     if not out.is_dir():
         raise ArealError(f"{out} is no folder: name a run's folder, such as runs/demo")
     root = out / "trajectories" if (out / "trajectories").is_dir() else out
-    found = [(p.parent.name, int(m[1]), p) for p in root.glob("*/*.parquet") if (m := _NAME.fullmatch(p.name))]
-    return [path for k, _, path in sorted(found) if kind is None or k == kind]
+    found = [(p.parent.name, int(m[1]), p) for p in root.glob("*/step-*") if (m := _NAME.fullmatch(p.name))]
+    # Where a process died between the two, the shard has all that the lines have.
+    whole = [(k, step, p) for k, step, p in found if p.suffix == ".parquet" or not p.with_suffix(".parquet").exists()]
+    return [path for k, _, path in sorted(whole) if kind is None or k == kind]
 
 
 def step_of(path: Path) -> int:
@@ -97,7 +107,7 @@ def write_shard(path: Path, records: Sequence[Record]) -> None:
     import pyarrow.parquet as pq
 
     try:
-        table = pa.Table.from_pylist([_row(r) for r in records], schema=_schema())
+        table = pa.Table.from_pylist([row_of(r) for r in records], schema=_schema())
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:  # hidden until it is whole: readers of the folder pass over it
             pq.write_table(table, file, compression="zstd")
@@ -116,17 +126,40 @@ def read_shard(path: Path) -> list[Record]:
     import pyarrow.parquet as pq
 
     try:
+        if path.suffix == ".jsonl":
+            return [_record(row) for row in read_rows(path)]
         with pq.ParquetFile(path) as file:
             version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY, b"").decode(errors="replace")
-            if version != str(SCHEMA_VERSION):
+            if version not in _READ:
                 raise ArealError(
                     f"{path}: trajectory schema_version {version or 'is missing'}, but this package reads "
-                    f"{SCHEMA_VERSION}: read it with the version of areal-agents that wrote it"
+                    f"{' and '.join(_READ)}: read it with the version of areal-agents that wrote it"
                 )
             rows = file.read(use_threads=False).to_pylist()
-        return [_record(row) for row in rows]
+        return [_record(row if version != "2" else _from_2(row)) for row in rows]
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         raise ArealError(f"{path} is no readable trajectory shard: {type(error).__name__}: {error}") from error
+
+
+def read_rows(path: Path) -> list[ParquetRow]:
+    """Read the rows of a shard that is still lines.
+
+    A last line that was cut short is left out. Raises ArealError for a file that is missing, or another broken line.
+    """
+    rows: list[ParquetRow] = []
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for line in file:
+                if not line.endswith("\n"):
+                    break
+                row = json.loads(line)
+                if row["schema_version"] != SCHEMA_VERSION:
+                    raise ValueError(f"schema_version {row['schema_version']}, this package reads {SCHEMA_VERSION}")
+                rows.append(row)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ArealError(f"{path}: after {len(rows)} episodes, no readable line: {said}") from error
+    return rows
 
 
 def read_records(out: Path, *, kind: str | None = None) -> Iterator[Record]:
@@ -151,12 +184,13 @@ def _schema() -> Any:
     text, ids = pa.string(), pa.list_(pa.int32())
     message = struct(role=text, text=text, parts=text, tool_call_id=text, name=text)
     call = struct(
-        id=text, name=text, arguments=text, raw=text, status=text, token_start=pa.int32(), token_end=pa.int32()
-    )
+        id=text, name=text, arguments=text, raw=text, status=text, token_start=pa.int32(), token_end=pa.int32(),
+        format=text, problem=text,
+    )  # fmt: skip
     turn = struct(
         prompt_suffix=ids, ids=ids, logprobs=pa.list_(pa.float64()), versions=ids, finish=text, text=text, parts=text,
-        message_finish=text, tool_calls=pa.list_(call), reward=pa.float64(), components=text, parent=pa.int32(),
-        observation=pa.list_(message), state_key=text,
+        message_finish=text, in_thought=pa.bool_(), reasoning=text, tool_calls=pa.list_(call),
+        reward=pa.float64(), components=text, parent=pa.int32(), observation=pa.list_(message), state_key=text,
         tool_results=pa.list_(struct(status=text, truncated=pa.bool_())),
     )  # fmt: skip
     row = struct(
@@ -169,7 +203,8 @@ def _schema() -> Any:
     return pa.schema(list(row), metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()})
 
 
-def _row(record: Record) -> ParquetRow:
+def row_of(record: Record) -> ParquetRow:
+    """Return a record as one row of the file."""
     t = record.trajectory
     calls = [call for turn in t.turns for call in turn.message.tool_calls]
     return {
@@ -220,6 +255,13 @@ def _record(row: ParquetRow) -> Record:
     return Record(_exact(row["kind"]), row["step"], trajectory)
 
 
+def _from_2(row: ParquetRow) -> ParquetRow:
+    """Return a row of version 2 as this version has it."""
+    keys = [None, *(turn["state_key"] for turn in row["turns"])]
+    turns = [turn | {"state_key": key, "in_thought": False} for turn, key in zip(row["turns"], keys, strict=False)]
+    return row | {"turns": turns}
+
+
 def _turn_row(turn: Turn) -> ParquetRow:
     done = turn.completion
     return {
@@ -230,6 +272,8 @@ def _turn_row(turn: Turn) -> ParquetRow:
         "finish": done.finish,
         **_parts_row(turn.message.parts),
         "message_finish": turn.message.finish,
+        "in_thought": turn.message.in_thought,
+        "reasoning": _text(turn.message.reasoning) or None,
         "tool_calls": [_call_row(call) for call in turn.message.tool_calls],
         "reward": turn.reward,
         "components": dumps(turn.components),
@@ -244,7 +288,13 @@ def _turn(row: ParquetRow) -> Turn:
     return Turn(
         prompt_suffix=tuple(row["prompt_suffix"]),
         completion=Completion(tuple(row["ids"]), tuple(row["logprobs"]), tuple(row["versions"]), row["finish"]),
-        message=AssistantMessage(_parts(row), tuple(_call(c) for c in row["tool_calls"]), row["message_finish"]),
+        message=AssistantMessage(
+            _parts(row),
+            tuple(_call(c) for c in row["tool_calls"]),
+            row["message_finish"],
+            in_thought=row["in_thought"],
+            reasoning=_exact(row.get("reasoning")) or "",  # files of before it was kept lack the column
+        ),
         reward=row["reward"],
         components=loads(row["components"]),
         parent=row["parent"],
@@ -264,6 +314,8 @@ def _call_row(call: ToolCall) -> ParquetRow:
         "status": call.status,
         "token_start": start,
         "token_end": end,
+        "format": call.format,
+        "problem": _text(call.problem),
     }
 
 
@@ -271,7 +323,16 @@ def _call(row: ParquetRow) -> ToolCall:
     start, end = row["token_start"], row["token_end"]
     span = None if start is None else (start, end)
     arguments: Mapping[str, Any] = loads(row["arguments"])
-    return ToolCall(_exact(row["id"]), _exact(row["name"]), arguments, _exact(row["raw"]), row["status"], span)
+    return ToolCall(
+        _exact(row["id"]),
+        _exact(row["name"]),
+        arguments,
+        _exact(row["raw"]),
+        row["status"],
+        span,
+        row.get("format") or "hermes",  # older shards have no such column, and hold nothing else
+        _exact(row.get("problem") or ""),
+    )
 
 
 def _message_row(message: Message) -> ParquetRow:

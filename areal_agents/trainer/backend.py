@@ -97,7 +97,15 @@ def salt(resumed_at: int) -> str:
 def engine_spec_of(config: TrainConfig, model: Path, *, threads: int) -> EngineSpec:
     """Return how one engine of a run is started."""
     number: Format = "bf16" if engine_dtype(config) == torch.bfloat16 else "fp32"
-    return engine_spec(config.engine, model, max_context=config.model.max_context, threads=threads, format=number)
+    return engine_spec(
+        config.engine, model, max_context=config.model.max_context, threads=threads, format=number,
+        on_gpu=_on_gpu(config),
+    )  # fmt: skip
+
+
+def _on_gpu(config: TrainConfig) -> bool:
+    placed = config.cluster.backend == "ray" and config.cluster.engine_gpus > 0
+    return engine_kind(config.engine.kind).takes_gpus and (placed or torch.cuda.is_available())
 
 
 def engine_dtype(config: TrainConfig) -> torch.dtype:
@@ -105,9 +113,7 @@ def engine_dtype(config: TrainConfig) -> torch.dtype:
 
     It is decided here, once, since their nodes may differ from this one.
     """
-    placed = config.cluster.backend == "ray" and config.cluster.engine_gpus > 0
-    gpu = engine_kind(config.engine.kind).takes_gpus and (placed or torch.cuda.is_available())
-    return resolve_precision(config.engine.precision, gpu=gpu)
+    return resolve_precision(config.engine.precision, gpu=_on_gpu(config))
 
 
 def receivers(config: TrainConfig, replicas: int) -> int:

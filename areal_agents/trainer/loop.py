@@ -12,27 +12,30 @@ two steps; what is on the disk then, and how a run goes on from it, is in ``trai
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from areal_agents import registry, settings
+from areal_agents import settings
 from areal_agents.algorithms.advantages import Estimator
 from areal_agents.algorithms.batch import Batch, Row, rows_of
-from areal_agents.algorithms.objective import PolicyObjective
-from areal_agents.chat_model import refuse_training, remote_name
-from areal_agents.engine import Sampling
 from areal_agents.errors import Interrupted, LearnerLost
-from areal_agents.evaluation.evaluate import EvalReport, Stopwatch, calls_of, compare_table
+from areal_agents.evaluation.endings import count_oddities
+from areal_agents.evaluation.evaluate import EvalReport, calls_of, compare_table
+from areal_agents.evaluation.progress import Stopwatch
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import AlgorithmConfig, TrainConfig
+from areal_agents.trainer.preflight import require_runnable
 from areal_agents.trainer.resize import answering
-from areal_agents.trainer.resume import begin
+from areal_agents.trainer.resume import begin, rate_change
 from areal_agents.trainer.run import Run, open_run
 from areal_agents.trainer.run_folder import Commit, RunFolder, require_shared
-from areal_agents.trainer.signals import Stop, StopRequested, stop_on_signals
 from areal_agents.types import Group
+from areal_agents.utils.outcomes import unheard
+from areal_agents.utils.signals import Stop, StopRequested, stop_on_signals
+from areal_agents.utils.tolerance import all_same, reaches
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +77,7 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
             resumed.
     """
     watch = Stopwatch()
-    if remote_name(config.model.path) is not None:
-        refuse_training(config.model.path)
-    spec = registry.spec(config.env.id)  # first: a typo must not wait for a model, nor leave a folder
-    spec.tasks(config.env.split, difficulty=config.env.difficulty)
-    _require_algorithms(config.algorithm)
+    require_runnable(config)  # first: a typo must not wait for a model, nor leave a folder
     with RunFolder(config.out, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as folder:
         commit, changes = begin(folder, config, resume=resume)
         lives = _Lives(config)
@@ -101,12 +100,6 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
     return RunResult(config.out, config.out / "model", reports, watch.seconds)
 
 
-def _require_algorithms(a: AlgorithmConfig) -> None:
-    """Raise ConfigError where a chosen function is not there, or returns something else on a small trial."""
-    Estimator(a.advantage)
-    PolicyObjective(loss=a.loss, correction=a.correction, aggregation=a.aggregation)
-
-
 @dataclass
 class _Lives:
     """The state that a run carries from one learner to the next."""
@@ -123,7 +116,7 @@ async def _run(
     commit: Commit | None,
     stop: Stop,
     *,
-    changes: dict[str, tuple[object, object]],
+    changes: Mapping[str, tuple[object, object]],
     console: bool,
 ) -> dict[str, EvalReport]:
     """Run all phases, except those that the commit has already."""
@@ -135,6 +128,9 @@ async def _run(
                     run.tracker.event("learner_replaced", reason=lost[-1], times=len(lost))
                 run.tracker.event("resumed", step=commit.step, changed={k: new for k, (_, new) in changes.items()})
                 run.tracker.message(f"resumed at step {commit.step} of {run.config.steps}")
+                if rate := rate_change(run.config, changes, commit.step):
+                    run.tracker.event("learning_rate_changed", step=rate.step, old=rate.old, new=rate.new)
+                    run.tracker.message(rate.text)
             return await _phases(run)
         finally:  # also where the learner is lost: the next one keeps the sizes that a resize gave
             lives.config = run.config
@@ -159,7 +155,7 @@ async def _phases(run: Run) -> dict[str, EvalReport]:
 
 
 def _how_to_go_on(config: TrainConfig, folder: RunFolder, stop: Stop) -> str:
-    name = stop.signal.name if stop.signal else "a signal"
+    name = stop.name
     if not (config.out / "config.toml").exists():
         return f"stopped by {name} before anything was begun"
     commit = folder.read_commit() or Commit()
@@ -172,12 +168,15 @@ async def learn(run: Run) -> None:
     config, r, every = run.config, run.config.rollout, run.config.checkpoint.every
     if run.learner.version >= config.steps:
         return
-    Sampling(r.max_turn_tokens, r.temperature).require_trainable()
     buffer = Buffer(
         groups=r.groups, group_size=r.group_size, max_staleness=r.staleness, concurrency=r.concurrency,
         on_exceed=r.on_exceed, order=r.order, total_batches=config.steps,
     )  # fmt: skip
-    tasks = TaskStream(run.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed)
+    tasks = TaskStream(
+        run.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed, max_bad=r.max_bad_tasks,
+        tell=run.runner.leave_out,
+    )  # fmt: skip
+    tasks.left_out |= run.left_out
     rollouts = Rollouts(buffer, tasks, run.runner, seed=config.seed, event=run.tracker.event)
     try:
         _restore(run, rollouts)
@@ -212,6 +211,7 @@ def _restore(run: Run, rollouts: Rollouts) -> None:
         open=len(state.open),
         finished=sum(len(g.finished) for g in state.open),
         restarted=sum(size - len(g.finished) for g in state.open),
+        left_out=len(state.tasks.left_out),
     )
 
 
@@ -241,6 +241,7 @@ async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, wa
         "discarded": float(rollouts.buffer.discarded),
         "dropped": float(len(rollouts.buffer.dropped)),
         "failed_attempts": float(run.budget.kinds.total()),
+        "tasks_left_out": float(len(rollouts.tasks.left_out)),
     }
     metrics["tokens_per_second"] = metrics["sampled_tokens"] / watch.seconds
     run.tracker.trajectories.write([t for g in groups for t in g.trajectories], step=step, kind="train")
@@ -264,6 +265,7 @@ async def _update(run: Run, batch: Batch, rollouts: Rollouts) -> dict[str, float
         return dict(await run.learner.step(batch))
     finally:
         watcher.cancel()
+        unheard(watcher)  # a learner that is lost refuses its step too
 
 
 def batch_of(groups: list[Group], algorithm: AlgorithmConfig, version: int, temperature: float) -> Batch:
@@ -298,10 +300,8 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
     means = [sum(t.reward for t in g.trajectories) / len(g.trajectories) for g in groups]
     return {
         "reward": sum(rewards) / n,
-        "groups_with_signal": sum(
-            len({t.reward for t in g.trajectories}) > 1 for g in groups
-        ) / len(groups),
-        "groups_solved": sum(m >= 1.0 for m in means) / len(groups),
+        "groups_with_signal": sum(not all_same([t.reward for t in g.trajectories]) for g in groups) / len(groups),
+        "groups_solved": sum(reaches(m, 1.0) for m in means) / len(groups),
         "valid_call_rate": sum(made > 0 and made == ok for made, ok in calls) / n,
         "truncation_rate": sum(t.truncated for t in episodes) / n,
         "turns": sum(len(t.turns) for t in episodes) / n,
@@ -311,4 +311,5 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
         "episodes": float(n),
         "generate_seconds": sum(t.metrics.get("generate_seconds", 0.0) for t in episodes) / n,
         "env_seconds": sum(t.metrics.get("env_seconds", 0.0) for t in episodes) / n,
+        **{name: float(count) for name, count in count_oddities(episodes).items()},
     }  # fmt: skip

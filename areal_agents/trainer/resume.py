@@ -1,17 +1,22 @@
 """The beginning of a run, and of its going on.
 
-A resumed run may differ in some settings, and goes on from its last commit.
+A resumed run goes on from its last commit. It may differ from what it was in two kinds of settings: those that mean
+nothing for what is saved, and those that nothing committed has used yet.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from areal_agents import settings
 from areal_agents.errors import ConfigError
+from areal_agents.learner.optim import learning_rate
 from areal_agents.settings.config import TrainConfig
+from areal_agents.settings.differences import differences
+from areal_agents.settings.values import show
 from areal_agents.trainer.run_folder import Commit, RunFolder
 
 MAY_CHANGE = (
@@ -20,9 +25,24 @@ MAY_CHANGE = (
     "learner.lr", "learner.warmup_steps", "learner.schedule", "learner.grad_clip", "learner.token_budget",
     "learner.gradient_checkpointing", "learner.logprob_chunk", "learner.threads", "learner.device",
     "rollout.concurrency", "rollout.max_retries", "rollout.failure_window", "rollout.failure_budget",
+    "rollout.max_bad_tasks",
 )  # fmt: skip
-"""Settings, or sections, that a resumed run may have otherwise than the run it goes on with. The others decide which
-tasks come, what the stored episodes and evaluations mean, or are part of the optimizer's saved state."""
+"""Settings, or sections, that a resumed run may always have otherwise than the run it goes on with. The others decide
+which tasks come, what the stored episodes and evaluations mean, or are part of the optimizer's saved state."""
+
+User = Literal["an evaluation", "the checkpoint", "a step"]
+"""What is committed and was made with a setting."""
+USED_BY: Mapping[str, tuple[User, ...]] = {
+    "eval.": ("an evaluation",),
+    "algorithm.": ("a step",),
+    "learner.minibatches": ("a step",),
+    "rollout.mode": ("a step",), "rollout.groups": ("a step",), "rollout.group_size": ("a step",),
+    "rollout.max_staleness": ("a step",), "rollout.on_exceed": ("a step",), "rollout.order": ("a step",),
+    "rollout.temperature": ("a step",),
+    "learner.": ("the checkpoint",), "warm_start.": ("the checkpoint",), "env.split": ("the checkpoint",),
+}  # fmt: skip
+"""Of the other settings, what uses them, by the longest name that fits. Those that are not here are used by evaluations
+and checkpoints alike: the model, the environment, the seed and the limits of an episode."""
 
 
 def refuse_taken(config: TrainConfig) -> None:
@@ -44,8 +64,8 @@ def begin(folder: RunFolder, config: TrainConfig, *, resume: bool) -> tuple[Comm
         and empty for one that was killed before it committed anything.
 
     Raises:
-        ConfigError: the folder holds a run and ``resume`` is False, a setting changed that may not, or more steps are
-            done than ``config.steps``.
+        ConfigError: the folder holds a run and ``resume`` is False, a setting changed that may not because something
+            committed was made with it, or more steps are done than ``config.steps``.
         CheckpointError: the commit cannot be read.
     """
     if not resume:
@@ -58,36 +78,83 @@ def begin(folder: RunFolder, config: TrainConfig, *, resume: bool) -> tuple[Comm
             )
         return None, {}
     changes = differences(settings.load(config.out / "config.toml"), config)
-    wrong = [key for key in changes if not key.startswith(MAY_CHANGE)]
-    if wrong:
-        lines = [f"  {key} was {changes[key][0]!r} and is {changes[key][1]!r} now" for key in wrong]
+    commit = folder.read_commit() or Commit()
+    goes_on = commit.complete and commit.step < config.steps
+    if goes_on:  # its last evaluation was not the last
+        reports = {label: r for label, r in commit.reports.items() if label != "after_rl"}
+        commit = dataclasses.replace(commit, complete=False, reports=reports)
+    uses = {key: _uses(key, commit) for key in changes}
+    if any(uses.values()):
+        lines = [
+            f"  {key} was {changes[key][0]!r} and is {changes[key][1]!r} now; {' and '.join(by)} used it"
+            for key, by in uses.items() if by
+        ]  # fmt: skip
         raise ConfigError(
             f"{config.out} was begun with other settings:\n" + "\n".join(lines) + "\n"
             f"resume with the same ones (areal-agents train {config.out / 'config.toml'} --resume), or start a new "
             "run in another folder"
         )
-    commit = folder.read_commit() or Commit()
     if commit.step > config.steps:
         raise ConfigError(f"{config.out} has {commit.step} steps behind it, but steps = {config.steps}: raise steps")
     folder.clean(commit)
-    if commit.complete and commit.step < config.steps:  # it is to go on: its last evaluation was not the last
-        reports = {label: r for label, r in commit.reports.items() if label != "after_rl"}
-        commit = dataclasses.replace(commit, complete=False, reports=reports)
+    if goes_on:
         folder.commit(commit)  # before the logs are cut back behind that evaluation
     return commit, changes
 
 
-def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Return both values of each dotted key whose values differ, except ``out``."""
-    a, b = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    return {k: (a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k) and k != "out"}
+def _uses(key: str, commit: Commit) -> list[str]:
+    """Return what in ``commit`` was made with the setting ``key``, so that the setting has to stay as it was."""
+    if key.startswith(MAY_CHANGE):
+        return []
+    warm = commit.step == 0 and commit.warm_started  # a checkpoint from before the first episode of a step
+    there: dict[User, str | None] = {
+        "an evaluation": f"the evaluation {', '.join(map(repr, commit.reports))}" if commit.reports else None,
+        "the checkpoint": f"the checkpoint of step {commit.step}" if commit.checkpoint is not None else None,
+        "a step": f"step {commit.step}" if commit.checkpoint is not None and not warm else None,
+    }
+    names = [name for name in USED_BY if key == name or (name.endswith(".") and key.startswith(name))]
+    users: tuple[User, ...] = USED_BY[max(names, key=len)] if names else ("an evaluation", "the checkpoint")
+    return [what for user in users if (what := there[user]) is not None]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and prefix + name != "env.kwargs":
-            out |= _flat(value, f"{prefix}{name}.")
-        else:
-            out[prefix + name] = value
-    return out
+@dataclass(frozen=True, slots=True)
+class RateChange:
+    """What changed settings do to the learning rate."""
+
+    step: int
+    """The first step, from 1, that has another rate than it would have had."""
+    old: float
+    new: float
+    text: str
+    """One sentence for people."""
+
+
+def rate_change(config: TrainConfig, changes: Mapping[str, tuple[Any, Any]], step: int) -> RateChange | None:
+    """Find what changed settings do to the learning rate of the steps that are left.
+
+    Args:
+        config: the settings of the resumed run.
+        changes: by dotted key, what they were and are.
+        step: the last step that is done.
+
+    Returns:
+        None where the rate of no step changes.
+    """
+    keys = ("learner.lr", "steps", "learner.warmup_steps", "learner.schedule")
+    c = config.learner
+    now = (c.lr, config.steps, c.warmup_steps, c.schedule)
+    old = tuple(changes.get(key, (value,))[0] for key, value in zip(keys, now, strict=True))
+
+    def rate(at: int, made: tuple[Any, ...]) -> float:
+        return learning_rate(at, peak=made[0], total=made[1], warmup=made[2], schedule=made[3])
+
+    first = next((at for at in range(step, config.steps) if rate(at, old) != rate(at, now)), None)
+    if first is None:
+        return None
+    before, after, last = rate(first, old), rate(first, now), rate(config.steps - 1, now)
+    given = ", ".join(f"{k} = {show(changes[k][1])} (was {show(changes[k][0])})" for k in keys if k in changes)
+    text = (
+        f"{given}: the learning rate changes; step {first + 1} has {after:.3g} where it had {before:.3g}, and the last "
+        f"step, {config.steps}, has {last:.3g} (learner.schedule = {c.schedule!r})"
+    )
+    return RateChange(first + 1, before, after, text)

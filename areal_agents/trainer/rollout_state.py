@@ -52,6 +52,7 @@ def write_rollouts(folder: Path, state: RolloutState | None) -> None:
             "again": [_task(t) for t in state.tasks.again],
             "requeued": state.tasks.requeued,
             "recent": state.tasks.recent,
+            "left_out": dict(state.tasks.left_out),
         },
     }
     (folder / "rollouts.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -97,6 +98,7 @@ def rollouts_from_json(row: Mapping[str, Any], records: list[Record]) -> Rollout
             tuple(_task_of(t) for t in stream["again"]),
             tuple(stream["requeued"]),
             tuple(stream["recent"]),
+            tuple(stream.get("left_out", {}).items()),  # not there before a task could be left out
         ),
         tuple(row["tasks_lost"]),
     )

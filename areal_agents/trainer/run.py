@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-from collections.abc import AsyncIterator, Iterator
+import itertools
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from areal_agents import registry
 from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Sampling
 from areal_agents.errors import LearnerLost
-from areal_agents.evaluation.evaluate import EvalReport, Progress, Stopwatch, held_out, run_attempts, summarize
+from areal_agents.evaluation.attempts import run_attempts
+from areal_agents.evaluation.evaluate import EvalReport, held_out, summarize
+from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.models import resolve
 from areal_agents.rollout.demonstrations import demonstration_rows, require_all
-from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, limits_of, prove_sandbox
+from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, limits_of, prove_sandbox, require_prompts
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.rollout.tasks import TaskStream
@@ -28,7 +31,8 @@ from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import Tracker
 from areal_agents.trainer.backend import Backend, OpenBackend
 from areal_agents.trainer.run_folder import Commit, RunFolder
-from areal_agents.trainer.signals import Stop
+from areal_agents.types import Task, Trajectory
+from areal_agents.utils.signals import Stop
 
 
 @contextlib.asynccontextmanager
@@ -48,7 +52,8 @@ async def open_run(
     if config.cluster.backend == "local":  # a cluster's workers prove theirs
         await prove_sandbox(spec, config.env.sandbox)
     model = resolve(config.model.path)
-    fmt = ChatFormat.load(model)
+    fmt = ChatFormat.load(model, config.model.chat)
+    require_prompts(spec, fmt)
     async with contextlib.AsyncExitStack() as stack:
         tracker = stack.enter_context(_tracker(config, commit, console=console))
         stack.enter_context(_noting_a_lost_learner(tracker))
@@ -121,6 +126,8 @@ class Run:
         self.budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
         self.budget.kinds.update(self.commit.failures)
         self.runner = self._runner(self._engine_player(r.temperature))
+        self.left_out: dict[str, str] = {}
+        """Training tasks that the warm start could not play, each with the reason."""
         self.rollouts: Rollouts | None = None
         """While it learns."""
 
@@ -137,17 +144,8 @@ class Run:
 
         The caller saves the result. Raises ConfigError where a demonstration failed or earned nothing.
         """
-        config, w = self.config, self.config.warm_start
-        tasks = TaskStream(self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1)
-        runner = self._runner(replace(self._engine_player(1.0), policy="expert"))
-        try:
-            played = await run_attempts(
-                runner, [tasks.next() for _ in range(w.demonstrations)], k=1, concurrency=16, seed=config.seed,
-                label="demonstration",
-            )  # fmt: skip
-        finally:
-            await runner.close()
-        trajectories = require_all([t for _, tries in played for t in tries], runner.first_given_up)
+        w = self.config.warm_start
+        trajectories = await self._demonstrations()
         rows = demonstration_rows(trajectories)
         self.tracker.trajectories.write(trajectories, step=0, kind="demonstration")
         self.learner.set_threads(self.cores.learner_alone)
@@ -162,6 +160,33 @@ class Run:
         await self.publish()
         await self.engine.set_threads(self.cores.engine_alone)
         self.warm_started = True
+
+    async def _demonstrations(self) -> list[Trajectory]:
+        """Have the expert play. A task that cannot be played is left out, and another one takes its place."""
+        config, count = self.config, self.config.warm_start.demonstrations
+        runner = self._runner(replace(self._engine_player(1.0), policy="expert"))
+        tasks = TaskStream(
+            self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1,
+            max_bad=config.rollout.max_bad_tasks, tell=runner.leave_out,
+        )  # fmt: skip
+        found: list[Trajectory | None] = []
+        try:
+            for turn in itertools.count():
+                played = await run_attempts(
+                    runner, [tasks.next() for _ in range(count - len(found))], k=1, concurrency=16, seed=config.seed,
+                    label=f"demonstration{turn or ''}",
+                )  # fmt: skip
+                for task, tries in played:
+                    if task.id in runner.left_out:
+                        tasks.leave_out(task.id, runner.left_out[task.id])
+                    else:
+                        found += tries
+                if len(found) == count:
+                    break
+        finally:
+            await runner.close()
+        self.left_out |= tasks.left_out
+        return require_all(found, runner.first_given_up)
 
     async def save(self, rollouts: Rollouts | None) -> None:
         """Checkpoint and commit the state between two steps.
@@ -197,13 +222,12 @@ class Run:
         if label in self.reports:
             return self.reports[label]
         config, e = self.config, self.config.eval
-        tasks = held_out(self.spec, e.split, e.n, difficulty=config.env.difficulty)
         watch = Stopwatch()
         runner = self._runner(self._engine_player(e.temperature))
         try:
             results = await run_attempts(
                 runner,
-                tasks,
+                held_out(self.spec, e.split, e.n, difficulty=config.env.difficulty, tell=runner.leave_out),
                 k=e.k,
                 concurrency=config.engine.max_batch * config.engine.replicas,
                 seed=config.seed,
@@ -214,7 +238,7 @@ class Run:
             await runner.close()
         report = summarize(
             results, env=config.env.id, split=e.split, model=config.model.path, version=self.learner.version,
-            temperature=e.temperature, seed=config.seed, seconds=watch.seconds,
+            temperature=e.temperature, seed=config.seed, seconds=watch.seconds, left_out=runner.left_out,
         )  # fmt: skip
         saved = [t for _, tries in results for t in tries if t is not None]
         self.tracker.trajectories.write(saved, step=step, kind=f"eval-{label}")
@@ -234,7 +258,10 @@ class Run:
         The player is here or on the cluster's workers.
         """
         player = (self.backend.players or self._local_player)(spec)
-        return EpisodeRunner(player, self.budget, max_retries=self.config.rollout.max_retries, event=self.tracker.event)
+        return EpisodeRunner(
+            player, self.budget, max_retries=self.config.rollout.max_retries, event=self.tracker.event,
+            say=self.tracker.message,
+        )  # fmt: skip
 
     def _local_player(self, spec: PlayerSpec) -> EpisodePlayer:
         return spec.build(self.engine, fmt=self.fmt, event=self.tracker.event)
@@ -248,10 +275,18 @@ class Run:
             sampling=Sampling(limits.max_turn_tokens, temperature=temperature, stop_ids=self.fmt.stop_ids),
             sandbox=config.env.sandbox,
             kwargs=config.env.kwargs,
+            chat=config.model.chat,
         )
+
+
+def demonstrated(tasks: Sequence[Task], config: TrainConfig) -> list[Task]:
+    """Return those of ``tasks``, the training split's, that the warm start draws, before it replaces bad ones."""
+    stream = TaskStream(tasks, seed=config.seed + 1)
+    return [stream.next() for _ in range(config.warm_start.demonstrations)]
 
 
 def _numbers(report: EvalReport) -> dict[str, float]:
     """Return the report's scalars, for metrics.jsonl and TensorBoard."""
-    row = {k: float(v) for k, v in report.to_json().items() if isinstance(v, int | float)}
-    return row | {"ci95_low": report.ci95[0], "ci95_high": report.ci95[1]}
+    row = {k: float(v) for k, v in report.to_json().items() if isinstance(v, int | float) and k != "unplayed"}
+    bounds = {"ci95_low": report.ci95[0], "ci95_high": report.ci95[1]}
+    return row | bounds | {"tasks_left_out": float(len(report.left_out))}

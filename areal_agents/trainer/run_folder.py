@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -102,10 +101,18 @@ class RunFolder:
     def __enter__(self) -> Self:
         """Take the lock.
 
-        Raises ConfigError while another process holds it. The kernel frees the lock of a dead one.
+        Raises ConfigError while another process holds it, or where nothing can be written there. The kernel frees the
+        lock of a dead one.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.out / "lock").open("a+")
+        import fcntl  # not on every system, and only a training needs it
+
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.out / "lock").open("a+")
+        except OSError as error:
+            raise ConfigError(
+                f"out = {self.out}: this folder cannot be written ({error.strerror}): choose another --out"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

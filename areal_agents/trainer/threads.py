@@ -6,10 +6,10 @@ split is explicit. While the learner works, the engine keeps ``engine`` threads.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from areal_agents.errors import ConfigError
+from areal_agents.utils.system import available_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def split_cores(engine: int = 0, learner: int = 0, *, replicas: int = 1, total: 
     Raises:
         ConfigError: ``engine`` and ``learner`` together exceed ``total``.
     """
-    total = total or len(os.sched_getaffinity(0))
+    total = total or available_cores()
     if engine == 0:
         engine = max(1, total - learner) if learner else max(1, total - 1 if total > 4 else total // 2)
     if learner == 0:

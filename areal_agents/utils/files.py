@@ -19,7 +19,7 @@ def unwritable(path: Path, error: OSError) -> ArealError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     action = "free some space on that disk" if full else "make it writable"
     reason = error.strerror or str(error)
-    return ArealError(f"{path} cannot be written ({reason}): {action}, then start again; `train --resume` goes on")
+    return ArealError(f"{path} cannot be written ({reason}): {action}, then go on with --resume")
 
 
 def append_whole(file: io.FileIO, data: bytes) -> None:

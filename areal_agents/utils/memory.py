@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import resource
 
 
 def peak_mib() -> float:
     """Return the process's largest resident size so far, in MiB."""
+    import resource  # not on every system
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

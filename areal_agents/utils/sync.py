@@ -21,6 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from areal_agents.errors import EnvError
 from areal_agents.utils.exits import guard_tasks
+from areal_agents.utils.outcomes import opened, outcome_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -130,9 +131,9 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
             "the synchronous reset/step/close was called on the environments' own event loop, where it would wait "
             "for itself: await areset/astep/aclose instead"
         )
-    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    future = asyncio.run_coroutine_threadsafe(outcome_of(lambda: coroutine), loop)
     try:
-        return future.result()
+        return opened(future.result())
     except BaseException:
         future.cancel()
         raise

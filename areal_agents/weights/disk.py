@@ -14,7 +14,6 @@ to a start over there, or to you.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -169,6 +168,8 @@ def remove_leftovers(weights_dir: Path) -> list[Path]:
 
     An owner is dead when its lock is free. The kernel drops the lock with the process, however it ended.
     """
+    import fcntl  # not on every system
+
     removed = []
     for folder in sorted(weights_dir.glob(f"{_PREFIX}*")):
         try:
@@ -211,6 +212,8 @@ def _new_folder(weights_dir: Path) -> tuple[Path, int]:
 
     It gets its name once it is locked, so that no other start may find it free.
     """
+    import fcntl  # not on every system
+
     name = uuid.uuid4().hex[:12]
     hidden, folder = weights_dir / f".new-{name}", weights_dir / f"{_PREFIX}{name}"
     hidden.mkdir()

@@ -61,7 +61,9 @@ def test_finds_what_the_template_is_like() -> None:
     assert fmt(tiny_.THINKING).history == "template"
     assert fmt(tiny_.WITH_TOOLS).renders_tools
     assert not fmt(tiny_.NO_TOOL_ROLE).accepts_tool_role
-    assert fmt(tiny_.OPENS_THINKING).thinks_first
+    opens = fmt(tiny_.OPENS_THINKING)
+    assert opens.opens_thought(opens.first_prompt([user("U")]))
+    assert not form.opens_thought(form.first_prompt([user("<think>")]))
     assert (
         fmt(tiny_.OPENS_THINKING).history == "template"
     )  # past turns are rendered without the <think> they began with
@@ -82,7 +84,7 @@ def test_stop_ids_hold_eos_too() -> None:
         (tiny_.NO_TURN_END, "T4: after assistant content"),
         (tiny_.NO_GENERATION_PROMPT, "T4: the template ignores add_generation_prompt"),
         ("{% for m in messages %}<|im_start|>{% endfor %}", "T2: the template renders assistant content 0 times"),
-        ("{{ raise_exception('no system role') }}", "cannot render the roles .system user assistant user.: no system"),
+        ("{{ raise_exception('no system role') }}", "cannot render the roles .user assistant user.: no system"),
         (None, "no chat template"),
     ],
 )
@@ -203,7 +205,7 @@ def call(body: str) -> str:
         ('{"name": "f", "arguments": {"x": "a\nb"}}', "ok", "f", {"x": "a\nb"}),
         ('{"name": "f", "arguments": [1]}', "invalid_arguments", "f", {}),
         ('{"name": "f", "arguments": "x = 1"}', "invalid_arguments", "f", {}),
-        ('{"name": "f", "arguments": null}', "invalid_arguments", "f", {}),
+        ('{"name": "f", "arguments": null}', "ok", "f", {}),
         ('{"arguments": {}}', "missing_name", "", {}),
         ('{"name": "", "arguments": {}}', "missing_name", "", {}),
         ('{"name": 3}', "missing_name", "", {}),
@@ -257,9 +259,13 @@ def test_calls_inside_thinking_are_not_calls(text: str, names: list[str]) -> Non
 
 def test_the_prompt_may_open_the_thinking() -> None:
     form = fmt(tiny_.OPENS_THINKING)
-    message = form.parse(form.encode_turn(call('{"name": "a"}') + "</think>" + call('{"name": "b"}')), "stop")
+    prompt = form.first_prompt([user("U")])
+    ids = form.encode_turn(call('{"name": "a"}') + "</think>" + call('{"name": "b"}'))
+    message = form.parse(ids, "stop", prompt)
     assert [c.name for c in message.tool_calls] == ["b"]
-    assert form.parse(form.encode_turn(call('{"name": "a"}')), "stop").tool_calls == ()
+    assert message.in_thought
+    assert form.parse(form.encode_turn(call('{"name": "a"}')), "stop", prompt).tool_calls == ()
+    assert not form.parse(ids, "stop", fmt().first_prompt([user("U")])).in_thought
 
 
 def test_calls_beyond_the_cap_are_not_read() -> None:

@@ -10,12 +10,13 @@ import pytest
 
 from areal_agents.chat.format import ChatFormat
 from areal_agents.chat.server_template import served_template
+from areal_agents.chat.tool_formats import FORMATS
 from areal_agents.engines.openai.messages import read_reply, request_messages, request_tools
 from areal_agents.errors import TemplateError
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Message, Text, system, tool_result, user
 from tests.chat_server import call
-from tests.tiny_tokenizer import CHATML, NO_TOOL_ROLE, THINKING, WITH_TOOLS, tiny
+from tests.tiny_tokenizer import CHATML, DROPS_SYSTEM, NO_SYSTEM, NO_TOOL_ROLE, SWITCH, THINKING, WITH_TOOLS, tiny
 
 TOOLS = (
     ToolSpec(
@@ -60,10 +61,11 @@ def served_ids(fmt: ChatFormat, messages: tuple[Message | AssistantMessage, ...]
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("tools", [(), TOOLS], ids=["no tools", "tools"])
 @pytest.mark.parametrize(
-    "template", [CHATML, WITH_TOOLS, NO_TOOL_ROLE, THINKING, "  {% if true %}\n" + CHATML + "{% endif %}"]
+    "template",
+    [CHATML, WITH_TOOLS, NO_TOOL_ROLE, NO_SYSTEM, DROPS_SYSTEM, THINKING, "  {% if true %}\n" + CHATML + "{% endif %}"],
 )
 def test_the_same_ids(template: str, tools: tuple[ToolSpec, ...], name: str) -> None:
-    fmt = ChatFormat(tiny(template))
+    fmt = ChatFormat(tiny(template), merge_system=True)
     messages = CONVERSATIONS[name]
     assert served_ids(fmt, messages, tools) == fmt.first_prompt(messages, tools)
 
@@ -76,8 +78,45 @@ def test_the_same_ids_with_smollm2(smollm2: Path) -> None:
     assert served_template(fmt) != fmt.tokenizer.chat_template
 
 
-def test_several_templates_are_refused() -> None:
-    fmt = ChatFormat(tiny(CHATML))
-    fmt.tokenizer.chat_template = {"default": CHATML, "tool_use": CHATML}
-    with pytest.raises(TemplateError, match=r"2 chat templates \(default, tool_use\): save it with the one to serve"):
+@pytest.mark.parametrize("tool_format", FORMATS)
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_the_same_ids_in_every_tool_format(name: str, tool_format: str) -> None:
+    fmt = ChatFormat(tiny(CHATML), tool_format=tool_format)
+    messages = CONVERSATIONS[name]
+    assert fmt.tool_format.name == tool_format
+    assert served_ids(fmt, messages, TOOLS) == fmt.first_prompt(messages, TOOLS)
+
+
+def test_variables_of_the_template_reach_the_server() -> None:
+    given = {"enable_thinking": False}
+    fmt = ChatFormat(tiny(SWITCH), template_variables=given)
+    messages = CONVERSATIONS["calls"]
+    assert served_ids(fmt, messages, TOOLS) == fmt.first_prompt(messages, TOOLS)
+    assert fmt.first_prompt(messages) != ChatFormat(tiny(SWITCH)).first_prompt(messages)
+
+
+@pytest.mark.parametrize("value", [True, None, -3, 0.5, 'é "quoted" \\ {{ x }} \n 😀', ["a", 1, {"b": [False]}], {}])
+def test_every_kind_of_value_reaches_the_server(value: Any) -> None:
+    fmt = ChatFormat(tiny("{{ given | tojson }}" + CHATML), template_variables={"given": value})
+    messages = CONVERSATIONS["user"]
+    assert served_ids(fmt, messages, ()) == fmt.first_prompt(messages)
+
+
+def test_a_system_message_is_refused_by_the_server_too() -> None:
+    fmt = ChatFormat(tiny(NO_SYSTEM))
+    with pytest.raises(Exception, match="knows no system message"):
+        served_ids(fmt, CONVERSATIONS["system"], ())
+
+
+def test_of_several_templates_the_one_of_our_prompts_is_served() -> None:
+    tokenizer = tiny(CHATML)
+    tokenizer.chat_template = {"default": NO_TOOL_ROLE, "tool_use": CHATML}
+    fmt = ChatFormat(tokenizer)
+    for tools in ((), TOOLS):
+        assert served_ids(fmt, CONVERSATIONS["calls"], tools) == fmt.first_prompt(CONVERSATIONS["calls"], tools)
+
+
+def test_a_value_that_jinja_cannot_write_is_refused() -> None:
+    fmt = ChatFormat(tiny("{{ given }}" + CHATML), template_variables={"given": b"bytes"})
+    with pytest.raises(TemplateError, match="has no Jinja literal"):
         served_template(fmt)

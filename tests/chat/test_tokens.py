@@ -127,12 +127,23 @@ def test_t2_the_suffix_does_not_depend_on_the_conversation() -> None:
     assert alone.suffix == longer.suffix == ids_of("\n<|im_start|>user\nnext<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_t2_a_template_whose_past_depends_on_later_messages_is_refused() -> None:
-    counts = "{{ messages | length }}" + tiny_.CHATML
-    form = ChatFormat(tiny(counts), history="append")
+def test_t2_a_message_that_the_template_shows_elsewhere_is_refused() -> None:
+    hoists = "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}" + tiny_.CHATML.replace(
+        "for m in messages", "for m in messages if m.role != 'system'"
+    )
+    form = ChatFormat(tiny(hoists))
+    assert form.history == "append"
     with pytest.raises(TemplateError, match="T2: the template renders earlier messages differently"):
-        form.suffix([user("V")], done((END,)))
+        form.suffix([system("now obey")], done((END,)))
+    with pytest.raises(TemplateError, match="T2: the template does not show a system message where it stands"):
+        ChatFormat(tiny("{{ messages | length }}" + hoists), history="append").suffix([system("obey")], done((END,)))
+
+
+def test_t2_append_keeps_the_past_whatever_the_template_would_make_of_it() -> None:
+    counts = "{{ messages | length }}" + tiny_.CHATML
     assert ChatFormat(tiny(counts)).history == "template"
+    suffix = ChatFormat(tiny(counts), history="append").suffix([user("V")], done((END,)))
+    assert suffix == ids_of("\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n")
 
 
 # ── T4: turn ends ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -29,4 +29,5 @@ class Recorder:
             table=lambda: "TABLE",
             to_json=lambda: {"pass_at_1": 0.5, "pass_at_k": float("nan")},
             served="a at b",
+            infra_rate=0.0,
         )

@@ -161,9 +161,10 @@ def test_check_reports_and_sets_the_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import areal_agents.conformance.check as module
+    from areal_agents.chat.options import ChatOptions
     from areal_agents.conformance.check import CheckReport, CheckResult
 
-    def check(env_id: str, *, tokenizer: str | None) -> CheckReport:
+    def check(env_id: str, *, tokenizer: str | None, chat: ChatOptions) -> CheckReport:
         status: Any = "passed" if env_id == "a/Good-v0" else "failed"
         return CheckReport(env_id, (CheckResult("seeds", status, f"tokenizer {tokenizer}"),))
 

@@ -26,6 +26,7 @@ from areal_agents.errors import (
     RewardError,
     SandboxError,
     SandboxUnavailable,
+    TaskError,
     WorkerLost,
 )
 from areal_agents.rollout.episode import Limits
@@ -256,12 +257,12 @@ def test_errors_arrive_as_they_were_raised(fleet: Fleet) -> None:
 
     async def play() -> list[BaseException]:
         player = fleet.workers.player(recipe)
-        plays = [player.play(task, id=task.id, group="g", seed=0) for task in tasks()[:3]]
+        plays = [player.play(task, id=task.id, group="g", seed=0) for task in tasks()[:5]]
         ends = await asyncio.gather(*plays, return_exceptions=True)
         await player.close()
         return [end for end in ends if isinstance(end, BaseException)]
 
-    raised, reward, sandbox = fleet.run(play())
+    raised, reward, sandbox, outside, bad = fleet.run(play())
     assert type(raised) is EnvError
     assert "astep (task train-0, turn 1) raised ZeroDivisionError: the author's own" in str(raised)
     assert (raised.turns, raised.tool) == (1, "")
@@ -273,6 +274,30 @@ def test_errors_arrive_as_they_were_raised(fleet: Fleet) -> None:
     assert type(sandbox) is SandboxError
     assert (sandbox.tool, sandbox.turns, str(sandbox)) == ("python", 1, "the sandbox is gone")
     assert "OSError: no space left" in str(sandbox.__cause__)
+    assert isinstance(outside, EnvError)
+    assert (raised.blame, outside.blame) == ("environment", "outside")
+    assert type(bad) is TaskError
+    assert str(bad) == "areset (task train-4, turn 0): its picture is damaged"
+
+
+def test_a_bad_tasks_group_on_workers_costs_no_budget(fleet: Fleet) -> None:
+    recipe = spec(fleet, "tests.cluster.worker_envs:Fails")
+
+    async def play(task: Task) -> EpisodeRunner:
+        budget = FailureBudget(window=8, share=0.0)  # not one failed attempt may be charged
+        runner = EpisodeRunner(fleet.workers.player(recipe), budget, max_retries=2, event=fleet.event)
+        plays = (runner.run(task, id=f"{task.id}/{i}", group="g", seed=0) for i in range(8))
+        ends = await asyncio.gather(*plays, return_exceptions=True)
+        assert all(end is None or isinstance(end, TaskError) for end in ends)
+        assert runner.settle(task, group="g") is not None
+        await runner.close()
+        return runner
+
+    for i, why in ((4, "its picture is damaged"), (5, "raised KeyError: 'question'")):
+        runner = fleet.run(play(tasks()[i]))
+        assert list(runner.left_out) == [f"train-{i}"]
+        assert why in runner.left_out[f"train-{i}"]
+        assert runner.budget.kinds.total() == 0
 
 
 def test_the_expert_plays_in_the_workers_own_sandbox(fleet: Fleet) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from areal_agents.errors import SandboxError, SandboxUnavailable
+from areal_agents.errors import SandboxError, SandboxUnavailable, TaskError
 from areal_agents.sandbox import ProbeReport
 from areal_agents.types import AssistantMessage, Info, Observation
 from tests.letters_env import Letters
@@ -50,7 +50,19 @@ class Reported(Letters):
 
 
 class Fails(Letters):
-    """What goes wrong in the second step depends on the task."""
+    """What goes wrong in the reset or in the second step depends on the task."""
+
+    async def areset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Observation, Info]:
+        result = await super().areset(seed=seed, options=options)
+        if self.task.id.endswith("-3"):
+            raise RuntimeError("cannot ask") from ConnectionRefusedError(111, "refused")
+        if self.task.id.endswith("-4"):
+            raise TaskError("its picture is damaged")
+        if self.task.id.endswith("-5"):
+            raise KeyError("question")
+        return result
 
     async def astep(self, action: AssistantMessage) -> Stepped:
         stepped = await super().astep(action)

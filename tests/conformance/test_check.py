@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from areal_agents.chat.options import ChatOptions
 from areal_agents.conformance.check import CHECKS, CheckReport, CheckResult, check
 from areal_agents.conformance.scripted_episode import difference, plain, spoil, trace_difference
 from areal_agents.errors import RegistryError
@@ -138,9 +139,14 @@ def test_no_tokenizer_skips_the_token_check() -> None:
 def test_token_check(tmp_path: Path) -> None:
     tiny(tiny_tokenizer.NO_TOOL_ROLE).save_pretrained(tmp_path)
     found = by_name(run("TwoUserMessages", tokenizer=tmp_path))["tokens"]
-    assert found.status == "failed"
-    assert "cannot render the roles [user user]: roles must alternate" in found.detail
+    assert found.status == "passed"  # they become one
     assert by_name(run("ShowsOneTool", tokenizer=tmp_path))["tokens"].status == "passed"
+    tiny(tiny_tokenizer.NO_SYSTEM).save_pretrained(tmp_path)
+    found = by_name(run("SystemFirst", tokenizer=tmp_path))["tokens"]
+    assert found.status == "failed"
+    assert "cannot show one (System role not supported): set model.merge_system = true" in found.detail
+    merged = check("tests.checked_envs:SystemFirst", tokenizer=tmp_path, chat=ChatOptions(merge_system=True))
+    assert by_name(merged)["tokens"].status == "passed"
     tiny(tiny_tokenizer.THINKING).save_pretrained(tmp_path)
     assert "each turn is a sample" in by_name(run("Good", tokenizer=tmp_path))["tokens"].detail
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from areal_agents.chat.format import ChatFormat
+from areal_agents.chat_model import ContextLengthError
 from areal_agents.engine import ChatModel, Sampling
 from areal_agents.engines.engine_chat import EngineChat
 from areal_agents.errors import EngineError
@@ -107,3 +108,19 @@ def test_a_failing_engine_fails_the_call_and_is_released() -> None:
     assert len(engine.released) == 1
     with pytest.raises(EngineError, match="loop of EngineChat's engine is closed"):
         asyncio.run(chat.chat((user("u"),), (), Sampling(9)))
+
+
+def test_a_conversation_that_does_not_fit_is_told_as_one() -> None:
+    @dataclass
+    class Small(OneLineEngine):
+        max_context: int = 0
+
+    async def talk(longest: int) -> str:
+        model: ChatModel = EngineChat(Small(max_context=longest), FMT)  # type: ignore[arg-type]
+        return (await model.chat((user("the task"),), (), Sampling(99))).text
+
+    used = len(FMT.first_prompt((user("the task"),)))
+    for fits in (0, used + 1):  # 0: the engine does not say
+        assert asyncio.run(talk(fits))
+    with pytest.raises(ContextLengthError, match=f"the conversation has {used} tokens"):
+        asyncio.run(talk(used))

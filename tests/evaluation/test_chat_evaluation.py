@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import pytest
 
 from areal_agents.algorithms.batch import rows_of
 from areal_agents.chat.toolcalls import parse_text
-from areal_agents.chat_model import ContextLengthError
+from areal_agents.chat_model import ChatReply, ContextLengthError
 from areal_agents.cli.main import main
 from areal_agents.engine import Sampling
-from areal_agents.errors import ConfigError, EnvError
+from areal_agents.errors import ConfigError, TaskError
 from areal_agents.evaluation.evaluate import EvalReport, evaluate
 from areal_agents.evaluation.players import Server
 from areal_agents.evaluation.saved_run import SavedRun
@@ -23,7 +24,7 @@ from areal_agents.rollout.episode import Limits
 from areal_agents.rollout.player import LocalPlayer
 from areal_agents.settings.config import ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records
-from areal_agents.types import AssistantMessage, Trajectory
+from areal_agents.types import AssistantMessage, Finish, StopReason, Trajectory
 from tests.chat_envs import Sums
 from tests.chat_server import Answer, Json, Step, call, chat_server, completion
 
@@ -96,6 +97,37 @@ def test_pass_at_1_is_exact_and_episodes_are_saved(tmp_path: Path) -> None:
     assert SavedRun.open(tmp_path / "out").model_folder() is None
     for trajectory in (right, endless, by_task["test-2"]):
         assert main(["replay", str(tmp_path / "out"), "--kind", "eval", "--episode", trajectory.id]) == 0
+
+
+def thinking(body: Json) -> Step:
+    """A call after a thought, then the answer after another one."""
+    if body["messages"][-1]["role"] == "user":
+        return completion(None, reasoning_content="I <b>add</b>", tool_calls=[call("add", '{"a": 100, "b": 7}')])
+    return completion("\\boxed{107}", reasoning_content="\\boxed{0}, no")
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_servers_thinking_is_kept_and_sent_back_where_asked(tmp_path: Path, asked: bool) -> None:
+    argv = ["eval", ENV, "--model", "openai:m", "--n", "1", "--out", str(tmp_path / "out")]
+    with chat_server(thinking) as server:
+        assert main([*argv, "--url", server.url, *(["--send-reasoning"] if asked else [])]) == 0
+    (record,) = read_records(tmp_path / "out")
+    turns = record.trajectory.turns
+    assert [turn.message.reasoning for turn in turns] == ["I <b>add</b>", "\\boxed{0}, no"]
+    assert (turns[1].message.text, record.trajectory.reward) == ("\\boxed{107}", 1.0)
+    said = server.requests[1]["messages"][2]
+    assert said["role"] == "assistant"
+    assert said.get("reasoning_content") == ("I <b>add</b>" if asked else None)
+    assert main(["replay", str(tmp_path / "out"), "--kind", "eval", "--episode", "test/0/0"]) == 0
+
+
+def test_variables_of_the_template_go_along_with_each_request(tmp_path: Path) -> None:
+    with chat_server(scripted) as server:
+        run_evaluation(tmp_path / "a", server.url, n=1, k=1, model={"template_variables": {"enable_thinking": False}})
+        assert {json.dumps(r["chat_template_kwargs"]) for r in server.requests} == {'{"enable_thinking": false}'}
+        server.requests.clear()
+        run_evaluation(tmp_path / "b", server.url, n=1, k=1)
+        assert not any("chat_template_kwargs" in r for r in server.requests)
 
 
 def test_its_episodes_cannot_become_training_rows(tmp_path: Path) -> None:
@@ -199,6 +231,85 @@ def test_limits_by_reported_tokens(tmp_path: Path) -> None:
 def test_a_full_context_ends_the_episode_and_the_environment_scores_it() -> None:
     played = play(Unmetered(full_at=3))
     assert (played.stop_reason, played.truncated, len(played.turns), played.sampled_tokens) == ("context", True, 2, 0)
-    with pytest.raises(EnvError, match="the first prompt does not fit the model: full"):
+    with pytest.raises(TaskError, match="the first prompt does not fit the model: full"):
         play(Unmetered(full_at=1))
     assert play(Unmetered()).stop_reason == "max_turns"
+
+
+# --- how replies end -------------------------------------------------------------------------------------------------
+
+
+def test_cut_filtered_and_empty_replies_are_shown_apart_and_are_no_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def replies(body: Json) -> Step:
+        a, b = (int(n) for n in body["messages"][1]["content"].rstrip("?").split("+"))
+        right = f"\\boxed{{{a + b}}}"
+        return (
+            completion(right, tokens=4),
+            completion(right, finish="length", tokens=20),
+            completion(right, finish="content_filter", tokens=4),
+            completion(None, tokens=0),
+            completion(right, finish="length", tokens=4),  # by a limit of the server's own
+        )[a - 100]
+
+    with chat_server(replies) as server:
+        argv = ["eval", ENV, "--model", "openai:m", "--url", server.url, "--n", "5", "--rollout.max-turn-tokens", "20"]
+        assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["pass_at_1"], report["truncation_rate"], report["infra_rate"]) == (0.2, 0.8, 0.0)
+    assert report["endings"] == {"length": 2, "answer": 1, "content_filter": 1, "empty": 1}
+    assert report["finishes"] == {"length": 2, "stop": 1, "content_filter": 1, "empty": 1}
+    assert "ended by length 2, answer 1, content_filter 1, empty 1; turns cut by" in capsys.readouterr().out
+    for record in read_records(tmp_path / "out"):
+        assert main(["replay", str(tmp_path / "out"), "--kind", "eval", "--episode", record.trajectory.id]) == 0
+
+
+def test_a_conversation_that_the_filter_refuses_ends_truncated(tmp_path: Path) -> None:
+    def filtered(body: Json) -> Step:
+        if body["messages"][-1]["role"] == "tool":
+            return Answer({"error": {"message": "no", "code": "content_filter"}}, 400)
+        return completion(None, finish="tool_calls", tokens=5, tool_calls=[call("add", '{"a": 1, "b": 2}')])
+
+    with chat_server(filtered) as server:
+        report = run_evaluation(tmp_path / "out", server.url, n=2, k=1)
+    assert (report.attempts, report.endings, report.truncation_rate) == (2, {"content_filter": 2}, 1.0)
+    (record, _) = read_records(tmp_path / "out")
+    assert main(["replay", str(tmp_path / "out"), "--kind", "eval", "--episode", record.trajectory.id]) == 0
+
+
+class Ends:
+    """A ChatModel that says one thing, and ends it somehow."""
+
+    def __init__(self, text: str, finish: Finish) -> None:
+        self.message = parse_text(text, finish)
+
+    async def chat(self, messages: Any, tools: Any, sampling: Sampling) -> AssistantMessage:
+        return self.message
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "reason", "reward"),
+    [
+        ("\\boxed{107}", "stop", "answer", 1.0),
+        ("\\boxed{107}", "length", "length", 0.0),
+        (" ", "stop", "empty", 0.0),
+    ],
+)
+def test_models_that_report_nothing_are_held_to_the_same(
+    text: str, finish: Finish, reason: StopReason, reward: float
+) -> None:
+    played = play(Ends(text, finish))
+    assert (played.stop_reason, played.reward, played.truncated) == (reason, reward, reason != "answer")
+
+
+def test_the_budget_that_cut_a_reply_is_named() -> None:
+    class Metered(Ends):
+        async def reply(self, messages: Any, tools: Any, sampling: Sampling) -> ChatReply:
+            return ChatReply(self.message, 7, sampling.max_tokens)
+
+    cut = Metered("\\boxed{107}", "length")
+    assert play(cut).stop_reason == "length"
+    assert play(cut, replace(LIMITS, max_episode_tokens=12)).stop_reason == "tokens"
+    assert play(cut, replace(LIMITS, max_context=28)).stop_reason == "length"
+    assert play(cut, replace(LIMITS, max_context=27)).stop_reason == "context"

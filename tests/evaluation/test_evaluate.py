@@ -5,13 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from areal_agents import registry
-from areal_agents.errors import ConfigError, FailureBudgetError, RegistryError, SandboxUnavailable
-from areal_agents.evaluation.evaluate import EvalReport, Progress, compare_table, evaluate, held_out, summarize
+from areal_agents.cli.main import main
+from areal_agents.errors import (
+    ConfigError,
+    FailureBudgetError,
+    InfraError,
+    RegistryError,
+    SandboxUnavailable,
+    TemplateError,
+)
+from areal_agents.evaluation.evaluate import EvalReport, compare_table, evaluate, held_out, summarize
+from areal_agents.evaluation.progress import Progress
 from areal_agents.evaluation.saved_run import SavedRun
 from areal_agents.settings.config import EngineConfig, EnvConfig, ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records
@@ -29,6 +40,7 @@ from areal_agents.types import (
 )
 from tests.letters_env import Letters
 from tests.tiny_models import tiny_chat_model
+from tests.tiny_tokenizer import SWITCH, tiny
 
 
 class Stuck(Letters):
@@ -78,7 +90,7 @@ def test_rates_by_hand() -> None:
 def test_an_infrastructure_failure_is_no_wrong_answer() -> None:
     assert report([attempt(1.0)], [None]).pass_at_1 == 1.0
     assert report([attempt(1.0), None]).pass_at_k is None
-    with pytest.raises(ConfigError, match="every attempt failed"):
+    with pytest.raises(InfraError, match="infrastructure failed every attempt, so that there is nothing to score"):
         report([None], [None])
 
 
@@ -91,11 +103,55 @@ def test_the_table_shows_what_is_not_known_as_a_dash() -> None:
     assert "1.000" in lines[3]
 
 
+def test_the_table_has_what_several_attempts_say_and_a_word_where_they_are_the_same() -> None:
+    pair = report([attempt(1.0), attempt(0.0)], [attempt(1.0), attempt(1.0)])
+    head, _, row, note = pair.table().splitlines()
+    assert head.split() == [
+        "pass@1",
+        "95",
+        "%",
+        "CI",
+        "pass@2",
+        "pass^2",
+        "n",
+        "valid",
+        "calls",
+        "pass",
+        "|",
+        "valid",
+        "truncated",
+        "infra",
+    ]
+    assert row.split()[:1] + row.split()[3:6] == ["e:test", "1.000", "0.500", "2"]
+    assert note == (
+        "note: all 2 attempts at a task are the same at temperature 0, but for what its environment draws from its "
+        "seed: pass@2 and pass^2 say nothing more than pass@1 (--temperature 1, or --k 1)"
+    )
+    warm = replace(pair, temperature=1.0)
+    assert "note" not in warm.table()
+    one = report([attempt(1.0)])
+    assert "pass^" not in one.table()
+    assert "note" not in one.table()
+    mixed = compare_table({"one": one, "warm": warm}).splitlines()
+    assert "pass@k" in mixed[0]
+    assert mixed[3].split()[3:5] == ["1.000", "0.500"]
+
+
+def test_an_interrupted_report_says_so() -> None:
+    results: list[tuple[Task, list[Trajectory | None]]] = [(_task(0), [attempt(1.0), None]), (_task(1), [attempt(0.0)])]
+    part = summarize(
+        results, env="e", split="test", model="m", version=0, temperature=1.0, seed=0, seconds=1.0, planned=8
+    )
+    assert (part.n, part.attempts, part.unplayed) == (2, 2, 5)
+    assert part.infra_rate == pytest.approx(1 / 3)
+    assert part.table().endswith("note: partial: 3 of 8 attempts were played, at 2 tasks with a score")
+
+
 def test_more_tasks_than_there_are() -> None:
     spec = registry.spec("tests.letters_env:Letters")
-    assert len(held_out(spec, "test", 8, difficulty=None)) == 8
-    with pytest.raises(ConfigError, match="test has 8 tasks, but n = 9"):
-        held_out(spec, "test", 9, difficulty=None)
+    assert len(held_out(spec, "test", 8, difficulty=None, tell=print)) == 8
+    with pytest.raises(ConfigError, match=r"test has 8 tasks, but eval\.n = 9"):
+        held_out(spec, "test", 9, difficulty=None, tell=print)
 
 
 def test_progress_is_not_chatty() -> None:
@@ -139,6 +195,32 @@ def test_a_real_engine_leaves_report_and_trajectories(tmp_path: Path) -> None:
     assert (run.env_id, run.model, run.step_timeout, run.max_turns, run.algorithm) == (
         "tests.letters_env:Letters", str(model), 33.0, 16, None,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_variables_of_the_template_and_the_mode_of_the_past_reach_prompts_and_replays(tmp_path: Path) -> None:
+    model, out = tiny_chat_model(tmp_path / "model"), tmp_path / "out"
+    tokenizer = tiny(SWITCH)
+    tokenizer.save_pretrained(model)
+
+    def run(**changes: Any) -> EvalReport:
+        return asyncio.run(
+            evaluate(
+                EnvConfig(id="tests.letters_env:Letters"), n=1, k=1, temperature=1.0, out=out,
+                model=ModelConfig(path=str(model), max_context=256, **changes),
+                rollout=RolloutConfig(max_turn_tokens=6),
+            )
+        )  # fmt: skip
+
+    with pytest.raises(TemplateError, match=r"enable_thinkin: .* did you mean enable_thinking\?"):
+        run(template_variables={"enable_thinkin": False})
+    run(template_variables={"enable_thinking": False}, history="template")
+    (record,) = read_records(out, kind="eval")
+    assert len(record.trajectory.turns) == 2
+    for turn in record.trajectory.turns:
+        assert turn.parent is None
+        assert tokenizer.decode(list(turn.prompt_suffix)).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert main(["replay", str(out), "--kind", "eval", "--episode", record.trajectory.id]) == 0
 
 
 def test_settings_are_checked_together(tmp_path: Path) -> None:

@@ -131,3 +131,20 @@ def test_rank_correlations_that_do_not_exist() -> None:
         spearman([1.0, math.nan], [1.0, 2.0])
     with pytest.raises(ValueError, match="equally many"):
         spearman([1.0], [1.0, 2.0])
+
+
+def test_a_reward_that_differs_by_rounding_is_not_changed_and_has_no_signal() -> None:
+    # 0.1 + 0.2 is 0.30000000000000004; ten times 0.1 is 0.9999999999999999, and passes.
+    tenths = sum([0.1] * 10)
+    both = outcome(
+        rescored("a", "t0", (0.3,), (0.1 + 0.2,)),
+        rescored("a", "t0", (0.1 + 0.2,), (0.3,)),
+        rescored("b", "t1", (1.0,), (tenths,)),
+        rescored("b", "t1", (0.0,), (0.0,)),
+    )
+    shift = compare(both, reward="r")
+    assert (shift.changed, shift.pass_old, shift.pass_new, shift.episodes_flipped) == (0.0, 0.25, 0.25, 0)
+    for kind in ("turn_return", "grpo"):
+        advantages = advantage_shift(both.episodes, AlgorithmConfig(advantage=Choice(kind)))
+        assert (advantages.signal_old, advantages.signal_new) == (1, 1)
+        assert advantages.tokens == SignChanges(total=8)

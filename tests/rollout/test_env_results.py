@@ -12,7 +12,7 @@ import torch
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError, RewardError
 from areal_agents.rollout.env_results import Call, Returned, read, read_tools
-from areal_agents.types import Image, Message, ToolOutcome, user
+from areal_agents.types import AssistantMessage, Image, Message, Text, ToolOutcome, user
 
 
 class Hostile:
@@ -82,6 +82,25 @@ def test_tool_records_of_another_shape_are_the_environments_own() -> None:
         ("areset", SEEN[0], r"call returned Message\(.*, not \(observation, info\)"),
         ("areset", ([*SEEN], {}), r"call returned the observation \[.*: it must be a tuple of Message"),
         ("areset", (("text",), {}), "it must be a tuple of Message"),
+        ("areset", (None, {}), "the observation None: it must be a tuple of Message"),
+        ("areset", ("hello", {}), "the observation 'hello': it must be a tuple of Message"),
+        ("areset", ({"role": "user", "content": "hi"}, {}), "it must be a tuple of Message"),
+        ("areset", ((SEEN,), {}), "it must be a tuple of Message"),
+        ("areset", ((AssistantMessage((Text("hi"),)),), {}), "it must be a tuple of Message"),
+        ("areset", ((user(None),), {}), "None in it is not a text"),  # type: ignore[arg-type]
+        ("areset", ((user(["a", "b"]),), {}), r"\['a', 'b'\] in it is not a text"),  # type: ignore[arg-type]
+        ("areset", ((user("hi"), user(b"hi")), {}), "b'hi' in it is not a text"),  # type: ignore[arg-type]
+        ("areset", ((Message("user", "hi"),), {}), "its parts must be a tuple of Text and Image"),  # type: ignore[arg-type]
+        ("areset", ((Message("user", ("hi",)),), {}), "its parts must be a tuple"),  # type: ignore[arg-type]
+        ("areset", ((Message("user", [Text("hi")]),), {}), "its parts must be a tuple"),  # type: ignore[arg-type]
+        ("areset", ((Message("human", (Text("hi"),)),), {}), "its role must be one of system, user"),  # type: ignore[arg-type]
+        ("areset", ((Message("user", (Image(None),)),), {}), "None in it is not a text"),  # type: ignore[arg-type]
+        ("astep", ((Message("tool", (Text("4"),), 7),), 0.0, False, False, {}), "its tool_call_id must be a text"),  # type: ignore[arg-type]
+        ("astep", (None, 0.0, True, False, {}), "the observation None"),
+        ("astep", ((), 0.0, True, False, None), "info None, which is not a dict"),
+        ("astep", ((), 0.0, None, False, {}), "terminated None and truncated False: both must be bool"),
+        ("astep", None, r"call returned None, not \(observation, reward"),
+        ("afinish", None, r"call returned None, not \(reward, info\)"),
         ("areset", ((), None), "call returned info None, which is not a dict with text keys"),
         ("areset", ((), {1: 2}), "which is not a dict with text keys"),
         ("astep", ((), 0.0, True, {}), r"not \(observation, reward, terminated, truncated, info\)"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from areal_agents.algorithms.batch import rows_of
-from areal_agents.errors import EnvError, InfraError, RewardError
+from areal_agents.errors import EnvError, InfraError, RewardError, TaskError
 from areal_agents.rollout.env_host import EnvHost, HostLost
 from areal_agents.rollout.env_results import read
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy
@@ -65,7 +65,10 @@ def test_tokens_of_the_rows_are_the_prompts_that_were_sampled_from() -> None:
 def test_what_the_environment_says_arrives_in_the_turns() -> None:
     t = play(Script(turns=2, reward=0.75))
     assert [turn.reward for turn in t.turns] == [0.0, 0.75]
-    assert [turn.state_key for turn in t.turns] == ["k1", None]
+    assert [turn.state_key for turn in t.turns] == [
+        "k0",
+        "k1",
+    ]  # as they were shown, reset's first
     assert t.turns[1].components == {"correct": 1.0}
     assert [m.text for m in t.turns[0].observation] == ["play", "task 0"]
     assert [m.text for m in t.turns[1].observation] == ["next"]
@@ -116,7 +119,7 @@ def test_a_full_context_cuts_the_turn_and_ends_the_episode() -> None:
 
 
 def test_a_prompt_that_never_fits_names_both_numbers() -> None:
-    with pytest.raises(EnvError, match=r"the first prompt has \d+ tokens, model.max_context is 10"):
+    with pytest.raises(TaskError, match=r"the first prompt has \d+ tokens, model.max_context is 10"):
         play(Script(), limits=changed(max_context=10))
 
 

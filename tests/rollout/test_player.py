@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from areal_agents import registry
+from areal_agents.chat.format import ChatFormat
+from areal_agents.chat.options import ChatOptions
 from areal_agents.cluster.remote_errors import Failure, RemoteCause
 from areal_agents.cluster.worker_slots import Places
 from areal_agents.engine import Sampling
-from areal_agents.env import Expert
+from areal_agents.env import AgentEnv, Expert
 from areal_agents.errors import (
     ArealError,
     ConfigError,
@@ -25,14 +27,17 @@ from areal_agents.errors import (
     RewardError,
     SandboxError,
     SandboxUnavailable,
+    TaskError,
+    TemplateError,
     WorkerLost,
 )
-from areal_agents.rollout.player import PlayerSpec
+from areal_agents.rollout.player import PlayerSpec, require_prompts
 from areal_agents.rollout.retries import FailureBudget
+from areal_agents.tool import ToolSpec
 from areal_agents.types import Info, Observation, Task, Trajectory, user
 from tests.letters_env import Letters
 from tests.scripted import LIMITS
-from tests.tiny_tokenizer import CHATML, tiny
+from tests.tiny_tokenizer import CHATML, NO_SYSTEM, tiny
 
 
 def travelled(error: ArealError) -> ArealError:
@@ -175,9 +180,14 @@ def test_every_other_error_arrives_too() -> None:
     assert (refused.backend, refused.probe, refused.remedy) == (
         "bubblewrap", "no user namespaces", "Install the profile.",
     )  # fmt: skip
-    for kind in (RewardError, EnvError, FailureBudgetError, ConfigError):
+    for kind in (RewardError, TaskError, EnvError, FailureBudgetError, ConfigError):
         arrived = travelled(kind("why"))
         assert (type(arrived), str(arrived), arrived.__cause__) == (kind, "why", None)
+    hung = EnvError("slow")
+    hung.blame = "hang"
+    arrived = travelled(hung)
+    assert isinstance(arrived, EnvError)
+    assert arrived.blame == "hang"
 
 
 def test_a_lost_workers_episodes_are_counted_but_not_charged() -> None:
@@ -248,3 +258,45 @@ def test_without_hope_whoever_waits_is_told() -> None:
     asyncio.run(main())
     with pytest.raises(ConfigError, match="at least 1"):
         Places(0)
+
+
+class Instructed(Talks):
+    system_prompt = "Be brief."
+
+
+def test_a_system_prompt_that_the_template_cannot_show_is_refused_before_anything_starts() -> None:
+    spec = registry.spec("tests.rollout.test_player:Instructed")
+    with pytest.raises(TemplateError, match=r"set model\.merge_system = true"):
+        require_prompts(spec, ChatFormat(tiny(NO_SYSTEM)))
+    require_prompts(spec, ChatFormat(tiny(NO_SYSTEM), merge_system=True))
+    require_prompts(spec, ChatFormat(tiny(CHATML)))
+    require_prompts(registry.spec("tests.rollout.test_player:Talks"), ChatFormat(tiny(NO_SYSTEM)))
+
+
+def test_a_player_is_built_with_the_chat_options_of_its_spec(tmp_path: Path) -> None:
+    tiny(CHATML).save_pretrained(tmp_path)
+    spec = PlayerSpec(
+        registry.spec("tests.rollout.test_player:Talks"), tmp_path, LIMITS, Sampling(20), kwargs={"word": "go"},
+        chat=ChatOptions(template_variables={"thinking": False}),
+    )  # fmt: skip
+    assert pickle.loads(pickle.dumps(spec)) == spec
+    with pytest.raises(TemplateError, match=r"model\.template_variables\.thinking"):
+        spec.build(None)  # type: ignore[arg-type]  # no engine is asked
+
+
+class Instances(AgentEnv):
+    """Has its tools by instance, so that the class tells nothing of them."""
+
+    step_seconds = 5.0
+
+    @property
+    def tools(self) -> Sequence[ToolSpec]:  # type: ignore[override]
+        return ()
+
+
+def test_what_a_step_may_take_is_known_from_the_class() -> None:
+    sampling = Sampling(8, temperature=0.0)
+    spec = PlayerSpec(registry.spec("areal/Arithmetic-v0"), Path("m"), LIMITS, sampling)
+    assert spec.step_seconds == 64 * 60  # 64 calls of ``python``, whose limit is 60 s
+    unknown = replace(spec, env=registry.spec(f"{__name__}:Instances"))
+    assert unknown.step_seconds == 64 * 60 + 5

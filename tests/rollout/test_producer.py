@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError
+from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError, TaskError
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.episode import EpisodeDriver
 from areal_agents.rollout.player import LocalPlayer
@@ -140,11 +140,10 @@ def test_a_group_goes_on_with_fewer_episodes_then_is_discarded_and_its_task_queu
     assert lost == []
 
 
-def test_a_broken_reward_is_not_retried_and_spends_the_budget() -> None:
+def test_a_broken_reward_is_not_retried_and_stops_the_run() -> None:
     events = Events()
-    with pytest.raises(FailureBudgetError, match=r"First failure: .*the reward nan") as caught:
+    with pytest.raises(TaskError, match=r"none of the split's 5 tasks can be played or scored:\n.*the reward nan"):
         batches(Script(reward=float("nan")), events=events, window=16)
-    assert "RewardError" in repr(caught.value.__cause__)
     assert not any(fields.get("retried") for _, fields in events.rows)
 
 

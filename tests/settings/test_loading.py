@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from areal_agents.algorithms.registry import Choice
 from areal_agents.errors import ConfigError
 from areal_agents.settings import dump, load, shipped, split_overrides
 from areal_agents.settings.config import TrainConfig
@@ -30,6 +31,12 @@ def test_file_then_overrides(tmp_path: Path) -> None:
     config = load(path, ["--learner.lr", "2e-6", "--rollout.mode=sync", "--out", "runs/a b"])
     assert (config.steps, config.learner.lr, config.learner.weight_decay) == (3, 2e-6, 0.1)
     assert (config.env.id, config.rollout.mode, config.out) == ("a/B-v0", "sync", Path("runs/a b"))
+
+
+HOW_TO_WRITE = (
+    "expected a table; write --env.kwargs '{\"NAME\": 2}' (JSON), --env.kwargs '{NAME = 2}' (TOML), or "
+    "--env.kwargs.NAME 2"
+)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +61,38 @@ def test_file_then_overrides(tmp_path: Path) -> None:
             {"name": "x", "deep": {"a": [1, None]}},
         ),
         (["--env.kwargs", "{a = 1}", "--env.kwargs.b-c", "-2"], "env.kwargs", {"a": 1, "b-c": -2}),
+        (
+            ["--model.template_variables.enable_thinking", "false"],
+            "model.template_variables",
+            {"enable_thinking": False},
+        ),
+        (["--model.template-variables", "{date = 'x'}"], "model.template_variables", {"date": "x"}),
+        (["--model.history", "append"], "model.history", "append"),
+        (["--env.kwargs", '{"max_turns": 2}'], "env.kwargs", {"max_turns": 2}),
+        (["--env.kwargs", '{"max_turns": 2}', "--env.kwargs.b", "3"], "env.kwargs", {"max_turns": 2, "b": 3}),
+        (["--env.kwargs={}"], "env.kwargs", {}),
+        (
+            ["--env.kwargs", '{"a": null, "b": [true, {"c": -1.5e3}],\n "d": "x"}'],
+            "env.kwargs",
+            {"a": None, "b": [True, {"c": -1500.0}], "d": "x"},
+        ),
+        (["--env.kwargs.deep", '{"a": {"b": 1}}'], "env.kwargs", {"deep": {"a": {"b": 1}}}),
+        (["--env.kwargs.rows", '[{"a": 1}, null]'], "env.kwargs", {"rows": [{"a": 1}, None]}),
+        (["--env.kwargs.text", "{draft}"], "env.kwargs", {"text": "{draft}"}),
+        (["--env.kwargs.text", "'{\"a\": 1}'"], "env.kwargs", {"text": '{"a": 1}'}),
+        (["--cluster.worker_resources", '{"docker": 1}'], "cluster.worker_resources", {"docker": 1.0}),
+        (["--cluster.engine_resources", "{docker = 1}"], "cluster.engine_resources", {"docker": 1.0}),
+        (["--learner.betas", "[0.8, 0.9]"], "learner.betas", (0.8, 0.9)),
+        (
+            ["--algorithm.advantage", '{"kind": "grpo", "normalize": false}'],
+            "algorithm.advantage",
+            Choice("grpo", {"normalize": False}),
+        ),
+        (
+            ["--algorithm.advantage", '{kind = "grpo"}', "--algorithm.advantage.normalize", "false"],
+            "algorithm.advantage",
+            Choice("grpo", {"normalize": False}),
+        ),
     ],
 )
 def test_override_values(args: list[str], key: str, value: Any) -> None:
@@ -98,6 +137,14 @@ def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
         (["--learner.lr", "--steps", "3"], "--learner.lr needs a value"),
         (["steps"], "unexpected argument 'steps': overrides look like --learner.lr 2e-6"),
         (["--"], "unexpected argument '--'"),
+        (["--env.kwargs", "{max_turns: 2}"], HOW_TO_WRITE),
+        (["--env.kwargs", '{"a": 1, "a": 2}'], HOW_TO_WRITE),
+        (["--env.kwargs", '{"a": NaN}'], HOW_TO_WRITE),
+        (["--env.kwargs", "3"], HOW_TO_WRITE),
+        (["--env.kwargs", "[1]"], HOW_TO_WRITE),
+        (["--env.kwargs"], "--env.kwargs needs a value: a table; write --env.kwargs '{\"NAME\": 2}' (JSON)"),
+        (["--algorithm.advantage", "{kind: grpo}"], "--algorithm.advantage {kind: grpo}: this is no table; write"),
+        (["--algorithm.advantage", '{"kind": "grpo", "gamma": 1}'], "algorithm.advantage.gamma is no parameter of"),
         (["--env.kwargs.", "3"], "unknown setting env.kwargs. (--env.kwargs.)"),
         (["--learner.lr=nan"], "learner.lr = nan (--learner.lr): expected a number, more than 0"),
         (["--learner.lr=1\nsteps = 2"], "learner.lr = '1\\nsteps = 2' (--learner.lr): expected a number"),

@@ -18,6 +18,9 @@ def test_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     values = {"reward": 0.4375, "age": 0.5, "queue": 3.0, "tokens_per_second": 812.4, "unshown": 1.0}
     line = plain_line(4, 10, values, "train", 20.0)
     assert line == "step 4/10  reward 0.438  age 0.50  queue 3  812 tok/s  ETA 2:00"
+    odd = {"reward": 0.5, "unverifiable": 2.0, "verdict_timeouts": 0.0, "sandbox_replays": 1.0, "withheld": 3.0}
+    noted = plain_line(4, None, odd, "train", 1.0)
+    assert noted == "step 4  reward 0.500  unverifiable 2  sandbox replays 1  cut answers unpaid 3"
 
 
 @pytest.mark.parametrize(

@@ -318,7 +318,7 @@ def test_a_full_disk(tmp_path: Path, tensorboard: bool) -> None:
             tracker.trajectories.write([example(2.0)], step=2)
             with pytest.raises(ArealError, match=r"step-000002\.parquet cannot be written \(No space left") as caught:
                 tracker.flush()
-            assert "free some space on that disk, then start again; `train --resume` goes on" in str(caught.value)
+            assert "free some space on that disk, then go on with --resume" in str(caught.value)
             for step in range(2, 40):  # into the last page of the file, and beyond it
                 with contextlib.suppress(ArealError):
                     tracker.log(step, {f"a{i}": 1.0 for i in range(50)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_the_columns_are_typed(tmp_path: Path) -> None:
     row = table.to_pylist()[0]
     plain = {k: v for k, v in row.items() if k not in ("turns", "final_observation", "content_hash")}
     assert plain == {
-        "schema_version": 2, "kind": "train", "step": 3, "id": "e0", "group": "g0", "task_id": "t0",
+        "schema_version": 3, "kind": "train", "step": 3, "id": "e0", "group": "g0", "task_id": "t0",
         "task_split": "train", "task_seed": 7, "task_payload": '{"question":"1 + 1","gold":"2","numbers":[1,1]}',
         "reward": 1.0, "terminated": True, "truncated": False, "stop_reason": "answer", "error": None, "n_turns": 2,
         "n_tool_calls": 1, "n_valid_tool_calls": 1, "sampled_tokens": 3, "min_version": 0, "max_version": 1,
@@ -90,7 +91,25 @@ def test_the_columns_are_typed(tmp_path: Path) -> None:
     assert turn.field("logprobs").type == pa.list_(pa.float64())
     assert turn.field("ids").type == turn.field("versions").type == pa.list_(pa.int32())
     assert pq.ParquetFile(tmp_path / "x.parquet").metadata.row_group(0).column(0).compression == "ZSTD"
-    assert table.schema.metadata[b"areal_agents.schema_version"] == b"2"
+    assert table.schema.metadata[b"areal_agents.schema_version"] == b"3"
+
+
+def test_a_file_of_version_2_is_read_and_its_state_keys_are_those_that_were_shown(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    first, last = example().turns
+    keyed = replace(example(), turns=(replace(first, state_key="after 0"), replace(last, state_key="after 1")))
+    write_shard(path, [Record("train", 3, keyed)])
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        row["schema_version"] = 2
+        for turn in row["turns"]:
+            del turn["in_thought"]
+    old = pa.Table.from_pylist(rows)
+    pq.write_table(old.replace_schema_metadata({b"areal_agents.schema_version": b"2"}), path)
+    (back,) = read_shard(path)
+    assert [turn.state_key for turn in back.trajectory.turns] == [None, "after 0"]
+    shown = replace(keyed, turns=(replace(first, state_key=None), replace(last, state_key="after 0")))
+    assert back.trajectory == shown
 
 
 def test_what_utf8_and_json_lack_comes_back(tmp_path: Path) -> None:
@@ -154,7 +173,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ArealError, match=r"x\.parquet is no readable trajectory shard"):
             read_shard(path)
     pq.write_table(table.replace_schema_metadata({b"areal_agents.schema_version": b"7"}), path)
-    with pytest.raises(ArealError, match="schema_version 7, but this package reads 2"):
+    with pytest.raises(ArealError, match="schema_version 7, but this package reads 2 and 3"):
         read_shard(path)
     pq.write_table(table.replace_schema_metadata(None), path)
     with pytest.raises(ArealError, match="schema_version is missing"):
@@ -209,7 +228,7 @@ JSON = st.recursive(
 OBJECTS = st.dictionaries(TEXT, JSON, max_size=3)
 PARTS = st.lists(st.builds(Text, TEXT) | st.builds(Image, TEXT), max_size=2).map(tuple)
 INT32 = st.integers(-(2**31), 2**31 - 1)
-FINISHES: list[Finish] = ["stop", "length"]
+FINISHES: list[Finish] = ["stop", "length", "content_filter", "empty"]
 FINISH = st.sampled_from(FINISHES)
 CALLS = st.lists(
     st.builds(
@@ -239,7 +258,7 @@ TURNS = st.builds(
     Turn,
     st.lists(INT32, max_size=3).map(tuple),
     completions(),
-    st.builds(AssistantMessage, PARTS, CALLS, FINISH),
+    st.builds(AssistantMessage, PARTS, CALLS, FINISH, in_thought=st.booleans()),
     FLOAT,
     METRICS,
     st.none() | st.integers(0, 9),

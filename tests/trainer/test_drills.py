@@ -64,6 +64,15 @@ def _descriptors() -> list[str]:
     return out
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with positions for long conversations."""
+    folder = tiny_chat_model(tmp_path_factory.mktemp("wide") / "m")
+    sizes = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 16_384}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    return folder
+
+
 def config(tmp_path: Path, model: Path, env: str, /, **sections: Any) -> TrainConfig:
     """Four steps of two groups of two episodes of two turns, in fp32, every step committed."""
     base: dict[str, dict[str, Any]] = {
@@ -158,11 +167,11 @@ def test_a_stopped_engine_is_replaced(tmp_path: Path, model: Path, mark: str) ->
     assert wait_gone(stopped, 0) == []
 
 
-def test_a_killed_trainer_leaves_no_process(tmp_path: Path, model: Path, mark: str) -> None:
+def test_a_killed_trainer_leaves_no_process(tmp_path: Path, wide: Path, mark: str) -> None:
     """Killed while programs run in the sandbox, with children of their own: engine, sandboxes and programs end."""
     require("bwrap")
     c = config(
-        tmp_path, model, "Sleeps", model={"max_context": 4000}, warm_start={"demonstrations": 2},
+        tmp_path, wide, "Sleeps", model={"max_context": 4000}, warm_start={"demonstrations": 2},
         rollout={"max_turn_tokens": 200, "max_episode_tokens": 400},
     )  # fmt: skip
     (tmp_path / "train.toml").write_text(settings.dump(c))
@@ -241,11 +250,12 @@ def test_an_environment_that_always_hangs_ends_the_run_with_the_first_error(
 # --- tools -----------------------------------------------------------------------------------------------------------
 
 
-def test_tools_that_flood_are_cut_and_memory_stays_bounded(tmp_path: Path, model: Path, mark: str) -> None:
+def test_tools_that_flood_are_cut_and_memory_stays_bounded(tmp_path: Path, wide: Path, mark: str) -> None:
     """The 100 MB exist once, in the tool that made them; of endless output nothing beyond the limit is read."""
     require("bwrap")
     c = config(
-        tmp_path, model, "Floods", model={"max_context": 500_000}, warm_start={"demonstrations": 2, "batch": 1},
+        tmp_path, wide, "Floods", model={"max_context": 16_384}, warm_start={"demonstrations": 2, "batch": 1},
+        engine={"kv_tokens": 16_384},
         learner={"token_budget": 8192}, rollout={"max_turn_tokens": 500, "max_episode_tokens": 4000},
     )  # fmt: skip
     before = _rss_peak(reset=True)

@@ -66,6 +66,21 @@ def test_metrics_are_means_over_episodes_never_over_turns() -> None:
     assert metrics["sampled_tokens"] == 15.0
 
 
+@pytest.mark.parametrize("rewards", [[0.7] * 3, [0.1 + 0.2, 0.3], [0.95] * 7])
+def test_equal_rewards_are_no_signal(rewards: list[float]) -> None:
+    groups = [group(*(episode(r) for r in rewards))]
+    for choice in (Choice("turn_return"), Choice("grpo"), Choice("grpo", {"normalize": False})):
+        batch = batch_of(groups, AlgorithmConfig(advantage=choice), 0, 1.0)
+        assert not any(row.advantages.any() for row in batch.rows)
+    assert rollout_metrics(groups, 3)["groups_with_signal"] == 0.0
+
+
+def test_ten_tenths_solve_a_group() -> None:
+    # 0.1 ten times is 0.9999999999999999.
+    metrics = rollout_metrics([group(episode(*[0.1] * 10), episode(1.0)), group(episode(0.999), episode(1.0))], 3)
+    assert (metrics["groups_solved"], metrics["groups_with_signal"]) == (0.5, 0.5)
+
+
 def test_a_demonstration_without_reward_is_refused() -> None:
     assert demonstration_rows([episode(0.0, 1.0)])[0].mask.sum() == 6
     with pytest.raises(ConfigError, match="1 of 2 demonstrations earned no reward"):
@@ -135,8 +150,11 @@ def test_wrong_names_fail_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="areal/Arithmetic-v0"):
         asyncio.run(train(bad_env, console=False))
     bad_model = TrainConfig.model_validate(
-        {"out": tmp_path / "b", "env": {"id": "tests.letters_env:Letters"}, "model": {"path": str(tmp_path / "none")}}
-    )
+        {
+            "out": tmp_path / "b", "env": {"id": "tests.letters_env:Letters"}, "eval": {"n": 8},
+            "model": {"path": str(tmp_path / "none")},
+        }
+    )  # fmt: skip
     with pytest.raises(ModelError):
         asyncio.run(train(bad_model, console=False))
     assert not (tmp_path / "a").exists()  # the next attempt, with the right name, may use the same folder

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from areal_agents.engines.positions import positions_of
 from areal_agents.errors import EngineError, ModelError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Shape:
             kv_heads=kv_heads,
             head_dim=head_dim,
             vocabulary=config.vocab_size,
-            positions=config.max_position_embeddings,
+            positions=_positions(config),
             eps=config.rms_norm_eps,
             tied=bool(config.tie_word_embeddings),
             qk_norm=config.model_type == "qwen3",
@@ -139,6 +140,10 @@ class Shape:
         return cos[:, None] * scale, sin[:, None] * scale
 
 
+def _positions(config: Any) -> int:
+    return positions_of(config.to_dict()) or int(config.max_position_embeddings)
+
+
 def _parameters(config: Any, heads: int, kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
     """Return the parameters' names and shapes as transformers has them."""
     qk_norm = config.model_type == "qwen3"
@@ -187,7 +192,7 @@ def _refuse_unsupported(config: Any, max_context: int) -> None:
         raise ModelError(f"the transformers engine does not compute rotary embeddings of this kind: {rope}")
     window = getattr(config, "sliding_window", None)
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or kind == "mistral"
-    if sliding and window is not None and window < min(max_context, config.max_position_embeddings):
+    if sliding and window is not None and window < min(max_context, _positions(config)):
         raise ModelError(
             f"the model attends to a sliding window of {window} tokens, which the engine does not compute: "
             f"set max_context (now {max_context}) to {window} or less"

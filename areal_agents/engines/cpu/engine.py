@@ -49,7 +49,7 @@ class TransformersEngine(EngineProcess):
             max_batch: sequences decoded at once.
             kv_tokens: bound on tokens whose KV is kept, running requests (prompt and max_tokens) and idle sessions
                 together.
-            max_context: longest prompt plus completion in tokens, cut to what the model's positions allow.
+            max_context: longest prompt plus completion in tokens, cut to what the model's positions and the KV allow.
             threads: cores of the worker.
             seed: of the engine's generator, for requests without their own.
             shape: the model's, for a caller who has read it with this ``max_context``. Only reading it takes

@@ -270,7 +270,7 @@ def _build(settings: p.Settings, inbox: Inbox, replies: BinaryIO) -> tuple[Worke
 
     torch.set_num_threads(settings.threads)
     shape = settings.shape
-    max_context = min(settings.max_context, shape.positions)
+    max_context = min(settings.max_context, shape.positions, settings.kv_tokens)
     dtype = resolve_precision(settings.precision)
     weights = Weights.build(shape, _parameters(settings, dtype), dtype)
     trim()

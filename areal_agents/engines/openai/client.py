@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
-import os
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -26,9 +24,19 @@ from typing import Any
 
 import httpx
 
-from areal_agents.chat_model import ChatReply, ContextLengthError, RequestRefused
+from areal_agents.chat.tool_formats import named_format
+from areal_agents.chat_model import ChatReply, ContentFiltered, ContextLengthError, RequestRefused
 from areal_agents.engine import Sampling
-from areal_agents.engines.openai.messages import error_text, read_reply, request_messages, request_tools
+from areal_agents.engines.openai.address import endpoint, key_of, loopback
+from areal_agents.engines.openai.messages import (
+    FILTERED,
+    ReasoningForm,
+    error_text,
+    read_reply,
+    reasoning_form,
+    request_messages,
+    request_tools,
+)
 from areal_agents.engines.openai.rate_limit import Backoff, Clock, Pace, retry_after
 from areal_agents.errors import ArealError, ConfigError, EngineError, ModelError
 from areal_agents.tool import ToolSpec
@@ -71,6 +79,9 @@ class OpenAIChat(AsyncClosing):
         stop: strings that end a reply (evaluation only, because training ends turns on token ids).
         max_tokens_field: the field that bounds a reply. Some models want ``max_completion_tokens``.
         text_calls: False for servers that insist on an entry in tool_calls for every tool result, see ``messages.py``.
+        send_reasoning: send the thinking that the server returned with a turn back with it, as it came.
+        tool_format: how calls are written that the server leaves in the text, see ``chat/tool_formats``. ``auto`` is
+            Hermes.
         extra: further fields of each request, for example ``{"chat_template_kwargs": {...}}``.
         rng: of the backoff's jitter.
         clock: replaced by tests.
@@ -96,6 +107,8 @@ class OpenAIChat(AsyncClosing):
         stop: Sequence[str] = (),
         max_tokens_field: str = "max_tokens",
         text_calls: bool = True,
+        send_reasoning: bool = False,
+        tool_format: str = "auto",
         extra: Mapping[str, Any] | None = None,
         rng: random.Random | None = None,
         clock: Clock | None = None,
@@ -111,15 +124,19 @@ class OpenAIChat(AsyncClosing):
         if requests_per_minute is not None and not requests_per_minute > 0:
             raise ConfigError(f"OpenAIChat: requests_per_minute is {requests_per_minute}: it must be above 0, or None")
         self.model = model
-        self._url = _endpoint(base_url)
+        self._url = endpoint(base_url)
         self.url = str(self._url.copy_with(query=None))
         """Where requests go, without the query."""
-        self._key_env, self._key = api_key_env, _key(api_key_env)
+        self._key_env, self._key = api_key_env, key_of(api_key_env)
         self._timeout, self._deadline, self._max_retries = timeout, deadline, max_retries
         self._cap, self._max_bytes, self._concurrency = retry_after_cap, max_response_bytes, concurrency
         self._fixed: dict[str, Any] = {"stop": list(stop)} if stop else {}
         self._fixed |= dict(extra or {})
         self._max_tokens_field, self._text_calls = max_tokens_field, text_calls
+        self._send_reasoning = send_reasoning
+        self._reasoning: ReasoningForm | None = None
+        """The form in which the server gave the model's thinking last."""
+        self._format = named_format(tool_format)
         self._clock = clock or Clock()
         self._backoff = Backoff(rng or random.Random())
         self._pace = Pace(requests_per_minute, self._clock)
@@ -162,7 +179,7 @@ class OpenAIChat(AsyncClosing):
         body = self._body(messages, tools, sampling)
         try:
             async with asyncio.timeout(self._deadline):  # waiting for a slot is bounded by this one
-                return await self._until_answered(body)
+                return await self._until_answered(body, tools)
         except TimeoutError as error:
             raise self._late("no reply") from error
 
@@ -192,7 +209,11 @@ class OpenAIChat(AsyncClosing):
             )
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": request_messages(messages, text_calls=self._text_calls),
+            "messages": request_messages(
+                messages,
+                text_calls=self._text_calls,
+                reasoning=(self._reasoning or "reasoning_content") if self._send_reasoning else None,
+            ),
             self._max_tokens_field: sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -203,7 +224,7 @@ class OpenAIChat(AsyncClosing):
         body |= {name: value for name, value in optional.items() if value is not None}
         return json.dumps(body | self._fixed, ensure_ascii=False, allow_nan=False).encode()
 
-    async def _until_answered(self, body: bytes) -> ChatReply:
+    async def _until_answered(self, body: bytes, tools: Sequence[ToolSpec]) -> ChatReply:
         """Try until there is a reply.
 
         A pause that would end after the deadline is not begun.
@@ -214,7 +235,7 @@ class OpenAIChat(AsyncClosing):
                 async with self._slots:
                     if not await self._pace.turn(end):
                         raise self._late("requests_per_minute left no turn for the request")
-                    return await self._attempt(body, end)
+                    return await self._attempt(body, end, tools)
             except _Transient as failure:
                 failed = failure
             if attempt == self._max_retries:
@@ -229,7 +250,7 @@ class OpenAIChat(AsyncClosing):
             "can it bear this many requests (concurrency, requests_per_minute)?"
         )
 
-    async def _attempt(self, body: bytes, end: float) -> ChatReply:
+    async def _attempt(self, body: bytes, end: float, tools: Sequence[ToolSpec]) -> ChatReply:
         """Send one request and read its reply.
 
         Raises _Transient where another try may do better, and ArealError where none will.
@@ -251,7 +272,10 @@ class OpenAIChat(AsyncClosing):
                 f"{self._who()}: the reply is longer than {self._max_bytes} bytes (max_response_bytes): it was not read"
             )
         try:
-            return read_reply(json.loads(raw), text_calls=self._text_calls)
+            answer = json.loads(raw)
+            reply = read_reply(answer, text_calls=self._text_calls, form=self._format, tools=tools)
+            self._reasoning = reasoning_form(answer) or self._reasoning
+            return reply
         except (ValueError, RecursionError) as error:
             start = self._safe(raw.decode("utf-8", "replace"))[:60]
             raise EngineError(
@@ -285,7 +309,7 @@ class OpenAIChat(AsyncClosing):
         return httpx.AsyncClient(
             timeout=httpx.Timeout(self._timeout, connect=min(10.0, self._timeout), pool=None),
             limits=httpx.Limits(max_connections=self._concurrency),
-            trust_env=not _loopback(self._url.host),  # a proxy of the environment cannot reach this host's loopback
+            trust_env=not loopback(self._url.host),  # a proxy of the environment cannot reach this host's loopback
             transport=self._transport,
         )
 
@@ -332,6 +356,8 @@ class OpenAIChat(AsyncClosing):
             return ConfigError(f"{self._who()}: HTTP {status}, a redirect to {self._safe(where)!r}: use that URL")
         if status in (400, 413, 422) and (code == "context_length_exceeded" or _CONTEXT.search(said)):
             return ContextLengthError(f"{self._who()}: {told}")
+        if code in FILTERED:
+            return ContentFiltered(f"{self._who()}: {told}: the server's filter refused the conversation")
         return RequestRefused(f"{self._who()}: {told}: the server refused the request")
 
     def _late(self, why: str) -> EngineError:
@@ -344,39 +370,3 @@ class OpenAIChat(AsyncClosing):
         """Return ``text`` of the server cut short, and without the key where the server repeats it."""
         text = text.replace(self._key, "***") if self._key else text
         return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
-
-
-def _endpoint(base_url: str) -> httpx.URL:
-    try:
-        url = httpx.URL(base_url)
-    except (httpx.InvalidURL, ValueError) as error:
-        raise ConfigError(
-            "the server's URL is no URL: write http://HOST:PORT/v1 or https://HOST/v1"
-        ) from error  # it may hold a password
-    if url.userinfo:
-        raise ConfigError(
-            f"the server's URL, of host {url.host!r}, holds a password: give the key by an environment variable"
-        )
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError(f"the server's URL is {base_url[:80]!r}: write http://HOST:PORT/v1 or https://HOST/v1")
-    return url.copy_with(path=url.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions")
-
-
-def _key(variable: str | None) -> str:
-    if not variable:
-        return ""
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ConfigError(f"the environment variable {variable} is not set: put the server's key into it")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfigError(f"the environment variable {variable} holds no key: it has spaces or unprintable characters")
-    return key
-
-
-def _loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

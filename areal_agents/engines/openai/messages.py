@@ -4,10 +4,14 @@ A server that parses tool calls returns them beside the text. They are put back 
 ``AssistantMessage.text`` is whole: rewards, chat templates and saved episodes read it. They are taken out again when
 the message is sent.
 
-A server that has no parser, or could not read a call, leaves it in the text. Our own parser finds it there. Such a
-message is sent back as the text it is.
+What a server returns as the model's thinking (``reasoning_content``, ``reasoning``, or parts of type ``thinking``) is
+kept beside the text, where no reward and no parser looks. It is sent back only where that is asked for, in the form in
+which it came.
 
-The reply is hostile: it is only read as JSON, within the limits of ``chat/toolcalls.py``.
+A server that has no parser, or could not read a call, leaves it in the text. Our own parser finds it there, in the tool
+format that ``model.tool_format`` names (Hermes by default). Such a message is sent back as the text it is.
+
+The reply is hostile: it is only read as JSON, within the limits of ``chat/tool_formats``.
 """
 
 from __future__ import annotations
@@ -15,19 +19,29 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
-from areal_agents.chat.toolcalls import CLOSE, MAX_CALLS, parse_text, read_arguments, write_block
+from areal_agents.chat.tool_formats import DEFAULT, ToolFormat
+from areal_agents.chat.tool_formats.hermes import CLOSE
+from areal_agents.chat.tool_formats.json_calls import Read, alternative
+from areal_agents.chat.toolcalls import MAX_CALLS, parse_text, read_arguments, write_block
 from areal_agents.chat_model import ChatReply
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.tool import ToolSpec
-from areal_agents.types import AssistantMessage, CallStatus, Finish, Image, Message, Part, Text, ToolCall
+from areal_agents.types import AssistantMessage, Finish, Image, Message, Part, Text, ToolCall
 
 Json = dict[str, Any]
+ReasoningForm = Literal["reasoning_content", "reasoning", "thinking"]
+"""Where a server puts the model's thinking: a field of the message, or parts of its content."""
 
 _TEXT_ID = re.compile(r"call_\d+")  # the ids of calls that were found in text; those of a server are kept apart
 _MAX_ID = 256
 _URL = ("http://", "https://", "data:image/")
+FILTERED = frozenset({"content_filter", "content_policy_violation", "safety", "refusal"})
+"""Words of servers for what their filters did, as a finish_reason or an error's code."""
+_LENGTH = frozenset({"length", "max_tokens", "max_output_tokens", "model_length"})
+_BROKEN = frozenset({"error", "abort", "aborted", "cancelled", "network_error", "insufficient_system_resource"})
 
 
 def request_tools(tools: Sequence[ToolSpec]) -> list[Json]:
@@ -41,10 +55,13 @@ def request_tools(tools: Sequence[ToolSpec]) -> list[Json]:
     ]
 
 
-def request_messages(messages: Sequence[Message | AssistantMessage], *, text_calls: bool = True) -> list[Json]:
+def request_messages(
+    messages: Sequence[Message | AssistantMessage], *, text_calls: bool = True, reasoning: ReasoningForm | None = None
+) -> list[Json]:
     """Return the ``messages`` of a request.
 
-    ``text_calls=False`` is for servers that insist on a ``tool_calls`` entry for every result. Calls found in text are
+    ``reasoning`` is the form in which the assistant's thinking is sent back; None sends none. ``text_calls=False`` is
+    for servers that insist on a ``tool_calls`` entry for every result. Calls found in text are
     then sent as such entries too. A call without a name cannot be, and its result travels in a user message.
 
     Raises ConfigError for an image that is no URL.
@@ -54,6 +71,8 @@ def request_messages(messages: Sequence[Message | AssistantMessage], *, text_cal
     for message in messages:
         if isinstance(message, AssistantMessage):
             row = _assistant(message, text_calls=text_calls)
+            if reasoning is not None and message.reasoning:
+                row = _with_reasoning(row, _clean(message.reasoning), reasoning)
             called = {call["id"] for call in row.get("tool_calls", ())}
         elif message.role == "tool" and not text_calls and message.tool_call_id not in called:
             row = {"role": "user", "content": f"<tool_response>\n{_clean(message.text)}\n</tool_response>"}
@@ -65,24 +84,34 @@ def request_messages(messages: Sequence[Message | AssistantMessage], *, text_cal
     return rows
 
 
-def read_reply(body: object, *, text_calls: bool = True) -> ChatReply:
+def read_reply(
+    body: object, *, text_calls: bool = True, form: ToolFormat = DEFAULT, tools: Sequence[ToolSpec] = ()
+) -> ChatReply:
     """Read the first choice of a chat completion.
 
-    Raises EngineError, saying what is missing, where the body is no chat completion.
+    Args:
+        body: the decoded JSON.
+        text_calls: look for calls in the text where the server read none.
+        form: the tool format of those.
+        tools: what the request offered.
+
+    Raises EngineError, saying what is missing, where the body is no chat completion, and where the server broke off.
     """
     choice = _first_choice(body)
     message = _mapping(choice.get("message"), "choices[0].message")
-    finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
     content = _text_of(message)
     entries = message.get("tool_calls") or []
     if not isinstance(entries, list):
         raise EngineError("choices[0].message.tool_calls is no list")
+    finish = _finish(choice.get("finish_reason"), empty=not content.strip() and not entries)
     if entries:
         calls = _calls(entries)
         text = content + "\n".join(call.raw for call in calls)
         said = AssistantMessage((Text(text),), calls, finish)
     else:
-        said = parse_text(content, finish) if text_calls else AssistantMessage((Text(content),), (), finish)
+        read = parse_text(content, finish, form=form, tools=tools) if text_calls else None
+        said = read or AssistantMessage((Text(content),), (), finish)
+    said = replace(said, reasoning=_reasoning(message)[1])
     assert isinstance(body, dict)
     usage = body.get("usage")
     usage = usage if isinstance(usage, dict) else {}
@@ -93,6 +122,11 @@ def read_reply(body: object, *, text_calls: bool = True) -> ChatReply:
         _count(usage.get("completion_tokens")),
         _clean(name)[:_MAX_ID] if isinstance(name, str) else "",
     )
+
+
+def reasoning_form(body: object) -> ReasoningForm | None:
+    """Return the form of the thinking in a chat completion that ``read_reply`` has read, or None where it has none."""
+    return _reasoning(_mapping(_first_choice(body).get("message"), "choices[0].message"))[0]
 
 
 def error_text(body: bytes) -> tuple[str, str]:
@@ -125,6 +159,14 @@ def _assistant(message: AssistantMessage, *, text_calls: bool) -> Json:
         for c in calls
     ]
     return {"role": "assistant", "content": _clean(_without_blocks(message)), "tool_calls": entries}
+
+
+def _with_reasoning(row: Json, reasoning: str, form: ReasoningForm) -> Json:
+    if form != "thinking":
+        return row | {form: reasoning}
+    content = row["content"]
+    rest = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
+    return row | {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": reasoning}]}, *rest]}
 
 
 def _without_blocks(message: AssistantMessage) -> str:
@@ -186,6 +228,22 @@ def _first_choice(body: object) -> Json:
     raise EngineError("the body has no choices")
 
 
+def _finish(reason: object, *, empty: bool) -> Finish:
+    """Return how the reply ended.
+
+    Servers have many words for a turn that the model ended itself (stop, tool_calls, eos_token, end_turn, none at all).
+    So only the words for what cuts a reply are known here.
+    """
+    word = reason.strip().lower() if isinstance(reason, str) else ""
+    if word in _BROKEN:
+        raise EngineError(f"the server broke the reply off (finish_reason {word!r})")
+    if word in FILTERED:
+        return "content_filter"
+    if word in _LENGTH:
+        return "length"
+    return "empty" if empty else "stop"
+
+
 def _mapping(value: object, what: str) -> Json:
     if not isinstance(value, dict):
         raise EngineError(f"{what} is no JSON object")
@@ -195,7 +253,7 @@ def _mapping(value: object, what: str) -> Json:
 def _text_of(message: Mapping[str, Any]) -> str:
     """Return the content, or a refusal's text where there is none.
 
-    Parts that are no text (reasoning) are left out.
+    Parts that are no text are left out, those of thinking too (``_reasoning``).
     """
     content = message.get("content")
     if isinstance(content, list):
@@ -205,6 +263,26 @@ def _text_of(message: Mapping[str, Any]) -> str:
     if not content:
         content = message.get("refusal")
     return _clean(content) if isinstance(content, str) else ""
+
+
+def _reasoning(message: Mapping[str, Any]) -> tuple[ReasoningForm | None, str]:
+    """Return the model's thinking, with the form in which the server gave it; None and no text where it gave none."""
+    forms: tuple[ReasoningForm, ...] = ("reasoning_content", "reasoning")
+    for form in forms:  # some servers send both, with one text
+        if text := _thought(message.get(form)):
+            return form, text
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    thoughts = [p for p in parts if isinstance(p, dict) and p.get("type") in ("thinking", "reasoning")]
+    text = "".join(_thought(p.get("thinking") or p.get("reasoning") or p.get("text")) for p in thoughts)
+    return ("thinking", text) if text else (None, "")
+
+
+def _thought(value: object) -> str:
+    """Return a text, or the texts of parts."""
+    if isinstance(value, list):
+        return "".join(_thought(p.get("text")) for p in value if isinstance(p, dict))
+    return _clean(value) if isinstance(value, str) else ""
 
 
 def _is_text(value: object) -> bool:
@@ -228,13 +306,14 @@ def _calls(entries: Sequence[object]) -> tuple[ToolCall, ...]:
 def _call(id: str, function: Mapping[str, Any], *, readable: bool) -> ToolCall:
     name, given = function.get("name"), function.get("arguments")
     name = _clean(name).strip() if isinstance(name, str) else ""
+    if given is None or (isinstance(given, str) and not given.strip()):
+        given = alternative(function)
     text = _clean(given) if isinstance(given, str) else "" if given is None else json.dumps(given)
-    arguments: Mapping[str, Any]
-    status: CallStatus
-    arguments, status = read_arguments(text) if readable else ({}, "invalid_json")
+    read = read_arguments(name, text) if readable else Read(name, {}, "invalid_json")
     if not name:
-        arguments, status = {}, "missing_name"
-    return ToolCall(id, name, arguments, write_block(name, text if text.strip() else "{}"), status)
+        read = Read("", {}, "missing_name")
+    raw = write_block(name, text if text.strip() else "{}")
+    return ToolCall(id, name, read.arguments, raw, read.status, None, "api", read.problem)
 
 
 def _count(value: object) -> int | None:

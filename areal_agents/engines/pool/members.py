@@ -17,6 +17,7 @@ from areal_agents.engines.pool.replica import Replica, SupervisedSettings
 from areal_agents.engines.pool.router import Router
 from areal_agents.engines.pool.supervision import Restartable
 from areal_agents.errors import EngineError
+from areal_agents.utils.outcomes import unheard
 
 
 class Replicas:
@@ -225,6 +226,7 @@ class Replicas:
         task = asyncio.create_task(work)
         self._tasks.add(task)  # `close` cancels it; besides, asyncio itself keeps only a weak reference
         task.add_done_callback(self._tasks.discard)
+        unheard(task)  # whoever awaits it may be cancelled
         return task
 
     def _notify(self) -> None:

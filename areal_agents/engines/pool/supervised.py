@@ -27,9 +27,8 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Self
 
-from areal_agents.engine import Health, KVPolicy, Sampling, UpdateMode, UpdateReport, WeightsRef
+from areal_agents.engine import Bounded, Health, KVPolicy, Sampling, UpdateMode, UpdateReport, WeightsRef
 from areal_agents.engines.pool.supervision import (
-    Bounded,
     Life,
     PendingUpdate,
     Restartable,

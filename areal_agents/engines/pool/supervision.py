@@ -47,14 +47,6 @@ class Threaded(Protocol):
     async def set_threads(self, threads: int) -> None: ...
 
 
-@runtime_checkable
-class Bounded(Protocol):
-    """An engine that says how long a conversation may be."""
-
-    @property
-    def max_context(self) -> int: ...
-
-
 @dataclass(eq=False, slots=True)
 class Life:
     """One process of the engine, from its start to its loss."""

@@ -89,7 +89,7 @@ class VLLMEngine(EngineProcess):
             max_batch: sequences decoded at once.
             kv_tokens: on a CPU, the tokens whose KV fits. On a GPU ``gpu_memory_utilization`` decides. A request takes
                 its prompt and max_tokens from it while it runs, so none is ever preempted.
-            max_context: longest prompt plus completion in tokens, cut to what the model's positions allow.
+            max_context: longest prompt plus completion in tokens, cut to what the model's positions and the KV allow.
             threads: of all ranks together, on a CPU.
             seed: of the sampler, for requests without their own. Engines with one seed sample the same tokens.
             bind: where the threads run: ``nobind`` (as the system likes), ``auto`` (vLLM's own number and cores: one a

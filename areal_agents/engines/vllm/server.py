@@ -1,7 +1,7 @@
 """A trained model behind vLLM's own OpenAI server, with the chat template that the model was trained with.
 
     serve ──▶ python -m vllm.entrypoints.openai.api_server   (a process group of its own, which ends with this process)
-      │             ▲ chat template (chat/server_template.py), end-of-turn ids, Hermes tool parser, no sampling defaults
+      │             ▲ chat template (chat/server_template.py), end-of-turn ids, tool parser, no sampling defaults
       └── /health ──┘ until it answers; then a curl line and the matching `areal-agents eval`
 
 Waits for: the server's health, then its end or a signal. Unblocked by: the start's deadline, the server's end, SIGINT
@@ -25,14 +25,16 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import httpx
 
 from areal_agents.chat.format import ChatFormat
+from areal_agents.chat.options import ChatOptions
 from areal_agents.chat.server_template import served_template
+from areal_agents.chat.tool_formats import DEFAULT, ToolFormat
 from areal_agents.chat_model import REMOTE
 from areal_agents.engines.process_group_reaper import __file__ as guard_script
 from areal_agents.engines.process_group_reaper import killable, members
@@ -79,6 +81,8 @@ class Serving:
     seed: int = 0
     api_key_env: str | None = None
     """Environment variable with the key that clients must send; None: whoever reaches the port may use the model."""
+    chat: ChatOptions = field(default_factory=ChatOptions)
+    """How prompts are made."""
     arguments: tuple[str, ...] = ()
     """Further arguments of vLLM's server; they come last and win."""
 
@@ -89,11 +93,17 @@ def require_vllm() -> None:
         raise ConfigError(f"serving needs vLLM, which is not installed: {INSTALL}")
 
 
-def arguments(serving: Serving, files: Path, *, cpu: bool) -> list[str]:
+def arguments(serving: Serving, files: Path, *, cpu: bool, form: ToolFormat = DEFAULT) -> list[str]:
     """Return vLLM's command line after ``python``.
 
-    ``files`` is the folder that ``write_files`` has filled.
+    Args:
+        serving: what is served.
+        files: the folder that ``write_files`` has filled.
+        cpu: whether vLLM is the build for CPUs.
+        form: how the model writes its calls. Where vLLM has no parser for it, calls stay in the text, and clients read
+            them (``model.tool_format``).
     """
+    reads_calls = ["--enable-auto-tool-choice", "--tool-call-parser", form.vllm_parser] if form.vllm_parser else []
     on_cpu = ["--enforce-eager", "--worker-cls", CPU_WORKER] if cpu else []
     return [
         # vLLM calls this entry point deprecated, but the `vllm` command of its build for CPUs does not start.
@@ -104,7 +114,7 @@ def arguments(serving: Serving, files: Path, *, cpu: bool) -> list[str]:
         "--seed", str(serving.seed), *on_cpu,
         "--generation-config", str(files), "--chat-template", str(files / "chat_template.jinja"),
         "--chat-template-content-format", "string",
-        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+        *reads_calls,
         *serving.arguments,
     ]  # fmt: skip
 
@@ -202,15 +212,15 @@ async def serve(serving: Serving, *, say: Callable[[str], None] = print, start_s
         EngineError: the server ended by itself, or missed its deadline.
     """
     require_vllm()
-    fmt = ChatFormat.load(serving.model)
+    fmt = ChatFormat.load(serving.model, serving.chat)
     cpu = is_cpu_build()
     serving = replace(serving, port=free_port(serving.host, serving.port))
     with tempfile.TemporaryDirectory(prefix="areal-serve-", ignore_cleanup_errors=True) as folder, _signals() as stop:
         files = Path(folder)
         env = environment(serving, files, os.environ, cpu=cpu)
         write_files(fmt, files)
-        async with guarded(arguments(serving, files, cpu=cpu), env, files, stop) as process:
-            return await _run(process, serving, stop, say, start_seconds)
+        async with guarded(arguments(serving, files, cpu=cpu, form=fmt.tool_format), env, files, stop) as process:
+            return await _run(process, serving, fmt.tool_format, stop, say, start_seconds)
 
 
 @contextlib.asynccontextmanager
@@ -246,6 +256,7 @@ async def guarded(
 async def _run(
     process: asyncio.subprocess.Process,
     serving: Serving,
+    form: ToolFormat,
     stop: StopSignals,
     say: Callable[[str], None],
     start_seconds: float,
@@ -266,7 +277,7 @@ async def _run(
             return 0
         raise EngineError(
             f"vLLM's server ended with exit code {ended.result()}: its own messages above say why. Its command was: "
-            f"{shlex.join(arguments(serving, Path('FILES'), cpu=is_cpu_build()))}"
+            f"{shlex.join(arguments(serving, Path('FILES'), cpu=is_cpu_build(), form=form))}"
         )
     finally:
         tasks = (ended, stopped, healthy)

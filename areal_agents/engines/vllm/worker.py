@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from areal_agents.engine import Health
 from areal_agents.engines import protocol as p
 from areal_agents.engines.cpu.worker import take_pipes
+from areal_agents.engines.positions import positions_of
 from areal_agents.engines.process_group_reaper import start_guard
 from areal_agents.engines.vllm.cpu_build import CPU_WORKER, IN_CORE
 from areal_agents.engines.vllm.queue import Queue
@@ -162,7 +163,7 @@ def engine_args(settings: p.VLLMSettings, *, cpu: bool) -> tuple[dict[str, Any],
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(settings.model)
-    max_context = min(settings.max_context, config.max_position_embeddings)
+    max_context = min(settings.max_context, positions_of(config.to_dict()) or config.max_position_embeddings)
     arguments: dict[str, Any] = {
         "model": settings.model,
         "skip_tokenizer_init": True,
@@ -229,7 +230,8 @@ async def build(settings: p.VLLMSettings, out: BinaryIO) -> VLLMWorker:
     blocks = cache.num_gpu_blocks - 1 - -(-min(PROBE_TOKENS, max_context) // block)
     if cpu:
         blocks = min(blocks, -(-settings.kv_tokens // block))
-    queue = Queue(settings.max_batch, blocks, block, max_context, config.vocab_size)
+    longest = min(max_context, blocks * block)  # a longer conversation would never be admitted
+    queue = Queue(settings.max_batch, blocks, block, longest, config.vocab_size)
     async with asyncio.timeout(_CALL_SECONDS):
         await llm.collective_rpc("areal_prepare")
         await llm.update_weight_version("0")

@@ -75,7 +75,7 @@ def test_a_request_and_its_reply() -> None:
     assert (got.prompt_tokens, got.completion_tokens, got.model) == (7, 5, "scripted-1")
     raw = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
     assert got.message == AssistantMessage(
-        (Text(f"Let me see. {raw}"),), (ToolCall("call_Zz", "add", {"a": 1}, raw),), "stop"
+        (Text(f"Let me see. {raw}"),), (ToolCall("call_Zz", "add", {"a": 1}, raw, format="api"),), "stop"
     )
     assert server.requests == [
         {

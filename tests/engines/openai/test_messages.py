@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal_agents.engines.openai.messages import read_reply, request_messages
-from areal_agents.errors import ConfigError
+from areal_agents.chat.tool_formats import named_format
+from areal_agents.engines.openai.messages import read_reply, reasoning_form, request_messages
+from areal_agents.errors import ConfigError, EngineError
+from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Image, Message, Text, tool_result, user
-from tests.chat_server import call
+from tests.chat_server import Json, call
 
 
 def reply_of(**message: Any) -> AssistantMessage:
@@ -62,6 +64,68 @@ def test_content_in_its_other_forms() -> None:
     assert reply_of().text == ""
     cut = read_reply({"choices": [{"message": {"content": "a"}, "finish_reason": "length"}], "usage": {"x": True}})
     assert (cut.message.finish, cut.completion_tokens) == ("length", None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "form", "text"),
+    [
+        ({"reasoning_content": "hm </think>"}, "reasoning_content", "hm </think>"),
+        ({"reasoning": "hm"}, "reasoning", "hm"),
+        ({"reasoning": "hm", "reasoning_content": "hm"}, "reasoning_content", "hm"),
+        ({"reasoning_content": None, "reasoning": ""}, None, ""),
+        ({"reasoning_content": {"a": 1}}, None, ""),
+        ({"reasoning": [{"type": "text", "text": "h"}, {"text": "m"}, 3]}, "reasoning", "hm"),
+        ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]}, "thinking", "hm"),
+    ],
+)
+def test_thinking_is_kept_apart_and_sent_back_as_it_came(fields: Json, form: str | None, text: str) -> None:
+    message = {"content": "7", "tool_calls": [call("add", "{}")]} | fields
+    body = {"choices": [{"message": message}]}
+    said = read_reply(body).message
+    assert (said.reasoning, "hm" in said.text) == (text, False)
+    assert reasoning_form(body) == form
+    (silent,) = request_messages([said])
+    assert "hm" not in json.dumps(silent)
+    (sent,) = request_messages([said], reasoning=reasoning_form(body))
+    assert sent["tool_calls"][0]["function"]["name"] == "add"
+    if form == "thinking":
+        assert sent["content"] == [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
+    elif form is not None:
+        assert (sent[form], sent["content"]) == (text, "7")
+    else:
+        assert sent == silent
+
+
+def ended(word: Any, **message: Any) -> str:
+    return read_reply({"choices": [{"message": message or {"content": "a"}, "finish_reason": word}]}).message.finish
+
+
+@pytest.mark.parametrize(
+    ("words", "finish"),
+    [
+        ((None, "", "stop", "tool_calls", "eos_token", "end_turn", "Stop", 3), "stop"),
+        (("length", "max_tokens", "model_length", "LENGTH"), "length"),
+        (("content_filter", "safety", "SAFETY", "refusal"), "content_filter"),
+    ],
+)
+def test_how_a_reply_ended_in_the_words_of_servers(words: tuple[Any, ...], finish: str) -> None:
+    assert {ended(word) for word in words} == {finish}
+
+
+def test_a_reply_without_text_and_calls_is_empty() -> None:
+    messages: list[Json] = [{"content": None}, {"content": ""}, {"content": " \n"}, {"content": [], "tool_calls": []}]
+    for message in messages:
+        assert ended("stop", **message) == "empty"
+        assert ended("length", **message) == "length"  # spent on reasoning that is not shown
+        assert ended("content_filter", **message) == "content_filter"
+    assert ended("stop", content=None, refusal="I will not") == "stop"
+    assert ended("tool_calls", content=None, tool_calls=[{"id": "i", "function": {"name": "f"}}]) == "stop"
+
+
+@pytest.mark.parametrize("word", ["error", "abort", "insufficient_system_resource"])
+def test_a_reply_that_the_server_broke_off_is_none(word: str) -> None:
+    with pytest.raises(EngineError, match=f"the server broke the reply off \\(finish_reason '{word}'\\)"):
+        ended(word)
 
 
 def test_calls_that_the_server_left_in_the_text_are_found_and_sent_back_as_text() -> None:
@@ -127,3 +191,13 @@ def test_a_reply_comes_back_as_it_came(content: str, calls: list[tuple[str, Any]
         {"role": "tool", "content": text, "tool_call_id": e["id"], "name": e["function"]["name"]}
         for text, e in zip(results, entries, strict=False)
     ]
+
+
+def test_calls_left_in_the_text_are_read_in_the_named_format() -> None:
+    tool = ToolSpec("add", "", {"type": "object", "properties": {"a": {"type": "integer"}}})
+    text = "<tool_call>\n<function=add>\n<parameter=a>\n3\n</parameter>\n</function>\n</tool_call>"
+    body = {"choices": [{"message": {"content": text}}]}
+    (call,) = read_reply(body, form=named_format("qwen_xml"), tools=[tool]).message.tool_calls
+    assert (call.name, call.arguments, call.status, call.format) == ("add", {"a": 3}, "ok", "qwen_xml")
+    (call,) = read_reply(body).message.tool_calls
+    assert (call.status, call.format) == ("invalid_json", "hermes")

@@ -34,7 +34,7 @@ from areal_agents.engines.vllm.server import (
 )
 from areal_agents.errors import ConfigError
 from tests.processes import until, wait_gone
-from tests.tiny_tokenizer import CHATML, tiny
+from tests.tiny_tokenizer import CHATML, SWITCH, tiny
 
 
 def serving(**changes: Any) -> Serving:
@@ -57,6 +57,10 @@ def test_the_command_line_and_its_files(tmp_path: Path) -> None:
         "eos_token_id": list(fmt.stop_ids)
     }
     assert Path(given["--chat-template"]).read_text().endswith(CHATML)
+    write_files(ChatFormat(tiny(SWITCH), end_ids=[5], template_variables={"enable_thinking": False}), tmp_path)
+    assert "{%- set enable_thinking = false -%}" in Path(given["--chat-template"]).read_text()
+    config = json.loads((Path(given["--generation-config"]) / "generation_config.json").read_text())
+    assert config == {"eos_token_id": [*fmt.stop_ids, 5]}
 
 
 def test_the_environment_has_the_key_and_the_command_line_does_not() -> None:

@@ -1,6 +1,6 @@
 """The handling of Ctrl-C and SIGTERM.
 
-The first signal finishes the step and saves. The second stops now.
+The first signal finishes what runs and saves. The second stops now.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, TypeVar
+
+from areal_agents.utils.outcomes import unheard
 
 T = TypeVar("T")
 
@@ -30,13 +33,19 @@ class StopRequested(BaseException):
 class Stop:
     """A request to stop a run, which a signal makes.
 
-    ``forced`` is true after the second signal, which also cancels the run's task.
+    ``forced`` is true after the second signal, which also cancels the run's task. While ``at_once`` is true the first
+    one cancels it too, since nothing has begun that would be worth finishing.
     """
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
         self.signal: signal.Signals | None = None
         self.forced = False
+        self.at_once = False
+
+    @property
+    def name(self) -> str:
+        return self.signal.name if self.signal else "a signal"
 
     @property
     def requested(self) -> bool:
@@ -45,6 +54,27 @@ class Stop:
     def request(self, number: signal.Signals) -> None:
         self.signal = number
         self._event.set()
+
+    @contextlib.contextmanager
+    def cancelling(self, tasks: Mapping[Any, asyncio.Task[Any]], *, seconds: float) -> Iterator[None]:
+        """Cancel the tasks that still run ``seconds`` after a stop.
+
+        Once a second, because whoever swallows a cancellation goes on.
+        """
+
+        async def cancel() -> None:
+            await self._event.wait()
+            await asyncio.sleep(seconds)
+            while True:
+                for task in tasks.values():
+                    task.cancel()
+                await asyncio.sleep(1.0)
+
+        canceller = asyncio.create_task(cancel())
+        try:
+            yield
+        finally:
+            canceller.cancel()
 
     async def race(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` and return its result, unless a stop comes first.
@@ -63,16 +93,18 @@ class Stop:
             raise StopRequested
         finally:
             waiter.cancel()
+            unheard(task)  # it may end with an error in the moment in which the caller is cancelled
             if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
 
 @contextlib.contextmanager
-def stop_on_signals(message: Callable[[str], None]) -> Iterator[Stop]:
+def stop_on_signals(message: Callable[[str], None], *, doing: str = "finishing the step and saving") -> Iterator[Stop]:
     """Handle SIGINT and SIGTERM for the current task.
 
-    In other threads than the main one signals are left alone.
+    In other threads than the main one, and on Windows, signals are left alone. ``doing`` says what the first signal
+    leads to.
     """
     stop, loop, task = Stop(), asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
@@ -82,14 +114,16 @@ def stop_on_signals(message: Callable[[str], None]) -> Iterator[Stop]:
     def on_signal(number: signal.Signals) -> None:
         if not stop.requested:
             stop.request(number)
-            message(f"{number.name}: finishing the step and saving. Once more stops at once")
+            message(f"{number.name}: stopping" if stop.at_once else f"{number.name}: {doing}. Once more stops at once")
+            if stop.at_once:
+                task.cancel()
         elif not stop.forced:
             stop.forced = True
-            # The learner's thread cannot be stopped inside a step. The engine and sandboxes end with this process.
+            # A learner's thread cannot be stopped inside a step. The engine and sandboxes end with this process.
             last_resort.start()
             task.cancel()
 
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
         yield stop
         return
     for number in _SIGNALS:

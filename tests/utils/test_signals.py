@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 
 import pytest
 
-from areal_agents.trainer.signals import Stop, StopRequested
+from areal_agents.utils.signals import Stop, StopRequested
 
 
 def test_after_a_stop_nothing_begins() -> None:
@@ -59,3 +60,48 @@ def test_a_result_that_comes_together_with_the_stop_is_kept() -> None:
         return await stop.race(work())
 
     assert asyncio.run(main()) == "done"
+
+
+def test_what_still_runs_some_time_after_a_stop_is_cancelled_however_often_it_takes() -> None:
+    cancelled: list[int] = []
+
+    async def main() -> None:
+        stop = Stop()
+
+        async def stubborn() -> None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.append(1)
+            await asyncio.Event().wait()
+
+        async def short() -> str:
+            return "done"
+
+        tasks = {"a": asyncio.create_task(stubborn()), "b": asyncio.create_task(short())}
+        with stop.cancelling(tasks, seconds=0.0):
+            assert await tasks["b"] == "done"
+            stop.request(signal.SIGINT)
+            await asyncio.wait(tasks.values())
+        assert tasks["a"].cancelled()
+
+    asyncio.run(main())
+    assert cancelled == [1]
+
+
+def test_a_failure_together_with_the_stop_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        stop = Stop()
+
+        async def fails() -> None:
+            raise RuntimeError("gone")
+
+        racing = asyncio.create_task(stop.race(fails()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # it has failed, and its caller has not looked yet
+        racing.cancel()
+        await asyncio.wait({racing})
+
+    asyncio.run(main())
+    gc.collect()
+    assert not caplog.records

@@ -1,0 +1,52 @@
+"""The checks that a run passes before its folder is made, a model is loaded or an episode is played.
+
+A run reads some settings only at its end, or after a warm start. What is wrong with one of them must not wait for that.
+"""
+
+from __future__ import annotations
+
+from areal_agents import registry
+from areal_agents.algorithms.advantages import Estimator
+from areal_agents.algorithms.objective import PolicyObjective
+from areal_agents.chat_model import refuse_training, remote_name
+from areal_agents.engine import Sampling
+from areal_agents.errors import ConfigError
+from areal_agents.evaluation.evaluate import held_out
+from areal_agents.registry import EnvSpec
+from areal_agents.rollout.script import expert_of
+from areal_agents.settings.config import TrainConfig
+from areal_agents.trainer.run import demonstrated
+from areal_agents.utils.precision import resolve_device
+from areal_agents.utils.system import require_linux
+
+
+def require_runnable(config: TrainConfig) -> None:
+    """Raise ArealError for a setting that a training would fail at, whenever it reads it."""
+    if remote_name(config.model.path) is not None:
+        refuse_training(config.model.path)
+    require_linux("training")
+    spec = registry.spec(config.env.id)
+    spec.require_arguments(config.env.kwargs)
+    _require_tasks(spec, config)
+    a, r = config.algorithm, config.rollout
+    Estimator(a.advantage)
+    PolicyObjective(loss=a.loss, correction=a.correction, aggregation=a.aggregation)
+    Sampling(r.max_turn_tokens, r.temperature).require_trainable()
+    if config.cluster.backend == "local":  # on a cluster the learner's node decides
+        resolve_device(config.learner.device)
+
+
+def _require_tasks(spec: EnvSpec, config: TrainConfig) -> None:
+    tasks = spec.tasks(config.env.split, difficulty=config.env.difficulty)
+    if not tasks:
+        raise ConfigError(f"env.split = {config.env.split!r}: {spec.id} has no tasks in it")
+    tell = lambda name, reason: None  # noqa: E731  the evaluation itself tells
+    held_out(spec, config.eval.split, config.eval.n, difficulty=config.env.difficulty, tell=tell)
+    if config.warm_start.demonstrations:
+        drawn = demonstrated(tasks, config)
+        without = [task.id for task in drawn if expert_of(spec, task) is None]
+        if without:
+            raise ConfigError(
+                f"warm_start.demonstrations = {len(drawn)}: {spec.id} has no expert for {len(without)} of these tasks "
+                f"(first: {without[0]}): write its expert(), or set warm_start.demonstrations = 0"
+            )

@@ -1,0 +1,377 @@
+"""Evaluations that are interrupted, killed or lose their backend, and go on: the numbers are those of one sitting."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_agents.cli.main import main
+from areal_agents.errors import ArealError, ConfigError
+from areal_agents.evaluation.compare import compare
+from areal_agents.evaluation.evaluate import evaluate
+from areal_agents.evaluation.players import Server
+from areal_agents.evaluation.unfinished import count_saved, fingerprint
+from areal_agents.settings.config import EngineConfig, ModelConfig, RolloutConfig
+from areal_agents.tracking.journal import Journal
+from areal_agents.tracking.trajectories import read_records, read_shard
+from tests.chat_server import Answer, Hang, Json, Step, chat_server, completion
+from tests.tiny_models import tiny_chat_model
+
+ENV = "tests.chat_envs:Sums"
+SECONDS = 300.0
+
+
+def answers(body: Json) -> Step:
+    """Every second task is right."""
+    a, b = (int(n) for n in body["messages"][1]["content"].rstrip("?").split("+"))
+    return completion(f"\\boxed{{{a + b if a % 2 == 0 else 0}}}", tokens=3)
+
+
+class Gate:
+    """Answers ``first`` requests, and the others once it is open."""
+
+    def __init__(self, first: int) -> None:
+        self.left, self.open, self.lock = first, threading.Event(), threading.Lock()
+
+    def __call__(self, body: Json) -> Step:
+        with self.lock:
+            self.left -= 1
+            late = self.left < 0
+        if late:
+            self.open.wait(SECONDS)
+        return answers(body)
+
+
+def command(out: Path | str, url: str, *more: str) -> list[str]:
+    return ["eval", ENV, "--model", "openai:m", "--url", url, "--n", "8", "--out", str(out), *more]
+
+
+@contextlib.contextmanager
+def started(*argv: str) -> Iterator[subprocess.Popen[str]]:
+    env = os.environ | {"PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "areal_agents", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=env,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def until_saved(out: Path, episodes: int) -> None:
+    end = time.monotonic() + SECONDS
+    while count_saved(out) < episodes:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def read_until(process: subprocess.Popen[str], words: str) -> str:
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if words in line:
+            return said
+    raise AssertionError(said)
+
+
+def numbers(out: Path) -> Json:
+    report: Json = json.loads((out / "report.json").read_text())
+    return {name: value for name, value in report.items() if name not in ("seconds", "served")}
+
+
+def uninterrupted(tmp_path: Path, url: str) -> Path:
+    assert main(command(tmp_path / "whole", url)) == 0
+    return tmp_path / "whole"
+
+
+def test_ctrl_c_shows_what_there_is_and_resume_ends_it_with_the_same_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, gate = tmp_path / "out", Gate(3)
+    with chat_server(gate) as server:
+        with started(*command(out, server.url, "--concurrency", "2", "--json", str(tmp_path / "part.json"))) as process:
+            until_saved(out, 3)
+            process.send_signal(signal.SIGINT)
+            said = read_until(process, "SIGINT: finishing the episodes that run, for at most 60 s. Once more stops at")
+            gate.open.set()
+            rest, errors = process.communicate(timeout=SECONDS)
+        said += rest
+        assert process.returncode == 130
+        assert "note: partial: 5 of 8 attempts were played" in said
+        assert f"{ENV}:test  0.600" in said  # tasks 0, 2 and 4 of 5
+        assert errors == (
+            f"stopped by SIGINT; 5 of 8 attempts are saved. Go on with:\n  areal-agents eval --resume {out}\n"
+        )
+        part = json.loads((tmp_path / "part.json").read_text())
+        assert (part["n"], part["attempts"], part["unplayed"], part["pass_at_1"], part["infra_rate"]) == (
+            5, 5, 3, 0.6, 0.0,
+        )  # fmt: skip
+        assert json.loads((out / "report.json").read_text()) == part
+
+        # the partial folder is read as one, and says so
+        assert len(list(read_records(out, kind="eval"))) == 5
+        assert main(["replay", str(out), "--kind", "eval", "--episode", "test/0/0"]) == 0
+        assert main(["replay", str(out), "--kind", "eval", "--list"]) == 0
+        assert capsys.readouterr().err.count("is not complete: 5 of 8 attempts are saved") == 2
+
+        assert main(["eval", "--resume", str(out)]) == 0
+        resumed = capsys.readouterr()
+        assert "5 of 8 attempts are played already" in resumed.out
+        assert not resumed.err
+        assert len(server.requests) == 8  # what was scored was not asked again
+        assert numbers(out) == numbers(uninterrupted(tmp_path, server.url))
+        assert main(["eval", "--resume", str(out)]) == 0  # nothing is missing
+        assert len(server.requests) == 16
+    assert [r.trajectory.id for r in read_records(out)] == [f"test/{i}/0" for i in range(8)]
+    assert [p.name for p in (out / "trajectories" / "eval").iterdir()] == ["step-000000.parquet"]
+    assert not any("complete" in note for note in compare(out, tmp_path / "whole").notes)
+
+
+def test_a_killed_evaluation_goes_on_after_its_torn_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, gate = tmp_path / "out", Gate(4)
+    with chat_server(gate) as server:
+        with started(*command(out, server.url)) as process:
+            until_saved(out, 4)
+            process.kill()
+            process.wait(SECONDS)
+        gate.open.set()
+        lines = out / "trajectories/eval/step-000000.jsonl"
+        whole = lines.read_bytes()
+        lines.write_bytes(whole + b'{"schema_version": 2, "kind": "ev')  # as a kill in the middle of a write leaves it
+        with pytest.raises(ConfigError, match=r"already holds an evaluation.*goes on with `areal-agents eval --resume"):
+            asyncio.run(evaluate(ENV, model="openai:m", server=Server(server.url), out=out))
+        assert count_saved(out) == 4
+        before = compare(out, out, common=True)
+        assert any("is not complete: 4 of 8 attempts are saved" in note for note in before.notes)
+        assert main(["rescore", str(out), "--kind", "eval", "--reward", ENV]) == 0
+        assert "is not complete: 4 of 8 attempts are saved" in capsys.readouterr().err
+        asked = len(server.requests)
+        assert main(["eval", "--resume", str(out)]) == 0
+        said = capsys.readouterr().out
+        assert "the last line was cut short when the evaluation was killed: its episode is played again" in said
+        assert len(server.requests) == asked + 4
+        assert numbers(out) == numbers(uninterrupted(tmp_path, server.url))
+    assert "torn_line_cut" in (out / "events.jsonl").read_text()
+
+
+def test_a_server_that_dies_leaves_what_was_scored_and_one_message(tmp_path: Path) -> None:
+    out, served = tmp_path / "out", 0
+
+    def dying(body: Json) -> Step:
+        nonlocal served
+        served += 1
+        return answers(body) if served <= 5 else Hang()
+
+    limits = ["--rollout.max_retries", "0", "--rollout.failure_window", "4", "--rollout.failure_budget", "0.25"]
+    limits += ["--engine.request_timeout", "3", "--concurrency", "2"]
+    with contextlib.ExitStack() as serving:
+        server = serving.enter_context(chat_server(dying))
+        with started(*command(out, server.url, *limits)) as process:
+            until_saved(out, 5)
+            serving.close()
+            _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    first, second, error = errors.splitlines()
+    assert first == "5 of 8 attempts are saved. Go on with:"
+    assert second == f"  areal-agents eval --resume {out}"
+    assert error.startswith("error: 2 of the last 4 episode attempts failed, the budget is 1 (rollout.failure_budget")
+    with chat_server(answers) as server:
+        assert main(["eval", "--resume", str(out), "--url", server.url]) == 0  # it has moved
+        assert len(server.requests) == 3
+        assert numbers(out) == numbers(uninterrupted(tmp_path, server.url))
+
+
+def test_the_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    gate = Gate(2)
+    with chat_server(gate) as server, started(*command(out, server.url, "--concurrency", "2")) as process:
+        until_saved(out, 2)
+        process.send_signal(signal.SIGINT)
+        read_until(process, "Once more stops at once")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=SECONDS)
+        gate.open.set()
+    assert process.returncode == 130
+    assert errors.startswith("stopped by SIGINT; 2 of 8 attempts are saved. Go on with:\n  areal-agents eval --resume ")
+    assert count_saved(out) == 2
+
+
+def test_ctrl_c_before_the_first_episode_ends_it_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        with started(*command(tmp_path / "out", url)) as process:
+            connection, _ = silent.accept()  # it asks whether the server is there
+            with connection:
+                process.send_signal(signal.SIGINT)
+                _, errors = process.communicate(timeout=SECONDS)
+    assert (process.returncode, errors) == (130, "stopped by SIGINT; before an attempt was scored\n")
+    assert not (tmp_path / "out" / "trajectories").exists()
+
+
+def test_attempts_that_all_fail_are_an_error_and_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with chat_server(lambda body: Answer({"error": {"message": "out of order"}}, 400)) as server:
+        assert main(command(tmp_path / "out", server.url, "--k", "2", "--rollout.failure_budget", "1")) == 1
+    said = capsys.readouterr()
+    assert "95 % CI" not in said.out
+    assert said.err.startswith(
+        f"error: evaluation of {ENV}: infrastructure failed every attempt, so that there is nothing to score. First "
+    )
+    assert "out of order" in said.err
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_what_infrastructure_failed_is_played_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ill = True
+
+    def sometimes(body: Json) -> Step:
+        if ill and body["messages"][1]["content"].startswith("103+"):
+            return Answer({"error": {"message": "not today"}}, 400)
+        return answers(body)
+
+    out = tmp_path / "out"
+    with chat_server(sometimes) as server:
+        assert main(command(out, server.url)) == 0
+        assert numbers(out)["infra_rate"] == 0.125
+        assert f"note: infrastructure failed 1 of 8 attempts: `eval --resume {out}` plays them again" in (
+            capsys.readouterr().out
+        )
+        ill = False
+        assert main(["eval", "--resume", str(out)]) == 0
+        assert len(server.requests) == 9
+        assert numbers(out) == numbers(uninterrupted(tmp_path, server.url))
+
+
+def partial_of(whole: Path, out: Path, episodes: int) -> None:
+    """Copy an evaluation as a kill after so many episodes leaves it."""
+    shutil.copytree(whole, out)
+    shard = out / "trajectories/eval/step-000000.parquet"
+    records = read_shard(shard)
+    shard.unlink()
+    (out / "report.json").unlink()
+    with Journal(shard.with_suffix(".jsonl")) as journal:
+        for record in records[:episodes]:
+            journal.append(record)
+
+
+@pytest.mark.slow
+def test_an_engines_evaluation_goes_on_with_the_same_model_alone(tmp_path: Path) -> None:
+    model = tiny_chat_model(tmp_path / "model")
+
+    def run(out: Path, folder: Path = model, *, resume: bool = False, **changes: Any) -> Any:
+        options: dict[str, Any] = {"n": 4, "k": 2, "out": out, "resume": resume} | changes
+        return asyncio.run(
+            evaluate(
+                "tests.letters_env:Letters",
+                model=ModelConfig(path=str(folder), max_context=256),
+                engine=EngineConfig(max_batch=changes.pop("max_batch", 2)),
+                rollout=RolloutConfig(max_turn_tokens=6),
+                **options,
+            )
+        )
+
+    whole = run(tmp_path / "whole")
+    part = tmp_path / "part"
+    partial_of(tmp_path / "whole", part, 5)
+    with pytest.raises(ConfigError, match=r"begun with other settings:\n  eval.n was 4 and is 3 now"):
+        run(part, resume=True, n=3)
+    with pytest.raises(ConfigError, match=r"eval.temperature was 0.0 and is 1.0 now"):
+        run(part, resume=True, temperature=1.0)
+    other = tiny_chat_model(tmp_path / "other", seed=1)
+    with pytest.raises(ConfigError, match=r"was begun with another model than .*other is now"):
+        run(part, other, resume=True)
+    moved = tmp_path / "moved"
+    shutil.copytree(model, moved)
+    again = run(part, moved, resume=True)
+    left_out = {"seconds", "model"}
+    assert {k: v for k, v in again.to_json().items() if k not in left_out} == {
+        k: v for k, v in whole.to_json().items() if k not in left_out
+    }
+    a, b = ([r.trajectory for r in read_records(out)] for out in (tmp_path / "whole", part))
+    assert [(t.id, t.reward, [turn.completion.ids for turn in t.turns]) for t in a] == [
+        (t.id, t.reward, [turn.completion.ids for turn in t.turns]) for t in b
+    ]
+
+
+def test_another_model_behind_the_server_is_refused(tmp_path: Path) -> None:
+    name = "one"
+
+    def named(body: Json) -> Step:
+        step = answers(body)
+        assert isinstance(step, Answer)
+        step.body["model"] = name
+        return step
+
+    with chat_server(named) as server:
+        assert main(command(tmp_path / "whole", server.url)) == 0
+        partial_of(tmp_path / "whole", tmp_path / "part", 5)
+        name = "two"
+        with pytest.raises(ConfigError, match=r"answers as 'two', and answered as 'one' when the evaluation was begun"):
+            asyncio.run(
+                evaluate(
+                    ENV, model="openai:m", server=Server(server.url), n=8, out=tmp_path / "part", resume=True
+                )
+            )  # fmt: skip
+
+
+def test_a_broken_line_and_a_changed_task_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with chat_server(answers) as server:
+        assert main(command(tmp_path / "whole", server.url)) == 0
+        part = tmp_path / "part"
+        partial_of(tmp_path / "whole", part, 2)
+        lines = part / "trajectories/eval/step-000000.jsonl"
+        text = lines.read_text()
+        lines.write_text(text.replace("test-1", "test-x"))
+        assert main(["eval", "--resume", str(part)]) == 1
+        assert "task 1 was 'test-x' when it was played, and now it is 'test-1'" in capsys.readouterr().err
+        lines.write_text("{}\n" + text)
+        with pytest.raises(ArealError, match="after 0 episodes, no readable line: KeyError"):
+            count_saved(part)
+        assert main(["eval", "--resume", str(tmp_path / "nothing")]) == 2
+        assert "holds no evaluation to go on with" in capsys.readouterr().err
+        fresh = [a for a in command("", server.url) if a not in ("--out", "")]
+        assert main([*fresh, "--resume", str(tmp_path / "fresh")]) == 0  # a job script can always pass it
+        assert main(["eval", "--resume", str(part), "--out", "x"]) == 2
+
+
+def test_what_is_no_evaluation_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in (("lock", "holds a training run"), ("report.json", "already holds an evaluation or a run")):
+        out = tmp_path / name
+        out.mkdir()
+        (out / "config.toml").write_text("[env]\nid = 'tests.chat_envs:Sums'\n[model]\npath = 'openai:m'\n")
+        (out / name).write_text("{}")
+        assert main(["eval", "--resume", str(out), "--url", "http://127.0.0.1:9/v1", "--n", "4"]) == 1
+        assert text in capsys.readouterr().err
+        assert (out / name).read_text() == "{}"
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+    with Journal(tmp_path / "a/b/step-000000.jsonl"), pytest.raises(ConfigError, match="written by another process"):
+        Journal(tmp_path / "a/b/step-000000.jsonl")
+    assert not list(tmp_path.iterdir())  # an empty one goes
+
+
+def test_the_fingerprint_sees_a_weight_and_not_a_readme(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 << 20))
+    (tmp_path / "config.json").write_text("{}")
+    first = fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("x")
+    assert fingerprint(tmp_path) == first
+    (tmp_path / "model.safetensors").write_bytes(bytes([1]) * (3 << 20))
+    assert fingerprint(tmp_path) != first
