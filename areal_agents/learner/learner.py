@@ -159,8 +159,8 @@ class TorchLearner:
             tokens (sampled), rows, rows_skipped, episodes, over_age_share: of the batch.
             tokens_forward, tokens_per_second: through the model, shared prefixes once.
             seconds, memory_peak_mb (of the process), and ``OffPolicyStats`` under ``off_policy/``.
-        Rows whose advantages are all 0 and rows of over-age tokens alone have no gradient and are skipped. They count
-        in the denominators and in rows_skipped, and are missing from ``off_policy/``.
+        Rows with advantages of 0 alone or over-age tokens alone are skipped. They count in the denominators and in
+        rows_skipped, and are missing from ``off_policy/``.
         Raises ValueError for a batch of another version, without episodes, or with a sampled token without context.
         """
         return await self._run(lambda: self._step(batch))
@@ -247,8 +247,7 @@ class TorchLearner:
             found, forwarded = self._logprobs([batch.rows[i] for i in live], batch.temperature)
             proximal = dict(zip(live, found, strict=True))
         lr = learning_rate(version, peak=c.lr, total=self.total_steps, warmup=c.warmup_steps, schedule=c.schedule)
-        stats = OffPolicyStats()
-        loss, norms, skipped, empty = 0.0, [], 0, 0
+        stats, loss, norms, skipped, empty = OffPolicyStats(), 0.0, [], 0, 0
         parts = split_episodes(batch.episodes, c.minibatches, seed=self.seed, version=version)
         for part in parts:
             inside = set(part.tolist())
@@ -259,8 +258,7 @@ class TorchLearner:
             if not rows:  # no signal: AdamW would move by its momentum alone, as it would for a gradient of 0
                 empty += 1
                 continue
-            chosen = [batch.rows[i] for i in rows]
-            old = [proximal[i] for i in rows] if proximal else None
+            chosen, old = [batch.rows[i] for i in rows], [proximal[i] for i in rows] if proximal else None
             value, tokens = self._backward(chosen, old, batch.temperature, self._objective(counts, stats))
             norm = self._apply(self._optimizer, lr)
             loss, forwarded = loss + value / len(parts), forwarded + tokens
