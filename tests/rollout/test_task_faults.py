@@ -352,12 +352,14 @@ def test_a_task_that_cannot_even_be_made_is_left_out(tmp_path: Path) -> None:
         again = TaskStream(pool, seed=0)
         again.restore(stream.state())
         assert [again.next().id for _ in range(5)] == [stream.next().id for _ in range(5)]
-        assert again.left_out == {"task 7 of the split": "making it raised ValueError: row 7 has no answer"}
+        assert again.left_out == {
+            "task 7 of the split": "task 7 of 20 could not be made: ValueError: row 7 has no answer"
+        }
         await runner.close()
 
     asyncio.run(main())
     assert world.of("task_left_out") == [
-        {"task": "task 7 of the split", "reason": "making it raised ValueError: row 7 has no answer"}
+        {"task": "task 7 of the split", "reason": "task 7 of 20 could not be made: ValueError: row 7 has no answer"}
     ]
     assert len(train(World(), pool, saved=saved)[0]) == 24
     assert [name for name, _ in saved[0].tasks.left_out] == ["task 7 of the split"]
