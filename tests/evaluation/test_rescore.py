@@ -15,13 +15,13 @@ from areal_agents.chat.toolcalls import parse_text
 from areal_agents.cli.main import main
 from areal_agents.errors import ArealError, ConfigError
 from areal_agents.evaluation.rescore import answer_of, episode_of, load_reward, rescore
-from areal_agents.evaluation.saved_run import SavedRun
+from areal_agents.evaluation.saved_run import SavedRun, as_sampled
 from areal_agents.reward import Episode, Gate, Verdict, WeightedSum
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tool import ToolResult
 from areal_agents.tracking.trajectories import Record, read_shard
 from areal_agents.trainer.loop import train
-from areal_agents.types import AssistantMessage, Completion, Task, Text, Trajectory, Turn
+from areal_agents.types import AssistantMessage, Completion, Task, Text, ToolCall, Trajectory, Turn
 from tests.saved_runs import TASKS, Mixed, call, content, evaluation_run, record, save, training_run
 from tests.tiny_models import tiny_chat_model
 
@@ -113,6 +113,13 @@ def test_calls_have_the_status_that_the_environment_was_given() -> None:
     (rebuilt,) = episode_of(record).messages
     assert isinstance(rebuilt, AssistantMessage)
     assert [c.status for c in rebuilt.tool_calls] == ["ok", "invalid_arguments"]
+
+
+def test_a_call_that_was_read_with_its_tools_schema_stays_read() -> None:
+    late = ToolCall("c", "f", {"x": "one"}, '{"name": "f", "input": "one"}', "invalid_arguments", None, "llama_json")
+    broken = replace(late, arguments={}, problem='"x" is given twice')
+    given = as_sampled(AssistantMessage((Text("…"),), (late, replace(late, status="unknown_tool"), broken)))
+    assert [c.status for c in given.tool_calls] == ["ok", "ok", "invalid_arguments"]
 
 
 def test_tool_results_carry_text_status_and_truncation(mixed: tuple[Path, list[Record]]) -> None:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from areal_agents.errors import ArealError
-from areal_agents.tracking import exact_json
+from areal_agents.tracking import exact_json, trajectories
 from areal_agents.tracking.trajectories import Record, read_records, read_shard, shard_path, shards, write_shard
 from areal_agents.types import (
     AssistantMessage,
@@ -65,6 +65,18 @@ def test_round_trip(tmp_path: Path) -> None:
     write_shard(path, records)
     assert read_shard(path) == records
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_calls_format_and_problem_come_back_and_older_shards_have_none(tmp_path: Path) -> None:
+    call = ToolCall("c0", "f", {}, "<tool_call>f", "invalid_arguments", None, "glm", "'x' is given \ud800 twice")
+    whole = example()
+    turns = (replace(whole.turns[0], message=AssistantMessage((Text("a"),), (call,))),)
+    write_shard(tmp_path / "x.parquet", [Record("train", 0, replace(whole, turns=turns))])
+    (read,) = read_shard(tmp_path / "x.parquet")
+    assert read.trajectory.turns[0].message.tool_calls == (call,)
+    row = trajectories._call_row(ToolCall("c0", "f", {"x": 1}, "raw"))
+    older = {key: value for key, value in row.items() if key not in ("format", "problem")}
+    assert trajectories._call(older) == trajectories._call(row)
 
 
 def test_an_empty_shard_is_a_shard(tmp_path: Path) -> None:
