@@ -3,8 +3,9 @@
     {"name": "python", "parameters": {"code": "print(1)"}}
 
 Prose that contains such JSON is prose: the family's convention is the whole message. Several calls are separated by
-``;``. JSON without a name and arguments is an answer. A message that starts as a call does, and goes on otherwise, is a
-call that could not be read, so that it does not become the final answer unnoticed.
+``;``. JSON without a name and arguments is an answer. Words may follow whole calls of known tools, as these models
+often explain them. Another message that starts as a call does, and goes on otherwise, is a call that could not be read:
+it does not become the final answer unnoticed.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class LlamaJson(ToolFormat):
         if fence or isinstance(value, list):
             return [Block.broken(start, len(text.rstrip()), "invalid_json")]
         blocks, end = self._calls(source, start, start)
-        return refused(blocks, FOLLOWED) if text[end:].strip() else blocks
+        return blocks if not text[end:].strip() or known(blocks, source) else refused(blocks, FOLLOWED)
 
     def _calls(self, source: Source, start: int, pos: int) -> tuple[list[Block], int]:
         """Read calls that stand one behind the other, the first block from ``start`` on."""
@@ -104,6 +105,11 @@ class LlamaJson(ToolFormat):
 
     def write_message(self, text: str, calls: Sequence[Call]) -> str:
         return text + (TAG if speaks(text) else "") + self.write_calls(calls)
+
+
+def known(blocks: Sequence[Block], source: Source) -> bool:
+    """Say whether all blocks are whole calls of the environment's tools."""
+    return all(block.status == "ok" and block.name in source.tools for block in blocks)
 
 
 def tag_position(source: Source, pos: int, tags: Sequence[str]) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 from areal_agents.chat.tool_formats.base import THINK, Block, Call, Source, ToolFormat, refused, visible_start
 from areal_agents.chat.tool_formats.json_calls import MAX_CALLS, Read, Schemas, item_end
 from areal_agents.chat.tool_formats.literals import LiteralReader, Unreadable, write_call
-from areal_agents.chat.tool_formats.llama_json import END, START, TAG, speaks, tag_position
+from areal_agents.chat.tool_formats.llama_json import END, START, TAG, known, speaks, tag_position
 
 FOLLOWED = "text follows the calls: write the calls alone"
 _NAMED = re.compile(r"([\w.\-]{1,256})\s{0,64}\(\s{0,64}(?P<given>\)|[\w.\-]{1,256}\s{0,64}=(?!=)|\*\*\s{0,64}\{)?")
@@ -57,7 +57,7 @@ class Pythonic(ToolFormat):
             meant = listed or (named is not None and named[1] in source.tools)
             return [Block.broken(start, len(text.rstrip()), "invalid_json")] if meant else []
         blocks, end = read_list(source, start, start)
-        return refused(blocks, FOLLOWED) if text[end:].strip() else blocks
+        return blocks if not text[end:].strip() or known(blocks, source) else refused(blocks, FOLLOWED)
 
     def read_raw(self, raw: str, tools: Schemas | None = None) -> Block | None:
         bare = raw.removeprefix(START).removeprefix(TAG).removesuffix(END).strip().removeprefix("[")
