@@ -41,8 +41,6 @@ STEPS, B, G, MAX_TOKENS, TEMPERATURE = 25, 4, 8, 8, 1.0
 class Letters(AgentEnv):
     """Two turns, each of which pays the share of lower-case letters in what the model said."""
 
-    scores_cut_messages = True  # half a message has its letters too
-
     @classmethod
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
         return [Task.make(f"{split}-{i}", split=split, seed=i, payload={"word": f"word {i}"}) for i in range(8)]

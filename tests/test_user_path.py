@@ -144,9 +144,8 @@ def change_the_reward(user: User) -> None:
 def train_it(user: User) -> None:
     said = user.areal_agents("train", "train.toml", *SMALL)
     assert "trained model: runs/first/model" in said
-    assert [line.split()[0] for line in said.splitlines() if line.startswith(("before", "warm_start", "after_rl"))] == [
-        "before", "warm_start", "after_rl",
-    ]  # fmt: skip
+    rows = ["before", "warm_start", "after_rl"]
+    assert [line.split()[0] for line in said.splitlines() if line.startswith(tuple(f"{row} " for row in rows))] == rows
     assert (user.folder / "runs" / "first" / "model" / "model.safetensors").stat().st_size > 200_000_000
     demonstrations, trained = user.saved("demonstration"), user.saved("train")
     assert [t.reward for t in demonstrations] == [1.0] * 8

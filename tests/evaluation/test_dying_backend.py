@@ -96,7 +96,8 @@ def test_of_a_training(tmp_path: Path) -> None:
             "train", "--env.id", "tests.backend_env:Backed", "--env.kwargs.port", str(port), "--model.path",
             str(model), "--model.max_context", "256", "--rollout.max_turn_tokens", "6", "--rollout.groups", "2",
             "--rollout.group_size", "2", "--rollout.concurrency", "4", "--rollout.failure_window", "16", "--steps",
-            "8", "--eval.baseline", "false", "--warm_start.demonstrations", "0", "--engine.precision", "fp32",
+            "8", "--eval.baseline", "false", "--eval.n", "8",
+            "--warm_start.demonstrations", "0", "--engine.precision", "fp32",
             "--track.tensorboard", "false", "--out", str(tmp_path / "out"),
         )  # fmt: skip
     assert "the backend is gone" in the_one_message(done)

@@ -102,9 +102,9 @@ def test_a_plain_gymnasium_env_is_evaluated_by_its_name(game: Path) -> None:
         (
             "Old",
             [],
-            "reset returned 'Guess a number from 1 to 10. Reply with the number only.': Gymnasium's re",
+            "reset returned 'Guess a number from 1 to 10. Reply with the number only.', not (observation, info)",
         ),
-        ("Numbers", [], "a TextProcessEnv's observations must be strings, got [1, 2]"),
+        ("Numbers", [], "reset returned the observation [1, 2], which is not a text"),
     ],
 )
 def test_what_is_wrong_with_it_is_one_message(game: Path, name: str, more: list[str], message: str) -> None:

@@ -21,6 +21,7 @@ from areal_agents import settings
 from areal_agents.errors import EnvError, FailureBudgetError
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.settings.config import TrainConfig
+from areal_agents.tools.python import MAX_OUTPUT_BYTES
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.trainer.loop import train
@@ -269,7 +270,7 @@ def test_tools_that_flood_are_cut_and_memory_stays_bounded(tmp_path: Path, wide:
         assert all(len(text) < 2200 for text in shown)
         assert shown[0].startswith("xxxx")
         assert "yyyy" in shown[1]
-        assert all("stopped after 65536 bytes of output" in text for text in shown[1:])
+        assert all(f"stopped after {MAX_OUTPUT_BYTES} bytes of output" in text for text in shown[1:])
     assert grown < 450 << 20
 
 
