@@ -21,8 +21,8 @@ from areal_agents.algorithms.advantages import Estimator
 from areal_agents.algorithms.batch import Batch, Row, rows_of
 from areal_agents.errors import Interrupted, LearnerLost
 from areal_agents.evaluation.endings import count_oddities
-from areal_agents.evaluation.evaluate import EvalReport, calls_of, compare_table
 from areal_agents.evaluation.progress import Stopwatch
+from areal_agents.evaluation.report import EvalReport, calls_of, compare_table
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.tasks import TaskStream
