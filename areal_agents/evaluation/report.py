@@ -15,7 +15,7 @@ from areal_agents.evaluation.statistics import clustered_interval, pass_at_k, pa
 from areal_agents.rollout.task_faults import footer, reasons
 from areal_agents.types import Task, Trajectory
 from areal_agents.utils.short_text import text_of
-from areal_agents.utils.tolerance import PASS
+from areal_agents.utils.tolerance import reaches
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ def summarize(
     k = max(len(tries) for _, tries in results)
     everything = [t for _, tries in scored for t in tries]
     total = len(everything)
-    wins = [sum(t.reward >= PASS for t in tries) for _, tries in scored]
+    wins = [sum(reaches(t.reward) for t in tries) for _, tries in scored]
     counts = [len(tries) for _, tries in scored]
     full = [(c, w) for c, w in zip(counts, wins, strict=True) if c == k]
     calls = [calls_of(t) for t in everything]
@@ -169,7 +169,7 @@ def summarize(
         pass_hat_k=sum(pass_hat_k(c, w, k) for c, w in full) / len(full) if full else None,
         reward=sum(t.reward for t in everything) / total,
         valid_call_rate=len(valid) / total,
-        accuracy_given_valid=sum(t.reward >= PASS for t in valid) / len(valid) if valid else None,
+        accuracy_given_valid=sum(reaches(t.reward) for t in valid) / len(valid) if valid else None,
         malformed_call_rate=sum(m - ok for m, ok in calls) / made if made else 0.0,
         truncation_rate=sum(t.truncated for t in everything) / total,
         infra_rate=1.0 - total / sum(len(tries) for _, tries in results),
