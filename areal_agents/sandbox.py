@@ -8,7 +8,6 @@ failed. Implementations live in ``areal_agents.sandboxes``.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
@@ -17,6 +16,7 @@ from types import ModuleType
 from typing import Literal, Protocol
 
 from areal_agents.errors import SandboxUnavailable
+from areal_agents.utils.system import is_linux
 
 ExecStatus = Literal["ok", "error", "timeout", "oom", "output_limit"]
 
@@ -133,7 +133,7 @@ class SandboxBackend(Protocol):
 
 def require_linux(backend: str) -> None:
     """Raise SandboxUnavailable on a system without what ``backend`` is made of."""
-    if sys.platform != "linux" or not (hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")):
+    if not is_linux():
         raise SandboxUnavailable(
             backend,
             f"it needs Linux (memfd_create, pidfd_open and /proc), and the platform is {sys.platform}",

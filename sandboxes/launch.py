@@ -87,14 +87,21 @@ def find_tools(*, root: bool, python: str) -> Tools:
     return Tools(bwrap, setpriv if root else None, inside)
 
 
+_SENT = ("process_gate", "work_files")
+"""Modules that the supervisor imports."""
+
+
 @cache
 def supervisor_source() -> bytes:
-    """Read the program of pid 1, which gets it on its stdin, with the module that it imports."""
-    program, gate = (Path(__file__).with_name(name).read_text() for name in ("supervisor.py", "process_gate.py"))
-    own = "from areal_agents.sandboxes import process_gate\n"
+    """Read the program of pid 1, which gets it on its stdin, with the modules that it imports."""
+    program = Path(__file__).with_name("supervisor.py").read_text()
+    own = f"from areal_agents.sandboxes import {', '.join(_SENT)}\n"
     assert own in program
-    source = f"import types; process_gate = types.ModuleType('process_gate'); exec({gate!r}, process_gate.__dict__)\n"
-    return program.replace(own, source).encode()
+    sent = ["import types\n"]
+    for name in _SENT:
+        text = Path(__file__).with_name(f"{name}.py").read_text()
+        sent.append(f"{name} = types.ModuleType({name!r}); exec({text!r}, {name}.__dict__)\n")
+    return program.replace(own, "".join(sent)).encode()
 
 
 def given(tools: Tools, bound: memory.MemoryBound, spec: SandboxSpec) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from areal_agents.errors import SandboxError
 from areal_agents.sandbox import ExecResult, ExecStatus, Process, SandboxSpec
 from areal_agents.sandboxes import launch
 from areal_agents.sandboxes.sandbox_process import Finished, Holder
-from areal_agents.sandboxes.supervisor import BAD_ARCHIVE
+from areal_agents.sandboxes.work_files import BAD_ARCHIVE
 
 FILE_TIMEOUT: Final = 30.0
 MAX_PATH: Final = 4096

@@ -1,6 +1,7 @@
 """Process 1 inside a sandbox: it starts what the host asks for, kills what is left, and moves files.
 
-Sent to the sandbox as text and run by its system Python, so it imports only the standard library and process_gate.
+Sent to the sandbox as text and run by its system Python, so it imports only the standard library and the two modules
+that are sent with it: process_gate and work_files.
 As pid 1 it cannot be signalled from inside, and it is not dumpable, so code with the same uid can neither read its
 memory nor its descriptors. The host owns every pipe. This process sees requests and reports exit statuses, nothing
 else.
@@ -18,219 +19,21 @@ A ``run`` ends only when no process of it is left: everything that is not a live
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import select
 import signal
 import socket
-import stat
 import struct
 import sys
 import time
-from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
-from areal_agents.sandboxes import process_gate
+from areal_agents.sandboxes import process_gate, work_files
 
 FRAME = struct.Struct("!Bii")
 START, KILL, READY, EXIT = 1, 2, 3, 4
 RUN, SPAWN = 0, 1
-BAD_ARCHIVE = 200
-CHUNK = 1 << 16
-
-
-# Files. Each function walks from a directory descriptor and follows no symlink, wherever it runs.
-
-
-def open_parent(root: int, path: str, *, create: bool) -> tuple[int, str]:
-    """Open the folder of ``path`` (relative to ``root``) and return it with the last name. The caller closes it."""
-    parts = [part for part in path.split("/") if part not in ("", ".")]
-    if not parts or ".." in parts:
-        raise OSError(errno.EINVAL, "not a path inside /work", path)
-    directory = os.dup(root)
-    for part in parts[:-1]:
-        if create:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(part, 0o755, dir_fd=directory)
-        try:
-            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-        finally:
-            os.close(directory)
-        directory = inner
-    return directory, parts[-1]
-
-
-def write_file(root: int, path: str, source: IO[bytes], size: int = -1) -> None:
-    """Write ``source`` to ``path``, and never follow a symlink. Raises OSError.
-
-    Args:
-        root: descriptor of the directory that ``path`` starts at.
-        path: of a regular file; missing folders are made.
-        source: the bytes.
-        size: how many of them to write; -1 means all.
-    """
-    directory, name = open_parent(root, path, create=True)
-    try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        target = os.open(name, flags, 0o644, dir_fd=directory)
-    finally:
-        os.close(directory)
-    with open(target, "wb", buffering=0) as out:
-        if not stat.S_ISREG(os.fstat(target).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
-        out.truncate()
-        while size:
-            chunk = source.read(CHUNK if size < 0 else min(CHUNK, size))
-            if not chunk:
-                break
-            size -= len(chunk) if size > 0 else 0
-            view = memoryview(chunk)
-            while view:
-                view = view[out.write(view) :]
-
-
-def open_regular(directory: int, name: str) -> IO[bytes]:
-    """Open a regular file for reading. Raises OSError: ELOOP for a symlink, EINVAL for a pipe or a device."""
-    source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-    file = open(source, "rb", buffering=0)  # noqa: SIM115
-    mode = os.fstat(source).st_mode
-    if stat.S_ISREG(mode):
-        return file
-    file.close()
-    raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, "not a regular file", name)
-
-
-def read_file(root: int, path: str, max_bytes: int, sink: IO[bytes]) -> None:
-    """Copy ``path`` to ``sink``. Raises OSError.
-
-    Args:
-        root: descriptor of the directory that ``path`` starts at.
-        path: of a regular file.
-        max_bytes: a larger file is refused with EFBIG.
-        sink: takes the bytes.
-    """
-    directory, name = open_parent(root, path, create=False)
-    try:
-        source = open_regular(directory, name)
-    finally:
-        os.close(directory)
-    with source:
-        if os.fstat(source.fileno()).st_size > max_bytes:
-            raise OSError(errno.EFBIG, "file larger than max_bytes", path)
-        left = max_bytes
-        while left and (chunk := source.read(min(CHUNK, left))):
-            left -= len(chunk)
-            sink.write(chunk)
-
-
-def walk(root: int, prefix: str = "") -> Iterator[tuple[str, int, str]]:
-    """Yield (path, directory descriptor, name) of every regular file and directory below ``root``, sorted."""
-    for name in sorted(os.listdir(root)):
-        mode = os.stat(name, dir_fd=root, follow_symlinks=False).st_mode
-        if stat.S_ISREG(mode):
-            yield prefix + name, root, name
-        elif stat.S_ISDIR(mode):
-            yield prefix + name, root, name
-            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
-            try:
-                yield from walk(inner, prefix + name + "/")
-            finally:
-                os.close(inner)
-
-
-def pack(root: int, sink: IO[bytes]) -> None:
-    """Write a tar of the regular files and directories below ``root``, without links, pipes and devices."""
-    import tarfile
-
-    with tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as archive:
-        for path, directory, name in walk(root):
-            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            member = tarfile.TarInfo(path)
-            member.mode, member.mtime = status.st_mode & 0o777, int(status.st_mtime)
-            if stat.S_ISDIR(status.st_mode):
-                member.type = tarfile.DIRTYPE
-                archive.addfile(member)
-            else:
-                with open_regular(directory, name) as source:
-                    member.size = status.st_size
-                    archive.addfile(member, source)
-
-
-def clear(root: int) -> None:
-    """Remove everything below ``root``."""
-    for name in os.listdir(root):
-        if stat.S_ISDIR(os.stat(name, dir_fd=root, follow_symlinks=False).st_mode):
-            os.chmod(name, 0o700, dir_fd=root)
-            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
-            try:
-                clear(inner)
-            finally:
-                os.close(inner)
-            os.rmdir(name, dir_fd=root)
-        else:
-            os.unlink(name, dir_fd=root)
-
-
-def unpack(root: int, source: IO[bytes]) -> None:
-    """Replace what is below ``root`` by the content of a tar in a seekable file.
-
-    Raises ValueError for an unreadable archive, a link, a device, an absolute path or ``..``; OSError when writing
-    fails. The archive is checked whole before anything changes.
-    """
-    import tarfile
-
-    try:
-        with tarfile.open(fileobj=source, mode="r:") as archive:
-            for member in archive:
-                if not (member.isreg() or member.isdir()):
-                    raise ValueError(f"{member.name!r} is neither a file nor a directory")
-                if member.name.startswith("/") or ".." in member.name.split("/"):
-                    raise ValueError(f"{member.name!r} leaves /work")
-            clear(root)
-            for member in archive:
-                if member.isdir():
-                    make_directory(root, member.name)
-                elif (content := archive.extractfile(member)) is not None:
-                    write_file(root, member.name, content, member.size)
-                    directory, name = open_parent(root, member.name, create=False)
-                    os.chmod(name, member.mode & 0o777, dir_fd=directory)
-                    os.close(directory)
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"not a tar archive: {error}") from error
-
-
-def make_directory(root: int, path: str) -> None:
-    if path.strip("./"):
-        directory, name = open_parent(root, path, create=True)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(name, 0o755, dir_fd=directory)
-        os.close(directory)
-
-
-def file_operation(request: dict[str, Any]) -> int:
-    """Run one file operation on stdin and stdout, and return its exit code: 0, an errno or BAD_ARCHIVE."""
-    root = os.open("/work", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    source, sink = open(0, "rb", closefd=False), open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115
-    try:
-        if request["op"] == "write":
-            write_file(root, request["path"], source)
-        elif request["op"] == "read":
-            read_file(root, request["path"], request["max_bytes"], sink)
-        elif request["op"] == "pack":
-            pack(root, sink)
-        else:
-            unpack(root, source)
-    except OSError as error:
-        return error.errno if error.errno and 0 < error.errno < BAD_ARCHIVE else errno.EIO
-    except RecursionError:
-        return errno.ENAMETOOLONG
-    except MemoryError:
-        return errno.ENOMEM
-    except ValueError as error:
-        os.write(2, str(error).encode("utf-8", "replace")[:1000])
-        return BAD_ARCHIVE
-    return 0
 
 
 def prctl_dumpable(value: int) -> None:
@@ -250,7 +53,7 @@ def child(request: dict[str, Any], fds: list[int], gate: socket.socket) -> int:
         os.dup2(source, target, inheritable=target < 3)
     os.closerange(4, 1 << 16)
     if request["op"] != "exec":
-        return file_operation(request)
+        return work_files.file_operation(request)
     prctl_dumpable(1)
     # The kernel then prefers this process over pid 1 when memory runs out.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:

@@ -38,7 +38,7 @@ from areal_agents.sandbox import (
     Sandbox,
     SandboxSpec,
 )
-from areal_agents.sandboxes import interpreter, launch, pipes, probes, supervisor
+from areal_agents.sandboxes import interpreter, launch, pipes, probes, work_files
 from areal_agents.sandboxes.interactive_process import LiveProcess
 from areal_agents.sandboxes.session import inside_work
 
@@ -214,7 +214,7 @@ class UnsafeLocalSession:
         Raises ValueError and OSError.
         """
         relative = inside_work(path)
-        await self._files(lambda root: supervisor.write_file(root, relative, io.BytesIO(data)))
+        await self._files(lambda root: work_files.write_file(root, relative, io.BytesIO(data)))
 
     async def read_file(self, path: str, max_bytes: int) -> bytes:
         """Read a regular file below the folder.
@@ -222,13 +222,13 @@ class UnsafeLocalSession:
         Raises ValueError and OSError (EFBIG, ELOOP, ENOTDIR, EINVAL).
         """
         relative, sink = inside_work(path), io.BytesIO()
-        await self._files(lambda root: supervisor.read_file(root, relative, max_bytes, sink))
+        await self._files(lambda root: work_files.read_file(root, relative, max_bytes, sink))
         return sink.getvalue()
 
     async def snapshot(self) -> bytes:
         """Return a tar of the regular files and folders."""
         sink = io.BytesIO()
-        await self._files(lambda root: supervisor.pack(root, sink))
+        await self._files(lambda root: work_files.pack(root, sink))
         return sink.getvalue()
 
     async def restore(self, data: bytes) -> None:
@@ -236,7 +236,7 @@ class UnsafeLocalSession:
 
         Raises ValueError for links, devices, ``..`` or no tar.
         """
-        await self._files(lambda root: supervisor.unpack(root, io.BytesIO(data)))
+        await self._files(lambda root: work_files.unpack(root, io.BytesIO(data)))
 
     async def _files(self, operation: Callable[[int], Any]) -> None:
         async with self._lock:

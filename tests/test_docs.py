@@ -41,7 +41,7 @@ from areal_agents import registry, settings
 from areal_agents.algorithms.registry import REGISTRIES
 from areal_agents.cli.main import _parse, main
 from areal_agents.env import Expert
-from areal_agents.evaluation.evaluate import EvalReport
+from areal_agents.evaluation.report import EvalReport
 from areal_agents.reward import Episode, judge
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import read_metrics

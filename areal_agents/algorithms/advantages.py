@@ -73,7 +73,8 @@ class Estimator:
         equal = all_same([math.fsum(e.rewards_K) for e in group])
         if equal and _any(advantages) and not _any(self._checked(_of_few_bits(group))):
             return [torch.zeros_like(a) for a in advantages]
-        return [_snapped(a, group) for a in advantages]
+        largest = max(float(a.abs().max()) for a in advantages)  # of ±1, whatever the rewards, after a normalisation
+        return [_snapped(a, group, largest) for a in advantages]
 
     def _checked(self, group: Sequence[EpisodeRewards]) -> list[Tensor]:
         expected = [(len(e.rewards_K),) for e in group]
@@ -98,10 +99,10 @@ def _any(advantages: Sequence[Tensor]) -> bool:
     return any(bool(a.any()) for a in advantages)
 
 
-def _snapped(advantages: Tensor, group: Sequence[EpisodeRewards]) -> Tensor:
-    """Replace what is mere rounding of the group's rewards by 0."""
-    zero = rounding_of(*(math.fsum(map(abs, e.rewards_K)) for e in group))
-    return torch.where(advantages.abs() > zero, advantages, 0.0)
+def _snapped(advantages: Tensor, group: Sequence[EpisodeRewards], largest: float = math.inf) -> Tensor:
+    """Replace what is mere rounding of the group's rewards, or of numbers up to ``largest``, by 0."""
+    scale = max(math.fsum(map(abs, e.rewards_K)) for e in group)
+    return torch.where(advantages.abs() > rounding_of(min(scale, largest)), advantages, 0.0)
 
 
 def _of_few_bits(group: Sequence[EpisodeRewards]) -> list[EpisodeRewards]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from areal_agents import settings
 from areal_agents.errors import ConfigError
-from areal_agents.evaluation.evaluate import EvalReport
+from areal_agents.evaluation.report import EvalReport
 from areal_agents.tracking.plot import HeldOut, plot
 from areal_agents.trainer.loop import RunResult, train
 from areal_agents.trainer.preflight import require_runnable

@@ -24,7 +24,7 @@ from areal_agents.errors import ConfigError
 from areal_agents.evaluation.statistics import mean_interval, sign_test
 from areal_agents.evaluation.unfinished import partial_note
 from areal_agents.tracking.trajectories import read_records, shards
-from areal_agents.utils.tolerance import PASS
+from areal_agents.utils.tolerance import reaches
 
 FEW_TASKS = 30
 """With fewer, the mean of the differences may be far from normal, which the t interval takes it for."""
@@ -286,7 +286,7 @@ def _passed(rewards: Sequence[float]) -> Fraction:
 
     It is exact, so that equal differences are equal numbers.
     """
-    return Fraction(sum(r >= PASS for r in rewards), len(rewards))
+    return Fraction(sum(reaches(r) for r in rewards), len(rewards))
 
 
 def _mean(values: Sequence[float]) -> float:

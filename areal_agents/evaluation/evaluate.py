@@ -9,19 +9,16 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 from areal_agents import registry
 from areal_agents.chat_model import remote_name
-from areal_agents.errors import ArealError, ConfigError, InfraError, Interrupted
-from areal_agents.evaluation.attempts import FINISH_SECONDS, run_attempts, same_attempts, saved_rows
-from areal_agents.evaluation.endings import count_endings, count_finishes, count_oddities, noted
+from areal_agents.errors import ArealError, ConfigError, Interrupted
+from areal_agents.evaluation.attempts import FINISH_SECONDS, run_attempts, saved_rows
 from areal_agents.evaluation.players import Opener, Served, Server, on_engines, on_server
 from areal_agents.evaluation.progress import Progress, Stopwatch
-from areal_agents.evaluation.statistics import clustered_interval, pass_at_k, pass_hat_k
+from areal_agents.evaluation.report import EvalReport, summarize
 from areal_agents.evaluation.unfinished import (
     KIND,
     STEP,
@@ -40,7 +37,6 @@ from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec, require_distinct
 from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
-from areal_agents.rollout.task_faults import footer, reasons
 from areal_agents.rollout.tasks import first_tasks
 from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig, TrainConfig
 from areal_agents.settings.evaluation import eval_folder, training_only
@@ -49,203 +45,8 @@ from areal_agents.tracking.tracker import Tracker
 from areal_agents.tracking.trajectories import Record
 from areal_agents.types import Task, Trajectory
 from areal_agents.utils.files import write_atomically
-from areal_agents.utils.short_text import text_of
 from areal_agents.utils.signals import Stop, stop_on_signals
 from areal_agents.utils.system import require_linux
-from areal_agents.utils.tolerance import PASS
-
-
-@dataclass(frozen=True, slots=True)
-class EvalReport:
-    """The report of one evaluation.
-
-    Rates are over scored attempts, but ``infra_rate`` is over all attempts at tasks that can be played.
-    """
-
-    env: str
-    split: str
-    model: str
-    version: int
-    """The policy version that every attempt was sampled from."""
-    temperature: float
-    seed: int
-    n: int
-    """Tasks with at least one scored attempt."""
-    k: int
-    attempts: int
-    pass_at_1: float
-    ci95: tuple[float, float]
-    """Clustered by task."""
-    pass_at_k: float | None
-    """Over the tasks whose k attempts were all scored; None where there are none."""
-    pass_hat_k: float | None
-    reward: float
-    valid_call_rate: float
-    """Attempts with at least one tool call, all of whose calls were valid."""
-    accuracy_given_valid: float | None
-    """pass@1 among those; None where there are none."""
-    malformed_call_rate: float
-    """Share of all tool calls that were not valid."""
-    truncation_rate: float
-    infra_rate: float
-    turns: float
-    tokens: float
-    """Sampled tokens an attempt."""
-    seconds: float
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    """Tasks that cannot be played or scored, each with the reason. Their attempts are in no rate."""
-    served: str = ""
-    """Of a model behind a chat server: the name that the server gives itself for it, and the server's URL."""
-    unplayed: int = 0
-    """Attempts that were asked for and not played, because the evaluation was interrupted."""
-    endings: dict[str, int] = field(default_factory=dict)
-    finishes: dict[str, int] = field(default_factory=dict)
-    """Attempts by stop reason, and turns by how they ended: ``stop``, or early (``cut_turns``)."""
-    cut_turns: int = 0
-    unverifiable: int = 0
-    verdict_timeouts: int = 0
-    """Attempts with such a verdict. They count with its score."""
-    sandbox_replays: int = 0
-    withheld: int = 0
-    """Lost sandboxes whose calls were run again; attempts with a reward that a cut message earned and did not get."""
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def line(self, label: str) -> str:
-        """Return the report as one line for a log."""
-        low, high = self.ci95
-        out = f" (left out: {len(self.left_out)})" if self.left_out else ""
-        return (
-            f"held-out, {label}: pass@1 {self.pass_at_1:.3f} ({low:.3f}–{high:.3f}), valid calls "
-            f"{self.valid_call_rate:.2f}, n = {self.n}{out}, {self.seconds:.0f} s"
-        )
-
-    def table(self) -> str:
-        """Return the report as text for people."""
-        return compare_table({f"{self.env}:{self.split}": self})
-
-    def notes(self) -> list[str]:
-        """Say what makes the numbers less than they look."""
-        notes = []
-        if self.unplayed:
-            made = round(self.attempts / (1.0 - self.infra_rate))
-            notes.append(
-                f"partial: {made} of {made + self.unplayed} attempts were played, at {self.n} tasks with a score"
-            )
-        if self.k > 1 and self.temperature == 0.0:
-            notes.append(same_attempts(self.k))
-        return notes
-
-
-def calls_of(trajectory: Trajectory) -> tuple[int, int]:
-    """Count the tool calls that an episode made, and those of them that were valid."""
-    calls = [call for turn in trajectory.turns for call in turn.message.tool_calls]
-    return len(calls), sum(call.status == "ok" for call in calls)
-
-
-def summarize(
-    results: Sequence[tuple[Task, Sequence[Trajectory | None]]],
-    *,
-    env: str,
-    split: str,
-    model: str,
-    version: int,
-    temperature: float,
-    seed: int,
-    seconds: float,
-    planned: int | None = None,
-    first_failure: BaseException | None = None,
-    left_out: Mapping[str, str] = MappingProxyType({}),
-) -> EvalReport:
-    """Report what ``results`` show.
-
-    pass@k and pass^k are averaged over the tasks whose k attempts were all scored.
-
-    Args:
-        results: each task with its attempts, which are None where infrastructure failed them.
-        env: the environment's id.
-        split: of the tasks.
-        model: the model's name.
-        version: of the weights that every attempt was sampled from.
-        temperature: of sampling.
-        seed: of environments and sampling.
-        seconds: that the evaluation took.
-        planned: attempts that were asked for; None means those that there are.
-        first_failure: why the first attempt was given up, of those that were.
-        left_out: tasks that cannot be played or scored, each with the reason. Their attempts count nowhere.
-
-    Raises:
-        InfraError: no attempt was scored.
-    """
-    results = [(task, tries) for task, tries in results if task.id not in left_out]
-    scored = [(task, kept) for task, tries in results if (kept := [t for t in tries if t is not None])]
-    if not scored:
-        if not results:
-            raise ConfigError(f"evaluation of {env}: no task can be played or scored:{reasons(left_out)}")
-        said = f" First failure: {text_of(first_failure)}" if first_failure is not None else ""
-        raise InfraError(
-            f"evaluation of {env}: infrastructure failed every attempt, so that there is nothing to score.{said}"
-            f"{reasons(left_out)}"
-        ) from first_failure
-    k = max(len(tries) for _, tries in results)
-    everything = [t for _, tries in scored for t in tries]
-    total = len(everything)
-    wins = [sum(t.reward >= PASS for t in tries) for _, tries in scored]
-    counts = [len(tries) for _, tries in scored]
-    full = [(c, w) for c, w in zip(counts, wins, strict=True) if c == k]
-    calls = [calls_of(t) for t in everything]
-    valid = [t for t, (made, ok) in zip(everything, calls, strict=True) if made and made == ok]
-    made = sum(m for m, _ in calls)
-    return EvalReport(
-        env, split, model, version, temperature, seed, len(scored), k, total,
-        pass_at_1=sum(wins) / total,
-        ci95=clustered_interval(wins, counts),
-        pass_at_k=sum(pass_at_k(c, w, k) for c, w in full) / len(full) if full else None,
-        pass_hat_k=sum(pass_hat_k(c, w, k) for c, w in full) / len(full) if full else None,
-        reward=sum(t.reward for t in everything) / total,
-        valid_call_rate=len(valid) / total,
-        accuracy_given_valid=sum(t.reward >= PASS for t in valid) / len(valid) if valid else None,
-        malformed_call_rate=sum(m - ok for m, ok in calls) / made if made else 0.0,
-        truncation_rate=sum(t.truncated for t in everything) / total,
-        infra_rate=1.0 - total / sum(len(tries) for _, tries in results),
-        turns=sum(len(t.turns) for t in everything) / total,
-        tokens=sum(t.sampled_tokens for t in everything) / total,
-        seconds=seconds,
-        left_out=dict(left_out),
-        unplayed=0 if planned is None else planned - sum(len(tries) for _, tries in results),
-        endings=count_endings(everything),
-        finishes=count_finishes(everything),
-        **dict[str, Any](count_oddities(everything)),
-    )  # fmt: skip
-
-
-def compare_table(reports: dict[str, EvalReport]) -> str:
-    """Lay out named reports side by side, for people."""
-    ks = {r.k for r in reports.values()}
-    k = str(max(ks)) if len(ks) == 1 else "k"
-    several = (f"pass@{k}", f"pass^{k}") if max(ks, default=1) > 1 else ()
-    head = ("", "pass@1", "95 % CI", *several, "n", "valid calls", "pass | valid", "truncated", "infra")
-    rows = [head]
-    for name, r in reports.items():
-        of_k = (_rate(r.pass_at_k), _rate(r.pass_hat_k)) if several else ()
-        rows.append((
-            name, f"{r.pass_at_1:.3f}", f"{r.ci95[0]:.3f}–{r.ci95[1]:.3f}", *of_k, str(r.n),
-            f"{r.valid_call_rate:.3f}", _rate(r.accuracy_given_valid), f"{r.truncation_rate:.3f}",
-            f"{r.infra_rate:.3f}",
-        ))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    notes = dict.fromkeys(note for r in reports.values() for note in r.notes())
-    noticed = {name: noted(r.endings, r.finishes, r.to_json()) for name, r in reports.items()}
-    below = [f"{name}: {said}" for name, said in noticed.items() if said]
-    named = {id: why for r in reports.values() for id, why in r.left_out.items()}
-    under = [*below, *(f"note: {note}" for note in notes)]
-    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], *under]) + footer(named)
-
-
-def _rate(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 def held_out(

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from areal_agents.errors import ConfigError, EnvError, TaskError
+from areal_agents.errors import ArealError, ConfigError, TaskError
 from areal_agents.rollout.task_faults import reasons
 from areal_agents.types import Task
 from areal_agents.utils.short_text import described, short, text_of
@@ -37,7 +37,7 @@ def task_at(tasks: Sequence[Task], index: int) -> Task | str:
     """Return the task at ``index``, or why the environment cannot make it (a lazy sequence makes it only now)."""
     try:
         found: object = tasks[index]
-    except EnvError as error:  # of a lazy sequence, which says it already
+    except ArealError as error:  # of ``LazyTasks``, which says what was being made
         return text_of(error)
     except Exception as error:  # noqa: BLE001  the author's own code
         return f"making it raised {described(error)}"

@@ -21,8 +21,8 @@ from areal_agents.algorithms.advantages import Estimator
 from areal_agents.algorithms.batch import Batch, Row, rows_of
 from areal_agents.errors import Interrupted, LearnerLost
 from areal_agents.evaluation.endings import count_oddities
-from areal_agents.evaluation.evaluate import EvalReport, calls_of, compare_table
 from areal_agents.evaluation.progress import Stopwatch
+from areal_agents.evaluation.report import EvalReport, calls_of, compare_table
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.tasks import TaskStream
@@ -301,7 +301,7 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
     return {
         "reward": sum(rewards) / n,
         "groups_with_signal": sum(not all_same([t.reward for t in g.trajectories]) for g in groups) / len(groups),
-        "groups_solved": sum(reaches(m, 1.0) for m in means) / len(groups),
+        "groups_solved": sum(reaches(m) for m in means) / len(groups),
         "valid_call_rate": sum(made > 0 and made == ok for made, ok in calls) / n,
         "truncation_rate": sum(t.truncated for t in episodes) / n,
         "turns": sum(len(t.turns) for t in episodes) / n,

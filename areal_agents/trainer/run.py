@@ -19,8 +19,9 @@ from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Sampling
 from areal_agents.errors import LearnerLost
 from areal_agents.evaluation.attempts import run_attempts
-from areal_agents.evaluation.evaluate import EvalReport, held_out, summarize
+from areal_agents.evaluation.evaluate import held_out
 from areal_agents.evaluation.progress import Progress, Stopwatch
+from areal_agents.evaluation.report import EvalReport, summarize
 from areal_agents.models import resolve
 from areal_agents.rollout.demonstrations import demonstration_rows, require_all
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, limits_of, prove_sandbox, require_prompts

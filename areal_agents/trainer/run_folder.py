@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from areal_agents.errors import CheckpointError, ConfigError
-from areal_agents.evaluation.evaluate import EvalReport
+from areal_agents.evaluation.report import EvalReport
 from areal_agents.learner.learner import Learner
 from areal_agents.rollout.producer import RolloutState
 from areal_agents.tracking.trajectories import read_shard

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 TOLERANCE = 1e-9
 """Differences up to this share of the larger number, or of 1, are rounding."""
-PASS = 1.0 - TOLERANCE
-"""An episode passes when its reward reaches 1, whatever bonus components add."""
 
 
-def reaches(reward: float, limit: float) -> bool:
-    """Say whether ``reward`` is at least ``limit``, up to rounding."""
+def reaches(reward: float, limit: float = 1.0) -> bool:
+    """Say whether ``reward`` is at least ``limit``, up to rounding.
+
+    An episode passes when its reward reaches 1, whatever bonus components add.
+    """
     return reward >= limit - rounding_of(limit)
 
 

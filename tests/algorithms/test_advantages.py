@@ -354,3 +354,11 @@ def test_an_estimator_without_a_baseline_keeps_what_it_gives_for_equal_rewards()
     assert lists(chosen(uncentred)(episodes([(0.7,)] * 3))) == nearly([[0.7]] * 3, 1e-7)
     assert lists(chosen(below_one)(episodes([(0.7,)] * 3))) == nearly([[0.3]] * 3, 1e-7)
     assert lists(chosen(uncentred)(episodes([(0.0, 0.5), (0.5, 0.0)]))) == [[0.0, 0.5], [0.5, 0.0]]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e9, 1e12])
+def test_large_rewards_keep_their_normalised_advantages(scale: float) -> None:
+    # Mean 4/3, variance (16 + 25 + 1)/9/2 = 7/3: -0.873, 1.091 and -0.218 at any scale, as ε is small.
+    group = episodes([(0.0,), (3.0 * scale,), (1.0 * scale,)])
+    found = [a[0] for a in lists(ChosenEstimator(Choice(kind="grpo"))(group))]
+    assert found == pytest.approx([x / math.sqrt(7 / 3) for x in (-4 / 3, 5 / 3, -1 / 3)], rel=1e-5)

@@ -15,7 +15,8 @@ from areal_agents.engines.context import fit_context
 from areal_agents.engines.cpu.engine import TransformersEngine
 from areal_agents.engines.positions import positions_of, read_positions
 from areal_agents.errors import ConfigError
-from areal_agents.evaluation.evaluate import EvalReport, evaluate
+from areal_agents.evaluation.evaluate import evaluate
+from areal_agents.evaluation.report import EvalReport
 from areal_agents.settings.config import EngineConfig, ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.types import Prompt

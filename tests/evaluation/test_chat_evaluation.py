@@ -16,8 +16,9 @@ from areal_agents.chat_model import ChatReply, ContextLengthError
 from areal_agents.cli.main import main
 from areal_agents.engine import Sampling
 from areal_agents.errors import ConfigError, TaskError
-from areal_agents.evaluation.evaluate import EvalReport, evaluate
+from areal_agents.evaluation.evaluate import evaluate
 from areal_agents.evaluation.players import Server
+from areal_agents.evaluation.report import EvalReport
 from areal_agents.evaluation.saved_run import SavedRun
 from areal_agents.rollout.chat_policy import ChatPolicy
 from areal_agents.rollout.episode import Limits

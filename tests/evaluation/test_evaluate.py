@@ -21,8 +21,9 @@ from areal_agents.errors import (
     SandboxUnavailable,
     TemplateError,
 )
-from areal_agents.evaluation.evaluate import EvalReport, compare_table, evaluate, held_out, summarize
+from areal_agents.evaluation.evaluate import evaluate, held_out
 from areal_agents.evaluation.progress import Progress
+from areal_agents.evaluation.report import EvalReport, compare_table, summarize
 from areal_agents.evaluation.saved_run import SavedRun
 from areal_agents.settings.config import EngineConfig, EnvConfig, ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records

@@ -16,7 +16,7 @@ import pytest
 from areal_agents.env import LazyTasks
 from areal_agents.errors import EnvError, FailureBudgetError, RewardError, SandboxError, TaskError, TemplateError
 from areal_agents.evaluation.attempts import run_attempts
-from areal_agents.evaluation.evaluate import summarize
+from areal_agents.evaluation.report import summarize
 from areal_agents.reward import Episode, RewardLike, boxed_number
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.episode import Limits
@@ -343,7 +343,7 @@ def lazy(n: int, broken: Callable[[int], bool]) -> LazyTasks:
 
 def test_a_task_that_cannot_even_be_made_is_left_out(tmp_path: Path) -> None:
     pool, world, saved = lazy(20, lambda i: i == BAD), World(), list[RolloutState]()
-    runner = world.runner()
+    runner, reason = world.runner(), "task 7 of 20 could not be made: ValueError: row 7 has no answer"
 
     async def main() -> None:
         stream = TaskStream(pool, seed=0, tell=runner.leave_out)
@@ -352,15 +352,11 @@ def test_a_task_that_cannot_even_be_made_is_left_out(tmp_path: Path) -> None:
         again = TaskStream(pool, seed=0)
         again.restore(stream.state())
         assert [again.next().id for _ in range(5)] == [stream.next().id for _ in range(5)]
-        assert again.left_out == {
-            "task 7 of the split": "task 7 of 20 could not be made: ValueError: row 7 has no answer"
-        }
+        assert again.left_out == {"task 7 of the split": reason}
         await runner.close()
 
     asyncio.run(main())
-    assert world.of("task_left_out") == [
-        {"task": "task 7 of the split", "reason": "task 7 of 20 could not be made: ValueError: row 7 has no answer"}
-    ]
+    assert world.of("task_left_out") == [{"task": "task 7 of the split", "reason": reason}]
     assert len(train(World(), pool, saved=saved)[0]) == 24
     assert [name for name, _ in saved[0].tasks.left_out] == ["task 7 of the split"]
     told: dict[str, str] = {}

@@ -14,6 +14,7 @@ from areal_agents.tool import ToolError, ToolResult
 from areal_agents.tools.calculator import calculator, evaluate, show
 from areal_agents.tools.python import MAX_CODE_BYTES, describe, python, shorten_tracebacks
 from tests.conftest import require
+from tests.sandboxes.test_process_gate import THREADS_32
 
 
 @pytest.mark.parametrize(
@@ -258,16 +259,6 @@ def test_any_text_goes_in_and_comes_out() -> None:
     assert zero == ToolResult("error: the code has a NUL character, which Python does not read", "error")
 
 
-_TOGETHER = """
-import os, threading
-from concurrent.futures import ThreadPoolExecutor
-meeting = threading.Barrier(32)
-def work(number):
-    meeting.wait(60)  # all 32 run at the same time, or nobody passes
-    return len(bytearray(100_000))
-with ThreadPoolExecutor(32) as pool:
-    print(sum(pool.map(work, range(32))))
-"""
 _PROCESSES = """
 import asyncio, multiprocessing, subprocess, sys
 def square(x):
@@ -292,7 +283,7 @@ if __name__ == "__main__":
 def test_threads_and_processes_work() -> None:
     if memory_bound() == "rlimits":
         pytest.skip("memory is bounded by rlimits here, which leaves room for a few processes")
-    threads, processes = run_python(_TOGETHER, _PROCESSES)
+    threads, processes = run_python(THREADS_32, _PROCESSES)
     assert threads == ToolResult("3200000")
     assert processes == ToolResult("[0, 1, 4, 9]\n{'a': 1}\n(b'child\\n', None) 9")
 

@@ -24,7 +24,7 @@ import torch
 from areal_agents import settings
 from areal_agents.cli.demo import claim
 from areal_agents.errors import ArealError, ConfigError, Interrupted, LearnerLost
-from areal_agents.evaluation.evaluate import EvalReport
+from areal_agents.evaluation.report import EvalReport
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking import trajectories
 from areal_agents.tracking.tracker import read_metrics

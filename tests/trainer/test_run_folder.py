@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from areal_agents.errors import CheckpointError, ConfigError
-from areal_agents.evaluation.evaluate import EvalReport
+from areal_agents.evaluation.report import EvalReport
 from areal_agents.rollout.buffer import BufferState, Ticket
 from areal_agents.rollout.producer import OpenGroup, RolloutState
 from areal_agents.rollout.tasks import StreamState, TaskStream

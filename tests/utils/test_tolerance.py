@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from areal_agents.utils.tolerance import PASS, all_same, reaches, rounding_of
+from areal_agents.utils.tolerance import TOLERANCE, all_same, reaches, rounding_of
 
 
 def test_rounding_makes_no_difference() -> None:
@@ -23,5 +23,5 @@ def test_a_difference_makes_one() -> None:
     assert not all_same([0.5, 0.5, 0.500001])
     assert not all_same([1e6, 1e6 + 0.01])
     assert not reaches(0.999999, 1.0)
-    assert reaches(PASS, 1.0)
-    assert not reaches(PASS - 1e-12, 1.0)
+    assert reaches(1.0 - TOLERANCE)
+    assert not reaches(1.0 - TOLERANCE - 1e-12)

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from areal_agents.chat.thinking import THINK, UNTHINK
 from areal_agents.chat.tool_formats.json_calls import MAX_CALLS, Read, Schemas
 from areal_agents.types import CallStatus
 
-THINK, UNTHINK = "<think>", "</think>"
 Call = tuple[str, Mapping[str, Any]]
 """A tool's name and its arguments."""
 

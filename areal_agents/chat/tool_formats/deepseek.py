@@ -21,7 +21,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from areal_agents.chat.tool_formats.base import THINK, Block, Call, Source, ToolFormat
+from areal_agents.chat.thinking import THINK
+from areal_agents.chat.tool_formats.base import Block, Call, Source, ToolFormat
 from areal_agents.chat.tool_formats.json_calls import arguments_of, decode
 
 BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"

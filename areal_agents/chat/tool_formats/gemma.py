@@ -13,7 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from areal_agents.chat.tool_formats.base import THINK, Block, Call, Source, ToolFormat
+from areal_agents.chat.thinking import THINK
+from areal_agents.chat.tool_formats.base import Block, Call, Source, ToolFormat
 from areal_agents.chat.tool_formats.json_calls import MAX_CALLS, call_of, decode, item_end, looks_like_call
 from areal_agents.chat.tool_formats.literals import LiteralReader, write_call
 from areal_agents.chat.tool_formats.pythonic import read_call

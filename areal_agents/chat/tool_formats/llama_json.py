@@ -15,7 +15,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from areal_agents.chat.tool_formats.base import THINK, UNTHINK, Block, Call, Source, ToolFormat, refused, visible_start
+from areal_agents.chat.thinking import THINK, UNTHINK
+from areal_agents.chat.tool_formats.base import Block, Call, Source, ToolFormat, refused, visible_start
 from areal_agents.chat.tool_formats.json_calls import (
     MAX_CALLS,
     Schemas,

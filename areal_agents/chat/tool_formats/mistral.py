@@ -13,7 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from areal_agents.chat.tool_formats.base import THINK, Block, Call, Source, ToolFormat
+from areal_agents.chat.thinking import THINK
+from areal_agents.chat.tool_formats.base import Block, Call, Source, ToolFormat
 from areal_agents.chat.tool_formats.json_calls import arguments_of, call_of, decode, item_end
 from areal_agents.types import CallStatus
 

@@ -13,7 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from areal_agents.chat.tool_formats.base import THINK, Block, Call, Source, ToolFormat, refused, visible_start
+from areal_agents.chat.thinking import THINK
+from areal_agents.chat.tool_formats.base import Block, Call, Source, ToolFormat, refused, visible_start
 from areal_agents.chat.tool_formats.json_calls import MAX_CALLS, Read, Schemas, item_end
 from areal_agents.chat.tool_formats.literals import LiteralReader, Unreadable, write_call
 from areal_agents.chat.tool_formats.llama_json import END, START, TAG, known, speaks, tag_position

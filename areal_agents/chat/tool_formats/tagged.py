@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from areal_agents.chat.tool_formats.base import THINK, Source
+from areal_agents.chat.thinking import THINK
+from areal_agents.chat.tool_formats.base import Source
 from areal_agents.chat.tool_formats.coercion import typed
 from areal_agents.chat.tool_formats.json_calls import MAX_JSON_CHARS, Read, sane
 from areal_agents.types import CallStatus
