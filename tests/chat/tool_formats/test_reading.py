@@ -82,6 +82,15 @@ CASES: list[tuple[str, str, Found]] = [
     ),
     ("qwen_xml", "<tool_call>{bad</tool_call>" + XML % "x", [bad(), ok(s="x")]),
     ("qwen_xml", "<tool_call><think>" + XML % "x" + "</think>", [bad("unclosed")]),
+    # a value that lost its closing tag takes nothing of the next parameter or call with it
+    ("qwen_xml", "<function=f><parameter=s>a<parameter=n>3</parameter></function>", [bad()]),
+    ("qwen_xml", "<function=f><parameter=s>a</s><parameter=n>3</parameter></function>" + XML % "x", [bad(), ok(s="x")]),
+    ("qwen_xml", (XML % "a").replace("</parameter>", "</parameter/>") + XML % "x", [bad(), ok(s="x")]),
+    ("qwen_xml", (XML % "a").replace("</parameter>", "") + XML % "x", [bad(), ok(s="x")]),
+    ("glm", (GLM % "a").replace("</arg_value>", "") + GLM % "x", [bad(), ok(s="x")]),
+    ("glm", "<tool_call>f<arg_key>s</arg_key><arg_value>a<arg_key>n</arg_key><arg_value>3</arg_value></tool_call>",
+     [bad()]),
+    ("glm", "<tool_call>f<arg_key>s</arg_key>a</arg_value></tool_call>", [bad()]),
     # glm
     ("glm", GLM % "x", [ok(s="x")]),
     ("glm", "<tool_call>f<arg_key>s</arg_key><arg_value>x</arg_value></tool_call>", [ok(s="x")]),
