@@ -40,6 +40,8 @@ _NOTATION = ("hermes", "api")
 """The formats whose calls stand in a text as Hermes blocks."""
 _MARKED = ("hermes", "qwen_xml", "mistral", "deepseek")
 """Formats whose markup stands in no prose."""
+_WHOLE = ("llama_json", "pythonic")
+"""Formats whose calls are whole messages, and carry no markup."""
 _FOREIGN = "the call is written in another format"
 M = TypeVar("M")
 
@@ -80,7 +82,8 @@ def parse_text(
 def blocks_of(text: str, form: ToolFormat, tools: Schemas, *, thinking: bool = False) -> list[Block]:
     """Find the calls of ``text``.
 
-    A known tool's call in the markup of another family is meant as one. It is not run, and no final answer either.
+    A known tool's call in the markup of another family is meant as one. So is a whole message that is nothing but such
+    calls with their arguments, as of models that leave out the markup. They are not run, and no final answer either.
 
     Args:
         text: what the model wrote.
@@ -90,10 +93,12 @@ def blocks_of(text: str, form: ToolFormat, tools: Schemas, *, thinking: bool = F
     """
     if blocks := form.find_blocks(text, thinking=thinking, tools=tools):
         return blocks
-    for other in map(tool_format, _MARKED) if tools else ():
+    for other in map(tool_format, (*_MARKED, *_WHOLE)) if tools else ():
         found = [
             b for b in other.find_blocks(text, thinking=thinking, tools=tools) if b.status == "ok" and b.name in tools
         ]
+        if other.name in _WHOLE:  # {"name": "python"} alone may be an answer
+            found = [b for b in found if b.arguments]
         if found:
             return [Block.broken(b.start, b.end, "invalid_json", _FOREIGN) for b in found]
     return []

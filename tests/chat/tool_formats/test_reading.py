@@ -91,6 +91,10 @@ CASES: list[tuple[str, str, Found]] = [
     ("glm", "<tool_call>f<arg_key>s</arg_key><arg_value>a<arg_key>n</arg_key><arg_value>3</arg_value></tool_call>",
      [bad()]),
     ("glm", "<tool_call>f<arg_key>s</arg_key>a</arg_value></tool_call>", [bad()]),
+    ("qwen_xml", XML % "</think>", [ok(s="</think>")]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"s": "</think>"}}</tool_call>', [ok(s="</think>")]),
+    ("llama_json", '{"name": "f", "parameters": {"s": "</think>"}}', [ok(s="</think>")]),
+    ("pythonic", '[f(s="</think>")]', [ok(s="</think>")]),
     # glm
     ("glm", GLM % "x", [ok(s="x")]),
     ("glm", "<tool_call>f<arg_key>s</arg_key><arg_value>x</arg_value></tool_call>", [ok(s="x")]),
@@ -234,6 +238,8 @@ def test_thoughts_hide_calls(name: str) -> None:
     assert read(name, f"<think>{call}") == []
     assert read(name, f"{call}</think>{call}", thinking=True) == [ok("g")]
     assert read(name, call, thinking=True) == []
+    assert read(name, f"so {call} or</think>\n{call}") == [ok("g")]
+    assert read(name, f"so {call} or</think>\nno") == []
 
 
 @pytest.mark.parametrize("name", FORMATS)
