@@ -100,7 +100,8 @@ def read_reply(
     choice = _first_choice(body)
     message = _mapping(choice.get("message"), "choices[0].message")
     content = _text_of(message)
-    entries = message.get("tool_calls") or []
+    older = message.get("function_call")  # of servers that know one call a message
+    entries = message.get("tool_calls") or ([{"function": older}] if older else [])
     if not isinstance(entries, list):
         raise EngineError("choices[0].message.tool_calls is no list")
     finish = _finish(choice.get("finish_reason"), empty=not content.strip() and not entries)
@@ -294,7 +295,9 @@ def _calls(entries: Sequence[object]) -> tuple[ToolCall, ...]:
     taken: set[str] = set()
     for i, entry in enumerate(entries):
         row = _mapping(entry, f"tool_calls[{i}]")
-        function = _mapping(row.get("function"), f"tool_calls[{i}].function")
+        inner = row.get("function")
+        # Without one, it is a broken call of the model's, or its name and arguments stand in the entry itself.
+        function = inner if isinstance(inner, dict) else row
         given = row.get("id")
         free = isinstance(given, str) and 0 < len(given) <= _MAX_ID and given not in taken
         id = _clean(given) if free and isinstance(given, str) and not _TEXT_ID.fullmatch(given) else f"served-{i}"
