@@ -137,6 +137,15 @@ def test_other_templates_of_the_families(name: str) -> None:
     assert [(c.status, c.format) for c in message.tool_calls] == [("ok", name)] * 2
 
 
+def test_a_template_that_takes_arguments_as_text() -> None:
+    """It writes an object as Python does, without a word."""
+    body = '\n<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments }}}\n</tool_call>'
+    form = ChatFormat(tiny(writing(CALLS + body + ENDED)))
+    assert (form.tool_format.name, form.renders_tools) == ("hermes", True)
+    _, message = played(form)
+    assert [c.status for c in message.tool_calls] == ["ok", "ok"]
+
+
 STRANGE = CALLS + "<invoke name='{{ c.function.name }}'>{{ c.function.arguments | tojson }}</invoke>" + ENDED
 HARMONY = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% for c in m.tool_calls or [] %}<|start|>assistant "
