@@ -124,6 +124,11 @@ CASES: list[tuple[str, str, Found]] = [
     ("mistral_args", '[TOOL_CALLS]f[ARGS]{"s": "x', [bad("unclosed")]),
     ("mistral_args", "[TOOL_CALLS]f[ARGS]{bad}[TOOL_CALLS]g[ARGS]{}", [bad(), ok("g")]),
     ("mistral_args", "[TOOL_CALLS]f[ARGS][1]", [bad()]),
+    ("mistral_args", '[TOOL_CALLS]f[ARGS]{"s": "x"}, g[ARGS]{} then', [ok(s="x"), ok("g")]),
+    ("mistral_args", '[TOOL_CALLS]f{"s": "x"}g{}', [ok(s="x"), ok("g")]),
+    ("mistral_args", '[TOOL_CALLS]f[ARGS]{"s": "x"} so {"a": 1}', [ok(s="x")]),
+    ("mistral_args", '[TOOL_CALLS]g[ARGS]{}f[ARGS]{"s": ', [ok("g"), bad("unclosed")]),
+    ("mistral", '[TOOL_CALLS]{"name": "g"}; {"name": "f", "arguments": {"s": "x"}}', [ok("g"), ok(s="x")]),
     # deepseek
     ("deepseek", "so " + V3 % "x", [ok(s="x")]),
     ("deepseek", V31 % "x", [ok(s="x")]),
