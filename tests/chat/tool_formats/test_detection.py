@@ -230,10 +230,23 @@ def test_a_message_that_is_a_call_without_markup_is_no_answer(name: str) -> None
         return [(c.status, c.raw) for c in calls]
 
     said = '{"name": "python", "arguments": {"code": "print(1)"}}'
-    for text in (said, f"\n{said}\n", f"<think>why</think>\n{said}", "[python(code='print(1)')]"):
-        assert [raw for _, raw in read(text)] == [text.removeprefix("<think>why</think>").strip()]
+    for text in (
+        said, f"\n{said}\n", f"<think>why</think>\n{said}", "[python(code='print(1)')]", f"{said}\n</tool_call>",
+        f"{said} That is all.", f"[{said}]", f"<tools>\n{said}\n</tools>", f"<|tool_call|>[{said}]<|/tool_call|>",
+        '{"name": "noop", "arguments": {}}', "<|tool_call_start|>[python(code='print(1)')]<|tool_call_end|>",
+        '<invoke name="python"><parameter name="code">1</parameter></invoke>',
+        *([] if name == "gemma" else [f"```json\n{said}\n```"]),
+        *([] if name == "qwen_xml" else ['<function=python>{"code": "1"}</function>']),
+    ):  # fmt: skip
+        found = [raw for _, raw in read(text)]
+        if name in ("llama_json", "pythonic"):  # which end a call where its own convention does
+            assert found, text
+        else:
+            assert found == [text.removeprefix("<think>why</think>").strip()]
     for answer in (
-        f"I would write {said}", f"{{\"answer\": {said}}}", '{"answer": 42}', "[1, 2]",
+        f"I would write {said}", f"{{\"answer\": {said}}}", '{"answer": 42}', "[1, 2]", "<answer>42</answer>",
+        "<b>python</b>", "<function>", *([] if name == "pythonic" else ["[python(3), java(8)]"]),
+        '```json\n{"answer": 42}\n```', "```python\nprint(1)\n```",
         '{"name": "nobody", "age": 3}', f"<think>{said}</think> 42",
     ):  # fmt: skip
         assert read(answer) == []
