@@ -118,8 +118,10 @@ def ended(word: Any, **message: Any) -> str:
     ("words", "finish"),
     [
         ((None, "", "stop", "tool_calls", "eos_token", "end_turn", "Stop", 3), "stop"),
-        (("length", "max_tokens", "model_length", "LENGTH"), "length"),
-        (("content_filter", "safety", "SAFETY", "refusal"), "content_filter"),
+        (("length", "max_tokens", "model_length", "LENGTH", {"type": "length"}), "length"),
+        (("model_context_window_exceeded", "max_length"), "length"),
+        (("content_filter", "safety", "SAFETY", "refusal", "content-filter", "sensitive"), "content_filter"),
+        (("RECITATION", "prohibited_content", "guardrail_intervened"), "content_filter"),
     ],
 )
 def test_how_a_reply_ended_in_the_words_of_servers(words: tuple[Any, ...], finish: str) -> None:
