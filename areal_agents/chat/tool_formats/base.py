@@ -211,8 +211,12 @@ class ToolFormat(ABC):
         return (self,)
 
 
-def visible_start(source: Source, *, thinking: bool) -> int:
-    """Return where a message begins to speak: after its white space and its leading thoughts."""
+def visible_start(source: Source, *, thinking: bool, tags: Sequence[str] = ()) -> int:
+    """Return where a message begins to speak: after its white space and its leading thoughts.
+
+    What stands behind one of ``tags`` is a call's.
+    """
+    others = (THINK, *tags)
     pos = source.after(UNTHINK, 0) if thinking else 0
     while True:
         pos = source.blank(pos)
@@ -220,7 +224,9 @@ def visible_start(source: Source, *, thinking: bool) -> int:
             pos = source.after(UNTHINK, pos + len(THINK))
         elif source.at(UNTHINK, pos):
             pos += len(UNTHINK)
-        elif source.text[pos : pos + 1] not in _MARKUP and source.find(UNTHINK, pos) < source.find(THINK, pos):
+        elif source.text[pos : pos + 1] not in _MARKUP and source.find(UNTHINK, pos) < source.first(
+            (THINK, *tags), pos
+        ):
             pos = source.after(UNTHINK, pos)  # a thought that begins where the text does not show it
         else:
             return pos

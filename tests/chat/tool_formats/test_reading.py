@@ -95,6 +95,8 @@ CASES: list[tuple[str, str, Found]] = [
     ("hermes", '<tool_call>{"name": "f", "arguments": {"s": "</think>"}}</tool_call>', [ok(s="</think>")]),
     ("llama_json", '{"name": "f", "parameters": {"s": "</think>"}}', [ok(s="</think>")]),
     ("pythonic", '[f(s="</think>")]', [ok(s="</think>")]),
+    ("llama_json", 'so <|python_tag|>{"name": "f", "parameters": {"s": "</think>"}}', [ok(s="</think>")]),
+    ("pythonic", 'so <|python_start|>[f(s="</think>")]<|python_end|>', [ok(s="</think>")]),
     # glm
     ("glm", GLM % "x", [ok(s="x")]),
     ("glm", "<tool_call>f<arg_key>s</arg_key><arg_value>x</arg_value></tool_call>", [ok(s="x")]),
