@@ -224,9 +224,7 @@ def visible_start(source: Source, *, thinking: bool, tags: Sequence[str] = ()) -
             pos = source.after(UNTHINK, pos + len(THINK))
         elif source.at(UNTHINK, pos):
             pos += len(UNTHINK)
-        elif source.text[pos : pos + 1] not in _MARKUP and source.find(UNTHINK, pos) < source.first(
-            (THINK, *tags), pos
-        ):
+        elif source.text[pos : pos + 1] not in _MARKUP and source.find(UNTHINK, pos) < source.first(others, pos):
             pos = source.after(UNTHINK, pos)  # a thought that begins where the text does not show it
         else:
             return pos
