@@ -10,13 +10,16 @@ are never calls. The text is hostile: no input raises.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from areal_agents.chat.tool_formats import DEFAULT, Block, Schemas, ToolFormat, tool_format
+from areal_agents.chat.tool_formats.base import Source, visible_start
 from areal_agents.chat.tool_formats.hermes import Hermes
 from areal_agents.chat.tool_formats.json_calls import MAX_CALLS, Read, arguments_of, decode
+from areal_agents.chat.tool_formats.pythonic import FOLLOWED
 from areal_agents.errors import TemplateError
 from areal_agents.types import AssistantMessage, Finish, Text, ToolCall
 
@@ -40,6 +43,9 @@ _NOTATION = ("hermes", "api")
 """The formats whose calls stand in a text as Hermes blocks."""
 _MARKED = ("hermes", "qwen_xml", "mistral", "deepseek")
 """Formats whose markup stands in no prose."""
+_LEAD = re.compile(r"(?:```[a-z_]{0,16}|<(?P<tag>[^<>\n]{1,128})>)?\s{0,64}(?P<list>\[?\s{0,64})")
+"""What may stand before a call in the markup of no known family: a fence or a tag, and a list's bracket."""
+_WORD = re.compile(r"[\w.\-]+")
 _FOREIGN = "the call is written in another format"
 M = TypeVar("M")
 
@@ -80,7 +86,8 @@ def parse_text(
 def blocks_of(text: str, form: ToolFormat, tools: Schemas, *, thinking: bool = False) -> list[Block]:
     """Find the calls of ``text``.
 
-    A known tool's call in the markup of another family is meant as one. It is not run, and no final answer either.
+    A known tool's call in the markup of another family is meant as one. So is a message that begins as a known tool's
+    call does, without markup or in that of no known family. They are not run, and no final answer either.
 
     Args:
         text: what the model wrote.
@@ -90,13 +97,32 @@ def blocks_of(text: str, form: ToolFormat, tools: Schemas, *, thinking: bool = F
     """
     if blocks := form.find_blocks(text, thinking=thinking, tools=tools):
         return blocks
-    for other in map(tool_format, _MARKED) if tools else ():
+    if not tools:
+        return []
+    for other in map(tool_format, _MARKED):
         found = [
             b for b in other.find_blocks(text, thinking=thinking, tools=tools) if b.status == "ok" and b.name in tools
         ]
         if found:
             return [Block.broken(b.start, b.end, "invalid_json", _FOREIGN) for b in found]
-    return []
+    start = visible_start(Source(text, tools), thinking=thinking)
+    meant = _begins_as_call(text, start, tools)
+    return [Block.broken(start, len(text.rstrip()), "invalid_json", _FOREIGN)] if meant else []
+
+
+def _begins_as_call(text: str, start: int, tools: Schemas) -> bool:
+    """Say whether a known tool's call with its arguments stands at ``start``: as JSON, in a tag, or as Python's."""
+    lead = _LEAD.match(text, start)
+    assert lead is not None  # everything in it may be missing
+    name, *others = _WORD.findall(lead["tag"] or "") or [""]
+    if name in ("function", "invoke") and any(word in tools for word in others):
+        return True
+    value, _, failed = decode(text, lead.end())
+    if not failed and isinstance(value, dict):  # {"name": "python"} alone may be an answer
+        named = value.get("name")
+        return isinstance(named, str) and named in tools and ("arguments" in value or "parameters" in value)
+    python = tool_format("pythonic").find_blocks(text[lead.start("list") :], tools=tools)
+    return any(b.name in tools and b.problem in ("", FOLLOWED) for b in python)
 
 
 def message_of(

@@ -19,6 +19,8 @@ from areal_agents.chat.thinking import THINK, UNTHINK
 from areal_agents.chat.tool_formats.json_calls import MAX_CALLS, Read, Schemas
 from areal_agents.types import CallStatus
 
+_MARKUP = ("", "{", "[", "`", "<")
+"""What a call or markup begins with."""
 Call = tuple[str, Mapping[str, Any]]
 """A tool's name and its arguments."""
 
@@ -115,21 +117,29 @@ class ToolFormat(ABC):
 
         Args:
             text: what the model wrote.
-            thinking: the prompt already opened ``<think>``. An unclosed ``<think>`` hides the rest of the text.
+            thinking: the prompt already opened ``<think>``. An unclosed ``<think>`` hides the rest of the text, and an
+                unopened ``</think>`` what stands before it: behind a server only the prompt shows where it began.
             tools: the JSON schema of each tool's arguments, by the tool's name. Formats that write every value as text
                 need it, and so do calls whose arguments stand in an unusual place.
         """
         source = Source(text, tools or {})
         blocks: list[Block] = []
+        seen = 0
         pos = source.after(UNTHINK, 0) if thinking else 0
-        while (start := source.first(self.openers, pos)) < len(text):
-            think = source.find(THINK, pos)
-            if think < start:
+        while True:
+            start = source.first(self.openers, pos)
+            think, unthink = source.find(THINK, pos), source.find(UNTHINK, pos)
+            if unthink < min(start, think):
+                blocks.clear()  # what came before was thought: the text does not show where it began
+                pos = unthink + len(UNTHINK)
+            elif think < start:
                 pos = source.after(UNTHINK, think + len(THINK))
-                continue
-            found, pos = self.read(source, start, MAX_CALLS - len(blocks))
-            blocks += found
-        return blocks
+            elif start == len(text):
+                return blocks
+            else:
+                found, pos = self.read(source, start, MAX_CALLS - seen)
+                seen += len(found)
+                blocks += found
 
     def read(self, source: Source, start: int, room: int) -> tuple[list[Block], int]:
         """Read what the opener at ``start`` begins.
@@ -201,8 +211,12 @@ class ToolFormat(ABC):
         return (self,)
 
 
-def visible_start(source: Source, *, thinking: bool) -> int:
-    """Return where a message begins to speak: after its white space and its leading thoughts."""
+def visible_start(source: Source, *, thinking: bool, tags: Sequence[str] = ()) -> int:
+    """Return where a message begins to speak: after its white space and its leading thoughts.
+
+    What stands behind one of ``tags`` is a call's.
+    """
+    others = (THINK, *tags)
     pos = source.after(UNTHINK, 0) if thinking else 0
     while True:
         pos = source.blank(pos)
@@ -210,6 +224,8 @@ def visible_start(source: Source, *, thinking: bool) -> int:
             pos = source.after(UNTHINK, pos + len(THINK))
         elif source.at(UNTHINK, pos):
             pos += len(UNTHINK)
+        elif source.text[pos : pos + 1] not in _MARKUP and source.find(UNTHINK, pos) < source.first(others, pos):
+            pos = source.after(UNTHINK, pos)  # a thought that begins where the text does not show it
         else:
             return pos
 

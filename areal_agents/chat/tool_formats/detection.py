@@ -48,15 +48,18 @@ def written_format(render: Render, before: Sequence[Mapping[str, Any]], opening:
     """
     base = render(before)
     head = opening[_common(base, opening) :]
-    one = next(_renderings(render, before, [_FIRST]), None)
-    if one is None:
+    ones = list(_renderings(render, before, [_FIRST]))
+    if not ones:
         return _markup_alone(render, before, base, head, tail)
-    body = _body(one, base, head, tail)
-    two = next(_renderings(render, before, [_FIRST, _SECOND]), None)
-    fitting = [style for style in _styles() if _reads(style, body, [_FIRST])]
-    if two is not None:
-        fitting = [style for style in fitting if _reads(style, _body(two, base, head, tail), [_FIRST, _SECOND])]
-    return Written(_closest(fitting, body), body)
+    bodies = [_body(one, base, head, tail) for one in ones]
+    pairs = [_body(two, base, head, tail) for two in _renderings(render, before, [_FIRST, _SECOND])]
+    for body in bodies:  # a template that takes text writes an object as Python does, which no format reads
+        fitting = [style for style in _styles() if _reads(style, body, [_FIRST])]
+        if pairs:
+            fitting = [s for s in fitting if any(_reads(s, pair, [_FIRST, _SECOND]) for pair in pairs)]
+        if fitting:
+            return Written(_closest(fitting, body), body)
+    return Written(None, bodies[0])
 
 
 def chosen_format(written: Written, asked: str, *, renders_tools: bool) -> ToolFormat:

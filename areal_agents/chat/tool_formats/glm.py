@@ -59,7 +59,7 @@ class Glm(ToolFormat):
             if end - begin > _MAX_NAME or not source.at(VALUE, value):
                 return self._broken(source, start, begin)
             value += len(VALUE)
-            closed = value_end(source, value, UNVALUE, (KEY, CLOSE))
+            closed = value_end(source, value, UNVALUE, (KEY, CLOSE), KEY)
             if closed is None:
                 return self._broken(source, start, value)
             call.add(source.text[begin:end].strip(), source.text[value:closed])

@@ -46,7 +46,7 @@ class LlamaJson(ToolFormat):
 
     def find_blocks(self, text: str, *, thinking: bool = False, tools: Schemas | None = None) -> list[Block]:
         source = Source(text, tools or {})
-        begin = visible_start(source, thinking=thinking)
+        begin = visible_start(source, thinking=thinking, tags=(TAG, START))
         start = _skip(source, begin)
         if TAG in text[begin:start]:
             return self._calls(source, begin, start)[0]

@@ -15,7 +15,7 @@ from typing import Any
 
 from areal_agents.chat.thinking import THINK
 from areal_agents.chat.tool_formats.base import Block, Call, Source, ToolFormat
-from areal_agents.chat.tool_formats.json_calls import arguments_of, call_of, decode, item_end
+from areal_agents.chat.tool_formats.json_calls import arguments_of, call_of, decode, item_end, looks_like_call
 from areal_agents.types import CallStatus
 
 OPEN, ARGS, ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
@@ -39,15 +39,33 @@ class Mistral(ToolFormat):
         if room > 0 and source.at("{", pos):
             value, end, failed = decode(source.text, pos)
             if not failed:
-                return [Block.of(start, end, call_of(value, source.tools))], end
+                return self._others(source, Block.of(start, end, call_of(value, source.tools)), room)
         named = _NAMED.match(source.text, pos)
         if room > 0 and named and source.at("{", body := source.blank(named.end())):
             value, end, failed = decode(source.text, body)
             if not failed:
-                return [Block.of(start, end, arguments_of(named[1], value))], end
+                return self._others(source, Block.of(start, end, arguments_of(named[1], value)), room)
             pos = body
         end = source.first((OPEN, THINK), pos)
         return [Block.broken(start, end, self._status(source, pos, end, room))], end
+
+    def _others(self, source: Source, first: Block, room: int) -> tuple[list[Block], int]:
+        """Read the calls that follow ``first`` without a token of their own, which some models leave out."""
+        blocks = [first]
+        while True:
+            pos = source.blank(blocks[-1].end)
+            pos = source.blank(pos + 1) if source.at(",", pos) or source.at(";", pos) else pos
+            named = _NAMED.match(source.text, pos)
+            body = source.blank(named.end()) if named else pos
+            meant = not named or ARGS in named[0] or named[1] in source.tools
+            if not (meant and source.at("{", body)):
+                return blocks, blocks[-1].end
+            value, end, failed = decode(source.text, body) if len(blocks) < room else (None, body, True)
+            if failed or not (named or looks_like_call(value, source.tools)):
+                end = source.first((OPEN, THINK), body)
+                return [*blocks, Block.broken(pos, end, self._status(source, body, end, room - len(blocks)))], end
+            read = arguments_of(named[1], value) if named else call_of(value, source.tools)
+            blocks.append(Block.of(pos, end, read))
 
     def _list(self, source: Source, start: int, pos: int, room: int) -> tuple[list[Block], int]:
         blocks: list[Block] = []
@@ -77,7 +95,8 @@ class Mistral(ToolFormat):
         return "unclosed" if cut else "invalid_json"
 
     def read_raw(self, raw: str, tools: Mapping[str, Mapping[str, Any]] | None = None) -> Block | None:
-        whole = raw if raw.startswith(OPEN) else OPEN + "[" + raw + ("" if raw.endswith("]") else "]")
+        listed = OPEN + "[" + raw + ("" if raw.endswith("]") else "]")
+        whole = raw if raw.startswith(OPEN) else listed if raw.startswith("{") else OPEN + raw
         return super().read_raw(whole, tools)
 
     def write(self, name: str, arguments: Mapping[str, Any]) -> str:

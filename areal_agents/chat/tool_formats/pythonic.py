@@ -37,7 +37,7 @@ class Pythonic(ToolFormat):
 
     def find_blocks(self, text: str, *, thinking: bool = False, tools: Schemas | None = None) -> list[Block]:
         source = Source(text, tools or {})
-        start = visible_start(source, thinking=thinking)
+        start = visible_start(source, thinking=thinking, tags=self.openers)
         if blocks := self._whole_message(source, start):
             return blocks
         tag = tag_position(source, start, self.openers)

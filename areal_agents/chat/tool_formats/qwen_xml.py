@@ -73,7 +73,7 @@ class QwenXml(ToolFormat):
             if not source.at(PARAMETER, at):
                 return pos, False
             key, begin = _name(source, at + len(PARAMETER))
-            end = None if key is None else value_end(source, begin, UNPARAMETER, (PARAMETER, UNFUNCTION))
+            end = None if key is None else value_end(source, begin, UNPARAMETER, (PARAMETER, UNFUNCTION), PARAMETER)
             if key is None or end is None:
                 return begin, False
             call.add(key, _between_lines(source.text[begin:end]))

@@ -44,13 +44,22 @@ class TaggedCall:
         return Read(self.name, arguments, "ok")
 
 
-def value_end(source: Source, pos: int, close: str, followers: Sequence[str]) -> int | None:
+def value_end(source: Source, pos: int, close: str, followers: Sequence[str], next_one: str) -> int | None:
     """Return where the value that starts at ``pos`` ends, or None.
 
     It ends at the first ``close`` that something follows which may stand there. A closing tag that other text follows
-    is part of the value, as in code about such tags.
+    is part of the value, as in code about such tags. A value with the next parameter in it lost its own closing tag:
+    it would run with what was meant for another parameter, or for another call.
+
+    Args:
+        source: the text.
+        pos: where the value starts.
+        close: the tag that ends it.
+        followers: what may stand after that tag.
+        next_one: the tag that opens the next parameter.
     """
-    while (found := source.find(close, pos)) < len(source.text):
+    limit = source.find(next_one, pos)
+    while (found := source.find(close, pos)) < limit:
         after = source.blank(found + len(close))
         if any(source.at(f, after) for f in followers):
             return found

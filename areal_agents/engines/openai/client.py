@@ -46,7 +46,15 @@ from areal_agents.utils.closing import AsyncClosing
 _RETRIED = frozenset({408, 409, 429})
 _ERROR_BYTES = 65_536
 _SHOWN = 300
-_CONTEXT = re.compile(r"context.{0,10}(length|size|window)|(maximum|max).{0,20}context|prompt is too long", re.I)
+_CONTEXT = re.compile(
+    r"context.{0,10}(length|size|window)|(maximum|max).{0,20}context"
+    r"|(prompt|input)s?`? is too long|(maximum|max)[ _](prompt|input|model)('s)?[ _]len"
+    r"|\b(prompt|input)s?\b.{0,24}\b(tokens?|length)\b.{0,40}(exceed|must be <=|longer than|less than)"
+    r"|too many tokens.{0,40}prompt|reduce the length of the (messages|prompt|input)",
+    re.I,
+)
+"""What servers say where a conversation is too long for the model. Most have no code for it."""
+_FULL = ("context_length_exceeded", "exceed_context_size_error")
 
 
 class _Transient(Exception):
@@ -337,6 +345,9 @@ class OpenAIChat(AsyncClosing):
         told = f"HTTP {status}: {self._safe(said)}" if said else f"HTTP {status}"
         if code == "insufficient_quota":
             return ConfigError(f"{self._who()}: {told}. The account has no quota left: no retry will help")
+        full = code in _FULL or _CONTEXT.search(said)
+        if full and (status in (400, 413, 422) or (status == 500 and "exceed" in said)):  # llama.cpp answers with 500
+            return ContextLengthError(f"{self._who()}: {told}")
         if status in _RETRIED or status >= 500:
             return _Transient(told, retry_after(response.headers.get("retry-after"), now=self._clock.wall()))
         if status in (401, 403):
@@ -354,8 +365,6 @@ class OpenAIChat(AsyncClosing):
         if 300 <= status < 400:
             where = response.headers.get("location", "").partition("?")[0]
             return ConfigError(f"{self._who()}: HTTP {status}, a redirect to {self._safe(where)!r}: use that URL")
-        if status in (400, 413, 422) and (code == "context_length_exceeded" or _CONTEXT.search(said)):
-            return ContextLengthError(f"{self._who()}: {told}")
         if code in FILTERED:
             return ContentFiltered(f"{self._who()}: {told}: the server's filter refused the conversation")
         return RequestRefused(f"{self._who()}: {told}: the server refused the request")

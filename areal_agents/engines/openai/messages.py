@@ -38,9 +38,14 @@ ReasoningForm = Literal["reasoning_content", "reasoning", "thinking"]
 _TEXT_ID = re.compile(r"call_\d+")  # the ids of calls that were found in text; those of a server are kept apart
 _MAX_ID = 256
 _URL = ("http://", "https://", "data:image/")
-FILTERED = frozenset({"content_filter", "content_policy_violation", "safety", "refusal"})
+FILTERED = frozenset(
+    {"content_filter", "content_policy_violation", "safety", "refusal", "sensitive", "recitation", "blocklist"}
+    | {"prohibited_content", "guardrail_intervened"}
+)
 """Words of servers for what their filters did, as a finish_reason or an error's code."""
-_LENGTH = frozenset({"length", "max_tokens", "max_output_tokens", "model_length"})
+_LENGTH = frozenset(
+    {"length", "max_tokens", "max_output_tokens", "max_length", "model_length", "model_context_window_exceeded"}
+)
 _BROKEN = frozenset({"error", "abort", "aborted", "cancelled", "network_error", "insufficient_system_resource"})
 
 
@@ -100,7 +105,8 @@ def read_reply(
     choice = _first_choice(body)
     message = _mapping(choice.get("message"), "choices[0].message")
     content = _text_of(message)
-    entries = message.get("tool_calls") or []
+    older = message.get("function_call")  # of servers that know one call a message
+    entries = message.get("tool_calls") or ([{"function": older}] if older else [])
     if not isinstance(entries, list):
         raise EngineError("choices[0].message.tool_calls is no list")
     finish = _finish(choice.get("finish_reason"), empty=not content.strip() and not entries)
@@ -234,7 +240,8 @@ def _finish(reason: object, *, empty: bool) -> Finish:
     Servers have many words for a turn that the model ended itself (stop, tool_calls, eos_token, end_turn, none at all).
     So only the words for what cuts a reply are known here.
     """
-    word = reason.strip().lower() if isinstance(reason, str) else ""
+    given = reason.get("type") if isinstance(reason, dict) else reason
+    word = given.strip().lower().replace("-", "_") if isinstance(given, str) else ""
     if word in _BROKEN:
         raise EngineError(f"the server broke the reply off (finish_reason {word!r})")
     if word in FILTERED:
@@ -294,7 +301,9 @@ def _calls(entries: Sequence[object]) -> tuple[ToolCall, ...]:
     taken: set[str] = set()
     for i, entry in enumerate(entries):
         row = _mapping(entry, f"tool_calls[{i}]")
-        function = _mapping(row.get("function"), f"tool_calls[{i}].function")
+        inner = row.get("function")
+        # Without one, it is a broken call of the model's, or its name and arguments stand in the entry itself.
+        function = inner if isinstance(inner, dict) else row
         given = row.get("id")
         free = isinstance(given, str) and 0 < len(given) <= _MAX_ID and given not in taken
         id = _clean(given) if free and isinstance(given, str) and not _TEXT_ID.fullmatch(given) else f"served-{i}"

@@ -137,6 +137,15 @@ def test_other_templates_of_the_families(name: str) -> None:
     assert [(c.status, c.format) for c in message.tool_calls] == [("ok", name)] * 2
 
 
+def test_a_template_that_takes_arguments_as_text() -> None:
+    """It writes an object as Python does, without a word."""
+    body = '\n<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments }}}\n</tool_call>'
+    form = ChatFormat(tiny(writing(CALLS + body + ENDED)))
+    assert (form.tool_format.name, form.renders_tools) == ("hermes", True)
+    _, message = played(form)
+    assert [c.status for c in message.tool_calls] == ["ok", "ok"]
+
+
 STRANGE = CALLS + "<invoke name='{{ c.function.name }}'>{{ c.function.arguments | tojson }}</invoke>" + ENDED
 HARMONY = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% for c in m.tool_calls or [] %}<|start|>assistant "
@@ -209,6 +218,42 @@ def test_a_call_in_another_familys_markup_is_no_answer(name: str) -> None:
     (call,) = parse_text(said, form=form.tool_format, tools=TOOLS).tool_calls
     told = form.tool_format.explain(call.status, call.problem)
     assert told == f"the call is written in another format. Write {form.tool_format.usage}"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_message_that_is_a_call_without_markup_is_no_answer(name: str) -> None:
+    form = FORMATS[name]
+
+    def read(text: str, tools: Any = TOOLS) -> list[tuple[str, str]]:
+        calls = parse_text(text, form=form, tools=tools).tool_calls
+        assert all(c.status != "ok" or name in ("llama_json", "pythonic") for c in calls)
+        return [(c.status, c.raw) for c in calls]
+
+    said = '{"name": "python", "arguments": {"code": "print(1)"}}'
+    for text in (
+        said, f"\n{said}\n", f"<think>why</think>\n{said}", "[python(code='print(1)')]", f"{said}\n</tool_call>",
+        f"{said} That is all.", f"[{said}]", f"<tools>\n{said}\n</tools>", f"<|tool_call|>[{said}]<|/tool_call|>",
+        '{"name": "noop", "arguments": {}}', "<|tool_call_start|>[python(code='print(1)')]<|tool_call_end|>",
+        '<invoke name="python"><parameter name="code">1</parameter></invoke>',
+        *([] if name == "gemma" else [f"```json\n{said}\n```"]),
+        *([] if name == "qwen_xml" else ['<function=python>{"code": "1"}</function>']),
+    ):  # fmt: skip
+        found = [raw for _, raw in read(text)]
+        if name in ("llama_json", "pythonic"):  # which end a call where its own convention does
+            assert found, text
+        else:
+            assert found == [text.removeprefix("<think>why</think>").strip()]
+    for answer in (
+        f"I would write {said}", f"{{\"answer\": {said}}}", '{"answer": 42}', "[1, 2]", "<answer>42</answer>",
+        "<b>python</b>", "<function>", *([] if name == "pythonic" else ["[python(3), java(8)]"]),
+        '```json\n{"answer": 42}\n```', "```python\nprint(1)\n```",
+        '{"name": "nobody", "age": 3}', f"<think>{said}</think> 42",
+    ):  # fmt: skip
+        assert read(answer) == []
+    if name != "llama_json":  # a language, perhaps
+        assert read('{"name": "python"}') == []
+    if name not in ("llama_json", "pythonic"):
+        assert read(said, ()) == []
 
 
 def test_an_expert_says_only_what_is_read_back() -> None:

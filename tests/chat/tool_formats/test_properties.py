@@ -62,10 +62,10 @@ def test_the_settings_name_every_format() -> None:
 
 
 def writable(form: ToolFormat, given: list[tuple[str, dict[str, Any]]]) -> bool:
-    """Whether the format can say it: bare values between tags cannot hold what ends them."""
+    """Whether the format can say it: bare values between tags cannot hold what ends them, or begins the next one."""
     if form.name not in ("qwen_xml", "glm"):
         return True
-    ends = ("</parameter>", "</arg_value>")
+    ends = ("</parameter>", "<parameter=", "</arg_value>", "<arg_key>")
     said = [json.dumps(v, ensure_ascii=False) if not isinstance(v, str) else v for _, a in given for v in a.values()]
     return not any(end in text for end in ends for text in said)
 

@@ -82,6 +82,21 @@ CASES: list[tuple[str, str, Found]] = [
     ),
     ("qwen_xml", "<tool_call>{bad</tool_call>" + XML % "x", [bad(), ok(s="x")]),
     ("qwen_xml", "<tool_call><think>" + XML % "x" + "</think>", [bad("unclosed")]),
+    # a value that lost its closing tag takes nothing of the next parameter or call with it
+    ("qwen_xml", "<function=f><parameter=s>a<parameter=n>3</parameter></function>", [bad()]),
+    ("qwen_xml", "<function=f><parameter=s>a</s><parameter=n>3</parameter></function>" + XML % "x", [bad(), ok(s="x")]),
+    ("qwen_xml", (XML % "a").replace("</parameter>", "</parameter/>") + XML % "x", [bad(), ok(s="x")]),
+    ("qwen_xml", (XML % "a").replace("</parameter>", "") + XML % "x", [bad(), ok(s="x")]),
+    ("glm", (GLM % "a").replace("</arg_value>", "") + GLM % "x", [bad(), ok(s="x")]),
+    ("glm", "<tool_call>f<arg_key>s</arg_key><arg_value>a<arg_key>n</arg_key><arg_value>3</arg_value></tool_call>",
+     [bad()]),
+    ("glm", "<tool_call>f<arg_key>s</arg_key>a</arg_value></tool_call>", [bad()]),
+    ("qwen_xml", XML % "</think>", [ok(s="</think>")]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"s": "</think>"}}</tool_call>', [ok(s="</think>")]),
+    ("llama_json", '{"name": "f", "parameters": {"s": "</think>"}}', [ok(s="</think>")]),
+    ("pythonic", '[f(s="</think>")]', [ok(s="</think>")]),
+    ("llama_json", 'so <|python_tag|>{"name": "f", "parameters": {"s": "</think>"}}', [ok(s="</think>")]),
+    ("pythonic", 'so <|python_start|>[f(s="</think>")]<|python_end|>', [ok(s="</think>")]),
     # glm
     ("glm", GLM % "x", [ok(s="x")]),
     ("glm", "<tool_call>f<arg_key>s</arg_key><arg_value>x</arg_value></tool_call>", [ok(s="x")]),
@@ -111,6 +126,11 @@ CASES: list[tuple[str, str, Found]] = [
     ("mistral_args", '[TOOL_CALLS]f[ARGS]{"s": "x', [bad("unclosed")]),
     ("mistral_args", "[TOOL_CALLS]f[ARGS]{bad}[TOOL_CALLS]g[ARGS]{}", [bad(), ok("g")]),
     ("mistral_args", "[TOOL_CALLS]f[ARGS][1]", [bad()]),
+    ("mistral_args", '[TOOL_CALLS]f[ARGS]{"s": "x"}, g[ARGS]{} then', [ok(s="x"), ok("g")]),
+    ("mistral_args", '[TOOL_CALLS]f{"s": "x"}g{}', [ok(s="x"), ok("g")]),
+    ("mistral_args", '[TOOL_CALLS]f[ARGS]{"s": "x"} so {"a": 1}', [ok(s="x")]),
+    ("mistral_args", '[TOOL_CALLS]g[ARGS]{}f[ARGS]{"s": ', [ok("g"), bad("unclosed")]),
+    ("mistral", '[TOOL_CALLS]{"name": "g"}; {"name": "f", "arguments": {"s": "x"}}', [ok("g"), ok(s="x")]),
     # deepseek
     ("deepseek", "so " + V3 % "x", [ok(s="x")]),
     ("deepseek", V31 % "x", [ok(s="x")]),
@@ -226,6 +246,8 @@ def test_thoughts_hide_calls(name: str) -> None:
     assert read(name, f"<think>{call}") == []
     assert read(name, f"{call}</think>{call}", thinking=True) == [ok("g")]
     assert read(name, call, thinking=True) == []
+    assert read(name, f"so {call} or</think>\n{call}") == [ok("g")]
+    assert read(name, f"so {call} or</think>\nno") == []
 
 
 @pytest.mark.parametrize("name", FORMATS)

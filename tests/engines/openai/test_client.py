@@ -264,6 +264,40 @@ def test_what_no_retry_helps_is_told_at_once(answer: Answer, kind: type[ArealErr
         assert word in str(error)
 
 
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("the request exceeds the available context size. try increasing it", 400),
+        ("Context size has been exceeded.", 500),
+        ("The input (5000 tokens) is longer than the model's context length (4096 tokens).", 400),
+        ("Requested input length 300000 exceeds maximum input length 163839", 400),
+        ("Input validation error: `inputs` tokens + `max_new_tokens` must be <= 8193. Given: 9000", 422),
+        ("The input token count (1048577) exceeds the maximum number of tokens allowed (1048576).", 400),
+        ("Input is too long for requested model.", 400),
+        ("too many tokens: total number of tokens in the prompt cannot exceed 4081", 400),
+        ("This model's maximum prompt length is 131072 but the request contains 140000 tokens.", 400),
+        ("The decoder prompt (length 5001) is longer than the maximum model length of 4096.", 400),
+        ("Please reduce the length of the messages or completion.", 413),
+    ],
+)
+def test_a_full_context_in_the_words_of_servers(said: str, status: int) -> None:
+    assert type(failure([Answer({"error": {"message": said}}, status)])) is ContextLengthError
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "max_tokens is too large: 5000. This model supports at most 4096 completion tokens",
+        "max_output_tokens exceeds the maximum",
+        "image input is too large",
+        "The input contains invalid characters",
+        "messages: at least one message is required",
+    ],
+)
+def test_other_refusals_are_no_full_context(said: str) -> None:
+    assert type(failure([Answer({"error": {"message": said}}, 400)])) is RequestRefused
+
+
 def test_a_huge_error_body_is_read_in_part_and_cut_in_the_message() -> None:
     error = failure([Answer(b"y" * 1_000_000, 400)])
     assert len(str(error)) < 600

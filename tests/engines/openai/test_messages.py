@@ -57,6 +57,20 @@ def test_calls_without_names_ids_or_room() -> None:
     assert [c.status for c in many] == ["ok"] * 64 + ["invalid_json"] * 6
 
 
+def test_calls_in_other_places() -> None:
+    broken: Any = {"id": "", "type": "function"}
+    flat: Any = {"id": "a", "type": "function", "name": "f", "arguments": '{"x": 1}'}
+    first, second = reply_of(content="so ", tool_calls=[broken, flat]).tool_calls
+    assert (first.status, first.name, first.id) == ("missing_name", "", "served-0")
+    assert (second.status, second.name, second.arguments, second.id) == ("ok", "f", {"x": 1}, "a")
+    message = reply_of(content=None, function_call={"name": "f", "arguments": '{"x": 1}'})
+    (one,) = message.tool_calls
+    assert (one.status, one.name, one.arguments, message.finish) == ("ok", "f", {"x": 1}, "stop")
+    assert request_messages([message])[0]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"x": 1}'}
+    (unreadable,) = reply_of(content=None, function_call="f").tool_calls
+    assert unreadable.status == "missing_name"
+
+
 def test_content_in_its_other_forms() -> None:
     assert reply_of(content=None, refusal="no").text == "no"
     assert reply_of(content=[{"type": "thinking", "text": "?"}, {"type": "text", "text": "a"}, 3]).text == "a"
@@ -104,8 +118,10 @@ def ended(word: Any, **message: Any) -> str:
     ("words", "finish"),
     [
         ((None, "", "stop", "tool_calls", "eos_token", "end_turn", "Stop", 3), "stop"),
-        (("length", "max_tokens", "model_length", "LENGTH"), "length"),
-        (("content_filter", "safety", "SAFETY", "refusal"), "content_filter"),
+        (("length", "max_tokens", "model_length", "LENGTH", {"type": "length"}), "length"),
+        (("model_context_window_exceeded", "max_length"), "length"),
+        (("content_filter", "safety", "SAFETY", "refusal", "content-filter", "sensitive"), "content_filter"),
+        (("RECITATION", "prohibited_content", "guardrail_intervened"), "content_filter"),
     ],
 )
 def test_how_a_reply_ended_in_the_words_of_servers(words: tuple[Any, ...], finish: str) -> None:
