@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from areal_agents.errors import ConfigError, TaskError
+from areal_agents.errors import ArealError, ConfigError, TaskError
 from areal_agents.rollout.task_faults import reasons
 from areal_agents.types import Task
-from areal_agents.utils.short_text import described, short
+from areal_agents.utils.short_text import described, short, text_of
 
 FEWEST_BAD = 8
 """Fewer tasks that cannot be played never stop a run, as long as others can."""
@@ -37,6 +37,8 @@ def task_at(tasks: Sequence[Task], index: int) -> Task | str:
     """Return the task at ``index``, or why the environment cannot make it (a lazy sequence makes it only now)."""
     try:
         found: object = tasks[index]
+    except ArealError as error:  # a lazy sequence says which task, and what the author's code raised
+        return text_of(error)
     except Exception as error:  # noqa: BLE001  the author's own code
         return f"making it raised {described(error)}"
     return found if isinstance(found, Task) else f"it is {short(found)}, which is not a Task"
