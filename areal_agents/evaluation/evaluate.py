@@ -154,6 +154,7 @@ def summarize(
     temperature: float,
     seed: int,
     seconds: float,
+    k: int | None = None,
     planned: int | None = None,
     first_failure: BaseException | None = None,
     left_out: Mapping[str, str] = MappingProxyType({}),
@@ -171,6 +172,7 @@ def summarize(
         temperature: of sampling.
         seed: of environments and sampling.
         seconds: that the evaluation took.
+        k: attempts a task that were asked for; None means the most that there are.
         planned: attempts that were asked for; None means those that there are.
         first_failure: why the first attempt was given up, of those that were.
         left_out: tasks that cannot be played or scored, each with the reason. Their attempts count nowhere.
@@ -188,7 +190,7 @@ def summarize(
             f"evaluation of {env}: infrastructure failed every attempt, so that there is nothing to score.{said}"
             f"{reasons(left_out)}"
         ) from first_failure
-    k = max(len(tries) for _, tries in results)
+    k = k or max(len(tries) for _, tries in results)
     everything = [t for _, tries in scored for t in tries]
     total = len(everything)
     wins = [sum(t.reward >= PASS for t in tries) for _, tries in scored]
@@ -430,7 +432,7 @@ async def _play(
             raise Interrupted(f"stopped by {stop.name} before an attempt was scored")
         report = summarize(
             results, env=config.env.id, split=e.split, model=config.model.path, version=0,
-            temperature=e.temperature, seed=config.seed, seconds=watch.seconds,
+            temperature=e.temperature, seed=config.seed, seconds=watch.seconds, k=e.k,
             planned=e.k * sum(task.id not in left_out for task in tasks), first_failure=failure, left_out=left_out,
         )  # fmt: skip
         report = replace(report, served=served.text())
