@@ -36,6 +36,10 @@ class ContentFiltered(RequestRefused):
     """The server's filter refused the conversation."""
 
 
+class MessageRefused(ConfigError):
+    """A message holds what cannot be sent to a chat server, such as an image that is no URL."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChatReply:
     """One reply and what its server says of it."""

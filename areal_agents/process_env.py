@@ -37,6 +37,8 @@ from areal_agents.utils.short_text import described, short
 
 _MAX_LINE_BYTES = 16 << 20
 _STDERR_TAIL_BYTES = 2000
+_KILLED = (-9, -15)
+"""SIGKILL and SIGTERM: ends that somebody else gives a process, such as a machine that runs out of memory."""
 _TEST_SEEDS_FROM = 1 << 30
 """Train seeds count from 0, those of every other split from here on, so that splits share no seed."""
 
@@ -154,7 +156,10 @@ class TextProcessEnv(AgentEnv):
                     await writer.drain()
                 line = await reader.readline()
             if not line:
-                raise EnvError(f"the process of {self.entry_point} ended{await self._last_words()}")
+                ended = EnvError(f"the process of {self.entry_point} ended{await self._last_words()}")
+                if self._child.returncode in _KILLED:
+                    ended.blame = "outside"
+                raise ended
             reply: dict[str, Any] = json.loads(line)
             if "error" in reply:
                 failed = EnvError(f"{self.entry_point} failed: {reply['error']}")

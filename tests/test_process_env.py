@@ -48,6 +48,8 @@ class Guess(gymnasium.Env[Any, Any]):
             case "die":
                 os.write(2, b"last words")
                 os._exit(7)
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)  # as a machine without memory does
             case "nan":
                 return "", float("nan"), False, False, {}
             case "list":
@@ -173,6 +175,12 @@ def test_numbers_of_every_kind_arrive_as_floats() -> None:
     assert numpy == ((user("so"),), 1.0, False, False, {})
     assert zero_d[1] == 0.5
     assert all(type(step[1]) is float for step in (exact, numpy, zero_d))
+
+
+def test_a_child_that_somebody_kills_is_not_the_environments() -> None:
+    with pytest.raises(EnvError, match="ended with status -9") as caught:
+        play("killed")
+    assert caught.value.blame == "outside"
 
 
 def test_a_refused_connection_in_the_child_is_not_the_environments() -> None:

@@ -231,7 +231,7 @@ async def _play(
             raise Interrupted(f"stopped by {stop.name} before an attempt was scored")
         report = summarize(
             results, env=config.env.id, split=e.split, model=config.model.path, version=0,
-            temperature=e.temperature, seed=config.seed, seconds=watch.seconds,
+            temperature=e.temperature, seed=config.seed, seconds=watch.seconds, k=e.k,
             planned=e.k * sum(task.id not in left_out for task in tasks), first_failure=failure, left_out=left_out,
         )  # fmt: skip
         report = replace(report, served=served.text())

@@ -117,6 +117,7 @@ def summarize(
     temperature: float,
     seed: int,
     seconds: float,
+    k: int | None = None,
     planned: int | None = None,
     first_failure: BaseException | None = None,
     left_out: Mapping[str, str] = MappingProxyType({}),
@@ -134,6 +135,7 @@ def summarize(
         temperature: of sampling.
         seed: of environments and sampling.
         seconds: that the evaluation took.
+        k: attempts a task that were asked for; None means the most that there are.
         planned: attempts that were asked for; None means those that there are.
         first_failure: why the first attempt was given up, of those that were.
         left_out: tasks that cannot be played or scored, each with the reason. Their attempts count nowhere.
@@ -152,7 +154,7 @@ def summarize(
             f"evaluation of {env}: infrastructure failed every attempt, so that there is nothing to score.{said}"
             f"{reasons(left_out)}"
         ) from first_failure
-    k = max(len(tries) for _, tries in results)
+    k = k or max(len(tries) for _, tries in results)
     everything = [t for _, tries in scored for t in tries]
     total = len(everything)
     wins = [sum(reaches(t.reward) for t in tries) for _, tries in scored]

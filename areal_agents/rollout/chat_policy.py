@@ -12,9 +12,17 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from areal_agents.chat_model import ChatReply, ContentFiltered, ContextLengthError, RequestRefused, reply_of
+from areal_agents.chat_model import (
+    ChatReply,
+    ContentFiltered,
+    ContextLengthError,
+    MessageRefused,
+    RequestRefused,
+    reply_of,
+)
 from areal_agents.engine import ChatModel, Sampling
 from areal_agents.errors import EngineError, TaskError
+from areal_agents.rollout.env_faults import refused
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy, Said
 from areal_agents.types import AssistantMessage, Message, StopReason
 
@@ -58,10 +66,12 @@ class ChatPolicy(Policy):
             if episode.turns:
                 return "context"
             raise TaskError(f"task {episode.task.id}: the first prompt does not fit the model: {error}") from error
-        except ContentFiltered:
-            if not episode.turns:
-                raise
-            return "content_filter"
+        except MessageRefused as error:
+            raise refused(episode.task, len(episode.turns), f"cannot be sent: {error}") from error
+        except ContentFiltered as error:
+            if episode.turns:
+                return "content_filter"
+            raise TaskError(f"task {episode.task.id}: the server's filter refuses the first prompt: {error}") from error
         message, tokens = reply.message, reply.completion_tokens or 0
         if message.finish == "stop" and not message.text.strip() and not message.tool_calls:
             message = replace(message, finish="empty")

@@ -211,18 +211,26 @@ def _read_info(info: Any, where: str, turns: int | None) -> Returned:
         turn_rewards=_read_turn_rewards(info.get("turn_rewards"), where, turns),
         state_key=key,
         tool_results=tuple(ToolOutcome(str(r["status"]), bool(r.get("truncated", False))) for r in records),
-        metrics=_read_metrics(info),
+        metrics=_read_metrics(info, where),
     )
 
 
-def _read_metrics(info: Mapping[str, Any]) -> dict[str, float]:
+def _read_metrics(info: Mapping[str, Any], where: str) -> dict[str, float]:
     status, replays = info.get("verdict_status"), info.get("sandbox_replays")
     found: dict[str, float] = {}
-    if isinstance(status, str) and status in _VERDICTS:
+    if status is not None and not (isinstance(status, str) and status in ("ok", *_VERDICTS)):
+        raise EnvError(f"{where}: info['verdict_status'] is {short(status)}: use ok, unverifiable or timeout")
+    if status in _VERDICTS:
         found[_VERDICTS[status]] = 1.0
-    if isinstance(replays, int) and replays > 0:
-        found["sandbox_replays"] = float(replays)
-    return found
+    if replays is None:
+        return found
+    try:
+        count = finite(replays)
+    except ValueError:
+        count = -1.0
+    if count < 0 or count != int(count):
+        raise EnvError(f"{where}: info['sandbox_replays'] is {short(replays)}, which is no number of sandboxes")
+    return found | ({"sandbox_replays": count} if count else {})
 
 
 def _read_turn_rewards(rewards: Any, where: str, turns: int | None) -> tuple[float, ...] | None:

@@ -21,7 +21,7 @@ from typing import Protocol, TypeVar, get_args
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, EnvError, InfraError, RewardError
 from areal_agents.rollout.cut_messages import after_cut, withheld
-from areal_agents.rollout.env_faults import located, raised
+from areal_agents.rollout.env_faults import located, raised, says_whose
 from areal_agents.rollout.env_results import Call, Returned, read, read_scores_cut, read_seconds, read_tools
 from areal_agents.tool import ToolSpec
 from areal_agents.tool_dispatch import seconds_of
@@ -328,9 +328,9 @@ class EpisodeDriver:
 
         try:
             got = await self.host.call(guarded, timeout=self.step_timeout + extra, what=where)
-        except ArealError as error:  # it says already whose failure it is: the host's, a sandbox's, the environment's
-            raise located(error, call, where)  # noqa: B904  the same error
         except Exception as error:  # third-party code: recorded, attached, counted
+            if isinstance(error, ArealError) and says_whose(error):
+                raise located(error, call, where)  # noqa: B904  the same error
             failed = raised(error, where)
             self.faults[failed] = turn
             raise failed from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from areal_agents.errors import ArealError, ConfigError, TaskError
 from areal_agents.rollout.task_faults import reasons
@@ -31,13 +32,15 @@ class StreamState:
     """Content hashes of the tasks drawn last."""
     left_out: tuple[tuple[str, str], ...] = ()
     """Ids of tasks that cannot be played, each with the reason."""
+    known: int = 0
+    """How many of these, the first ones, were known before the stream began."""
 
 
 def task_at(tasks: Sequence[Task], index: int) -> Task | str:
     """Return the task at ``index``, or why the environment cannot make it (a lazy sequence makes it only now)."""
     try:
         found: object = tasks[index]
-    except ArealError as error:  # of ``LazyTasks``, which says what was being made
+    except ArealError as error:  # a lazy sequence says which task, and what the author's code raised
         return text_of(error)
     except Exception as error:  # noqa: BLE001  the author's own code
         return f"making it raised {described(error)}"
@@ -72,6 +75,7 @@ class TaskStream:
         *,
         seed: int,
         max_bad: float = 1.0,
+        left_out: Mapping[str, str] = MappingProxyType({}),
         tell: Callable[[str, str], None] = lambda name, reason: None,
     ) -> None:
         """Take the tasks.
@@ -80,14 +84,16 @@ class TaskStream:
             tasks: of one split.
             seed: of their order.
             max_bad: most tasks that may be left out, as a share of those drawn so far.
+            left_out: tasks that are known to be bad, each with the reason. They do not count against ``max_bad``,
+                because those beside which they were found are not drawn here.
             tell: is given name and reason of a task that cannot even be made.
 
         Raises:
             ConfigError: there are none.
         """
-        self.left_out: dict[str, str] = {}
+        self.left_out = dict(left_out)
         """Ids of tasks that cannot be played, each with the reason."""
-        self._max_bad, self._tell = max_bad, tell
+        self._max_bad, self._known, self._tell = max_bad, len(left_out), tell
         if not tasks:
             raise ConfigError("the training split has no tasks")
         self._tasks = tasks
@@ -123,11 +129,12 @@ class TaskStream:
         ``FEWEST_BAD``.
         """
         self.left_out[id] = reason
-        bad, seen = len(self.left_out), max(self.seen, len(self.left_out))
+        found = dict(list(self.left_out.items())[self._known :])
+        bad, seen = len(found), max(self.seen, len(found))
         if bad >= FEWEST_BAD and bad > self._max_bad * seen:
             raise TaskError(
                 f"{bad} of the {seen} tasks tried so far cannot be played or scored, more than rollout.max_bad_tasks = "
-                f"{self._max_bad:g} allows:{reasons(self.left_out)}"
+                f"{self._max_bad:g} allows:{reasons(found)}"
             )
 
     def _made(self, index: int) -> Task | None:
@@ -168,7 +175,7 @@ class TaskStream:
         recent = tuple(map(self._content, self._recent))
         return StreamState(
             len(self._tasks), self._drawn, tuple(self._again), tuple(sorted(self._requeued)), recent,
-            tuple(self.left_out.items()),
+            tuple(self.left_out.items()), self._known,
         )  # fmt: skip
 
     def restore(self, state: StreamState) -> None:
@@ -190,4 +197,4 @@ class TaskStream:
                 "tasks, or start a new run"
             )
         self._again, self._requeued = deque(state.again), set(state.requeued)
-        self.left_out |= dict(state.left_out)
+        self.left_out, self._known = dict(state.left_out), state.known

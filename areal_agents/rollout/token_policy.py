@@ -14,6 +14,7 @@ from areal_agents.chat.conversation import Conversation
 from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Engine, Sampling
 from areal_agents.errors import EngineError, TaskError, TemplateError
+from areal_agents.rollout.env_faults import refused
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy, Said
 from areal_agents.types import Completion, Prompt, StopReason
 
@@ -36,9 +37,7 @@ class TokenPolicy(Policy):
         try:
             self._conversation = conversation = continued(self._conversation, self.fmt, episode)
         except TemplateError as error:
-            if episode.turns:
-                raise
-            raise TaskError(f"task {episode.task.id}: the first prompt cannot be rendered: {error}") from error
+            raise refused(episode.task, len(episode.turns), f"cannot be rendered: {error}") from error
         prompt, limit = conversation.prompt, self.limits.max_context
         used = len(prompt.ids)
         if not episode.turns and used >= limit:

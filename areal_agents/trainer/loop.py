@@ -174,9 +174,8 @@ async def learn(run: Run) -> None:
     )  # fmt: skip
     tasks = TaskStream(
         run.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed, max_bad=r.max_bad_tasks,
-        tell=run.runner.leave_out,
+        left_out=run.left_out, tell=run.runner.leave_out,
     )  # fmt: skip
-    tasks.left_out |= run.left_out
     rollouts = Rollouts(buffer, tasks, run.runner, seed=config.seed, event=run.tracker.event)
     try:
         _restore(run, rollouts)

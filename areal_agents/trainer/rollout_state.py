@@ -53,6 +53,7 @@ def write_rollouts(folder: Path, state: RolloutState | None) -> None:
             "requeued": state.tasks.requeued,
             "recent": state.tasks.recent,
             "left_out": dict(state.tasks.left_out),
+            "known": state.tasks.known,
         },
     }
     (folder / "rollouts.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -99,6 +100,7 @@ def rollouts_from_json(row: Mapping[str, Any], records: list[Record]) -> Rollout
             tuple(stream["requeued"]),
             tuple(stream["recent"]),
             tuple(stream.get("left_out", {}).items()),  # not there before a task could be left out
+            stream.get("known", 0),
         ),
         tuple(row["tasks_lost"]),
     )

@@ -148,6 +148,14 @@ def test_an_interrupted_report_says_so() -> None:
     assert part.table().endswith("note: partial: 3 of 8 attempts were played, at 2 tasks with a score")
 
 
+def test_an_interrupted_report_is_of_the_attempts_that_were_asked_for() -> None:
+    results: list[tuple[Task, list[Trajectory | None]]] = [(_task(0), [attempt(1.0), attempt(0.0)])]
+    part = summarize(
+        results, env="e", split="test", model="m", version=0, temperature=1.0, seed=0, seconds=1.0, k=4, planned=4
+    )
+    assert (part.k, part.pass_at_k, part.unplayed) == (4, None, 2)  # no pass@2 in a column of its own
+
+
 def test_more_tasks_than_there_are() -> None:
     spec = registry.spec("tests.letters_env:Letters")
     assert len(held_out(spec, "test", 8, difficulty=None, tell=print)) == 8

@@ -196,3 +196,28 @@ def test_tools_are_a_sequence_of_tools() -> None:
         env.tools = wrong  # type: ignore[assignment]
         with pytest.raises(EnvError, match=r"areset: tools is .*, which is not a sequence of tools"):
             read_tools(env, "areset")
+
+
+@pytest.mark.parametrize(
+    ("status", "replays", "metrics"),
+    [
+        ("unverifiable", np.int64(2), {"unverifiable": 1.0, "sandbox_replays": 2.0}),
+        ("timeout", 0, {"verdict_timeout": 1.0}),
+        ("ok", None, {}),
+        (None, 1.0, {"sandbox_replays": 1.0}),
+    ],
+)
+def test_odd_verdicts_and_replays_are_counted(status: Any, replays: Any, metrics: dict[str, float]) -> None:
+    assert stepped({"verdict_status": status, "sandbox_replays": replays}).metrics == metrics
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"verdict_status": "Unverifiable"}, {"verdict_status": "verdict_timeout"}, {"verdict_status": 1},
+        {"sandbox_replays": "2"}, {"sandbox_replays": -1}, {"sandbox_replays": 0.5}, {"sandbox_replays": float("nan")},
+    ],
+)  # fmt: skip
+def test_a_verdict_or_a_count_that_would_count_nowhere_is_refused(info: dict[str, Any]) -> None:
+    with pytest.raises(EnvError, match=r"astep of t: info\['(verdict_status|sandbox_replays)'\] is"):
+        stepped(info)

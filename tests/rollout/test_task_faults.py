@@ -283,6 +283,23 @@ def test_past_a_share_of_bad_tasks_the_run_stops_and_names_them() -> None:
     assert "payload['answer'] = 'x' is no number" in str(caught.value)
 
 
+def test_tasks_that_were_bad_before_the_stream_began_do_not_count_against_its_share(tmp_path: Path) -> None:
+    warm = {f"t-{i}": "found by the warm start, beside 200 that can be played" for i in range(9)}
+    stream = TaskStream(tasks(1000, bad=lambda i: False), seed=0, max_bad=0.2, left_out=warm)
+    for i in range(7):
+        stream.leave_out(f"new-{i}", "bad")
+    buffer = Buffer(groups=2, group_size=8, max_staleness=1, concurrency=16)
+    write_rollouts(tmp_path, RolloutState(buffer.state(), (), stream.state(), ()))
+    row = json.loads((tmp_path / "rollouts.json").read_text())
+    again = TaskStream(tasks(1000, bad=lambda i: False), seed=0, max_bad=0.2)
+    again.restore(rollouts_from_json(row, []).tasks)
+    for one in (stream, again):
+        assert set(warm) < set(one.left_out)
+        with pytest.raises(TaskError, match=r"^8 of the 8 tasks tried so far") as caught:
+            one.leave_out("new-7", "bad")
+        assert "warm start" not in str(caught.value)
+
+
 def test_a_split_without_one_good_task_stops_whatever_the_share() -> None:
     world = World()
     with pytest.raises(TaskError, match="none of the split's 3 tasks can be played or scored"):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from areal_agents.env import Expert
-from areal_agents.errors import TaskError
+from areal_agents.errors import InfraError, TaskError
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.trainer.loop import RunResult, train
@@ -55,6 +55,13 @@ class AllBad(SomeBad):
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[Observation, Info]:
         raise LookupError("no questions today")
+
+
+class Away(SomeBad):
+    async def areset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Observation, Info]:
+        raise RuntimeError("cannot ask") from ConnectionRefusedError(111, "refused")
 
 
 def config(tmp_path: Path, env: str, steps: int, **sections: Any) -> TrainConfig:
@@ -120,3 +127,8 @@ def test_an_environment_without_one_good_task_stops_the_run_and_says_why(tmp_pat
     with pytest.raises(TaskError, match=r"8 of the \d+ tasks tried so far cannot be played.*max_bad_tasks") as caught:
         run(c)
     assert "LookupError: no questions today" in str(caught.value)
+
+
+def test_an_evaluation_without_one_score_says_why_the_first_attempt_failed(tmp_path: Path) -> None:
+    with pytest.raises(InfraError, match=r"failed every attempt.*First failure: areset \(task test-.*cannot ask"):
+        run(config(tmp_path, "Away", 1))

@@ -26,8 +26,8 @@ from areal_agents.chat.tool_formats import DEFAULT, ToolFormat
 from areal_agents.chat.tool_formats.hermes import CLOSE
 from areal_agents.chat.tool_formats.json_calls import Read, alternative
 from areal_agents.chat.toolcalls import MAX_CALLS, parse_text, read_arguments, write_block
-from areal_agents.chat_model import ChatReply
-from areal_agents.errors import ConfigError, EngineError
+from areal_agents.chat_model import ChatReply, MessageRefused
+from areal_agents.errors import EngineError
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Finish, Image, Message, Part, Text, ToolCall
 
@@ -69,7 +69,7 @@ def request_messages(
     for servers that insist on a ``tool_calls`` entry for every result. Calls found in text are
     then sent as such entries too. A call without a name cannot be, and its result travels in a user message.
 
-    Raises ConfigError for an image that is no URL.
+    Raises MessageRefused for an image that is no URL.
     """
     rows: list[Json] = []
     called: set[str] = set()
@@ -211,7 +211,7 @@ def _content(parts: Sequence[Part]) -> str | list[Json]:
 
 def _image_url(image: Image) -> str:
     if not image.ref.startswith(_URL):
-        raise ConfigError(
+        raise MessageRefused(
             f"image {image.ref[:80]!r} cannot be sent to a chat server: give an http(s) URL or a data:image/… URL"
         )
     return image.ref

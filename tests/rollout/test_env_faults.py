@@ -1,0 +1,140 @@
+"""Whose failure it is: what one task's environment shows or raises costs that task, and never ends the run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from areal_agents.chat_model import ContentFiltered, MessageRefused
+from areal_agents.engine import Sampling
+from areal_agents.engines.openai.messages import request_messages
+from areal_agents.env import AgentEnv
+from areal_agents.errors import (
+    ArealError,
+    CheckError,
+    CheckpointError,
+    ConfigError,
+    FailureBudgetError,
+    Interrupted,
+    LearnerLost,
+    ModelError,
+    RegistryError,
+    SandboxUnavailable,
+    TemplateError,
+)
+from areal_agents.evaluation.attempts import run_attempts
+from areal_agents.rollout.chat_policy import ChatPolicy
+from areal_agents.rollout.episode import Policy
+from areal_agents.rollout.player import LocalPlayer
+from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
+from areal_agents.tool import ToolSpec
+from areal_agents.types import AssistantMessage, Image, Info, Message, Observation, Task, Text, user
+from tests.scripted import FMT, LIMITS, ScriptedPolicy
+
+HI: Observation = (user("hi"),)
+GO_ON: Observation = (user("go on"),)
+PICTURE = (Message("user", (Image("/tmp/x.png"),)),)
+Act = Callable[[], None]
+
+
+class Chat:
+    """A model that reads what a server would be sent, and whose filter refuses a word."""
+
+    async def chat(
+        self, messages: Sequence[Message | AssistantMessage], tools: Sequence[ToolSpec], sampling: Sampling
+    ) -> AssistantMessage:
+        request_messages(messages)
+        if "forbidden" in messages[0].text:
+            raise ContentFiltered("the server's filter refused the conversation")
+        return AssistantMessage((Text("hello"),))
+
+
+def ask(task: Task) -> Policy:
+    return ChatPolicy(Chat(), Sampling(20), LIMITS)
+
+
+def sample(task: Task) -> Policy:
+    return ScriptedPolicy(FMT.encode_turn("hello"))
+
+
+def play(
+    policy: Callable[[Task], Policy],
+    *,
+    first: Observation = HI,
+    second: Observation = GO_ON,
+    act: Act = lambda: None,
+) -> tuple[list[float | None], EpisodeRunner]:
+    """Play three tasks, of which the middle one shows and does this, and return rewards and the runner."""
+
+    class Env(AgentEnv):
+        async def areset(
+            self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+        ) -> tuple[Observation, Info]:
+            self.begin(seed, options)
+            self.k = 0
+            return (first if self.task.seed == 1 else HI), {}
+
+        async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
+            self.k += 1
+            if self.task.seed == 1:
+                act()
+            if self.k == 2:
+                return (), 1.0, True, False, {}
+            return (second if self.task.seed == 1 else GO_ON), 0.0, False, False, {}
+
+    async def main() -> tuple[list[float | None], EpisodeRunner]:
+        runner = EpisodeRunner(LocalPlayer(Env, policy, LIMITS), FailureBudget(window=64, share=0.25), max_retries=2)
+        tasks = [Task.make(f"t{i}", split="test", seed=i, payload={}) for i in range(3)]
+        try:
+            played = await run_attempts(runner, tasks, k=1, concurrency=1, seed=0, label="test")
+        finally:
+            await runner.close()
+        return [None if t is None else t.reward for _, tries in played for t in tries], runner
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("policy", [sample, ask])
+@pytest.mark.parametrize("later", [False, True])
+def test_an_observation_that_cannot_be_shown_costs_its_task_alone(
+    policy: Callable[[Task], Policy], later: bool
+) -> None:
+    rewards, runner = play(policy, second=PICTURE) if later else play(policy, first=PICTURE)
+    assert rewards == [1.0, None, 1.0]
+    assert list(runner.left_out) == ["t1"]
+    assert ("task t1, turn 1: the observation" if later else "task t1: the first prompt") in runner.left_out["t1"]
+    assert runner.budget.kinds.total() == 0
+
+
+def test_a_first_prompt_that_the_servers_filter_refuses_is_the_tasks() -> None:
+    rewards, runner = play(ask, first=(user("forbidden"),))
+    assert rewards == [1.0, None, 1.0]
+    assert "the server's filter refuses the first prompt" in runner.left_out["t1"]
+    assert runner.budget.kinds.total() == 0
+
+
+def raising(error: ArealError) -> Act:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    "error", [TemplateError, CheckError, CheckpointError, Interrupted, FailureBudgetError, LearnerLost, MessageRefused]
+)
+def test_an_error_that_does_not_say_whose_it_is_is_the_environments(error: type[ArealError]) -> None:
+    rewards, runner = play(sample, act=raising(error("a judge's")))
+    assert rewards == [1.0, None, 1.0]
+    assert f"astep (task t1, turn 0) raised {error.__name__}: a judge's" in runner.left_out["t1"]
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("no key"), RegistryError("no such"), ModelError("none"), SandboxUnavailable("b", "p", "r")]
+)
+def test_an_error_of_the_settings_ends_the_run_at_once(error: ArealError) -> None:
+    with pytest.raises(type(error)):
+        play(sample, act=raising(error))
