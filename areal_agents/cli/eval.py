@@ -6,6 +6,7 @@ Its settings are those of ``settings/evaluation.py``.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -185,6 +186,8 @@ class Eval:
             raise UsageError("--common belongs to --compare A B")
         if self.concurrency is not None and self.concurrency < 1:
             raise UsageError(f"--concurrency is {self.concurrency}: it must be at least 1")
+        if self.requests_per_minute is not None and not 0 < self.requests_per_minute < math.inf:
+            raise UsageError(f"--requests-per-minute is {self.requests_per_minute:g}: it must be more than 0")
 
 
 def split_of(env: str) -> tuple[str, str]:

@@ -44,7 +44,7 @@ from areal_agents.settings.writing import dump
 from areal_agents.tracking.tracker import Tracker
 from areal_agents.tracking.trajectories import Record
 from areal_agents.types import Task, Trajectory
-from areal_agents.utils.files import write_atomically
+from areal_agents.utils.files import save_whole
 from areal_agents.utils.signals import Stop, stop_on_signals
 from areal_agents.utils.system import require_linux
 
@@ -199,7 +199,7 @@ async def _play(
     out, e, watch = config.out, config.eval, Stopwatch(before=earlier.seconds)
     planned, had = len(tasks) * e.k, len(earlier.episodes)
     with open_journal(out) as journal, Tracker(out, tensorboard=False) as tracker:
-        write_atomically(out / "config.toml", dump(config, leave_out=training_only))
+        save_whole(out / "config.toml", dump(config, leave_out=training_only))
         replace(sitting, served=earlier.served, seconds=earlier.seconds).write(out)
         tell(tracker, config, had=had, planned=planned, torn=journal.torn)
 
@@ -239,7 +239,7 @@ async def _play(
             tracker.trajectories.write(episodes, step=STEP, kind=KIND)
             tracker.flush()
     replace(sitting, served=tuple(sorted(served.names)), seconds=watch.seconds).write(out)
-    write_atomically(out / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
+    save_whole(out / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
     if report.unplayed:
         said = f"stopped by {stop.name}; {how_to_go_on(out, len(episodes), planned)}"
         raise EvaluationInterrupted(said, report)

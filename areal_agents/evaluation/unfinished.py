@@ -28,7 +28,7 @@ from areal_agents.tracking.journal import Journal
 from areal_agents.tracking.tracker import Tracker
 from areal_agents.tracking.trajectories import read_rows, read_shard, shard_path
 from areal_agents.types import Task, Trajectory
-from areal_agents.utils.files import write_atomically
+from areal_agents.utils.files import save_whole
 
 KIND, STEP = "eval", 0
 MAY_CHANGE = (
@@ -97,7 +97,11 @@ class Sitting:
             ) from error
 
     def write(self, out: Path) -> None:
-        write_atomically(out / "evaluation.json", json.dumps(asdict(self), indent=1) + "\n")
+        """Write the file.
+
+        Raises ArealError where it cannot be written.
+        """
+        save_whole(out / "evaluation.json", json.dumps(asdict(self), indent=1) + "\n")
 
 
 @dataclass(frozen=True, slots=True)

@@ -379,7 +379,8 @@ class Tracker:
         except ArealError as late:
             if error is None:
                 raise
-            error.add_note(str(late))  # what ended the run stays the error that is raised
+            if str(late) not in str(error):  # a full disk fails each write in the same way
+                error.add_note(str(late))  # what ended the run stays the error that is raised
 
 
 def read_metrics(out: Path, *, kind: str | None = None) -> list[dict[str, Any]]:

@@ -89,6 +89,17 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def save_whole(path: Path, text: str) -> None:
+    """Replace a run's file ``path`` by one with ``text``, as ``write_atomically`` does.
+
+    Raises ArealError where it cannot be written.
+    """
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a new folder to fill, which takes the place of ``path`` on a clean exit.

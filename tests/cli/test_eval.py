@@ -89,6 +89,9 @@ def test_a_served_model(recorder: Recorder, capsys: pytest.CaptureFixture[str]) 
     )
     assert main(["eval", *argv, "--concurrency", "0"]) == 2
     assert capsys.readouterr().err == "error: --concurrency is 0: it must be at least 1\n"
+    for wrong in ("0", "-1", "nan", "inf"):  # 0 is no "none given"
+        assert main(["eval", *argv, "--requests-per-minute", wrong]) == 2
+        assert capsys.readouterr().err == f"error: --requests-per-minute is {wrong}: it must be more than 0\n"
 
 
 @pytest.mark.parametrize(

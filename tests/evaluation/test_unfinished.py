@@ -29,6 +29,7 @@ from areal_agents.settings.config import EngineConfig, ModelConfig, RolloutConfi
 from areal_agents.tracking.journal import Journal
 from areal_agents.tracking.trajectories import read_records, read_shard
 from tests.chat_server import Answer, Hang, Json, Step, chat_server, completion
+from tests.small_disk import fill, small_disk
 from tests.tiny_models import tiny_chat_model
 
 ENV = "tests.chat_envs:Sums"
@@ -365,6 +366,25 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
     with Journal(tmp_path / "a/b/step-000000.jsonl"), pytest.raises(ConfigError, match="written by another process"):
         Journal(tmp_path / "a/b/step-000000.jsonl")
     assert not list(tmp_path.iterdir())  # an empty one goes
+
+
+@pytest.mark.parametrize("room", [0, 3 << 12])
+def test_a_full_disk_is_one_message_and_resume_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], room: int
+) -> None:
+    """At the first file, and at a later episode."""
+    with small_disk(tmp_path / "disk") as disk, chat_server(answers) as server:
+        out = disk / "out"
+        ballast = fill(disk, room)
+        assert main(command(out, server.url)) == 1
+        said = capsys.readouterr().err
+        assert said.count("cannot be written (No space left on device)") == 1, said
+        assert main([*command(out, server.url)[:8], "--resume", str(out)]) == 1
+        said = capsys.readouterr().err
+        assert said.count("cannot be written (No space left on device)") == 1, said
+        ballast.unlink()
+        assert main([*command(out, server.url)[:8], "--resume", str(out)]) == 0
+        assert json.loads((out / "report.json").read_text())["attempts"] == 8
 
 
 def test_the_fingerprint_sees_a_weight_and_not_a_readme(tmp_path: Path) -> None:
