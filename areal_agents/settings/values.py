@@ -38,7 +38,7 @@ def table_of(raw: str) -> dict[str, Any] | None:
 def _parsed(text: str, otherwise: str) -> Any:
     # One value alone may stand here: in TOML a newline would let a second assignment in.
     if "\n" not in text:
-        with contextlib.suppress(tomllib.TOMLDecodeError):
+        with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError):
             return tomllib.loads(f"value = {text}")["value"]
     if text.lstrip()[:1] in ("{", "["):
         with contextlib.suppress(ValueError, RecursionError):

@@ -142,6 +142,7 @@ def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
         (["--env.kwargs", '{"a": NaN}'], HOW_TO_WRITE),
         (["--env.kwargs", "3"], HOW_TO_WRITE),
         (["--env.kwargs", "[1]"], HOW_TO_WRITE),
+        (["--env.kwargs", "[" * 5000], "expected a table; write --env.kwargs '{\"NAME\": 2}' (JSON)"),
         (["--env.kwargs"], "--env.kwargs needs a value: a table; write --env.kwargs '{\"NAME\": 2}' (JSON)"),
         (["--algorithm.advantage", "{kind: grpo}"], "--algorithm.advantage {kind: grpo}: this is no table; write"),
         (["--algorithm.advantage", '{"kind": "grpo", "gamma": 1}'], "algorithm.advantage.gamma is no parameter of"),
