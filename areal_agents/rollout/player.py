@@ -94,8 +94,8 @@ class LocalPlayer:
             make_env: makes the environment of one attempt, on the host.
             policy: makes whoever takes the turns of one attempt at the task.
             limits: of every episode; the policy keeps those on tokens.
-            event: is told host_lost (an innocent episode starts again, at no cost), host_replaced, close_failed
-                and env_task_failed.
+            event: is told host_lost (an innocent episode starts again, at no cost), host_replaced, close_failed,
+                env_close_failed and env_task_failed.
         """
         self._make_env, self._policy, self._limits, self._event = make_env, policy, limits, event
         self._host = self._new_host()
@@ -125,6 +125,9 @@ class LocalPlayer:
                 if error.blame == "environment" and self._host.wedged and not episode.observation:
                     self._blocking.setdefault(task.id, []).append(error)
                 raise
+            finally:
+                if (failed := episode.close_error) is not None:
+                    self._event("env_close_failed", episode=id, task=task.id, detail=text_of(failed))
 
     def _new_host(self) -> EnvHost:
         return EnvHost(None if self._event is no_events else self._event)

@@ -138,3 +138,33 @@ def test_an_error_that_does_not_say_whose_it_is_is_the_environments(error: type[
 def test_an_error_of_the_settings_ends_the_run_at_once(error: ArealError) -> None:
     with pytest.raises(type(error)):
         play(sample, act=raising(error))
+
+
+def test_a_failing_aclose_costs_no_episode_and_is_told() -> None:
+    class Env(AgentEnv):
+        async def areset(
+            self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+        ) -> tuple[Observation, Info]:
+            self.begin(seed, options)
+            return HI, {}
+
+        async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
+            return (), 1.0, True, False, {}
+
+        async def aclose(self) -> None:
+            raise RuntimeError("still open")
+
+    told: list[tuple[str, dict[str, object]]] = []
+
+    async def main() -> float:
+        player = LocalPlayer(Env, sample, LIMITS, event=lambda kind, **fields: told.append((kind, fields)))
+        try:
+            task = Task.make("t", split="test", seed=0, payload={})
+            return (await player.play(task, id="e", group="g", seed=0)).reward
+        finally:
+            await player.close()
+
+    assert asyncio.run(main()) == 1.0
+    ((kind, fields),) = told
+    assert (kind, fields["episode"], fields["task"]) == ("env_close_failed", "e", "t")
+    assert "aclose (task t, turn 0) raised RuntimeError: still open" in str(fields["detail"])
