@@ -106,9 +106,9 @@ def _snapped(advantages: Tensor, group: Sequence[EpisodeRewards], largest: float
 
 
 def _of_few_bits(group: Sequence[EpisodeRewards]) -> list[EpisodeRewards]:
-    """Round the rewards to 10 bits below the largest of them, so that float32 has room for their sums."""
+    """Round the rewards to 14 bits below the largest of them, so that float32 has room for a thousand of them."""
     largest = max(abs(r) for e in group for r in e.rewards_K)
-    unit = math.ldexp(1.0, max(math.frexp(largest)[1] - 10, -1000))  # below it there is nothing to round
+    unit = math.ldexp(1.0, max(math.frexp(largest)[1] - 14, -1000))  # below it there is nothing to round
     return [EpisodeRewards(tuple(round(r / unit) * unit for r in e.rewards_K)) for e in group]
 
 

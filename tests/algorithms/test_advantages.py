@@ -362,3 +362,10 @@ def test_large_rewards_keep_their_normalised_advantages(scale: float) -> None:
     group = episodes([(0.0,), (3.0 * scale,), (1.0 * scale,)])
     found = [a[0] for a in lists(ChosenEstimator(Choice(kind="grpo"))(group))]
     assert found == pytest.approx([x / math.sqrt(7 / 3) for x in (-4 / 3, 5 / 3, -1 / 3)], rel=1e-5)
+
+
+def test_small_rewards_of_turns_count_beside_equal_returns() -> None:
+    # Both returns are 1. From turn 2 on the first has -0.0005 left and the second 0.
+    group = episodes([(1.0, 0.0005, -0.0005), (1.0, 0.0, 0.0)])
+    found = lists(ChosenEstimator(Choice(kind="turn_return"))(group))
+    assert found == [pytest.approx([0.0, 0.0, -0.0005]), pytest.approx([0.0, 0.0, 0.0005])]
