@@ -41,6 +41,8 @@ _KILLED = (-9, -15)
 """SIGKILL and SIGTERM: ends that somebody else gives a process, such as a machine that runs out of memory."""
 _TEST_SEEDS_FROM = 1 << 30
 """Train seeds count from 0, those of every other split from here on, so that splits share no seed."""
+_PLAIN_SECONDS = 3600.0
+"""Of a plain environment, which cannot say how long a step may take: ``env.step_timeout`` says it, and is shorter."""
 
 
 class TextProcessEnv(AgentEnv):
@@ -200,7 +202,7 @@ def wrapped(entry_point: str) -> type[TextProcessEnv]:
         entry_point = entry
 
         def __init__(self, **kwargs: Any) -> None:
-            super().__init__()
+            super().__init__(step_timeout=_PLAIN_SECONDS)
             self._kwargs = kwargs
 
     Plain.__name__ = Plain.__qualname__ = entry_point.partition(":")[2]

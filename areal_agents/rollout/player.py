@@ -198,7 +198,9 @@ class PlayerSpec:
             RegistryError: the environment cannot be imported.
         """
         fmt = fmt or ChatFormat.load(self.model, self.chat)
-        limits = replace(self.limits, max_context=shortest_context(self.limits.max_context, engine))
+        limits = self.limits
+        if self.policy == "engine":  # an expert's turns are not sampled
+            limits = replace(limits, max_context=shortest_context(limits.max_context, engine))
         if limits != self.limits:
             event("context_limited", asked=self.limits.max_context, limit=limits.max_context)
         make_env = env_maker(self.env, sandbox=self.sandbox, kwargs=self.kwargs)
