@@ -20,7 +20,7 @@ MEMORY = 1 << 30
 def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a library that prints must not break a reply
-    from areal_agents.rewards.math.verify import verify
+    from areal_agents.rewards.mathematics.verify import verify
 
     verify("x+1", r"\sqrt{2}")  # imports and first uses are not the first answer's
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -35,8 +35,8 @@ def main() -> None:
 
 def answer(request: dict[str, Any]) -> dict[str, str]:
     """Verify one request, and say what is wrong with it where it is none."""
-    from areal_agents.rewards.math.options import Options
-    from areal_agents.rewards.math.verify import verify
+    from areal_agents.rewards.mathematics.options import Options
+    from areal_agents.rewards.mathematics.verify import verify
 
     try:
         options = Options.of(request.get("options") or {})

@@ -29,13 +29,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import areal_agents
 from areal_agents.errors import ConfigError, InfraError
-from areal_agents.rewards.math.extract import SLOTS, Slot
-from areal_agents.rewards.math.options import Options
-from areal_agents.rewards.math.verdict import VERSION, MathVerdict
+from areal_agents.rewards.mathematics.extract import SLOTS, Slot
+from areal_agents.rewards.mathematics.options import Options
+from areal_agents.rewards.mathematics.verdict import VERSION, MathVerdict, Status
 
 MAX_TEXT = 1 << 16
 """Characters at the end of a model's text that are looked at. The answer stands there."""
@@ -137,7 +137,7 @@ class MathPool:
                 if reply is None:
                     self.replaced += 1
                     return MathVerdict("timeout", f"not verified within {self.deadline:g} s", _since(start))
-                return MathVerdict(reply["status"], reply["detail"], _since(start))
+                return MathVerdict(cast(Status, reply["status"]), reply["detail"], _since(start))
             return MathVerdict("timeout", "it ended the verifier's process twice", _since(start))
         finally:
             self._idle.put(worker)
@@ -189,7 +189,7 @@ class _Worker:
         root = str(Path(areal_agents.__file__).parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "areal_agents.rewards.math.worker"],
+            [sys.executable, "-P", "-m", "areal_agents.rewards.mathematics.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": path},

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
 
-from areal_agents.rewards.math.units import Unit
+from areal_agents.rewards.mathematics.units import Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Either:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Several values between brackets. ``opened`` and ``closed`` are "" for a plain list, else ( [ { < and their ends."""
+    """Several values between brackets. ``opened`` and ``closed`` are "" for a plain list."""
 
     opened: str
     items: tuple[Node, ...]
@@ -122,8 +122,8 @@ class Words:
 
 
 Node: TypeAlias = (
-    "Number | Symbol | Constant | Sum | Product | Quotient | Power | Apply | Measure | Either | Row | Matrix | Relation "
-    "| Ratio | SetOp | Words"
+    "Number | Symbol | Constant | Sum | Product | Quotient | Power | Apply | Measure | Either | Row | Matrix"
+    " | Relation | Ratio | SetOp | Words"
 )
 PERCENT = Unit((("%", 1),))
 

@@ -19,13 +19,18 @@ from areal_agents.reward import boxed_spans
 Slot = Literal["answer", "boxed", "final_line", "tool", "text"]
 SLOTS: tuple[str, ...] = get_args(Slot)
 REWARD_SLOTS = ("boxed", "tool", "final_line")
+_AROUND = (
+    (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("<answer>", "</answer>"), ("$$", "$$"), ("$", "$"),
+)  # fmt: skip
 _NEAR = 70
 _JOINT = re.compile(r"[,;]|\b(?:and|or)\b")
 _TAIL = re.compile(r"[\s$}]{0,4}(?:\\?%|percent(?:age)?\b|pct\b|\\text\{\s*(?:percent|pct)\s*\})")
 _SAID = re.compile(
     r"(?:final\s+answer(?:\s+is)?|(?:the|my)\s+answer\s+is|answer\s*(?:is|:)|antwort\s*:)\s*[:=]?\s*", re.IGNORECASE
 )
-_MATH = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.){1,2000}?)(?<!\\)\$\$?|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]", re.DOTALL)
+_MATH = re.compile(
+    r"(?<!\\)\$\$?((?:[^$\\]|\\.){1,2000}?)(?<!\\)\$\$?|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]", re.DOTALL
+)
 _NUMBER = re.compile(
     r"(?<![\w.,])[-+−]?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?(?:e[-+]?\d+)?(?:\s?(?:%|percent\b|°))?", re.IGNORECASE
 )
@@ -68,7 +73,15 @@ def bare(text: str) -> str:
     before = None
     while text != before:
         before = text
-        for opened, closed in ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("<answer>", "</answer>"), ("$$", "$$"), ("$", "$")):
+        for opened, closed in (
+            (r"\(", r"\)"),
+            (r"\[", r"\]"),
+            ("**", "**"),
+            ("`", "`"),
+            ("<answer>", "</answer>"),
+            ("$$", "$$"),
+            ("$", "$"),
+        ):
             if len(text) > len(opened) + len(closed) - 1 and text.startswith(opened) and text.endswith(closed):
                 inside = text[len(opened) : len(text) - len(closed)]
                 if opened not in inside or opened == closed == "**":

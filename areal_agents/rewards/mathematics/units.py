@@ -43,7 +43,8 @@ _BASE = {
     ),
     **_of("time", s__sec__second=1, min__minute=60, h__hr__hour=3600, day=86400, week=604800, month=2629746,
           year__yr=31557600, ms="0.001"),
-    **_of("mass", g__gram=1, kg__kilogram=1000, mg="0.001", lb__pound="453.59237", oz__ounce="28.349523125", ton=1000000),
+    **_of("mass", g__gram=1, kg__kilogram=1000, mg="0.001", lb__pound="453.59237", oz__ounce="28.349523125",
+          ton=1000000),
     **_of("volume", L__l__liter__litre="0.001", ml__mL="0.000001", gal__gallon="0.003785411784"),
     **_of("money", dollar__USD=1, cent="0.01"),
     **_of("euro", euro__EUR=1), **_of("sterling", GBP=1), **_of("rupee", rupee__Rs=1), **_of("yen", yen=1),
@@ -60,7 +61,7 @@ _PREFIX = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 
 def find(name: str) -> Unit | None:
-    """Find a unit by its name: singular or plural, ``square meters``, ``cm^2``, ``km/h``, ``m per s``. None where unknown."""
+    """Find a unit by its name: singular or plural, ``square meters``, ``cm^2``, ``km/h``. None where it is unknown."""
     text = _SIGNS.get(name.strip(), name.strip(" ."))
     if len(text) > 64:
         return None

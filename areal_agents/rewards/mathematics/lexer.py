@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from areal_agents.rewards.math import units
-from areal_agents.rewards.math.errors import ParseError
+from areal_agents.rewards.mathematics import units
+from areal_agents.rewards.mathematics.errors import ParseError
+from areal_agents.rewards.mathematics.notation import FUNCTIONS
 
 MAX_CHARS = 4096
 """Longest answer that is read."""
@@ -47,19 +48,19 @@ _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", stri
 _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 _RUN = re.compile(r"(?<=\^\{[0-9+\-n])\}\^\{(?=[0-9+\-n]\})|(?<=_\{[0-9])\}_\{(?=[0-9]\})")
 """Between two raised or lowered characters, which are one exponent or index."""
-_SPACE = re.compile(r"\\(?:[,;:!> ]|quad\b|qquad\b|thinspace\b|displaystyle\b|textstyle\b|limits\b|nolimits\b)|[\s~&]|\\\\")
+_SPACE = re.compile(
+    r"\\(?:[,;:!> ]|quad\b|qquad\b|thinspace\b|displaystyle\b|textstyle\b|limits\b|nolimits\b)|[\s~&]|\\\\"
+)
 _SIZE = re.compile(r"\\(?:left|right|m?left|m?right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?(?![\d])|\\middle(?![a-zA-Z])")
 _GROUP = re.compile(r",(?:\\!|\\,|\s)*|\s*\{\s*,\s*\}\s*|\\,|\\;|\\ |\s|'")
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|operatorname|mathbf|mathit|mathsf|bold)\*?\s*\{")
+_TEXT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|operatorname|mathbf|mathit|mathsf|bold)\*?\s*\{"
+)
 _SCIENTIFIC = re.compile(r"[eE]([+-]?\d{1,6})(?![\d.])(?![a-zA-Z])")
 _REPEATED = re.compile(r"\\overline\s*\{(\d{1,64})\}|\\bar\s*\{(\d{1,64})\}|\\dot\s*\{?(\d)\}?|\((\d{1,64})\)")
 _WORD = re.compile(r"[A-Za-z]+")
 _COMMAND = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
 _OPS = set("+-*/^_=<>(){}[]|,;:!%$'.")
-FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth asin acos atan ln log lg exp sqrt cbrt "
-    "floor ceil gcd lcm max min abs deg det dim re im arg sgn sign".split()
-)
 _LETTERS = 3
 """A longer run of letters is a word, a shorter one a product of variables."""
 _WORDS = {"and": ",", "or": ",", "to": ":", "percent": "%", "percentage": "%", "pct": "%"}
@@ -168,8 +169,6 @@ class Lexer:
             self._add("op", "|")
         elif name in "#_":
             raise ParseError(f"\\{name} is no mathematics")
-        elif name in FUNCTIONS:
-            self._add("command", name)
         else:
             self._add("command", name)
 
@@ -200,7 +199,9 @@ class Lexer:
 
     def _may_be_unit(self, word: str) -> bool:
         """Whether a word stands where a unit does: behind a value. A single letter must end the answer (5 m)."""
-        if not self.tokens or not (self.tokens[-1].kind in ("number", "unit") or self.tokens[-1].text in (")", "}", "/")):
+        if not self.tokens or not (
+            self.tokens[-1].kind in ("number", "unit") or self.tokens[-1].text in (")", "}", "/")
+        ):
             return False
         return len(word) > 1 or (self._spaced and not self._text[self._pos :].strip(" .$}"))
 
@@ -273,7 +274,7 @@ class Lexer:
                 break
             if kind == "," and self._commas != "thousands" and match.group() == ",":
                 break
-            if kind == "\\" and match.group() == "\\ " or (kind == "'" and not digits[:3].isdigit()):
+            if (kind == "\\" and match.group() == "\\ ") or (kind == "'" and not digits[:3].isdigit()):
                 break
             separator = kind
             out += digits[:3]

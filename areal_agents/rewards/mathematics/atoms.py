@@ -1,237 +1,43 @@
-"""The grammar of written answers, from tokens to a tree.
-
-    answer    = relation {("," | ";" | and | or) relation}
-    relation  = ratio {("=" | "<" | "≤" | "∈" | …) ratio}
-    ratio     = sets {":" sets}
-    sets      = sum {(∪ | ∩ | \\) sum}
-    sum       = term {("+" | "-" | ±) term}
-    term      = factor {[* | /] factor}              a missing sign multiplies: 2x, and 2 1/3 is a mixed number
-    factor    = atom {"^" exponent | "!" | "%" | "°" | unit | index}
-
-It reads what competition and school mathematics write, and refuses the rest with a ParseError. It computes nothing,
-looks at each token a bounded number of times, and nests at most ``MAX_DEPTH`` deep.
-"""
+"""The factors of a term: numbers, names, brackets and commands, with what is written behind and above them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from fractions import Fraction
 
-from areal_agents.rewards.math import tree as t
-from areal_agents.rewards.math import units
-from areal_agents.rewards.math.errors import ParseError
-from areal_agents.rewards.math.lexer import FUNCTIONS, Commas, Lexer, Token
-
-MAX_DEPTH = 48
-MAX_TOKENS = 2048
-_RELATIONS = {
-    "=": "=", "<": "<", ">": ">", "lt": "<", "gt": ">", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=",
-    "geq": ">=", "geqslant": ">=", "ne": "!=", "neq": "!=", "approx": "~", "sim": "~", "simeq": "~", "equiv": "==",
-    "in": "in", "notin": "notin", "to": "->", "rightarrow": "->", "subset": "subset", "subseteq": "subset",
-}  # fmt: skip
-_SETS = {"cup": "cup", "cap": "cap", "setminus": "setminus", "backslash": "setminus", "bigcup": "cup"}
-_SEPARATORS = {",", ";", "lor", "vee", "land", "wedge", r"\\"}
-_TIMES = {"*", "cdot", "times", "ast"}
-_OVER = {"/", "div"}
-_INNER = {
-    "vec", "hat", "bar", "overline", "overrightarrow", "underline", "tilde", "boldsymbol", "boxed", "fbox", "textstyle",
-    "overparen", "widehat", "mathcal", "mathop", "phantom",
-}  # fmt: skip
-_IGNORED = {"angle", "triangle", "therefore", "displaystyle", "measuredangle", "left", "right", "qquad", "quad", "mathbf"}
-_GREEK = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon "
-    "phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar".split()
+from areal_agents.rewards.mathematics import tree as t
+from areal_agents.rewards.mathematics import units
+from areal_agents.rewards.mathematics.canonical import written
+from areal_agents.rewards.mathematics.errors import ParseError
+from areal_agents.rewards.mathematics.lexer import Token
+from areal_agents.rewards.mathematics.notation import (
+    BIG,
+    FRACTIONS,
+    FUNCTION_LETTERS,
+    FUNCTIONS,
+    GREEK,
+    IGNORED,
+    INNER,
+    NUMBER_SETS,
+    RELATIONS,
+    SETS,
 )
-_FUNCTION_LETTERS = set("fghFGHWPQpq")
-_NUMBER_SETS = {"R": "reals", "Z": "integers", "N": "naturals", "Q": "rationals", "C": "complexes"}
-_BIG = {"sum", "prod", "int", "lim"}
+from areal_agents.rewards.mathematics.token_reader import TokenReader
+
 _CLOSING = {"(": ")]", "[": "])"}
 
 
-def parse(text: str, commas: Commas = "thousands") -> t.Node:
-    """Read one answer.
+class AtomReader(TokenReader, ABC):
+    """The lower half of the grammar."""
 
-    Raises ParseError where it is none that the grammar reads.
-    """
-    return _Parser(Lexer(text, commas).tokens).answer()
-
-
-class _Parser:
-    def __init__(self, tokens: list[Token]) -> None:
-        if len(tokens) > MAX_TOKENS:
-            raise ParseError(f"the answer has {len(tokens)} symbols, at most {MAX_TOKENS} are read")
-        self._tokens, self._at, self._depth = tokens, 0, 0
-        self._bars = 0
-        """How many | are open, or one where | separates (a set of those x | x > 0)."""
-
-    # ── tokens ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-    @property
-    def _now(self) -> Token:
-        return self._tokens[self._at]
-
-    def _is(self, *texts: str) -> bool:
-        return self._now.kind in ("op", "command") and self._now.text in texts
-
-    def _op(self, *texts: str) -> bool:
-        """Take an operator, which is no command of the same name."""
-        if self._now.kind == "op" and self._now.text in texts:
-            self._at += 1
-            return True
-        return False
-
-    def _cmd(self, *texts: str) -> bool:
-        if self._now.kind == "command" and self._now.text in texts:
-            self._at += 1
-            return True
-        return False
-
-    def _expect(self, text: str) -> None:
-        if not (self._op(text) or self._cmd(text)):
-            raise ParseError(f"{text!r} is missing before {self._now.text or 'the end'!r}")
-
-    def _nested(self, read: Callable[[], t.Node]) -> t.Node:
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise ParseError(f"the answer nests more than {MAX_DEPTH} deep")
-        found = read()
-        self._depth -= 1
-        return found
-
-    # ── rows and relations ───────────────────────────────────────────────────────────────────────────────────────
-
-    def answer(self) -> t.Node:
-        self._op("=")
-        items = self._items()
-        self._op(".")
-        if self._now.kind != "end":
-            raise ParseError(f"{self._now.text!r} is not expected")
-        if not items:
-            raise ParseError("the answer is empty")
-        return items[0] if len(items) == 1 else t.Row("", tuple(items), "")
-
-    def _items(self) -> list[t.Node]:
-        items: list[t.Node] = []
-        while True:
-            while self._is(*_SEPARATORS):
-                self._at += 1
-            if self._ends():
-                return items
-            items.append(self._nested(self._relation))
-            if not self._is(*_SEPARATORS):
-                return items
-
-    def _ends(self) -> bool:
-        if self._is("|"):
-            return self._bars > 0
-        return self._now.kind == "end" or self._is(")", "]", "}", "end", "rangle", "rbrack", "rbrace", ".", "mid")
-
-    def _relation(self) -> t.Node:
-        operands, operators = [self._ratio()], []
-        while True:
-            if self._now.kind == "op" and self._now.text in "=<>" or self._now.kind == "command" and self._now.text in _RELATIONS:
-                operators.append(_RELATIONS[self._now.text])
-                self._at += 1
-                if self._op("="):  # \approx=
-                    pass
-                operands.append(self._ratio())
-            elif self._cmd("pmod", "mod", "bmod"):
-                operators.append("mod")
-                operands.append(self._factor())
-            else:
-                break
-        return operands[0] if len(operands) == 1 else t.Relation(tuple(operands), tuple(operators))
-
-    def _ratio(self) -> t.Node:
-        items = [self._sets()]
-        while self._op(":") or self._cmd("colon"):
-            items.append(self._sets())
-        return items[0] if len(items) == 1 else t.Ratio(tuple(items))
-
-    def _sets(self) -> t.Node:
-        found = self._sum()
-        while self._now.kind == "command" and self._now.text in _SETS:
-            operator = _SETS[self._now.text]
-            self._at += 1
-            found = t.SetOp(operator, (found, self._sum()))
-        return found
-
-    # ── sums and products ────────────────────────────────────────────────────────────────────────────────────────
-
-    def _sum(self) -> t.Node:
-        found: t.Node | None = None
-        terms: list[t.Node] = []
-        while True:
-            if self._op("+"):
-                terms.append(self._term())
-            elif self._op("-"):
-                terms.append(_negative(self._term()))
-            elif self._is("pm", "mp"):
-                flip = self._now.text == "mp"
-                self._at += 1
-                found = _sum_of(terms) if terms else None
-                terms = [t.Either(found, self._term(), flip)]
-            elif not terms:
-                terms.append(self._term())
-            else:
-                return _sum_of(terms)
-
-    def _term(self) -> t.Node:
-        found = self._signed()
-        while True:
-            if self._is(*_TIMES):
-                self._at += 1
-                found = _product(found, self._signed())
-            elif self._is(*_OVER):
-                self._at += 1
-                found = t.Quotient(found, self._signed())
-            elif self._starts_atom():
-                found = self._beside(found)
-            else:
-                return found
-
-    def _signed(self) -> t.Node:
-        if self._op("-"):
-            return _negative(self._nested(self._signed))
-        if self._op("+"):
-            return self._nested(self._signed)
-        return self._factor()
-
-    def _beside(self, left: t.Node) -> t.Node:
-        """Read a factor without a sign before it."""
-        token = self._now
-        if isinstance(left, t.Number) and token.kind == "number" or _is_fraction_command(token) and isinstance(left, t.Number):
-            whole = left.value
-            right = self._factor()
-            if token.kind == "number" and self._is("/"):
-                self._at += 1
-                right = t.Quotient(right, self._factor())
-            if _proper(right) and whole.denominator == 1 and (token.spaced or token.kind == "command"):
-                return t.Sum((left, right)) if whole >= 0 else t.Sum((left, _negative(right)))
-            if token.kind == "number":
-                raise ParseError(f"{token.text!r} stands beside another number")
-            return _product(left, right)
-        if token.kind == "number":
-            raise ParseError(f"{token.text!r} stands behind a value")
-        if token.kind == "text":
-            self._at += 1
-            return t.Measure(left, units.Unit(((token.text.lower(), 1),)))
-        if token.kind == "unit" and not (isinstance(left, t.Measure)):
-            return t.Measure(left, self._unit())
-        return _product(left, self._factor())
-
-    def _starts_atom(self) -> bool:
-        token = self._now
-        if token.kind in ("number", "name", "text", "unit"):
-            return True
-        if token.kind == "op":
-            return token.text in "({[" or (token.text == "|" and not self._bars)
-        if token.kind == "command":
-            return token.text not in _RELATIONS and token.text not in _SETS and token.text not in (
-                *_SEPARATORS, *_TIMES, *_OVER, "pm", "mp", "}", "end", "mid", "rangle", "rfloor", "rceil", "rvert",
-                "pmod", "mod", "bmod", "colon", "rbrace", "rbrack",
-            )  # fmt: skip
-        return False
+    @abstractmethod
+    def _items(self) -> list[t.Node]: ...
+    @abstractmethod
+    def _relation(self) -> t.Node: ...
+    @abstractmethod
+    def _sum(self) -> t.Node: ...
+    @abstractmethod
+    def _term(self) -> t.Node: ...
 
     def _factor(self) -> t.Node:
         token = self._now
@@ -271,14 +77,12 @@ class _Parser:
             exponent = self._raised(exponent)
         while self._op("!"):
             exponent = t.Apply("factorial", (exponent,))
-        return t.Power(base, _negative(exponent) if sign else exponent)
+        return t.Power(base, negative(exponent) if sign else exponent)
 
     def _indexed(self, base: t.Node, token: Token) -> t.Node:
         index = self._nested(self._atom)
         if isinstance(base, t.Number) and isinstance(index, t.Number):
             return _in_base(token.text, int(index.value))
-        from areal_agents.rewards.math.canonical import written
-
         if isinstance(base, t.Symbol):
             name = t.Symbol(f"{base.name}_{written(index)}")
             return self._applied(name)
@@ -341,13 +145,13 @@ class _Parser:
 
     def _applied(self, symbol: t.Symbol) -> t.Node:
         """Read f(x): a letter that usually names a function, right before a bracket with arguments."""
-        if symbol.name[0] in _FUNCTION_LETTERS and self._is("(") and not self._now.spaced:
+        if symbol.name[0] in FUNCTION_LETTERS and self._is("(") and not self._now.spaced:
             self._at += 1
             args = self._items()
             self._expect(")")
             if all(isinstance(a, t.Symbol | t.Number) for a in args) or symbol.name[0] in "fghFGHW":
                 return t.Apply(symbol.name, tuple(args))
-            return _product(symbol, args[0] if len(args) == 1 else t.Row("(", tuple(args), ")"))
+            return product(symbol, args[0] if len(args) == 1 else t.Row("(", tuple(args), ")"))
         return symbol
 
     def _bracketed(self, opened: str) -> t.Node:
@@ -375,7 +179,7 @@ class _Parser:
         raise ParseError(f"{opened!r} is not expected")
 
     def _command(self, name: str) -> t.Node:
-        if name in ("frac", "dfrac", "tfrac", "cfrac"):
+        if name in FRACTIONS:
             return t.Quotient(self._digit_or_group(), self._digit_or_group())
         if name in ("binom", "dbinom", "tbinom"):
             return t.Apply("binomial", (self._digit_or_group(), self._digit_or_group()))
@@ -395,8 +199,8 @@ class _Parser:
             return self._environment()
         if name == "mathbb":
             letter = self._nested(self._atom)
-            if isinstance(letter, t.Symbol) and letter.name in _NUMBER_SETS:
-                return t.Constant(_NUMBER_SETS[letter.name])
+            if isinstance(letter, t.Symbol) and letter.name in NUMBER_SETS:
+                return t.Constant(NUMBER_SETS[letter.name])
             raise ParseError("\\mathbb has no such set")
         if name in ("infty", "infin"):
             return t.Constant("infty")
@@ -406,17 +210,17 @@ class _Parser:
             return t.Row("{", (), "}")
         if name in FUNCTIONS:
             return self._function(name)
-        if name in _BIG:
+        if name in BIG:
             return self._big(name)
-        if name in _INNER:
+        if name in INNER:
             return self._nested(self._atom)
-        if name in _IGNORED:
+        if name in IGNORED:
             return self._nested(self._atom)
-        if name in _GREEK:
+        if name in GREEK:
             return self._applied(t.Symbol(name))
         if name in ("ldots", "dots", "cdots", "dotsc"):
             return t.Symbol("...")
-        if name in _RELATIONS or name in _SETS or name in ("}", "end"):
+        if name in RELATIONS or name in SETS or name in ("}", "end"):
             raise ParseError(f"\\{name} is not expected")
         return t.Symbol(f"\\{name}")
 
@@ -429,7 +233,7 @@ class _Parser:
             return t.Number(Fraction(int(token.text[0])))
         sign = self._op("-")
         found = self._nested(self._atom)
-        return _negative(found) if sign else found
+        return negative(found) if sign else found
 
     def _root(self) -> t.Node:
         degree: t.Node = t.Number(Fraction(2))
@@ -462,13 +266,13 @@ class _Parser:
             elif self._op("^"):
                 sign = self._op("-")
                 power = self._nested(self._atom)
-                power = _negative(power) if sign else power
+                power = negative(power) if sign else power
             else:
                 break
         args = self._arguments()
         if name == "lg":
             base = t.Number(Fraction(10))
-        if power == t.Number(Fraction(-1)) or power == _negative(t.Number(Fraction(1))):
+        if power == t.Number(Fraction(-1)) or power == negative(t.Number(Fraction(1))):
             name, power = f"arc{name}", None
         found: t.Node = t.Apply({"ln": "log"}.get(name, name), args if base is None else (*args, base))
         return found if power is None else t.Power(found, power)
@@ -482,7 +286,7 @@ class _Parser:
             return tuple(items)
         found = self._factor()
         while self._starts_atom() and not (self._now.kind == "command" and self._now.text in FUNCTIONS):
-            found = _product(found, self._factor())
+            found = product(found, self._factor())
         return (found,)
 
     def _big(self, name: str) -> t.Node:
@@ -533,11 +337,11 @@ class _Parser:
         return name
 
 
-def _is_fraction_command(token: Token) -> bool:
-    return token.kind == "command" and token.text in ("frac", "dfrac", "tfrac", "cfrac")
+def is_fraction_command(token: Token) -> bool:
+    return token.kind == "command" and token.text in FRACTIONS
 
 
-def _proper(node: t.Node) -> bool:
+def proper(node: t.Node) -> bool:
     """Whether a fraction can be the end of a mixed number: 0 < a/b < 1 in whole numbers."""
     match node:
         case t.Quotient(t.Number(above), t.Number(below)):
@@ -545,25 +349,25 @@ def _proper(node: t.Node) -> bool:
     return False
 
 
-def _negative(node: t.Node) -> t.Node:
+def negative(node: t.Node) -> t.Node:
     if isinstance(node, t.Number):
         return t.Number(-node.value)
     if isinstance(node, t.Measure):
-        return t.Measure(_negative(node.value), node.unit)
+        return t.Measure(negative(node.value), node.unit)
     if isinstance(node, t.Sum):
-        return t.Sum(tuple(_negative(x) for x in node.terms))
-    return _product(t.Number(Fraction(-1)), node)
+        return t.Sum(tuple(negative(x) for x in node.terms))
+    return product(t.Number(Fraction(-1)), node)
 
 
-def _product(left: t.Node, right: t.Node) -> t.Node:
+def product(left: t.Node, right: t.Node) -> t.Node:
     if isinstance(right, t.Measure) and not isinstance(left, t.Measure):
-        return t.Measure(_product(left, right.value), right.unit)
+        return t.Measure(product(left, right.value), right.unit)
     before = left.factors if isinstance(left, t.Product) else (left,)
     after = right.factors if isinstance(right, t.Product) else (right,)
     return t.Product((*before, *after))
 
 
-def _sum_of(terms: list[t.Node]) -> t.Node:
+def sum_of(terms: list[t.Node]) -> t.Node:
     return terms[0] if len(terms) == 1 else t.Sum(tuple(terms))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from areal_agents.rewards.math import tree as t
+from areal_agents.rewards.mathematics import tree as t
 
 
 def written(node: t.Node) -> str:
@@ -43,7 +43,7 @@ def _flat(node: t.Sum | t.Product) -> list[t.Node]:
     out: list[t.Node] = []
     for x in t.children(node):
         if type(x) is type(node):
-            out += _flat(x)  # type: ignore[arg-type]
+            out += _flat(x)
         else:
             out.append(x)
     return out

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from areal_agents.rewards.math import compare
-from areal_agents.rewards.math.errors import ParseError
-from areal_agents.rewards.math.extract import Slot, bare, extract, gold_answer
-from areal_agents.rewards.math.options import Options
-from areal_agents.rewards.math.verdict import MathVerdict
+from areal_agents.rewards.mathematics import compare
+from areal_agents.rewards.mathematics.errors import ParseError
+from areal_agents.rewards.mathematics.extract import Slot, bare, extract, gold_answer
+from areal_agents.rewards.mathematics.options import Options
+from areal_agents.rewards.mathematics.verdict import MathVerdict
 
 
-def verify(gold: str | Sequence[str], pred: str, *, slot: Slot = "answer", options: Options | None = None) -> MathVerdict:
+def verify(
+    gold: str | Sequence[str], pred: str, *, slot: Slot = "answer", options: Options | None = None
+) -> MathVerdict:
     """Compare the answer in a slot of ``pred`` with one or several gold answers.
 
     Args:

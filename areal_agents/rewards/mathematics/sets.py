@@ -6,9 +6,9 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 
-from areal_agents.rewards.math import tree as t
-from areal_agents.rewards.math.errors import ParseError
-from areal_agents.rewards.math.value import value
+from areal_agents.rewards.mathematics import tree as t
+from areal_agents.rewards.mathematics.errors import ParseError
+from areal_agents.rewards.mathematics.value import value
 
 _NAMED = {
     "reals": sympy.S.Reals, "integers": sympy.S.Integers, "naturals": sympy.S.Naturals, "rationals": sympy.S.Rationals,

@@ -12,9 +12,9 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 from sympy.core.evalf import PrecisionExhausted  # type: ignore[import-untyped]
 
-from areal_agents.rewards.math import tree as t
-from areal_agents.rewards.math.canonical import written
-from areal_agents.rewards.math.errors import ParseError, TooLarge
+from areal_agents.rewards.mathematics import tree as t
+from areal_agents.rewards.mathematics.canonical import written
+from areal_agents.rewards.mathematics.errors import ParseError, TooLarge
 
 MAX_BITS = 1 << 18
 """Of one exact number."""

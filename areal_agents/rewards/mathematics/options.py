@@ -42,8 +42,8 @@ class Options:
             if name not in known:
                 raise ValueError(f"unknown option {name!r}: there are {', '.join(known)}")
             wanted = known[name]
-            if wanted == "bool" and not isinstance(value, bool) or wanted != "bool" and (
+            if (wanted == "bool" and not isinstance(value, bool)) or (wanted != "bool" and (
                 isinstance(value, bool) or not isinstance(value, int | float | None)
-            ):  # fmt: skip
+            )):  # fmt: skip
                 raise ValueError(f"option {name} = {value!r} is no {wanted}")
         return cls(**given)

@@ -15,7 +15,7 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 from sympy.core.evalf import PrecisionExhausted  # type: ignore[import-untyped]
 
-from areal_agents.rewards.math.errors import TooLarge
+from areal_agents.rewards.mathematics.errors import TooLarge
 
 DIGITS = 40
 _POINTS = 6

@@ -1,6 +1,6 @@
 """Whether two written answers are equal: the same in both directions, whichever is the gold one.
 
-    text ─▶ readings (1,234 is a number, or a list) ─▶ equal spelling? ─▶ equal lists, sets, relations, values?
+text ─▶ readings (1,234 is a number, or a list) ─▶ equal spelling? ─▶ equal lists, sets, relations, values?
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from areal_agents.rewards.math import numeric
-from areal_agents.rewards.math import tree as t
-from areal_agents.rewards.math.canonical import words, written
-from areal_agents.rewards.math.errors import ParseError
-from areal_agents.rewards.math.lexer import Commas, is_prose
-from areal_agents.rewards.math.options import Options
-from areal_agents.rewards.math.parser import parse
-from areal_agents.rewards.math.sets import as_set
-from areal_agents.rewards.math.value import value
+from areal_agents.rewards.mathematics import numeric
+from areal_agents.rewards.mathematics import tree as t
+from areal_agents.rewards.mathematics.canonical import words, written
+from areal_agents.rewards.mathematics.errors import ParseError
+from areal_agents.rewards.mathematics.lexer import Commas, is_prose
+from areal_agents.rewards.mathematics.options import Options
+from areal_agents.rewards.mathematics.parser import parse
+from areal_agents.rewards.mathematics.sets import as_set
+from areal_agents.rewards.mathematics.value import value
 
 MAX_ITEMS = 64
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
@@ -121,7 +121,9 @@ class _Comparison:
 
     def _row(self, a: t.Row, b: t.Node) -> bool:
         if isinstance(b, t.Matrix):
-            return a.opened in ("(", "[") and 1 in (len(b.rows), len(b.rows[0])) and self._in_order(a.items, t.children(b))
+            return (
+                a.opened in ("(", "[") and 1 in (len(b.rows), len(b.rows[0])) and self._in_order(a.items, t.children(b))
+            )
         if not isinstance(b, t.Row):
             if isinstance(b, t.SetOp | t.Constant):
                 return self._sets(a, b)
@@ -141,8 +143,10 @@ class _Comparison:
 
     def _in_any_order(self, a: Sequence[t.Node], b: Sequence[t.Node]) -> bool:
         """Say whether each value of one row is in the other. What is said twice counts once."""
-        a, b = ({written(x): x for x in row}.values() for row in (a, b))
-        return all(any(self.equal(x, y) for y in b) for x in a) and all(any(self.equal(x, y) for x in a) for y in b)
+        left, right = ({written(x): x for x in row}.values() for row in (a, b))
+        return all(any(self.equal(x, y) for y in right) for x in left) and all(
+            any(self.equal(x, y) for x in left) for y in right
+        )
 
     def _matrix(self, a: t.Matrix, b: t.Node) -> bool:
         return (
@@ -205,9 +209,9 @@ class _Comparison:
 
 
 def named(node: t.Relation) -> tuple[t.Node, t.Node] | None:
-    """Return the name and the value of x = 5, f(x) = 5, x ≈ 5, x ∈ S and a chain that ends so. None where it is none."""
+    """Return the name and the value of x = 5, f(x) = 5, x ≈ 5, x ∈ S and of a chain that ends so, else None."""
     if node.operators == ("in",) and _is_name(node.operands[0]):
-        return node.operands
+        return node.operands[0], node.operands[1]
     if not set(node.operators) <= _EQUALS:
         return None
     ends = next((i for i, op in enumerate(node.operators) if op == "~" and i), len(node.operators))
@@ -225,7 +229,11 @@ def _is_name(node: t.Node) -> bool:
         case t.Symbol():
             return True
         case t.Apply(name, args):
-            return (len(name) == 1 and name.isalpha()) or "_" in name or (name in ("abs", "index") and all(map(_is_name, args)))
+            return (
+                (len(name) == 1 and name.isalpha())
+                or "_" in name
+                or (name in ("abs", "index") and all(map(_is_name, args)))
+            )
         case t.Product(parts) | t.Ratio(parts) | t.Row("(" | "", parts, _):
             return all(map(_is_name, parts)) and bool(parts)
         case t.Quotient(above, below):
