@@ -57,7 +57,7 @@ def extract(text: str, slot: Slot) -> str | None:
 
 def gold_answer(text: str) -> str:
     """Find the answer of a gold text: its box, what it calls the final answer, or all of it."""
-    boxed = boxed_answer(text)
+    boxed = boxed_answer(text, cut=True)
     if boxed is not None:
         return bare(boxed)
     if _SAID.search(text):
@@ -92,14 +92,17 @@ def bare(text: str) -> str:
     return text
 
 
-def boxed_answer(text: str) -> str | None:
-    """Join the last boxes of a text, as far as only a few words such as "and" stand between them."""
+def boxed_answer(text: str, *, cut: bool = False) -> str | None:
+    """Join the last boxes of a text, as far as only a few words such as "and" stand between them.
+
+    ``cut`` reads a box that is not closed too. A model that was cut off in its box has not answered.
+    """
     if r"\begin" not in text:
         text = text.replace("\\\\", "\\")
     spans = boxed_spans(text)
     if not spans:
-        start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
-        return None if start < 0 else text[text.index("{", start) + 1 :]  # cut off: the grammar decides
+        start = text.rfind(r"\boxed{") if cut else -1
+        return None if start < 0 else text[text.index("{", start) + 1 :]
     parts: list[str] = []
     following: int | None = None
     for start, end in reversed(spans):

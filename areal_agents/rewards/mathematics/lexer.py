@@ -236,6 +236,7 @@ class Lexer:
         return self._text[start : self._pos]
 
     def _number(self) -> None:
+        start = self._pos
         whole = self._digits()
         if 1 <= len(whole) <= 3:
             whole += self._groups()
@@ -249,6 +250,8 @@ class Lexer:
             self._pos += 1
         elif self._text.startswith(".", self._pos) and not self._text[self._pos + 1 : self._pos + 2].isalnum():
             self._pos += 1  # "5." ends a sentence, or has no decimals
+        if self._pos == start:  # .5, where the comma is the decimal sign
+            raise ParseError("a decimal point where a comma is the decimal sign")
         if len(whole) + len(decimals) > MAX_DIGITS:
             raise ParseError(f"a number has more than {MAX_DIGITS} digits")
         value = Fraction(int(whole + decimals or "0"), 10 ** len(decimals))

@@ -18,6 +18,8 @@ from sympy.core.evalf import PrecisionExhausted  # type: ignore[import-untyped]
 from areal_agents.rewards.mathematics.errors import TooLarge
 
 DIGITS = 40
+DEEP = 300
+"""Digits after which a difference is 0."""
 _POINTS = 6
 _SMALL = sympy.Float(10) ** -(DIGITS - 8)
 
@@ -29,15 +31,28 @@ def equal_values(a: Any, b: Any) -> bool:
     if a.is_Rational and b.is_Rational:
         return False
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    if not symbols:
-        return _close(_at(a, {}), _at(b, {}), a, b) is True
     seen = 0
-    for point in points(symbols):
-        near = _close(_at(a, point), _at(b, point), a, b)
-        if near is False:
+    for point in points(symbols) if symbols else [{}]:
+        x, y = _at(a, point), _at(b, point)
+        if x is None and y is None:
+            continue
+        if x is None or y is None or abs(x - y) > _SMALL * max(abs(x), abs(y), _SMALL):
             return False
-        seen += near is True
-    return seen >= 2
+        if not _vanishes((a - b).xreplace(point)):
+            return False
+        seen += 1
+    return seen >= min(2, max(1, len(symbols) + 1))
+
+
+def _vanishes(difference: Any) -> bool:
+    """Say whether a number is 0 to ``DEEP`` digits, as far as those before cancel out (e^200 and e^200 + 1)."""
+    try:
+        found = difference.evalf(4, maxn=DEEP, strict=True)
+    except PrecisionExhausted:  # no digit of it is known: all of them cancelled
+        return True
+    except (OverflowError, ValueError, RecursionError) as error:
+        raise TooLarge(f"SymPy cannot compute it: {error}") from error
+    return bool(found == 0)
 
 
 def points(symbols: Sequence[Any], n: int = _POINTS) -> list[dict[Any, Any]]:
@@ -85,8 +100,6 @@ def rounded(a: Any, digits: int) -> Fraction | None:
 def _at(expression: Any, point: dict[Any, Any]) -> Any | None:
     """Compute the expression at a point, or return None where it has no finite value there."""
     found = expression.xreplace(point) if point else expression
-    if found.is_Rational:
-        return sympy.Float(found, DIGITS)
     try:
         found = found.evalf(DIGITS, maxn=20 * DIGITS)
     except (OverflowError, ValueError, RecursionError, PrecisionExhausted) as error:
@@ -95,15 +108,3 @@ def _at(expression: Any, point: dict[Any, Any]) -> Any | None:
     if not (real.is_Float or real.is_Rational) or not (imaginary.is_Float or imaginary.is_Rational):
         return None
     return found
-
-
-def _close(x: Any | None, y: Any | None, a: Any, b: Any) -> bool | None:
-    """Say whether two computed values are near, or None where neither is there."""
-    if x is None and y is None:
-        return None
-    if x is None or y is None:
-        return False
-    size = max(abs(x), abs(y))
-    if size < sympy.Float(10) ** -DIGITS:  # both are zero, or something tiny that the digits do not show
-        return bool(sympy.simplify(a - b) == 0) if (a - b).is_number else True
-    return bool(abs(x - y) <= _SMALL * size)
