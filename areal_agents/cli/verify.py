@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -21,13 +21,15 @@ _AHEAD = 64
 
 
 @dataclass
-class Math:
+class Verify:
     """Compare answers with gold ones: ``areal-agents verify math --jsonl answers.jsonl --out verdicts.jsonl``.
 
     A row is {"gold": TEXT or [TEXT, …], "pred": TEXT, "slot": "answer", "options": {…}}. Rows come out in the same
     order, each with score (0 or 1), status, detail and elapsed_ms. A row that is broken gets a verdict of its own.
     """
 
+    what: Annotated[Literal["math"], tyro.conf.Positional]
+    """What the answers are."""
     jsonl: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """The rows."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
@@ -78,16 +80,6 @@ class Math:
             pool.close()
             print(file=sys.stderr)
         return counts
-
-
-@dataclass
-class Verify:
-    """Verify answers without a model."""
-
-    command: Annotated[Math, tyro.conf.subcommand("math")]
-
-    def run(self, overrides: Sequence[str]) -> int:
-        return self.command.run(overrides)
 
 
 def _rows(path: Path) -> Iterator[str]:
