@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from areal_agents.rewards.code.reward import code
 from areal_agents.rewards.mathematics.reward import boxed_math, math
 
-__all__ = ["boxed_math", "math"]
+__all__ = ["boxed_math", "code", "math"]
