@@ -187,7 +187,12 @@ def _finite(value: object, name: str, episode: Episode) -> float:
 
 
 def boxed_all(text: str) -> tuple[str, ...]:
-    r"""Find the contents of every balanced ``\boxed{…}``, in the order of their closing braces, in linear time.
+    r"""Find the contents of every balanced ``\boxed{…}``, in the order of their closing braces."""
+    return tuple(text[start:end] for start, end in boxed_spans(text))
+
+
+def boxed_spans(text: str) -> tuple[tuple[int, int], ...]:
+    r"""Find where the content of every balanced ``\boxed{…}`` stands, in linear time.
 
     ``\{`` and ``\}`` are literal braces. An inner box of a nested one is left out.
     """
@@ -203,7 +208,7 @@ def boxed_all(text: str) -> tuple[str, ...]:
                 found.append((start, match.start()))
         elif token.endswith("{") and token != r"\{":
             opened.append(match.end() if token != "{" else -1)
-    return tuple(text[start:end] for start, end in found)
+    return tuple(found)
 
 
 def boxed(text: str) -> str | None:

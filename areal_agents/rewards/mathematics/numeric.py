@@ -1,0 +1,110 @@
+"""Whether two SymPy expressions have one value.
+
+Rational numbers are compared exactly. Everything else is computed to ``DIGITS`` digits, with free variables at fixed
+points: two different expressions of the size that an answer has agree there with a probability that no training meets
+(the argument of Schwartz and Zippel). So nothing has to be simplified, and no rewriting can hang or be wrong.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+from sympy.core.evalf import PrecisionExhausted  # type: ignore[import-untyped]
+
+from areal_agents.rewards.mathematics.errors import TooLarge
+
+DIGITS = 40
+DEEP = 300
+"""Digits after which a difference is 0."""
+_POINTS = 6
+_SMALL = sympy.Float(10) ** -(DIGITS - 8)
+
+
+def equal_values(a: Any, b: Any) -> bool:
+    """Say whether two expressions are equal wherever both have a value."""
+    if a == b:
+        return True
+    if a.is_Rational and b.is_Rational:
+        return False
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    seen = 0
+    for point in points(symbols) if symbols else [{}]:
+        x, y = _at(a, point), _at(b, point)
+        if x is None and y is None:
+            continue
+        if x is None or y is None or abs(x - y) > _SMALL * max(abs(x), abs(y), _SMALL):
+            return False
+        if not _vanishes((a - b).xreplace(point)):
+            return False
+        seen += 1
+    return seen >= min(2, max(1, len(symbols) + 1))
+
+
+def _vanishes(difference: Any) -> bool:
+    """Say whether a number is 0 to ``DEEP`` digits, as far as those before cancel out (e^200 and e^200 + 1)."""
+    try:
+        found = difference.evalf(4, maxn=DEEP, strict=True)
+    except PrecisionExhausted:  # no digit of it is known: all of them cancelled
+        return True
+    except (OverflowError, ValueError, RecursionError) as error:
+        raise TooLarge(f"SymPy cannot compute it: {error}") from error
+    return bool(found == 0)
+
+
+def points(symbols: Sequence[Any], n: int = _POINTS) -> list[dict[Any, Any]]:
+    """Return the points at which variables are put in: rational, of both signs, the same in every process."""
+    out = []
+    for i in range(n):
+        point = {}
+        for symbol in symbols:
+            draw = random.Random(f"{i} {symbol}")
+            sign = 1 if i < 3 else draw.choice((1, -1))
+            point[symbol] = sign * sympy.Rational(draw.randint(1, 10**6), draw.randint(10**5, 10**6))
+        out.append(point)
+    return out
+
+
+def ratio(a: Any, b: Any) -> Any | None:
+    """Return a/b where it is one real number other than 0 at all points, else None."""
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    found = None
+    for point in points(symbols):
+        above, below = _at(a, point), _at(b, point)
+        if above is None or below is None or abs(below) < _SMALL:
+            continue
+        here = above / below
+        if abs(sympy.im(here)) > _SMALL:
+            return None
+        if found is None:
+            found = sympy.re(here)
+        elif abs(sympy.re(here) - found) > _SMALL * abs(found):
+            return None
+    return found if found is not None and abs(found) > _SMALL else None
+
+
+def rounded(a: Any, digits: int) -> Fraction | None:
+    """Return a real number rounded half up to ``digits`` decimals, or None where it is none."""
+    found = a if a.is_Rational else _at(a, {})
+    if found is None or abs(sympy.im(found)) > _SMALL:
+        return None
+    exact = Fraction(str(sympy.re(found))) if not a.is_Rational else Fraction(int(a.p), int(a.q))
+    scaled = abs(exact) * 10**digits
+    whole = (2 * scaled.numerator + scaled.denominator) // (2 * scaled.denominator)
+    return Fraction(whole if exact >= 0 else -whole, 10**digits)
+
+
+def _at(expression: Any, point: dict[Any, Any]) -> Any | None:
+    """Compute the expression at a point, or return None where it has no finite value there."""
+    found = expression.xreplace(point) if point else expression
+    try:
+        found = found.evalf(DIGITS, maxn=20 * DIGITS)
+    except (OverflowError, ValueError, RecursionError, PrecisionExhausted) as error:
+        raise TooLarge(f"SymPy cannot compute it: {error}") from error
+    real, imaginary = found.as_real_imag()
+    if not (real.is_Float or real.is_Rational) or not (imaginary.is_Float or imaginary.is_Rational):
+        return None
+    return found

@@ -1,0 +1,49 @@
+"""The choices of a comparison, which a task or a reward declares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What counts as equal beyond exact mathematics. The defaults add nothing."""
+
+    precision: int | None = None
+    """Decimals to which numbers are rounded before they are compared: 1/3 is 0.333 with 3."""
+    tolerance: float = 0.0
+    """Largest difference of two real numbers."""
+    relative: float = 0.0
+    """Largest difference of two real numbers, as a share of the gold one."""
+    decimal_comma: bool = False
+    """3,14 is 3.14 and 1.234,5 is 1234.5."""
+    units: bool = False
+    """The answer must have the gold answer's unit. Otherwise a number without a unit fits."""
+    ordered: bool = False
+    """The order of a plain list counts: 1, 2 is not 2, 1."""
+    intervals: bool = True
+    """1 ≤ x ≤ 2 is [1, 2]."""
+    names: bool = True
+    """x = 5 is 5."""
+
+    def __post_init__(self) -> None:
+        if self.precision is not None and not 0 <= self.precision <= 100:
+            raise ValueError(f"precision = {self.precision} must be between 0 and 100 decimals")
+        for name in ("tolerance", "relative"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} = {getattr(self, name)} must be a finite number of at least 0")
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Options:
+        """Read options by name. Raises ValueError for an unknown name or a value of another type."""
+        known = {f.name: f.type for f in fields(cls)}
+        for name, value in given.items():
+            if name not in known:
+                raise ValueError(f"unknown option {name!r}: there are {', '.join(known)}")
+            wanted = known[name]
+            if (wanted == "bool" and not isinstance(value, bool)) or (wanted != "bool" and (
+                isinstance(value, bool) or not isinstance(value, int | float | None)
+            )):  # fmt: skip
+                raise ValueError(f"option {name} = {value!r} is no {wanted}")
+        return cls(**given)

@@ -1,0 +1,241 @@
+"""Verifier processes that all episodes of a host share, and that a deadline ends.
+
+    verify() ─▶ cache? ─▶ bounded queue ─▶ a thread for each worker process ─▶ reply
+                                              └─ deadline passed, or process gone: killed and replaced
+
+SymPy cannot be interrupted inside one process: a signal reaches the main thread alone, and a thread cannot be killed.
+So each answer is verified in a process of its own kind, with bounded memory. A worker that is killed by somebody else
+costs nothing: its answer is verified again. An answer that ends its worker twice has itself to blame.
+
+Waits for / unblocked by: ``verify`` waits for a place in the queue, and is unblocked by a verdict or by its deadline,
+which starts when a worker takes the answer up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import areal_agents
+from areal_agents.errors import ConfigError, InfraError
+from areal_agents.rewards.mathematics.extract import SLOTS, Slot
+from areal_agents.rewards.mathematics.options import Options
+from areal_agents.rewards.mathematics.verdict import VERSION, MathVerdict, Status
+
+MAX_TEXT = 1 << 16
+"""Characters at the end of a model's text that are looked at. The answer stands there."""
+_CACHED = 1 << 14
+_START_SECONDS = 120.0
+
+
+class MathPool:
+    """Worker processes, started when they are first needed.
+
+    It may be used from several event loops and threads.
+    """
+
+    def __init__(self, workers: int | None = None, *, deadline: float = 5.0, waiting: int = 4096) -> None:
+        """Start nothing yet.
+
+        Args:
+            workers: processes at once. None is one for each two cores.
+            deadline: seconds for one answer.
+            waiting: answers that may wait. More wait outside, in ``verify``.
+        """
+        self.workers = workers if workers is not None else max(1, (os.cpu_count() or 2) // 2)
+        if self.workers < 1 or not deadline > 0:
+            raise ConfigError(f"workers = {workers} must be at least 1 and deadline = {deadline} over 0 seconds")
+        self.deadline = deadline
+        self.replaced = 0
+        """Workers that were killed or lost."""
+        self._room = threading.BoundedSemaphore(waiting)
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for _ in range(self.workers):
+            self._idle.put(_Worker())
+        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="verifier")
+        self._cache: OrderedDict[tuple[Any, ...], MathVerdict] = OrderedDict()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    async def verify(
+        self, gold: str | Sequence[str], pred: str, *, slot: Slot = "answer", options: Options | None = None
+    ) -> MathVerdict:
+        """Compare an answer with the gold one, as ``verify.verify`` does, within the deadline.
+
+        Args:
+            gold: the right answer, or several of which one suffices.
+            pred: what the model wrote. Its last ``MAX_TEXT`` characters are looked at.
+            slot: where in it the answer stands.
+            options: what counts as equal beyond exact mathematics.
+        """
+        if slot not in SLOTS:
+            raise ConfigError(f"unknown slot {slot!r}: there are {', '.join(SLOTS)}")
+        golds = (gold,) if isinstance(gold, str) else tuple(gold)
+        key = (VERSION, golds, pred[-MAX_TEXT:], slot, options or Options())
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        while not self._room.acquire(blocking=False):  # noqa: ASYNC110  the room belongs to several event loops
+            await asyncio.sleep(0.01)
+        try:
+            verdict = await asyncio.wrap_future(self._threads.submit(self._verified, key))
+        finally:
+            self._room.release()
+        if verdict.status not in ("timeout", "infra_error"):  # which another moment may spare
+            with self._lock:
+                self._cache[key] = verdict
+                while len(self._cache) > _CACHED:
+                    self._cache.popitem(last=False)
+        return verdict
+
+    def close(self) -> None:
+        """End every worker. Answers that wait get ``infra_error``."""
+        self._closed = True
+        while True:
+            try:
+                self._idle.get_nowait().end()
+            except queue.Empty:
+                break
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._idle.get_nowait().end()
+
+    def _verified(self, key: tuple[Any, ...]) -> MathVerdict:
+        """Ask a worker, and another one where the first is lost."""
+        _, golds, pred, slot, options = key
+        request = {"gold": golds, "pred": pred, "slot": slot, "options": asdict(options), "seconds": self.deadline}
+        if self._closed:
+            return MathVerdict("infra_error", "the verifier was closed")
+        start = time.monotonic()
+        worker = self._idle.get()
+        try:
+            for _ in range(2):
+                try:
+                    reply = worker.ask(request, self.deadline)
+                except _Lost:
+                    self.replaced += 1
+                    continue
+                except InfraError as error:
+                    return MathVerdict("infra_error", str(error))
+                if reply is None:
+                    self.replaced += 1
+                    return MathVerdict("timeout", f"not verified within {self.deadline:g} s", _since(start))
+                return MathVerdict(cast(Status, reply["status"]), reply["detail"], _since(start))
+            return MathVerdict("timeout", "it ended the verifier's process twice", _since(start))
+        finally:
+            self._idle.put(worker)
+
+
+class _Lost(Exception):
+    """The worker's process ended while it was asked."""
+
+
+class _Worker:
+    """One process, started again when it is asked after its end. One thread uses it at a time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._read = b""
+
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, str] | None:
+        """Return the reply, or None where there is none in time: the process is then killed.
+
+        Raises _Lost where it ended, InfraError where none can be started.
+        """
+        process = self._process if self._process is not None and self._process.poll() is None else self._start()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+            line = self._line(process, seconds)
+        except (BrokenPipeError, EOFError) as error:
+            self.end()
+            raise _Lost from error
+        if line is None:
+            self.end()
+            return None
+        reply: dict[str, str] = json.loads(line)
+        return reply
+
+    def end(self) -> None:
+        process, self._process, self._read = self._process, None, b""
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self.end()
+        root = str(Path(areal_agents.__file__).parent.parent)
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "areal_agents.rewards.mathematics.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is the run's
+        )
+        try:
+            ready = self._line(self._process, _START_SECONDS)
+        except EOFError:
+            ready = None
+        if ready is None:
+            self.end()
+            raise InfraError("the mathematics verifier's process did not start: its message stands on stderr")
+        return self._process
+
+    def _line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
+        """Read one line within ``seconds``. Raises EOFError where the process has ended."""
+        assert process.stdout is not None
+        end = time.monotonic() + seconds
+        poller = select.poll()
+        poller.register(process.stdout, select.POLLIN)
+        while b"\n" not in self._read:
+            left = end - time.monotonic()
+            if left <= 0 or not poller.poll(left * 1000):
+                return None
+            chunk = os.read(process.stdout.fileno(), 1 << 16)
+            if not chunk:
+                raise EOFError
+            self._read += chunk
+        line, _, self._read = self._read.partition(b"\n")
+        return line
+
+
+_shared: tuple[int, MathPool] | None = None
+_guard = threading.Lock()
+
+
+def shared_pool() -> MathPool:
+    """Return the pool of this process, which is closed at its end."""
+    global _shared
+    with _guard:
+        if _shared is None or _shared[0] != os.getpid():
+            pool = MathPool()
+            atexit.register(pool.close)
+            _shared = os.getpid(), pool
+        return _shared[1]
+
+
+def _since(start: float) -> float:
+    return round(1000 * (time.monotonic() - start), 3)

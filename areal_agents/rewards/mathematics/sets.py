@@ -1,0 +1,84 @@
+"""Sets of real numbers as SymPy has them: intervals, unions, finite sets, and the solutions of linear inequalities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+
+from areal_agents.rewards.mathematics import tree as t
+from areal_agents.rewards.mathematics.errors import ParseError
+from areal_agents.rewards.mathematics.value import value
+
+_NAMED = {
+    "reals": sympy.S.Reals, "integers": sympy.S.Integers, "naturals": sympy.S.Naturals, "rationals": sympy.S.Rationals,
+}  # fmt: skip
+_OPEN = {"<", ">", "!="}
+
+
+def as_set(node: t.Node) -> Any:
+    """Return the set that a node is.
+
+    Raises ParseError where it is none.
+    """
+    match node:
+        case t.SetOp(operator, (left, right)):
+            a, b = as_set(left), as_set(right)
+            return {"cup": a.union, "cap": a.intersect, "setminus": lambda x: a - x}[operator](b)
+        case t.Row("{", items, "}"):
+            return sympy.FiniteSet(*map(_real, items))
+        case t.Row("(" | "[" as opened, (low, high), closed):
+            return _interval(_real(low), _real(high), opened == "(", closed == ")")
+        case t.Row("", items, ""):
+            found = sympy.S.Reals
+            for item in items:
+                found = found.intersect(as_set(item))
+            return found
+        case t.Constant(name) if name in _NAMED:
+            return _NAMED[name]
+        case t.Relation(operands, operators):
+            return _solutions(operands, operators)
+    raise ParseError("it is no set")
+
+
+def _real(node: t.Node) -> Any:
+    found = value(node)
+    if not found.is_extended_real:
+        raise ParseError("a set of real numbers has real ends")
+    return found
+
+
+def _interval(low: Any, high: Any, left_open: bool, right_open: bool) -> Any:
+    return sympy.Interval(low, high, left_open or low.is_infinite, right_open or high.is_infinite)
+
+
+def _solutions(operands: tuple[t.Node, ...], operators: tuple[str, ...]) -> Any:
+    """Solve a chain of comparisons that is linear in its one variable."""
+    if operators == ("in",):
+        return as_set(operands[1])
+    found: Any = sympy.S.Reals
+    for left, operator, right in zip(operands, operators, operands[1:], strict=False):
+        if operator not in ("<", ">", "<=", ">=", "!="):
+            raise ParseError("it is no inequality")
+        found = found.intersect(_half_line(value(left), operator, value(right)))
+    return found
+
+
+def _half_line(left: Any, operator: str, right: Any) -> Any:
+    for infinite in (left, right):
+        if infinite in (sympy.oo, -sympy.oo):
+            return sympy.S.Reals
+    difference = left - right
+    symbols = difference.free_symbols
+    if len(symbols) != 1:
+        raise ParseError("it has not one variable")
+    (x,) = symbols
+    slope = difference.diff(x)
+    if slope.free_symbols or not slope.is_extended_real or slope == 0:
+        raise ParseError("it is not linear")
+    end = -difference.subs(x, 0) / slope
+    if operator == "!=":
+        return sympy.S.Reals - sympy.FiniteSet(end)
+    below = (operator in ("<", "<=")) == bool(slope > 0)
+    is_open = operator in _OPEN
+    return sympy.Interval(-sympy.oo, end, True, is_open) if below else sympy.Interval(end, sympy.oo, is_open, True)

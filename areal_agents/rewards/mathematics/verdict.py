@@ -1,0 +1,24 @@
+"""The verdict on one answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+VERSION = "1"
+"""Of the verifier: verdicts of another version are not this one's."""
+
+Status = Literal["ok", "wrong", "no_answer", "parse_error", "timeout", "gold_error", "infra_error"]
+
+
+@dataclass(frozen=True, slots=True)
+class MathVerdict:
+    """What a verifier says of one answer, and why."""
+
+    status: Status
+    detail: str = ""
+    elapsed_ms: float = 0.0
+
+    @property
+    def score(self) -> int:
+        return int(self.status == "ok")

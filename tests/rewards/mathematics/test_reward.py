@@ -1,0 +1,63 @@
+"""The rewards, on episodes made by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from areal_agents.errors import ConfigError, RewardError
+from areal_agents.reward import Episode, Verdict, judge
+from areal_agents.rewards import boxed_math, math
+from areal_agents.types import AssistantMessage, Task, Text, ToolCall, user
+
+
+def episode(answer: str | None, gold: Any = r"\frac{1}{2}", calls: tuple[ToolCall, ...] = ()) -> Episode:
+    task = Task.make("t", split="train", seed=0, payload={"answer": gold})
+    message = AssistantMessage((Text(answer or ""),), calls)
+    return Episode(task, (user("?"), message), answer, (), "answer")
+
+
+def scored(reward: Any, *args: Any, **options: Any) -> Verdict:
+    return asyncio.run(judge(reward, episode(*args, **options)))
+
+
+def test_the_box_is_verified() -> None:
+    assert scored(boxed_math(), r"It is \boxed{0.5}.") == Verdict(1.0, {"math(boxed)": 1.0})
+    assert scored(boxed_math(), r"It is 0.5, \boxed{2}.").score == 0.0
+    assert scored(boxed_math(), "0.5").score == 0.0  # no box
+    assert scored(boxed_math(), None).score == 0.0
+    assert scored(boxed_math(precision=1), r"\boxed{0.51}").score == 1.0
+    assert scored(boxed_math(), r"\boxed{7}", ["6", "7"]).score == 1.0
+    assert scored(boxed_math(), r"\boxed{7}", 7).score == 1.0
+
+
+def test_what_cannot_be_read_is_unverifiable_and_counted() -> None:
+    assert scored(boxed_math(), r"\boxed{\frac{}{}}") == Verdict(0.0, {"math(boxed)": 0.0}, status="unverifiable")
+
+
+def test_other_slots() -> None:
+    assert scored(math(slot="final_line"), "work\nAnswer: 1/2").score == 1.0
+    call = ToolCall("c", "answer", {"value": "2/4"}, "", "ok", None)
+    broken = ToolCall("d", "answer", {}, "", "invalid_json", None)
+    assert scored(math(slot="tool"), "no", calls=(call, broken)).score == 1.0
+    assert scored(math(slot="tool"), "1/2").score == 0.0
+
+
+@pytest.mark.parametrize("gold", [None, [], True, {"a": 1}, ["1", None]])
+def test_a_task_without_a_gold_answer_is_an_error(gold: Any) -> None:
+    with pytest.raises(RewardError, match=r"task 't': payload\['answer'\] = .* is no gold answer"):
+        scored(boxed_math(), r"\boxed{1}", gold)
+
+
+def test_a_gold_answer_that_cannot_be_read_is_an_error_of_the_task() -> None:
+    with pytest.raises(RewardError, match=r"task 't': the gold answer .* cannot be read"):
+        scored(boxed_math(), r"\boxed{1}", r"\frac{1}{")
+
+
+def test_what_a_reward_may_not_do_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not from the slot 'text'"):
+        math(slot="text")
+    with pytest.raises(ConfigError, match="unknown option 'precison'"):
+        boxed_math(precison=2)
