@@ -300,10 +300,17 @@ def _as_it_stands(command: Command, w: Workshop) -> list[str]:
     return list(command.words[1:])
 
 
+def _verify(command: Command, here: Workshop) -> list[str]:
+    """The rows that the page shows."""
+    row = {"gold": "1/2", "pred": "so \\boxed{0.5}", "slot": "boxed", "options": {"precision": 2}}
+    Path("answers.jsonl").write_text(json.dumps(row) + "\n")
+    return list(command.words[1:])
+
+
 RUN: dict[str, Callable[[Command, Workshop], list[str] | None]] = {
     "train": _train, "demo": _demo, "eval": _eval, "check": _check, "model": _model, "serve": _serve,
     "envs": _as_it_stands, "init": _as_it_stands, "rescore": _as_it_stands, "replay": _as_it_stands, "resize": _resize,
-    "algorithms": _as_it_stands,
+    "algorithms": _as_it_stands, "verify": _verify,
 }  # fmt: skip
 """By subcommand: what is run in a command's place; None: the parser and the settings have seen it, that is all."""
 

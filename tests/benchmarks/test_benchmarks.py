@@ -15,7 +15,7 @@ from areal_agents.evaluation import compare
 from tests.simulated import BENCHMARKS, benchmarks_on_path, module
 
 __all__ = ["benchmarks_on_path"]
-SCRIPTS = ("engine", "trl_step", "demo", "demo_engines", "engines", "mismatch", "async", "gpu")
+SCRIPTS = ("engine", "trl_step", "demo", "demo_engines", "engines", "mismatch", "async", "gpu", "busy", "verifier")
 RECORD = {"benchmark", "commit", "machine", "samples", "checks"}
 
 

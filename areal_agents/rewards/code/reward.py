@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
-from areal_agents.errors import ConfigError, RewardError
+from areal_agents.errors import ConfigError, TaskError
 from areal_agents.reward import Episode, Verdict
 from areal_agents.rewards.code.judge import CodeVerdict, run_tests
 from areal_agents.rewards.code.languages import LANGUAGES
@@ -68,13 +68,13 @@ class code:
         return Verdict(score, components, status="timeout" if "timeout" in found.results else "ok")
 
     def problem(self, episode: Episode) -> Problem:
-        """Return the problem of an episode's task. Raises RewardError where it has none."""
+        """Return the problem of an episode's task. Raises TaskError where it has none."""
         try:
             found = self._problem(episode) if self._problem else Problem.of(episode.task.payload, **self._rules)
             if found.language not in LANGUAGES:
                 raise ValueError(f"unknown language {found.language!r}: there are {', '.join(LANGUAGES)}")
         except (KeyError, ValueError, TypeError) as error:
-            raise RewardError(f"task {episode.task.id!r} has no tests that can be run: {error!r:.200}") from error
+            raise TaskError(f"task {episode.task.id!r} has no tests that can be run: {error!r:.200}") from error
         return found
 
     def source(self, episode: Episode, problem: Problem) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from areal_agents.errors import ConfigError, InfraError, RewardError
+from areal_agents.errors import ConfigError, InfraError, TaskError
 from areal_agents.reward import Episode, Verdict
 from areal_agents.rewards.mathematics.extract import REWARD_SLOTS, Slot
 from areal_agents.rewards.mathematics.options import Options
@@ -57,18 +57,18 @@ class math:
         if found.status == "infra_error":
             raise InfraError(f"the mathematics verifier failed: {found.detail}")
         if found.status == "gold_error":
-            raise RewardError(f"task {episode.task.id!r}: {found.detail}")
+            raise TaskError(f"task {episode.task.id!r}: {found.detail}")
         status = {"timeout": "timeout", "parse_error": "unverifiable"}.get(found.status, "ok")
         score = float(found.score)
         return Verdict(score, {self.__name__: score}, status=status)  # type: ignore[arg-type]
 
     def gold(self, episode: Episode) -> str | Sequence[str]:
-        """Return the task's gold answers. Raises RewardError where it has none."""
+        """Return the task's gold answers. Raises TaskError where it has none."""
         value = episode.task.payload.get(self._key)
         values = value if isinstance(value, list | tuple) else [value]
         texts = [str(v) for v in values if isinstance(v, str | int | float) and not isinstance(v, bool)]
         if not texts or len(texts) != len(values):
-            raise RewardError(f"task {episode.task.id!r}: payload[{self._key!r}] = {value!r:.200} is no gold answer")
+            raise TaskError(f"task {episode.task.id!r}: payload[{self._key!r}] = {value!r:.200} is no gold answer")
         return texts
 
     def _called(self, episode: Episode) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from areal_agents import sandboxes
-from areal_agents.errors import ConfigError, RewardError
+from areal_agents.errors import ConfigError, TaskError
 from areal_agents.reward import Episode, Verdict, judge
 from areal_agents.rewards.code.judge import CodeVerdict, run_tests
 from areal_agents.rewards.code.problem import CodeTest, Problem, same_text, same_value
@@ -169,7 +169,7 @@ def test_the_reward(runner: asyncio.Runner, backend: SandboxBackend) -> None:
      ({"tests": [{"input": "", "output": "1"}], "language": "cobol"}, "unknown language")],
 )  # fmt: skip
 def test_a_task_without_tests_is_an_error(runner: asyncio.Runner, payload: dict[str, Any], message: str) -> None:
-    with pytest.raises(RewardError, match=f"task 't' has no tests that can be run: .*{message}"):
+    with pytest.raises(TaskError, match=f"task 't' has no tests that can be run: .*{message}"):
         scored(runner, code(), "```\n1\n```", payload)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from areal_agents.errors import ConfigError, RewardError
+from areal_agents.errors import ConfigError, TaskError
 from areal_agents.reward import Episode, Verdict, judge
 from areal_agents.rewards import boxed_math, math
 from areal_agents.types import AssistantMessage, Task, Text, ToolCall, user
@@ -47,12 +47,12 @@ def test_other_slots() -> None:
 
 @pytest.mark.parametrize("gold", [None, [], True, {"a": 1}, ["1", None]])
 def test_a_task_without_a_gold_answer_is_an_error(gold: Any) -> None:
-    with pytest.raises(RewardError, match=r"task 't': payload\['answer'\] = .* is no gold answer"):
+    with pytest.raises(TaskError, match=r"task 't': payload\['answer'\] = .* is no gold answer"):
         scored(boxed_math(), r"\boxed{1}", gold)
 
 
 def test_a_gold_answer_that_cannot_be_read_is_an_error_of_the_task() -> None:
-    with pytest.raises(RewardError, match=r"task 't': the gold answer .* cannot be read"):
+    with pytest.raises(TaskError, match=r"task 't': the gold answer .* cannot be read"):
         scored(boxed_math(), r"\boxed{1}", r"\frac{1}{")
 
 
