@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from areal_agents.env import AgentEnv, Expert
-from areal_agents.errors import ArealError, CheckError
+from areal_agents.errors import ArealError, CheckError, EnvError
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.env_results import RETURNS, Call
 from areal_agents.rollout.episode import EpisodeDriver
@@ -72,14 +72,14 @@ def script_for(spec: EnvSpec, task: Task, name: ScriptName) -> Script:
 class OwnLoop:
     """The running event loop as an episode's ``Host``.
 
-    It is the checks' own loop, because they count its turns and its tasks. Whatever goes wrong is a CheckError that
+    It is the checks' own loop, because they count its turns and its tasks. Whatever goes wrong is an EnvError that
     names the call.
     """
 
     async def call(self, make: Callable[[], Awaitable[T]], *, timeout: float, what: str) -> T:
         """Await ``make()`` for at most ``timeout`` seconds.
 
-        Raises CheckError after that, even where the call ignores its cancellation.
+        Raises EnvError after that, even where the call ignores its cancellation.
         """
         guard_tasks(asyncio.get_running_loop())
         task = asyncio.ensure_future(make())
@@ -88,13 +88,13 @@ class OwnLoop:
         if not task.done():
             task.cancel()
             unheard(task)
-            raise CheckError(f"{what} did not return within {timeout:g} s")
+            raise EnvError(f"{what} did not return within {timeout:g} s")
         try:
             return task.result()
         except asyncio.CancelledError as error:
-            raise CheckError(f"{what} cancelled itself") from error
+            raise EnvError(f"{what} cancelled itself") from error
         except Exception as error:  # the environment's own code: whatever it raises is the finding
-            raise CheckError(f"{what} raised {described(error)}") from error
+            raise EnvError(f"{what} raised {described(error)}") from error
 
 
 class ScriptedEpisode(EpisodeDriver):

@@ -271,7 +271,9 @@ def test_a_dead_sandbox_is_an_error_not_an_output() -> None:
             assert await process.recv(1, timeout=60) == b"x"
             assert sandbox._holder is not None
             sandbox._holder.kill()
-            with pytest.raises(SandboxError, match="died during the call"):
+            with pytest.raises(
+                SandboxError, match=r"died during the call|does not take requests"
+            ):  # it may not have begun
                 await call
             with pytest.raises(SandboxError, match="Open a new session"):
                 await suite.run(sandbox, "")
