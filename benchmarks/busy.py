@@ -45,7 +45,7 @@ sys.exit(main(sys.argv[1:]))
 CLI = ("-m", "areal_agents")
 SMALL = "train demo --eval.baseline false --eval.n 4 --warm_start.demonstrations 16"
 TRAIN = f"{SMALL} --steps 2 --rollout.groups 2 --rollout.group_size 4 --rollout.concurrency 16"
-STEPS = f"{SMALL} --steps 4 --rollout.groups 3 --rollout.concurrency 48"
+STEPS = f"{SMALL} --steps 3 --rollout.groups 2 --rollout.concurrency 32"
 
 
 def evaluate(n: int) -> list[str]:
@@ -96,7 +96,9 @@ def works(*, quick: bool) -> dict[str, dict[str, Any]]:
     return {
         "eval": {"command": evaluate(24), "out": "--out"},
         "train": {"command": [*CLI, *TRAIN.split()], "out": "--out"},
-        "tests": {"command": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/trainer/test_loop.py"]},
+        "tests": {
+            "command": [*"-m pytest -q -p no:cacheprovider tests/trainer/test_loop.py -k".split(), "not whole_path"]
+        },
     }
 
 
@@ -113,7 +115,7 @@ def turn(work: dict[str, Any], limit: float, *, spinning: bool) -> dict[str, Any
 
 
 def division_turn() -> dict[str, Any]:
-    """Four training steps, with the division of cores and with shared ones, on the idle machine and beside the loop."""
+    """Three training steps, with the division of cores and with shared ones, on the idle machine and beside the loop."""
     found: dict[str, Any] = {}
     for where in ("idle", "busy"):
         with busy_process() if where == "busy" else contextlib.nullcontext():
@@ -150,12 +152,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--no-division", action="store_true", help="leave out the division of cores")
     parser.add_argument("--limit", type=float, default=6.0, help="times the idle time, for what spins")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
     chosen = works(quick=options.quick)
-    divisions = 0 if options.quick else rounds
+    divisions = 0 if options.quick or options.no_division else rounds
     progress = Progress(rounds * len(chosen) + divisions)
     kept = Kept(options.json, {"rounds": rounds, "limit": options.limit})
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
