@@ -43,6 +43,7 @@ sys.exit(main(sys.argv[1:]))
 """
 """``areal-agents`` with all cores for both sides."""
 CLI = ("-m", "areal_agents")
+TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/trainer/test_loop.py")
 SMALL = "train demo --eval.baseline false --eval.n 4 --warm_start.demonstrations 16"
 TRAIN = f"{SMALL} --steps 2 --rollout.groups 2 --rollout.group_size 4 --rollout.concurrency 16"
 STEPS = f"{SMALL} --steps 3 --rollout.groups 2 --rollout.concurrency 32"
@@ -96,9 +97,7 @@ def works(*, quick: bool) -> dict[str, dict[str, Any]]:
     return {
         "eval": {"command": evaluate(24), "out": "--out"},
         "train": {"command": [*CLI, *TRAIN.split()], "out": "--out"},
-        "tests": {
-            "command": [*"-m pytest -q -p no:cacheprovider tests/trainer/test_loop.py -k".split(), "not whole_path"]
-        },
+        "tests": {"command": [*TESTS, "-k", "not whole_path"]},
     }
 
 
@@ -115,7 +114,7 @@ def turn(work: dict[str, Any], limit: float, *, spinning: bool) -> dict[str, Any
 
 
 def division_turn() -> dict[str, Any]:
-    """Three training steps, with the division of cores and with shared ones, on the idle machine and beside the loop."""
+    """Three training steps, with divided cores and with shared ones, on the idle machine and beside the loop."""
     found: dict[str, Any] = {}
     for where in ("idle", "busy"):
         with busy_process() if where == "busy" else contextlib.nullcontext():
