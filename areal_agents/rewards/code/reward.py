@@ -16,7 +16,7 @@ from areal_agents.types import AssistantMessage
 from areal_agents.utils.sync import on_exit
 
 Mode = Literal["all", "fraction"]
-_FENCE = re.compile(r"^```([A-Za-z0-9+#]*)[^\n]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"```([A-Za-z0-9+#]*)[^`]*")
 
 
 class code:
@@ -86,8 +86,8 @@ class code:
                         if call.name == self._tool and call.status == "ok":
                             return next((v for v in call.arguments.values() if isinstance(v, str)), None)
             return None
-        blocks = [body for name, body in _FENCE.findall(episode.answer or "")
-                  if name.lower() in LANGUAGES[problem.language].fences]  # fmt: skip
+        fences = LANGUAGES[problem.language].fences
+        blocks = [body for name, body in fenced(episode.answer or "") if name in fences]
         return blocks[-1] if blocks else None
 
     def _score(self, found: CodeVerdict, problem: Problem) -> float:
@@ -103,3 +103,20 @@ class code:
         backend: SandboxBackend = backends().shared(self._sandbox)
         on_exit(backends().close_shared)  # a loop of the caller's own is closed by the caller
         return backend
+
+
+def fenced(text: str) -> list[tuple[str, str]]:
+    """Return the closed fenced blocks of a Markdown text, each with its language in lower case, in linear time."""
+    blocks: list[tuple[str, str]] = []
+    name = ""
+    body: list[str] | None = None
+    for line in text.splitlines(keepends=True):
+        opened = _FENCE.fullmatch(line.rstrip())
+        if body is not None and line.rstrip() == "```":
+            blocks.append((name, "".join(body)))
+            body = None
+        elif body is not None:
+            body.append(line)
+        elif opened is not None:
+            name, body = opened[1].lower(), []
+    return blocks

@@ -14,7 +14,7 @@ from areal_agents.errors import ConfigError, TaskError
 from areal_agents.reward import Episode, Verdict, judge
 from areal_agents.rewards.code.judge import CodeVerdict, run_tests
 from areal_agents.rewards.code.problem import CodeTest, Problem, same_text, same_value
-from areal_agents.rewards.code.reward import code
+from areal_agents.rewards.code.reward import code, fenced
 from areal_agents.sandbox import SandboxBackend
 from areal_agents.types import AssistantMessage, Task, Text, user
 from tests.conftest import require
@@ -171,6 +171,11 @@ def test_the_reward(runner: asyncio.Runner, backend: SandboxBackend) -> None:
 def test_a_task_without_tests_is_an_error(runner: asyncio.Runner, payload: dict[str, Any], message: str) -> None:
     with pytest.raises(TaskError, match=f"task 't' has no tests that can be run: .*{message}"):
         scored(runner, code(), "```\n1\n```", payload)
+
+
+def test_fenced_blocks() -> None:
+    assert fenced("a\n```Py x\n1\n```\n```\n2\n```  \n```c\nunclosed") == [("py", "1\n"), ("", "2\n")]
+    assert fenced("```a\n" * 200_000) == []  # none of them closes: each line is looked at once
 
 
 def test_wrong_choices_are_refused() -> None:
