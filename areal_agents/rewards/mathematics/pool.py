@@ -91,6 +91,8 @@ class MathPool:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
+        if self._closed:
+            return MathVerdict("infra_error", "the verifier was closed")
         while not self._room.acquire(blocking=False):  # noqa: ASYNC110  the room belongs to several event loops
             await asyncio.sleep(0.01)
         try:

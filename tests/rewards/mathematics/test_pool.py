@@ -103,6 +103,7 @@ def test_a_verdict_is_kept_and_a_closed_pool_leaves_nothing() -> None:
         left = pids(pool)
         pool.close()
         assert await pool.verify("1/2", "0.5") == first  # no process was asked
+        assert (await pool.verify("1/2", "0.25")).status == "infra_error"
         assert not wait_gone(left, 60)
 
     asyncio.run(work())
