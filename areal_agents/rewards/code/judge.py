@@ -7,11 +7,13 @@ sees or overwrite its own files: what a test expects is never inside the sandbox
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from areal_agents.errors import SandboxError
+from areal_agents.rewards.code.checker import compare
 from areal_agents.rewards.code.languages import CALL, LANGUAGES, Language
 from areal_agents.rewards.code.problem import CodeTest, Problem
 from areal_agents.sandbox import ExecResult, Sandbox, SandboxBackend, SandboxSpec
@@ -20,7 +22,7 @@ MAX_SOURCE = 1 << 18
 MAX_OUTPUT = 1 << 20
 DISK = 16 << 20
 SUPERVISOR_ROOM = 32 << 20
-TestStatus = Literal["passed", "wrong", "error", "timeout", "oom", "output_limit", "crash"]
+TestStatus = Literal["passed", "wrong", "error", "timeout", "oom", "output_limit", "crash", "checker_error", "skipped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class CodeVerdict:
     def share(self, problem: Problem) -> float:
         """Return the weight of the tests passed over that of all."""
         total = sum(t.weight for t in problem.tests)
-        return sum(t.weight for t, r in zip(problem.tests, self.results, strict=False) if r == "passed") / total
+        passed = sum(t.weight for t, r in zip(problem.tests, self.results, strict=False) if r == "passed")
+        return passed / total if total else 0.0
 
 
 async def run_tests(source: str, problem: Problem, backend: SandboxBackend, *, stop_early: bool = False) -> CodeVerdict:
@@ -52,7 +55,7 @@ async def run_tests(source: str, problem: Problem, backend: SandboxBackend, *, s
         source: the program, as the model wrote it.
         problem: the tests and their rules.
         backend: of the sandbox.
-        stop_early: skip the tests behind the first that is not passed; they count as ``wrong``.
+        stop_early: skip the tests behind the first that is not passed.
 
     Raises:
         SandboxError: no session can be opened or built in. Another attempt may succeed.
@@ -61,7 +64,7 @@ async def run_tests(source: str, problem: Problem, backend: SandboxBackend, *, s
     code = source.encode(errors="backslashreplace")
     if len(code) > MAX_SOURCE or b"\0" in code:
         return CodeVerdict(False, (), f"the program has {len(code)} bytes or a NUL character")
-    cpu = max(1, round(problem.seconds) + 1)
+    cpu = math.ceil(max(problem.seconds, language.compile_seconds)) + 1
     room = SUPERVISOR_ROOM + 3 * DISK  # /work, /tmp and /dev/shm count as memory
     runs = _Session(backend, SandboxSpec(memory=problem.memory + room, disk=DISK, cpu_seconds=cpu), language, code)
     try:
@@ -71,7 +74,9 @@ async def run_tests(source: str, problem: Problem, backend: SandboxBackend, *, s
         results: list[TestStatus] = []
         for test in problem.tests:
             if stop_early and results and results[-1] != "passed":
-                results.append("wrong")
+                results.append("skipped")
+            elif runs.spent >= problem.total_seconds:
+                results.append("timeout")
             else:
                 results.append(await runs.result(test, problem))
         return CodeVerdict(True, tuple(results))
@@ -86,6 +91,8 @@ class _Session:
         self._backend, self._spec, self._language, self._code = backend, spec, language, code
         self._leave: Callable[[], Awaitable[object]] | None = None
         self._sandbox: Sandbox | None = None
+        self.spent = 0.0
+        """Seconds that tests ran."""
 
     async def built(self) -> ExecResult:
         """Open a fresh session and build the program in it."""
@@ -108,11 +115,12 @@ class _Session:
                     continue
                 await self._next()
                 return "crash"
+            self.spent += done.seconds
             if done.status in ("timeout", "oom", "output_limit"):
                 return done.status
             if done.status != "ok":
                 return "error"
-            return "passed" if problem.passes(test, done.stdout.decode(errors="replace")) else "wrong"
+            return await compare(problem, test, done.stdout.decode(errors="surrogateescape"))
         raise AssertionError("not reached")
 
     async def _run(self, test: CodeTest, problem: Problem) -> ExecResult:
@@ -123,7 +131,8 @@ class _Session:
         else:
             asked = {"function": problem.function, "arguments": test.arguments}
             command, stdin = ("python3", "-I", "-X", "utf8", "-c", CALL), json.dumps(asked).encode()
-        return await self._sandbox.exec(command, stdin=stdin, timeout=problem.seconds, max_output=MAX_OUTPUT)
+        room = MAX_OUTPUT + 2 * len(json.dumps(test.expected))  # the longest way to write it, and its line ends
+        return await self._sandbox.exec(command, stdin=stdin, timeout=problem.seconds, max_output=room)
 
     async def _next(self) -> None:
         """Have a session for the tests that follow one that ended two of them."""
