@@ -36,7 +36,8 @@ PROGRAMS = {
         "error": "int main(){*(volatile int*)0 = 1;}",
         "broken": "int main({",
         "loop": "int main(){for(volatile int i=0;;i++);}",
-        "hog": "#include <stdlib.h>\n#include <string.h>\nint main(){for(;;){char*p=malloc(1<<24);if(!p)abort();memset(p,1,1<<24);}}",
+        "hog": "#include <stdlib.h>\n#include <string.h>\n"
+        "int main(){for(;;){char*p=malloc(1<<24);if(!p)abort();memset(p,1,1<<24);}}",
     },
     "c++": {
         "right": '#include <iostream>\nint main(){int n;std::cin>>n;std::cout<<2*n<<" é\\n";}',
@@ -135,7 +136,7 @@ def test_tests_stop_at_the_first_failure_where_all_must_pass(runner: asyncio.Run
     reward = code(sandbox=backend, seconds=20.0)
     found = scored(runner, reward, "```\nprint(42)\n```", tests=tests)
     assert (found.score, found.components["passed"], found.components["wrong"]) == (0.0, 0.25, 0.25)
-    scores = {m: code(sandbox=backend, seconds=20.0, mode=m) for m in ("fraction", "weighted")}  # type: ignore[arg-type]
+    scores = {m: code(sandbox=backend, seconds=20.0, mode=m) for m in ("fraction", "weighted")}
     assert scored(runner, scores["fraction"], "```\nprint(42)\n```", tests=tests).score == 0.5
     assert scored(runner, scores["weighted"], "```\nprint(42)\n```", tests=tests).score == 0.5
     assert scored(runner, scores["weighted"], "```\nprint(2)\n```", tests=tests).score == 0.5
@@ -168,7 +169,7 @@ def test_checkers(runner: asyncio.Runner, backend: SandboxBackend) -> None:
     assert (odd.score, odd.status, odd.components["checker_error"]) == (0.0, "unverifiable", 1.0)
     late = code(sandbox=backend, seconds=20.0, checker=hangs, checker_seconds=0.3)
     assert scored(runner, late, eight, tests=ONE).status == "unverifiable"
-    unsure = code(sandbox=backend, seconds=20.0, checker=lambda given, expected, output: None)  # type: ignore[arg-type, return-value]
+    unsure = code(sandbox=backend, seconds=20.0, checker=lambda given, expected, output: None)
     assert scored(runner, unsure, eight, tests=ONE).status == "unverifiable"
 
 
