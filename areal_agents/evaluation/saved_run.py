@@ -84,7 +84,7 @@ class SavedRun:
     @property
     def spec(self) -> EnvSpec:
         """The run's environment. Raises RegistryError."""
-        return registry.spec(self.env_id)
+        return registry.spec(self.env_id).with_kwargs(self.env_kwargs)
 
     def make_env(self, *, sandbox: str | None = None) -> AgentEnv:
         """Make a new environment as the run made its own, with ``sandbox`` in place of the run's where it is given.

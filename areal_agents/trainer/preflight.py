@@ -25,8 +25,8 @@ def require_runnable(config: TrainConfig) -> None:
     if remote_name(config.model.path) is not None:
         refuse_training(config.model.path)
     require_linux("training")
-    spec = registry.spec(config.env.id)
-    spec.require_arguments(config.env.kwargs)
+    spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
+    spec.require_arguments({})
     _require_tasks(spec, config)
     a, r = config.algorithm, config.rollout
     Estimator(a.advantage)

@@ -41,6 +41,7 @@ MAX_TEXT = 1 << 16
 """Characters at the end of a model's text that are looked at. The answer stands there."""
 _CACHED = 1 << 14
 _START_SECONDS = 120.0
+_STARTS = 3
 
 
 class MathPool:
@@ -187,6 +188,20 @@ class _Worker:
                         pipe.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
+        """Start the process, again where somebody kills it before it was asked anything."""
+        for _ in range(_STARTS):
+            process = self._spawn()
+            try:
+                if self._line(process, _START_SECONDS) is not None:
+                    return process
+            except EOFError:
+                if process.wait() < 0:
+                    continue
+            break
+        self.end()
+        raise InfraError("the mathematics verifier's process did not start: its message stands on stderr")
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
         self.end()
         root = str(Path(areal_agents.__file__).parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
@@ -197,13 +212,6 @@ class _Worker:
             env=os.environ | {"PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is the run's
         )
-        try:
-            ready = self._line(self._process, _START_SECONDS)
-        except EOFError:
-            ready = None
-        if ready is None:
-            self.end()
-            raise InfraError("the mathematics verifier's process did not start: its message stands on stderr")
         return self._process
 
     def _line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes | None:

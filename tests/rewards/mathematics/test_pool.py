@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from areal_agents.errors import ConfigError
-from areal_agents.rewards.mathematics.pool import MathPool
+from areal_agents.rewards.mathematics.pool import MathPool, _Worker
 from tests.processes import wait_gone
 
 SLOW = "+".join(rf"\sqrt{{{n}+\sqrt{{{n + 1}+\pi^{{{n}}}}}}}" for n in range(2, 120))
@@ -93,6 +93,36 @@ def test_a_worker_that_is_killed_costs_nothing() -> None:
         finally:
             pool.close()
 
+    asyncio.run(work())
+
+
+def test_a_worker_that_is_killed_before_it_is_ready_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was asked nothing yet, so its answer is not to blame. A worker that never comes is infrastructure."""
+    spawned, doomed = list[int](), [2]
+    start = _Worker._spawn
+
+    def spawn(worker: _Worker) -> subprocess.Popen[bytes]:
+        process = start(worker)
+        spawned.append(process.pid)
+        if len(spawned) <= doomed[-1]:
+            process.kill()
+        return process
+
+    async def work() -> None:
+        pool = MathPool(1, deadline=60.0)
+        try:
+            assert (await pool.verify("1", "1")).status == "ok"
+            assert len(spawned) == 3
+        finally:
+            pool.close()
+        doomed.append(100)
+        lost = MathPool(1, deadline=60.0)
+        try:
+            assert (await lost.verify("1", "1")).status == "infra_error"
+        finally:
+            lost.close()
+
+    monkeypatch.setattr(_Worker, "_spawn", spawn)
     asyncio.run(work())
 
 
