@@ -1,0 +1,100 @@
+"""What one test of a submission leaves behind: the next finds the built program alone, and nobody is charged for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from areal_agents import sandboxes
+from areal_agents.errors import ConfigError
+from areal_agents.rewards.code.judge import run_tests
+from areal_agents.rewards.code.languages import LANGUAGES, Language
+from areal_agents.rewards.code.problem import CodeTest, Problem
+from areal_agents.sandbox import SandboxBackend
+from tests.conftest import require
+
+DOUBLE = Problem((CodeTest("4", "2"), CodeTest("-6", "-3"), CodeTest("0", "0")), seconds=20.0)
+RIGHT = "\nprint(2 * int(input()))"
+COUNTER = """
+import os
+n = int(open(0).read())
+ran = int(open(PATH).read()) if os.path.exists(PATH) else 0
+open(PATH, "w").write(str(ran + 1))
+print(["4", "-6", "0"][ran])
+"""
+DAMAGE = {
+    "a folder in its place": "import os; os.remove('main.py'); os.mkdir('main.py')",
+    "a link in its place": "import os; os.remove('main.py'); os.symlink('/dev/null', 'main.py')",
+    "a pipe in its place": "import os; os.remove('main.py'); os.mkfifo('main.py')",
+    "its file closed": "import os; os.chmod('main.py', 0)",
+    "its folder closed": "import os; os.makedirs('a/b'); os.chmod('a/b', 0); os.chmod('a', 0); os.chmod('.', 0)",
+    "the other folders closed": "import os; os.chmod('/tmp', 0); os.chmod('/dev/shm', 0)",
+    "a full disk": "import os\nos.remove('main.py')\nfor i in range(20):\n  try: open(f'{i}', 'wb').write(b'x' << 20)\n"
+    "  except Exception: open(f'{i}', 'wb').write(b'x' * 1000000) if i < 15 else None",
+    "folders in folders": "import os\nfor i in range(3000): os.mkdir('.moved0'); os.chdir('.moved0')",
+    "many files": "for i in range(3000): open(f'{i}', 'w')",
+}
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def backend(runner: asyncio.Runner) -> Iterator[SandboxBackend]:
+    require("bwrap")
+    backend = sandboxes.get("bubblewrap")
+    yield backend
+    runner.run(backend.aclose())
+
+
+@pytest.mark.parametrize("path", ["/work/ran", "/tmp/ran", "/dev/shm/ran"])
+def test_no_test_knows_of_the_one_before(runner: asyncio.Runner, backend: SandboxBackend, path: str) -> None:
+    source = COUNTER.replace("PATH", repr(path))
+    assert runner.run(run_tests(source, DOUBLE, backend)).results == ("passed", "wrong", "wrong")
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_gone_before_the_next_test(runner: asyncio.Runner, backend: SandboxBackend, name: str) -> None:
+    assert runner.run(run_tests(DAMAGE[name] + RIGHT, DOUBLE, backend)).results == ("passed",) * 3
+
+
+def test_a_built_program_is_put_back_too(runner: asyncio.Runner, backend: SandboxBackend) -> None:
+    require("cc")
+    source = (
+        "#include <stdio.h>\n#include <unistd.h>\n"
+        'int main(){int n;scanf("%d",&n);printf("%d\\n",2*n);unlink("main");unlink("main.c");return 0;}'
+    )
+    problem = Problem(DOUBLE.tests, language="c", seconds=20.0, memory=96 << 20)  # less than a compiler may need
+    assert runner.run(run_tests(source, problem, backend)).results == ("passed",) * 3
+
+
+def test_tests_behind_a_failed_one_are_skipped(runner: asyncio.Runner, backend: SandboxBackend) -> None:
+    found = runner.run(run_tests("print(4)", DOUBLE, backend, stop_early=True))
+    assert found.results == ("passed", "wrong", "skipped")
+
+
+def test_a_language_that_the_host_lacks_is_no_fault_of_the_program(
+    runner: asyncio.Runner, backend: SandboxBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = Language("main.py", ("no-such-compiler", "main.py"), ("./main",), frozenset({""}))
+    monkeypatch.setitem(LANGUAGES, "python", lost)
+    with pytest.raises(ConfigError, match="the sandbox cannot build python: no-such-compiler"):
+        runner.run(run_tests("1", DOUBLE, backend))
+
+
+def test_a_compiler_has_time_and_memory_of_its_own(runner: asyncio.Runner, backend: SandboxBackend) -> None:
+    require("c++")
+    source = "#include <bits/stdc++.h>\nint main(){int n;std::cin>>n;std::cout<<2*n;}"
+    problem = Problem(DOUBLE.tests, language="c++", seconds=0.9, memory=96 << 20)
+    found = runner.run(run_tests(source, problem, backend))
+    assert found.compiled, found
+
+
+def test_a_long_answer_fits(runner: asyncio.Runner, backend: SandboxBackend) -> None:
+    problem = Problem((CodeTest("x" * 3_000_000, ""),), seconds=20.0)
+    assert runner.run(run_tests("print('x' * 3_000_000)", problem, backend)).results == ("passed",)
