@@ -33,16 +33,19 @@ LANGUAGES = {
 }  # fmt: skip
 
 CALL = """
-import json, sys
+import json, os, sys, types
 def _call():
     asked = json.loads(sys.stdin.buffer.read())
-    out = sys.stdout
-    sys.stdout = sys.stderr
-    scope = {"__name__": "submission"}
-    exec(compile(open("main.py", "rb").read(), "main.py", "exec"), scope)
-    found = scope[asked["function"]](*asked["arguments"])
-    out.write(json.dumps(found))
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    module = sys.modules["submission"] = types.ModuleType("submission")
+    exec(compile(open("main.py", "rb").read(), "main.py", "exec"), module.__dict__)
+    name = asked["function"]
+    call = getattr(module if hasattr(module, name) or not hasattr(module, "Solution") else module.Solution(), name)
+    out.write(json.dumps(call(*asked["arguments"])))
     out.flush()
 _call()
 """
-"""Calls a function of a Python submission. Hostile code runs beside it: what it prints is only compared, outside."""
+"""Calls a function of a Python submission, or a method of its ``Solution``. What it prints goes to stderr.
+
+Hostile code runs beside it: what comes out is only compared, outside."""
