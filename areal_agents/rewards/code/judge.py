@@ -7,14 +7,14 @@ test finds the files that the compiler left, and nothing else.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from areal_agents.errors import ConfigError, RewardError, SandboxError
+from areal_agents.errors import SandboxError
+from areal_agents.rewards.code.checker import compare
 from areal_agents.rewards.code.languages import CALL, LANGUAGES, Language
 from areal_agents.rewards.code.problem import CodeTest, Problem
 from areal_agents.sandbox import ExecResult, ExecStatus, Sandbox, SandboxBackend, SandboxSpec
@@ -24,10 +24,9 @@ MAX_OUTPUT = 1 << 20
 """Bytes that a test may print beside what it is expected to."""
 BUILD_MEMORY = 512 << 20
 """What a compiler may hold at least. A problem's memory is that of its tests."""
-CHECKER_SECONDS = 60.0
 DISK = 16 << 20
 SUPERVISOR_ROOM = 32 << 20
-TestStatus = Literal["passed", "wrong", "error", "timeout", "oom", "output_limit", "crash", "skipped"]
+TestStatus = Literal["passed", "wrong", "error", "timeout", "oom", "output_limit", "crash", "checker_error", "skipped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,8 @@ class CodeVerdict:
     def share(self, problem: Problem) -> float:
         """Return the weight of the tests passed over that of all."""
         total = sum(t.weight for t in problem.tests)
-        return sum(t.weight for t, r in zip(problem.tests, self.results, strict=False) if r == "passed") / total
+        passed = sum(t.weight for t, r in zip(problem.tests, self.results, strict=False) if r == "passed")
+        return passed / total if total else 0.0
 
 
 async def run_tests(source: str, problem: Problem, backend: SandboxBackend, *, stop_early: bool = False) -> CodeVerdict:
@@ -65,8 +65,6 @@ async def run_tests(source: str, problem: Problem, backend: SandboxBackend, *, s
 
     Raises:
         SandboxError: no session can be opened or built in. Another attempt may succeed.
-        ConfigError: the sandbox has no such language.
-        RewardError: the problem's checker failed.
     """
     language = LANGUAGES[problem.language]
     code = source.encode(errors="backslashreplace")
@@ -82,6 +80,8 @@ async def run_tests(source: str, problem: Problem, backend: SandboxBackend, *, s
         for test in problem.tests:
             if stop_early and results and results[-1] != "passed":
                 results.append("skipped")
+            elif runs.spent >= problem.total_seconds:
+                results.append("timeout")
             else:
                 results.append(await runs.result(test))
         return CodeVerdict(True, tuple(results))
@@ -101,6 +101,8 @@ class _Session:
         self._sandbox: Sandbox | None = None
         self._program = b""
         """The files that the compiler left."""
+        self.spent = 0.0
+        """Seconds that tests ran."""
 
     def _spec(self, memory: int) -> SandboxSpec:
         room = SUPERVISOR_ROOM + 3 * DISK  # /work, /tmp and /dev/shm count as memory
@@ -121,9 +123,6 @@ class _Session:
         await sandbox.write_file(self._language.file, code)
         limit, command = self._language.compile_seconds, self._language.compile
         built = await sandbox.exec(command, timeout=limit, max_output=MAX_OUTPUT)
-        if built.exit_code in (126, 127):
-            said = built.stderr.decode(errors="replace")[-300:].strip()
-            raise ConfigError(f"the sandbox cannot build {self._problem.language}: {said or command[0]}")
         if built.status == "ok":
             self._program = await sandbox.snapshot()
             if memory != self._problem.memory:
@@ -139,11 +138,12 @@ class _Session:
             except SandboxError:
                 await self.close()
                 continue
+            self.spent += done.seconds
             if done.status in ("timeout", "oom", "output_limit"):
                 return done.status
             if done.status != "ok":
                 return "error"
-            return "passed" if await self._passes(test, done.stdout.decode(errors="replace")) else "wrong"
+            return await compare(self._problem, test, done.stdout.decode(errors="surrogateescape"))
         await self._ready()  # a host that opens no more sessions lost these two as well
         return "crash"
 
@@ -173,15 +173,6 @@ class _Session:
             command, stdin = ("python3", "-I", "-X", "utf8", "-c", CALL), json.dumps(asked).encode()
         room = MAX_OUTPUT + 2 * len(json.dumps(test.expected))  # the longest way to write it, and its line ends
         return await sandbox.exec(command, stdin=stdin, timeout=self._problem.seconds, max_output=room)
-
-    async def _passes(self, test: CodeTest, output: str) -> bool:
-        if self._problem.checker is None:
-            return self._problem.passes(test, output)
-        try:  # it may be slow on what a model made for it
-            async with asyncio.timeout(CHECKER_SECONDS):
-                return await asyncio.to_thread(self._problem.passes, test, output)
-        except TimeoutError as error:
-            raise RewardError(f"the checker of a problem took more than {CHECKER_SECONDS:.0f} s") from error
 
     async def close(self) -> None:
         leave, self._leave, self._sandbox = self._leave, None, None
