@@ -102,7 +102,7 @@ class _Session:
         self._program = b""
         """The files that the compiler left."""
         self.spent = 0.0
-        """Seconds that tests ran."""
+        """Seconds of tests that did not pass."""
 
     def _spec(self, memory: int) -> SandboxSpec:
         room = SUPERVISOR_ROOM + 3 * DISK  # /work, /tmp and /dev/shm count as memory
@@ -138,14 +138,18 @@ class _Session:
             except SandboxError:
                 await self.close()
                 continue
-            self.spent += done.seconds
-            if done.status in ("timeout", "oom", "output_limit"):
-                return done.status
-            if done.status != "ok":
-                return "error"
-            return await compare(self._problem, test, done.stdout.decode(errors="surrogateescape"))
+            status = await self._status(done, test)
+            self.spent += done.seconds if status != "passed" else 0.0
+            return status
         await self._ready()  # a host that opens no more sessions lost these two as well
         return "crash"
+
+    async def _status(self, done: ExecResult, test: CodeTest) -> TestStatus:
+        if done.status in ("timeout", "oom", "output_limit"):
+            return done.status
+        if done.status != "ok":
+            return "error"
+        return await compare(self._problem, test, done.stdout.decode(errors="surrogateescape"))
 
     async def _ready(self) -> Sandbox:
         """Return a session that holds the program and nothing else.

@@ -87,6 +87,8 @@ class code:
             if self._mode == "compiles":
                 given = {**given, "tests": []}
             found = self._problem(episode) if self._problem else Problem.of(given, **self._rules)
+            if not isinstance(found, Problem):
+                raise TypeError(f"problem= made {found!r:.80}, which is no Problem")
             if self._mode == "compiles":
                 return replace(found, tests=())
             if not found.tests:

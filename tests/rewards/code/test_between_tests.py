@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from areal_agents import sandboxes
+from areal_agents.errors import TaskError
+from areal_agents.reward import Episode
 from areal_agents.rewards.code.judge import run_tests
-from areal_agents.rewards.code.problem import CodeTest, Problem
+from areal_agents.rewards.code.problem import CodeTest, Problem, same_value
+from areal_agents.rewards.code.reward import code
 from areal_agents.sandbox import SandboxBackend
+from areal_agents.types import Task
 from tests.conftest import require
 
 DOUBLE = Problem((CodeTest("4", "2"), CodeTest("-6", "-3"), CodeTest("0", "0")), seconds=20.0)
@@ -87,3 +92,28 @@ def test_a_compiler_has_time_and_memory_of_its_own(runner: asyncio.Runner, backe
 def test_a_long_answer_fits(runner: asyncio.Runner, backend: SandboxBackend) -> None:
     problem = Problem((CodeTest("x" * 3_000_000, ""),), seconds=20.0)
     assert runner.run(run_tests("print('x' * 3_000_000)", problem, backend)).results == ("passed",)
+
+
+def test_time_that_right_tests_take_is_not_counted(runner: asyncio.Runner, backend: SandboxBackend) -> None:
+    problem = Problem(DOUBLE.tests, seconds=20.0, total_seconds=0.1)
+    source = "import time\ntime.sleep(0.2)"
+    assert runner.run(run_tests(source + RIGHT, problem, backend)).results == ("passed",) * 3
+    assert runner.run(run_tests(source, problem, backend)).results == ("wrong", "timeout", "timeout")
+
+
+@pytest.mark.parametrize(
+    ("payload", "made", "message"),
+    [({"function": "f", "tests": [{"arguments": None, "expected": "1"}]}, None, "test 0 is neither"),
+     ({"tests": [{"input": "", "output": ""}]}, lambda episode: "a text", "made 'a text', which is no Problem")],
+)  # fmt: skip
+def test_what_is_no_problem_is_the_task_s_fault(payload: dict[str, Any], made: Any, message: str) -> None:
+    episode = Episode(Task.make("t", split="train", seed=0, payload=payload), (), None, (), "answer")
+    with pytest.raises(TaskError, match=message):
+        code(problem=made).problem(episode)
+
+
+def test_numbers_that_only_look_equal() -> None:
+    assert not same_value(2**53 + 1, 2**53, 0.0)  # as floats they are
+    assert not same_value(1, 10**400, 1e-6)  # no float holds it
+    assert same_value(float("nan"), float("nan"), 0.0)
+    assert not same_value(float("nan"), 1, 0.5)
