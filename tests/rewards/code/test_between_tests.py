@@ -117,3 +117,12 @@ def test_numbers_that_only_look_equal() -> None:
     assert not same_value(1, 10**400, 1e-6)  # no float holds it
     assert same_value(float("nan"), float("nan"), 0.0)
     assert not same_value(float("nan"), 1, 0.5)
+
+
+def test_native_recursion_may_be_deep(runner: asyncio.Runner, backend: SandboxBackend) -> None:
+    require("cc")
+    source = (
+        "#include <stdio.h>\nint f(volatile int n){char b[64];b[0]=n;return n==0?0:f(n-1)+1+(b[0]-b[0]);}\n"
+        'int main(){int n;scanf("%d",&n);f(500000);printf("%d\\n",2*n);}'
+    )
+    assert runner.run(run_tests(source, Problem(DOUBLE.tests, language="c", seconds=20.0), backend)).passed == 3

@@ -23,6 +23,11 @@ PROGRAMS = {
     "a deep thread": "import sys, threading\nsys.setrecursionlimit(10**7)\nthreading.stack_size(1 << 28)\n"
     "def f(n): return 0 if n == 0 else 1 + f(n - 1)\ndef main(): n = int(input()); f(50000); print(2 * n)\n"
     "t = threading.Thread(target=main); t.start(); t.join()",
+    "deep in C": "import sys\nfrom functools import lru_cache\nsys.setrecursionlimit(10**6)\n@lru_cache(None)\n"
+    "def f(n): return 0 if n == 0 else 1 + f(n - 1)\nn = int(input()); f(50000); print(2 * n)",
+    "many threads": "import threading\nout = []\nn = int(input())\n"
+    "ts = [threading.Thread(target=out.append, args=(n,)) for _ in range(40)]\n"
+    "[t.start() for t in ts]; [t.join() for t in ts]\nprint(sum(out) // 20)",
     "a pool": "from multiprocessing import Pool\ndef f(x): return 2 * x\nif __name__ == '__main__':\n"
     "  with Pool(2) as p: print(p.map(f, [int(input())])[0])",
     "asyncio": "import asyncio\nasync def main(): print(2 * int(input()))\nasyncio.run(main())",
