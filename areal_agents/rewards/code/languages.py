@@ -28,14 +28,14 @@ _PYTHON = ("python3", "-I", "-X", "utf8")
 LANGUAGES = {
     "python": Language(
         "main.py", (*_PYTHON, "-c", "import sys; compile(open('main.py', 'rb').read(), 'main.py', 'exec')"),
-        (*_PYTHON, "main.py"), frozenset({"python", "py", "python3"}), "print(42)",
+        (*_PYTHON, "main.py"), frozenset({"python", "py", "python3", "py3"}), "print(42)",
     ),
     "c": Language(
         "main.c", ("cc", "-O2", "-o", "main", "main.c", "-lm"), ("./main",), frozenset({"c"}),
         "#include <stdio.h>\nint main(void) { puts(\"42\"); }", "apt-get install gcc libc6-dev",
     ),
     "c++": Language(
-        "main.cpp", ("c++", "-O2", "-o", "main", "main.cpp"), ("./main",), frozenset({"c++", "cpp", "cxx"}),
+        "main.cpp", ("c++", "-O2", "-o", "main", "main.cpp"), ("./main",), frozenset({"c++", "cpp", "cxx", "cc"}),
         "#include <iostream>\nint main() { std::cout << 42; }", "apt-get install g++",
     ),
     "javascript": Language(

@@ -29,8 +29,8 @@ class code:
 
     The tests run in a sandbox, in which nothing says what they expect. Components say what became of the submission:
     ``answered`` and ``compiles`` are 0 or 1, ``passed`` and the statuses of ``FAILURES`` are shares of the tests. The
-    verdict's status is ``timeout`` where a test or the compiler took too long, ``unverifiable`` where a checker failed or
-    the sandbox was lost twice in one test.
+    verdict's status is ``timeout`` where a test or the compiler took too long, ``unverifiable`` where a checker failed
+    or the sandbox was lost twice in one test.
     """
 
     def __init__(

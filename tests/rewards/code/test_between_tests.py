@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from areal_agents import sandboxes
-from areal_agents.errors import TaskError
+from areal_agents.errors import SandboxError, TaskError
 from areal_agents.reward import Episode
 from areal_agents.rewards.code.judge import run_tests
+from areal_agents.rewards.code.languages import LANGUAGES
 from areal_agents.rewards.code.problem import CodeTest, Problem, same_value
 from areal_agents.rewards.code.reward import code
+from areal_agents.rewards.code.toolchain import require_language
 from areal_agents.sandbox import SandboxBackend
 from areal_agents.types import Task
 from tests.conftest import require
@@ -126,3 +129,14 @@ def test_native_recursion_may_be_deep(runner: asyncio.Runner, backend: SandboxBa
         'int main(){int n;scanf("%d",&n);f(500000);printf("%d\\n",2*n);}'
     )
     assert runner.run(run_tests(source, Problem(DOUBLE.tests, language="c", seconds=20.0), backend)).passed == 3
+
+
+def test_a_busy_host_is_no_missing_compiler(
+    runner: asyncio.Runner, backend: SandboxBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language = replace(LANGUAGES["python"], compile_seconds=0.001)
+    monkeypatch.setitem(LANGUAGES, "python", language)
+    with pytest.raises(SandboxError, match="python could not be tried: timeout"):
+        runner.run(require_language("python", backend))
+    found = runner.run(run_tests("print()", DOUBLE, backend))
+    assert (found.compiled, found.build, found.detail) == (False, "timeout", "timeout")
