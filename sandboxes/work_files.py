@@ -139,7 +139,7 @@ def clear(root: int) -> None:
     """Remove everything below ``root``, however deep it is: inner folders are moved up, so no path grows long."""
     names = os.listdir(root)
     taken = set(names)
-    free = (name for i in itertools.count() if (name := f".moved{i}") not in taken)
+    free = (other for other in map(".moved{}".format, itertools.count()) if other not in taken)
     while names:
         name = names.pop()
         if not stat.S_ISDIR(os.stat(name, dir_fd=root, follow_symlinks=False).st_mode):

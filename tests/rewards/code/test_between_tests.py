@@ -17,7 +17,7 @@ from areal_agents.rewards.code.languages import LANGUAGES
 from areal_agents.rewards.code.problem import CodeTest, Problem, same_value
 from areal_agents.rewards.code.reward import code
 from areal_agents.rewards.code.toolchain import require_language
-from areal_agents.sandbox import SandboxBackend
+from areal_agents.sandbox import SandboxBackend, SandboxSpec
 from areal_agents.types import Task
 from tests.conftest import require
 
@@ -140,3 +140,26 @@ def test_a_busy_host_is_no_missing_compiler(
         runner.run(require_language("python", backend))
     found = runner.run(run_tests("print()", DOUBLE, backend))
     assert (found.compiled, found.build, found.detail) == (False, "timeout", "timeout")
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_session_is_restored_whatever_was_done_to_it(
+    runner: asyncio.Runner, backend: SandboxBackend, name: str
+) -> None:
+    async def left() -> bytes:
+        async with backend.session(SandboxSpec()) as sandbox:
+            await sandbox.write_file("main.py", b"print(1)")
+            kept = await sandbox.snapshot()
+            await sandbox.exec(["python3", "-c", DAMAGE[name]], timeout=30)
+            await sandbox.restore(kept)
+            listed = "import os; print([os.listdir(d) for d in ('/work', '/tmp', '/dev/shm')])"
+            return (await sandbox.exec(["python3", "-c", listed], timeout=30)).stdout
+
+    assert runner.run(left()) == b"[['main.py'], [], []]\n"
+
+
+def test_a_test_has_the_memory_of_its_problem(runner: asyncio.Runner, backend: SandboxBackend) -> None:
+    problem = Problem(DOUBLE.tests[:1], seconds=20.0, memory=96 << 20)
+    source = "x = bytearray(400 << 20)\nfor i in range(0, len(x), 4096): x[i] = 1"
+    assert runner.run(run_tests(source + RIGHT, problem, backend)).results in (("oom",), ("error",))
+    assert runner.run(run_tests(source + RIGHT, Problem(DOUBLE.tests[:1], seconds=20.0), backend)).passed == 1
