@@ -21,22 +21,22 @@ class Language:
     remedy: str = ""
     compile_seconds: float = 30.0
     memory: int = 96 << 20
-    """Bytes that compiler and run time need at least."""
+    """Bytes that its run time needs at least."""
 
 
 _PYTHON = ("python3", "-I", "-X", "utf8")
 LANGUAGES = {
     "python": Language(
         "main.py", (*_PYTHON, "-c", "import sys; compile(open('main.py', 'rb').read(), 'main.py', 'exec')"),
-        (*_PYTHON, "main.py"), frozenset({"python", "py", "python3"}), "print(42)",
+        (*_PYTHON, "main.py"), frozenset({"python", "py", "python3", "py3"}), "print(42)",
     ),
     "c": Language(
         "main.c", ("cc", "-O2", "-o", "main", "main.c", "-lm"), ("./main",), frozenset({"c"}),
         "#include <stdio.h>\nint main(void) { puts(\"42\"); }", "apt-get install gcc libc6-dev",
     ),
     "c++": Language(
-        "main.cpp", ("c++", "-O2", "-o", "main", "main.cpp"), ("./main",), frozenset({"c++", "cpp", "cxx"}),
-        "#include <iostream>\nint main() { std::cout << 42; }", "apt-get install g++", memory=192 << 20,
+        "main.cpp", ("c++", "-O2", "-o", "main", "main.cpp"), ("./main",), frozenset({"c++", "cpp", "cxx", "cc"}),
+        "#include <iostream>\nint main() { std::cout << 42; }", "apt-get install g++",
     ),
     "javascript": Language(
         "main.js", ("node", "--check", "main.js"), ("node", "main.js"), frozenset({"javascript", "js", "node"}),
@@ -54,16 +54,19 @@ def language_of(name: str) -> str:
 
 
 CALL = """
-import json, sys
+import json, os, sys, types
 def _call():
     asked = json.loads(sys.stdin.buffer.read())
-    out = sys.stdout
-    sys.stdout = sys.stderr
-    scope = {"__name__": "submission"}
-    exec(compile(open("main.py", "rb").read(), "main.py", "exec"), scope)
-    found = scope[asked["function"]](*asked["arguments"])
-    out.write(json.dumps(found))
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    module = sys.modules["submission"] = types.ModuleType("submission")
+    exec(compile(open("main.py", "rb").read(), "main.py", "exec"), module.__dict__)
+    name = asked["function"]
+    call = getattr(module if hasattr(module, name) or not hasattr(module, "Solution") else module.Solution(), name)
+    out.write(json.dumps(call(*asked["arguments"])))
     out.flush()
 _call()
 """
-"""Calls a function of a Python submission. Hostile code runs beside it: what it prints is only compared, outside."""
+"""Calls a function of a Python submission, or a method of its ``Solution``. What it prints goes to stderr.
+
+Hostile code runs beside it: what comes out is only compared, outside."""

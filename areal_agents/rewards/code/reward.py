@@ -29,7 +29,8 @@ class code:
 
     The tests run in a sandbox, in which nothing says what they expect. Components say what became of the submission:
     ``answered`` and ``compiles`` are 0 or 1, ``passed`` and the statuses of ``FAILURES`` are shares of the tests. The
-    verdict's status is ``timeout`` where a test took too long, ``unverifiable`` where the checker failed.
+    verdict's status is ``timeout`` where a test or the compiler took too long, ``unverifiable`` where a checker failed
+    or the sandbox was lost twice in one test.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class code:
             if self._mode == "compiles":
                 given = {**given, "tests": []}
             found = self._problem(episode) if self._problem else Problem.of(given, **self._rules)
+            if not isinstance(found, Problem):
+                raise TypeError(f"problem= made {found!r:.80}, which is no Problem")
             if self._mode == "compiles":
                 return replace(found, tests=())
             if not found.tests:
@@ -119,8 +122,8 @@ class code:
         if tests:
             components["passed"] = found.passed / tests
             components |= {name: found.results.count(name) / tests for name in FAILURES}
-        failed: VerdictStatus = "unverifiable" if "checker_error" in found.results else "ok"
-        return Verdict(score, components, status="timeout" if "timeout" in found.results else failed)
+        failed: VerdictStatus = "unverifiable" if {"checker_error", "crash"} & {*found.results} else "ok"
+        return Verdict(score, components, status="timeout" if "timeout" in (found.build, *found.results) else failed)
 
     def _backend(self) -> SandboxBackend:
         if not isinstance(self._sandbox, str):

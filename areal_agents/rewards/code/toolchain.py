@@ -12,7 +12,7 @@ import asyncio
 import os
 from weakref import WeakKeyDictionary
 
-from areal_agents.errors import SandboxUnavailable
+from areal_agents.errors import SandboxError, SandboxUnavailable
 from areal_agents.rewards.code.judge import run_tests
 from areal_agents.rewards.code.languages import LANGUAGES
 from areal_agents.rewards.code.problem import CodeTest, Problem
@@ -33,7 +33,7 @@ def place() -> asyncio.Semaphore:
 async def require_language(language: str, backend: SandboxBackend) -> None:
     """Build and run a small program, the first time that a language is asked for.
 
-    Raises SandboxUnavailable where the sandbox does not have it.
+    Raises SandboxUnavailable where the sandbox does not have it, and SandboxError where that was not found out.
     """
     tried = _tried.setdefault(backend, {})
     lock = tried.setdefault(language, asyncio.Lock())
@@ -44,6 +44,8 @@ async def require_language(language: str, backend: SandboxBackend) -> None:
             return
         entry = LANGUAGES[language]
         found = await run_tests(entry.sample, Problem((CodeTest("42"),), language=language, seconds=30.0), backend)
+        if {"timeout", "crash"} & {found.build, *found.results}:  # of a busy host: another attempt may succeed
+            raise SandboxError(f"{language} could not be tried: {found.detail.strip()[:300] or found.results}")
         if found.results != ("passed",):
             why = f"a program that prints 42 ends as {found.results}" if found.compiled else found.detail.strip()[:300]
             remedy = f"Install it below /usr, which the sandbox sees ({entry.remedy}), or ask for another language."

@@ -218,7 +218,7 @@ def test_wrong_choices_are_refused() -> None:
         code(second=1)
     for rules, message in (
         ({"seconds": 0}, "seconds = 0"), ({"memory": 1 << 20}, "python needs at least"), ({"language": "ada"}, "'ada'"),
-        ({"memory": 128 << 20, "language": "c++"}, r"c\+\+ needs at least"), ({"whitespace": "some"}, "'some'"),
+        ({"memory": 64 << 20, "language": "c++"}, r"c\+\+ needs at least"), ({"whitespace": "some"}, "'some'"),
         ({"float_tolerance": 1}, "float_tolerance = 1"), ({"checker": 1}, "cannot be called"),
         ({"seconds": "1"}, "'1'"),
         ({"float_tolerance": 0.1, "whitespace": "exact"}, "compares the whole text"), ({"total_seconds": -1}, "-1"),
