@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError
-from areal_agents.reward import Episode, RewardLike, judge
+from areal_agents.reward import Episode, RewardLike, TaskCheck, judge, task_checks
 from areal_agents.sandbox import SandboxBackend, SandboxSpec
 from areal_agents.tool import ToolResult
 from areal_agents.tool_dispatch import Dispatcher
@@ -98,6 +98,11 @@ class ToolEnv(AgentEnv):
         By default that is its text after the reasoning.
         """
         return action.spoken
+
+    @classmethod
+    def task_checks(cls) -> Sequence[TaskCheck]:
+        rubric: RewardLike | None = getattr(cls, "rubric", None)
+        return () if rubric is None else task_checks(rubric)
 
     # The contract
 

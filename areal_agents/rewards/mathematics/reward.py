@@ -10,7 +10,7 @@ from areal_agents.reward import Episode, Verdict
 from areal_agents.rewards.mathematics.extract import REWARD_SLOTS, Slot
 from areal_agents.rewards.mathematics.options import Options
 from areal_agents.rewards.mathematics.pool import MathPool, shared_pool
-from areal_agents.types import AssistantMessage
+from areal_agents.types import AssistantMessage, Task
 
 
 class math:
@@ -48,7 +48,7 @@ class math:
         self.__name__ = f"math({slot})"
 
     async def __call__(self, episode: Episode) -> Verdict:
-        gold = self.gold(episode)
+        gold = self.gold(episode.task)
         text = self._called(episode) if self._slot == "tool" else episode.answer
         if text is None:
             return Verdict(0.0, {self.__name__: 0.0})
@@ -62,13 +62,22 @@ class math:
         score = float(found.score)
         return Verdict(score, {self.__name__: score}, status=status)  # type: ignore[arg-type]
 
-    def gold(self, episode: Episode) -> str | Sequence[str]:
+    async def require_scorable(self, task: Task) -> None:
+        """Raise TaskError where the task has no gold answer, or none that can be read."""
+        pool = self._pool or shared_pool()
+        found = await pool.look(self.gold(task), options=self._options)
+        if found.status == "infra_error":
+            raise InfraError(f"the mathematics verifier failed: {found.detail}")
+        if found.status != "ok":
+            raise TaskError(f"task {task.id!r}: {found.detail}")
+
+    def gold(self, task: Task) -> str | Sequence[str]:
         """Return the task's gold answers. Raises TaskError where it has none."""
-        value = episode.task.payload.get(self._key)
+        value = task.payload.get(self._key)
         values = value if isinstance(value, list | tuple) else [value]
         texts = [str(v) for v in values if isinstance(v, str | int | float) and not isinstance(v, bool)]
         if not texts or len(texts) != len(values):
-            raise TaskError(f"task {episode.task.id!r}: payload[{self._key!r}] = {value!r:.200} is no gold answer")
+            raise TaskError(f"task {task.id!r}: payload[{self._key!r}] = {value!r:.200} is no gold answer")
         return texts
 
     def _called(self, episode: Episode) -> str | None:

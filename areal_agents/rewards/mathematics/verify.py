@@ -52,3 +52,15 @@ def verify(
     if problem:
         return MathVerdict("parse_error", f"the answer {answer[:80]!r} cannot be read: {problem}")
     return MathVerdict("wrong", f"{answer[:80]!r} is not {gold_answer(golds[0])[:80]!r}")
+
+
+def look(gold: str | Sequence[str], options: Options) -> MathVerdict:
+    """Say whether one of the gold answers can be read: ``ok``, or ``gold_error`` with the reason."""
+    problem = "there is no gold answer"
+    for text in [gold] if isinstance(gold, str) else gold:
+        try:
+            compare.readings(gold_answer(text), options)
+            return MathVerdict("ok")
+        except ParseError as error:
+            problem = f"the gold answer {gold_answer(text)[:80]!r} cannot be read: {error}"
+    return MathVerdict("gold_error", problem)
