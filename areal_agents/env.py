@@ -28,6 +28,7 @@ from typing import Any, ClassVar, SupportsFloat, overload
 import gymnasium
 
 from areal_agents.errors import ArealError, EnvError
+from areal_agents.reward import TaskCheck
 from areal_agents.spaces import ChatSpace, TextSpace
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Info, Observation, StopReason, Task
@@ -133,6 +134,14 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     def training_tasks(self) -> Sequence[Task]:
         """Return the tasks that ``begin`` draws from where none is given."""
         return self.tasks("train")
+
+    @classmethod
+    def task_checks(cls) -> Sequence[TaskCheck]:
+        """Return functions that raise TaskError for a task that cannot be scored, whatever is answered.
+
+        A run looks at its tasks with them before the first episode. ``ToolEnv`` has those of its rubric.
+        """
+        return ()
 
     # What an author calls
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError
-from areal_agents.reward import Episode, RewardLike, judge
+from areal_agents.reward import Episode, RewardLike, TaskCheck, judge, judging_seconds, task_checks
 from areal_agents.sandbox import SandboxBackend, SandboxSpec
 from areal_agents.tool import ToolResult
 from areal_agents.tool_dispatch import Dispatcher
@@ -51,6 +51,12 @@ class ToolEnv(AgentEnv):
     turn_limit_stated: ClassVar[bool] = False
     """Whether the prompt tells the model of ``max_turns``. Reaching the limit then terminates, else it truncates."""
     sandbox_spec: ClassVar[SandboxSpec] = SandboxSpec()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give a class whose rubric takes long by its nature the time for it, where it does not say itself."""
+        super().__init_subclass__(**kwargs)
+        if "rubric" in vars(cls) and "step_seconds" not in vars(cls):
+            cls.step_seconds = max(cls.step_seconds, judging_seconds(cls.rubric))
 
     def __init__(
         self,
@@ -98,6 +104,11 @@ class ToolEnv(AgentEnv):
         By default that is its text after the reasoning.
         """
         return action.spoken
+
+    @classmethod
+    def task_checks(cls) -> Sequence[TaskCheck]:
+        rubric: RewardLike | None = getattr(cls, "rubric", None)
+        return () if rubric is None else task_checks(rubric)
 
     # The contract
 

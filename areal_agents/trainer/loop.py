@@ -27,7 +27,7 @@ from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import AlgorithmConfig, TrainConfig
-from areal_agents.trainer.preflight import require_runnable
+from areal_agents.trainer.preflight import Looks, look_at_tasks, require_runnable
 from areal_agents.trainer.resize import answering
 from areal_agents.trainer.resume import begin, rate_change
 from areal_agents.trainer.run import Run, open_run
@@ -77,9 +77,10 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
     """
     watch = Stopwatch()
     require_runnable(config)  # first: a typo must not wait for a model, nor leave a folder
+    looks = await _looked(config)
     with RunFolder(config.out, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as folder:
         commit, changes = begin(folder, config, resume=resume)
-        lives = _Lives(config)
+        lives = _Lives(config, looks)
         while commit is None or not commit.complete:
             with stop_on_signals(print) as stop:
                 try:
@@ -105,8 +106,17 @@ class _Lives:
 
     config: TrainConfig
     """As ``areal-agents resize`` has changed it."""
+    looks: Looks
     lost: list[str] = field(default_factory=list)
     """Why the learners before this one ended."""
+
+
+async def _looked(config: TrainConfig) -> Looks:
+    with stop_on_signals(print, doing="stopping") as stop:
+        try:
+            return await stop.race(look_at_tasks(config))
+        except StopRequested as error:
+            raise Interrupted(f"stopped by {stop.name} before anything was begun") from error
 
 
 async def _run(
@@ -122,6 +132,7 @@ async def _run(
     async with open_run(lives.config, folder, stop, commit=commit, console=console) as run, answering(run):
         try:
             folder.write_settings(settings.dump(run.config))  # a resize may have come while it was opened
+            run.leave_out(lives.looks.train, lives.looks.held_out, tell=commit is None)
             if commit is not None:
                 if lost := lives.lost:
                     run.tracker.event("learner_replaced", reason=lost[-1], times=len(lost))

@@ -27,6 +27,7 @@ from areal_agents.rollout.demonstrations import demonstration_rows, require_all
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, limits_of, prove_sandbox, require_prompts
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
+from areal_agents.rollout.task_looks import Look
 from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import Tracker
@@ -128,9 +129,21 @@ class Run:
         self.budget.kinds.update(self.commit.failures)
         self.runner = self._runner(self._engine_player(r.temperature))
         self.left_out: dict[str, str] = {}
-        """Training tasks that the warm start could not play, each with the reason."""
+        """Training tasks that cannot be scored or that the warm start could not play, each with the reason."""
+        self.held_out_bad: dict[str, str] = {}
+        """Held-out tasks that cannot be scored, each with the reason."""
         self.rollouts: Rollouts | None = None
         """While it learns."""
+
+    def leave_out(self, train: Look, held_out: Look, *, tell: bool) -> None:
+        """Leave out the tasks that looks found bad. ``tell`` names those of the training split now."""
+        self.held_out_bad = dict(held_out.bad)
+        if tell and train.seen < train.total and train.seen:
+            self.tracker.message(f"looked at {train} training tasks: {len(train.bad)} cannot be scored")
+        for id, reason in train.bad.items():
+            self.left_out[id] = reason
+            if tell:
+                self.runner.leave_out(id, reason)
 
     async def publish(self) -> float:
         """Hand the learner's weights to the engine, and return the seconds in which it could not sample."""
@@ -165,7 +178,7 @@ class Run:
         runner = self._runner(replace(self._engine_player(1.0), policy="expert"))
         tasks = TaskStream(
             self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1,
-            max_bad=config.rollout.max_bad_tasks, tell=runner.leave_out,
+            max_bad=config.rollout.max_bad_tasks, left_out=self.left_out, tell=runner.leave_out,
         )  # fmt: skip
         found: list[Trajectory | None] = []
         try:
@@ -222,10 +235,13 @@ class Run:
         config, e = self.config, self.config.eval
         watch = Stopwatch()
         runner = self._runner(self._engine_player(e.temperature))
+        tasks = held_out(self.spec, e.split, e.n, difficulty=config.env.difficulty, tell=runner.leave_out)
+        for id, reason in self.held_out_bad.items():
+            runner.leave_out(id, reason)
         try:
             results = await run_attempts(
                 runner,
-                held_out(self.spec, e.split, e.n, difficulty=config.env.difficulty, tell=runner.leave_out),
+                tasks,
                 k=e.k,
                 concurrency=config.engine.max_batch * config.engine.replicas,
                 seed=config.seed,
