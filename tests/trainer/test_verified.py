@@ -19,6 +19,7 @@ from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.trainer.loop import train
+from tests.conftest import require
 from tests.processes import MARKER, marked, until, wait_gone
 from tests.tiny_models import tiny_chat_model
 from tests.trainer.verified_envs import Watched, verifiers
@@ -113,6 +114,23 @@ def test_gsm8k_trains_from_its_files(tmp_path: Path, model: Path, shared_data: P
     assert watched.answers > 16 + 2 * 16 // 2  # the demonstrations, and more than half of the episodes, were verified
     kinds = [json.loads(line)["kind"] for line in (c.out / "events.jsonl").read_text().splitlines()]
     assert not {"episode_failed", "task_left_out"} & set(kinds)
+
+
+def test_programs_are_judged_in_the_loop(tmp_path: Path, model: Path) -> None:
+    """One of the three tests cannot be passed, so a right program earns 2/3, and a tenth because it compiles."""
+    require("bwrap")
+    c = config(
+        tmp_path, model, "tests.trainer.verified_envs:Programs", {}, steps=2, eval={"n": 2},
+        warm_start={"demonstrations": 8, "epochs": 60, "lr": 3e-3},
+    )  # fmt: skip
+    asyncio.run(asyncio.wait_for(train(c, console=False), 300))
+    metrics = read_metrics(c.out, kind="train")
+    assert [row["step"] for row in metrics] == [1, 2]
+    assert all(row["failed_attempts"] == 0 for row in metrics)
+    turns = [record.trajectory.turns[-1] for record in read_records(c.out, kind="train")]
+    assert {round(turn.reward, 3) for turn in turns} <= {0.0, 0.1, 0.767}
+    assert any(turn.components["correct.passed"] == pytest.approx(2 / 3) for turn in turns)
+    assert all(turn.components["compiles"] == turn.components["correct.compiles"] for turn in turns)
 
 
 def command(tmp_path: Path, model: Path, steps: int) -> list[str]:

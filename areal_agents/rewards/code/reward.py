@@ -34,7 +34,7 @@ class code:
     """
 
     step_seconds = 1800.0
-    """What a step may wait for its verdict: others are judged before it, a core each, and tests have bounds of their own."""
+    """What a step may wait for its verdict: others are judged before it, and tests have bounds of their own."""
 
     def __init__(
         self,
