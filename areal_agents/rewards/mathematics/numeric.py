@@ -32,22 +32,43 @@ def equal_values(a: Any, b: Any) -> bool:
         return False
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     seen = 0
-    for point in points(symbols) if symbols else [{}]:
+    for point in _usual(a, b, points(symbols)) if symbols else [{}]:
         x, y = _at(a, point), _at(b, point)
         if x is None and y is None:
             continue
         if x is None or y is None or abs(x - y) > _SMALL * max(abs(x), abs(y), _SMALL):
             return False
-        if not _vanishes((a - b).xreplace(point)):
+        if not _vanishes(a - b, point):
             return False
         seen += 1
     return seen >= min(2, max(1, len(symbols) + 1))
 
 
-def _vanishes(difference: Any) -> bool:
-    """Say whether a number is 0 to ``DEEP`` digits, as far as those before cancel out (e^200 and e^200 + 1)."""
+def _usual(a: Any, b: Any, at: list[dict[Any, Any]]) -> list[dict[Any, Any]]:
+    """Keep the points at which roots and logarithms are real: 2 ln x is ln x² although x² may come from a negative x.
+
+    An absolute value says that negative numbers count: ln|x| is not ln x.
+    """
+    if (a + b).has(sympy.I, sympy.Abs):
+        return at
+    inside = {p.base for x in (a, b) for p in x.atoms(sympy.Pow) if not p.exp.is_Integer and p.base.free_symbols}
+    inside |= {f.args[0] for x in (a, b) for f in x.atoms(sympy.log) if f.args[0].free_symbols}
+    kept = [point for point in at if all(_positive(x, point) for x in inside)]
+    return kept if len(kept) > 1 else at
+
+
+def _positive(expression: Any, point: dict[Any, Any]) -> bool:
+    found = _at(expression, point)
+    return found is not None and bool(found.is_real) and bool(found > 0)
+
+
+def _vanishes(difference: Any, point: dict[Any, Any]) -> bool:
+    """Say whether a number is 0 to ``DEEP`` digits, as far as those before cancel out (e^200 and e^200 + 1).
+
+    The point is put in while digits are computed. Put in before, SymPy would look for factors of its powers.
+    """
     try:
-        found = difference.evalf(4, maxn=DEEP, strict=True)
+        found = difference.evalf(4, subs=point, maxn=DEEP, strict=True)
     except PrecisionExhausted:  # no digit of it is known: all of them cancelled
         return True
     except (OverflowError, ValueError, RecursionError) as error:
@@ -99,9 +120,8 @@ def rounded(a: Any, digits: int) -> Fraction | None:
 
 def _at(expression: Any, point: dict[Any, Any]) -> Any | None:
     """Compute the expression at a point, or return None where it has no finite value there."""
-    found = expression.xreplace(point) if point else expression
     try:
-        found = found.evalf(DIGITS, maxn=20 * DIGITS)
+        found = expression.evalf(DIGITS, subs=point, maxn=20 * DIGITS)
     except (OverflowError, ValueError, RecursionError, PrecisionExhausted) as error:
         raise TooLarge(f"SymPy cannot compute it: {error}") from error
     real, imaginary = found.as_real_imag()
