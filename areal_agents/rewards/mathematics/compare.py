@@ -15,6 +15,7 @@ from areal_agents.rewards.mathematics import tree as t
 from areal_agents.rewards.mathematics.canonical import words, written
 from areal_agents.rewards.mathematics.errors import ParseError
 from areal_agents.rewards.mathematics.lexer import Commas, is_prose
+from areal_agents.rewards.mathematics.notation import INEQUALITIES
 from areal_agents.rewards.mathematics.options import Options
 from areal_agents.rewards.mathematics.parser import parse
 from areal_agents.rewards.mathematics.sets import as_set
@@ -90,8 +91,9 @@ class _Comparison:
                 return True
             left, right = named(a), named(b)
             if left is None or right is None:
-                return self._options.intervals and self._sets(a, b)
-            return _same_name(left[0], right[0]) and self.equal(left[1], right[1])
+                return self._options.intervals and _variables(a) == _variables(b) and self._sets(a, b)
+            said = _with_arguments_of(left[0], right[0], right[1])
+            return _same_name(left[0], right[0]) and self.equal(left[1], said)
         found = named(a) if self._options.names else None
         if found is not None:
             return self.equal(found[1], b)
@@ -134,6 +136,8 @@ class _Comparison:
         if shapes <= {"", "{"}:
             ordered = self._options.ordered and shapes == {""}
             return self._in_order(a.items, b.items) if ordered else self._in_any_order(a.items, b.items)
+        if "" in shapes and len(shapes) > 1 and any(_is_condition(x) for x in (a, b)):
+            return self._options.intervals and self._sets(a, b)
         if "{" in shapes or ("" not in shapes and (a.opened, a.closed) != (b.opened, b.closed)):
             return False
         return self._in_order(a.items, b.items)
@@ -239,6 +243,34 @@ def _is_name(node: t.Node) -> bool:
         case t.Quotient(above, below):
             return _is_name(above) and _is_name(below)
     return False
+
+
+def _variables(node: t.Node) -> set[str]:
+    """Return the variables of an inequality: x > 2 is not y > 2."""
+    if isinstance(node, t.Symbol):
+        return {node.name}
+    return {name for x in t.children(node) for name in _variables(x)}
+
+
+def _is_condition(node: t.Row) -> bool:
+    """Whether a list says x > 1, x < 2."""
+    return all(isinstance(x, t.Relation) and set(x.operators) <= INEQUALITIES for x in node.items)
+
+
+def _with_arguments_of(wanted: t.Node, name: t.Node, node: t.Node) -> t.Node:
+    """Write t² as x², where one answer says f(x) and the other one f(t)."""
+    if not isinstance(wanted, t.Apply) or not isinstance(name, t.Apply) or len(wanted.args) != len(name.args):
+        return node
+    if not all(isinstance(x, t.Symbol) for x in (*wanted.args, *name.args)):
+        return node
+    pairs = list(zip(name.args, wanted.args, strict=True))
+    return _put_in(node, dict([(y, x) for x, y in pairs] + pairs))
+
+
+def _put_in(node: t.Node, given: dict[t.Node, t.Node]) -> t.Node:
+    if isinstance(node, t.Symbol):
+        return given.get(node, node)
+    return t.rebuilt(node, tuple(_put_in(x, given) for x in t.children(node)))
 
 
 def _same_name(a: t.Node, b: t.Node) -> bool:

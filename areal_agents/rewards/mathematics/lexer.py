@@ -38,8 +38,9 @@ class Token:
 _ONE_TO_ONE = {
     "−": "-", "–": "-", "—": "-", "﹣": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "∗": "*", "÷": "/", "∕": "/",
     "⁄": "/", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ",
-    "π": r"\pi ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "€": r"\euro ", "£": r"\pounds ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ",
+    "π": r"\pi ", "√": r"\sqrt ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ",
     "±": r"\pm ", "∓": r"\mp ", "ℝ": r"\mathbb{R} ", "ℤ": r"\mathbb{Z} ", "ℕ": r"\mathbb{N} ", "∖": r"\setminus ",
+    "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "€": r"\euro ", "£": r"\pounds ",
     "∶": ":", "ⅈ": "i", "ⅇ": "e", "⟨": "(", "⟩": ")", "′": "'", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "ε": r"\epsilon ", "θ": r"\theta ",
     "λ": r"\lambda ", "μ": r"\mu ", "ρ": r"\rho ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ",
@@ -59,7 +60,10 @@ _TEXT = re.compile(
 )
 _SCIENTIFIC = re.compile(r"[eE]([+-]?\d{1,6})(?![\d.])(?![a-zA-Z])")
 _GOES_ON = re.compile(r"\s?(?:\.\.\.|\\(?:l|c)?dots(?:c)?\b)")
-_REPEATED = re.compile(r"\\dot\s*\{?(\d\}?\d{0,64}\\dot\s*\{?\d)\}?|\\overline\s*\{(\d{1,64})\}|\\bar\s*\{(\d{1,64})\}|\\dot\s*\{?(\d)\}?|\((\d{1,64})\)")
+_REPEATED = re.compile(
+    r"\\dot\s*\{?(\d\}?\d{0,64}\\dot\s*\{?\d)\}?"
+    r"|\\overline\s*\{(\d{1,64})\}|\\bar\s*\{(\d{1,64})\}|\\dot\s*\{?(\d)\}?|\((\d{1,64})\)"
+)
 _WORD = re.compile(r"[A-Za-z]+")
 _COMMAND = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
 _PER = re.compile(r"\s?(?:/|per\b)\s?[A-Za-z]{1,12}(?:\^\{?\d\}?)?[ .$}]*$")
@@ -324,10 +328,11 @@ class Lexer:
 
     def _going_on(self, value: Fraction, decimals: int) -> Fraction:
         """Read 0.333… where a block stands three times; another number that goes on has no value."""
+        before = self._pos
         if not decimals or not self._take(_GOES_ON):
             return value
-        digits = self._text[: self._pos].rstrip(". ")
-        block = re.search(r"(\d{1,12}?)\1\1$", re.sub(r"\\?[lc]?dotsc?$", "", digits).rstrip(". ")[-min(decimals, 64) :])
+        digits = self._text[before - min(decimals, 64) : before]
+        block = re.search(r"(\d{1,12}?)\1\1$", digits)
         if block is None:
             raise ParseError("a decimal goes on in a way that is not said")
         return value + Fraction(int(block[1]), (10 ** len(block[1]) - 1) * 10**decimals)

@@ -39,3 +39,4 @@ STARTS_NOTHING = {
     "pmod", "mod", "bmod", "colon", "rbrace", "rbrack", "over", "choose",
 }  # fmt: skip
 """Commands that are no factor."""
+INEQUALITIES = {"<", ">", "<=", ">=", "!=", "in"}

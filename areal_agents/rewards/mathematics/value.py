@@ -7,6 +7,7 @@ factorials, binomials. Nothing here simplifies, solves or parses text.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -148,6 +149,8 @@ def _applied(name: str, args: tuple[t.Node, ...]) -> sympy.Expr:
     if name == "cis":
         angle = value(args[0])
         return sympy.cos(angle) + sympy.I * sympy.sin(angle)
+    if name == "det" and isinstance(args[0], t.Matrix):
+        return _determinant(args[0])
     if name == "exp":
         return power(sympy.E, value(args[0]))
     if name in ("gcd", "lcm"):
@@ -178,3 +181,16 @@ def _factorial(n: sympy.Expr) -> sympy.Expr:
     if n > MAX_FACTORIAL:
         raise TooLarge(f"a factorial over {MAX_FACTORIAL}!")
     return sympy.factorial(n)
+
+
+def _determinant(matrix: t.Matrix) -> sympy.Expr:
+    """Expand a determinant of at most four rows."""
+    rows = [[value(x) for x in row] for row in matrix.rows]
+    if len(rows) != len(rows[0]) or len(rows) > 4:
+        raise TooLarge("a determinant of more than four rows is compared as it is written")
+    return sympy.Add(
+        *(
+            sympy.LeviCivita(*order) * sympy.Mul(*(rows[i][j] for i, j in enumerate(order)))
+            for order in permutations(range(len(rows)))
+        )
+    )

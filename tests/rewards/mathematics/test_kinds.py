@@ -21,6 +21,60 @@ EQUAL = {
         (r"\binom{n}{2}", r"\frac{n(n-1)}{2}"),
         (r"\binom{2n}{n}", r"\frac{(2n)!}{(n!)^2}"),
     ],
+    "numbers that go on": [
+        ("0.333...", "1/3"),
+        (r"0.1666\ldots", "1/6"),
+        (r"0.\dot{1}4285\dot{7}", "1/7"),
+    ],
+    "other bases": [
+        ("FF_{16}", "255"),
+        ("1A3_{16}", "419"),
+        ("(1010)_2", "10"),
+        (r"101_{\text{two}}", "5"),
+        ("F_{16}", "F_{16}"),
+    ],
+    "units": [
+        ("€5", "5"),
+        ("36 km/h", "10 m/s"),
+        ("3 m/s", r"3\ \mathrm{m/s}"),
+        ("5 ft 3 in", "63 inches"),
+        ("2 hours 30 minutes", "150 minutes"),
+        (r"30^\circ 30'", r"30.5^\circ"),
+        (r"20^\circ C", "20"),
+    ],
+    "mixed numbers": [
+        (r"33\frac13\%", "1/3"),
+        ("2 1/2 hours", "150 minutes"),
+        (r"2\times 3\frac12", "7"),
+    ],
+    "typesetting": [
+        (r"\color{red}{5}", "5"),
+        (r"\bf 5", "5"),
+        (r"\text{(1,2)}", "(1,2)"),
+        (r"{n+1 \over 2}", r"\frac{n+1}2"),
+        (r"{10 \choose 3}", "120"),
+        (r"\approx 5", "5"),
+    ],
+    "matrices": [
+        (r"\frac{1}{2}\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}1\\[4pt]2\end{pmatrix}"),
+        (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", "-2"),
+        ("[[1,2],[3,4]]", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    ],
+    "inequalities": [
+        ("x<1 or x>2", r"(-\infty,1)\cup(2,\infty)"),
+        ("x>1 and x<2", "(1,2)"),
+        ("x=1 or x>2", r"\{1\}\cup(2,\infty)"),
+        ("|x|<1", "(-1,1)"),
+        (r"|x-1|\ge 2", r"(-\infty,-1]\cup[3,\infty)"),
+        (r"\{x : x > 3\}", r"(3,\infty)"),
+        (r"\{x\in\mathbb{R} : x\ne 0\}", r"x\neq 0"),
+    ],
+    "functions": [
+        ("5!!", "15"),
+        (r"f^{-1}(x)=\frac{x-1}{2}", r"\frac{x-1}{2}"),
+        ("f(t)=t^2", "f(x)=x^2"),
+        (r"2\operatorname{cis}\frac{\pi}{2}", "2i"),
+    ],
 }
 UNEQUAL = {
     "absolute values": [(r"\ln|x|", r"\ln x"), (r"\sqrt{x^2}", "x")],
@@ -29,6 +83,23 @@ UNEQUAL = {
     "the shape of a matrix": [
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2&3&4\end{pmatrix}"),
+    ],
+    "variables": [
+        ("x > 2", "y > 2"),
+        ("f(t)=t^2", "f(x)=t^2"),
+        ("f^{-1}(x)=x+1", "f(x)=x+1"),
+    ],
+    "or": [
+        ("x>1 or x<2", "(1,2)"),
+        ("5", "5 or 6"),
+    ],
+    "other units": [
+        ("€5", "£5"),
+        ("20°C", "20°F"),
+    ],
+    "other values": [
+        ("3!!", "6!"),
+        (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
     ],
 }
 
