@@ -23,6 +23,20 @@ from areal_agents.rewards.mathematics.value import value
 
 MAX_ITEMS = 64
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
+_GROUPED = re.compile(r"(?:[(\[]|\\\{)\s*[-+]?\d{1,3}(?:,\d{3})+\s*(?:\\right|[)\]]|\\\})")
+"""(1,200) is a pair, and no number."""
+_LEAD = re.compile(
+    r"\s*(?:\\text\s*\{\s*)?(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*:)|exactly\b|approximately\b|about\b)"
+    r"[\s:]*\}?\s*(?=\S)",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(r"(?=.{0,64}[A-Za-z]{3})(?:\\text\s*\{)?[A-Za-z0-9\s',.:-]{4,200}\}?")
+_MEANINGS: dict[str, t.Node] = {
+    **{word: t.Number(Fraction(i)) for i, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"])},
+    **dict.fromkeys(("all real numbers", "all reals", "the real numbers"), t.Constant("reals")),
+    **dict.fromkeys(("the empty set", "empty set", "no solution", "no solutions"), t.Row("{", (), "}")),
+}  # fmt: skip
 _EQUALS = {"=", "~", "->", "=="}
 
 
@@ -31,11 +45,15 @@ def readings(text: str, options: Options) -> list[t.Node]:
 
     Raises ParseError where there is none.
     """
+    text = _LEAD.sub("", text)
     if is_prose(text):
-        return [t.Words(text)]
+        same = _MEANINGS.get(words(text))
+        return [t.Words(text)] if same is None else [t.Words(text), same]
+    if re.fullmatch(r"\s*\d{4}-\d\d-\d\d\s*", text):
+        return [t.Words(text)]  # a date, and no difference
     commas: list[Commas] = ["thousands"]
     if re.search(r"\d,\s?\d{3}", text):
-        commas.append("list")
+        commas = ["list"] if _GROUPED.search(text) else [*commas, "list"]
     if options.decimal_comma or re.fullmatch(r"[\s$+-]*\d+,(?:\d{1,2}|\d{4,})[\s$]*", text):
         commas.append("decimal")
     found: list[t.Node] = []
@@ -48,10 +66,12 @@ def readings(text: str, options: Options) -> list[t.Node]:
             continue
         if node not in found:
             found.append(node)
+    if not found and _SENTENCE.fullmatch(text):
+        return [t.Words(text)]  # \text{January 3}
     if not found:
         assert first is not None
         raise first
-    return found
+    return [*found, *(_MEANINGS[words(x.text)] for x in found if isinstance(x, t.Words) and words(x.text) in _MEANINGS)]
 
 
 def equal_nodes(gold: t.Node, answer: t.Node, options: Options) -> bool:
@@ -134,8 +154,12 @@ class _Comparison:
             return False  # their spellings differ
         shapes = {a.opened, b.opened}
         if shapes <= {"", "{"}:
-            ordered = self._options.ordered and shapes == {""}
-            return self._in_order(a.items, b.items) if ordered else self._in_any_order(a.items, b.items)
+            if self._options.ordered and shapes == {""}:
+                return self._in_order(a.items, b.items)
+            single = not any(isinstance(x, t.Row | t.Relation) for x in (*a.items, *b.items))
+            if shapes == {""} and single and len(a.items) != len(b.items):
+                return False  # the prime factors 2, 2, 5 are not 2, 5; solutions said twice count once
+            return self._in_any_order(a.items, b.items)
         if "" in shapes and len(shapes) > 1 and any(_is_condition(x) for x in (a, b)):
             return self._options.intervals and self._sets(a, b)
         if "{" in shapes or ("" not in shapes and (a.opened, a.closed) != (b.opened, b.closed)):

@@ -302,6 +302,8 @@ class Lexer:
                 break
             if kind == "," and self._commas != "thousands" and match.group() == ",":
                 break
+            if kind == "," and self._text[self._pos - 1] == "0" and not self._text[: self._pos - 1][-1:].isdigit():
+                break  # (0,100)
             if (kind == "\\" and match.group() == "\\ ") or (kind == "'" and not digits[:3].isdigit()):
                 break
             separator = kind

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from areal_agents.rewards.mathematics.extract import Slot
+from areal_agents.rewards.mathematics.options import Options
 from areal_agents.rewards.mathematics.verify import verify
 
 EQUAL = {
@@ -75,6 +77,21 @@ EQUAL = {
         ("f(t)=t^2", "f(x)=x^2"),
         (r"2\operatorname{cis}\frac{\pi}{2}", "2i"),
     ],
+    "a choice with its text": [
+        ("B", r"\textbf{(B)}\ 12"),
+        (r"\textbf{(B) } 12", "B"),
+        ("(B) 12", "B. 12.0"),
+        ("(C) 5", "5"),
+        ("A", "A)"),
+        ("A", "option (A)"),
+        (r"(B) \frac12", "B) 0.5"),
+    ],
+    "words": [
+        ("5", "five"),
+        (r"\mathbb{R}", "all real numbers"),
+        (r"\emptyset", "no solution"),
+        (r"\text{January 3}", "January 3"),
+    ],
 }
 UNEQUAL = {
     "absolute values": [(r"\ln|x|", r"\ln x"), (r"\sqrt{x^2}", "x")],
@@ -101,6 +118,26 @@ UNEQUAL = {
         ("3!!", "6!"),
         (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
     ],
+    "another choice": [
+        ("(B) 12", "(B) 13"),
+        ("(B) 12", "(C) 12"),
+        ("B", "(C) 12"),
+        ("A", "A or B"),
+        ("A", "Option B"),
+    ],
+    "pairs that look like numbers": [
+        ("(1,200)", "1200"),
+        ("[0,100]", "100"),
+        ("(0,100)", "100"),
+        (r"\{1,200\}", "1200"),
+    ],
+    "values said twice": [
+        ("2, 2, 5", "2, 5"),
+    ],
+    "a date": [
+        ("2024-01-05", "2018"),
+        ("2024-01-05", "2024-01-06"),
+    ],
 }
 
 
@@ -116,3 +153,38 @@ def test_equal(a: str, b: str) -> None:
 @pytest.mark.parametrize(("a", "b"), _pairs(UNEQUAL))
 def test_unequal(a: str, b: str) -> None:
     assert [verify(a, b).status, verify(b, a).status] == ["wrong", "wrong"]
+
+
+@pytest.mark.parametrize(
+    ("text", "slot"),
+    [
+        ("**Answer:** 72", "final_line"),
+        ("**Answer: 72**", "final_line"),
+        ("48 + 24\n#### 72", "final_line"),
+        (r"so \fbox{72}", "boxed"),
+        (r"so $\boxed 72$", "boxed"),
+    ],
+)
+def test_where_answers_stand(text: str, slot: Slot) -> None:
+    assert verify("She sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72", text, slot=slot).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("gold", "pred", "status"),
+    [
+        ("January 5, 2024", "2024-01-05", "ok"),
+        ("January 5, 2024", "Friday, 5th Jan. 2024", "ok"),
+        ("January 5", "5 January", "ok"),
+        ("January 5, 2024", "January 6, 2024", "wrong"),
+        ("3:00 PM", r"3\text{ p.m.}", "ok"),
+        ("15:00", "3 PM", "ok"),
+        ("12:30 PM", "12:30 AM", "wrong"),
+        ("12:00 AM", "0:00", "ok"),
+        ("Jan 5, 2024 at 3 pm", "2024-01-05 15:00", "ok"),
+        ("12:30", "25:99", "wrong"),
+        ("February 30", "March 1", "gold_error"),
+        ("12/1/2024", "2024-12-01", "gold_error"),
+    ],
+)
+def test_dates_and_times_where_they_are_declared(gold: str, pred: str, status: str) -> None:
+    assert verify(gold, pred, options=Options(dates=True)).status == status
