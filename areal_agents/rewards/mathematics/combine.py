@@ -47,6 +47,20 @@ def product(left: t.Node, right: t.Node) -> t.Node:
     return t.Product((*before, *after))
 
 
+MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+
+
+def counted(left: t.Node, text: str) -> t.Node:
+    """Return 4 apples, or 3 million dollars."""
+    first, _, rest = text.lower().partition(" ")
+    if first not in MULTIPLES:
+        return t.Measure(left, units.find(text) or units.Unit(((text.lower(), 1),)))
+    if isinstance(left, t.Measure):
+        return t.Measure(product(left.value, t.Number(Fraction(MULTIPLES[first]))), left.unit)
+    found = product(left, t.Number(Fraction(MULTIPLES[first])))
+    return counted(found, rest) if rest else found
+
+
 def together(left: t.Measure, right: t.Node) -> t.Node | None:
     """Add 5 ft and 3 in, 2 hours and 30 minutes. None where the second is no smaller unit of the same kind."""
     if not isinstance(right, t.Measure) or left.unit.dimension != right.unit.dimension:
@@ -86,6 +100,10 @@ def _is_inequality(node: t.Node) -> bool:
 
 
 def sum_of(terms: list[t.Node]) -> t.Node:
+    matrices = [x for x in terms if isinstance(x, t.Matrix)]
+    if len(matrices) == len(terms) > 1 and len({tuple(map(len, x.rows)) for x in matrices}) == 1:
+        cells = zip(*(t.children(x) for x in matrices), strict=True)
+        return t.rebuilt(matrices[0], tuple(t.Sum(cell) for cell in cells))
     return terms[0] if len(terms) == 1 else t.Sum(tuple(terms))
 
 

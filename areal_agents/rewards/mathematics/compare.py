@@ -23,8 +23,10 @@ from areal_agents.rewards.mathematics.value import value
 
 MAX_ITEMS = 64
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
-_GROUPED = re.compile(r"(?:[(\[]|\\\{)\s*[-+]?\d{1,3}(?:,\d{3})+\s*(?:\\right|[)\]]|\\\})")
+_GROUPED = re.compile(r"(?<![A-Za-z])(?:[(\[]|\\\{)\s*[-+]?\d{1,3}(?:,\d{3})+\s*(?:\\right|[)\]]|\\\})")
 """(1,200) is a pair, and no number."""
+_LOG = re.compile(r"\\log(?![A-Za-z])(?!\s*_)|(?<![A-Za-z\\])log(?=[\s(])")
+"""A logarithm without a base, which is natural to some and to the base 10 to others."""
 _LEAD = re.compile(
     r"\s*(?:\\text\s*\{\s*)?(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*:)|exactly\b|approximately\b|about\b)"
     r"[\s:]*\}?\s*(?=\S)",
@@ -46,7 +48,7 @@ def readings(text: str, options: Options) -> list[t.Node]:
     Raises ParseError where there is none.
     """
     text = _LEAD.sub("", text)
-    if is_prose(text):
+    if is_prose(text) or words(text) in _MEANINGS:
         same = _MEANINGS.get(words(text))
         return [t.Words(text)] if same is None else [t.Words(text), same]
     if re.fullmatch(r"\s*\d{4}-\d\d-\d\d\s*", text):
@@ -58,9 +60,10 @@ def readings(text: str, options: Options) -> list[t.Node]:
         commas.append("decimal")
     found: list[t.Node] = []
     first: ParseError | None = None
-    for one in commas:
+    spelt = [text, _LOG.sub(r"\\lg ", text)] if _LOG.search(text) else [text]
+    for one, spelling in ((one, spelling) for one in commas for spelling in spelt):
         try:
-            node = _either(parse(text, one))
+            node = _either(parse(spelling, one))
         except ParseError as error:
             first = first or error
             continue
@@ -111,7 +114,7 @@ class _Comparison:
                 return True
             left, right = named(a), named(b)
             if left is None or right is None:
-                return self._options.intervals and _variables(a) == _variables(b) and self._sets(a, b)
+                return self._options.intervals and self._sets(a, b)
             said = _with_arguments_of(left[0], right[0], right[1])
             return _same_name(left[0], right[0]) and self.equal(left[1], said)
         found = named(a) if self._options.names else None
@@ -157,8 +160,8 @@ class _Comparison:
             if self._options.ordered and shapes == {""}:
                 return self._in_order(a.items, b.items)
             single = not any(isinstance(x, t.Row | t.Relation) for x in (*a.items, *b.items))
-            if shapes == {""} and single and len(a.items) != len(b.items):
-                return False  # the prime factors 2, 2, 5 are not 2, 5; solutions said twice count once
+            if shapes == {""} and single:  # the prime factors 2, 2, 5 are not 2, 5; solutions said twice count once
+                return self._as_often(a.items, b.items)
             return self._in_any_order(a.items, b.items)
         if "" in shapes and len(shapes) > 1 and any(_is_condition(x) for x in (a, b)):
             return self._options.intervals and self._sets(a, b)
@@ -175,6 +178,16 @@ class _Comparison:
         return all(any(self.equal(x, y) for y in right) for x in left) and all(
             any(self.equal(x, y) for x in left) for y in right
         )
+
+    def _as_often(self, a: Sequence[t.Node], b: Sequence[t.Node]) -> bool:
+        """Say whether each value is as often in one row as in the other."""
+        left = list(b)
+        for x in a:
+            match = next((i for i, y in enumerate(left) if self.equal(x, y)), None)
+            if match is None:
+                return False
+            del left[match]
+        return not left
 
     def _matrix(self, a: t.Matrix, b: t.Node) -> bool:
         return (
@@ -196,6 +209,8 @@ class _Comparison:
         return len(a.items) == 2 and self._values(t.Quotient(*a.items), b)
 
     def _sets(self, a: t.Node, b: t.Node) -> bool:
+        if len(_variables(a) | _variables(b)) > 1:  # x > 2 is not y > 2
+            return False
         try:
             mine, other = as_set(a), as_set(b)
         except ParseError:
@@ -270,7 +285,7 @@ def _is_name(node: t.Node) -> bool:
 
 
 def _variables(node: t.Node) -> set[str]:
-    """Return the variables of an inequality: x > 2 is not y > 2."""
+    """Return the variables of an inequality or a set."""
     if isinstance(node, t.Symbol):
         return {node.name}
     return {name for x in t.children(node) for name in _variables(x)}

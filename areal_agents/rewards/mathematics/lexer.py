@@ -66,8 +66,8 @@ _REPEATED = re.compile(
 )
 _WORD = re.compile(r"[A-Za-z]+")
 _COMMAND = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
-_PER = re.compile(r"\s?(?:/|per\b)\s?[A-Za-z]{1,12}(?:\^\{?\d\}?)?[ .$}]*$")
-"""After the m of 3 m/s."""
+_PER = re.compile(r"\s?(?:/|per\b)\s?[A-Za-z]{1,12}(?:\^\{?\d\}?)?[ .$}]*$|\s?\d")
+"""After the m of 3 m/s, and of 3 m 20 cm."""
 _BASED = re.compile(r"((?=[0-9A-Z]{0,63}[A-Z])[0-9][0-9A-Z]{0,63})_\{?([1-3]\d)\}?|([A-F]{2,64})_\{?(16)\}?")
 """1A3_{16}: digits of a base over ten."""
 _OPS = set("+-*/^_=<>(){}[]|,;:!%$'.")
@@ -82,6 +82,7 @@ def plain(text: str) -> str:
     """Spell Unicode mathematics as LaTeX and ASCII, character by character."""
     if r"\begin" not in text:
         text = text.replace(r"\\", "\\")  # commands that were escaped twice; elsewhere it ends a row
+    text = text.replace("+/-", r"\pm ")
     out: list[str] = []
     for char in text:
         if char.isascii():
@@ -230,6 +231,7 @@ class Lexer:
             depth += {"{": 1, "}": -1}.get(self._text[self._pos], 0)
             self._pos += 1
         inside = self._text[start : self._pos - (depth == 0)].strip(" ~.")
+        inside = inside.removesuffix(" and")
         word = inside.lower().strip(" .,()")
         if not inside:
             return

@@ -20,7 +20,7 @@ from areal_agents.rewards.mathematics.errors import TooLarge
 DIGITS = 40
 DEEP = 300
 """Digits after which a difference is 0."""
-_POINTS = 6
+_POINTS = 8
 _SMALL = sympy.Float(10) ** -(DIGITS - 8)
 
 
@@ -32,7 +32,7 @@ def equal_values(a: Any, b: Any) -> bool:
         return False
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     seen = 0
-    for point in _usual(a, b, points(symbols)) if symbols else [{}]:
+    for point in _usual(a, b, _whole(a, b, points(symbols))) if symbols else [{}]:
         x, y = _at(a, point), _at(b, point)
         if x is None and y is None:
             continue
@@ -57,6 +57,16 @@ def _usual(a: Any, b: Any, at: list[dict[Any, Any]]) -> list[dict[Any, Any]]:
     return kept if len(kept) > 1 else at
 
 
+def _whole(a: Any, b: Any, at: list[dict[Any, Any]]) -> list[dict[Any, Any]]:
+    """Take whole numbers for the n of (-1)^n, which has no real value elsewhere."""
+    signs = [p for x in (a, b) for p in x.atoms(sympy.Pow) if p.base.is_negative or p.base == sympy.I]
+    names = sorted(set().union(*(p.exp.free_symbols for p in signs)), key=str)
+    return [
+        point | {name: 2 * random.Random(f"{i} {name}").randint(1, 20) + (i >> j) % 2 for j, name in enumerate(names)}
+        for i, point in enumerate(at)
+    ]
+
+
 def _positive(expression: Any, point: dict[Any, Any]) -> bool:
     found = _at(expression, point)
     return found is not None and bool(found.is_real) and bool(found > 0)
@@ -77,13 +87,17 @@ def _vanishes(difference: Any, point: dict[Any, Any]) -> bool:
 
 
 def points(symbols: Sequence[Any], n: int = _POINTS) -> list[dict[Any, Any]]:
-    """Return the points at which variables are put in: rational, of both signs, the same in every process."""
+    """Return the points at which variables are put in: rational, of both signs, the same in every process.
+
+    Any two variables have all four pairs of signs at some of the first six or of the last two.
+    """
     out = []
     for i in range(n):
         point = {}
-        for symbol in symbols:
+        for j, symbol in enumerate(symbols):
             draw = random.Random(f"{i} {symbol}")
-            sign = 1 if i < 3 else draw.choice((1, -1))
+            negative = (False, False, False, j % 2 == 0, j % 2 == 1, True, j // 2 % 2 == 0, j // 2 % 2 == 1)[i % 8]
+            sign = -1 if negative else 1
             point[symbol] = sign * sympy.Rational(draw.randint(1, 10**6), draw.randint(10**5, 10**6))
         out.append(point)
     return out

@@ -15,9 +15,9 @@ looks at each token a bounded number of times, and nests at most ``MAX_DEPTH`` d
 from __future__ import annotations
 
 from areal_agents.rewards.mathematics import tree as t
-from areal_agents.rewards.mathematics import units
 from areal_agents.rewards.mathematics.atoms import AtomReader
 from areal_agents.rewards.mathematics.combine import (
+    counted,
     is_fraction_command,
     listed,
     negative,
@@ -168,11 +168,16 @@ class _Parser(AtomReader):
             both = together(left, self._factor())
             if both is not None:
                 return both
-        if token.kind == "number":
-            raise ParseError(f"{token.text!r} stands behind a value")
+        before = self._tokens[self._at - 1]
+        if token.kind == "number" and not (_is_power(left) and (before.text == "}" or before.kind == "name")):
+            raise ParseError(f"{token.text!r} stands behind a value")  # but 2^{3}3^{2} and 2^n 3^m are products
         if token.kind == "text":
             self._at += 1
-            return t.Measure(left, units.Unit(((token.text.lower(), 1),)))
+            return counted(left, token.text)
         if token.kind == "unit" and not (isinstance(left, t.Measure)):
             return t.Measure(left, self._unit())
         return product(left, self._factor())
+
+
+def _is_power(node: t.Node) -> bool:
+    return isinstance(node.factors[-1] if isinstance(node, t.Product) else node, t.Power)

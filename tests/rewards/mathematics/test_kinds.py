@@ -92,6 +92,31 @@ EQUAL = {
         (r"\emptyset", "no solution"),
         (r"\text{January 3}", "January 3"),
     ],
+    "the sign of n": [
+        ("(-1)^{2n}", "1"),
+        (r"\cos(n\pi)", "(-1)^n"),
+        ("2^n 3^n", "6^n"),
+    ],
+    "sums of matrices": [
+        (
+            r"\begin{pmatrix}1\\2\end{pmatrix}+t\begin{pmatrix}1\\1\end{pmatrix}",
+            r"\begin{pmatrix}1+t\\2+t\end{pmatrix}",
+        ),
+    ],
+    "large counts": [
+        (r"\$3 million", "3000000"),
+        (r"2\text{ dozen}", "24"),
+    ],
+    "lengths": [
+        ("5 m 30 cm", "5.3 m"),
+        (r"2\text{ hours and }30\text{ minutes}", "150 minutes"),
+    ],
+    "either logarithm": [
+        (r"\log 100", "2"),
+        (r"\log e", "1"),
+        (r"\log 2", r"\lg 2"),
+        ("+/- 3", "3, -3"),
+    ],
 }
 UNEQUAL = {
     "absolute values": [(r"\ln|x|", r"\ln x"), (r"\sqrt{x^2}", "x")],
@@ -137,6 +162,33 @@ UNEQUAL = {
     "a date": [
         ("2024-01-05", "2018"),
         ("2024-01-05", "2024-01-06"),
+    ],
+    "other times": [
+        ("2, 2, 3", "2, 3, 3"),
+        ("a>0, b>0", "a>0"),
+        ("x>0 and y<1", "x>0 and y<2"),
+    ],
+    "parity": [
+        ("(-1)^n", "(-1)^{n+1}"),
+        ("(-1)^n", "1"),
+    ],
+    "a bare count": [
+        ("3", "3 million"),
+    ],
+    "either sign": [
+        ("|a|", "a"),
+        ("|b|", "b"),
+        ("|c|", "c"),
+        ("|d|", "d"),
+        ("|f|", "f"),
+        ("|g|", "g"),
+        ("|t|", "t"),
+        ("|o|", "o"),
+        ("|D|", "D"),
+        ("|x|", "x"),
+        ("|y|", "y"),
+        ("|z|", "z"),
+        (r"\sqrt{x^2y}", r"x\sqrt{y}"),
     ],
 }
 
