@@ -117,6 +117,12 @@ class _Comparison:
                 return self._options.intervals and self._sets(a, b)
             said = _with_arguments_of(left[0], right[0], right[1])
             return _same_name(left[0], right[0]) and self.equal(left[1], said)
+        if (
+            set(a.operators) == {"="} and not _variables(a) and named(a) is None
+        ):  # 2^4 = 16 is 16, and 2^4 = 15 is nothing
+            return all(self.equal(x, b) for x in a.operands)
+        if a.operators == ("mod",):
+            return self.equal(a.operands[0], b)
         found = named(a) if self._options.names else None
         if found is not None:
             return self.equal(found[1], b)

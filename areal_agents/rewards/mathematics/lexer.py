@@ -50,7 +50,8 @@ _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True)
 _RUN = re.compile(r"(?<=\^\{[0-9+\-n])\}\^\{(?=[0-9+\-n]\})|(?<=_\{[0-9])\}_\{(?=[0-9]\})")
 """Between two raised or lowered characters, which are one exponent or index."""
 _SPACE = re.compile(
-    r"\\(?:[,;:!> ]|quad\b|qquad\b|thinspace\b|displaystyle\b|textstyle\b|limits\b|nolimits\b|bf\b|rm\b|it\b)"
+    r"\\(?:[,;:!> ]|quad\b|qquad\b|thinspace\b|displaystyle\b|textstyle\b|limits\b|nolimits\b|bf\b|rm\b|it\b"
+    r"|tiny\b|small\b|normalsize\b|large\b|Large\b|LARGE\b|huge\b|Huge\b)"
     r"|\\(?:color|textcolor|hspace|vspace|tag|label)\*?\{[^{}]{0,40}\}|[\s~&]|\\\\(?:\s?\[[\d.]{1,4}(?:pt|em|ex|mm|cm)\])?|\\$"
 )
 _SIZE = re.compile(r"\\(?:left|right|m?left|m?right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?(?![\d])|\\middle(?![a-zA-Z])")
@@ -198,7 +199,7 @@ class Lexer:
             self._add("op", "/")
         elif low in _CONSTANTS:
             self._add("command", _CONSTANTS[low])
-        elif low in FUNCTIONS:
+        elif low in FUNCTIONS and not self._is_time(word):
             self._add("command", low)
         elif self._may_be_unit(word) and units.known(word):
             self._add("unit", word)
@@ -213,6 +214,12 @@ class Lexer:
 
     def _joint(self, word: str) -> None:
         self._add("command" if word == "or" else "op", _WORDS[word])
+
+    def _is_time(self, word: str) -> bool:
+        """Whether min or sec is a minute or a second, and no function: nothing that it could apply to follows."""
+        rest = self._text[self._pos :]
+        ends = not rest.strip(" .$}") or rest.startswith(",") or _PER.match(rest) is not None
+        return word in ("min", "sec") and ends and self._may_be_unit(word)
 
     def _may_be_unit(self, word: str) -> bool:
         """Whether a word stands where a unit does: behind a value. A single letter must end the answer (5 m)."""

@@ -108,6 +108,9 @@ EQUAL = {
         (r"2\text{ dozen}", "24"),
     ],
     "lengths": [
+        ("90 min", "1 h 30 min"),
+        ("5 sec", "5 seconds"),
+        ("f^{-1}(5)=2", "2"),
         ("5 m 30 cm", "5.3 m"),
         (r"2\text{ hours and }30\text{ minutes}", "150 minutes"),
     ],
@@ -117,6 +120,7 @@ EQUAL = {
         (r"\log 2", r"\lg 2"),
         ("+/- 3", "3, -3"),
     ],
+    "a computation": [("16", "2^4 = 16"), ("16", "16 = 2^4"), (r"4 \pmod 7", "4"), (r"\Large 4", "4")],
 }
 UNEQUAL = {
     "absolute values": [(r"\ln|x|", r"\ln x"), (r"\sqrt{x^2}", "x")],
@@ -190,6 +194,7 @@ UNEQUAL = {
         ("|z|", "z"),
         (r"\sqrt{x^2y}", r"x\sqrt{y}"),
     ],
+    "a wrong computation": [("15", "2^4 = 15"), ("16", "2^4 = 15"), (r"n\equiv 4\pmod 7", "4")],
 }
 
 
