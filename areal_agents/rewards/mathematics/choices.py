@@ -12,6 +12,10 @@ _CHOICE = re.compile(
     re.DOTALL,
 )
 _LETTER = re.compile(rf"\s*(?:(?:the\s+)?(?:option|choice|answer)(?:\s+is)?\s*:?\s*)?{_STYLE}\(?([A-J])\)?\s*\}}?\s*")
+_ANOTHER = re.compile(
+    rf"\(\s*{_STYLE}[A-J]\s*\}}?\s*\)|(?<![A-Za-z\\])[A-J][).:]|^[\s\\tex{{]*(?:or|and)\b|^\s*[,;/|&]"
+)
+"""Of a second choice: (A) 5 or (B) 6 is none."""
 
 
 def choice(text: str) -> tuple[str, str] | None:
@@ -20,7 +24,7 @@ def choice(text: str) -> tuple[str, str] | None:
     if alone is not None:
         return alone[1], ""
     found = _CHOICE.fullmatch(text)
-    if found is None:
+    if found is None or _ANOTHER.search(found[3]):
         return None
     said = found[3].strip()
     if said.count("}") > said.count("{"):  # \textbf{(B) 12}
