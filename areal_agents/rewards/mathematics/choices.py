@@ -15,6 +15,8 @@ _LETTER = re.compile(rf"\s*(?:(?:the\s+)?(?:option|choice|answer)(?:\s+is)?\s*:?
 _ANOTHER = re.compile(
     rf"\(\s*{_STYLE}[A-J]\s*\}}?\s*\)|(?<![A-Za-z\\])[A-J][).:]|^[\s\\tex{{]*(?:or|and)\b|^\s*[,;/|&]"
 )
+    rf"\(\s*{_STYLE}[A-J]\s*\}}?\s*\)|(?<![A-Za-z\\])[A-J][).:]|^[\s\\tex{{]*(?:or|and)\b|^\s*[,;/|&]"
+)
 """Of a second choice: (A) 5 or (B) 6 is none."""
 
 
