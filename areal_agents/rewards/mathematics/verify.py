@@ -43,16 +43,24 @@ def verify(
         wanted = gold_answer(text)
         if answer in (wanted, bare(text)):
             return MathVerdict("ok")
-        declared = _as_declared(wanted, answer, options)
-        if declared is not None:
-            if declared:
+        if options.dates:
+            right_moment, said_moment = moment(wanted, options.date_order), moment(answer, options.date_order)
+            if right_moment is None:
+                errors.append(f"the gold answer {wanted[:80]!r} is no date and no time of day")
+            elif said_moment is not None and right_moment.same(said_moment):
                 return MathVerdict("ok")
+            continue
+        chosen = equal_choices(wanted, answer, options.choices, lambda a, b: _same(a, b, options))
+        if chosen:
+            return MathVerdict("ok")
+        if chosen is False:
             problem = ""
             continue
         try:
             right = compare.readings(wanted, options)
         except ParseError as error:
-            errors.append(f"the gold answer {wanted[:80]!r} cannot be read: {error}")
+            if not is_choice(wanted, options.choices):
+                errors.append(f"the gold answer {wanted[:80]!r} cannot be read: {error}")
             continue
         if any(compare.equal_nodes(g, a, options) for g in right for a in said):
             return MathVerdict("ok")
@@ -63,24 +71,14 @@ def verify(
     return MathVerdict("wrong", f"{answer[:80]!r} is not {gold_answer(golds[0])[:80]!r}")
 
 
-def _as_declared(gold: str, answer: str, options: Options) -> bool | None:
-    """Compare two dates or choices. None where the gold answer is neither."""
-    if options.dates:
-        right = moment(gold, options.date_order)
-        if right is not None:
-            said = moment(answer, options.date_order)
-            return said is not None and right.same(said)
-
-    def equal(a: str, b: str) -> bool:
-        if words(a) == words(b):
-            return True
-        try:
-            left, right = compare.readings(bare(a), options), compare.readings(bare(b), options)
-        except ParseError:
-            return False
-        return any(compare.equal_nodes(x, y, options) for x in left for y in right)
-
-    return equal_choices(gold, answer, options.choices, equal)
+def _same(gold: str, answer: str, options: Options) -> bool:
+    if words(gold) == words(answer):
+        return True
+    try:
+        left, right = compare.readings(bare(gold), options), compare.readings(bare(answer), options)
+    except ParseError:
+        return False
+    return any(compare.equal_nodes(g, a, options) for g in left for a in right)
 
 
 def look(gold: str | Sequence[str], options: Options) -> MathVerdict:
@@ -88,7 +86,12 @@ def look(gold: str | Sequence[str], options: Options) -> MathVerdict:
     problem = "there is no gold answer"
     for text in [gold] if isinstance(gold, str) else gold:
         wanted = gold_answer(text)
-        if (options.dates and moment(wanted, options.date_order)) or is_choice(wanted, options.choices):
+        if options.dates:
+            if moment(wanted, options.date_order):
+                return MathVerdict("ok")
+            problem = f"the gold answer {wanted[:80]!r} is no date and no time of day"
+            continue
+        if is_choice(wanted, options.choices):
             return MathVerdict("ok")
         try:
             compare.readings(wanted, options)

@@ -139,7 +139,8 @@ def test_the_order_of_day_and_month_is_an_option() -> None:
     assert not equal("2024-03-05", "3/5/2024", {"dates": True, "date_order": "day"})
     assert not equal("2024-12-25", "25/12/2024", {"dates": True, "date_order": "month"})
     assert not equal("2024-03-05", "March 5, 2024", {})  # not declared
-    assert equal("1/2", "0.5", DATES)  # what is no date is mathematics
+    assert verify("1/2", "March 5", options=Options.of(DATES)).status == "gold_error"
+    assert look("1/2", Options.of(DATES)).status == "gold_error"
     with pytest.raises(ValueError, match="date_order"):
         Options.of({"dates": True, "date_order": "year"})
     with pytest.raises(ValueError, match="means nothing"):
