@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from areal_agents.rewards.mathematics.lexer import MAX_CHARS
+
 _STYLE = r"(?:\\(?:text|textbf|textrm|textit|mathrm|mathbf|bf)\s*\{?\s*)?"
 _CHOICE = re.compile(
     rf"\s*(?:(?:the\s+)?(?:option|choice|answer)(?:\s+is)?\s*:?\s*)?{_STYLE}"
@@ -15,13 +17,13 @@ _LETTER = re.compile(rf"\s*(?:(?:the\s+)?(?:option|choice|answer)(?:\s+is)?\s*:?
 _ANOTHER = re.compile(
     rf"\(\s*{_STYLE}[A-J]\s*\}}?\s*\)|(?<![A-Za-z\\])[A-J][).:]|^[\s\\tex{{]*(?:or|and)\b|^\s*[,;/|&]"
 )
-    rf"\(\s*{_STYLE}[A-J]\s*\}}?\s*\)|(?<![A-Za-z\\])[A-J][).:]|^[\s\\tex{{]*(?:or|and)\b|^\s*[,;/|&]"
-)
 """Of a second choice: (A) 5 or (B) 6 is none."""
 
 
 def choice(text: str) -> tuple[str, str] | None:
     """Return the letter and the text of a choice. The text is "" for a letter alone. None where it is no choice."""
+    if len(text) > MAX_CHARS:
+        return None
     alone = _LETTER.fullmatch(text)
     if alone is not None:
         return alone[1], ""
