@@ -120,6 +120,11 @@ class WeightedSum:
                 raise ValueError(f"the weight of reward {name!r} must be finite, got {weight}")
             self._parts[name] = (reward, float(weight))
 
+    @property
+    def parts(self) -> dict[str, RewardLike]:
+        """The rewards by name, without their weights."""
+        return {name: reward for name, (reward, _) in self._parts.items()}
+
     async def __call__(self, episode: Episode) -> Verdict:
         verdicts = {name: await judge(reward, episode, name=name) for name, (reward, _) in self._parts.items()}
         return self._combine(verdicts, frozenset(verdicts), episode)
@@ -167,6 +172,11 @@ class Gate(WeightedSum):
         self._on = on
         self._threshold = threshold
 
+    @property
+    def on(self) -> str:
+        """The reward that opens the gate."""
+        return self._on
+
     async def __call__(self, episode: Episode) -> Verdict:
         verdicts = {name: await judge(reward, episode, name=name) for name, (reward, _) in self._parts.items()}
         opened = verdicts[self._on].score >= self._threshold
@@ -174,6 +184,23 @@ class Gate(WeightedSum):
 
 
 Rubric: TypeAlias = WeightedSum | Gate
+
+
+def correct_part(reward: object) -> str | None:
+    """Return the component of a reward that says whether an answer is right, or None where nothing tells.
+
+    It is what a Gate is on, else a part called ``correct``, here or in a reward inside.
+    """
+    if isinstance(reward, Gate):
+        return reward.on
+    if isinstance(reward, WeightedSum):
+        if "correct" in reward.parts:
+            return "correct"
+        inside = {name: correct_part(part) for name, part in reward.parts.items()}
+        return next((f"{name}.{found}" for name, found in inside.items() if found is not None), None)
+    own = getattr(reward, "__dict__", {})  # of Clip, Normalize and reward_function
+    wrapped = own.get("reward", own.get("function"))
+    return None if wrapped is None else correct_part(wrapped)
 
 
 def _finite(value: object, name: str, episode: Episode) -> float:

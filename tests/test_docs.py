@@ -358,6 +358,8 @@ def _installable(words: list[str]) -> None:
 
 
 def _pattern(name: str) -> str:
+    if name.endswith("/NAME"):
+        return re.escape(name.removesuffix("NAME")) + ".+"
     return re.sub(r"(?<=[_/])[A-Z](?=_|$)", r"\\d+", re.escape(name))
 
 
