@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from areal_agents.errors import RewardError, TaskError
 from areal_agents.types import AssistantMessage, Message, StopReason, Task
+from areal_agents.utils.blocking import timed
 from areal_agents.utils.real_number import finite
 from areal_agents.utils.short_text import cut, short
 
@@ -79,7 +80,7 @@ async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verd
     Raises RewardError.
     """
     label = name or getattr(reward, "__name__", type(reward).__name__)
-    value: Any = reward(episode)
+    value: Any = timed(label, reward, episode)
     if inspect.isawaitable(value):
         value = await value
     if not isinstance(value, Verdict):
