@@ -36,7 +36,7 @@ _SLOTS_LOCK = threading.Lock()
 
 
 def reward_function(
-    *, timeout: float, concurrency: int = 8, on_timeout: OnTimeout = "infra"
+    *bare: object, timeout: float, concurrency: int = 8, on_timeout: OnTimeout = "infra"
 ) -> Callable[[Callable[[Any], Any]], RewardFunction]:
     """Make a reward of a function of an Episode, sync or async, that may be slow or block.
 
@@ -59,6 +59,8 @@ def reward_function(
     Raises:
         ConfigError: an argument is out of range, or what is decorated does not take one episode.
     """
+    if bare:
+        raise ConfigError("reward_function takes no function itself: write @reward_function(timeout=5) above it")
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
         raise ConfigError(f"timeout = {short(timeout)} is no number of seconds over 0")
     if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:

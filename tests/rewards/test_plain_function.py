@@ -325,6 +325,8 @@ def test_what_takes_no_episode_is_refused() -> None:
         return 1.0
 
     wrong: list[Any] = [method, lambda: 1.0, 3, Verdict]
+    with pytest.raises(ConfigError, match=r"write @reward_function\(timeout=5\) above it"):
+        reward_function(lambda episode: 1.0, timeout=5)
     for function in wrong:
         with pytest.raises(ConfigError, match="@reward_function"):
             reward_function(timeout=1)(function)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from areal_agents.errors import ConfigError
 from areal_agents.reward import Episode, Verdict
 from areal_agents.rewards.shaping.turns import mean_of_turns, of_episode, turns_of, written
+from areal_agents.utils.short_text import short
 
 SCRIPTS = {
     "arabic": ("ARABIC",), "armenian": ("ARMENIAN",), "bengali": ("BENGALI",), "cyrillic": ("CYRILLIC",),
@@ -37,13 +38,13 @@ class script:
     """
 
     def __init__(self, *scripts: str, allowed: Iterable[str] = (), per_turn: bool = False) -> None:
-        self.scripts = frozenset(scripts)
-        self.allowed = frozenset([allowed] if isinstance(allowed, str) else allowed)
+        beside = (allowed,) if isinstance(allowed, str) else tuple(allowed)
         if not scripts:
             raise ConfigError(f"script: name at least one of {', '.join(SCRIPTS)}")
-        for name in (*scripts, *sorted(self.allowed)):
-            if name not in SCRIPTS:
-                raise ConfigError(f"script: there is no {name!r}: use {', '.join(SCRIPTS)}")
+        for name in (*scripts, *beside):
+            if not isinstance(name, str) or name not in SCRIPTS:
+                raise ConfigError(f"script: there is no {short(name)}: use {', '.join(SCRIPTS)}")
+        self.scripts, self.allowed = frozenset(scripts), frozenset(beside)
         if both := self.scripts & self.allowed:
             raise ConfigError(f"script: {min(both)!r} is asked for and allowed beside: choose one")
         self.per_turn = per_turn

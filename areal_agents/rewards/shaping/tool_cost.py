@@ -8,6 +8,7 @@ from types import MappingProxyType
 from areal_agents.errors import ConfigError
 from areal_agents.reward import Episode, Verdict
 from areal_agents.rewards.shaping.turns import Call, calls_of_turns, number, of_episode, of_turns
+from areal_agents.utils.short_text import short
 
 
 class tool_cost:
@@ -44,6 +45,8 @@ class tool_cost:
             ConfigError: a cost is no finite number, or there is none.
         """
         self.per_call, self.per_failed = number(per_call, "per_call"), number(per_failed, "per_failed")
+        if not isinstance(per_name, Mapping):
+            raise ConfigError(f"per_name = {short(per_name)}: give costs by the tool's name")
         self.per_name = {name: number(x, f"per_name[{name!r}]") for name, x in per_name.items()}
         if not (self.per_call or self.per_failed or any(self.per_name.values())):
             raise ConfigError("tool_cost: every cost is 0: set per_call, per_failed or per_name")

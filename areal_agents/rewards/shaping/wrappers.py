@@ -5,6 +5,7 @@ from __future__ import annotations
 from areal_agents.errors import ConfigError, RewardError
 from areal_agents.reward import Episode, RewardLike, Verdict, judge
 from areal_agents.rewards.shaping.turns import number
+from areal_agents.utils.short_text import short
 from areal_agents.utils.tolerance import TOLERANCE
 
 
@@ -12,6 +13,8 @@ class _Wrapper:
     """A reward round ``reward``, with two bounds. Components and status stay those of the reward inside."""
 
     def __init__(self, reward: RewardLike, low: float, high: float) -> None:
+        if not callable(reward) or isinstance(reward, type):
+            raise ConfigError(f"{type(self).__name__} takes a reward, not {short(reward)}")
         self.reward = reward
         self.low, self.high = number(low, "low"), number(high, "high")
         if not self.low < self.high:
@@ -71,6 +74,8 @@ class Normalize(_Wrapper):
 
     def __init__(self, reward: RewardLike, *, low: float, high: float, to: tuple[float, float] = (0.0, 1.0)) -> None:
         super().__init__(reward, low, high)
+        if not isinstance(to, tuple | list) or len(to) != 2:
+            raise ConfigError(f"to = {short(to)}: give two numbers")
         self.to = (number(to[0], "to[0]"), number(to[1], "to[1]"))
         if not self.to[0] < self.to[1]:
             raise ConfigError(f"to = {self.to}: the first number must be under the second")

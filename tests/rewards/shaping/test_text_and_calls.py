@@ -120,7 +120,7 @@ def test_tool_cost() -> None:
         lambda: tool_cost(), lambda: tool_cost(per_call=float("inf")), lambda: tool_cost(per_name={"a": "b"}),  # type: ignore[dict-item]
         lambda: repetition(1), lambda: repetition(2, unit="tokens"),  # type: ignore[arg-type]
         lambda: script(), lambda: script("english"), lambda: script("latin", allowed=["latin"]),
-        lambda: script("latin", allowed=["roman"]),
+        lambda: script("latin", allowed=["roman"]), lambda: script(["latin"]), lambda: tool_cost(per_name=["a"]),  # type: ignore[arg-type]
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused(make: Any) -> None:

@@ -79,7 +79,8 @@ def test_they_compose_with_rubrics() -> None:
     [
         lambda: Clip(fixed(0), low=1, high=1), lambda: Clip(fixed(0), low=1, high=0),
         lambda: Clip(fixed(0), low=float("-inf"), high=0), lambda: Normalize(fixed(0), low=2, high=1),
-        lambda: Normalize(fixed(0), low=0, high=1, to=(1, 0)),
+        lambda: Normalize(fixed(0), low=0, high=1, to=(1, 0)), lambda: Normalize(fixed(0), low=0, high=1, to=(1,)),  # type: ignore[arg-type]
+        lambda: Clip("x", low=0, high=1), lambda: Clip(fixed, low=0, high=1),  # type: ignore[arg-type]
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused(make: Any) -> None:
