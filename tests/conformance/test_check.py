@@ -19,6 +19,7 @@ from areal_agents.conformance.contract import Subject
 from areal_agents.conformance.scripted_episode import difference, plain, spoil, trace_difference
 from areal_agents.errors import RegistryError
 from areal_agents.reward import Episode, WeightedSum
+from areal_agents.rewards.shaping import overlong
 from areal_agents.toolenv import ToolEnv
 from areal_agents.types import Task
 from tests import checked_envs, tiny_tokenizer
@@ -145,7 +146,7 @@ def compares(episode: Episode) -> bool:
 
 
 class Compared(ToolEnv):
-    rubric = WeightedSum({"correct": compares})
+    rubric = WeightedSum({"correct": compares, "length": overlong(64, cache=8)})  # whose tokens no script knows
 
     @classmethod
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
