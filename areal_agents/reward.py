@@ -51,6 +51,13 @@ class Episode:
         """Turns of the policy so far."""
         return sum(isinstance(m, AssistantMessage) for m in self.messages)
 
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that the policy sampled, over all turns. None where nobody counted those of every turn."""
+        counts = [m.tokens for m in self.messages if isinstance(m, AssistantMessage)]
+        known = [n for n in counts if n is not None]
+        return sum(known) if len(known) == len(counts) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:

@@ -31,6 +31,8 @@ from areal_agents.utils.exits import no_exit
 from areal_agents.utils.short_text import cut, short
 
 OnTimeout = Literal["infra", "score"]
+_DECLARED = ("adds", "reads_others", "leave_one_out", "seconds")
+"""What a function of a group's episodes declares of itself: the decorated one declares the same."""
 _SLOTS: WeakValueDictionary[str, CallSlots] = WeakValueDictionary()
 _SLOTS_LOCK = threading.Lock()
 
@@ -89,6 +91,9 @@ class RewardFunction:
         self.__module__ = str(getattr(function, "__module__", type(function).__module__))
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
+        for name in _DECLARED:
+            if hasattr(function, name):
+                setattr(self, name, getattr(function, name))
         self._key = key
         with _SLOTS_LOCK:
             self._slots = _SLOTS.setdefault(key, CallSlots(concurrency, timeout))
@@ -183,7 +188,8 @@ class RewardFunction:
             found = getattr(found, name, None)
         if found is self:  # by its name: the function itself is not found under it any more
             return str(self.__qualname__)
-        return _rebuilt, (self.function, self.timeout, self.concurrency, self.on_timeout, self._key)
+        declared = {name: vars(self)[name] for name in _DECLARED if name in vars(self)}
+        return _rebuilt, (self.function, self.timeout, self.concurrency, self.on_timeout, self._key), declared
 
     def __repr__(self) -> str:
         return f"<reward function {self.__qualname__}, timeout {self.timeout:g} s, concurrency {self.concurrency}>"

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from areal_agents.errors import ConfigError, InfraError, RewardError
+from areal_agents.evaluation.rescore import load_reward
 from areal_agents.reward import Episode, Gate, Verdict, WeightedSum, judge
 from areal_agents.rewards import reward_function
 from areal_agents.rewards.call_slots import CallSlots
@@ -289,8 +290,26 @@ def test_copies_share_their_slots() -> None:
     assert scored(other).score == 1.5
 
 
+def test_what_a_groups_function_declares_is_kept() -> None:
+    def shortest(episodes: Any) -> list[float]:
+        return [1.0 for _ in episodes]
+
+    shortest.reads_others, shortest.adds = True, False  # type: ignore[attr-defined]
+    wrapped: Any = reward_function(timeout=60)(shortest)
+    assert (wrapped.reads_others, wrapped.adds) == (True, False)
+    assert not hasattr(reward_function(timeout=60)(lambda e: 1.0), "reads_others")
+    assert asyncio.run(wrapped([EPISODE, EPISODE])) == [1.0, 1.0]
+    outside: Any = reward_function(timeout=60)(functools.partial(plus, 0.5))
+    outside.adds = True
+    assert pickle.loads(pickle.dumps(outside)).adds is True
+
+
 def plus(more: float, episode: Episode) -> float:
     return 1.0 + more
+
+
+def test_saved_episodes_are_scored_with_it() -> None:
+    assert load_reward("tests.rewards.test_plain_function:at_module_level") is at_module_level
 
 
 def test_it_keeps_the_name_and_the_docstring() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
-from functools import lru_cache
 
 from areal_agents.errors import ConfigError
 from areal_agents.reward import Episode, Verdict
@@ -31,10 +31,10 @@ class script:
         R = |letters of these scripts| / |letters, without those of ``allowed`` scripts|
 
     It tells scripts apart, not languages: English and German are both Latin. A letter is what Unicode calls one
-    (category L), in compatibility form, so that a fullwidth A is an A. Digits, signs, marks and spaces are no letters.
-    A text without letters has none of another script and scores 1. Thoughts and calls count as text. LaTeX commands
-    and code are Latin: ``allowed=["latin"]`` leaves such letters out. With ``per_turn=True`` each of K turns earns a
-    K-th of its own share, else all letters count alike.
+    (category L), each in its compatibility form, so that a fullwidth A is an A. Digits, signs, marks and spaces are
+    none. A text without letters has none of another script and scores 1. Thoughts and calls count as text. LaTeX
+    commands and code are Latin: ``allowed=["latin"]`` leaves such letters out. With ``per_turn=True`` each of K turns
+    earns a K-th of its own share, else all letters count alike.
     """
 
     def __init__(self, *scripts: str, allowed: Iterable[str] = (), per_turn: bool = False) -> None:
@@ -59,12 +59,17 @@ class script:
 
     def _count(self, text: str) -> tuple[int, int]:
         """Return the letters of the declared scripts, and those of others that are not allowed."""
-        found = [s for c in unicodedata.normalize("NFKC", text) if (s := script_of(c)) is not None]
-        own = sum(s in self.scripts for s in found)
-        return own, len(found) - own - sum(s in self.allowed for s in found)
+        own = others = 0
+        for character, times in Counter(text).items():  # a long text has few different characters
+            for part in unicodedata.normalize("NFKC", character):
+                found = script_of(part)
+                if found in self.scripts:
+                    own += times
+                elif found is not None and found not in self.allowed:
+                    others += times
+        return own, others
 
 
-@lru_cache(maxsize=1 << 14)
 def script_of(character: str) -> str | None:
     """Return the script of a letter, ``other`` for one of no script above, or None for what is no letter."""
     if not unicodedata.category(character).startswith("L"):

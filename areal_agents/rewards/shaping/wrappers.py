@@ -15,6 +15,8 @@ class _Wrapper:
     def __init__(self, reward: RewardLike, low: float, high: float) -> None:
         if not callable(reward) or isinstance(reward, type):
             raise ConfigError(f"{type(self).__name__} takes a reward, not {short(reward)}")
+        if hasattr(reward, "reads_others"):
+            raise ConfigError(f"{type(self).__name__} takes the reward of one episode, not of a group: {short(reward)}")
         self.reward = reward
         self.low, self.high = number(low, "low"), number(high, "high")
         if not self.low < self.high:

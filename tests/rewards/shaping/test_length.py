@@ -38,6 +38,8 @@ def test_characters_are_counted_where_that_is_said() -> None:
 
 def test_unknown_tokens_are_never_taken_for_none() -> None:
     unknown = episode(say("a", tokens=5000), say("b"))
+    assert unknown.tokens is None
+    assert episode(say("a", tokens=5000), say("b", tokens=0)).tokens == 5000
     found = overlong(100, cache=20)(unknown)
     assert (found.score, found.status, found.turn_rewards) == (0.0, "unverifiable", None)
 

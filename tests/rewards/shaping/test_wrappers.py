@@ -8,7 +8,7 @@ import pytest
 
 from areal_agents.errors import ConfigError, RewardError
 from areal_agents.reward import Episode, Gate, Verdict, WeightedSum, judge
-from areal_agents.rewards.shaping import Clip, Normalize, one_box, overlong
+from areal_agents.rewards.shaping import Clip, Normalize, kimi_length, one_box, overlong
 from tests.rewards.shaping.episodes import episode, say
 
 
@@ -81,6 +81,7 @@ def test_they_compose_with_rubrics() -> None:
         lambda: Clip(fixed(0), low=float("-inf"), high=0), lambda: Normalize(fixed(0), low=2, high=1),
         lambda: Normalize(fixed(0), low=0, high=1, to=(1, 0)), lambda: Normalize(fixed(0), low=0, high=1, to=(1,)),  # type: ignore[arg-type]
         lambda: Clip("x", low=0, high=1), lambda: Clip(fixed, low=0, high=1),  # type: ignore[arg-type]
+        lambda: Clip(kimi_length(one_box()), low=0, high=1),  # type: ignore[arg-type]
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused(make: Any) -> None:
