@@ -29,7 +29,7 @@ class repetition:
 
         R = −|{t : unit t lies in an n-gram that occurred before}| / |units|
 
-    It is the mean over the text of the token-wise penalty of 2502.03373 (there 40 tokens, here words). N-grams do not
+    It is the mean over the text of the token-wise penalty of 2502.03373, over words in place of tokens. N-grams do not
     span two turns, but a turn that says what an earlier one said repeats it. Thoughts and calls count as text. With
     ``per_turn=True`` each turn bears its own part of the sum.
     """
