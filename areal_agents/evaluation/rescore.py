@@ -13,13 +13,15 @@ from __future__ import annotations
 import asyncio
 import difflib
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from areal_agents import registry
+from areal_agents.engine import ChatModel
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, ConfigError, RegistryError
 from areal_agents.evaluation.saved_run import SavedRun, as_sampled
@@ -153,8 +155,10 @@ def plain_answer(record: Record) -> str:
     return record.trajectory.turns[-1].message.spoken
 
 
-def episode_of(record: Record, answer: ReadAnswer = plain_answer) -> Episode:
-    """Rebuild the Episode that the environment's rubric saw when the episode ended."""
+def episode_of(
+    record: Record, answer: ReadAnswer = plain_answer, models: Mapping[str, ChatModel] | None = None
+) -> Episode:
+    """Rebuild the Episode that the environment's rubric saw when the episode ended, with ``models`` for its judges."""
     trajectory = record.trajectory
     shown = [*(turn.observation for turn in trajectory.turns), trajectory.final_observation]
     messages: list[Message | AssistantMessage] = []
@@ -170,7 +174,7 @@ def episode_of(record: Record, answer: ReadAnswer = plain_answer) -> Episode:
         reason = "answer" if trajectory.terminated else cut  # an environment does not see which limit it was
     if reason == "answer":
         final = answer(record)
-    return Episode(trajectory.task, tuple(messages), final, tuple(results), reason)
+    return Episode(trajectory.task, tuple(messages), final, tuple(results), reason, models or {})
 
 
 def _cut_answer(trajectory: Trajectory) -> Cut | None:
@@ -197,6 +201,7 @@ async def rescore(
     reward: RewardLike,
     *,
     answer: ReadAnswer = plain_answer,
+    models: Mapping[str, ChatModel] | None = None,
     concurrency: int = 64,
     keep: bool = False,
     progress: Callable[[int], None] = lambda done: None,
@@ -209,6 +214,7 @@ async def rescore(
         paths: shards of trajectories.
         reward: the new reward.
         answer: reads the answer from a final message.
+        models: what the environment was made with, for rewards that name judges.
         concurrency: how many calls of an async reward run at once.
         keep: return the records with their new rewards too, all of them in memory.
         progress: is called with the number of episodes that are done.
@@ -216,7 +222,7 @@ async def rescore(
     Raises:
         ArealError: a shard is broken.
     """
-    scorer = _Scorer(reward, answer, keep, progress)
+    scorer = _Scorer(reward, partial(episode_of, answer=answer, models=models), keep, progress)
     jobs = enumerate(record for path in paths for record in read_shard(path))
     try:
         async with asyncio.TaskGroup() as group:
@@ -239,8 +245,10 @@ class _Scorer:
     Results are kept by the episode's place in the files.
     """
 
-    def __init__(self, reward: RewardLike, answer: ReadAnswer, keep: bool, progress: Callable[[int], None]) -> None:
-        self._reward, self._answer, self._keep, self._progress = reward, answer, keep, progress
+    def __init__(
+        self, reward: RewardLike, rebuild: Callable[[Record], Episode], keep: bool, progress: Callable[[int], None]
+    ) -> None:
+        self._reward, self._rebuild, self._keep, self._progress = reward, rebuild, keep, progress
         self.episodes: dict[int, Rescored] = {}
         self.failures: dict[int, RewardFailure] = {}
         self.records: dict[int, Record] = {}
@@ -260,7 +268,7 @@ class _Scorer:
         new: tuple[float, ...] | None = None
         status = "failed"
         try:
-            verdict = await judge(self._reward, episode_of(record, self._answer))
+            verdict = await judge(self._reward, self._rebuild(record))
         except (Exception, asyncio.CancelledError) as error:  # the author's own code, which may cancel itself
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Sequence
 
@@ -39,6 +40,7 @@ class Scripted:
     ) -> ChatReply:
         (message,) = messages
         self.prompts.append(message.text)
+        await asyncio.sleep(0)  # others are asked meanwhile
         text = self._thoughts + self._reply(message.text)
         return ChatReply(AssistantMessage((Text(text),), finish=self._finish), self._tokens, self._tokens)
 
@@ -60,6 +62,11 @@ def outside(prompt: str) -> str:
     """The prompt without what stands in its slots."""
     tag = tag_of(prompt)
     return re.sub(rf"<<<(\w+) {tag}>>>\n.*?\n<<<END \1 {tag}>>>", "", prompt, flags=re.DOTALL)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110  turns of one event loop
+        await asyncio.sleep(0)
 
 
 def gives(n: int) -> Callable[[str], str]:
