@@ -92,8 +92,8 @@ class reward_model:
 
 def asked_and_answered(episode: Episode) -> Turns | None:
     """Return what the model was shown before its first turn and its final answer, or None without one."""
-    answer = without_reasoning(episode.answer or "").strip()
-    if not answer:
+    answer = without_reasoning(episode.answer or "")
+    if not answer.strip():
         return None
     shown: list[tuple[str, str]] = []
     for message in episode.messages:

@@ -37,10 +37,6 @@ class Scorer:
         import torch
         import transformers
 
-        torch.set_num_threads(settings["threads"])
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
         folder, dtype = settings["folder"], {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["precision"]]
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -152,14 +148,26 @@ def main() -> None:
     first = sys.stdin.readline()
     if not first:
         return
+    settings = json.loads(first)
+    _set_up(settings["threads"])
     try:
-        scorer = Scorer(json.loads(first))
+        scorer = Scorer(settings)
     except Refused as error:
         _reply(out, {"refused": str(error)})
         return
     _reply(out, {"ready": True, "positions": scorer.positions, "index": scorer.index})
     for line in sys.stdin:
         _reply(out, {"scores": scorer.batch(json.loads(line)["batch"])})
+
+
+def _set_up(threads: int) -> None:
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _reply(out: Any, row: dict[str, Any]) -> None:
