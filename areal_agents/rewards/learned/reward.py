@@ -51,7 +51,7 @@ class reward_model:
             too_long: what is longer than the model's positions gets ``worst`` and the status unverifiable, or is
                 ``cut``: tokens in its middle are left out and counted in ``tokens_left_out``.
             messages: what the model reads, as (role, text). None is what was asked and the final answer.
-            server: the process to use. None shares that of this host.
+            server: the process to use. None shares one with these settings.
             process: further fields of ``WorkerSettings``: label, max_tokens, precision, device, threads, batch,
                 deadline, start_seconds.
 

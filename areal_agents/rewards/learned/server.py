@@ -1,4 +1,4 @@
-"""The process of a reward model, which all episodes of a host share.
+"""The process of a reward model, which all episodes that play in one process share.
 
     submit ─▶ queue ─▶ one thread: takes what waits as a batch ─▶ worker process ─▶ replies
                                         └─ gone: started again, the batch is scored again, one by one

@@ -79,6 +79,10 @@ class Scorer:
     def _limit(self, asked: int | None) -> int:
         said = [self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", None)]
         limits = [int(n) for n in said if isinstance(n, int) and 0 < n < 10**9]
+        for module in self._model.modules():  # RoBERTa's positions begin after that of its padding
+            table: Any = getattr(module, "position_embeddings", None)
+            if getattr(table, "padding_idx", None) is not None:
+                limits.append(table.num_embeddings - table.padding_idx - 1)
         if asked is None and not limits:
             raise Refused("the model's folder does not say how many positions it has: give max_tokens")
         if asked is not None and limits and asked > min(limits):

@@ -174,6 +174,26 @@ def test_several_labels(tmp_path: Path) -> None:
             Scorer(asdict(settings))
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_encoders_in_a_batch_up_to_their_last_position(tmp_path: Path, kind: str) -> None:
+    """A padded batch scores as each alone; RoBERTa of 64 positions with padding 1 takes 62 tokens."""
+    tokenizer = tiny(CHATML)
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_labels=1,
+        num_attention_heads=4, max_position_embeddings=64, initializer_range=0.3, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    scorer = Scorer(asdict(WorkerSettings(str(tmp_path), cuts=True)))
+    assert scorer.positions == {"bert": 64, "roberta": 62}[kind]
+    rows = [[{"role": "user", "content": text}] for text in ("12", "the quick brown fox", "lazy dog " * 50)]
+    together = [found["logits"][0] for found in scorer.batch(rows)]
+    alone = [scorer.batch([row])[0]["logits"][0] for row in rows]
+    assert together == pytest.approx(alone, abs=1e-4)
+    assert len({round(x, 3) for x in alone}) == 3
+
+
 def test_own_messages(folder: Path, server: ModelServer) -> None:
     def only(e: Episode) -> list[tuple[str, str]] | None:
         texts = [("system", "Be brief."), ("user", "3 · 4?"), ("assistant", "It is 12.")]
