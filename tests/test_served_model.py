@@ -12,12 +12,12 @@ import pytest
 from areal_agents.chat_model import MeteredChatModel
 from areal_agents.cli.main import main
 from areal_agents.engine import Sampling
-from areal_agents.errors import ConfigError
+from areal_agents.errors import ConfigError, InfraError
 from areal_agents.evaluation.evaluate import evaluate
 from areal_agents.evaluation.players import Server
 from areal_agents.evaluation.saved_run import SavedRun
 from areal_agents.reward import Episode
-from areal_agents.rewards import Panel, pointwise
+from areal_agents.rewards import Budget, Panel, pointwise
 from areal_agents.served_model import ServedModel, chat_model, chat_models
 from areal_agents.settings.config import EnvConfig, RolloutConfig
 from areal_agents.tool import tool
@@ -168,3 +168,31 @@ def test_a_name_in_the_settings_reaches_evaluation_and_rescoring(
         assert main(["rescore", str(tmp_path / "run"), "--reward", name, "--kind", "eval"]) == 0
     assert "failed" not in capsys.readouterr().err
     assert len(server.requests) == 2 + 2  # the same question and answer, judged once
+
+
+class Thrifty(JudgedOnServer):
+    rubric = pointwise(Panel(["judge"], budget=Budget(calls=1)), "Is it right?")
+
+
+def test_a_spent_budget_ends_an_evaluation_and_lost_judges_are_infrastructure(tmp_path: Path) -> None:
+    def served(body: Json) -> Answer:
+        if body["model"] == "policy":
+            return completion("107", tokens=3)
+        return completion(gives(2)(body["messages"][-1]["content"])) if body["model"] == "judge" else Answer(b"", 500)
+
+    def run(name: str, judge: str) -> Any:
+        models = {"judge": {"model": judge, "url": server.url, "max_retries": 0}}
+        rollout = RolloutConfig(max_turns=2, max_retries=1, failure_budget=1.0)
+        return evaluate(
+            EnvConfig(id=f"tests.test_served_model:{name}", kwargs={"models": models}), model="openai:policy",
+            server=Server(server.url), n=2, out=tmp_path / judge, rollout=rollout,
+        )  # fmt: skip
+
+    with chat_server(served) as server:
+        with pytest.raises(ConfigError, match="the judges' budget of 1 calls is spent: 1 calls"):
+            asyncio.run(run("Thrifty", "judge"))
+        with pytest.raises(
+            InfraError, match=r"nothing to score\. First failure: 0 of 1 judges answered, the quorum is 1"
+        ):
+            asyncio.run(run("JudgedOnServer", "lost"))
+    assert sum(body["model"] == "lost" for body in server.requests) == 4  # two episodes, each retried once

@@ -83,6 +83,21 @@ class _Asking:
         """Why it had no answer, for those who have waited."""
 
 
+class _Asked:
+    """A model in a key: equal to itself, and where it is a ServedModel to equal ones. A name may mean another one."""
+
+    def __init__(self, model: ChatModel) -> None:
+        self._model = model
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Asked):
+            return False
+        return self._model is other._model or (isinstance(self._model, ServedModel) and self._model == other._model)
+
+    def __hash__(self) -> int:
+        return hash(self._model) if isinstance(self._model, ServedModel) else id(self._model)
+
+
 class Panel:
     """Several judges and how their scores become one. Its counts are those of this process."""
 
@@ -196,7 +211,7 @@ class Panel:
 
     async def _one(self, label: str, model: ChatModel, form: Form[T], texts: Mapping[str, Content]) -> tuple[T] | str:
         """Return one judge's answer, or why it has none."""
-        key = (label, form.key, tuple(sorted((name, c.text, c.left_out) for name, c in texts.items())))
+        key = (label, _Asked(model), form.key, tuple(sorted((name, c.text, c.left_out) for name, c in texts.items())))
         here = self._loops.setdefault(asyncio.get_running_loop(), _OfLoop(self._concurrency))
         asking = here.asking.setdefault(key, _Asking())
         async with asking.lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,7 +156,7 @@ class Never:
 
 def test_a_late_judge_fails_alone() -> None:
     never = Never()
-    found = asked(Panel({"late": never, "b": Scripted(gives(2))}, deadline=0.05))
+    found = asked(Panel({"late": never, "b": Scripted(gives(2))}, deadline=0.5))
     assert (found.score, found.components["judges_failed"]) == (0.25, 1.0)
     assert (never.running, never.cancelled) == (1, 1)
 
@@ -216,6 +217,17 @@ def test_equal_answers_are_judged_once_even_at_the_same_time() -> None:
 
     asyncio.run(run())
     assert panel.spent.calls == 10
+
+
+def test_a_name_that_means_another_model_is_asked_anew() -> None:
+    panel = Panel(["judge"])
+    reward = pointwise(panel, "Right?")
+    first, second = Scripted(gives(2)), Scripted(gives(4))
+    found = [
+        asyncio.run(reward(replace(episode("12"), models={"judge": model}))).score for model in (first, second, first)
+    ]
+    assert found == [0.25, 0.75, 0.25]
+    assert (len(first.prompts), len(second.prompts)) == (1, 1)
 
 
 def test_a_failure_is_not_kept_but_is_shared_by_those_who_wait() -> None:
