@@ -9,5 +9,17 @@ from areal_agents.rewards.judges.pointwise import pointwise
 from areal_agents.rewards.judges.spending import Budget
 from areal_agents.rewards.learned.reward import reward_model
 from areal_agents.rewards.mathematics.reward import boxed_math, math
+from areal_agents.rewards.plain_function import reward_function
 
-__all__ = ["Budget", "Panel", "boxed_math", "code", "math", "pairwise", "pointwise", "ranked", "reward_model"]
+__all__ = [
+    "Budget",
+    "Panel",
+    "boxed_math",
+    "code",
+    "math",
+    "pairwise",
+    "pointwise",
+    "ranked",
+    "reward_function",
+    "reward_model",
+]
