@@ -15,7 +15,6 @@ import difflib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -155,10 +154,8 @@ def plain_answer(record: Record) -> str:
     return record.trajectory.turns[-1].message.spoken
 
 
-def episode_of(
-    record: Record, answer: ReadAnswer = plain_answer, models: Mapping[str, ChatModel] | None = None
-) -> Episode:
-    """Rebuild the Episode that the environment's rubric saw when the episode ended, with ``models`` for its judges."""
+def episode_of(record: Record, answer: ReadAnswer = plain_answer) -> Episode:
+    """Rebuild the Episode that the environment's rubric saw when the episode ended."""
     trajectory = record.trajectory
     shown = [*(turn.observation for turn in trajectory.turns), trajectory.final_observation]
     messages: list[Message | AssistantMessage] = []
@@ -174,7 +171,7 @@ def episode_of(
         reason = "answer" if trajectory.terminated else cut  # an environment does not see which limit it was
     if reason == "answer":
         final = answer(record)
-    return Episode(trajectory.task, tuple(messages), final, tuple(results), reason, models or {})
+    return Episode(trajectory.task, tuple(messages), final, tuple(results), reason)
 
 
 def _cut_answer(trajectory: Trajectory) -> Cut | None:
@@ -222,7 +219,8 @@ async def rescore(
     Raises:
         ArealError: a shard is broken.
     """
-    scorer = _Scorer(reward, partial(episode_of, answer=answer, models=models), keep, progress)
+    scorer = _Scorer(reward, answer, keep, progress)
+    scorer.models = models or {}
     jobs = enumerate(record for path in paths for record in read_shard(path))
     try:
         async with asyncio.TaskGroup() as group:
@@ -245,14 +243,13 @@ class _Scorer:
     Results are kept by the episode's place in the files.
     """
 
-    def __init__(
-        self, reward: RewardLike, rebuild: Callable[[Record], Episode], keep: bool, progress: Callable[[int], None]
-    ) -> None:
-        self._reward, self._rebuild, self._keep, self._progress = reward, rebuild, keep, progress
+    def __init__(self, reward: RewardLike, answer: ReadAnswer, keep: bool, progress: Callable[[int], None]) -> None:
+        self._reward, self._answer, self._keep, self._progress = reward, answer, keep, progress
         self.episodes: dict[int, Rescored] = {}
         self.failures: dict[int, RewardFailure] = {}
         self.records: dict[int, Record] = {}
         self.skipped = 0
+        self.models: Mapping[str, ChatModel] = {}
 
     async def work(self, jobs: Iterator[tuple[int, Record]]) -> None:
         for place, record in jobs:
@@ -268,7 +265,7 @@ class _Scorer:
         new: tuple[float, ...] | None = None
         status = "failed"
         try:
-            verdict = await judge(self._reward, self._rebuild(record))
+            verdict = await judge(self._reward, replace(episode_of(record, self._answer), models=self.models))
         except (Exception, asyncio.CancelledError) as error:  # the author's own code, which may cancel itself
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
