@@ -28,6 +28,7 @@ from areal_agents.utils.short_text import cut, short
 if TYPE_CHECKING:
     import sympy  # type: ignore[import-untyped]
 
+    from areal_agents.engine import ChatModel
     from areal_agents.tool import ToolResult
 
 VerdictStatus = Literal["ok", "unverifiable", "timeout"]
@@ -45,6 +46,11 @@ class Episode:
     """Text of the final answer without its reasoning; None when the episode ended without one."""
     tool_results: tuple[ToolResult, ...]
     stop_reason: StopReason
+    models: Mapping[str, ChatModel] = field(default_factory=dict, repr=False, compare=False)
+    """Judges and simulated users that the environment was made with, by name. They stay in their process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Episode, (self.task, self.messages, self.answer, self.tool_results, self.stop_reason)
 
     @property
     def turns(self) -> int:
