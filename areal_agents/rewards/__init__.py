@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from areal_agents.rewards.code.reward import code
+from areal_agents.rewards.consistency.agreement import agreement, majority
+from areal_agents.rewards.consistency.claims import consistent_claims
 from areal_agents.rewards.mathematics.reward import boxed_math, math
 
-__all__ = ["boxed_math", "code", "math"]
+__all__ = ["agreement", "boxed_math", "code", "consistent_claims", "majority", "math"]
