@@ -88,9 +88,8 @@ class _Comparing:
         if callable(self._read):
             found: object = self._read(episode)
             if not isinstance(found, str | None):
-                raise RewardError(
-                    f"task {episode.task.id!r}: the answer {short(found)} is no text: return one, or None"
-                )
+                where = f"task {episode.task.id!r}: read"
+                raise RewardError(f"{where} returned {short(found)}, which is no text nor None")
             return found
         slot: Slot = self._read
         return None if episode.answer is None else extract(episode.answer, slot)

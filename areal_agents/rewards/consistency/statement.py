@@ -36,6 +36,7 @@ _TOKEN = re.compile(
     r"\s*(?:(?P<number>[0-9]+(?:\.[0-9]+)?)|(?P<name>[^\W\d]\w*)"
     r"|(?P<sign><->|<=>|->|=>|<=|>=|==|!=|&&|\|\||[-−<>=≤≥≠+*·/()¬!~∧∨&→⇒↔⇔,]))"
 )
+_POWER = re.compile(r"[eE][+-]?[0-9]")
 _SPELT = {
     "<->": "iff", "<=>": "iff", "↔": "iff", "⇔": "iff", "->": "implies", "=>": "implies", "→": "implies",
     "⇒": "implies", "∨": "or", "||": "or", "∧": "and", "&": "and", "&&": "and", "¬": "not", "!": "not", "~": "not",
@@ -187,6 +188,8 @@ def _tokens(text: str, room: int) -> list[tuple[str, str]]:
         elif kind == "sign":
             value = _SPELT.get(value, value)
             kind = "word" if value in _WORDS else "sign"
+        elif _POWER.match(text, at):
+            raise StatementError(f"{value}e… is no number here: write it out, or a space before a name")
         elif len(value) > MAX_DIGITS:
             raise TooLarge(f"a number of more than {MAX_DIGITS} digits")
         found.append((kind, value))
@@ -280,6 +283,11 @@ class _Parser:
         return left
 
     def _product(self) -> Parsed:
+        if self._take("-"):  # -2x is -(2x)
+            self._deeper()
+            inner = _number(self._product())
+            self._depth -= 1
+            return ZERO.plus(inner, Fraction(-1))
         implicit = self._peek()[0] == "number"
         left = self._factor()
         while True:
