@@ -122,7 +122,7 @@ class Run:
 
     def __post_init__(self) -> None:
         r = self.config.rollout
-        self.engine, self.learner, self.cores = self.backend.engine, self.backend.learner, self.backend.cores
+        self.engine, self.learner = self.backend.engine, self.backend.learner
         self.reports: dict[str, EvalReport] = dict(self.commit.reports)
         self.warm_started = self.commit.warm_started
         self.budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
@@ -152,8 +152,6 @@ class Run:
         trajectories = await self._demonstrations()
         rows = demonstration_rows(trajectories)
         self.tracker.trajectories.write(trajectories, step=0, kind="demonstration")
-        self.learner.set_threads(self.cores.learner_alone)
-        await self.engine.set_threads(1)  # idle threads of another OpenMP pool would still cost a core
         progress = Progress(self.tracker.message, label="warm start", what="demonstrations")
         for epoch in range(w.epochs):
             for start in range(0, len(rows), w.batch):
@@ -162,7 +160,6 @@ class Run:
                 self.tracker.log(done, metrics, kind="warm_start", show=False)
                 progress(done, w.epochs * len(rows))
         await self.publish()
-        await self.engine.set_threads(self.cores.engine_alone)
         self.warm_started = True
 
     async def _demonstrations(self) -> list[Trajectory]:

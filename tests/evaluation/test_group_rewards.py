@@ -50,7 +50,7 @@ def fails_on_t1(episodes: Sequence[Episode]) -> list[float]:
 
 
 class MixedRanked(Mixed):
-    group_rubric = places
+    group_rubric = staticmethod(places)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

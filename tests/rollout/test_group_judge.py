@@ -305,7 +305,7 @@ def flat(episodes: Sequence[Episode]) -> list[float]:
 
 
 class Judged(ScriptedEnv):
-    group_rubric = flat
+    group_rubric = staticmethod(flat)
 
 
 def undeclared(episodes: Sequence[Episode]) -> list[float]:
