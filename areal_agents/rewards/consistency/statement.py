@@ -183,6 +183,8 @@ def _tokens(text: str, room: int) -> list[tuple[str, str]]:
         if kind == "name":
             if len(value) > _NAME_CHARS:
                 raise TooLarge(f"a name of more than {_NAME_CHARS} characters")
+            if not value.isidentifier():  # x² is no name of its own
+                raise StatementError(f"{value!r} is no name")
             if value.lower() in _WORDS:
                 kind, value = "word", value.lower()
         elif kind == "sign":

@@ -50,6 +50,11 @@ CONTRADICTORY = [
     ["p iff q iff r", "p", "q", "not r"],  # (p ↔ q) ↔ r
     ["not (a or b)", "a"],
     ["false"],
+    ["a or b and c", "not a", "not b"],  # a or (b and c)
+    ["x > 0 and y > 0 implies x + y > 0", "x > 0", "y > 0", "x + y <= 0 or false"],
+    ["x = y = z", "x != z"],
+    ["2x + 3y <= 12 && x >= 5 && y >= 1"],
+    ["0.1 + 0.2 != 0.3"],
     ["1 < 0"],
     ["a < b < c", "c < a"],
     ["a ≤ b", "b ≤ c", "c ≤ a", "a ≠ c"],
@@ -85,6 +90,10 @@ UNPARSED = [
     ["x = 1e5"],
     ["x = 1e-5"],
     ["x ^ 2 = 4"],
+    ["x² = 4"],
+    ["a | b"],
+    ["x > 1,000"],
+    ["x = 50%"],
     ["x < ∞"],
 ]
 
