@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from areal_agents.chat.options import ChatOptions
+from areal_agents.conformance import reward_audit
+from areal_agents.conformance.contract import Subject
 from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError, TaskError
 from areal_agents.group_reward import GroupRewardLike, declaration, group_reward
 from areal_agents.registry import EnvSpec
@@ -312,6 +315,10 @@ def undeclared(episodes: Sequence[Episode]) -> list[float]:
     return []
 
 
+class Undeclared(ScriptedEnv):
+    group_rubric = staticmethod(undeclared)
+
+
 def spec(name: str) -> EnvSpec:
     return EnvSpec(name, f"tests.rollout.test_group_judge:{name}")
 
@@ -341,3 +348,9 @@ def test_a_reward_that_compares_attempts_needs_two() -> None:
         require_attempts(own, 1)
     require_attempts(own, 2)
     require_attempts(None, 1)
+
+
+def test_check_looks_at_the_declaration() -> None:
+    subject = Subject(spec("Undeclared"), 60.0, None, ChatOptions())
+    with pytest.raises(ConfigError, match=r"Undeclared: Undeclared\.group_rubric is .* does not declare `adds`"):
+        asyncio.run(reward_audit.reward(subject))
