@@ -6,5 +6,6 @@ from areal_agents.rewards.code.reward import code
 from areal_agents.rewards.consistency.agreement import agreement, majority
 from areal_agents.rewards.consistency.claims import consistent_claims
 from areal_agents.rewards.mathematics.reward import boxed_math, math
+from areal_agents.rewards.plain_function import reward_function
 
-__all__ = ["agreement", "boxed_math", "code", "consistent_claims", "majority", "math"]
+__all__ = ["agreement", "boxed_math", "code", "consistent_claims", "majority", "math", "reward_function"]
