@@ -35,7 +35,9 @@ async def run_attempts(
 
     An attempt without a score is None. The attempts at a task differ in their seed. Tasks that the runner has left out
     already are not played. After a stop nothing begins, and what runs has ``FINISH_SECONDS``: attempts that were not
-    played, or not to their end, are left out.
+    played, or not to their end, are left out. Where a group's reward judges a task's attempts, they have no score
+    before that. A task that cannot be judged has attempts without a score, and one that was not judged when it stopped
+    is left out.
 
     Args:
         runner: plays an episode, and counts and retries what fails.
@@ -56,6 +58,7 @@ async def run_attempts(
     done = len(saved)
     left_out: set[Place] = set()
     open_attempts = [sum((index, i) not in saved for i in range(k)) for index in range(len(tasks))]
+    groups = _Groups(runner, tasks, k=k, seed=seed, label=label, saved=saved)
 
     async def attempt(index: int, i: int) -> Trajectory | None:
         nonlocal done
@@ -68,9 +71,11 @@ async def run_attempts(
                 result = await runner.run(task, id=f"{name}/{i}", group=name, seed=attempt_seed(seed, i))
         if result is not None:
             scored(result)
+        groups.ended((index, i), result)
         open_attempts[index] -= 1
         if not open_attempts[index]:
             runner.settle(task, group=name, played=any((index, j) in saved for j in range(k)))
+            await groups.judge(index)
         done += 1
         progress(done, len(places))
         return result
@@ -83,12 +88,64 @@ async def run_attempts(
             stack.enter_context(stop.cancelling(running, seconds=FINISH_SECONDS))
         try:
             async with asyncio.TaskGroup() as group:
+                for index in groups.unjudged():  # of an earlier sitting, which was stopped before it could
+                    group.create_task(groups.judge(index))
                 running |= {place: group.create_task(attempt(*place)) for place in places if place not in saved}
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors.exceptions[0].__cause__
     left_out |= {place for place, task in running.items() if task.cancelled()}
     played = {place: task.result() for place, task in running.items() if place not in left_out}
-    return saved_rows(tasks, played | dict(saved), k=k)
+    return saved_rows(tasks, groups.results(played | dict(saved)), k=k)
+
+
+class _Groups:
+    """The attempts of an evaluation by task, as its group's reward judges them, if there is one."""
+
+    def __init__(
+        self, runner: EpisodeRunner, tasks: Sequence[Task], *, k: int, seed: int, label: str,
+        saved: Mapping[Place, Trajectory],
+    ) -> None:  # fmt: skip
+        self._runner, self._tasks, self._k, self._seed, self._label = runner, tasks, k, seed, label
+        self._played: dict[Place, Trajectory | None] = dict(saved)
+        self._judged: dict[Place, Trajectory | None] = {}
+
+    def ended(self, place: Place, result: Trajectory | None) -> None:
+        """Note the end of an attempt."""
+        self._played[place] = result
+
+    def unjudged(self) -> list[int]:
+        """Return the tasks whose attempts were all played before, and not judged."""
+        if self._runner.group_judge is None:
+            return []
+        whole = [i for i in range(len(self._tasks)) if all((i, j) in self._played for j in range(self._k))]
+        return [i for i in whole if not all(is_judged(self._played[i, j]) for j in range(self._k))]
+
+    async def judge(self, index: int) -> None:
+        """Let the group's reward judge the attempts at a task, once all of them are played."""
+        places = [(index, j) for j in range(self._k)]
+        if self._runner.group_judge is None or not all(place in self._played for place in places):
+            return
+        found = {place: t for place in places if (t := self._played[place]) is not None}
+        judged: tuple[Trajectory, ...] | None = None
+        if found:
+            group, seeds = f"{self._label}/{index}", [attempt_seed(self._seed, j) for _, j in found]
+            with contextlib.suppress(TaskError):  # the runner has left the task out, and said so
+                task = self._tasks[index]
+                judged = await self._runner.finish_group(task, [*found.values()], group=group, seeds=seeds)
+        # Not before: where a stop cancels the call, the attempts are left out, and none of them has failed.
+        self._judged |= {**dict.fromkeys(places), **dict(zip(found, judged or [None] * len(found), strict=True))}
+
+    def results(self, played: Mapping[Place, Trajectory | None]) -> Mapping[Place, Trajectory | None]:
+        """Return the attempts that count, of those ``played``."""
+        if self._runner.group_judge is None:
+            return played
+        known = {place: t for place, t in played.items() if place in self._judged or is_judged(t)}
+        return {place: self._judged.get(place, t) for place, t in known.items()}
+
+
+def is_judged(trajectory: Trajectory | None) -> bool:
+    """Say whether an episode has the reward that its group's reward gave it."""
+    return trajectory is not None and any(turn.own_reward is not None for turn in trajectory.turns)
 
 
 def saved_rows(

@@ -15,7 +15,7 @@ from pathlib import Path
 from areal_agents import registry
 from areal_agents.chat_model import remote_name
 from areal_agents.errors import ArealError, ConfigError, Interrupted
-from areal_agents.evaluation.attempts import FINISH_SECONDS, run_attempts, saved_rows
+from areal_agents.evaluation.attempts import FINISH_SECONDS, is_judged, run_attempts, saved_rows
 from areal_agents.evaluation.players import Opener, Served, Server, on_engines, on_server
 from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.evaluation.report import EvalReport, summarize
@@ -35,6 +35,7 @@ from areal_agents.evaluation.unfinished import (
 )
 from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec, require_distinct
+from areal_agents.rollout.group_judge import group_reward_of, open_judge, require_attempts
 from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.rollout.task_looks import look_at
@@ -163,6 +164,7 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
     bad = dict[str, str]()
     spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
     spec.require_arguments({})
+    require_attempts(group_reward_of(spec), e.k)
     tasks = held_out(spec, e.split, e.n, difficulty=config.env.difficulty, tell=bad.__setitem__)
     look = await look_at(tasks, spec.env_class().task_checks(), seed=config.seed)
     look.require_enough(f"{spec.id}:{e.split}", max_bad=config.rollout.max_bad_tasks)
@@ -212,12 +214,15 @@ async def _play(
             tracker.trajectories.append(journal, record, elapsed=watch.seconds, served=sorted(served.names))
 
         results, failure, left_out = saved_rows(tasks, earlier.episodes, k=e.k), None, dict(bad)
-        if had < planned:
+        spec = registry.spec(config.env.id)
+        judge = open_judge(group_reward_of(spec), spec, config, tracker.event)
+        if had < planned or (judge is not None and not all(map(is_judged, earlier.episodes.values()))):
             budget = FailureBudget(window=config.rollout.failure_window, share=config.rollout.failure_budget)
             async with opener(tracker.event) as player:
                 runner = EpisodeRunner(
-                    player, budget, max_retries=config.rollout.max_retries, event=tracker.event, say=tracker.message
-                )
+                    player, budget, max_retries=config.rollout.max_retries, event=tracker.event, say=tracker.message,
+                    group_judge=judge,
+                )  # fmt: skip
                 for id, reason in bad.items():
                     runner.leave_out(id, reason)
                 stop.at_once = False

@@ -192,7 +192,7 @@ def _schema() -> Any:
         message_finish=text, in_thought=pa.bool_(), reasoning=text, message_tokens=pa.int64(),
         tool_calls=pa.list_(call), reward=pa.float64(), components=text, parent=pa.int32(),
         observation=pa.list_(message), state_key=text,
-        tool_results=pa.list_(struct(status=text, truncated=pa.bool_())),
+        tool_results=pa.list_(struct(status=text, truncated=pa.bool_())), own_reward=pa.float64(), own_components=text,
     )  # fmt: skip
     row = struct(
         schema_version=pa.int32(), kind=text, step=pa.int64(), id=text, group=text, task_id=text, task_split=text,
@@ -283,6 +283,8 @@ def _turn_row(turn: Turn) -> ParquetRow:
         "observation": [_message_row(m) for m in turn.observation],
         "state_key": _text(turn.state_key),
         "tool_results": [{"status": _text(r.status), "truncated": r.truncated} for r in turn.tool_results],
+        "own_reward": turn.own_reward,
+        "own_components": None if turn.own_components is None else dumps(turn.own_components),
     }
 
 
@@ -304,6 +306,8 @@ def _turn(row: ParquetRow) -> Turn:
         observation=tuple(_message(m) for m in row["observation"]),
         state_key=_exact(row["state_key"]),
         tool_results=tuple(ToolOutcome(_exact(r["status"]), r["truncated"]) for r in row["tool_results"]),
+        own_reward=row.get("own_reward"),  # files of before groups were judged lack both columns
+        own_components=None if row.get("own_components") is None else loads(row["own_components"]),
     )
 
 

@@ -38,7 +38,7 @@ USED_BY: Mapping[str, tuple[User, ...]] = {
     "learner.minibatches": ("a step",),
     "rollout.mode": ("a step",), "rollout.groups": ("a step",), "rollout.group_size": ("a step",),
     "rollout.max_staleness": ("a step",), "rollout.on_exceed": ("a step",), "rollout.order": ("a step",),
-    "rollout.temperature": ("a step",),
+    "rollout.temperature": ("a step",), "rollout.group_reward": ("a step",),
     "learner.": ("the checkpoint",), "warm_start.": ("the checkpoint",), "env.split": ("the checkpoint",),
 }  # fmt: skip
 """Of the other settings, what uses them, by the longest name that fits. Those that are not here are used by evaluations

@@ -25,6 +25,7 @@ from areal_agents.evaluation.report import EvalReport, summarize
 from areal_agents.models import resolve
 from areal_agents.reward import correct_part
 from areal_agents.rollout.demonstrations import demonstration_rows, require_all
+from areal_agents.rollout.group_judge import NamedGroupReward, group_reward_of, open_judge
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, limits_of, prove_sandbox, require_prompts
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
@@ -129,7 +130,9 @@ class Run:
         self.warm_started = self.commit.warm_started
         self.budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
         self.budget.kinds.update(self.commit.failures)
-        self.runner = self._runner(self._engine_player(r.temperature))
+        self.runner = self._runner(
+            self._engine_player(r.temperature), group_reward=group_reward_of(self.spec, r.group_reward)
+        )
         self.left_out: dict[str, str] = {}
         """Training tasks that cannot be scored or that the warm start could not play, each with the reason."""
         self.held_out_bad: dict[str, str] = {}
@@ -266,7 +269,7 @@ class Run:
             return self.reports[label]
         config, e = self.config, self.config.eval
         watch = Stopwatch()
-        runner = self._runner(self._engine_player(e.temperature))
+        runner = self._runner(self._engine_player(e.temperature), group_reward=group_reward_of(self.spec))
         tasks = held_out(self.spec, e.split, e.n, difficulty=config.env.difficulty, tell=runner.leave_out)
         for id, reason in self.held_out_bad.items():
             runner.leave_out(id, reason)
@@ -299,15 +302,16 @@ class Run:
             self._commit(replace(self.commit, mark=mark, reports=dict(self.reports)))
         return report
 
-    def _runner(self, spec: PlayerSpec) -> EpisodeRunner:
+    def _runner(self, spec: PlayerSpec, *, group_reward: NamedGroupReward | None = None) -> EpisodeRunner:
         """Make a runner that counts and retries what a new player of ``spec`` plays.
 
-        The player is here or on the cluster's workers.
+        The player is here or on the cluster's workers. The group reward is asked here.
         """
         player = (self.backend.players or self._local_player)(spec)
         return EpisodeRunner(
             player, self.budget, max_retries=self.config.rollout.max_retries, event=self.tracker.event,
             say=self.tracker.message,
+            group_judge=open_judge(group_reward, self.spec, self.config, self.tracker.event),
         )  # fmt: skip
 
     def _local_player(self, spec: PlayerSpec) -> EpisodePlayer:
