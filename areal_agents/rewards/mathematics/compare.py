@@ -14,7 +14,7 @@ from areal_agents.rewards.mathematics import numeric
 from areal_agents.rewards.mathematics import tree as t
 from areal_agents.rewards.mathematics.canonical import words, written
 from areal_agents.rewards.mathematics.errors import ParseError
-from areal_agents.rewards.mathematics.lexer import Commas, is_prose
+from areal_agents.rewards.mathematics.lexer import MAX_CHARS, Commas, is_prose
 from areal_agents.rewards.mathematics.notation import INEQUALITIES
 from areal_agents.rewards.mathematics.options import Options
 from areal_agents.rewards.mathematics.parser import parse
@@ -47,7 +47,9 @@ def readings(text: str, options: Options) -> list[t.Node]:
 
     Raises ParseError where there is none.
     """
-    text = _LEAD.sub("", text)
+    if len(text) > MAX_CHARS:
+        raise ParseError(f"the answer has {len(text)} characters, at most {MAX_CHARS} are read")
+    text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
     if is_prose(text) or words(text) in _MEANINGS:
         same = _MEANINGS.get(words(text))
         return [t.Words(text)] if same is None else [t.Words(text), same]
