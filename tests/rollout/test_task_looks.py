@@ -38,7 +38,8 @@ def test_bad_golds_are_found_through_rubrics(reward: Any) -> None:
     wrapped = functools.wraps(brief)(lambda episode: reward(episode))
     wrapped.__wrapped__ = reward
     for rubric in (reward, WeightedSum({"a": (reward, 0.5), "b": brief}), Gate({"on": reward}, on="on"), wrapped,
-                   Clip(WeightedSum({"a": reward}), low=0, high=1), WeightedSum({"deep": Gate({"on": brief, "x": reward}, on="on")})):  # fmt: skip
+                   Clip(WeightedSum({"a": reward}), low=0, high=1),
+                   WeightedSum({"deep": Gate({"on": brief, "x": reward}, on="on")})):  # fmt: skip
         found = look(tasks, rubric)
         assert (found.total, found.seen, list(found.bad)) == (6, 6, ["t2", "t4"])
         assert "task 't2'" in found.bad["t2"]
