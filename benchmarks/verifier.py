@@ -4,7 +4,8 @@
     python benchmarks/verifier.py --quick                                        # some seconds; no other verifier
 
 Both get the same rows: ../shared/data/math_cases.jsonl, by slot, and mutated pairs (rewrites by SymPy that stay equal,
-and changes that do not). A set of hostile answers is for ours alone. math-verify lives in a virtual environment of its own (``--venv``, made on the first run). It
+and changes that do not). A set of hostile answers is for ours alone.
+math-verify lives in a virtual environment of its own (``--venv``, made on the first run). It
 gets the LaTeX and expression targets of its documentation, and runs in one process, as it has no pool of processes.
 Ours runs in its pool of processes, with one and with two workers. A worst case is compared with the deadline.
 """
