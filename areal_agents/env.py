@@ -110,7 +110,8 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
         """Return the tasks of a split.
 
-        ``difficulty`` is in [0, 1]. None is the environment's default.
+        ``difficulty`` is in [0, 1]. None is the environment's default. Arguments of the constructor that are named here
+        too, by keyword, are given to both: a path to read the tasks from, for example.
         """
         raise NotImplementedError(f"{cls.__name__} must implement tasks")
 
@@ -130,6 +131,10 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
         """
         return None
 
+    def training_tasks(self) -> Sequence[Task]:
+        """Return the tasks that ``begin`` draws from where none is given."""
+        return self.tasks("train")
+
     @classmethod
     def task_checks(cls) -> Sequence[TaskCheck]:
         """Return functions that raise TaskError for a task that cannot be scored, whatever is answered.
@@ -145,7 +150,7 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
         super().reset(seed=seed)
         chosen = (options or {}).get("task")
         if chosen is None:
-            pool = self.tasks("train")
+            pool = self.training_tasks()
             if not pool:
                 raise EnvError(f"{type(self).__name__}.tasks('train') is empty: there is nothing to draw a task from")
             chosen = pool[int(self.np_random.integers(len(pool)))]

@@ -28,6 +28,7 @@ from areal_agents.utils.short_text import cut, short
 if TYPE_CHECKING:
     import sympy  # type: ignore[import-untyped]
 
+    from areal_agents.engine import ChatModel
     from areal_agents.tool import ToolResult
 
 VerdictStatus = Literal["ok", "unverifiable", "timeout"]
@@ -45,6 +46,11 @@ class Episode:
     """Text of the final answer without its reasoning; None when the episode ended without one."""
     tool_results: tuple[ToolResult, ...]
     stop_reason: StopReason
+    models: Mapping[str, ChatModel] = field(default_factory=dict, repr=False, compare=False)
+    """Judges and simulated users that the environment was made with, by name. They stay in their process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Episode, (self.task, self.messages, self.answer, self.tool_results, self.stop_reason)
 
     @property
     def turns(self) -> int:
@@ -128,6 +134,16 @@ def task_checks(reward: RewardLike) -> tuple[TaskCheck, ...]:
     return tuple(check for part in parts for check in task_checks(part))
 
 
+def judging_seconds(reward: RewardLike) -> float:
+    """Return the seconds that a reward, or those that it is made of, may take by their nature (``step_seconds``)."""
+    own: float | None = getattr(reward, "step_seconds", None)
+    if own is not None:
+        return own
+    inner: Iterable[RewardLike] = getattr(reward, "inner_rewards", ())
+    wrapped: RewardLike | None = getattr(reward, "__wrapped__", None)
+    return sum(judging_seconds(part) for part in [*inner, *(() if wrapped is None else (wrapped,))])
+
+
 class WeightedSum:
     """A rubric that adds named rewards up, each times its weight.
 
@@ -145,13 +161,13 @@ class WeightedSum:
             self._parts[name] = (reward, float(weight))
 
     @property
+    def inner_rewards(self) -> tuple[RewardLike, ...]:
+        return tuple(reward for reward, _ in self._parts.values())
+
+    @property
     def parts(self) -> dict[str, RewardLike]:
         """The rewards by name, without their weights."""
         return {name: reward for name, (reward, _) in self._parts.items()}
-
-    @property
-    def inner_rewards(self) -> tuple[RewardLike, ...]:
-        return tuple(self.parts.values())
 
     async def __call__(self, episode: Episode) -> Verdict:
         verdicts = {name: await judge(reward, episode, name=name) for name, (reward, _) in self._parts.items()}

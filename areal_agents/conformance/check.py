@@ -13,7 +13,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,9 +112,7 @@ def check(
         RegistryError: the environment cannot be found. Nothing else is raised.
     """
     spec = registry.spec(env_id)
-    subject = Subject(
-        replace(spec, kwargs={**spec.kwargs, **(kwargs or {})}), timeout, tokenizer, chat or ChatOptions()
-    )
+    subject = Subject(spec.with_kwargs(kwargs or {}), timeout, tokenizer, chat or ChatOptions())
     found: queue.SimpleQueue[CheckResult] = queue.SimpleQueue()
     abandoned = threading.Event()
     worker = threading.Thread(target=_run_all, args=(subject, found, abandoned), name="areal-agents-check", daemon=True)

@@ -161,8 +161,8 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
     if server is None:
         require_linux(f"an engine for {config.model.path}")
     bad = dict[str, str]()
-    spec = registry.spec(config.env.id)
-    spec.require_arguments(config.env.kwargs)
+    spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
+    spec.require_arguments({})
     tasks = held_out(spec, e.split, e.n, difficulty=config.env.difficulty, tell=bad.__setitem__)
     look = await look_at(tasks, spec.env_class().task_checks(), seed=config.seed)
     look.require_enough(f"{spec.id}:{e.split}", max_bad=config.rollout.max_bad_tasks)

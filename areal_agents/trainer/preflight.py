@@ -28,8 +28,8 @@ def require_runnable(config: TrainConfig) -> None:
     if remote_name(config.model.path) is not None:
         refuse_training(config.model.path)
     require_linux("training")
-    spec = registry.spec(config.env.id)
-    spec.require_arguments(config.env.kwargs)
+    spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
+    spec.require_arguments({})
     _require_tasks(spec, config)
     a, r = config.algorithm, config.rollout
     Estimator(a.advantage)
@@ -68,7 +68,7 @@ async def look_at_tasks(config: TrainConfig) -> Looks:
 
     Raises TaskError where more of either cannot be scored than ``rollout.max_bad_tasks`` allows.
     """
-    spec, e = registry.spec(config.env.id), config.eval
+    spec, e = registry.spec(config.env.id).with_kwargs(config.env.kwargs), config.eval
     checks = spec.env_class().task_checks()
     tasks = spec.tasks(config.env.split, difficulty=config.env.difficulty)
     train = await look_at(tasks, checks, seed=config.seed)

@@ -52,7 +52,7 @@ async def open_run(
         commit: where a resumed run goes on. None for a new one.
         console: show progress.
     """
-    spec = registry.spec(config.env.id)
+    spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
     if config.cluster.backend == "local":  # a cluster's workers prove theirs
         await prove_sandbox(spec, config.env.sandbox)
     model = resolve(config.model.path)

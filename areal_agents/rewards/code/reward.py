@@ -33,6 +33,9 @@ class code:
     or the sandbox was lost twice in one test.
     """
 
+    step_seconds = 1800.0
+    """What a step may wait for its verdict: others are judged before it, and tests have bounds of their own."""
+
     def __init__(
         self,
         *,
