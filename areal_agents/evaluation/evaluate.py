@@ -30,17 +30,20 @@ from areal_agents.evaluation.unfinished import (
     how_to_go_on,
     open_journal,
     read_earlier,
+    refuse_training,
     refuse_used,
+    reopen,
     tell,
 )
 from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec, require_distinct
 from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
-from areal_agents.rollout.tasks import first_tasks
+from areal_agents.rollout.tasks import first_tasks, require_few_bad
 from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig, TrainConfig
 from areal_agents.settings.evaluation import eval_folder, training_only
 from areal_agents.settings.writing import dump
+from areal_agents.tracking.journal import Journal
 from areal_agents.tracking.tracker import Tracker
 from areal_agents.tracking.trajectories import Record
 from areal_agents.types import Task, Trajectory
@@ -111,7 +114,7 @@ async def evaluate(
         seed: of environments and sampling.
         out: the folder. It is runs/eval-TIME where none is given.
         engine: which engine, how many, and its timeouts. Of a served model, request_timeout alone is used.
-        rollout: limits of an episode, retries and the failure budget.
+        rollout: limits of an episode, retries, the failure budget and the share of bad tasks.
         server: of a model called ``openai:MODEL``. Its episodes have no token ids, and their limits on tokens are kept
             as far as the server reports what it sampled.
         resume: go on with the evaluation in ``out``, if there is one, with the same settings and the same model.
@@ -122,6 +125,7 @@ async def evaluate(
     Raises:
         ArealError: an ``out`` that is used already, or holds another evaluation than the one to go on with, an unknown
             environment or split, a missing model, an unavailable sandbox, a server that refuses, too many failures.
+        TaskError: more than ``rollout.max_bad_tasks`` of the tasks tried cannot be played or scored.
         InfraError: no attempt was scored, because infrastructure failed all of them.
         Interrupted: by a signal, with what was scored on the disk.
         ValueError: a setting out of range (pydantic's ValidationError).
@@ -135,6 +139,11 @@ async def evaluate(
         rollout=rollout or RolloutConfig(),
         eval=EvalConfig(split=split, n=n, k=k, temperature=temperature),
     )
+    return await _until_stopped(config, server, resume=resume)
+
+
+async def _until_stopped(config: TrainConfig, server: Server | None, *, resume: bool) -> EvalReport:
+    """Evaluate, until signals stop it."""
     with stop_on_signals(print, doing=f"finishing the episodes that run, for at most {FINISH_SECONDS:g} s") as stop:
         stop.at_once = True  # until there are episodes
         try:
@@ -149,8 +158,8 @@ async def evaluate(
 
 async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, resume: bool) -> EvalReport:
     out, e = config.out, config.eval
-    if not resume:
-        refuse_used(out)
+    refuse = refuse_training if resume else refuse_used
+    refuse(out)
     name = remote_name(config.model.path)
     if (name is None) != (server is None):
         raise ConfigError(
@@ -163,30 +172,33 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
     spec = registry.spec(config.env.id)
     spec.require_arguments(config.env.kwargs)
     tasks = held_out(spec, e.split, e.n, difficulty=config.env.difficulty, tell=bad.__setitem__)
-    earlier = read_earlier(config) if resume else Earlier()
-    earlier.require_tasks(tasks, out=out)
-    await prove_sandbox(spec, config.env.sandbox)
-    served, model = Served(before=earlier.served), ""
-    if server is not None and name is not None:
-        opener, concurrency = on_server(config, spec, name, server, served), server.concurrency
-    else:
-        opener, concurrency = on_engines(config, spec), config.engine.max_batch * config.engine.replicas
-        model = fingerprint(resolve(config.model.path))
-    earlier.require_model(model, out=out, path=config.model.path)
-    sitting = Sitting(model, None if server is None else dataclasses.asdict(server))
-    try:
-        return await _play(config, tasks, earlier, sitting, opener, concurrency, served, stop, bad)
-    except Interrupted:
-        raise
-    except ArealError as error:
-        if saved := count_saved(out):
-            error.add_note(how_to_go_on(out, saved, len(tasks) * e.k))
-        raise
+    with open_journal(out) as journal:  # before anything is read: another process may be adding to it
+        refuse(out)
+        earlier = read_earlier(config) if resume else Earlier()
+        earlier.require_tasks(tasks, out=out)
+        await prove_sandbox(spec, config.env.sandbox)
+        served, model = Served(before=earlier.served), ""
+        if server is not None and name is not None:
+            opener, concurrency = on_server(config, spec, name, server, served), server.concurrency
+        else:
+            opener, concurrency = on_engines(config, spec), config.engine.max_batch * config.engine.replicas
+            model = fingerprint(resolve(config.model.path))
+        earlier.require_model(model, out=out, path=config.model.path)
+        sitting = Sitting(model, None if server is None else dataclasses.asdict(server))
+        try:
+            return await _play(config, tasks, journal, earlier, sitting, opener, concurrency, served, stop, bad)
+        except (Interrupted, ConfigError):  # of settings, which going on with the same ones would not mend
+            raise
+        except ArealError as error:
+            if saved := count_saved(out):
+                error.add_note(how_to_go_on(out, saved, len(tasks) * e.k, "Once its cause is mended, go on with"))
+            raise
 
 
 async def _play(
     config: TrainConfig,
     tasks: Sequence[Task],
+    journal: Journal,
     earlier: Earlier,
     sitting: Sitting,
     opener: Opener,
@@ -198,7 +210,8 @@ async def _play(
     """Play what no earlier sitting played, with each episode on the disk as it ends, and write the report."""
     out, e, watch = config.out, config.eval, Stopwatch(before=earlier.seconds)
     planned, had = len(tasks) * e.k, len(earlier.episodes)
-    with open_journal(out) as journal, Tracker(out, tensorboard=False) as tracker:
+    reopen(out, journal)  # before the tracker, which writes no shard that is there already
+    with Tracker(out, tensorboard=False) as tracker:
         save_whole(out / "config.toml", dump(config, leave_out=training_only))
         replace(sitting, served=earlier.served, seconds=earlier.seconds).write(out)
         tell(tracker, config, had=had, planned=planned, torn=journal.torn)
@@ -216,12 +229,13 @@ async def _play(
                 )
                 for id, reason in bad.items():
                     runner.leave_out(id, reason)
+                require_few_bad(bad, tried=e.n, share=config.rollout.max_bad_tasks)
                 stop.at_once = False
                 try:
                     results = await run_attempts(
                         runner, tasks, k=e.k, concurrency=concurrency, seed=config.seed, label=e.split,
                         progress=Progress(tracker.message, before=had), saved=earlier.episodes, scored=scored,
-                        stop=stop,
+                        max_bad=config.rollout.max_bad_tasks, stop=stop,
                     )  # fmt: skip
                 finally:
                     await runner.close()
