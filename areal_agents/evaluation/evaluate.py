@@ -130,16 +130,31 @@ async def evaluate(
         Interrupted: by a signal, with what was scored on the disk.
         ValueError: a setting out of range (pydantic's ValidationError).
     """
-    config = TrainConfig(
+    e = EvalConfig(split=split, n=n, k=k, temperature=temperature)
+    config = _config(env, model, e, seed=seed, out=out, engine=engine, rollout=rollout)
+    return await _until_stopped(config, server, resume=resume)
+
+
+def _config(
+    env: str | EnvConfig,
+    model: str | Path | ModelConfig,
+    evaluation: EvalConfig,
+    *,
+    seed: int,
+    out: str | Path | None,
+    engine: EngineConfig | None,
+    rollout: RolloutConfig | None,
+) -> TrainConfig:
+    """Return the settings that ``evaluate`` was given, with the defaults of those it was not."""
+    return TrainConfig(
         seed=seed,
         out=Path(out) if out is not None else eval_folder(),
         model=model if isinstance(model, ModelConfig) else ModelConfig(path=str(model)),
         env=env if isinstance(env, EnvConfig) else EnvConfig(id=env),
         engine=(engine or EngineConfig()).model_copy(update={"transport": "auto"}),  # no weights travel
         rollout=rollout or RolloutConfig(),
-        eval=EvalConfig(split=split, n=n, k=k, temperature=temperature),
+        eval=evaluation,
     )
-    return await _until_stopped(config, server, resume=resume)
 
 
 async def _until_stopped(config: TrainConfig, server: Server | None, *, resume: bool) -> EvalReport:
@@ -209,7 +224,7 @@ async def _play(
 ) -> EvalReport:
     """Play what no earlier sitting played, with each episode on the disk as it ends, and write the report."""
     out, e, watch = config.out, config.eval, Stopwatch(before=earlier.seconds)
-    planned, had = len(tasks) * e.k, len(earlier.episodes)
+    planned, had, max_bad = len(tasks) * e.k, len(earlier.episodes), config.rollout.max_bad_tasks
     reopen(out, journal)  # before the tracker, which writes no shard that is there already
     with Tracker(out, tensorboard=False) as tracker:
         save_whole(out / "config.toml", dump(config, leave_out=training_only))
@@ -229,13 +244,13 @@ async def _play(
                 )
                 for id, reason in bad.items():
                     runner.leave_out(id, reason)
-                require_few_bad(bad, tried=e.n, share=config.rollout.max_bad_tasks)
+                require_few_bad(bad, tried=e.n, share=max_bad)
                 stop.at_once = False
                 try:
                     results = await run_attempts(
                         runner, tasks, k=e.k, concurrency=concurrency, seed=config.seed, label=e.split,
                         progress=Progress(tracker.message, before=had), saved=earlier.episodes, scored=scored,
-                        max_bad=config.rollout.max_bad_tasks, stop=stop,
+                        max_bad=max_bad, stop=stop,
                     )  # fmt: skip
                 finally:
                     await runner.close()
@@ -252,9 +267,13 @@ async def _play(
         if not report.unplayed:
             tracker.trajectories.write(episodes, step=STEP, kind=KIND)
             tracker.flush()
-    replace(sitting, served=tuple(sorted(served.names)), seconds=watch.seconds).write(out)
-    save_whole(out / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
+    _save(report, replace(sitting, served=tuple(sorted(served.names)), seconds=watch.seconds), out)
     if report.unplayed:
         said = f"stopped by {stop.name}; {how_to_go_on(out, len(episodes), planned)}"
         raise EvaluationInterrupted(said, report)
     return report
+
+
+def _save(report: EvalReport, sitting: Sitting, out: Path) -> None:
+    sitting.write(out)
+    save_whole(out / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
