@@ -33,8 +33,6 @@ class EngineKind:
     """How long a start may take."""
     takes_gpus: bool
     """Whether it computes on GPUs where there are some."""
-    fixed_threads: bool
-    """Whether it keeps the threads that it was started with, whatever ``set_threads`` asks."""
     own: Mapping[str, str] = field(default_factory=dict)
     """Settings of ``[engine]`` that no other engine reads, and the arguments of ``start`` that they are."""
     prepare: Callable[[Path, int], dict[str, Any]] = _nothing

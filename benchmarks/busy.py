@@ -6,8 +6,7 @@
 The other process is one endless loop of Python, with the same priority. On two cores it leaves three quarters of the
 machine at best, so a time of 1.33 times the idle one is the floor for work that can use both. ``spinning`` is the
 same work with libgomp's own default (GOMP_SPINCOUNT=300000), which users had before ``utils/openmp.py``; it is cut at
-``--limit`` times the idle time. ``shared cores`` is training without the division of cores between engine and learner
-(``trainer/threads.py``): both compute with all of them, at any time.
+``--limit`` times the idle time.
 """
 
 from __future__ import annotations
@@ -24,29 +23,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import Progress, summary, table
+from measure import Progress, table
 from measured_process import tree
 from record import ROOT, Check, Kept, write
 
 GOAL = 2.2
 ENV = "areal/Arithmetic-v0"
 SPIN = {"GOMP_SPINCOUNT": "300000"}
-SHARED = """
-import sys
-from areal_agents.trainer import local, threads
-def shared(*args, **options):
-    cores = threads.split_cores(*args, **options)
-    return threads.Cores(cores.engine_alone, cores.learner_alone, cores.engine_alone, cores.learner_alone)
-local.split_cores = shared
-from areal_agents.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-"""``areal-agents`` with all cores for both sides."""
 CLI = ("-m", "areal_agents")
 TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/trainer/test_loop.py")
 SMALL = "train demo --eval.baseline false --eval.n 4 --warm_start.demonstrations 16"
 TRAIN = f"{SMALL} --steps 2 --rollout.groups 2 --rollout.group_size 4 --rollout.concurrency 16"
-STEPS = f"{SMALL} --steps 3 --rollout.groups 2 --rollout.concurrency 32"
 
 
 def evaluate(n: int) -> list[str]:
@@ -113,16 +100,6 @@ def turn(work: dict[str, Any], limit: float, *, spinning: bool) -> dict[str, Any
     return found
 
 
-def division_turn() -> dict[str, Any]:
-    """Three training steps, with divided cores and with shared ones, on the idle machine and beside the loop."""
-    found: dict[str, Any] = {}
-    for where in ("idle", "busy"):
-        with busy_process() if where == "busy" else contextlib.nullcontext():
-            found[f"{where}, divided"] = seconds([*CLI, *STEPS.split()], out="--out")
-            found[f"{where}, shared"] = seconds(["-c", SHARED, *STEPS.split()], out="--out")
-    return found
-
-
 def checks(samples: dict[str, list[dict[str, Any]]]) -> list[Check]:
     found = []
     for name, rows in samples.items():
@@ -151,14 +128,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--no-division", action="store_true", help="leave out the division of cores")
     parser.add_argument("--limit", type=float, default=6.0, help="times the idle time, for what spins")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
     chosen = works(quick=options.quick)
-    divisions = 0 if options.quick or options.no_division else rounds
-    progress = Progress(rounds * len(chosen) + divisions)
+    progress = Progress(rounds * len(chosen))
     kept = Kept(options.json, {"rounds": rounds, "limit": options.limit})
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     for i in range(rounds):
@@ -167,15 +142,10 @@ def main() -> int:
             found = kept.part(f"{name} {i}", lambda w=work, s=spinning: turn(w, options.limit, spinning=s))
             samples[name].append(found)
             progress(f"{name}: {found}")
-    division = []
-    for i in range(divisions):
-        division.append(kept.part(f"division {i}", division_turn))
-        progress(f"division of cores: {division[-1]}")
     print(table(rows_of(samples)))
     found = checks(samples)
-    shared = {name: summary([d[name] for d in division]) for name in (division[0] if division else {})}
     flat = [{"work": name, **row} for name, rows in samples.items() for row in rows]
-    write(options.json, "busy", flat, found, division=division, division_summary=shared)
+    write(options.json, "busy", flat, found)
     kept.end()
     return 0 if all(check.holds for check in found) else 1
 

@@ -36,6 +36,7 @@ NOTE = struct.Struct("=QIIiIQQ40x")
 """The start of ``seccomp_notif``: id, pid, flags, number of the call, architecture, instruction, first argument."""
 ANSWER = struct.Struct("=QqiI")
 CONTINUE = 1
+STACK = 256 << 20
 PYTHON = re.compile(r"(\S*/)?python[0-9.]*")
 SHELL_PYTHON = re.compile(r"exec (\S*/)?python[0-9.]*( [^|;&]*)?( 2>&1)?")
 """What a shell is told that makes way for Python."""
@@ -77,6 +78,14 @@ def enter(gate: Mapping[str, Any], argv: Sequence[str]) -> int:
             return load(gate, "halting", NEW_LISTENER)
     load(gate, "plain", 0)
     return -1
+
+
+def deepen_stack() -> None:
+    """Let the first thread's stack grow as deep recursion needs. It counts as memory where it is touched."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    room = STACK if hard == resource.RLIM_INFINITY else min(STACK, hard)
+    if soft != resource.RLIM_INFINITY and soft < room:
+        resource.setrlimit(resource.RLIMIT_STACK, (room, hard))
 
 
 def set_limits(limits: Mapping[str, int], pid: int = 0) -> None:

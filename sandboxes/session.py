@@ -126,7 +126,7 @@ class BubblewrapSession:
         return await self._files({"op": "pack"}, "/work", max_output=self._archive_limit)
 
     async def restore(self, data: bytes) -> None:
-        """Replace /work by a ``snapshot``.
+        """Replace /work by a ``snapshot``, and empty /tmp and /dev/shm.
 
         Raises ValueError for links, devices, ``..`` or no tar, and OSError where /work is full.
         """

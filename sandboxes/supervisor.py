@@ -62,6 +62,8 @@ def child(request: dict[str, Any], fds: list[int], gate: socket.socket) -> int:
     if "gate" in request and (listener := process_gate.enter(request["gate"], request["argv"])) >= 0:
         socket.send_fds(socket.socket(fileno=3), [b"."], [listener])
         limits = limits | (request["gate"]["limits"] if request["alone"] else {})
+    if "AS" not in limits:  # threads reserve as much address space each
+        process_gate.deepen_stack()
     process_gate.set_limits(limits)
     os.chdir("/work")
     try:

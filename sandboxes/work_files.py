@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from typing import IO, Any
 BAD_ARCHIVE = 200
 """Exit code of a file operation that got no archive it may unpack."""
 CHUNK = 1 << 16
+SCRATCH = ("/tmp", "/dev/shm")
+"""What code may write besides /work. No snapshot holds it."""
 
 
 def open_parent(root: int, path: str, *, create: bool) -> tuple[int, str]:
@@ -133,18 +136,30 @@ def pack(root: int, sink: IO[bytes]) -> None:
 
 
 def clear(root: int) -> None:
-    """Remove everything below ``root``."""
-    for name in os.listdir(root):
-        if stat.S_ISDIR(os.stat(name, dir_fd=root, follow_symlinks=False).st_mode):
-            os.chmod(name, 0o700, dir_fd=root)
-            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
-            try:
-                clear(inner)
-            finally:
-                os.close(inner)
-            os.rmdir(name, dir_fd=root)
-        else:
+    """Remove everything below ``root``, however deep it is: inner folders are moved up, so no path grows long."""
+    names = os.listdir(root)
+    taken = set(names)
+    free = (other for other in map(".moved{}".format, itertools.count()) if other not in taken)
+    while names:
+        name = names.pop()
+        if not stat.S_ISDIR(os.stat(name, dir_fd=root, follow_symlinks=False).st_mode):
             os.unlink(name, dir_fd=root)
+            continue
+        os.chmod(name, 0o700, dir_fd=root)
+        inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+        try:
+            for entry in os.listdir(inner):
+                if stat.S_ISDIR(os.stat(entry, dir_fd=inner, follow_symlinks=False).st_mode):
+                    # A folder that nobody may write cannot be moved, because its ``..`` would change.
+                    os.chmod(entry, 0o700, dir_fd=inner)
+                    moved = next(free)
+                    os.rename(entry, moved, src_dir_fd=inner, dst_dir_fd=root)
+                    names.append(moved)
+                else:
+                    os.unlink(entry, dir_fd=inner)
+        finally:
+            os.close(inner)
+        os.rmdir(name, dir_fd=root)
 
 
 def unpack(root: int, source: IO[bytes]) -> None:
@@ -184,8 +199,20 @@ def make_directory(root: int, path: str) -> None:
         os.close(directory)
 
 
+def empty(folder: str) -> None:
+    """Remove everything below a folder of the sandbox, which code may have closed."""
+    os.chmod(folder, 0o755)
+    root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        clear(root)
+    finally:
+        os.close(root)
+
+
 def file_operation(request: dict[str, Any]) -> int:
     """Run one file operation on stdin and stdout, and return its exit code: 0, an errno or BAD_ARCHIVE."""
+    if request["op"] == "unpack":
+        os.chmod("/work", 0o755)  # code may have closed its own folder
     root = os.open("/work", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     source, sink = open(0, "rb", closefd=False), open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115
     try:
@@ -197,6 +224,8 @@ def file_operation(request: dict[str, Any]) -> int:
             pack(root, sink)
         else:
             unpack(root, source)
+            for folder in SCRATCH:
+                empty(folder)
     except OSError as error:
         return error.errno if error.errno and 0 < error.errno < BAD_ARCHIVE else errno.EIO
     except RecursionError:

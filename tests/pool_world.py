@@ -33,7 +33,6 @@ class Scripted:
         self.stderr = ""
         self.version = 0
         self.max_context = 100 + replica
-        self.threads = 0
         self.running = 0
         self.ended = asyncio.Event()
         self.generating, self.loading = gate(world.generating), gate(world.loading)
@@ -82,9 +81,6 @@ class Scripted:
 
     async def release(self, session: str) -> None:
         self.calls.append(f"release {session}")
-
-    async def set_threads(self, threads: int) -> None:
-        self.threads = threads
 
     async def kill(self) -> None:
         self.die()

@@ -34,7 +34,6 @@ from areal_agents.engines.local import supervision
 from areal_agents.registry import EnvSpec
 from areal_agents.settings.config import TrainConfig
 from areal_agents.trainer.backend import Backend, Event, engine_spec_of, learner_settings, receivers, salt
-from areal_agents.trainer.threads import Cores
 from areal_agents.utils.system import available_cores
 
 
@@ -59,10 +58,6 @@ async def open_ray(
     c, hang = config.cluster, config.engine.hang_timeout
     if not c.learner_gpus:  # Ray does not hide GPUs from an actor that reserves none
         config = config.model_copy(update={"learner": config.learner.model_copy(update={"device": "cpu"})})
-    cores = Cores(
-        engine=max(1, int(c.engine_cpus)), learner=max(1, int(c.learner_cpus)),
-        engine_alone=max(1, int(c.engine_cpus)), learner_alone=max(1, int(c.learner_cpus)),
-    )  # fmt: skip
     async with contextlib.AsyncExitStack() as stack:
         joined = await stack.enter_async_context(
             cluster(
@@ -71,13 +66,13 @@ async def open_ray(
         )
         event("cluster_joined", address=joined.address, private=joined.private)
         # The parts close in reverse order, so that the workers' episodes end before the engines that they call.
-        engines = await asyncio.to_thread(_pool_settings, config, model, cores, resumed_at)
+        engines = await asyncio.to_thread(_pool_settings, config, model, resumed_at)
         pool = await RemotePool.start(engines, event=event)
         await stack.enter_async_context(pool)
         learner = await RemoteLearner.start(
             model, num_cpus=c.learner_cpus, num_gpus=c.learner_gpus, hang_seconds=hang,
             receivers=lambda: receivers(config, pool.replicas),
-            **learner_settings(config, _transport(config, joined), threads=cores.learner),
+            **learner_settings(config, _transport(config, joined), threads=max(1, int(c.learner_cpus))),
         )  # fmt: skip
         await stack.enter_async_context(learner)
         workers = RolloutWorkers(
@@ -87,7 +82,7 @@ async def open_ray(
         )  # fmt: skip
         await stack.enter_async_context(workers)
 
-        yield Backend(pool, learner, cores, workers.player, _Parts(pool, workers, workers.places))
+        yield Backend(pool, learner, workers.player, _Parts(pool, workers, workers.places))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +129,10 @@ def _declared(config: TrainConfig) -> dict[str, float]:
     return total
 
 
-def _pool_settings(config: TrainConfig, model: Path, cores: Cores, resumed_at: int) -> PoolSettings:
+def _pool_settings(config: TrainConfig, model: Path, resumed_at: int) -> PoolSettings:
     c = config.cluster
     return PoolSettings(
-        engine_spec_of(config, model, threads=cores.engine),
+        engine_spec_of(config, model, threads=max(1, int(c.engine_cpus))),
         config.engine.replicas,
         resources=Resources(c.engine_cpus, c.engine_gpus, c.engine_resources),
         seed=config.seed,

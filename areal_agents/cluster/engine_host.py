@@ -29,8 +29,7 @@ from ray.exceptions import RayTaskError
 from areal_agents.cluster.remote_errors import Failure
 from areal_agents.cluster.watched_actor import ActorLost, WatchedActor, process_here
 from areal_agents.engine import Engine, Health, KVPolicy, Sampling, UpdateMode, UpdateReport, WeightsRef
-from areal_agents.engines.pool.supervision import Threaded
-from areal_agents.errors import ArealError, ConfigError, EngineError
+from areal_agents.errors import ArealError, EngineError
 from areal_agents.types import Completion, Prompt
 from areal_agents.utils.outcomes import unheard
 
@@ -134,8 +133,6 @@ class EngineHost:
     async def _call(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if self._engine is None:
             raise EngineError("the actor has no engine yet")
-        if method == "set_threads" and not isinstance(self._engine, Threaded):
-            return None  # the handle has the method for every engine; this one keeps the threads of its start
         return await getattr(self._engine, method)(*args, **options)
 
     def _answer(self, value: Any) -> Answer:
@@ -222,16 +219,6 @@ class EngineHandle:
         """Serve ``ref`` from now on, as ``Engine.update_weights`` does."""
         report: UpdateReport = await self._ask("update_weights", ref, seconds=self._update_seconds, mode=mode, kv=kv)
         return report
-
-    async def set_threads(self, threads: int) -> None:
-        """Compute with ``threads`` cores from now on, where the engine is ``Threaded``.
-
-        Other engines ignore the call. It is not waited for, because an actor that hangs must not hold its caller up.
-        Raises ConfigError for threads < 1.
-        """
-        if threads < 1:
-            raise ConfigError(f"engine threads must be at least 1, got {threads}")
-        self._actor.send("ask", next(self._ids), "set_threads", (threads,), {})
 
     async def health(self) -> Health:
         """Return the engine's state, which is not ``ok`` where the actor is lost."""

@@ -86,10 +86,6 @@ class LearnerActor:
         except ArealError as error:
             return Failure.of(error)
 
-    async def set_threads(self, n: int) -> None:
-        """Compute with ``n`` cores, as ``TorchLearner.set_threads`` says."""
-        self._learner.set_threads(n)
-
     async def publish(self, ticket: int, receivers: int) -> WeightsRef | Failure:
         """Open a ``publish`` context for so many ``receivers``.
 
@@ -221,15 +217,6 @@ class RemoteLearner(AsyncClosing):
     def pid(self) -> int:
         """The actor's process id, on its node."""
         return self._actor.pid
-
-    def set_threads(self, n: int) -> None:
-        """Compute with ``n`` cores from the next micro-batch on.
-
-        Raises ValueError for n < 1.
-        """
-        if n < 1:
-            raise ValueError(f"threads = {n} must be at least 1")
-        self._actor.send("set_threads", n)
 
     async def step(self, batch: Batch) -> Metrics:
         """Train on ``batch``, as ``TorchLearner.step`` does."""

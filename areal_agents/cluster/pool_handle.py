@@ -88,10 +88,6 @@ class PoolHandle:
         """Serve ``ref`` everywhere, as ``EnginePool.update_weights`` does."""
         return await self._engine.update_weights(ref, mode=mode, kv=kv)
 
-    async def set_threads(self, threads: int) -> None:
-        """Compute with ``threads`` cores in each replica, as ``EnginePool.set_threads`` says."""
-        await self._engine.set_threads(threads)
-
     async def health(self) -> Health:
         """Return the pool's state, as ``EnginePool.health`` does."""
         return await self._engine.health()

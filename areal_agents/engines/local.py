@@ -23,6 +23,7 @@ from areal_agents.engines.spec import EngineSpec, process_seed
 from areal_agents.errors import ConfigError
 from areal_agents.settings.config import EngineConfig
 from areal_agents.utils.precision import Format
+from areal_agents.utils.system import available_cores
 
 
 def engine_spec(
@@ -53,6 +54,19 @@ def engine_spec(
     options |= {argument: getattr(engine, setting) for setting, argument in kind.own.items()}
     options |= kind.prepare(model, max_context)
     return EngineSpec(engine.kind, str(model.absolute()), options)
+
+
+def engine_threads(engine: EngineConfig) -> int:
+    """Return the threads of each engine of this machine. Raises ConfigError for more than there are cores."""
+    return max(1, threads_of("engine.threads", engine.threads) // engine.replicas)
+
+
+def threads_of(setting: str, value: int) -> int:
+    """Return ``value``, or for 0 every core of this process. Raises ConfigError for more than there are."""
+    cores = available_cores()
+    if value > cores:
+        raise ConfigError(f"{setting} = {value} exceeds the {cores} cores of this process: lower it or set it to 0")
+    return value or cores
 
 
 def supervision(engine: EngineConfig) -> SupervisedSettings:

@@ -2,7 +2,7 @@
 
 Both ends are one program, as the worker is the client's own child. So pickles are safe here and nowhere else.
 
-    client → worker   Generate · Cancel · Release · Update · SetThreads · AskHealth · Close
+    client → worker   Generate · Cancel · Release · Update · AskHealth · Close
     worker → client   Ready · Fatal · Lost · Done · Failed · Updated · HealthReport
 """
 
@@ -84,11 +84,6 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
-class SetThreads:
-    threads: int
-
-
-@dataclass(frozen=True, slots=True)
 class AskHealth:
     id: int
 
@@ -142,7 +137,7 @@ class HealthReport:
     health: Health
 
 
-WorkerCommand = Generate | Cancel | Release | Update | SetThreads | AskHealth | Close
+WorkerCommand = Generate | Cancel | Release | Update | AskHealth | Close
 Reply = Ready | Fatal | Lost | Done | Failed | Updated | HealthReport
 
 

@@ -26,7 +26,6 @@ from areal_agents.rollout.player import (
 from areal_agents.settings.config import TrainConfig
 from areal_agents.types import Task
 from areal_agents.utils.precision import number_format
-from areal_agents.utils.system import available_cores
 
 Opener = Callable[[EventSink], contextlib.AbstractAsyncContextManager[EpisodePlayer]]
 """Opens a player that tells an event sink, and ends what it opened."""
@@ -84,7 +83,7 @@ def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
     """
     import torch  # heavy, as the engines: a served model needs neither
 
-    from areal_agents.engines.local import engine_spec, open_engines
+    from areal_agents.engines.local import engine_spec, engine_threads, open_engines
 
     folder, engine = resolve(config.model.path), config.engine
     fmt = ChatFormat.load(folder, config.model.chat)
@@ -99,11 +98,11 @@ def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
         kwargs=config.env.kwargs,
         chat=config.model.chat,
     )
-    # No learner wants a share of the cores.
-    threads = max(1, (engine.threads or available_cores()) // engine.replicas)
     on_gpu = engine_kind(engine.kind).takes_gpus and torch.cuda.is_available()
     number = number_format(engine.precision, gpu=on_gpu)
-    one = engine_spec(engine, folder, max_context=limits.max_context, threads=threads, format=number, on_gpu=on_gpu)
+    one = engine_spec(
+        engine, folder, max_context=limits.max_context, threads=engine_threads(engine), format=number, on_gpu=on_gpu
+    )
 
     @contextlib.asynccontextmanager
     async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:

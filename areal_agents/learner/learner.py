@@ -144,12 +144,6 @@ class TorchLearner:
         """Return the fp32 master weights by state-dict name, tied tensors under their first name alone."""
         return master_weights(self._model)
 
-    def set_threads(self, n: int) -> None:
-        """Compute with ``n`` cores from the next micro-batch on. Raises ValueError for n < 1."""
-        if n < 1:
-            raise ValueError(f"threads = {n} must be at least 1")
-        self._threads = n
-
     async def step(self, batch: Batch) -> Metrics:
         """Take one optimizer step a minibatch, or none where its gradient is 0 or not finite.
 

@@ -74,7 +74,7 @@ class EngineConfig(Section):
     kv_tokens: Count = 65_536
     """Bound on the tokens whose keys and values are kept, running and between turns together."""
     threads: int = Field(default=0, ge=0)
-    """Cores of the engine. 0: all of them; while a learner works, half (all but one when there are more than four)."""
+    """Cores of all engines of this machine together. 0: all of them."""
     request_timeout: Positive = 300.0
     """Seconds one generation request may take before it counts as an infrastructure error."""
     hang_timeout: Positive = 60.0
@@ -227,7 +227,7 @@ class LearnerConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast precision; master weights and the optimizer are fp32 always."""
     threads: int = Field(default=0, ge=0)
-    """Cores of the learner while the engine works; 0: those that the engine leaves."""
+    """Cores of the learner. 0: all of them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner computes; ``auto``: on the first GPU it may use, else on the processor."""
 

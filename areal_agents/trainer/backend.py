@@ -22,20 +22,14 @@ from areal_agents.algorithms.batch import Row
 from areal_agents.engine import Engine, Transport
 from areal_agents.engine_kind import engine_kind
 from areal_agents.engines.local import engine_spec
-from areal_agents.engines.pool.supervision import Threaded
 from areal_agents.engines.spec import EngineSpec
 from areal_agents.learner.learner import Learner, Metrics
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec
 from areal_agents.settings.config import TrainConfig
-from areal_agents.trainer.threads import Cores
 from areal_agents.utils.precision import Format, resolve_precision
 
 Event = Callable[..., None]
-
-
-class RunEngine(Engine, Threaded, Protocol):
-    """The engine as a run needs it."""
 
 
 class RunLearner(Learner, Protocol):
@@ -43,7 +37,6 @@ class RunLearner(Learner, Protocol):
 
     async def sft_step(self, rows: Sequence[Row], *, lr: float) -> Metrics: ...
     async def export(self, path: Path) -> None: ...
-    def set_threads(self, n: int) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -72,9 +65,8 @@ class Elastic(Protocol):
 class Backend:
     """The parts of one run that may lie elsewhere."""
 
-    engine: RunEngine
+    engine: Engine
     learner: RunLearner
-    cores: Cores
     players: Callable[[PlayerSpec], EpisodePlayer] | None = None
     """Makes players. None: they play in this process."""
     elastic: Elastic | None = None

@@ -11,8 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from areal_agents.engine import Transport
-from areal_agents.engine_kind import engine_kind
-from areal_agents.engines.local import open_engines
+from areal_agents.engines.local import engine_threads, open_engines, threads_of
 from areal_agents.engines.pool.pool import EnginePool
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.registry import EnvSpec
@@ -25,7 +24,6 @@ from areal_agents.trainer.backend import (
     receivers,
     salt,
 )
-from areal_agents.trainer.threads import split_cores
 from areal_agents.utils.openmp import warn_where_threads_spin
 
 
@@ -46,10 +44,8 @@ async def open_local(
             random numbers of its first life.
     """
     warn_where_threads_spin()
-    cores = split_cores(config.engine.threads, config.learner.threads, replicas=config.engine.replicas)
-    # An engine that keeps its threads never gets the learner's.
-    threads = cores.engine if engine_kind(config.engine.kind).fixed_threads else cores.engine_alone
-    spec_of_one = await asyncio.to_thread(engine_spec_of, config, model, threads=threads)
+    # Both have all cores: threads that wait do not spin (utils/openmp.py), so nothing is gained by dividing them.
+    spec_of_one = await asyncio.to_thread(engine_spec_of, config, model, threads=engine_threads(config.engine))
     async with contextlib.AsyncExitStack() as stack:
         engine = await stack.enter_async_context(
             open_engines(config.engine, spec_of_one, seed=config.seed, salt=salt(resumed_at), event=event)
@@ -57,8 +53,8 @@ async def open_local(
         # `auto` is shared memory: engines and learner are on this machine.
         transport: Transport = "shm" if config.engine.transport == "auto" else config.engine.transport
         learner = TorchLearner(
-            model, **learner_settings(config, transport, threads=cores.learner),
+            model, **learner_settings(config, transport, threads=threads_of("learner.threads", config.learner.threads)),
             receivers=lambda: receivers(config, engine.replicas if isinstance(engine, EnginePool) else 1),
         )  # fmt: skip
         stack.push_async_callback(learner.close)
-        yield Backend(engine, learner, cores)
+        yield Backend(engine, learner)

@@ -34,7 +34,6 @@ from areal_agents.trainer.resume import begin, rate_change, refuse_evaluation
 from areal_agents.trainer.run import Run, open_run
 from areal_agents.trainer.run_folder import Commit, RunFolder, require_shared
 from areal_agents.types import Group
-from areal_agents.utils.outcomes import unheard
 from areal_agents.utils.signals import Stop, StopRequested, stop_on_signals
 from areal_agents.utils.tolerance import all_same, reaches
 
@@ -230,10 +229,9 @@ async def _evaluate_if_due(run: Run, step: int) -> None:
 async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, watch: Stopwatch) -> None:
     waited = watch.seconds
     batch = batch_of(groups, run.config.algorithm, run.learner.version, run.config.rollout.temperature)
-    metrics = await _update(run, batch, rollouts)
+    metrics = dict(await run.learner.step(batch))
     update = await run.publish()
     run.renew_weights()
-    await run.engine.set_threads(run.cores.engine_alone)
     rollouts.acknowledge(run.learner.version)
     metrics |= rollout_metrics(groups, batch.version) | {
         "wait_seconds": waited,
@@ -249,26 +247,6 @@ async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, wa
     metrics["tokens_per_second"] = metrics["sampled_tokens"] / watch.seconds
     run.tracker.trajectories.write([t for g in groups for t in g.trajectories], step=step, kind="train")
     run.tracker.log(step, metrics)
-
-
-async def _update(run: Run, batch: Batch, rollouts: Rollouts) -> dict[str, float]:
-    """Run the learner's step.
-
-    The learner takes over the engine's cores once the engine has run out of admitted work.
-    """
-    run.learner.set_threads(run.cores.learner)
-    await run.engine.set_threads(run.cores.engine)
-
-    async def take_over() -> None:
-        await rollouts.idle()
-        run.learner.set_threads(run.cores.learner_alone)
-
-    watcher = asyncio.create_task(take_over())
-    try:
-        return dict(await run.learner.step(batch))
-    finally:
-        watcher.cancel()
-        unheard(watcher)  # a learner that is lost refuses its step too
 
 
 def batch_of(groups: list[Group], algorithm: AlgorithmConfig, version: int, temperature: float) -> Batch:

@@ -123,7 +123,7 @@ class Run:
 
     def __post_init__(self) -> None:
         r = self.config.rollout
-        self.engine, self.learner, self.cores = self.backend.engine, self.backend.learner, self.backend.cores
+        self.engine, self.learner = self.backend.engine, self.backend.learner
         self.reports: dict[str, EvalReport] = dict(self.commit.reports)
         self.warm_started = self.commit.warm_started
         self.weights = weights_of(self.commit)
@@ -153,8 +153,6 @@ class Run:
         trajectories = await self._demonstrations()
         rows = demonstration_rows(trajectories)
         self.tracker.trajectories.write(trajectories, step=0, kind="demonstration")
-        self.learner.set_threads(self.cores.learner_alone)
-        await self.engine.set_threads(1)  # idle threads of another OpenMP pool would still cost a core
         progress = Progress(self.tracker.message, label="warm start", what="demonstrations")
         for epoch in range(w.epochs):
             for start in range(0, len(rows), w.batch):
@@ -164,7 +162,6 @@ class Run:
                 progress(done, w.epochs * len(rows))
         await self.publish()
         self.renew_weights()
-        await self.engine.set_threads(self.cores.engine_alone)
         self.warm_started = True
 
     async def _demonstrations(self) -> list[Trajectory]:

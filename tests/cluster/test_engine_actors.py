@@ -9,12 +9,11 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from areal_agents.engine import Engine, Sampling, WeightsRef
+from areal_agents.engine import Sampling, WeightsRef
 from areal_agents.engines.cpu.architecture import Shape
 from areal_agents.engines.spec import EngineSpec
 from areal_agents.errors import EngineError, ModelError
@@ -27,7 +26,6 @@ from tests.tiny_models import save_tiny, tiny_model
 
 ray = pytest.importorskip("ray")
 from areal_agents.cluster.engine_actors import Resources  # noqa: E402
-from areal_agents.cluster.engine_host import EngineHost  # noqa: E402
 from areal_agents.cluster.pool_actor import PoolSettings, RemotePool  # noqa: E402
 from tests.cluster.conftest import RaySession, engine_worker  # noqa: E402
 from tests.cluster.remote_pool import Rig, pool_settings  # noqa: E402
@@ -56,7 +54,6 @@ def test_two_actors_serve_one_version_and_draw_different_numbers(rig: Rig) -> No
     async def work() -> None:
         assert len(rig.actors()) == 2
         assert rig.pool.max_context == 256
-        await rig.pool.set_threads(1)
         await rig.update()
         await rig.check(*[rig.ask(i) for i in range(4)])
         health = await rig.pool.health()
@@ -115,9 +112,6 @@ def test_a_stopped_actor_is_noticed_and_replaced(rig: Rig) -> None:
         os.kill(stopped, signal.SIGSTOP)
         pending = [rig.ask(i, 200) for i in range(4)]
         noticed = asyncio.create_task(rig.told("engine_lost", len(rig.named("engine_lost")) + 1))
-        threads = asyncio.create_task(rig.pool.set_threads(1))
-        first, _ = await asyncio.wait({noticed, threads}, return_when=asyncio.FIRST_COMPLETED)
-        assert threads in first  # it does not wait for an actor that hangs
         await rig.check(*pending)
         await rig.told("engine_restarted", before + 1)
         assert "no sign of health for 20 s" in rig.named("engine_lost")[-1]["reason"]
@@ -211,16 +205,6 @@ def test_what_cannot_be_placed_or_loaded_is_an_error_that_names_it(
     rig.session.run(work())
     assert not wait_gone(list(set(rig.session.processes("ray::PoolActor")) - set(before)), 60)
     assert all(alive(pid) for pid in before)
-
-
-def test_an_actor_answers_for_an_engine_without_threads(session: RaySession) -> None:
-    async def work() -> None:
-        host = EngineHost()
-        host._engine = cast(Engine, SimpleNamespace(version=3, failure=None))
-        told = await host.ask("1", "set_threads", (2,), {})
-        assert (told.value, told.version) == (None, 3)
-
-    session.run(work())
 
 
 class Caller:

@@ -51,8 +51,6 @@ def test_it_learns_what_a_local_learner_learns(session: RaySession, model: Path,
         async with await RemoteLearner.start(model, num_cpus=0, health_interval=0.2, **SETTINGS) as remote:
             assert remote.version == 0
             assert remote.pid != os.getpid()
-            for learner in (local, remote):
-                learner.set_threads(1)
             a, b = [await learner.sft_step(batches[0].rows[:2], lr=0.01) for learner in (local, remote)]
             assert a.keys() == b.keys()
             assert {k: a[k] for k in a.keys() - TIMINGS} == {k: b[k] for k in b.keys() - TIMINGS}
@@ -71,8 +69,6 @@ def test_it_learns_what_a_local_learner_learns(session: RaySession, model: Path,
             await a_publication_is_given_up(remote)
             with pytest.raises(ValueError, match="version"):  # a batch of the past: refused there as here
                 await remote.step(batches[0])
-            with pytest.raises(ValueError, match="at least 1"):
-                remote.set_threads(0)
             with pytest.raises(ModelError, match=r"holds no learner\.pt"):
                 await remote.load(tmp_path / "nowhere")
         assert wait_gone([remote.pid], 60) == []
@@ -171,7 +167,6 @@ async def is_over(remote: RemoteLearner) -> None:
     """Nothing can be asked of a lost learner, and it is closed without asking."""
     with pytest.raises(LearnerLost):
         await remote.step(make_batch(tiny_model()))
-    remote.set_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("areal_agents.cluster.learner_actor._CLOSE_SECONDS", 2 * SECONDS)
         await remote.close()

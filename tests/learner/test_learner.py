@@ -397,22 +397,17 @@ def test_missing_and_foreign_folders_are_named(tmp_path: Path) -> None:
     run(made, job)
 
 
-def test_the_event_loop_goes_on_during_a_step_and_threads_are_set_in_the_worker(tmp_path: Path) -> None:
+def test_the_event_loop_goes_on_during_a_step_and_its_thread_has_its_cores(tmp_path: Path) -> None:
     model = tiny_model()
     batch = make_batch(model)
-    made = learner(model, tmp_path / "m")
+    made = learner(model, tmp_path / "m", threads=2)
 
     async def job(it: TorchLearner) -> int:
         stepping, turns = asyncio.ensure_future(it.step(batch)), 0
         while not stepping.done():
             await asyncio.sleep(0)
             turns += 1
-        it.set_threads(2)
         assert await it._run(torch.get_num_threads) == 2
-        it.set_threads(1)
-        assert await it._run(torch.get_num_threads) == 1
-        with pytest.raises(ValueError, match="at least 1"):
-            it.set_threads(0)
         return turns
 
     assert run(made, job) > 10

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from areal_agents.algorithms.registry import Choice
+from areal_agents.engines.local import engine_threads, threads_of
 from areal_agents.env import Expert
 from areal_agents.errors import ConfigError, EnvError, ModelError, RegistryError
 from areal_agents.rollout.demonstrations import demonstration_rows, require_all
-from areal_agents.settings.config import AlgorithmConfig, TrainConfig
+from areal_agents.settings.config import AlgorithmConfig, EngineConfig, TrainConfig
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.trainer.loop import batch_of, rollout_metrics, train
 from areal_agents.trainer.resume import refuse_taken
-from areal_agents.trainer.threads import split_cores
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn
 from tests.letters_env import Letters
 from tests.tiny_models import tiny_chat_model
@@ -122,18 +122,14 @@ def test_an_expert_that_fails_at_one_task_stops_the_run(tmp_path: Path) -> None:
     assert [(r["task"], r["retried"]) for r in rows if r["kind"] == "episode_failed"] == [("train-3", False)]
 
 
-def test_cores_are_split_and_never_oversubscribed() -> None:
-    auto = split_cores(total=2)
-    assert (auto.engine_alone, auto.learner_alone, auto.engine, auto.learner) == (2, 2, 1, 1)
-    shared = split_cores(total=16, replicas=4)
-    assert (shared.engine_alone, shared.learner_alone, shared.engine, shared.learner) == (4, 16, 3, 1)
-    assert split_cores(total=2, replicas=3).engine == 1
-    assert (split_cores(total=16).engine, split_cores(total=16).learner) == (15, 1)
-    assert (split_cores(engine=3, total=8).learner, split_cores(learner=6, total=8).engine) == (5, 2)
-    one = split_cores(total=1)
-    assert (one.engine, one.learner) == (1, 1)
-    with pytest.raises(ConfigError, match="exceed the 4 cores"):
-        split_cores(engine=3, learner=2, total=4)
+def test_engines_and_learner_have_all_cores_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_agents.engines.local.available_cores", lambda: 16)
+    assert [engine_threads(EngineConfig(threads=n, replicas=r)) for n, r in ((0, 1), (0, 4), (6, 4), (0, 32))] == [
+        16, 4, 1, 1,
+    ]  # fmt: skip
+    assert (threads_of("learner.threads", 0), threads_of("learner.threads", 3)) == (16, 3)
+    with pytest.raises(ConfigError, match=r"learner\.threads = 17 exceeds the 16 cores of this process"):
+        threads_of("learner.threads", 17)
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:

@@ -67,11 +67,6 @@ class TransformersEngine(EngineProcess):
         settings = p.Settings(str(model), shape, number, max_batch, kv_tokens, max_context, threads, seed)
         return await cls.launch(settings, _environment(threads))
 
-    async def set_threads(self, threads: int) -> None:
-        """Compute with ``threads`` cores from the next step on."""
-        require_positive(threads=threads)
-        self._send(p.SetThreads(threads))
-
 
 def _environment(threads: int) -> dict[str, str]:
     """Return the worker's environment, in which buffers of a step are reused instead of mapped anew."""

@@ -21,6 +21,5 @@ KIND = EngineKind(
     engine="areal_agents.engines.cpu.engine:TransformersEngine",
     start_seconds=300.0,
     takes_gpus=False,
-    fixed_threads=False,
     prepare=_shape,
 )

@@ -147,8 +147,6 @@ class Worker:
                 self._draining.append(command)
             case Prepared():
                 self._swap(command)
-            case p.SetThreads(threads=threads):
-                torch.set_num_threads(threads)
             case p.AskHealth(id=id):
                 self.send(p.HealthReport(id, self._health()))
             case _:

@@ -93,7 +93,6 @@ class EnginePool(AsyncClosing):
         self._ref: WeightsRef | None = None
         self._ref_valid = True
         self._version = 0
-        self._threads = 0
 
     async def __aenter__(self) -> Self:
         """Start every replica at once.
@@ -188,13 +187,6 @@ class EnginePool(AsyncClosing):
             self._ref, self._ref_valid, self._version = ref, True, ref.version
             return report
 
-    async def set_threads(self, threads: int) -> None:
-        """Give ``threads`` cores to *each* replica from the next step on, and to later replicas."""
-        if threads < 1:
-            raise ConfigError(f"engine threads must be at least 1, got {threads}")
-        self._threads = threads
-        await asyncio.gather(*(r.engine.set_threads(threads) for r in self._replicas))
-
     async def resize(self, replicas: int) -> None:
         """Grow or shrink to ``replicas`` while requests and updates go on.
 
@@ -271,8 +263,6 @@ class EnginePool(AsyncClosing):
 
         Raises EngineError where the replica failed for good, or refuses weights that others serve.
         """
-        if self._threads:
-            await replica.engine.set_threads(self._threads)
         async with self._updates:  # between updates the acknowledged weights are whole, or known not to be
             ref = self._ref
             if replica.state != "joining" or ref is None:

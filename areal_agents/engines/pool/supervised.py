@@ -33,7 +33,6 @@ from areal_agents.engines.pool.supervision import (
     PendingUpdate,
     Restartable,
     RestartLimit,
-    Threaded,
     answers,
     lives,
 )
@@ -92,7 +91,6 @@ class SupervisedEngine(AsyncClosing):
         self._restart: asyncio.Task[None] | None = None
         self._pending = 0
         self._busy = asyncio.Event()
-        self._threads = 0
         self._version = 0
         self._max_context = 0
         self._ref: WeightsRef | None = None
@@ -188,15 +186,6 @@ class SupervisedEngine(AsyncClosing):
                 if not update.applied.cancel() and not update.applied.cancelled():
                     update.applied.exception()  # retrieved: the caller may have been cancelled meanwhile
             return report
-
-    async def set_threads(self, threads: int) -> None:
-        """Compute with ``threads`` cores from the next step on, after a restart too, if the engine has threads."""
-        if threads < 1:
-            raise ConfigError(f"engine threads must be at least 1, got {threads}")
-        self._threads = threads
-        if self._life is not None and isinstance(self._life.engine, Threaded):
-            with contextlib.suppress(EngineError):  # it is lost: the next one is told at its start
-                await self._life.engine.set_threads(threads)
 
     async def health(self) -> Health:
         """Return the process's state, which is not ``ok`` during a restart and after the engine has failed for good."""
@@ -334,8 +323,6 @@ class SupervisedEngine(AsyncClosing):
                 engine = await self._start_one()
                 self.loading = True
                 await self._equip(engine)
-                if self._threads and isinstance(engine, Threaded):  # last: they may have changed during the load
-                    await engine.set_threads(self._threads)
             except (EngineError, TimeoutError) as error:
                 reason = str(error) or f"the engine did not start within {self._start_seconds:g} s"
                 continue

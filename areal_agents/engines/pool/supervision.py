@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from areal_agents.engine import Engine, UpdateReport, WeightsRef
 from areal_agents.errors import ConfigError, EngineError
@@ -38,13 +38,6 @@ class Restartable(Engine, Protocol):
         Pending calls raise EngineError.
         """
         ...
-
-
-@runtime_checkable
-class Threaded(Protocol):
-    """An engine that computes on this host's cores."""
-
-    async def set_threads(self, threads: int) -> None: ...
 
 
 @dataclass(eq=False, slots=True)

@@ -11,6 +11,5 @@ KIND = EngineKind(
     engine="areal_agents.engines.vllm.engine:VLLMEngine",
     start_seconds=900.0,  # it loads, and on GPUs compiles, for minutes
     takes_gpus=True,
-    fixed_threads=True,
     own={"gpu_memory": "gpu_memory_utilization", "tensor_parallel": "tensor_parallel_size"},
 )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from areal_agents.rewards.code.languages import LANGUAGES, language_of
 
 Whitespace = Literal["trailing", "all", "exact"]
-Checker = Callable[[str, str, str], bool]
+Checker = Callable[[Any, Any, Any], "bool | Awaitable[bool]"]
 MAX_TESTS = 1000
 
 
@@ -27,37 +30,74 @@ class CodeTest:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Tests with their rules."""
+    """Tests with their rules.
+
+    Without a test it can only be compiled.
+    """
 
     tests: tuple[CodeTest, ...]
     function: str = ""
-    """The function that tests with arguments call."""
+    """The function that tests with arguments call. Only Python has them."""
     language: str = "python"
     seconds: float = 5.0
     """Wall clock of one test."""
+    total_seconds: float = 120.0
+    """Wall clock of all tests that fail together: the rest then counts as ``timeout``. Right programs need no haste."""
     memory: int = 512 << 20
-    """Bytes that the processes of one test may hold together."""
+    """Bytes that the processes of one test may hold together, give or take what /work and /tmp hold."""
     whitespace: Whitespace = "trailing"
     """``trailing`` forgives white space at the ends of lines and of the output, ``all`` any amount between words."""
     float_tolerance: float = 0.0
     """Numbers may differ by so much, absolutely or relatively. Words are compared one by one."""
     checker: Checker | None = field(default=None, compare=False)
-    """``checker(stdin, expected, output)`` decides, on the host, where several outputs are right."""
+    """``checker(input, expected, output)`` decides, on the host, where several outputs are right. It may be async.
+
+    A test with arguments gives it those, and values in place of texts."""
+    checker_seconds: float = 10.0
+    """Wall clock of one call of the checker."""
 
     def __post_init__(self) -> None:
-        if not self.tests or len(self.tests) > MAX_TESTS:
-            raise ValueError(f"a problem has 1 to {MAX_TESTS} tests, not {len(self.tests)}")
-        if not 0 < self.seconds < math.inf or self.memory < 1 << 20 or not 0 <= self.float_tolerance < 1:
-            raise ValueError(
-                "seconds and memory (at least 1 MiB) are over 0, float_tolerance is at least 0 and below 1"
-            )
-        if any(not 0 <= t.weight < math.inf for t in self.tests) or not any(t.weight for t in self.tests):
-            raise ValueError("weights are finite, at least 0, and not all of them 0")
-        for test in self.tests:
-            if test.arguments is None and not isinstance(test.expected, str):
-                raise ValueError(f"a test without arguments expects a text, not {test.expected!r:.80}")
-            if test.arguments is not None and not self.function.isidentifier():
-                raise ValueError(f"function = {self.function!r} is no name, and a test has arguments for it")
+        if len(self.tests) > MAX_TESTS:
+            raise ValueError(f"a problem has at most {MAX_TESTS} tests, not {len(self.tests)}")
+        object.__setattr__(self, "language", language_of(self.language))
+        for name in ("seconds", "total_seconds", "checker_seconds"):
+            if not 0 < _real(name, getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)} is not over 0 and finite")
+        needed = LANGUAGES[self.language].memory
+        if not isinstance(self.memory, int) or self.memory < needed:
+            raise ValueError(f"memory = {self.memory!r:.40} bytes: {self.language} needs at least {needed}")
+        self._check_rules()
+        for i, test in enumerate(self.tests):
+            self._check_test(f"test {i}", test)
+        if self.tests and not any(t.weight for t in self.tests):
+            raise ValueError("all weights are 0")
+
+    def _check_rules(self) -> None:
+        if self.whitespace not in get_args(Whitespace):
+            raise ValueError(f"unknown whitespace {self.whitespace!r:.40}: there are trailing, all and exact")
+        if not 0 <= _real("float_tolerance", self.float_tolerance) < 1:
+            raise ValueError(f"float_tolerance = {self.float_tolerance} is not at least 0 and below 1")
+        if self.float_tolerance and self.whitespace == "exact":
+            raise ValueError("float_tolerance compares words, and whitespace = 'exact' compares the whole text")
+        if self.checker is not None and not callable(self.checker):
+            raise ValueError(f"checker = {self.checker!r:.40} cannot be called")
+
+    def _check_test(self, who: str, test: CodeTest) -> None:
+        if not 0 <= _real(f"{who}: weight", test.weight) < math.inf:
+            raise ValueError(f"{who}: the weight {test.weight} is not at least 0 and finite")
+        if test.arguments is None:
+            for what, text in (("input", test.stdin), ("output", test.expected)):
+                if not isinstance(text, str):
+                    raise ValueError(f"{who}: its {what} is no text, but {text!r:.80}")
+                text.encode()  # a lone surrogate cannot be written: UnicodeEncodeError is a ValueError
+        elif not isinstance(test.arguments, list | tuple):
+            raise ValueError(f"{who}: its arguments are no list, but {test.arguments!r:.80}")
+        elif not isinstance(self.function, str) or not self.function.isidentifier():
+            raise ValueError(f"{who} has arguments, and function = {self.function!r:.80} is no name")
+        elif self.language != "python":
+            raise ValueError(f"{who} has arguments, which only python takes: {self.language} reads an input")
+        else:
+            json.dumps([test.arguments, test.expected])  # raises where JSON has no such value
 
     @classmethod
     def of(cls, given: Mapping[str, Any], **rules: Any) -> Problem:
@@ -66,28 +106,33 @@ class Problem:
         ``tests`` is a list of {"input": TEXT, "output": TEXT}, or of {"arguments": [...], "expected": VALUE} for
         ``function``, each with a ``weight`` or without.
 
-        Raises ValueError where it is none.
+        Raises ValueError, TypeError or KeyError where it is none.
         """
         tests = []
         for i, row in enumerate(given["tests"]):
-            unknown = set(row) - {"input", "output", "arguments", "expected", "weight"}
-            if unknown or ("arguments" in row) == ("output" in row):
+            names = {"arguments", "expected"} if "arguments" in row else {"input", "output"}
+            wrong = not isinstance(row, Mapping) or set(row) - {"weight"} not in (names, {"output"})
+            if wrong or row.get("arguments", ()) is None:  # None would run the whole program
                 raise ValueError(f"test {i} is neither an input with an output, nor arguments with what is expected")
-            expected = json.loads(json.dumps(row["expected"] if "arguments" in row else row["output"]))
-            tests.append(CodeTest(expected, row.get("input", ""), row.get("arguments"), float(row.get("weight", 1.0))))
-        names = ("function", "language", "seconds", "memory", "whitespace", "float_tolerance")
-        return cls(tuple(tests), **{**{n: given[n] for n in names if n in given}, **rules})
+            expected = row["expected"] if "arguments" in row else row["output"]
+            tests.append(CodeTest(expected, row.get("input", ""), row.get("arguments"), row.get("weight", 1.0)))
+        taken = {n: given[n] for n in cls.__dataclass_fields__ if n in given and n not in ("tests", "checker")}
+        return cls(tuple(tests), **{**taken, **rules})
 
     def passes(self, test: CodeTest, output: str) -> bool:
-        """Say whether the output is the one that the test expects."""
-        if test.arguments is not None:
-            try:
-                return same_value(test.expected, json.loads(output), self.float_tolerance)
-            except (ValueError, RecursionError):
-                return False
-        if self.checker is not None:
-            return bool(self.checker(test.stdin, test.expected, output))
-        return same_text(test.expected, output, self.whitespace, self.float_tolerance)
+        """Say whether the output is the one that the test expects, by all rules but the checker."""
+        if test.arguments is None:
+            return same_text(test.expected, output, self.whitespace, self.float_tolerance)
+        try:
+            return same_value(json.loads(json.dumps(test.expected)), json.loads(output), self.float_tolerance)
+        except (ValueError, RecursionError):
+            return False
+
+
+def _real(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} = {value!r:.40} is no number")
+    return value
 
 
 def same_text(expected: str, output: str, whitespace: Whitespace, tolerance: float) -> bool:
@@ -105,7 +150,8 @@ def same_value(expected: Any, value: Any, tolerance: float) -> bool:
     if isinstance(expected, bool) or isinstance(value, bool):
         return expected is value
     if isinstance(expected, int | float) and isinstance(value, int | float):
-        return expected == value or _near(float(expected), float(value), tolerance)
+        both_nan = expected != expected and value != value
+        return expected == value or both_nan or _near(expected, value, tolerance)
     if isinstance(expected, list) and isinstance(value, list):
         return len(expected) == len(value) and all(
             same_value(a, b, tolerance) for a, b in zip(expected, value, strict=True)
@@ -118,17 +164,31 @@ def same_value(expected: Any, value: Any, tolerance: float) -> bool:
 def _same_word(a: str, b: str, tolerance: float) -> bool:
     if a == b:
         return True
-    if not tolerance:
+    if not tolerance or not _NUMBER.fullmatch(a) or not _NUMBER.fullmatch(b):
         return False
-    try:
-        return _near(float(a), float(b), tolerance)
-    except ValueError:
-        return False
+    overflows = any(math.isinf(float(word)) and "n" not in word.lower() for word in (a, b))  # 1e999 is no infinity
+    return not overflows and _near(float(a), float(b), tolerance)
+
+
+_NUMBER = re.compile(
+    r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf|infinity|nan)", re.ASCII | re.IGNORECASE
+)
+"""What C, Python and JavaScript print for a number."""
 
 
 def _near(a: float, b: float, tolerance: float) -> bool:
-    return math.isfinite(a) and math.isfinite(b) and abs(a - b) <= tolerance * max(1.0, abs(a), abs(b))
+    """Compare a number with the expected one, ``a``. NaN is NaN, however it is written, an infinity itself alone."""
+    if not tolerance:
+        return False
+    try:
+        a, b = float(a), float(b)
+    except OverflowError:  # an integer that no float holds
+        return False
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return a == b or (math.isnan(a) and math.isnan(b))
+    return abs(a - b) <= tolerance * max(1.0, abs(a))
 
 
 def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().splitlines()]
+    r"""Return the lines without white space at their ends, ``\r`` of Windows among it."""
+    return [line.rstrip() for line in text.rstrip().split("\n")]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 from areal_agents.errors import ConfigError, TaskError
-from areal_agents.reward import Episode, Verdict
+from areal_agents.reward import Episode, Verdict, VerdictStatus
+from areal_agents.rewards.code.fences import submission
 from areal_agents.rewards.code.judge import CodeVerdict, run_tests
 from areal_agents.rewards.code.languages import LANGUAGES
 from areal_agents.rewards.code.problem import Problem
+from areal_agents.rewards.code.toolchain import place, require_language
 from areal_agents.sandbox import SandboxBackend, backends
 from areal_agents.types import AssistantMessage
 from areal_agents.utils.sync import on_exit
 
-Mode = Literal["all", "fraction"]
-_FENCE = re.compile(r"```([A-Za-z0-9+#]*)[^`]*")
+Mode = Literal["all", "fraction", "weighted", "compiles"]
+FAILURES = ("wrong", "error", "timeout", "oom", "output_limit", "crash", "checker_error")
+"""Statuses of tests that are components of the verdict, each the share of the tests that ended so."""
 
 
 class code:
@@ -24,14 +27,16 @@ class code:
 
         rubric = WeightedSum({"correct": code(), "compiles": (code(mode="compiles"), 0.1)})
 
-    ``all`` is 1 where every test passes, ``fraction`` the weight of those that pass. The tests run in a sandbox, in
-    which nothing says what they expect.
+    The tests run in a sandbox, in which nothing says what they expect. Components say what became of the submission:
+    ``answered`` and ``compiles`` are 0 or 1, ``passed`` and the statuses of ``FAILURES`` are shares of the tests. The
+    verdict's status is ``timeout`` where a test or the compiler took too long, ``unverifiable`` where a checker failed
+    or the sandbox was lost twice in one test.
     """
 
     def __init__(
         self,
         *,
-        mode: Mode | Literal["compiles"] = "all",
+        mode: Mode = "all",
         tool: str = "",
         sandbox: SandboxBackend | str = "bubblewrap",
         problem: Callable[[Episode], Problem] | None = None,
@@ -40,20 +45,28 @@ class code:
         """Choose what counts.
 
         Args:
-            mode: what the score is: ``all``, ``fraction`` or ``compiles``.
+            mode: what the score is. ``all`` is 1 where every test passes, and stops at the first that does not,
+                ``fraction`` the share of the tests that pass, ``weighted`` their share of the weights, ``compiles`` 1
+                for any program that compiles: it needs no tests, and runs none.
             tool: the tool whose last call holds the program, in its first text argument. Empty reads a fenced block.
             sandbox: a backend or the name of one.
             problem: makes the problem of an episode's task. None reads the payload, as ``Problem.of`` says.
             rules: fields of ``Problem`` that hold for every task, such as ``seconds`` or ``float_tolerance``.
 
         Raises:
-            ConfigError: the mode or a rule is unknown.
+            ConfigError: the mode or a rule is unknown, or a rule has a wrong value.
         """
-        if mode not in ("all", "fraction", "compiles"):
-            raise ConfigError(f"unknown mode {mode!r}: there are all, fraction and compiles")
-        unknown = set(rules) - set(Problem.__dataclass_fields__)
-        if unknown:
-            raise ConfigError(f"unknown rule {min(unknown)!r}: there are {', '.join(Problem.__dataclass_fields__)}")
+        if mode not in get_args(Mode):
+            raise ConfigError(f"unknown mode {mode!r}: there are {', '.join(get_args(Mode))}")
+        known = [name for name in Problem.__dataclass_fields__ if name != "tests"]
+        if unknown := set(rules) - set(known):
+            raise ConfigError(f"unknown rule {min(unknown)!r}: there are {', '.join(known)}")
+        if problem is not None and rules:
+            raise ConfigError("problem= makes whole problems: it sets the rules itself")
+        try:
+            Problem((), **rules)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self._mode, self._tool, self._sandbox, self._problem, self._rules = mode, tool, sandbox, problem, rules
         self.__name__ = f"code({mode})"
 
@@ -61,41 +74,56 @@ class code:
         problem = self.problem(episode)
         source = self.source(episode, problem)
         if source is None:
-            return Verdict(0.0, {self.__name__: 0.0})
-        found = await run_tests(source, problem, self._backend(), stop_early=self._mode == "all")
-        score = self._score(found, problem)
-        components = {self.__name__: score, "compiles": float(found.compiled), "passed": found.share(problem)}
-        return Verdict(score, components, status="timeout" if "timeout" in found.results else "ok")
+            return self._verdict(CodeVerdict(False, ()), problem, answered=False)
+        backend = self._backend()
+        async with place():
+            await require_language(problem.language, backend)
+            found = await run_tests(source, problem, backend, stop_early=self._mode == "all")
+        return self._verdict(found, problem, answered=True)
 
     def problem(self, episode: Episode) -> Problem:
         """Return the problem of an episode's task. Raises TaskError where it has none."""
+        given = episode.task.payload
         try:
-            found = self._problem(episode) if self._problem else Problem.of(episode.task.payload, **self._rules)
-            if found.language not in LANGUAGES:
-                raise ValueError(f"unknown language {found.language!r}: there are {', '.join(LANGUAGES)}")
+            if self._mode == "compiles":
+                given = {**given, "tests": []}
+            found = self._problem(episode) if self._problem else Problem.of(given, **self._rules)
+            if not isinstance(found, Problem):
+                raise TypeError(f"problem= made {found!r:.80}, which is no Problem")
+            if self._mode == "compiles":
+                return replace(found, tests=())
+            if not found.tests:
+                raise ValueError("there is no test")
         except (KeyError, ValueError, TypeError) as error:
             raise TaskError(f"task {episode.task.id!r} has no tests that can be run: {error!r:.200}") from error
         return found
 
     def source(self, episode: Episode, problem: Problem) -> str | None:
         """Return the submission, or None where there is none."""
-        if self._tool:
-            for message in reversed(episode.messages):
-                if isinstance(message, AssistantMessage):
-                    for call in reversed(message.tool_calls):
-                        if call.name == self._tool and call.status == "ok":
-                            return next((v for v in call.arguments.values() if isinstance(v, str)), None)
-            return None
-        fences = LANGUAGES[problem.language].fences
-        blocks = [body for name, body in fenced(episode.answer or "") if name in fences]
-        return blocks[-1] if blocks else None
+        if not self._tool:
+            return submission(episode.answer or "", LANGUAGES[problem.language].names)
+        for message in reversed(episode.messages):
+            if isinstance(message, AssistantMessage):
+                for call in reversed(message.tool_calls):
+                    if call.name == self._tool and call.status == "ok":
+                        return next((v for v in call.arguments.values() if isinstance(v, str) and v.strip()), None)
+        return None
 
-    def _score(self, found: CodeVerdict, problem: Problem) -> float:
-        if self._mode == "compiles":
-            return float(found.compiled)
-        if self._mode == "fraction":
-            return found.share(problem)
-        return float(found.compiled and found.passed == len(problem.tests))
+    def _verdict(self, found: CodeVerdict, problem: Problem, *, answered: bool) -> Verdict:
+        """Turn what became of the submission into numbers."""
+        tests = len(problem.tests)
+        score = {
+            "all": float(found.compiled and found.passed == tests),
+            "fraction": found.passed / max(tests, 1),
+            "weighted": found.share(problem),
+            "compiles": float(found.compiled),
+        }[self._mode]
+        components = {self.__name__: score, "answered": float(answered), "compiles": float(found.compiled)}
+        if tests:
+            components["passed"] = found.passed / tests
+            components |= {name: found.results.count(name) / tests for name in FAILURES}
+        failed: VerdictStatus = "unverifiable" if {"checker_error", "crash"} & {*found.results} else "ok"
+        return Verdict(score, components, status="timeout" if "timeout" in (found.build, *found.results) else failed)
 
     def _backend(self) -> SandboxBackend:
         if not isinstance(self._sandbox, str):
@@ -103,20 +131,3 @@ class code:
         backend: SandboxBackend = backends().shared(self._sandbox)
         on_exit(backends().close_shared)  # a loop of the caller's own is closed by the caller
         return backend
-
-
-def fenced(text: str) -> list[tuple[str, str]]:
-    """Return the closed fenced blocks of a Markdown text, each with its language in lower case, in linear time."""
-    blocks: list[tuple[str, str]] = []
-    name = ""
-    body: list[str] | None = None
-    for line in text.splitlines(keepends=True):
-        opened = _FENCE.fullmatch(line.rstrip())
-        if body is not None and line.rstrip() == "```":
-            blocks.append((name, "".join(body)))
-            body = None
-        elif body is not None:
-            body.append(line)
-        elif opened is not None:
-            name, body = opened[1].lower(), []
-    return blocks

@@ -26,6 +26,8 @@ class Options:
     """1 ≤ x ≤ 2 is [1, 2]."""
     names: bool = True
     """x = 5 is 5."""
+    dates: bool = False
+    """The answers are dates or times of day: Jan 5, 2024 is 2024-01-05, and 3 p.m. is 15:00."""
 
     def __post_init__(self) -> None:
         if self.precision is not None and not 0 <= self.precision <= 100:

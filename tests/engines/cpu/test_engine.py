@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from areal_agents.engines.cpu.engine import TransformersEngine
-from areal_agents.errors import ConfigError, EngineError
+from areal_agents.errors import EngineError
 from areal_agents.types import Completion
 from tests.engine_suite import REQUESTS, SAMPLING, kill, turns_equal_a_forward_pass
 from tests.engine_update_suite import LOADING, UPDATES
@@ -70,17 +70,6 @@ def test_what_was_sent_before_a_question_is_done_when_it_is_answered(llama: Serv
         health = await llama.engine.health()
         await llama.engine.release("released")
         assert (await llama.engine.health()).kv_tokens == health.kv_tokens - 54
-
-    llama.run(work())
-
-
-def test_threads_change_between_steps(llama: Served) -> None:
-    async def work() -> None:
-        await llama.engine.set_threads(2)
-        llama.check(ids_of(9, 20), await llama.ask(ids_of(9, 20), 5, "threads"))
-        await llama.engine.set_threads(1)
-        with pytest.raises(ConfigError, match="threads must be at least 1, got 0"):
-            await llama.engine.set_threads(0)
 
     llama.run(work())
 

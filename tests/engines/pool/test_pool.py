@@ -23,8 +23,6 @@ def test_sessions_stick_are_spread_and_leave_their_place_when_released() -> None
             assert world[1].calls[-1] == "release b"
             assert await world.place("g") == 1
             assert pool.max_context == 100
-            await pool.set_threads(3)
-            assert [world[i].threads for i in range(3)] == [3, 3, 3]
             assert [f["replica"] for f in world.named("replica_added")] == [0, 1, 2]
         assert all(engine.failure for engine in world.all())
         with pytest.raises(EngineError, match="the engine pool was closed"):

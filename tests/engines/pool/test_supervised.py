@@ -14,7 +14,7 @@ import torch
 
 from areal_agents.engines.pool.pool import EnginePool
 from areal_agents.engines.pool.supervision import Restartable
-from areal_agents.errors import ConfigError, EngineError
+from areal_agents.errors import EngineError
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.weights.shared_memory import AttachedWeights
@@ -56,20 +56,9 @@ def test_the_contract_without_a_restart(engines: Engines, check: str) -> None:
     engines.run(work())
 
 
-def test_threads_out_of_range_restart_nothing(engines: Engines) -> None:
-    async def work() -> None:
-        async with engines.supervised() as rig:
-            with pytest.raises(ConfigError):
-                await rig.it.engine.set_threads(0)
-            assert rig.events == []
-
-    engines.run(work())
-
-
 def test_requests_survive_a_killed_worker_at_any_point_with_the_served_versions_numbers(engines: Engines) -> None:
     async def work() -> None:
         async with engines.supervised() as rig:
-            await rig.it.engine.set_threads(1)
             first = rig.it.version
             for n, tokens in enumerate((0, 40)):  # before a token exists, and in the middle
                 await rig.update()

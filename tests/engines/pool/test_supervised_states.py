@@ -314,11 +314,10 @@ def test_an_event_log_that_fails_ends_requests_instead_of_hanging_them() -> None
     run(work())
 
 
-def test_engines_without_threads_or_a_context_and_numbers_out_of_range() -> None:
+def test_engines_without_a_context_and_numbers_out_of_range() -> None:
     async def work() -> None:
         world = World()
         async with world.engine as engine:
-            await engine.set_threads(2)
             assert engine.max_context == 0
         for wrong in ({"max_restarts": -1}, {"hang_seconds": 0.0}, {"window_seconds": -1.0}, {"start_seconds": 0.0}):
             with pytest.raises(ConfigError):

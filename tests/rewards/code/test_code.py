@@ -12,9 +12,10 @@ import pytest
 from areal_agents import sandboxes
 from areal_agents.errors import ConfigError, TaskError
 from areal_agents.reward import Episode, Verdict, judge
+from areal_agents.rewards.code.fences import fenced, submission
 from areal_agents.rewards.code.judge import CodeVerdict, run_tests
 from areal_agents.rewards.code.problem import CodeTest, Problem, same_text, same_value
-from areal_agents.rewards.code.reward import code, fenced
+from areal_agents.rewards.code.reward import FAILURES, code
 from areal_agents.sandbox import SandboxBackend
 from areal_agents.types import AssistantMessage, Task, Text, user
 from tests.conftest import require
@@ -125,7 +126,17 @@ def test_other_languages(runner: asyncio.Runner, backend: SandboxBackend) -> Non
         ("1 2", "1\n2", "all", 0, True), ("1\n", "1", "exact", 0, False), ("1", "1.1", "trailing", 1e-3, False),
         ("0.3", "0.30000000000000004", "trailing", 1e-9, True), ("nan", "nan", "trailing", 1e-9, True),
         ("inf", "1e999", "trailing", 1e-9, False), ("a 1", "b 1", "all", 0.1, False),
-        ("", "", "trailing", 0, True), ("1", "", "trailing", 0, False),
+        ("", "", "trailing", 0, True), ("1", "", "trailing", 0, False), ("a\nb", "a\r\nb\r\n", "trailing", 0, True),
+        ("a\nb", "a\r\nb", "exact", 0, False),
+        ("a\nb", "a\u2028b", "trailing", 0, False), ("a", "\n a", "trailing", 0, False),
+        ("a\nb", "a\n\nb", "trailing", 0, False), ("a\nb", "a\n\nb", "all", 0, True),
+        ("1", "1.0", "trailing", 0, False),
+        ("NaN", "-nan", "trailing", 1e-9, True), ("NaN", "-nan", "trailing", 0, False), ("nan", "0", "all", 0.5, False),
+        ("inf", "Infinity", "trailing", 1e-9, True), ("inf", "-inf", "trailing", 0.9, False),
+        ("10", "1_0", "all", 0.1, False),
+        ("1000", "1000.9", "all", 1e-3, True), ("1000", "1001.1", "all", 1e-3, False),
+        ("1", "\uff11", "all", 0.1, False),
+        ("0.0001", "0", "all", 1e-3, True), ("1", "9e999", "all", 0.9, False), (".5", "5e-1", "all", 1e-9, True),
     ],
 )  # fmt: skip
 def test_outputs(expected: str, output: str, whitespace: Any, tolerance: float, same: bool) -> None:
@@ -139,6 +150,13 @@ def test_values() -> None:
     assert not same_value([1], [1, 2], 0.0)
     assert not same_value({"a": 1}, {"b": 1}, 0.0)
     assert same_value(None, None, 0.0)
+    assert same_value(float("nan"), float("nan"), 1e-9)
+    assert not same_value(float("inf"), 10**400, 0.5)
+    assert not same_value(1, 10**400, 0.5)  # no float holds it
+    assert same_value("é", "é", 0.0)
+
+
+NONE_FAILED = dict.fromkeys(FAILURES, 0.0)
 
 
 def scored(runner: asyncio.Runner, reward: Any, answer: str, payload: dict[str, Any]) -> Verdict:
@@ -151,9 +169,10 @@ def test_the_reward(runner: asyncio.Runner, backend: SandboxBackend) -> None:
     tests = [{"input": "2", "output": "4"}, {"input": "3", "output": "6", "weight": 3}]
     answer = "First:\n```python\nprint(0)\n```\nBetter:\n```py\nprint(2 * int(input()))\n```\n```text\nno code\n```"
     right = scored(runner, code(sandbox=backend, seconds=20.0), answer, {"tests": tests})
-    assert right == Verdict(1.0, {"code(all)": 1.0, "compiles": 1.0, "passed": 1.0})
+    assert right == Verdict(1.0, {"code(all)": 1.0, "answered": 1.0, "compiles": 1.0, "passed": 1.0} | NONE_FAILED)
     half = "```\nprint(4)\n```"
-    assert scored(runner, code(sandbox=backend, mode="fraction", seconds=20.0), half, {"tests": tests}).score == 0.25
+    assert scored(runner, code(sandbox=backend, mode="fraction", seconds=20.0), half, {"tests": tests}).score == 0.5
+    assert scored(runner, code(sandbox=backend, mode="weighted", seconds=20.0), half, {"tests": tests}).score == 0.25
     assert scored(runner, code(sandbox=backend, seconds=20.0), half, {"tests": tests}).score == 0.0
     assert scored(runner, code(sandbox=backend, mode="compiles"), "```\nprint(\n```", {"tests": tests}).score == 0.0
     assert scored(runner, code(sandbox=backend), "no block", {"tests": tests}).score == 0.0
@@ -163,9 +182,9 @@ def test_the_reward(runner: asyncio.Runner, backend: SandboxBackend) -> None:
 
 @pytest.mark.parametrize(
     ("payload", "message"),
-    [({}, "tests"), ({"tests": []}, "1 to 1000 tests"), ({"tests": [{"input": "1"}]}, "neither an input"),
+    [({}, "tests"), ({"tests": []}, "there is no test"), ({"tests": [{"input": "1"}]}, "neither an input"),
      ({"tests": [{"arguments": [1], "expected": 1}]}, "is no name"),
-     ({"tests": [{"input": "1", "output": "1", "weight": -1}]}, "weights"),
+     ({"tests": [{"input": "1", "output": "1", "weight": -1}]}, "the weight -1"),
      ({"tests": [{"input": "", "output": "1"}], "language": "cobol"}, "unknown language")],
 )  # fmt: skip
 def test_a_task_without_tests_is_an_error(runner: asyncio.Runner, payload: dict[str, Any], message: str) -> None:
@@ -175,7 +194,21 @@ def test_a_task_without_tests_is_an_error(runner: asyncio.Runner, payload: dict[
 
 def test_fenced_blocks() -> None:
     assert fenced("a\n```Py x\n1\n```\n```\n2\n```  \n```c\nunclosed") == [("py", "1\n"), ("", "2\n")]
+    assert fenced("~~~ c++\n```\n~~~\n") == [("c++", "```\n")]
+    assert fenced("````{.python}\n```\n1\n```\n````") == [("python", "```\n1\n```\n")]
+    assert fenced("1. so:\n   ```py\n   if 1:\n       2\n   ```\n") == [("py", "if 1:\n    2\n")]
+    assert fenced("```js\r\nf()\r\n```\r\n") == [("js", "f()\n")]
     assert fenced("```a\n" * 200_000) == []  # none of them closes: each line is looked at once
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [("```py\n1\n```\n```py\n2\n```", "2\n"), ("```py\n1\n```\nIt prints:\n```\n4\n```", "1\n"), ("```\n1\n```", "1\n"),
+     ("```java\n1\n```", None), ("print(1)", None), ("```py\n\n```", None), ("```py\n1", None),
+     ("```java\n1\n```\n```\n2\n```", "2\n"), ("```PYTHON\nprint('é')\n```\n```js\n1\n```", "print('é')\n")],
+)  # fmt: skip
+def test_which_block_is_the_submission(text: str, program: str | None) -> None:
+    assert submission(text, {"python", "py"}) == program
 
 
 def test_wrong_choices_are_refused() -> None:
@@ -183,3 +216,14 @@ def test_wrong_choices_are_refused() -> None:
         code(mode="some")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown rule 'second'"):
         code(second=1)
+    for rules, message in (
+        ({"seconds": 0}, "seconds = 0"), ({"memory": 1 << 20}, "python needs at least"), ({"language": "ada"}, "'ada'"),
+        ({"memory": 64 << 20, "language": "c++"}, r"c\+\+ needs at least"), ({"whitespace": "some"}, "'some'"),
+        ({"float_tolerance": 1}, "float_tolerance = 1"), ({"checker": 1}, "cannot be called"),
+        ({"seconds": "1"}, "'1'"),
+        ({"float_tolerance": 0.1, "whitespace": "exact"}, "compares the whole text"), ({"total_seconds": -1}, "-1"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            code(**rules)
+    with pytest.raises(ConfigError, match="problem= makes whole problems"):
+        code(problem=lambda episode: DOUBLE, seconds=1.0)

@@ -96,6 +96,37 @@ def test_a_worker_that_is_killed_costs_nothing() -> None:
     asyncio.run(work())
 
 
+@pytest.mark.parametrize("pred", ["6", "\u00e9" * 60_000 + "5"], ids=["short", "longer than a pipe holds"])
+def test_a_worker_that_is_stopped_costs_nothing(pred: str) -> None:
+    pool = MathPool(1, deadline=2.0)
+
+    async def scenario() -> None:
+        assert (await pool.verify("1", "1")).status == "ok"
+        (pid,) = pids(pool)
+        os.kill(pid, signal.SIGSTOP)
+        found = await asyncio.wait_for(pool.verify("5", pred), 30)
+        assert found.status in ("wrong", "parse_error")  # and no timeout, which would be the answer's
+        assert pool.replaced == 1
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        pool.close()
+
+
+def test_answers_that_wait_when_the_pool_is_closed_get_a_verdict() -> None:
+    pool = MathPool(1, deadline=30.0, waiting=8)
+
+    async def scenario() -> set[str]:
+        assert (await pool.verify("1", "1")).status == "ok"
+        asked = [asyncio.ensure_future(pool.verify(f"w+{i}", f"{i}+w")) for i in range(32)]
+        await asyncio.sleep(0)  # eight are with the thread now, and the others wait for a place
+        await asyncio.to_thread(pool.close)
+        return {found.status for found in await asyncio.gather(*asked)}
+
+    assert asyncio.run(scenario()) <= {"ok", "infra_error"}
+
+
 def test_a_verdict_is_kept_and_a_closed_pool_leaves_nothing() -> None:
     async def work() -> None:
         pool = MathPool(1, deadline=60.0)
