@@ -259,9 +259,9 @@ async def _play(
         if stop.requested and not episodes:
             raise Interrupted(f"stopped by {stop.name} before an attempt was scored")
         report = summarize(
-            results, env=config.env.id, split=e.split, model=config.model.path, version=0,
-            temperature=e.temperature, seed=config.seed, seconds=watch.seconds, k=e.k,
-            planned=e.k * sum(task.id not in left_out for task in tasks), first_failure=failure, left_out=left_out,
+            results, env=config.env.id, split=e.split, model=config.model.path, version=0, temperature=e.temperature,
+            seed=config.seed, seconds=watch.seconds, k=e.k, first_failure=failure, left_out=left_out,
+            planned=e.k * sum(task.id not in left_out for task in tasks),
         )  # fmt: skip
         report = replace(report, served=served.text())
         if not report.unplayed:
@@ -269,11 +269,11 @@ async def _play(
             tracker.flush()
     _save(report, replace(sitting, served=tuple(sorted(served.names)), seconds=watch.seconds), out)
     if report.unplayed:
-        said = f"stopped by {stop.name}; {how_to_go_on(out, len(episodes), planned)}"
-        raise EvaluationInterrupted(said, report)
+        raise EvaluationInterrupted(f"stopped by {stop.name}; {how_to_go_on(out, len(episodes), planned)}", report)
     return report
 
 
 def _save(report: EvalReport, sitting: Sitting, out: Path) -> None:
+    """Write the report, and what the next sitting has to know."""
     sitting.write(out)
     save_whole(out / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
