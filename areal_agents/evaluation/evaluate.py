@@ -223,8 +223,8 @@ async def _play(
     bad: Mapping[str, str],
 ) -> EvalReport:
     """Play what no earlier sitting played, with each episode on the disk as it ends, and write the report."""
-    out, e, watch = config.out, config.eval, Stopwatch(before=earlier.seconds)
-    planned, had, max_bad = len(tasks) * e.k, len(earlier.episodes), config.rollout.max_bad_tasks
+    out, e, r, watch = config.out, config.eval, config.rollout, Stopwatch(before=earlier.seconds)
+    planned, had = len(tasks) * e.k, len(earlier.episodes)
     reopen(out, journal)  # before the tracker, which writes no shard that is there already
     with Tracker(out, tensorboard=False) as tracker:
         save_whole(out / "config.toml", dump(config, leave_out=training_only))
@@ -237,20 +237,18 @@ async def _play(
 
         results, failure, left_out = saved_rows(tasks, earlier.episodes, k=e.k), None, dict(bad)
         if had < planned:
-            budget = FailureBudget(window=config.rollout.failure_window, share=config.rollout.failure_budget)
+            budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
             async with opener(tracker.event) as player:
                 runner = EpisodeRunner(
-                    player, budget, max_retries=config.rollout.max_retries, event=tracker.event, say=tracker.message
+                    player, budget, max_retries=r.max_retries, event=tracker.event, say=tracker.message
                 )
-                for id, reason in bad.items():
-                    runner.leave_out(id, reason)
-                require_few_bad(bad, tried=e.n, share=max_bad)
+                _leave_out(runner, bad, tried=e.n, share=r.max_bad_tasks)
                 stop.at_once = False
                 try:
                     results = await run_attempts(
                         runner, tasks, k=e.k, concurrency=concurrency, seed=config.seed, label=e.split,
                         progress=Progress(tracker.message, before=had), saved=earlier.episodes, scored=scored,
-                        max_bad=max_bad, stop=stop,
+                        max_bad=r.max_bad_tasks, stop=stop,
                     )  # fmt: skip
                 finally:
                     await runner.close()
@@ -258,19 +256,26 @@ async def _play(
         episodes = [t for _, tries in results for t in tries if t is not None]
         if stop.requested and not episodes:
             raise Interrupted(f"stopped by {stop.name} before an attempt was scored")
-        report = summarize(
+        shown = summarize(
             results, env=config.env.id, split=e.split, model=config.model.path, version=0, temperature=e.temperature,
             seed=config.seed, seconds=watch.seconds, k=e.k, first_failure=failure, left_out=left_out,
             planned=e.k * sum(task.id not in left_out for task in tasks),
         )  # fmt: skip
-        report = replace(report, served=served.text())
-        if not report.unplayed:
+        if not shown.unplayed:
             tracker.trajectories.write(episodes, step=STEP, kind=KIND)
             tracker.flush()
+    report = replace(shown, served=served.text())
     _save(report, replace(sitting, served=tuple(sorted(served.names)), seconds=watch.seconds), out)
     if report.unplayed:
         raise EvaluationInterrupted(f"stopped by {stop.name}; {how_to_go_on(out, len(episodes), planned)}", report)
     return report
+
+
+def _leave_out(runner: EpisodeRunner, bad: Mapping[str, str], *, tried: int, share: float) -> None:
+    """Leave out the tasks that cannot even be made, or raise TaskError where they are too many."""
+    for id, reason in bad.items():
+        runner.leave_out(id, reason)
+    require_few_bad(bad, tried=tried, share=share)
 
 
 def _save(report: EvalReport, sitting: Sitting, out: Path) -> None:
