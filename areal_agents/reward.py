@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from areal_agents.errors import RewardError, TaskError
 from areal_agents.types import AssistantMessage, Message, StopReason, Task
+from areal_agents.utils.blocking import timed
 from areal_agents.utils.real_number import finite
 from areal_agents.utils.short_text import cut, short
 
@@ -49,6 +50,13 @@ class Episode:
     def turns(self) -> int:
         """Turns of the policy so far."""
         return sum(isinstance(m, AssistantMessage) for m in self.messages)
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that the policy sampled, over all turns. None where nobody counted those of every turn."""
+        counts = [m.tokens for m in self.messages if isinstance(m, AssistantMessage)]
+        known = [n for n in counts if n is not None]
+        return sum(known) if len(known) == len(counts) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,7 @@ async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verd
     Raises RewardError.
     """
     label = name or getattr(reward, "__name__", type(reward).__name__)
-    value: Any = reward(episode)
+    value: Any = timed(label, reward, episode)
     if inspect.isawaitable(value):
         value = await value
     if not isinstance(value, Verdict):
@@ -119,6 +127,11 @@ class WeightedSum:
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of reward {name!r} must be finite, got {weight}")
             self._parts[name] = (reward, float(weight))
+
+    @property
+    def parts(self) -> dict[str, RewardLike]:
+        """The rewards by name, without their weights."""
+        return {name: reward for name, (reward, _) in self._parts.items()}
 
     async def __call__(self, episode: Episode) -> Verdict:
         verdicts = {name: await judge(reward, episode, name=name) for name, (reward, _) in self._parts.items()}
@@ -167,6 +180,11 @@ class Gate(WeightedSum):
         self._on = on
         self._threshold = threshold
 
+    @property
+    def on(self) -> str:
+        """The reward that opens the gate."""
+        return self._on
+
     async def __call__(self, episode: Episode) -> Verdict:
         verdicts = {name: await judge(reward, episode, name=name) for name, (reward, _) in self._parts.items()}
         opened = verdicts[self._on].score >= self._threshold
@@ -174,6 +192,23 @@ class Gate(WeightedSum):
 
 
 Rubric: TypeAlias = WeightedSum | Gate
+
+
+def correct_part(reward: object) -> str | None:
+    """Return the component of a reward that says whether an answer is right, or None where nothing tells.
+
+    It is what a Gate is on, else a part called ``correct``, here or in a reward inside.
+    """
+    if isinstance(reward, Gate):
+        return reward.on
+    if isinstance(reward, WeightedSum):
+        if "correct" in reward.parts:
+            return "correct"
+        inside = {name: correct_part(part) for name, part in reward.parts.items()}
+        return next((f"{name}.{found}" for name, found in inside.items() if found is not None), None)
+    own = getattr(reward, "__dict__", {})  # of Clip, Normalize and reward_function
+    wrapped = own.get("reward", own.get("function"))
+    return None if wrapped is None else correct_part(wrapped)
 
 
 def _finite(value: object, name: str, episode: Episode) -> float:

@@ -45,7 +45,7 @@ from areal_agents.evaluation.report import EvalReport
 from areal_agents.reward import Episode, judge
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import read_metrics
-from areal_agents.types import Task
+from areal_agents.types import AssistantMessage, Info, Observation, Task
 from tests import doc_blocks
 from tests.chat_server import chat_server, completion
 from tests.doc_blocks import PAGES, ROOT, Block, Command
@@ -84,6 +84,10 @@ class Spelled(Letters):
     def expert(cls, task: Task) -> Expert:
         yield "abc"
         yield "def"
+
+    async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
+        observation, reward, terminated, truncated, info = await super().astep(action)
+        return observation, reward, terminated, truncated, info | {"components": {"letters": reward}}
 
 
 @dataclass
@@ -358,6 +362,8 @@ def _installable(words: list[str]) -> None:
 
 
 def _pattern(name: str) -> str:
+    if name.endswith("/NAME"):
+        return re.escape(name.removesuffix("NAME")) + ".+"
     return re.sub(r"(?<=[_/])[A-Z](?=_|$)", r"\\d+", re.escape(name))
 
 

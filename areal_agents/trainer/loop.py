@@ -31,6 +31,7 @@ from areal_agents.settings.config import AlgorithmConfig, TrainConfig
 from areal_agents.trainer.preflight import require_runnable
 from areal_agents.trainer.resize import answering
 from areal_agents.trainer.resume import begin, rate_change, refuse_evaluation
+from areal_agents.trainer.reward_watch import component_means, same_answers
 from areal_agents.trainer.run import Run, open_run
 from areal_agents.trainer.run_folder import Commit, RunFolder, require_shared
 from areal_agents.types import Group
@@ -181,6 +182,7 @@ async def learn(run: Run) -> None:
     rollouts = Rollouts(buffer, tasks, run.runner, seed=config.seed, event=run.tracker.event)
     try:
         _restore(run, rollouts)
+        run.watch_rewards()
         rollouts.start()
         run.rollouts = rollouts
         run.tracker.start_clock()
@@ -247,6 +249,7 @@ async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, wa
     metrics["tokens_per_second"] = metrics["sampled_tokens"] / watch.seconds
     run.tracker.trajectories.write([t for g in groups for t in g.trajectories], step=step, kind="train")
     run.tracker.log(step, metrics)
+    run.look_at_rewards(step, metrics, groups)
 
 
 def batch_of(groups: list[Group], algorithm: AlgorithmConfig, version: int, temperature: float) -> Batch:
@@ -292,5 +295,7 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
         "episodes": float(n),
         "generate_seconds": sum(t.metrics.get("generate_seconds", 0.0) for t in episodes) / n,
         "env_seconds": sum(t.metrics.get("env_seconds", 0.0) for t in episodes) / n,
+        "same_answer_share": same_answers(groups).share,
         **{name: float(count) for name, count in count_oddities(episodes).items()},
+        **component_means(episodes),
     }  # fmt: skip

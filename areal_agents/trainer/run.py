@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import itertools
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,17 +23,19 @@ from areal_agents.evaluation.attempts import run_attempts
 from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.evaluation.report import EvalReport
 from areal_agents.models import resolve
+from areal_agents.reward import correct_part
 from areal_agents.rollout.demonstrations import demonstration_rows, require_all
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, limits_of, prove_sandbox, require_prompts
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import TrainConfig
-from areal_agents.tracking.tracker import Tracker
+from areal_agents.tracking.tracker import Tracker, read_metrics
 from areal_agents.trainer.backend import Backend, OpenBackend
 from areal_agents.trainer.evaluation import evaluate_weights, measured, weights_of
+from areal_agents.trainer.reward_watch import PREFIX, RewardWatch, same_answers
 from areal_agents.trainer.run_folder import Commit, RunFolder
-from areal_agents.types import Task, Trajectory
+from areal_agents.types import Group, Task, Trajectory
 from areal_agents.utils.signals import Stop
 
 
@@ -135,6 +137,7 @@ class Run:
         """Training tasks that the warm start could not play, each with the reason."""
         self.rollouts: Rollouts | None = None
         """While it learns."""
+        self.reward_watch: RewardWatch | None = None
 
     async def publish(self) -> float:
         """Hand the learner's weights to the engine, and return the seconds in which it could not sample."""
@@ -190,6 +193,35 @@ class Run:
             await runner.close()
         self.left_out |= tasks.left_out
         return require_all(found, runner.first_given_up)
+
+    def watch_rewards(self) -> None:
+        """Begin the watch for rewards that are earned without the task, with the steps that are behind the run."""
+        track = self.config.track
+        if not track.watch:
+            return
+        correct = track.watch_correct or correct_part(getattr(self.spec.env_class(), "rubric", None)) or "correct"
+        self.reward_watch = RewardWatch(correct, track.watch_window, track.watch_same_answers)
+        self.tracker.flush()
+        rows = read_metrics(self.config.out, kind="train") if (self.config.out / "metrics.jsonl").exists() else []
+        for row in rows:
+            self.reward_watch.look(row["step"], {k: x for k, x in row.items() if isinstance(x, int | float)})
+
+    def look_at_rewards(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
+        """Tell of the signs that begin with this step, and once where nothing says which answers are right."""
+        watch = self.reward_watch
+        if watch is None:
+            return
+        if not watch.knows_correct(metrics):
+            others = sorted(name.removeprefix(PREFIX) for name in metrics if name.startswith(PREFIX))
+            self.tracker.event("correctness_unknown", step=step, looked_for=watch.correct, components=others)
+            if others:
+                self.tracker.message(
+                    f"the reward has no component {watch.correct!r}, so none can be compared with correctness: "
+                    f"track.watch_correct names one of {', '.join(others)}"
+                )
+        for found in watch.look(step, metrics, same_answers(groups)):
+            self.tracker.event("reward_hack_suspected", step=step, sign=found.sign, **found.facts, look_at=found.text)
+            self.tracker.message(f"warning: {found.text}")
 
     async def save(self, rollouts: Rollouts | None) -> None:
         """Checkpoint and commit the state between two steps.
