@@ -28,6 +28,7 @@ from areal_agents.algorithms.registry import ADVANTAGES, Choice
 from areal_agents.errors import ConfigError, RewardError
 from areal_agents.group_reward import Declaration
 from areal_agents.types import Group
+from areal_agents.utils.real_number import LARGEST
 from areal_agents.utils.tolerance import all_same, rounding_of
 
 Baseline = Literal["others", "group", "none"]
@@ -40,7 +41,7 @@ STD_EPS = 1e-6
 class EpisodeRewards:
     """The rewards of one episode, one a turn: [K], K ≥ 1.
 
-    Raises ValueError without a turn, RewardError for a reward that is not finite.
+    Raises ValueError without a turn, RewardError for a reward that is not finite, or too large to be compared.
     """
 
     rewards_K: tuple[float, ...]
@@ -51,6 +52,8 @@ class EpisodeRewards:
         for k, reward in enumerate(self.rewards_K):
             if not math.isfinite(reward):
                 raise RewardError(f"the reward of turn {k} is {reward}: rewards must be finite numbers")
+            if abs(reward) > LARGEST:
+                raise RewardError(f"the reward of turn {k} is {reward:g}: rewards may be up to {LARGEST:g} in size")
 
 
 class Estimator:

@@ -26,7 +26,7 @@ from areal_agents.evaluation.attempts import attempt_seed
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import env_maker
 from areal_agents.rollout.producer import group_seed
-from areal_agents.served_model import chat_models
+from areal_agents.served_model import models_of
 from areal_agents.settings.config import AlgorithmConfig
 from areal_agents.tracking.exact_json import from_utf8
 from areal_agents.tracking.trajectories import Record, read_shard, shards, step_of
@@ -93,8 +93,7 @@ class SavedRun:
             RegistryError: there is no such environment.
             ConfigError: one of them is no model.
         """
-        given = {**self.spec.kwargs, **self.env_kwargs}.get("models")
-        return chat_models(given) if isinstance(given, Mapping) else {}
+        return models_of({**self.spec.kwargs, **self.env_kwargs})
 
     def make_env(self, *, sandbox: str | None = None) -> AgentEnv:
         """Make a new environment as the run made its own, with ``sandbox`` in place of the run's where it is given.

@@ -8,9 +8,11 @@ that learns or evaluates, wherever the episodes were played. ``EpisodeRunner.fin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
+from areal_agents.engine import ChatModel
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, ConfigError, FailureBudgetError, InfraError, RewardError
 from areal_agents.group_reward import Declaration, GroupRewardLike, declaration, judge_group, with_group_verdict
@@ -21,6 +23,7 @@ from areal_agents.rollout.env_host import EnvHost, HostLost
 from areal_agents.rollout.env_results import VERDICT_METRICS
 from areal_agents.rollout.player import EventSink, env_maker, no_events
 from areal_agents.rollout.rebuilt import SeededAnswer, answer_reader, rebuilt
+from areal_agents.served_model import models_of
 from areal_agents.settings.config import TrainConfig
 from areal_agents.types import Task, Trajectory
 from areal_agents.utils.exits import no_exit
@@ -91,15 +94,19 @@ def open_judge(
     if named is None:
         return None
     make_env = env_maker(spec, sandbox=config.env.sandbox, kwargs=config.env.kwargs)
-    return GroupJudge(named, answer_reader(spec.env_class(), make_env), timeout=config.env.step_timeout, event=event)
+    return GroupJudge(
+        named, answer_reader(spec.env_class(), make_env), timeout=config.env.step_timeout, event=event,
+        models=models_of({**spec.kwargs, **config.env.kwargs}),
+    )  # fmt: skip
 
 
 class GroupJudge:
     """The judge that asks one group reward."""
 
     def __init__(
-        self, named: NamedGroupReward, answer: SeededAnswer, *, timeout: float, event: EventSink = no_events
-    ) -> None:
+        self, named: NamedGroupReward, answer: SeededAnswer, *, timeout: float, event: EventSink = no_events,
+        models: Mapping[str, ChatModel] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         """Start the host.
 
         Args:
@@ -107,9 +114,10 @@ class GroupJudge:
             answer: reads the answer from a final message, as the environment does.
             timeout: seconds for one call, beside those that the reward declares.
             event: is told host_replaced, env_task_failed and close_failed.
+            models: those that the environments are made with, for rewards that name judges.
         """
         self.named = named
-        self._answer, self._event = answer, event
+        self._answer, self._event, self._models = answer, event, models
         self._timeout = timeout + named.declared.seconds
         self._host = self._new_host()
         self._hosts_lost = 0
@@ -137,7 +145,10 @@ class GroupJudge:
         async def guarded() -> tuple[Verdict, ...] | RewardError:
             with no_exit():
                 pairs = zip(trajectories, seeds, strict=True)
-                episodes = [rebuilt(t, lambda t, seed=seed: self._answer(t, seed)) for t, seed in pairs]  # type: ignore[misc]
+                episodes = [
+                    replace(rebuilt(t, lambda t, seed=seed: self._answer(t, seed)), models=self._models)  # type: ignore[misc]
+                    for t, seed in pairs
+                ]
                 try:
                     return await judge_group(self.named.reward, episodes, name=self.named.name)
                 except RewardError as error:  # returned, so that the host does not take it for one it met

@@ -127,7 +127,7 @@ def read_shard(path: Path) -> list[Record]:
 
     try:
         if path.suffix == ".jsonl":
-            return [_record(row) for row in read_rows(path)]
+            return [record for record, _ in read_lines(path)]
         with pq.ParquetFile(path) as file:
             version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY, b"").decode(errors="replace")
             if version not in _READ:
@@ -141,25 +141,32 @@ def read_shard(path: Path) -> list[Record]:
         raise ArealError(f"{path} is no readable trajectory shard: {type(error).__name__}: {error}") from error
 
 
-def read_rows(path: Path) -> list[ParquetRow]:
-    """Read the rows of a shard that is still lines.
+def read_lines(path: Path) -> list[tuple[Record, ParquetRow]]:
+    """Read the records of a shard that is still lines, each with its row, which may hold more.
 
     A last line that was cut short is left out. Raises ArealError for a file that is missing, or another broken line.
     """
-    rows: list[ParquetRow] = []
+    found: list[tuple[Record, ParquetRow]] = []
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open("rb") as file:
             for line in file:
-                if not line.endswith("\n"):
-                    break
-                row = json.loads(line)
-                if row["schema_version"] != SCHEMA_VERSION:
-                    raise ValueError(f"schema_version {row['schema_version']}, this package reads {SCHEMA_VERSION}")
-                rows.append(row)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise ArealError(f"{path}: after {len(rows)} episodes, no readable line: {said}") from error
-    return rows
+                if line.endswith(b"\n"):
+                    found.append(_of_line(line))
+    except OSError as error:
+        raise ArealError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArealError(
+            f"{path}, line {len(found) + 1}, is no episode of this package ({type(error).__name__}: {error}): remove "
+            "that line, and its episode is played again by --resume; or begin anew in another folder"
+        ) from error
+    return found
+
+
+def _of_line(line: bytes) -> tuple[Record, ParquetRow]:
+    row: ParquetRow = json.loads(line)
+    if row["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"schema_version {row['schema_version']}, this package reads {SCHEMA_VERSION}")
+    return _record(row), row
 
 
 def read_records(out: Path, *, kind: str | None = None) -> Iterator[Record]:
