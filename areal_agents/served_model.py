@@ -149,7 +149,7 @@ def chat_models(named: Mapping[str, ModelLike]) -> dict[str, ChatModel]:
 
 
 def models_of(kwargs: Mapping[str, Any]) -> dict[str, ChatModel]:
-    """Return the models that an environment with these arguments is made with. Raises ConfigError as ``chat_models``."""
+    """Return the models among an environment's arguments. Raises ConfigError as ``chat_models`` does."""
     given = kwargs.get("models")
     return chat_models(given) if isinstance(given, Mapping) else {}
 
