@@ -18,13 +18,15 @@ from areal_agents.group_reward import GroupRewardLike, declaration, group_reward
 from areal_agents.registry import EnvSpec
 from areal_agents.reward import Episode, Verdict
 from areal_agents.rollout.buffer import Buffer
-from areal_agents.rollout.group_judge import GroupJudge, NamedGroupReward, group_reward_of, require_attempts
+from areal_agents.rollout.group_judge import GroupJudge, NamedGroupReward, group_reward_of, open_judge, require_attempts
 from areal_agents.rollout.player import LocalPlayer
 from areal_agents.rollout.producer import Rollouts, RolloutState
 from areal_agents.rollout.rebuilt import spoken_answer
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.rollout.tasks import TaskStream
-from areal_agents.types import Group
+from areal_agents.served_model import ServedModel
+from areal_agents.settings.config import TrainConfig
+from areal_agents.types import AssistantMessage, Completion, Group, Text, Trajectory, Turn, user
 from tests.rollout.test_producer import SAY, TASKS, Events
 from tests.scripted import LIMITS, Script, ScriptedEnv, ScriptedPolicy, block_the_loop
 
@@ -88,6 +90,34 @@ def test_a_group_is_judged_once_with_all_its_episodes_in_order() -> None:
         assert [t.turns[-1].own for t in group.trajectories] == [(1.0, {"correct": 1.0})] * 4
         assert dict(group.trajectories[2].turns[-1].components) == {"correct": 1.0, "group.rank": 2.0}
     assert not world.told("group_failed")
+
+
+def test_the_models_of_the_environments_reach_it() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def asked(episodes: Sequence[Episode]) -> list[float]:
+        seen.extend(dict(e.models) for e in episodes)
+        return [0.0] * len(episodes)
+
+    async def main() -> None:
+        spec = EnvSpec(
+            "named", "tests.scripted:ScriptedEnv", kwargs={"models": {"judge": "openai:m@http://127.0.0.1:1/v1"}}
+        )
+        judge = open_judge(named(asked), spec, TrainConfig(), Events())
+        assert judge is not None
+        try:
+            await judge.judge(TASKS[0], [trajectory()], [0])
+        finally:
+            await judge.close()
+
+    asyncio.run(main())
+    assert [(m.keys(), type(m["judge"])) for m in seen] == [({"judge"}, ServedModel)]
+
+
+def trajectory() -> Trajectory:
+    completion = Completion((1,), (-1.0,), (0,), "stop")
+    turn = Turn((0,), completion, AssistantMessage((Text("hello"),)), 1.0, observation=(user("?"),))
+    return Trajectory("g/0", TASKS[0], "g", (turn,), terminated=True, truncated=False, stop_reason="answer")
 
 
 def test_rewards_are_added_and_doubtful_verdicts_counted() -> None:
