@@ -25,6 +25,7 @@ sleep_at_barriers()  # before anything can load torch
 if TYPE_CHECKING:
     from areal_agents.env import AgentEnv, LazyTasks
     from areal_agents.evaluation.evaluate import evaluate
+    from areal_agents.group_reward import GroupReward
     from areal_agents.process_env import TextProcessEnv
     from areal_agents.registry import EnvSpec, make, register, spec, specs
     from areal_agents.reward import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         number,
         sole_boxed,
     )
+    from areal_agents.rewards.plain_function import reward_function
     from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec
     from areal_agents.settings.config import TrainConfig
     from areal_agents.spaces import ChatSpace, TextSpace
@@ -49,11 +51,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "areal_agents.env": ("AgentEnv", "LazyTasks"),
     "areal_agents.evaluation.evaluate": ("evaluate",),
+    "areal_agents.group_reward": ("GroupReward",),
     "areal_agents.process_env": ("TextProcessEnv",),
     "areal_agents.registry": ("EnvSpec", "make", "register", "spec", "specs"),
     "areal_agents.reward": (
         "Episode", "Gate", "Reward", "Verdict", "WeightedSum", "boxed", "boxed_number", "number", "sole_boxed",
     ),
+    "areal_agents.rewards.plain_function": ("reward_function",),
     "areal_agents.sandbox": ("Sandbox", "SandboxBackend", "SandboxSpec"),
     "areal_agents.settings.config": ("TrainConfig",),
     "areal_agents.spaces": ("ChatSpace", "TextSpace"),
@@ -77,6 +81,7 @@ __all__ = [
     "EnvSpec",
     "Episode",
     "Gate",
+    "GroupReward",
     "LazyTasks",
     "Message",
     "Reward",
@@ -100,6 +105,7 @@ __all__ = [
     "make",
     "number",
     "register",
+    "reward_function",
     "sole_boxed",
     "spec",
     "specs",

@@ -60,7 +60,7 @@ class Verify:
         try:
             total = sum(1 for _ in _rows(self.jsonl))
             start, done = time.monotonic(), 0
-            with partial.open("w", encoding="utf-8") as out:
+            with partial.open("w", encoding="utf-8", errors="backslashreplace") as out:  # half a character
                 rows = _rows(self.jsonl)
                 while chunk := [row for row, _ in zip(rows, range(_AHEAD * workers), strict=False)]:
                     for row in await asyncio.gather(*(_verdict(pool, line) for line in chunk)):
@@ -95,7 +95,7 @@ async def _verdict(pool: Any, line: str) -> dict[str, Any]:
     try:
         line.encode()
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {"score": 0, "status": "parse_error", "detail": f"the row is no JSON: {error}", "elapsed_ms": 0.0}
     if not isinstance(row, dict):
         return {"row": row, "score": 0, "status": "parse_error", "detail": "the row is no object", "elapsed_ms": 0.0}

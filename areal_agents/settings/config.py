@@ -153,6 +153,9 @@ class RolloutConfig(Section):
     """Most tokens the model may sample in one episode; none: what ``max_turns`` full turns have."""
     max_turns: Count = 16
     """The runner's own limit on turns, beside the environment's."""
+    group_reward: str = ""
+    """``module:name`` of a reward that judges each finished group in training, in place of the environment's
+    ``group_rubric``, if it has one. Evaluations keep the environment's own."""
     max_retries: int = Field(default=2, ge=0)
     """How often an episode is started again after an infrastructure error."""
     failure_window: Count = 64
@@ -272,6 +275,14 @@ class TrackConfig(Section):
     """Write the metrics for TensorBoard."""
     wandb: str = ""
     """Weights & Biases project to log to as well (needs the ``wandb`` extra); empty: none."""
+    watch: bool = True
+    """Tell of signs that a reward is earned without the task (event ``reward_hack_suspected``)."""
+    watch_correct: str = ""
+    """The reward's component that says whether an answer is right; empty: what its ``Gate`` is on, else ``correct``."""
+    watch_window: int = Field(default=20, ge=4, multiple_of=2)
+    """Steps over which a component may rise while correctness falls, before it is told."""
+    watch_same_answers: Fraction = 0.8
+    """More than this share of a batch's tasks answered with the very same text is told; 1: never."""
 
 
 class TrainConfig(Section):

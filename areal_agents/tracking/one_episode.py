@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents.tracking.exact_json import from_utf8, to_utf8
-from areal_agents.tracking.trajectories import Record, read_rows, read_shard, readable, records_of
+from areal_agents.tracking.trajectories import Record, read_lines, read_shard, readable, records_of
 
 _LIGHT = (
     "id", "group", "task_id", "step", "reward", "stop_reason", "error", "n_turns", "n_tool_calls", "n_valid_tool_calls",
@@ -80,7 +80,7 @@ def _rows(path: Path, columns: Sequence[str], *, group: str | None = None) -> li
     stored = None if group is None else to_utf8(group)
     with readable(path):
         if path.suffix == ".jsonl":
-            rows = read_rows(path)
+            rows = [row for _, row in read_lines(path)]
         else:
             import pyarrow.parquet as pq
 

@@ -58,3 +58,13 @@ def test_nothing_is_overwritten_and_wrong_usage_says_so(tmp_path: Path, capsys: 
     given.unlink()
     assert main(command) == 1
     assert "cannot read" in capsys.readouterr().err
+
+
+def test_a_row_that_no_file_can_hold_has_a_verdict_of_its_own(tmp_path: Path) -> None:
+    given, out = tmp_path / "rows.jsonl", tmp_path / "verdicts.jsonl"
+    half = r'{"gold": "5", "pred": "\ud800"}'  # JSON that holds half a character
+    given.write_text("\n".join([half, "[" * 200_000, '{"gold": "5", "pred": "5"}']))
+    assert main(["verify", "math", "--jsonl", str(given), "--out", str(out), "--workers", "1"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["parse_error", "parse_error", "ok"]
+    assert rows[0]["pred"] == "\ud800"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from fractions import Fraction
 
 from areal_agents.rewards.mathematics import tree as t
 from areal_agents.rewards.mathematics import units
 from areal_agents.rewards.mathematics.canonical import written
+from areal_agents.rewards.mathematics.combine import BASES, degrees, in_base, negative, product, said_of_elements
 from areal_agents.rewards.mathematics.errors import ParseError
 from areal_agents.rewards.mathematics.lexer import Token
 from areal_agents.rewards.mathematics.notation import (
@@ -24,6 +26,10 @@ from areal_agents.rewards.mathematics.notation import (
 )
 from areal_agents.rewards.mathematics.token_reader import TokenReader
 
+_INFIX: dict[str, Callable[[t.Node, t.Node], t.Node]] = {
+    "over": t.Quotient,
+    "choose": lambda n, k: t.Apply("binomial", (n, k)),
+}
 _CLOSING = {"(": ")]", "[": "])"}
 
 
@@ -41,10 +47,13 @@ class AtomReader(TokenReader, ABC):
 
     def _factor(self) -> t.Node:
         token = self._now
-        found = self._nested(self._atom)
+        return self._postfixed(self._nested(self._atom), token)
+
+    def _postfixed(self, found: t.Node, token: Token) -> t.Node:
+        """Read what stands behind an atom, which began with ``token``."""
         while True:
             if self._op("!"):
-                found = t.Apply("factorial", (found,))
+                found = t.Apply("factorial2" if self._op("!") else "factorial", (found,))
             elif self._op("%"):
                 found = t.Measure(found, t.PERCENT)
             elif self._op("'"):
@@ -54,7 +63,7 @@ class AtomReader(TokenReader, ABC):
             elif self._op("_"):
                 found = self._indexed(found, token)
             elif self._cmd("degree"):
-                found = _degrees(found)
+                found = degrees(found)
             elif self._now.kind == "unit" and token.kind == "number":
                 found = t.Measure(found, self._unit())
             else:
@@ -62,13 +71,13 @@ class AtomReader(TokenReader, ABC):
 
     def _raised(self, base: t.Node) -> t.Node:
         if self._cmd("circ", "degree"):
-            return _degrees(base)
+            return self._degrees(base)
         if self._cmd("prime"):
             return t.Symbol(f"{base.name}'") if isinstance(base, t.Symbol) else base
         if self._is("{") and self._tokens[self._at + 1].text in ("circ", "degree", "prime"):
             self._at += 2
             self._expect("}")
-            return _degrees(base)
+            return self._degrees(base)
         sign = self._op("-")
         if not sign:
             self._op("+")
@@ -77,12 +86,37 @@ class AtomReader(TokenReader, ABC):
             exponent = self._raised(exponent)
         while self._op("!"):
             exponent = t.Apply("factorial", (exponent,))
-        return t.Power(base, negative(exponent) if sign else exponent)
+        exponent = negative(exponent) if sign else exponent
+        inverse = exponent == t.Number(Fraction(-1)) and self._is("(")
+        if inverse and isinstance(base, t.Symbol) and base.name in ("f", "g", "h"):
+            return self._applied(t.Symbol(f"{base.name}_inverse"))
+        return t.Power(base, exponent)
+
+    def _degrees(self, value: t.Node) -> t.Node:
+        """Read 20°, 20° C and 20° 30'."""
+        found = degrees(value)
+        scale = {"C": "celsius", "F": "fahrenheit"}.get(self._now.text)
+        after = self._tokens[self._at + 1].text if self._at + 1 < len(self._tokens) else ""
+        if scale and self._now.kind != "end" and after in ("", ".", ",", ")", "}"):
+            self._at += 1
+            unit = units.find(scale)
+            assert unit is not None
+            return t.Measure(value, unit)
+        if self._now.kind == "number" and after == "'":
+            minutes = self._now.value
+            self._at += 2
+            return degrees(t.Sum((value, t.Number(minutes / 60))))
+        return found
 
     def _indexed(self, base: t.Node, token: Token) -> t.Node:
         index = self._nested(self._atom)
+        if isinstance(index, t.Words) and index.text.lower() in BASES:
+            index = t.Number(Fraction(BASES[index.text.lower()]))
         if isinstance(base, t.Number) and isinstance(index, t.Number):
-            return _in_base(token.text, int(index.value))
+            digits = next((x.text for x in self._tokens[self._tokens.index(token) :] if x.kind == "number"), "")
+            return in_base(digits, int(index.value))
+        if isinstance(base, t.Words) and base.text.isalnum() and isinstance(index, t.Number) and index.value > 10:
+            return in_base(base.text, int(index.value))
         if isinstance(base, t.Symbol):
             name = t.Symbol(f"{base.name}_{written(index)}")
             return self._applied(name)
@@ -163,6 +197,9 @@ class AtomReader(TokenReader, ABC):
             return t.Apply("abs", (found,))
         if opened == "{":
             items = self._items()
+            for infix in ("over", "choose"):
+                if self._cmd(infix):
+                    items = [_INFIX[infix](*(_one(x) for x in (items, self._items())))]
             self._expect("}")
             if not items:
                 raise ParseError("{} is empty")
@@ -173,6 +210,9 @@ class AtomReader(TokenReader, ABC):
             if self._now.kind != "op" or closed not in _CLOSING[opened]:
                 raise ParseError(f"{opened!r} is not closed")
             self._at += 1
+            rows = [x.items for x in items if isinstance(x, t.Row) and x.opened == "["]
+            if len(rows) == len(items) > 1 and opened == "[" and len(set(map(len, rows))) == 1:
+                return t.Matrix(tuple(rows))  # [[1, 2], [3, 4]]
             if len(items) == 1 and (opened, closed) in (("(", ")"), ("[", "]")):
                 return items[0]
             return t.Row(opened, tuple(items), closed)
@@ -253,9 +293,7 @@ class AtomReader(TokenReader, ABC):
         self._bars = bars
         if not (self._cmd("}", "rbrace")):
             raise ParseError("\\{ is not closed")
-        if len(items) == 1 and isinstance(items[0], t.Ratio) and isinstance(items[0].items[-1], t.Relation):
-            return items[0].items[-1]
-        return t.Row("{", tuple(items), "}")
+        return said_of_elements(items) or t.Row("{", tuple(items), "}")
 
     def _function(self, name: str) -> t.Node:
         base: t.Node | None = None
@@ -323,7 +361,8 @@ class AtomReader(TokenReader, ABC):
         if "matrix" in name or name in ("array",):
             if len({len(r) for r in rows}) != 1:
                 raise ParseError("the rows of a matrix have one length")
-            return t.Matrix(tuple(rows))
+            matrix = t.Matrix(tuple(rows))
+            return t.Apply("det", (matrix,)) if name == "vmatrix" else matrix
         return t.Row("", tuple(x for r in rows for x in r), "")
 
     def _env_name(self) -> str:
@@ -337,50 +376,7 @@ class AtomReader(TokenReader, ABC):
         return name
 
 
-def is_fraction_command(token: Token) -> bool:
-    return token.kind == "command" and token.text in FRACTIONS
-
-
-def proper(node: t.Node) -> bool:
-    """Whether a fraction can be the end of a mixed number: 0 < a/b < 1 in whole numbers."""
-    match node:
-        case t.Quotient(t.Number(above), t.Number(below)):
-            return above.denominator == below.denominator == 1 and 0 < above < below
-    return False
-
-
-def negative(node: t.Node) -> t.Node:
-    if isinstance(node, t.Number):
-        return t.Number(-node.value)
-    if isinstance(node, t.Measure):
-        return t.Measure(negative(node.value), node.unit)
-    if isinstance(node, t.Sum):
-        return t.Sum(tuple(negative(x) for x in node.terms))
-    return product(t.Number(Fraction(-1)), node)
-
-
-def product(left: t.Node, right: t.Node) -> t.Node:
-    if isinstance(right, t.Measure) and not isinstance(left, t.Measure):
-        return t.Measure(product(left, right.value), right.unit)
-    before = left.factors if isinstance(left, t.Product) else (left,)
-    after = right.factors if isinstance(right, t.Product) else (right,)
-    return t.Product((*before, *after))
-
-
-def sum_of(terms: list[t.Node]) -> t.Node:
-    return terms[0] if len(terms) == 1 else t.Sum(tuple(terms))
-
-
-def _degrees(node: t.Node) -> t.Node:
-    unit = units.find("degree")
-    assert unit is not None
-    return t.Measure(node, unit)
-
-
-def _in_base(digits: str, base: int) -> t.Node:
-    if not 2 <= base <= 36 or not digits.isalnum():
-        raise ParseError(f"{digits}_{base} is no number of a base")
-    try:
-        return t.Number(Fraction(int(digits, base)))
-    except ValueError as error:
-        raise ParseError(f"{digits} is no number of base {base}") from error
+def _one(items: list[t.Node]) -> t.Node:
+    if len(items) != 1:
+        raise ParseError("one value is expected on each side")
+    return items[0]

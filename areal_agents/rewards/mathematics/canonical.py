@@ -25,6 +25,8 @@ def written(node: t.Node) -> str:
         case t.Row(opened, items, closed):
             spelt = [written(x) for x in items]
             return f"{opened or '<'}{','.join(sorted(spelt) if opened == '{' else spelt)}{closed or '>'}"
+        case t.Matrix(rows):
+            return f"[{';'.join(','.join(map(written, row)) for row in rows)}]"
         case t.Relation(operands, operators):
             parts = [written(operands[0])]
             for operator, operand in zip(operators, operands[1:], strict=True):

@@ -14,7 +14,8 @@ from areal_agents.rewards.mathematics import numeric
 from areal_agents.rewards.mathematics import tree as t
 from areal_agents.rewards.mathematics.canonical import words, written
 from areal_agents.rewards.mathematics.errors import ParseError
-from areal_agents.rewards.mathematics.lexer import Commas, is_prose
+from areal_agents.rewards.mathematics.lexer import MAX_CHARS, Commas, is_prose
+from areal_agents.rewards.mathematics.notation import INEQUALITIES
 from areal_agents.rewards.mathematics.options import Options
 from areal_agents.rewards.mathematics.parser import parse
 from areal_agents.rewards.mathematics.sets import as_set
@@ -22,6 +23,22 @@ from areal_agents.rewards.mathematics.value import value
 
 MAX_ITEMS = 64
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
+_GROUPED = re.compile(r"(?<![A-Za-z])(?:[(\[]|\\\{)\s*[-+]?\d{1,3}(?:,\d{3})+\s*(?:\\right|[)\]]|\\\})")
+"""(1,200) is a pair, and no number."""
+_LOG = re.compile(r"\\log(?![A-Za-z])(?!\s*_)|(?<![A-Za-z\\])log(?=[\s(])")
+"""A logarithm without a base, which is natural to some and to the base 10 to others."""
+_LEAD = re.compile(
+    r"\s*(?:\\text\s*\{\s*)?(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*:)|exactly\b|approximately\b|about\b)"
+    r"[\s:]*\}?\s*(?=\S)",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(r"(?=.{0,64}[A-Za-z]{3})(?:\\text\s*\{)?[A-Za-z0-9\s',.:-]{4,200}\}?")
+_MEANINGS: dict[str, t.Node] = {
+    **{word: t.Number(Fraction(i)) for i, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"])},
+    **dict.fromkeys(("all real numbers", "all reals", "the real numbers"), t.Constant("reals")),
+    **dict.fromkeys(("the empty set", "empty set", "no solution", "no solutions"), t.Row("{", (), "}")),
+}  # fmt: skip
 _EQUALS = {"=", "~", "->", "=="}
 
 
@@ -30,27 +47,36 @@ def readings(text: str, options: Options) -> list[t.Node]:
 
     Raises ParseError where there is none.
     """
-    if is_prose(text):
-        return [t.Words(text)]
+    if len(text) > MAX_CHARS:
+        raise ParseError(f"the answer has {len(text)} characters, at most {MAX_CHARS} are read")
+    text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
+    if is_prose(text) or words(text) in _MEANINGS:
+        same = _MEANINGS.get(words(text))
+        return [t.Words(text)] if same is None else [t.Words(text), same]
+    if re.fullmatch(r"\s*\d{4}-\d\d-\d\d\s*", text):
+        return [t.Words(text)]  # a date, and no difference
     commas: list[Commas] = ["thousands"]
     if re.search(r"\d,\s?\d{3}", text):
-        commas.append("list")
+        commas = ["list"] if _GROUPED.search(text) else [*commas, "list"]
     if options.decimal_comma or re.fullmatch(r"[\s$+-]*\d+,(?:\d{1,2}|\d{4,})[\s$]*", text):
         commas.append("decimal")
     found: list[t.Node] = []
     first: ParseError | None = None
-    for one in commas:
+    spelt = [text, _LOG.sub(r"\\lg ", text)] if _LOG.search(text) else [text]
+    for one, spelling in ((one, spelling) for one in commas for spelling in spelt):
         try:
-            node = _either(parse(text, one))
+            node = _either(parse(spelling, one))
         except ParseError as error:
             first = first or error
             continue
         if node not in found:
             found.append(node)
+    if not found and _SENTENCE.fullmatch(text):
+        return [t.Words(text)]  # \text{January 3}
     if not found:
         assert first is not None
         raise first
-    return found
+    return [*found, *(_MEANINGS[words(x.text)] for x in found if isinstance(x, t.Words) and words(x.text) in _MEANINGS)]
 
 
 def equal_nodes(gold: t.Node, answer: t.Node, options: Options) -> bool:
@@ -91,7 +117,14 @@ class _Comparison:
             left, right = named(a), named(b)
             if left is None or right is None:
                 return self._options.intervals and self._sets(a, b)
-            return _same_name(left[0], right[0]) and self.equal(left[1], right[1])
+            said = _with_arguments_of(left[0], right[0], right[1])
+            return _same_name(left[0], right[0]) and self.equal(left[1], said)
+        if (
+            set(a.operators) == {"="} and not _variables(a) and named(a) is None
+        ):  # 2^4 = 16 is 16, and 2^4 = 15 is nothing
+            return all(self.equal(x, b) for x in a.operands)
+        if a.operators == ("mod",):
+            return self.equal(a.operands[0], b)
         found = named(a) if self._options.names else None
         if found is not None:
             return self.equal(found[1], b)
@@ -132,8 +165,14 @@ class _Comparison:
             return False  # their spellings differ
         shapes = {a.opened, b.opened}
         if shapes <= {"", "{"}:
-            ordered = self._options.ordered and shapes == {""}
-            return self._in_order(a.items, b.items) if ordered else self._in_any_order(a.items, b.items)
+            if self._options.ordered and shapes == {""}:
+                return self._in_order(a.items, b.items)
+            single = not any(isinstance(x, t.Row | t.Relation) for x in (*a.items, *b.items))
+            if shapes == {""} and single:  # the prime factors 2, 2, 5 are not 2, 5; solutions said twice count once
+                return self._as_often(a.items, b.items)
+            return self._in_any_order(a.items, b.items)
+        if "" in shapes and len(shapes) > 1 and any(_is_condition(x) for x in (a, b)):
+            return self._options.intervals and self._sets(a, b)
         if "{" in shapes or ("" not in shapes and (a.opened, a.closed) != (b.opened, b.closed)):
             return False
         return self._in_order(a.items, b.items)
@@ -147,6 +186,16 @@ class _Comparison:
         return all(any(self.equal(x, y) for y in right) for x in left) and all(
             any(self.equal(x, y) for x in left) for y in right
         )
+
+    def _as_often(self, a: Sequence[t.Node], b: Sequence[t.Node]) -> bool:
+        """Say whether each value is as often in one row as in the other."""
+        left = list(b)
+        for x in a:
+            match = next((i for i, y in enumerate(left) if self.equal(x, y)), None)
+            if match is None:
+                return False
+            del left[match]
+        return not left
 
     def _matrix(self, a: t.Matrix, b: t.Node) -> bool:
         return (
@@ -168,6 +217,8 @@ class _Comparison:
         return len(a.items) == 2 and self._values(t.Quotient(*a.items), b)
 
     def _sets(self, a: t.Node, b: t.Node) -> bool:
+        if len(_variables(a) | _variables(b)) > 1:  # x > 2 is not y > 2
+            return False
         try:
             mine, other = as_set(a), as_set(b)
         except ParseError:
@@ -239,6 +290,34 @@ def _is_name(node: t.Node) -> bool:
         case t.Quotient(above, below):
             return _is_name(above) and _is_name(below)
     return False
+
+
+def _variables(node: t.Node) -> set[str]:
+    """Return the variables of an inequality or a set."""
+    if isinstance(node, t.Symbol):
+        return {node.name}
+    return {name for x in t.children(node) for name in _variables(x)}
+
+
+def _is_condition(node: t.Row) -> bool:
+    """Whether a list says x > 1, x < 2."""
+    return all(isinstance(x, t.Relation) and set(x.operators) <= INEQUALITIES for x in node.items)
+
+
+def _with_arguments_of(wanted: t.Node, name: t.Node, node: t.Node) -> t.Node:
+    """Write t² as x², where one answer says f(x) and the other one f(t)."""
+    if not isinstance(wanted, t.Apply) or not isinstance(name, t.Apply) or len(wanted.args) != len(name.args):
+        return node
+    if not all(isinstance(x, t.Symbol) for x in (*wanted.args, *name.args)):
+        return node
+    pairs = list(zip(name.args, wanted.args, strict=True))
+    return _put_in(node, dict([(y, x) for x, y in pairs] + pairs))
+
+
+def _put_in(node: t.Node, given: dict[t.Node, t.Node]) -> t.Node:
+    if isinstance(node, t.Symbol):
+        return given.get(node, node)
+    return t.rebuilt(node, tuple(_put_in(x, given) for x in t.children(node)))
 
 
 def _same_name(a: t.Node, b: t.Node) -> bool:

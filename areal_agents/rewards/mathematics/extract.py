@@ -26,7 +26,8 @@ _NEAR = 70
 _JOINT = re.compile(r"[,;]|\b(?:and|or)\b")
 _TAIL = re.compile(r"[\s$}]{0,4}(?:\\?%|percent(?:age)?\b|pct\b|\\text\{\s*(?:percent|pct)\s*\})")
 _SAID = re.compile(
-    r"(?:final\s+answer(?:\s+is)?|(?:the|my)\s+answer\s+is|answer\s*(?:is|:)|antwort\s*:)\s*[:=]?\s*", re.IGNORECASE
+    r"(?:####|final\s+answer(?:\s+is)?|(?:the|my)\s+answer\s+is|answer\s*(?:is|:)|antwort\s*:)\s*[:=]?\s*",
+    re.IGNORECASE,
 )
 _MATH = re.compile(
     r"(?<!\\)\$\$?((?:[^$\\]|\\.){1,2000}?)(?<!\\)\$\$?|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]", re.DOTALL
@@ -35,6 +36,8 @@ _NUMBER = re.compile(
     r"(?<![\w.,])[-+−]?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?(?:e[-+]?\d+)?(?:\s?(?:%|percent\b|°))?", re.IGNORECASE
 )
 _SENTENCE = re.compile(r"(?<!\d)\.(?:\s|$)|\.\s+(?=[A-Z\[(])|[\n!?]|\.$")
+_SAYS = re.compile(r"^.{0,40}?\banswer\b[*_\s]*(?:is\b)?[*_\s]*[:=]?[*_\s]*", re.IGNORECASE)
+_UNBRACED = re.compile(r"\\boxed\s{1,8}([^\s${}\\]{1,64})")
 _CUT = re.compile(r"<\|[a-z_]{1,20}\|>")
 
 
@@ -47,7 +50,7 @@ def extract(text: str, slot: Slot) -> str | None:
             found = boxed_answer(text)
         case "final_line":
             lines = [line for line in text.splitlines() if line.strip()]
-            found = re.split(r"(?i)^.{0,40}?\banswer\b\s*(?:is)?\s*[:=]?\s*", lines[-1])[-1] if lines else None
+            found = _SAYS.split(lines[-1])[-1] if lines else None
         case "text":
             found = _anywhere(text)
         case _:
@@ -57,6 +60,9 @@ def extract(text: str, slot: Slot) -> str | None:
 
 def gold_answer(text: str) -> str:
     """Find the answer of a gold text: its box, what it calls the final answer, or all of it."""
+    marked = text.rpartition("####")
+    if marked[1] and marked[2].strip() and "\n" not in marked[2].strip():
+        return bare(marked[2])  # the last line of a GSM8K solution
     boxed = boxed_answer(text, cut=True)
     if boxed is not None:
         return bare(boxed)
@@ -87,6 +93,10 @@ def bare(text: str) -> str:
                 if opened not in inside or opened == closed == "**":
                     text = inside.strip()
         text = text.strip()
+        if text.startswith("##"):
+            text = text.lstrip("#").strip()
+        if text.endswith("**") and text.count("**") == 1:
+            text = text.removesuffix("**")
         if text.endswith(".") and not text.endswith("..."):
             text = text[:-1].rstrip()
     return text
@@ -99,7 +109,11 @@ def boxed_answer(text: str, *, cut: bool = False) -> str | None:
     """
     if r"\begin" not in text:
         text = text.replace("\\\\", "\\")
+    text = text.replace(r"\fbox{", r"\boxed{")
     spans = boxed_spans(text)
+    if not spans and r"\boxed{" not in text:
+        bare_box = _UNBRACED.findall(text)
+        return bare_box[-1] if bare_box else None
     if not spans:
         start = text.rfind(r"\boxed{") if cut else -1
         return None if start < 0 else text[text.index("{", start) + 1 :]

@@ -40,6 +40,7 @@ _ONE_TO_ONE = {
     "⁄": "/", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ",
     "π": r"\pi ", "√": r"\sqrt ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ",
     "±": r"\pm ", "∓": r"\mp ", "ℝ": r"\mathbb{R} ", "ℤ": r"\mathbb{Z} ", "ℕ": r"\mathbb{N} ", "∖": r"\setminus ",
+    "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "€": r"\euro ", "£": r"\pounds ",
     "∶": ":", "ⅈ": "i", "ⅇ": "e", "⟨": "(", "⟩": ")", "′": "'", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "ε": r"\epsilon ", "θ": r"\theta ",
     "λ": r"\lambda ", "μ": r"\mu ", "ρ": r"\rho ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ",
@@ -49,7 +50,9 @@ _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True)
 _RUN = re.compile(r"(?<=\^\{[0-9+\-n])\}\^\{(?=[0-9+\-n]\})|(?<=_\{[0-9])\}_\{(?=[0-9]\})")
 """Between two raised or lowered characters, which are one exponent or index."""
 _SPACE = re.compile(
-    r"\\(?:[,;:!> ]|quad\b|qquad\b|thinspace\b|displaystyle\b|textstyle\b|limits\b|nolimits\b)|[\s~&]|\\\\"
+    r"\\(?:[,;:!> ]|quad\b|qquad\b|thinspace\b|displaystyle\b|textstyle\b|limits\b|nolimits\b|bf\b|rm\b|it\b"
+    r"|tiny\b|small\b|normalsize\b|large\b|Large\b|LARGE\b|huge\b|Huge\b)"
+    r"|\\(?:color|textcolor|hspace|vspace|tag|label)\*?\{[^{}]{0,40}\}|[\s~&]|\\\\(?:\s?\[[\d.]{1,4}(?:pt|em|ex|mm|cm)\])?|\\$"
 )
 _SIZE = re.compile(r"\\(?:left|right|m?left|m?right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?(?![\d])|\\middle(?![a-zA-Z])")
 _GROUP = re.compile(r",(?:\\!|\\,|\s)*|\s*\{\s*,\s*\}\s*|\\,|\\;|\\ |\s|'")
@@ -57,13 +60,23 @@ _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|operatorname|mathbf|mathit|mathsf|bold)\*?\s*\{"
 )
 _SCIENTIFIC = re.compile(r"[eE]([+-]?\d{1,6})(?![\d.])(?![a-zA-Z])")
-_REPEATED = re.compile(r"\\overline\s*\{(\d{1,64})\}|\\bar\s*\{(\d{1,64})\}|\\dot\s*\{?(\d)\}?|\((\d{1,64})\)")
+_GOES_ON = re.compile(r"\s?(?:\.\.\.|\\(?:l|c)?dots(?:c)?\b)")
+_REPEATED = re.compile(
+    r"\\dot\s*\{?(\d\}?\d{0,64}\\dot\s*\{?\d)\}?"
+    r"|\\overline\s*\{(\d{1,64})\}|\\bar\s*\{(\d{1,64})\}|\\dot\s*\{?(\d)\}?|\((\d{1,64})\)"
+)
 _WORD = re.compile(r"[A-Za-z]+")
+_POWER = re.compile(rf"(?:square|cubic|sq|cu)\.?\s+(?:{units.NAMES})(?![A-Za-z])", re.IGNORECASE)
 _COMMAND = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
+_PER = re.compile(r"\s?(?:/|per\b)\s?[A-Za-z]{1,12}(?:\^\{?\d\}?)?[ .$}]*$|\s?\d")
+"""After the m of 3 m/s, and of 3 m 20 cm."""
+_BASED = re.compile(r"((?=[0-9A-Z]{0,63}[A-Z])[0-9][0-9A-Z]{0,63})_\{?([1-3]\d)\}?|([A-F]{2,64})_\{?(16)\}?")
+"""1A3_{16}: digits of a base over ten."""
 _OPS = set("+-*/^_=<>(){}[]|,;:!%$'.")
 _LETTERS = 3
 """A longer run of letters is a word, a shorter one a product of variables."""
-_WORDS = {"and": ",", "or": ",", "to": ":", "percent": "%", "percentage": "%", "pct": "%"}
+_WORDS = {"and": ",", "or": "lor", "to": ":", "percent": "%", "percentage": "%", "pct": "%"}
+_CURRENCY = {"$": "dollar", "euro": "EUR", "pounds": "GBP"}
 _CONSTANTS = {"inf": "infty", "infinity": "infty", "oo": "infty", "pi": "pi"}
 
 
@@ -71,6 +84,7 @@ def plain(text: str) -> str:
     """Spell Unicode mathematics as LaTeX and ASCII, character by character."""
     if r"\begin" not in text:
         text = text.replace(r"\\", "\\")  # commands that were escaped twice; elsewhere it ends a row
+    text = text.replace("+/-", r"\pm ")
     out: list[str] = []
     for char in text:
         if char.isascii():
@@ -123,7 +137,9 @@ class Lexer:
 
     def _next(self) -> None:
         char = self._text[self._pos]
-        if char.isdigit() or (char == "." and self._text[self._pos + 1 : self._pos + 2].isdigit()):
+        if match := self._take(_BASED):
+            self._based(match[1] or match[3], int(match[2] or match[4]))
+        elif char.isdigit() or (char == "." and self._text[self._pos + 1 : self._pos + 2].isdigit()):
             self._number()
         elif match := self._take(_TEXT):
             self._in_text()
@@ -131,8 +147,8 @@ class Lexer:
             pass
         elif match := self._take(_SPACE):
             self._spaced = True
-            if match.group() in ("&", r"\\"):
-                self._add("op", match.group())
+            if match.group() == "&" or match.group().startswith("\\\\"):
+                self._add("op", match.group()[:2])
         elif match := self._take(_COMMAND):
             self._command(match[1])
         elif match := self._take(_WORD):
@@ -159,8 +175,8 @@ class Lexer:
             self._add("op", char)
 
     def _command(self, name: str) -> None:
-        if name == "$":
-            self._add("unit", "dollar")
+        if name in _CURRENCY:
+            self._add("unit", _CURRENCY[name])
         elif name in ("{", "}"):
             self._add("command", name)
         elif name == "%":
@@ -179,15 +195,18 @@ class Lexer:
             word = joined.group()
         low = word.lower()
         if low in _WORDS:
-            self._add("op", _WORDS[low])
+            self._joint(low)
         elif low == "per" and self.tokens and self.tokens[-1].kind == "unit":
             self._add("op", "/")
         elif low in _CONSTANTS:
             self._add("command", _CONSTANTS[low])
-        elif low in FUNCTIONS:
+        elif low in FUNCTIONS and not self._is_time(word):
             self._add("command", low)
         elif self._may_be_unit(word) and units.known(word):
             self._add("unit", word)
+        elif self._may_be_unit(word) and (power := _POWER.match(f"{low}{self._text[self._pos :][:64]}")) is not None:
+            self._pos += power.end() - len(low)  # cubic meters
+            self._add("unit", power.group())
         elif low.startswith("sqrt"):  # sqrtx
             self._pos -= len(word) - 4
             self._add("command", "sqrt")
@@ -197,13 +216,25 @@ class Lexer:
             for letter in word:
                 self._add("name", letter)
 
+    def _joint(self, word: str) -> None:
+        self._add("command" if word == "or" else "op", _WORDS[word])
+
+    def _is_time(self, word: str) -> bool:
+        """Whether min or sec is a minute or a second, and no function: nothing that it could apply to follows."""
+        rest = self._text[self._pos :]
+        ends = not rest.strip(" .$}") or rest.startswith(",") or _PER.match(rest) is not None
+        return word in ("min", "sec") and ends and self._may_be_unit(word)
+
     def _may_be_unit(self, word: str) -> bool:
         """Whether a word stands where a unit does: behind a value. A single letter must end the answer (5 m)."""
         if not self.tokens or not (
             self.tokens[-1].kind in ("number", "unit") or self.tokens[-1].text in (")", "}", "/")
         ):
             return False
-        return len(word) > 1 or (self._spaced and not self._text[self._pos :].strip(" .$}"))
+        if len(word) > 1 or [t.kind for t in self.tokens[-2:]] == ["unit", "op"]:  # km, and the h of km/h
+            return True
+        rest = self._text[self._pos :]
+        return self._spaced and (not rest.strip(" .$}") or _PER.match(rest) is not None)
 
     def _in_text(self) -> None:
         start, depth = self._pos, 1
@@ -211,23 +242,30 @@ class Lexer:
             depth += {"{": 1, "}": -1}.get(self._text[self._pos], 0)
             self._pos += 1
         inside = self._text[start : self._pos - (depth == 0)].strip(" ~.")
+        inside = inside.removesuffix(" and")
         word = inside.lower().strip(" .,()")
         if not inside:
             return
         if word in _WORDS:
-            self._add("op", _WORDS[word])
+            self._joint(word)
         elif word in FUNCTIONS:
             self._add("command", word)
         elif units.known(inside):
             self._add("unit", inside)
         elif len(inside) == 1 and inside.isalpha():
             self._add("name", inside)
-        elif re.fullmatch(r"[\d.,\s]+", inside):
-            self._pos, self._text = 0, inside + self._text[self._pos :]
+        elif re.fullmatch(r"[\d.,\s()\[\]/%:=<>+*-]*\d[\d.,\s()\[\]/%:=<>+*-]*(?:[a-zA-Z]{1,12}\.?)?", inside):
+            self._pos, self._text = 0, inside + self._text[self._pos :]  # \text{(1, 2)}, \text{5 cm}
         else:
             self._add("text", inside)
 
     # ── numbers ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _based(self, digits: str, base: int) -> None:
+        try:
+            self._add("number", digits, Fraction(int(digits, base)))
+        except ValueError as error:
+            raise ParseError(f"{digits} is no number of base {base}") from error
 
     def _digits(self) -> str:
         start = self._pos
@@ -277,6 +315,8 @@ class Lexer:
                 break
             if kind == "," and self._commas != "thousands" and match.group() == ",":
                 break
+            if kind == "," and self._text[self._pos - 1] == "0" and not self._text[: self._pos - 1][-1:].isdigit():
+                break  # (0,100)
             if (kind == "\\" and match.group() == "\\ ") or (kind == "'" and not digits[:3].isdigit()):
                 break
             separator = kind
@@ -296,7 +336,18 @@ class Lexer:
     def _repeating(self, value: Fraction, decimals: int) -> Fraction:
         match = _REPEATED.match(self._text, self._pos)
         if match is None:
-            return value
-        block = next(group for group in match.groups() if group)
+            return self._going_on(value, decimals)
+        block = re.sub(r"\D", "", next(group for group in match.groups() if group))
         self._pos = match.end()
         return value + Fraction(int(block), (10 ** len(block) - 1) * 10**decimals)
+
+    def _going_on(self, value: Fraction, decimals: int) -> Fraction:
+        """Read 0.333… where a block stands three times; another number that goes on has no value."""
+        before = self._pos
+        if not decimals or not self._take(_GOES_ON):
+            return value
+        digits = self._text[before - min(decimals, 64) : before]
+        block = re.search(r"(\d{1,12}?)\1\1$", digits)
+        if block is None:
+            raise ParseError("a decimal goes on in a way that is not said")
+        return value + Fraction(int(block[1]), (10 ** len(block[1]) - 1) * 10**decimals)

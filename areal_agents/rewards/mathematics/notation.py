@@ -6,7 +6,7 @@ FUNCTIONS = frozenset(
     {
         "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "sinh", "cosh", "tanh",
         "coth", "asin", "acos", "atan", "ln", "log", "lg", "exp", "sqrt", "cbrt", "floor", "ceil", "gcd", "lcm", "max",
-        "min", "abs", "deg", "det", "dim", "re", "im", "arg", "sgn", "sign",
+        "min", "abs", "deg", "det", "dim", "re", "im", "arg", "sgn", "sign", "cis",
     }
 )  # fmt: skip
 FRACTIONS = {"frac", "dfrac", "tfrac", "cfrac"}
@@ -36,6 +36,7 @@ NUMBER_SETS = {"R": "reals", "Z": "integers", "N": "naturals", "Q": "rationals",
 BIG = {"sum", "prod", "int", "lim"}
 STARTS_NOTHING = {
     *RELATIONS, *SETS, *SEPARATORS, *TIMES, *OVER, "pm", "mp", "}", "end", "mid", "rangle", "rfloor", "rceil", "rvert",
-    "pmod", "mod", "bmod", "colon", "rbrace", "rbrack",
+    "pmod", "mod", "bmod", "colon", "rbrace", "rbrack", "over", "choose",
 }  # fmt: skip
 """Commands that are no factor."""
+INEQUALITIES = {"<", ">", "<=", ">=", "!=", "in"}

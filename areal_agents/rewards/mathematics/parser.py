@@ -15,10 +15,19 @@ looks at each token a bounded number of times, and nests at most ``MAX_DEPTH`` d
 from __future__ import annotations
 
 from areal_agents.rewards.mathematics import tree as t
-from areal_agents.rewards.mathematics import units
-from areal_agents.rewards.mathematics.atoms import AtomReader, is_fraction_command, negative, product, proper, sum_of
+from areal_agents.rewards.mathematics.atoms import AtomReader
+from areal_agents.rewards.mathematics.combine import (
+    counted,
+    is_fraction_command,
+    listed,
+    negative,
+    product,
+    proper,
+    sum_of,
+    together,
+)
 from areal_agents.rewards.mathematics.errors import ParseError
-from areal_agents.rewards.mathematics.lexer import Commas, Lexer
+from areal_agents.rewards.mathematics.lexer import Commas, Lexer, Token
 from areal_agents.rewards.mathematics.notation import OVER, RELATIONS, SEPARATORS, SETS, TIMES
 
 
@@ -36,14 +45,15 @@ class _Parser(AtomReader):
     # ── rows and relations ───────────────────────────────────────────────────────────────────────────────────────
 
     def answer(self) -> t.Node:
-        self._op("=")
+        _ = self._op("=") or self._cmd("approx")
+        either = any(x.kind == "command" and x.text in ("lor", "vee") for x in self._tokens)
         items = self._items()
         self._op(".")
         if self._now.kind != "end":
             raise ParseError(f"{self._now.text!r} is not expected")
         if not items:
             raise ParseError("the answer is empty")
-        return items[0] if len(items) == 1 else t.Row("", tuple(items), "")
+        return listed(items, either)
 
     def _items(self) -> list[t.Node]:
         items: list[t.Node] = []
@@ -116,14 +126,21 @@ class _Parser(AtomReader):
         while True:
             if self._is(*TIMES):
                 self._at += 1
-                found = product(found, self._signed())
+                found = product(found, self._mixed())
             elif self._is(*OVER):
                 self._at += 1
-                found = t.Quotient(found, self._signed())
+                found = t.Quotient(found, self._mixed())
             elif self._starts_atom():
                 found = self._beside(found)
             else:
                 return found
+
+    def _mixed(self) -> t.Node:
+        """Read the factor behind a sign, which may be a mixed number: 2 · 3½."""
+        found = self._signed()
+        if isinstance(found, t.Number) and is_fraction_command(self._now):
+            return self._beside(found)
+        return found
 
     def _signed(self) -> t.Node:
         if self._op("-"):
@@ -137,20 +154,30 @@ class _Parser(AtomReader):
         token = self._now
         if isinstance(left, t.Number) and (token.kind == "number" or is_fraction_command(token)):
             whole = left.value
-            right = self._factor()
+            right = self._nested(self._atom)
             if token.kind == "number" and self._is("/"):
                 self._at += 1
-                right = t.Quotient(right, self._factor())
+                right = t.Quotient(right, self._nested(self._atom))
             if proper(right) and whole.denominator == 1 and (token.spaced or token.kind == "command"):
-                return t.Sum((left, right)) if whole >= 0 else t.Sum((left, negative(right)))
+                mixed = t.Sum((left, right)) if whole >= 0 else t.Sum((left, negative(right)))
+                return self._postfixed(mixed, Token("number", ""))  # 33 1/3 %
             if token.kind == "number":
                 raise ParseError(f"{token.text!r} stands beside another number")
-            return product(left, right)
-        if token.kind == "number":
-            raise ParseError(f"{token.text!r} stands behind a value")
+            return product(left, self._postfixed(right, token))
+        if token.kind == "number" and isinstance(left, t.Measure):
+            both = together(left, self._factor())
+            if both is not None:
+                return both
+        before = self._tokens[self._at - 1]
+        if token.kind == "number" and not (_is_power(left) and (before.text == "}" or before.kind == "name")):
+            raise ParseError(f"{token.text!r} stands behind a value")  # but 2^{3}3^{2} and 2^n 3^m are products
         if token.kind == "text":
             self._at += 1
-            return t.Measure(left, units.Unit(((token.text.lower(), 1),)))
+            return counted(left, token.text)
         if token.kind == "unit" and not (isinstance(left, t.Measure)):
             return t.Measure(left, self._unit())
         return product(left, self._factor())
+
+
+def _is_power(node: t.Node) -> bool:
+    return isinstance(node.factors[-1] if isinstance(node, t.Product) else node, t.Power)

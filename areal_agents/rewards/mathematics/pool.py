@@ -41,6 +41,7 @@ MAX_TEXT = 1 << 16
 """Characters at the end of a model's text that are looked at. The answer stands there."""
 _CACHED = 1 << 14
 _START_SECONDS = 120.0
+_CLOSED = MathVerdict("infra_error", "the verifier was closed")
 
 
 class MathPool:
@@ -85,18 +86,31 @@ class MathPool:
         """
         if slot not in SLOTS:
             raise ConfigError(f"unknown slot {slot!r}: there are {', '.join(SLOTS)}")
+        return await self._verdict(gold, pred[-MAX_TEXT:], slot, options)
+
+    async def look(self, gold: str | Sequence[str], *, options: Options | None = None) -> MathVerdict:
+        """Say whether a gold answer can be read, as ``verify.look`` does, within the deadline."""
+        return await self._verdict(gold, None, "answer", options)
+
+    async def _verdict(
+        self, gold: str | Sequence[str], pred: str | None, slot: Slot, options: Options | None
+    ) -> MathVerdict:
         golds = (gold,) if isinstance(gold, str) else tuple(gold)
-        key = (VERSION, golds, pred[-MAX_TEXT:], slot, options or Options())
+        key = (VERSION, golds, pred, slot, options or Options())
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
         if self._closed:
-            return MathVerdict("infra_error", "the verifier was closed")
+            return _CLOSED
         while not self._room.acquire(blocking=False):  # noqa: ASYNC110  the room belongs to several event loops
             await asyncio.sleep(0.01)
         try:
-            verdict = await asyncio.wrap_future(self._threads.submit(self._verified, key))
+            with self._lock:  # which close() takes
+                if self._closed:
+                    return _CLOSED
+                asked = self._threads.submit(self._verified, key)
+            verdict = await asyncio.wrap_future(asked)
         finally:
             self._room.release()
         if verdict.status not in ("timeout", "infra_error"):  # which another moment may spare
@@ -108,13 +122,9 @@ class MathPool:
 
     def close(self) -> None:
         """End every worker. Answers that wait get ``infra_error``."""
-        self._closed = True
-        while True:
-            try:
-                self._idle.get_nowait().end()
-            except queue.Empty:
-                break
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            self._closed = True
+        self._threads.shutdown(wait=True)  # one that waits finds the pool closed; cancelled, its episode would be
         with contextlib.suppress(queue.Empty):
             while True:
                 self._idle.get_nowait().end()
@@ -124,7 +134,7 @@ class MathPool:
         _, golds, pred, slot, options = key
         request = {"gold": golds, "pred": pred, "slot": slot, "options": asdict(options), "seconds": self.deadline}
         if self._closed:
-            return MathVerdict("infra_error", "the verifier was closed")
+            return _CLOSED
         start = time.monotonic()
         worker = self._idle.get()
         try:
@@ -159,19 +169,21 @@ class _Worker:
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, str] | None:
         """Return the reply, or None where there is none in time: the process is then killed.
 
-        Raises _Lost where it ended, InfraError where none can be started.
+        Raises _Lost where it ended or somebody stopped it, InfraError where none can be started.
         """
         process = self._process if self._process is not None and self._process.poll() is None else self._start()
-        assert process.stdin is not None
+        end = time.monotonic() + seconds
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-            line = self._line(process, seconds)
+            sent = _sent(process, json.dumps(request).encode() + b"\n", end)
+            line = self._line(process, end - time.monotonic()) if sent else None
         except (BrokenPipeError, EOFError) as error:
             self.end()
             raise _Lost from error
         if line is None:
+            stopped = _is_stopped(process)
             self.end()
+            if stopped:
+                raise _Lost
             return None
         reply: dict[str, str] = json.loads(line)
         return reply
@@ -187,6 +199,17 @@ class _Worker:
                         pipe.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
+        """Start a process, and another one where somebody killed the first before it was ready."""
+        for _ in range(2):
+            process, killed = self._started()
+            if process is not None:
+                return process
+            if not killed:
+                break
+        raise InfraError("the mathematics verifier's process did not start: its message stands on stderr")
+
+    def _started(self) -> tuple[subprocess.Popen[bytes] | None, bool]:
+        """Return the process that is ready, or None and whether a signal ended it."""
         self.end()
         root = str(Path(areal_agents.__file__).parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
@@ -199,12 +222,15 @@ class _Worker:
         )
         try:
             ready = self._line(self._process, _START_SECONDS)
+            slow = ready is None
         except EOFError:
-            ready = None
-        if ready is None:
-            self.end()
-            raise InfraError("the mathematics verifier's process did not start: its message stands on stderr")
-        return self._process
+            ready, slow = None, False
+            self._process.wait()
+        if ready is not None:
+            return self._process, False
+        process = self._process
+        self.end()
+        return None, process.returncode < 0 and not slow
 
     def _line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
         """Read one line within ``seconds``. Raises EOFError where the process has ended."""
@@ -222,6 +248,31 @@ class _Worker:
             self._read += chunk
         line, _, self._read = self._read.partition(b"\n")
         return line
+
+
+def _sent(process: subprocess.Popen[bytes], request: bytes, end: float) -> bool:
+    """Write a request, and say whether it was taken in time: a pipe holds less than a long answer."""
+    assert process.stdin is not None
+    pipe = process.stdin.fileno()
+    os.set_blocking(pipe, False)
+    poller = select.poll()
+    poller.register(pipe, select.POLLOUT)
+    while request:
+        left = end - time.monotonic()
+        if left <= 0 or not poller.poll(left * 1000):
+            return False
+        with contextlib.suppress(BlockingIOError):
+            request = request[os.write(pipe, request) :]
+    return True
+
+
+def _is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    """Say whether a signal stopped a process (SIGSTOP), so that its silence is not the answer's fault."""
+    try:
+        status = Path(f"/proc/{process.pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] in ("T", "t")
 
 
 _shared: tuple[int, MathPool] | None = None

@@ -30,10 +30,9 @@ def as_set(node: t.Node) -> Any:
         case t.Row("(" | "[" as opened, (low, high), closed):
             return _interval(_real(low), _real(high), opened == "(", closed == ")")
         case t.Row("", items, ""):
-            found = sympy.S.Reals
-            for item in items:
-                found = found.intersect(as_set(item))
-            return found
+            parts = [as_set(item) for item in items]
+            both = sympy.S.Reals.intersect(sympy.Intersection(*parts))
+            return sympy.Union(*parts) if both.is_empty else both  # x < 1, x > 2 says or
         case t.Constant(name) if name in _NAMED:
             return _NAMED[name]
         case t.Relation(operands, operators):
@@ -58,7 +57,7 @@ def _solutions(operands: tuple[t.Node, ...], operators: tuple[str, ...]) -> Any:
         return as_set(operands[1])
     found: Any = sympy.S.Reals
     for left, operator, right in zip(operands, operators, operands[1:], strict=False):
-        if operator not in ("<", ">", "<=", ">=", "!="):
+        if operator not in ("<", ">", "<=", ">=", "!=", "="):
             raise ParseError("it is no inequality")
         found = found.intersect(_half_line(value(left), operator, value(right)))
     return found
@@ -68,6 +67,10 @@ def _half_line(left: Any, operator: str, right: Any) -> Any:
     for infinite in (left, right):
         if infinite in (sympy.oo, -sympy.oo):
             return sympy.S.Reals
+    if isinstance(left, sympy.Abs) and right.is_positive and operator in ("<", "<=", ">", ">="):
+        inside = left.args[0]
+        outer = _half_line(inside, operator, right), _half_line(-inside, operator, right)
+        return outer[0].intersect(outer[1]) if operator in ("<", "<=") else outer[0].union(outer[1])
     difference = left - right
     symbols = difference.free_symbols
     if len(symbols) != 1:
@@ -77,6 +80,8 @@ def _half_line(left: Any, operator: str, right: Any) -> Any:
     if slope.free_symbols or not slope.is_extended_real or slope == 0:
         raise ParseError("it is not linear")
     end = -difference.subs(x, 0) / slope
+    if operator == "=":
+        return sympy.FiniteSet(end)
     if operator == "!=":
         return sympy.S.Reals - sympy.FiniteSet(end)
     below = (operator in ("<", "<=")) == bool(slope > 0)

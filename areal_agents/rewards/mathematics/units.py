@@ -48,7 +48,8 @@ _BASE = {
     **_of("volume", L__l__liter__litre="0.001", ml__mL="0.000001", gal__gallon="0.003785411784"),
     **_of("money", dollar__USD=1, cent="0.01"),
     **_of("euro", euro__EUR=1), **_of("sterling", GBP=1), **_of("rupee", rupee__Rs=1), **_of("yen", yen=1),
-    **_of("temperature", K__kelvin=1), **_of("energy", J__joule=1, kJ=1000), **_of("power", W__watt=1, kW=1000),
+    **_of("temperature", K__kelvin=1), **_of("celsius", celsius=1), **_of("fahrenheit", fahrenheit=1),
+    **_of("energy", J__joule=1, kJ=1000), **_of("power", W__watt=1, kW=1000),
     **_of("force", N__newton=1), **_of("pressure", Pa=1, kPa=1000), **_of("voltage", V__volt=1),
     **_of("current", A__amp__ampere=1), **_of("resistance", ohm=1), **_of("frequency", Hz=1),
     **_of("angle", degree=1), **_of("count", unit__item__people__person__way__student__point__digit__coin__piece=1),
@@ -58,6 +59,10 @@ _BASE["kmh"] = _BASE["kmph"] = _BASE["km"].times(_BASE["hour"], -1)
 _BASE["cc"] = _BASE["cm"].times(Unit(()), 1).times(_BASE["cm"], 2)
 _SIGNS = {"$": "dollar", "€": "EUR", "£": "GBP", "¥": "yen"}
 _PREFIX = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+
+
+NAMES = "|".join(sorted((f"{re.escape(n)}(?:e?s)?" for n in _BASE if n.isalpha()), key=len, reverse=True))
+"""A pattern of all names, singular or plural."""
 
 
 def find(name: str) -> Unit | None:

@@ -7,6 +7,7 @@ factorials, binomials. Nothing here simplifies, solves or parses text.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -99,7 +100,18 @@ def power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
             return sympy.Pow(base, exponent, evaluate=False)
     if base == 0 and exponent.is_negative:
         raise ParseError("it divides by zero")
+    if exponent.is_Rational and exponent.q > 1 and exponent.q % 2 and not base.has(sympy.I):
+        return _odd_root(base, exponent)
     return sympy.Pow(base, exponent)
+
+
+def _odd_root(base: sympy.Expr, exponent: sympy.Rational) -> sympy.Expr:
+    """Take the real root, as schools do: the cube root of -8 is -2, and of SymPy's it is a complex number."""
+    if base.is_nonnegative or (base.is_number and not base.is_extended_real):
+        return sympy.Pow(base, exponent)
+    if base.is_negative:
+        return (-1) ** int(exponent.p) * sympy.Pow(-base, exponent)
+    return sympy.sign(base) ** int(exponent.p) * sympy.Pow(sympy.Abs(base), exponent)
 
 
 def _height(exponent: sympy.Expr) -> int:
@@ -115,10 +127,15 @@ def _product(factors: list[Any]) -> sympy.Expr:
 def _applied(name: str, args: tuple[t.Node, ...]) -> sympy.Expr:
     if name == "factorial":
         return _factorial(value(args[0]))
+    if name == "factorial2":
+        n = value(args[0])
+        if not (n.is_Integer and 0 <= n <= MAX_FACTORIAL):
+            raise TooLarge("a double factorial is compared as it is written")
+        return sympy.factorial2(n)
     if name == "binomial":
         n, k = map(value, args)
         if not (n.is_Integer and k.is_Integer):
-            return sympy.Function("binomial_")(n, k)
+            return sympy.gamma(n + 1) / (sympy.gamma(k + 1) * sympy.gamma(n - k + 1))
         if not (0 <= k <= n <= 100_000 and min(k, n - k) <= MAX_FACTORIAL):
             raise TooLarge("a binomial coefficient is too large")
         return sympy.binomial(n, k)
@@ -127,6 +144,13 @@ def _applied(name: str, args: tuple[t.Node, ...]) -> sympy.Expr:
         if below == 0:
             raise ParseError("a logarithm has base 1")
         return sympy.log(value(args[0])) / below
+    if name == "lg":
+        return sympy.log(value(args[0])) / sympy.log(10)
+    if name == "cis":
+        angle = value(args[0])
+        return sympy.cos(angle) + sympy.I * sympy.sin(angle)
+    if name == "det" and isinstance(args[0], t.Matrix):
+        return _determinant(args[0])
     if name == "exp":
         return power(sympy.E, value(args[0]))
     if name in ("gcd", "lcm"):
@@ -151,9 +175,22 @@ def _factorial(n: sympy.Expr) -> sympy.Expr:
     if not n.is_Integer:
         if n.is_number:
             raise TooLarge("a factorial of no whole number is compared as it is written")
-        return sympy.Function("factorial_")(n)
+        return sympy.gamma(n + 1)
     if n < 0:
         raise ParseError("a factorial of a negative number")
     if n > MAX_FACTORIAL:
         raise TooLarge(f"a factorial over {MAX_FACTORIAL}!")
     return sympy.factorial(n)
+
+
+def _determinant(matrix: t.Matrix) -> sympy.Expr:
+    """Expand a determinant of at most four rows."""
+    rows = [[value(x) for x in row] for row in matrix.rows]
+    if len(rows) != len(rows[0]) or len(rows) > 4:
+        raise TooLarge("a determinant of more than four rows is compared as it is written")
+    return sympy.Add(
+        *(
+            sympy.LeviCivita(*order) * sympy.Mul(*(rows[i][j] for i, j in enumerate(order)))
+            for order in permutations(range(len(rows)))
+        )
+    )
