@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents.tracking.exact_json import from_utf8, to_utf8
-from areal_agents.tracking.trajectories import Record, read_lines, read_shard, readable, records_of
+from areal_agents.tracking.row_groups import readable
+from areal_agents.tracking.trajectories import Record, read_lines, read_shard, records_of
 
 _LIGHT = (
     "id", "group", "task_id", "step", "reward", "stop_reason", "error", "n_turns", "n_tool_calls", "n_valid_tool_calls",

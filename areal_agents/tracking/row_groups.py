@@ -5,9 +5,12 @@ A reader of one episode reads one row group, so that it takes milliseconds. Enco
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from areal_agents.errors import ArealError
 from areal_agents.types import Trajectory
 
 GROUP_ENDS = 32_768
@@ -28,6 +31,17 @@ def row_groups(episodes: Sequence[Trajectory]) -> Iterator[tuple[int, int]]:
             start, tokens = i, 0
         tokens += length
     yield start, len(episodes)
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raise ArealError, with path and reason, for what goes wrong while a shard is read."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        raise ArealError(f"{path} is no readable trajectory shard: {type(error).__name__}: {error}") from error
 
 
 def encoding(schema: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ Text and JSON columns are written by ``exact_json``: plain, but for what UTF-8 a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import re
@@ -20,7 +19,7 @@ from typing import Any
 
 from areal_agents.errors import ArealError
 from areal_agents.tracking.exact_json import dumps, from_utf8, loads, to_utf8
-from areal_agents.tracking.row_groups import encoding, row_groups
+from areal_agents.tracking.row_groups import encoding, readable, row_groups
 from areal_agents.types import (
     AssistantMessage,
     Completion,
@@ -132,17 +131,6 @@ def read_shard(path: Path) -> list[Record]:
             return [record for record, _ in read_lines(path)]
         with pq.ParquetFile(path) as file:
             return records_of(file, path, file.read(use_threads=False))
-
-
-@contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Raise ArealError, with path and reason, for what goes wrong while a shard is read."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise ArealError(f"{path} is no readable trajectory shard: {type(error).__name__}: {error}") from error
 
 
 def records_of(file: Any, path: Path, table: Any) -> list[Record]:
