@@ -2,10 +2,10 @@
 
     calls ─▶ check (known tool, valid arguments) ─▶ run, neighbours in parallel where they allow it ─▶ results in order
 
-Whose failure is it, when the sandbox itself fails under a call? The call is replayed once in a fresh session, after the
-episode's earlier calls were run again to restore its files. If it fails again while a harmless command succeeds, the
-call is what breaks the sandbox, and the model gets an error text. Otherwise a model would learn to kill its sandbox. If
-the harmless command fails too, the SandboxError passes to the runner.
+Whose failure is it, when the sandbox itself fails under a call? A fresh session is opened, and the episode's earlier
+calls run in it again, which restores its files. Then the call is tried once more. If it fails again while a harmless
+command succeeds, the call is what breaks the sandbox, and the model gets an error text. Otherwise a model would learn
+to kill its sandbox. If the harmless command fails too, the SandboxError passes to the runner.
 """
 
 from __future__ import annotations

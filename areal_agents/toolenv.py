@@ -93,7 +93,7 @@ class ToolEnv(AgentEnv):
     def is_final(self, action: AssistantMessage) -> bool:
         """Say whether this message ends the task.
 
-        By default it does where it contains no tool call, not even a malformed one.
+        By default a message without tool calls does. A call that cannot be read is a call too.
         """
         return not action.tool_calls
 

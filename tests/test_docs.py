@@ -315,7 +315,7 @@ def _verify(command: Command, here: Workshop) -> list[str]:
 RUN: dict[str, Callable[[Command, Workshop], list[str] | None]] = {
     "train": _train, "demo": _demo, "eval": _eval, "check": _check, "model": _model, "serve": _serve,
     "envs": _as_it_stands, "init": _as_it_stands, "rescore": _as_it_stands, "replay": _as_it_stands, "resize": _resize,
-    "algorithms": _as_it_stands, "verify": _verify,
+    "show": _as_it_stands, "plot": _as_it_stands, "algorithms": _as_it_stands, "verify": _verify,
 }  # fmt: skip
 """By subcommand: what is run in a command's place; None: the parser and the settings have seen it, that is all."""
 

@@ -19,9 +19,11 @@ import tyro
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.cli.common import UsageError, template_variables, write_json
 from areal_agents.cli.eval import Eval
+from areal_agents.cli.plot import Plot
 from areal_agents.cli.resize import Resize
 from areal_agents.cli.saved_runs import Replay, Rescore
 from areal_agents.cli.serve import Serve
+from areal_agents.cli.show import Show
 from areal_agents.cli.verify import Verify
 from areal_agents.errors import ArealError, CheckpointError, ConfigError, Interrupted
 from areal_agents.tracking.console import plain
@@ -251,6 +253,8 @@ Command = (
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Algorithms, tyro.conf.subcommand("algorithms")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Rescore, tyro.conf.subcommand("rescore")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Model, tyro.conf.subcommand("model")]

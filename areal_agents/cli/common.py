@@ -1,7 +1,7 @@
 """The parts that several commands share.
 
-They are the error of wrong usage, variables of a chat template, and JSON for files and standard output, where nothing
-else may stand beside it.
+They are the error of wrong usage, variables of a chat template, the opening of a saved run, and JSON for files and
+standard output, where nothing else may stand beside it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from areal_agents.errors import ArealError
+
+if TYPE_CHECKING:
+    from areal_agents.evaluation.saved_run import SavedRun
 
 
 class UsageError(Exception):
@@ -97,6 +100,17 @@ def require_writable(path: Path) -> None:
         raise ArealError(f"cannot write {path}: {there} is no folder")
     if not os.access(path if path.exists() else there, os.W_OK):
         raise ArealError(f"cannot write {path}: it may not be written by this user")
+
+
+def open_run(folder: Path) -> SavedRun:
+    """Open a run, and say where it is an evaluation that is not complete."""
+    from areal_agents.evaluation.saved_run import SavedRun
+    from areal_agents.evaluation.unfinished import partial_note
+
+    run = SavedRun.open(folder)
+    if note := partial_note(folder):
+        print(f"note: {note}", file=sys.stderr)
+    return run
 
 
 def write_json(value: Any, path: Path | None) -> None:

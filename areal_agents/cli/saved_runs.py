@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from areal_agents.cli.common import UsageError, require_writable, write_json
+from areal_agents.cli.common import UsageError, open_run, require_writable, write_json
 from areal_agents.errors import ArealError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Rescore:
         """Return the report as JSON, and the exit code."""
         from areal_agents.evaluation.rescore import load_reward, refuse_inside
 
-        run = _open(self.folder)
+        run = open_run(self.folder)
         for path in (self.out, self.json):
             if path is not None and str(path) != "-":
                 refuse_inside(path, run)
@@ -153,7 +153,7 @@ class Replay:
             raise UsageError("name one episode with --episode ID, or list them with --list")
         if self.limit < 0:
             raise UsageError(f"--limit is {self.limit}: it must be at least 0 (0 lists all)")
-        run = _open(self.folder)
+        run = open_run(self.folder)
         return self._list(run) if self.list else self._replay(run)
 
     def _list(self, run: SavedRun) -> int:
@@ -207,17 +207,6 @@ class Replay:
             return 0 if report.identical else 1
 
         return asyncio.run(play())
-
-
-def _open(folder: Path) -> SavedRun:
-    """Open a run, and say where it is an evaluation that is not complete."""
-    from areal_agents.evaluation.saved_run import SavedRun
-    from areal_agents.evaluation.unfinished import partial_note
-
-    run = SavedRun.open(folder)
-    if note := partial_note(folder):
-        print(f"note: {note}", file=sys.stderr)
-    return run
 
 
 def _steps(text: str) -> tuple[int, int | None]:

@@ -29,6 +29,7 @@ from areal_agents.rollout.producer import group_seed
 from areal_agents.served_model import models_of
 from areal_agents.settings.config import AlgorithmConfig
 from areal_agents.tracking.exact_json import from_utf8
+from areal_agents.tracking.one_episode import read_episode
 from areal_agents.tracking.trajectories import Record, read_shard, shards, step_of
 
 _TRAIN_GROUP = re.compile(r"g(\d+)")
@@ -153,10 +154,9 @@ class SavedRun:
         """
         seen: list[str] = []
         for path in self.shards(kind):
-            ids = episode_ids(path)
-            if id in ids:
-                return read_shard(path)[ids.index(id)]
-            seen += ids
+            if (found := read_episode(path, id)) is not None:
+                return found
+            seen += episode_ids(path)
         near = difflib.get_close_matches(id, seen, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "--list lists them, --kind chooses another kind"
         raise ArealError(f"{self.out} has no {kind!r} episode {id!r} among {len(seen)}: {hint}")

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from areal_agents.algorithms.registry import REGISTRIES
 from areal_agents.errors import ConfigError
 from areal_agents.settings.describe import Setting, parameters, settings
+from areal_agents.settings.elsewhere import meaning_of
 from areal_agents.settings.values import Origins, mismatch, none_of, table_of, value_of
 
 
@@ -95,7 +96,9 @@ def choose(tree: dict[str, Any], origins: Origins, key: str) -> list[str]:
     problems: list[str] = []
     for parameter, value in table.items():
         if parameter not in known:
-            problems.append(f"{registry.unknown(kind, parameter)} ({origins[f'{key}.{parameter}']})")
+            meaning = meaning_of(parameter)
+            text = registry.unknown(kind, parameter) + (f"; {meaning}" if meaning else "")
+            problems.append(f"{text} ({origins[f'{key}.{parameter}']})")
         else:
             options |= _parameter(known[parameter], value, origins, problems)
     if kind == default and not table:

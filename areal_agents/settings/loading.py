@@ -25,6 +25,7 @@ from areal_agents.errors import ConfigError
 from areal_agents.settings.choices import choose, override_choice
 from areal_agents.settings.config import TrainConfig
 from areal_agents.settings.describe import either, nearest, sections, settings
+from areal_agents.settings.elsewhere import meaning_of
 from areal_agents.settings.tables import contradictions, inner_path, setting_of
 from areal_agents.settings.values import Origins, how_to_write, mismatch, none_of, show, value_of
 
@@ -248,9 +249,14 @@ def _override(
 
 
 def _unknown(key: str, origin: str) -> str:
-    near = nearest(key.replace("-", "_"))
-    section = key.rpartition(".")[0]
-    if near:
+    normal = key.replace("-", "_")
+    near, (section, _, name) = nearest(normal), normal.rpartition(".")
+    # A name that we have elsewhere, or nearly have in the very section, is no other trainer's.
+    ours = {n for names in sections().values() for n in names} - {"n"}
+    typo = section and difflib.get_close_matches(name, sections().get(section, ()), n=1, cutoff=0.85)
+    if name not in ours and not typo and (meaning := meaning_of(normal)) is not None:
+        hint = meaning
+    elif near:
         hint = f"did you mean {either(near)}?"
     elif section in sections() and section:
         hint = f"settings of {section}: {', '.join(sections()[section])}"

@@ -19,6 +19,7 @@ from typing import Any
 
 from areal_agents.errors import ArealError
 from areal_agents.tracking.exact_json import dumps, from_utf8, loads, to_utf8
+from areal_agents.tracking.row_groups import encoding, readable, row_groups
 from areal_agents.types import (
     AssistantMessage,
     Completion,
@@ -109,8 +110,9 @@ def write_shard(path: Path, records: Sequence[Record]) -> None:
     try:
         table = pa.Table.from_pylist([row_of(r) for r in records], schema=_schema())
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:  # hidden until it is whole: readers of the folder pass over it
-            pq.write_table(table, file, compression="zstd")
+        with atomic_file(path) as file, pq.ParquetWriter(file, table.schema, **encoding(table.schema)) as writer:
+            for start, stop in row_groups([r.trajectory for r in records]):
+                writer.write_table(table.slice(start, stop - start), row_group_size=max(1, stop - start))
     except OSError as error:
         raise unwritable(path, error) from error
     except (pa.ArrowException, TypeError, OverflowError) as error:
@@ -122,23 +124,27 @@ def read_shard(path: Path) -> list[Record]:
 
     Raises ArealError for a file that is missing, broken or of another schema version.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with readable(path):
         if path.suffix == ".jsonl":
             return [record for record, _ in read_lines(path)]
         with pq.ParquetFile(path) as file:
-            version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY, b"").decode(errors="replace")
-            if version not in _READ:
-                raise ArealError(
-                    f"{path}: trajectory schema_version {version or 'is missing'}, but this package reads "
-                    f"{' and '.join(_READ)}: read it with the version of areal-agents that wrote it"
-                )
-            rows = file.read(use_threads=False).to_pylist()
-        return [_record(row if version != "2" else _from_2(row)) for row in rows]
-    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise ArealError(f"{path} is no readable trajectory shard: {type(error).__name__}: {error}") from error
+            return records_of(file, path, file.read(use_threads=False))
+
+
+def records_of(file: Any, path: Path, table: Any) -> list[Record]:
+    """Return the records of ``table``, which holds rows of the open Parquet file at ``path``.
+
+    Raises ArealError for another schema version.
+    """
+    version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY, b"").decode(errors="replace")
+    if version not in _READ:
+        raise ArealError(
+            f"{path}: trajectory schema_version {version or 'is missing'}, but this package reads "
+            f"{' and '.join(_READ)}: read it with the version of areal-agents that wrote it"
+        )
+    return [_record(row if version != "2" else _from_2(row)) for row in table.to_pylist()]
 
 
 def read_lines(path: Path) -> list[tuple[Record, ParquetRow]]:

@@ -259,6 +259,19 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     assert points == {"train/reward": [(1, 0.25, times[0]), (2, 0.5, times[1])]}
 
 
+def test_tensorboards_reader_finds_scalars_as_users_call_it(tmp_path: Path) -> None:
+    """With no arguments of its own, for the folder and for the file, and among the scalars alone."""
+    with quiet(tmp_path, tensorboard=True) as tracker:
+        tracker.log(0, {"pass_at_1": 0.25}, kind="eval/before")
+        tracker.log(1, {"reward": 0.5, "off_policy/age_share/0": 1.0})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    for path in (tmp_path / "tensorboard", file):
+        events = EventAccumulator(str(path)).Reload()
+        tags = {kind: found for kind, found in events.Tags().items() if found}
+        assert tags == {"scalars": ["eval/before/pass_at_1", "train/reward", "train/off_policy/age_share/0"]}
+        assert [(e.step, e.value) for e in events.Scalars("train/reward")] == [(1, 0.5)]
+
+
 def test_tensorboard_is_rebuilt_after_a_cut(tmp_path: Path) -> None:
     mark = run_of(tmp_path, range(1, 6), tensorboard=True)[3]
     watching = reader(tmp_path)
