@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 VerdictStatus = Literal["ok", "unverifiable", "timeout"]
 _WORST_FIRST: tuple[VerdictStatus, ...] = ("timeout", "unverifiable", "ok")
 MAX_NUMBER_CHARS = 256
+PAID = "turn_reward"
+"""The component of a turn that says what its tools paid (``ToolEnv.reward_turn``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,26 @@ class Episode:
     """Text of the final answer without its reasoning; None when the episode ended without one."""
     tool_results: tuple[ToolResult, ...]
     stop_reason: StopReason
+    state: Any = field(default=None, repr=False, compare=False)
+    """The environment's ``state`` at the end. It is not saved: looking at that of a saved episode is a RewardError."""
 
     @property
     def turns(self) -> int:
         """Turns of the policy so far."""
         return sum(isinstance(m, AssistantMessage) for m in self.messages)
+
+
+class NotSaved:
+    """The state of a saved episode, which nobody can look at."""
+
+    def _refuse(self, *_: object) -> Any:
+        raise RewardError(
+            "a saved episode has no `state`: let tools pay as they act (reward_turn), or read `episode.messages` and "
+            "`episode.tool_results`"
+        )
+
+    __getattr__ = __getitem__ = __iter__ = __len__ = __bool__ = __contains__ = __eq__ = __call__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)

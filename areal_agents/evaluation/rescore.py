@@ -23,7 +23,7 @@ from areal_agents import registry
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, ConfigError, RegistryError
 from areal_agents.evaluation.saved_run import SavedRun, as_sampled
-from areal_agents.reward import Episode, RewardLike, Verdict, judge
+from areal_agents.reward import PAID, Episode, NotSaved, RewardLike, Verdict, judge
 from areal_agents.tool import ToolResult
 from areal_agents.toolenv import ToolEnv
 from areal_agents.tracking.trajectories import Record, read_shard
@@ -168,9 +168,9 @@ def episode_of(record: Record, answer: ReadAnswer = plain_answer) -> Episode:
     reason, final = trajectory.stop_reason, None
     if (cut := _cut_answer(trajectory)) is not None:
         reason = "answer" if trajectory.terminated else cut  # an environment does not see which limit it was
-    if reason == "answer":
-        final = answer(record)
-    return Episode(trajectory.task, tuple(messages), final, tuple(results), reason)
+    if reason == "answer" and not (trajectory.final_observation and trajectory.turns[-1].tool_results):
+        final = answer(record)  # else a tool ended it
+    return Episode(trajectory.task, tuple(messages), final, tuple(results), reason, state=NotSaved())
 
 
 def _cut_answer(trajectory: Trajectory) -> Cut | None:
@@ -182,11 +182,19 @@ def _cut_answer(trajectory: Trajectory) -> Cut | None:
 
 
 def with_verdict(trajectory: Trajectory, verdict: Verdict) -> Trajectory:
-    """Return ``trajectory`` as if ``verdict`` had been its rubric's."""
+    """Return ``trajectory`` as if ``verdict`` had been its rubric's.
+
+    What tools paid for a turn stays.
+    """
     last = len(trajectory.turns) - 1
     rewards = verdict.turn_rewards or (*(0.0 for _ in range(last)), verdict.score)
+    paid = [{n: x for n, x in t.components.items() if n.partition(".")[0] == PAID} for t in trajectory.turns]
     turns = tuple(
-        replace(turn, reward=rewards[k], components=dict(verdict.components) if k == last else {})
+        replace(
+            turn,
+            reward=paid[k].get(PAID, 0.0) + rewards[k],
+            components=(dict(verdict.components) if k == last else {}) | paid[k],
+        )
         for k, turn in enumerate(trajectory.turns)
     )
     return replace(trajectory, turns=turns)
