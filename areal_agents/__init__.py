@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         number,
         sole_boxed,
     )
+    from areal_agents.rewards.plain_function import reward_function
     from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec
     from areal_agents.settings.config import TrainConfig
     from areal_agents.spaces import ChatSpace, TextSpace
@@ -54,6 +55,7 @@ _HOMES = {
     "areal_agents.reward": (
         "Episode", "Gate", "Reward", "Verdict", "WeightedSum", "boxed", "boxed_number", "number", "sole_boxed",
     ),
+    "areal_agents.rewards.plain_function": ("reward_function",),
     "areal_agents.sandbox": ("Sandbox", "SandboxBackend", "SandboxSpec"),
     "areal_agents.settings.config": ("TrainConfig",),
     "areal_agents.spaces": ("ChatSpace", "TextSpace"),
@@ -100,6 +102,7 @@ __all__ = [
     "make",
     "number",
     "register",
+    "reward_function",
     "sole_boxed",
     "spec",
     "specs",

@@ -15,18 +15,20 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from areal_agents.errors import RewardError, TaskError
 from areal_agents.types import AssistantMessage, Message, StopReason, Task
+from areal_agents.utils.blocking import timed
 from areal_agents.utils.real_number import finite
 from areal_agents.utils.short_text import cut, short
 
 if TYPE_CHECKING:
     import sympy  # type: ignore[import-untyped]
 
+    from areal_agents.engine import ChatModel
     from areal_agents.tool import ToolResult
 
 VerdictStatus = Literal["ok", "unverifiable", "timeout"]
@@ -46,13 +48,25 @@ class Episode:
     """Text of the final answer without its reasoning; None when the episode ended without one."""
     tool_results: tuple[ToolResult, ...]
     stop_reason: StopReason
+    models: Mapping[str, ChatModel] = field(default_factory=dict, repr=False, compare=False)
+    """Judges and simulated users that the environment was made with, by name. They stay in their process."""
     state: Any = field(default=None, repr=False, compare=False)
     """The environment's ``state`` at the end. It is not saved: looking at that of a saved episode is a RewardError."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Episode, (self.task, self.messages, self.answer, self.tool_results, self.stop_reason, {}, self.state)
 
     @property
     def turns(self) -> int:
         """Turns of the policy so far."""
         return sum(isinstance(m, AssistantMessage) for m in self.messages)
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that the policy sampled, over all turns. None where nobody counted those of every turn."""
+        counts = [m.tokens for m in self.messages if isinstance(m, AssistantMessage)]
+        known = [n for n in counts if n is not None]
+        return sum(known) if len(known) == len(counts) else None
 
 
 class NotSaved:
@@ -88,6 +102,8 @@ class Reward(Protocol):
 
 Score: TypeAlias = "Verdict | float | bool"
 RewardLike: TypeAlias = "Reward | Callable[[Episode], Score | Awaitable[Score]]"
+TaskCheck: TypeAlias = Callable[[Task], Awaitable[None] | None]
+"""Raises TaskError for a task that cannot be scored, whatever is answered. Sync or async."""
 
 
 async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verdict:
@@ -96,7 +112,7 @@ async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verd
     Raises RewardError.
     """
     label = name or getattr(reward, "__name__", type(reward).__name__)
-    value: Any = reward(episode)
+    value: Any = timed(label, reward, episode)
     if inspect.isawaitable(value):
         value = await value
     if not isinstance(value, Verdict):
@@ -121,6 +137,30 @@ async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verd
     )
 
 
+def task_checks(reward: RewardLike) -> tuple[TaskCheck, ...]:
+    """Return the ``require_scorable`` of a reward, or of those that it is made of (``inner_rewards``, ``__wrapped__``).
+
+    A run looks at its tasks with them before the first episode. Empty where a reward has none.
+    """
+    own: TaskCheck | None = getattr(reward, "require_scorable", None)
+    if own is not None:
+        return (own,)
+    inner: Iterable[RewardLike] = getattr(reward, "inner_rewards", ())
+    wrapped: RewardLike | None = getattr(reward, "__wrapped__", None)
+    parts = [*inner, *(() if wrapped is None else (wrapped,))]
+    return tuple(check for part in parts for check in task_checks(part))
+
+
+def judging_seconds(reward: RewardLike) -> float:
+    """Return the seconds that a reward, or those that it is made of, may take by their nature (``step_seconds``)."""
+    own: float | None = getattr(reward, "step_seconds", None)
+    if own is not None:
+        return own
+    inner: Iterable[RewardLike] = getattr(reward, "inner_rewards", ())
+    wrapped: RewardLike | None = getattr(reward, "__wrapped__", None)
+    return sum(judging_seconds(part) for part in [*inner, *(() if wrapped is None else (wrapped,))])
+
+
 class WeightedSum:
     """A rubric that adds named rewards up, each times its weight.
 
@@ -136,6 +176,15 @@ class WeightedSum:
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of reward {name!r} must be finite, got {weight}")
             self._parts[name] = (reward, float(weight))
+
+    @property
+    def inner_rewards(self) -> tuple[RewardLike, ...]:
+        return tuple(reward for reward, _ in self._parts.values())
+
+    @property
+    def parts(self) -> dict[str, RewardLike]:
+        """The rewards by name, without their weights."""
+        return {name: reward for name, (reward, _) in self._parts.items()}
 
     async def __call__(self, episode: Episode) -> Verdict:
         verdicts = {name: await judge(reward, episode, name=name) for name, (reward, _) in self._parts.items()}
@@ -184,6 +233,11 @@ class Gate(WeightedSum):
         self._on = on
         self._threshold = threshold
 
+    @property
+    def on(self) -> str:
+        """The reward that opens the gate."""
+        return self._on
+
     async def __call__(self, episode: Episode) -> Verdict:
         verdicts = {name: await judge(reward, episode, name=name) for name, (reward, _) in self._parts.items()}
         opened = verdicts[self._on].score >= self._threshold
@@ -191,6 +245,23 @@ class Gate(WeightedSum):
 
 
 Rubric: TypeAlias = WeightedSum | Gate
+
+
+def correct_part(reward: object) -> str | None:
+    """Return the component of a reward that says whether an answer is right, or None where nothing tells.
+
+    It is what a Gate is on, else a part called ``correct``, here or in a reward inside.
+    """
+    if isinstance(reward, Gate):
+        return reward.on
+    if isinstance(reward, WeightedSum):
+        if "correct" in reward.parts:
+            return "correct"
+        inside = {name: correct_part(part) for name, part in reward.parts.items()}
+        return next((f"{name}.{found}" for name, found in inside.items() if found is not None), None)
+    own = getattr(reward, "__dict__", {})  # of Clip, Normalize and reward_function
+    wrapped = own.get("reward", own.get("function"))
+    return None if wrapped is None else correct_part(wrapped)
 
 
 def _finite(value: object, name: str, episode: Episode) -> float:
@@ -274,20 +345,36 @@ def number(text: str) -> sympy.Rational | None:
     return -value if sign == "-" else value
 
 
+class _BoxedNumber:
+    """What ``boxed_number`` makes."""
+
+    __name__ = "correct"
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __call__(self, episode: Episode) -> float:
+        gold = self._gold(episode.task)
+        said = sole_boxed(episode.answer or "")
+        return float(said is not None and number(said) == gold)
+
+    def require_scorable(self, task: Task) -> None:
+        """Raise TaskError where the task has no gold answer that is a number."""
+        self._gold(task)
+
+    def _gold(self, task: Task) -> sympy.Rational:
+        who = f"task {cut(task.id, 120)!r}"
+        if self._key not in task.payload:
+            raise TaskError(f"{who}: its payload has no {self._key!r}")
+        gold = number(str(task.payload[self._key]))
+        if gold is None:
+            raise TaskError(f"{who}: payload[{self._key!r}] = {short(task.payload[self._key])} is no number")
+        return gold
+
+
 def boxed_number(key: str = "answer") -> Callable[[Episode], float]:
     r"""Make a reward that compares the answer's only ``\boxed{…}`` with the number in ``task.payload[key]``.
 
     It is 1 where they are equal, else 0.
     """
-
-    def correct(episode: Episode) -> float:
-        payload, who = episode.task.payload, f"task {cut(episode.task.id, 120)!r}"
-        if key not in payload:
-            raise TaskError(f"{who}: its payload has no {key!r}")
-        gold = number(str(payload[key]))
-        if gold is None:
-            raise TaskError(f"{who}: payload[{key!r}] = {short(payload[key])} is no number")
-        said = sole_boxed(episode.answer or "")
-        return float(said is not None and number(said) == gold)
-
-    return correct
+    return _BoxedNumber(key)

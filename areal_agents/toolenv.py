@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError, RewardError
-from areal_agents.reward import PAID, Episode, RewardLike, judge
+from areal_agents.reward import PAID, Episode, RewardLike, TaskCheck, judge, judging_seconds, task_checks
 from areal_agents.sandbox import SandboxBackend, SandboxSpec
+from areal_agents.served_model import ModelLike, chat_models
 from areal_agents.tool import ToolResult
 from areal_agents.tool_dispatch import Dispatcher
 from areal_agents.types import (
@@ -40,9 +41,6 @@ from areal_agents.types import without_reasoning as without_reasoning  # its pla
 from areal_agents.utils.real_number import finite
 from areal_agents.utils.short_text import described, short
 
-if TYPE_CHECKING:
-    from areal_agents.engine import ChatModel
-
 
 class ToolEnv(AgentEnv):
     """The base class of environments made of a system prompt, tools and a rubric.
@@ -58,11 +56,17 @@ class ToolEnv(AgentEnv):
     """Whether the prompt tells the model of ``max_turns``. Reaching the limit then terminates, else it truncates."""
     sandbox_spec: ClassVar[SandboxSpec] = SandboxSpec()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give a class whose rubric takes long by its nature the time for it, where it does not say itself."""
+        super().__init_subclass__(**kwargs)
+        if "rubric" in vars(cls) and "step_seconds" not in vars(cls):
+            cls.step_seconds = max(cls.step_seconds, judging_seconds(cls.rubric))
+
     def __init__(
         self,
         *,
         sandbox: SandboxBackend | str | None = "bubblewrap",
-        models: Mapping[str, ChatModel] | None = None,
+        models: Mapping[str, ModelLike] | None = None,
         max_turns: int | None = None,
         system_prompt: str | None = None,
     ) -> None:
@@ -70,7 +74,7 @@ class ToolEnv(AgentEnv):
 
         Args:
             sandbox: a backend or the name of one. None where no tool needs it.
-            models: judges and simulated users, by name.
+            models: judges and simulated users, by name. Tools and the rubric (``Episode.models``) get them.
             max_turns: at least 1, in place of the class's own.
             system_prompt: in place of the class's own; an empty one is none.
         """
@@ -84,8 +88,9 @@ class ToolEnv(AgentEnv):
             raise EnvError(f"max_turns {self.max_turns} must be at least 1")
         if system_prompt is not None:
             self.system_prompt = self._text("system_prompt", system_prompt)
+        self._models = chat_models(models or {})
         self._dispatcher = Dispatcher(
-            self.tools, sandbox=sandbox, sandbox_spec=self.sandbox_spec, models=models or {}, env=self,
+            self.tools, sandbox=sandbox, sandbox_spec=self.sandbox_spec, models=self._models, env=self,
             over=lambda: self._over,
         )  # fmt: skip
         self._messages: list[Message | AssistantMessage] = []
@@ -120,6 +125,11 @@ class ToolEnv(AgentEnv):
         By default that is its text after the reasoning.
         """
         return action.spoken
+
+    @classmethod
+    def task_checks(cls) -> Sequence[TaskCheck]:
+        rubric: RewardLike | None = getattr(cls, "rubric", None)
+        return () if rubric is None else task_checks(rubric)
 
     # What an author's tools call
 
@@ -242,7 +252,9 @@ class ToolEnv(AgentEnv):
     async def _score(self, reason: StopReason, answer: str | None) -> tuple[float, Info]:
         """End the episode and return what the rubric gives to the last turn, with the info that explains it."""
         self._running = False
-        episode = Episode(self.task, tuple(self._messages), answer, tuple(self._results), reason, state=self.state)
+        episode = Episode(
+            self.task, tuple(self._messages), answer, tuple(self._results), reason, self._models, self.state
+        )
         assert self._rubric is not None
         verdict = await judge(self._rubric, episode)
         paid = [turn.get(PAID, 0.0) for turn in self._paid]

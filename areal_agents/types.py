@@ -106,6 +106,8 @@ class AssistantMessage:
     """Whether the prompt had opened ``<think>``, so that the text begins inside a thought."""
     reasoning: str = ""
     """The thinking that a server returned beside the text. It is kept, and is never part of the answer."""
+    tokens: int | None = field(default=None, compare=False, repr=False)
+    """Sampled tokens, its end included. None where nobody counted them: scripts, servers that do not say."""
 
     @property
     def text(self) -> str:

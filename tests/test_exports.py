@@ -18,7 +18,7 @@ PUBLIC = {
     "AgentEnv", "AssistantMessage", "ChatSpace", "EnvSpec", "Episode", "Gate", "LazyTasks", "Message", "Reward",
     "Sandbox", "SandboxBackend", "SandboxSpec", "Task", "TextProcessEnv", "TextSpace", "ToolCall", "ToolEnv",
     "ToolError", "ToolResult", "ToolSpec", "TrainConfig", "Verdict", "WeightedSum", "boxed", "boxed_number", "evaluate",
-    "make", "number", "register", "sole_boxed", "spec", "specs", "tool", "train",
+    "make", "number", "register", "reward_function", "sole_boxed", "spec", "specs", "tool", "train",
 }  # fmt: skip
 
 

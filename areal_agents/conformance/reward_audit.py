@@ -14,6 +14,8 @@ from areal_agents.env import Expert
 from areal_agents.errors import CheckError
 from areal_agents.rollout.script import Script
 from areal_agents.types import Observation, Task
+from areal_agents.utils.blocking import BlockingWatch
+from areal_agents.utils.short_text import short
 from areal_agents.utils.tolerance import all_same
 
 SLACK = 0.05
@@ -23,6 +25,8 @@ TASKS_WITH_CHANCE = 256
 """More, where chance is not 0: the mean of few tasks is noise."""
 GOLD_TASKS = 16
 EXPERT_TASKS = 4
+BLOCKED_SECONDS = 0.1
+"""A reward that holds the event loop for longer is named."""
 
 ScriptOf = Callable[[int], Script]
 
@@ -40,6 +44,16 @@ async def reward(subject: Subject) -> str:
     limit = TASKS if spec.audit.chance == 0 else TASKS_WITH_CHANCE
     tasks = [pool[i] for i in range(min(len(pool), limit))]
     gold = [spec.gold(t) for t in tasks]
+    with BlockingWatch() as watch:
+        try:
+            return await _audited(subject, tasks, gold) + _blocked(watch)
+        except Unaudited as reason:
+            raise Unaudited(f"{reason}{_blocked(watch)}") from reason
+
+
+async def _audited(subject: Subject, tasks: Sequence[Task], gold: Sequence[str | None]) -> str:
+    spec = subject.spec
+    split = spec.splits[-1]
     seen: list[str] = []
     for name, policy in _policies(gold).items():
         mean = await _mean(subject, tasks, policy)
@@ -54,6 +68,16 @@ async def reward(subject: Subject) -> str:
     if not scored:
         raise Unaudited(f"no gold() and no expert(): that full reward can be earned was not seen; {summary}")
     return f"{' and '.join(scored)} earn 1; {summary}"
+
+
+def _blocked(watch: BlockingWatch) -> str:
+    """Say which rewards held the event loop for long, and what to do."""
+    return "".join(
+        f"; the reward {short(name)} blocked the event loop for {1000 * seconds:.0f} ms, and with it every other "
+        "episode: decorate it with @reward_function(timeout=…)"
+        for name, seconds in sorted(watch.longest().items())
+        if seconds > BLOCKED_SECONDS
+    )
 
 
 def _policies(gold: Sequence[str | None]) -> dict[str, ScriptOf]:

@@ -33,8 +33,9 @@ async def run_attempts(
 ) -> list[tuple[Task, list[Trajectory | None]]]:
     """Play every task ``k`` times and return each task with its attempts.
 
-    An attempt without a score is None. The attempts at a task differ in their seed. After a stop nothing
-    begins, and what runs has ``FINISH_SECONDS``: attempts that were not played, or not to their end, are left out.
+    An attempt without a score is None. The attempts at a task differ in their seed. Tasks that the runner has left out
+    already are not played. After a stop nothing begins, and what runs has ``FINISH_SECONDS``: attempts that were not
+    played, or not to their end, are left out.
 
     Args:
         runner: plays an episode, and counts and retries what fails.
@@ -71,10 +72,11 @@ async def run_attempts(
         if not open_attempts[index]:
             runner.settle(task, group=name, played=any((index, j) in saved for j in range(k)))
         done += 1
-        progress(done, len(tasks) * k)
+        progress(done, len(places))
         return result
 
-    places = [(i, j) for i in range(len(tasks)) for j in range(k)]
+    known_bad = set(runner.left_out)
+    places = [(i, j) for i, task in enumerate(tasks) if task.id not in known_bad for j in range(k)]
     running: dict[Place, asyncio.Task[Trajectory | None]] = {}
     with contextlib.ExitStack() as stack:
         if stop is not None:

@@ -37,6 +37,7 @@ from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec, require_distinct
 from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
+from areal_agents.rollout.task_looks import look_at
 from areal_agents.rollout.tasks import first_tasks
 from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig, TrainConfig
 from areal_agents.settings.evaluation import eval_folder, training_only
@@ -160,9 +161,12 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
     if server is None:
         require_linux(f"an engine for {config.model.path}")
     bad = dict[str, str]()
-    spec = registry.spec(config.env.id)
-    spec.require_arguments(config.env.kwargs)
+    spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
+    spec.require_arguments({})
     tasks = held_out(spec, e.split, e.n, difficulty=config.env.difficulty, tell=bad.__setitem__)
+    look = await look_at(tasks, spec.env_class().task_checks(), seed=config.seed)
+    look.require_enough(f"{spec.id}:{e.split}", max_bad=config.rollout.max_bad_tasks)
+    bad |= look.bad
     earlier = read_earlier(config) if resume else Earlier()
     earlier.require_tasks(tasks, out=out)
     await prove_sandbox(spec, config.env.sandbox)
@@ -197,7 +201,7 @@ async def _play(
 ) -> EvalReport:
     """Play what no earlier sitting played, with each episode on the disk as it ends, and write the report."""
     out, e, watch = config.out, config.eval, Stopwatch(before=earlier.seconds)
-    planned, had = len(tasks) * e.k, len(earlier.episodes)
+    planned, had = e.k * sum(task.id not in bad for task in tasks), len(earlier.episodes)
     with open_journal(out) as journal, Tracker(out, tensorboard=False) as tracker:
         save_whole(out / "config.toml", dump(config, leave_out=training_only))
         replace(sitting, served=earlier.served, seconds=earlier.seconds).write(out)

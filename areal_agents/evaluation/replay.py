@@ -16,7 +16,7 @@ import contextlib
 import difflib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from areal_agents.chat.conversation import Conversation
@@ -158,7 +158,7 @@ class Playback(Policy):
             self._differ(k, "prompt tokens", _ids_diff(turn.prompt_suffix, suffix))
         elif parent != turn.parent:
             self._differ(k, "prompt tokens", f"recorded as a child of turn {turn.parent}, not {parent}")
-        parsed = conversation.add_completion(turn.completion)
+        parsed = replace(conversation.add_completion(turn.completion), tokens=message.tokens)
         if parsed != message:
             self._differ(k, "parsing", _diff(_said(message), _said(parsed)))
         return Said(parsed, turn.completion, suffix, parent, tokens, cut)

@@ -13,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import difflib
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from areal_agents import registry
+from areal_agents.engine import ChatModel
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, ConfigError, RegistryError
 from areal_agents.evaluation.saved_run import SavedRun, as_sampled
@@ -205,6 +206,7 @@ async def rescore(
     reward: RewardLike,
     *,
     answer: ReadAnswer = plain_answer,
+    models: Mapping[str, ChatModel] | None = None,
     concurrency: int = 64,
     keep: bool = False,
     progress: Callable[[int], None] = lambda done: None,
@@ -217,6 +219,7 @@ async def rescore(
         paths: shards of trajectories.
         reward: the new reward.
         answer: reads the answer from a final message.
+        models: what the environment was made with, for rewards that name judges.
         concurrency: how many calls of an async reward run at once.
         keep: return the records with their new rewards too, all of them in memory.
         progress: is called with the number of episodes that are done.
@@ -225,6 +228,7 @@ async def rescore(
         ArealError: a shard is broken.
     """
     scorer = _Scorer(reward, answer, keep, progress)
+    scorer.models = models or {}
     jobs = enumerate(record for path in paths for record in read_shard(path))
     try:
         async with asyncio.TaskGroup() as group:
@@ -253,6 +257,7 @@ class _Scorer:
         self.failures: dict[int, RewardFailure] = {}
         self.records: dict[int, Record] = {}
         self.skipped = 0
+        self.models: Mapping[str, ChatModel] = {}
 
     async def work(self, jobs: Iterator[tuple[int, Record]]) -> None:
         for place, record in jobs:
@@ -268,7 +273,7 @@ class _Scorer:
         new: tuple[float, ...] | None = None
         status = "failed"
         try:
-            verdict = await judge(self._reward, episode_of(record, self._answer))
+            verdict = await judge(self._reward, replace(episode_of(record, self._answer), models=self.models))
         except (Exception, asyncio.CancelledError) as error:  # the author's own code, which may cancel itself
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():

@@ -20,12 +20,14 @@ from typing import Any
 from areal_agents import models, registry, settings
 from areal_agents.chat.options import ChatOptions
 from areal_agents.chat.tool_formats import tool_format
+from areal_agents.engine import ChatModel
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError
 from areal_agents.evaluation.attempts import attempt_seed
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import env_maker
 from areal_agents.rollout.producer import group_seed
+from areal_agents.served_model import chat_models
 from areal_agents.settings.config import AlgorithmConfig
 from areal_agents.tracking.exact_json import from_utf8
 from areal_agents.tracking.trajectories import Record, read_shard, shards, step_of
@@ -84,7 +86,18 @@ class SavedRun:
     @property
     def spec(self) -> EnvSpec:
         """The run's environment. Raises RegistryError."""
-        return registry.spec(self.env_id)
+        return registry.spec(self.env_id).with_kwargs(self.env_kwargs)
+
+    @property
+    def env_models(self) -> dict[str, ChatModel]:
+        """The models that the run's environments were made with, by name.
+
+        Raises:
+            RegistryError: there is no such environment.
+            ConfigError: one of them is no model.
+        """
+        given = {**self.spec.kwargs, **self.env_kwargs}.get("models")
+        return chat_models(given) if isinstance(given, Mapping) else {}
 
     def make_env(self, *, sandbox: str | None = None) -> AgentEnv:
         """Make a new environment as the run made its own, with ``sandbox`` in place of the run's where it is given.

@@ -3,6 +3,23 @@
 from __future__ import annotations
 
 from areal_agents.rewards.code.reward import code
+from areal_agents.rewards.judges.pairwise import pairwise, ranked
+from areal_agents.rewards.judges.panel import Panel
+from areal_agents.rewards.judges.pointwise import pointwise
+from areal_agents.rewards.judges.spending import Budget
+from areal_agents.rewards.learned.reward import reward_model
 from areal_agents.rewards.mathematics.reward import boxed_math, math
+from areal_agents.rewards.plain_function import reward_function
 
-__all__ = ["boxed_math", "code", "math"]
+__all__ = [
+    "Budget",
+    "Panel",
+    "boxed_math",
+    "code",
+    "math",
+    "pairwise",
+    "pointwise",
+    "ranked",
+    "reward_function",
+    "reward_model",
+]

@@ -72,7 +72,7 @@ class ChatPolicy(Policy):
             if episode.turns:
                 return "content_filter"
             raise TaskError(f"task {episode.task.id}: the server's filter refuses the first prompt: {error}") from error
-        message, tokens = reply.message, reply.completion_tokens or 0
+        message, tokens = replace(reply.message, tokens=reply.completion_tokens), reply.completion_tokens or 0
         if message.finish == "stop" and not message.text.strip() and not message.tool_calls:
             message = replace(message, finish="empty")
         self._messages.append(message)

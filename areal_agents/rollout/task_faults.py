@@ -67,11 +67,14 @@ class TaskAttempts:
         return found
 
 
-def reasons(left_out: Mapping[str, str]) -> str:
-    """Name the first tasks of those left out, each with its reason on a line of its own below the text before it."""
+def reasons(left_out: Mapping[str, str], *, rest: str = ", which events.jsonl names") -> str:
+    """Name the first tasks of those left out, each with its reason on a line of its own below the text before it.
+
+    ``rest`` says where the others are named.
+    """
     shown = [f"{cut(id, 120)}: {cut(why, 300)}" for id, why in list(left_out.items())[:_NAMED]]
     if len(left_out) > _NAMED:
-        shown.append(f"and {len(left_out) - _NAMED} more, which events.jsonl names")
+        shown.append(f"and {len(left_out) - _NAMED} more{rest}")
     return "".join(f"\n  {line}" for line in shown)
 
 

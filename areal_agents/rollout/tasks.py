@@ -55,11 +55,12 @@ def first_tasks(tasks: Sequence[Task], n: int, tell: Callable[[str, str], None])
     found = [task_at(tasks, i) for i in range(n)]
     for i, task in enumerate(found):
         if isinstance(task, str):
-            tell(_name(i), task)
+            tell(task_name(i), task)
     return [task for task in found if isinstance(task, Task)]
 
 
-def _name(index: int) -> str:
+def task_name(index: int) -> str:
+    """Return what a task that cannot be made is called."""
     return f"task {index} of the split"
 
 
@@ -142,7 +143,7 @@ class TaskStream:
         found = task_at(self._tasks, index)
         if isinstance(found, Task):
             return found
-        name = _name(index)
+        name = task_name(index)
         if name not in self.left_out:
             self._tell(name, found)
             self.leave_out(name, found)

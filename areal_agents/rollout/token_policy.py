@@ -54,7 +54,8 @@ class TokenPolicy(Policy):
             raise EngineError(f"the engine returned no token for a prompt of {used} tokens")
         n = len(completion.ids)
         cut = self.limits.met(used=used + n, spent=episode.tokens + n) if completion.finish == "length" else None
-        return Said(conversation.add_completion(completion), completion, suffix, parent, n, cut)
+        message = replace(conversation.add_completion(completion), tokens=n)
+        return Said(message, completion, suffix, parent, n, cut)
 
 
 class EnginePolicy(TokenPolicy):

@@ -189,8 +189,9 @@ def _schema() -> Any:
     )  # fmt: skip
     turn = struct(
         prompt_suffix=ids, ids=ids, logprobs=pa.list_(pa.float64()), versions=ids, finish=text, text=text, parts=text,
-        message_finish=text, in_thought=pa.bool_(), reasoning=text, tool_calls=pa.list_(call),
-        reward=pa.float64(), components=text, parent=pa.int32(), observation=pa.list_(message), state_key=text,
+        message_finish=text, in_thought=pa.bool_(), reasoning=text, message_tokens=pa.int64(),
+        tool_calls=pa.list_(call), reward=pa.float64(), components=text, parent=pa.int32(),
+        observation=pa.list_(message), state_key=text,
         tool_results=pa.list_(struct(status=text, truncated=pa.bool_())),
     )  # fmt: skip
     row = struct(
@@ -274,6 +275,7 @@ def _turn_row(turn: Turn) -> ParquetRow:
         "message_finish": turn.message.finish,
         "in_thought": turn.message.in_thought,
         "reasoning": _text(turn.message.reasoning) or None,
+        "message_tokens": turn.message.tokens,
         "tool_calls": [_call_row(call) for call in turn.message.tool_calls],
         "reward": turn.reward,
         "components": dumps(turn.components),
@@ -294,6 +296,7 @@ def _turn(row: ParquetRow) -> Turn:
             row["message_finish"],
             in_thought=row["in_thought"],
             reasoning=_exact(row.get("reasoning")) or "",  # files of before it was kept lack the column
+            tokens=_tokens(row),
         ),
         reward=row["reward"],
         components=loads(row["components"]),
@@ -302,6 +305,12 @@ def _turn(row: ParquetRow) -> Turn:
         state_key=_exact(row["state_key"]),
         tool_results=tuple(ToolOutcome(_exact(r["status"]), r["truncated"]) for r in row["tool_results"]),
     )
+
+
+def _tokens(row: ParquetRow) -> int | None:
+    """Return the tokens of a turn's message, also from a file of before they were kept."""
+    kept = row.get("message_tokens")
+    return len(row["ids"]) or None if kept is None else int(kept)
 
 
 def _call_row(call: ToolCall) -> ParquetRow:

@@ -27,9 +27,10 @@ from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import AlgorithmConfig, TrainConfig
-from areal_agents.trainer.preflight import require_runnable
+from areal_agents.trainer.preflight import Looks, look_at_tasks, require_runnable
 from areal_agents.trainer.resize import answering
 from areal_agents.trainer.resume import begin, rate_change
+from areal_agents.trainer.reward_watch import component_means, same_answers
 from areal_agents.trainer.run import Run, open_run
 from areal_agents.trainer.run_folder import Commit, RunFolder, require_shared
 from areal_agents.types import Group
@@ -77,9 +78,10 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
     """
     watch = Stopwatch()
     require_runnable(config)  # first: a typo must not wait for a model, nor leave a folder
+    looks = await _looked(config)
     with RunFolder(config.out, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as folder:
         commit, changes = begin(folder, config, resume=resume)
-        lives = _Lives(config)
+        lives = _Lives(config, looks)
         while commit is None or not commit.complete:
             with stop_on_signals(print) as stop:
                 try:
@@ -105,8 +107,17 @@ class _Lives:
 
     config: TrainConfig
     """As ``areal-agents resize`` has changed it."""
+    looks: Looks
     lost: list[str] = field(default_factory=list)
     """Why the learners before this one ended."""
+
+
+async def _looked(config: TrainConfig) -> Looks:
+    with stop_on_signals(print, doing="stopping") as stop:
+        try:
+            return await stop.race(look_at_tasks(config))
+        except StopRequested as error:
+            raise Interrupted(f"stopped by {stop.name} before anything was begun") from error
 
 
 async def _run(
@@ -122,6 +133,7 @@ async def _run(
     async with open_run(lives.config, folder, stop, commit=commit, console=console) as run, answering(run):
         try:
             folder.write_settings(settings.dump(run.config))  # a resize may have come while it was opened
+            run.leave_out(lives.looks.train, lives.looks.held_out, tell=commit is None)
             if commit is not None:
                 if lost := lives.lost:
                     run.tracker.event("learner_replaced", reason=lost[-1], times=len(lost))
@@ -178,6 +190,7 @@ async def learn(run: Run) -> None:
     rollouts = Rollouts(buffer, tasks, run.runner, seed=config.seed, event=run.tracker.event)
     try:
         _restore(run, rollouts)
+        run.watch_rewards()
         rollouts.start()
         run.rollouts = rollouts
         run.tracker.start_clock()
@@ -243,6 +256,7 @@ async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, wa
     metrics["tokens_per_second"] = metrics["sampled_tokens"] / watch.seconds
     run.tracker.trajectories.write([t for g in groups for t in g.trajectories], step=step, kind="train")
     run.tracker.log(step, metrics)
+    run.look_at_rewards(step, metrics, groups)
 
 
 def batch_of(groups: list[Group], algorithm: AlgorithmConfig, version: int, temperature: float) -> Batch:
@@ -288,5 +302,7 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
         "episodes": float(n),
         "generate_seconds": sum(t.metrics.get("generate_seconds", 0.0) for t in episodes) / n,
         "env_seconds": sum(t.metrics.get("env_seconds", 0.0) for t in episodes) / n,
+        "same_answer_share": same_answers(groups).share,
         **{name: float(count) for name, count in count_oddities(episodes).items()},
+        **component_means(episodes),
     }  # fmt: skip

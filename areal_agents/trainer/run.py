@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import importlib
 import itertools
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,16 +23,19 @@ from areal_agents.evaluation.evaluate import held_out
 from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.evaluation.report import EvalReport, summarize
 from areal_agents.models import resolve
+from areal_agents.reward import correct_part
 from areal_agents.rollout.demonstrations import demonstration_rows, require_all
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, limits_of, prove_sandbox, require_prompts
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
+from areal_agents.rollout.task_looks import Look
 from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import TrainConfig
-from areal_agents.tracking.tracker import Tracker
+from areal_agents.tracking.tracker import Tracker, read_metrics
 from areal_agents.trainer.backend import Backend, OpenBackend
+from areal_agents.trainer.reward_watch import PREFIX, RewardWatch, same_answers
 from areal_agents.trainer.run_folder import Commit, RunFolder
-from areal_agents.types import Task, Trajectory
+from areal_agents.types import Group, Task, Trajectory
 from areal_agents.utils.signals import Stop
 
 
@@ -49,7 +52,7 @@ async def open_run(
         commit: where a resumed run goes on. None for a new one.
         console: show progress.
     """
-    spec = registry.spec(config.env.id)
+    spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
     if config.cluster.backend == "local":  # a cluster's workers prove theirs
         await prove_sandbox(spec, config.env.sandbox)
     model = resolve(config.model.path)
@@ -128,9 +131,22 @@ class Run:
         self.budget.kinds.update(self.commit.failures)
         self.runner = self._runner(self._engine_player(r.temperature))
         self.left_out: dict[str, str] = {}
-        """Training tasks that the warm start could not play, each with the reason."""
+        """Training tasks that cannot be scored or that the warm start could not play, each with the reason."""
+        self.held_out_bad: dict[str, str] = {}
+        """Held-out tasks that cannot be scored, each with the reason."""
         self.rollouts: Rollouts | None = None
         """While it learns."""
+        self.reward_watch: RewardWatch | None = None
+
+    def leave_out(self, train: Look, held_out: Look, *, tell: bool) -> None:
+        """Leave out the tasks that looks found bad. ``tell`` names those of the training split now."""
+        self.held_out_bad = dict(held_out.bad)
+        if tell and train.seen < train.total and train.seen:
+            self.tracker.message(f"looked at {train} training tasks: {len(train.bad)} cannot be scored")
+        for id, reason in train.bad.items():
+            self.left_out[id] = reason
+            if tell:
+                self.runner.leave_out(id, reason)
 
     async def publish(self) -> float:
         """Hand the learner's weights to the engine, and return the seconds in which it could not sample."""
@@ -165,7 +181,7 @@ class Run:
         runner = self._runner(replace(self._engine_player(1.0), policy="expert"))
         tasks = TaskStream(
             self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1,
-            max_bad=config.rollout.max_bad_tasks, tell=runner.leave_out,
+            max_bad=config.rollout.max_bad_tasks, left_out=self.left_out, tell=runner.leave_out,
         )  # fmt: skip
         found: list[Trajectory | None] = []
         try:
@@ -185,6 +201,35 @@ class Run:
             await runner.close()
         self.left_out |= tasks.left_out
         return require_all(found, runner.first_given_up)
+
+    def watch_rewards(self) -> None:
+        """Begin the watch for rewards that are earned without the task, with the steps that are behind the run."""
+        track = self.config.track
+        if not track.watch:
+            return
+        correct = track.watch_correct or correct_part(getattr(self.spec.env_class(), "rubric", None)) or "correct"
+        self.reward_watch = RewardWatch(correct, track.watch_window, track.watch_same_answers)
+        self.tracker.flush()
+        rows = read_metrics(self.config.out, kind="train") if (self.config.out / "metrics.jsonl").exists() else []
+        for row in rows:
+            self.reward_watch.look(row["step"], {k: x for k, x in row.items() if isinstance(x, int | float)})
+
+    def look_at_rewards(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
+        """Tell of the signs that begin with this step, and once where nothing says which answers are right."""
+        watch = self.reward_watch
+        if watch is None:
+            return
+        if not watch.knows_correct(metrics):
+            others = sorted(name.removeprefix(PREFIX) for name in metrics if name.startswith(PREFIX))
+            self.tracker.event("correctness_unknown", step=step, looked_for=watch.correct, components=others)
+            if others:
+                self.tracker.message(
+                    f"the reward has no component {watch.correct!r}, so none can be compared with correctness: "
+                    f"track.watch_correct names one of {', '.join(others)}"
+                )
+        for found in watch.look(step, metrics, same_answers(groups)):
+            self.tracker.event("reward_hack_suspected", step=step, sign=found.sign, **found.facts, look_at=found.text)
+            self.tracker.message(f"warning: {found.text}")
 
     async def save(self, rollouts: Rollouts | None) -> None:
         """Checkpoint and commit the state between two steps.
@@ -222,10 +267,13 @@ class Run:
         config, e = self.config, self.config.eval
         watch = Stopwatch()
         runner = self._runner(self._engine_player(e.temperature))
+        tasks = held_out(self.spec, e.split, e.n, difficulty=config.env.difficulty, tell=runner.leave_out)
+        for id, reason in self.held_out_bad.items():
+            runner.leave_out(id, reason)
         try:
             results = await run_attempts(
                 runner,
-                held_out(self.spec, e.split, e.n, difficulty=config.env.difficulty, tell=runner.leave_out),
+                tasks,
                 k=e.k,
                 concurrency=config.engine.max_batch * config.engine.replicas,
                 seed=config.seed,

@@ -33,8 +33,10 @@ from areal_agents.rollout.episode import Limits
 from areal_agents.rollout.player import PlayerSpec
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.types import Task, Trajectory
+from tests.chat_server import chat_server, completion
 from tests.conftest import require
 from tests.processes import alive, descendants, wait_gone
+from tests.rewards.judges.scripted import gives, slot
 from tests.tiny_models import tiny_chat_model
 
 pytest.importorskip("ray")
@@ -250,6 +252,26 @@ def test_a_cancelled_play_aborts_its_request(fleet: Fleet, tmp_path: Path) -> No
         await player.close()
 
     fleet.run(cancel())
+
+
+def test_a_judge_that_the_settings_name_is_asked_from_the_workers(fleet: Fleet) -> None:
+    with chat_server(lambda body: completion(gives(4)(body["messages"][0]["content"]))) as server:
+        judges = {"judge": f"openai:m@{server.url}"}
+        recipe = spec(fleet, "tests.cluster.worker_envs:Judged", kwargs={"models": judges, "sandbox": None})
+
+        async def play() -> list[Trajectory]:
+            player = fleet.workers.player(recipe)
+            plays = [player.play(task, id=task.id, group="g", seed=0) for task in tasks()[:4]]
+            played = await asyncio.gather(*plays)
+            await player.close()
+            return played
+
+        played = fleet.run(play())
+    assert [t.reward for t in played] == [0.75] * 4
+    assert [t.turns[-1].components["judge.judge"] for t in played] == [0.75] * 4
+    prompts = [body["messages"][0]["content"] for body in server.requests]
+    asked = {int(slot(prompt, "QUESTION").removeprefix("in process ")) for prompt in prompts}
+    assert asked == set(fleet.workers.pids.values())
 
 
 def test_errors_arrive_as_they_were_raised(fleet: Fleet) -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from areal_agents import registry
 from areal_agents.chat.options import ChatOptions
+from areal_agents.conformance import reward_audit
 from areal_agents.conformance.check import CHECKS, CheckReport, CheckResult, check
+from areal_agents.conformance.contract import Subject
 from areal_agents.conformance.scripted_episode import difference, plain, spoil, trace_difference
 from areal_agents.errors import RegistryError
+from areal_agents.reward import Episode, WeightedSum
+from areal_agents.rewards.shaping import overlong
+from areal_agents.toolenv import ToolEnv
+from areal_agents.types import Task
 from tests import checked_envs, tiny_tokenizer
 from tests.tiny_tokenizer import tiny
 
@@ -131,6 +141,35 @@ def test_without_gold_and_expert_it_is_unaudited() -> None:
     assert report.passed
 
 
+def compares(episode: Episode) -> bool:
+    return bool(episode.answer == episode.task.payload["answer"])
+
+
+class Compared(ToolEnv):
+    rubric = WeightedSum({"correct": compares, "length": overlong(64, cache=8)})  # whose tokens no script knows
+
+    @classmethod
+    def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
+        return [Task.make(f"{split}-{k}", split=split, seed=k, payload={"answer": f"{split} {k}"}) for k in range(4)]
+
+    @classmethod
+    def gold(cls, task: Task) -> str:
+        return str(task.payload["answer"])
+
+    def prompt(self, task: Task) -> str:
+        return "Which task is it?"
+
+
+def test_a_reward_that_blocks_the_event_loop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = Subject(registry.spec("tests.conformance.test_check:Compared"), 20.0, None)
+    said = asyncio.run(reward_audit.reward(subject))
+    assert "blocked" not in said
+    monkeypatch.setattr(reward_audit, "BLOCKED_SECONDS", 0.0)  # whatever a reward takes is too long
+    said = asyncio.run(reward_audit.reward(subject))
+    assert re.search(r"; the reward 'correct' blocked the event loop for \d+ ms, and with it every other episode", said)
+    assert "@reward_function(timeout=…)" in said
+
+
 def test_no_tokenizer_skips_the_token_check() -> None:
     found = by_name(run("Unaudited"))["tokens"]
     assert (found.status, found.detail) == ("skipped", "no tokenizer was given")
@@ -184,3 +223,21 @@ def test_spoil_reaches_nested_containers() -> None:
 def test_the_built_in_environment_passes(tokenizer: Path) -> None:
     report = check("areal/Arithmetic-v0", tokenizer=tokenizer)
     assert statuses(report) == dict.fromkeys(CHECKS, "passed"), str(report)
+
+
+def test_tasks_that_no_answer_could_score_are_named() -> None:
+    report = check("tests.checked_envs:BadGolds", tokenizer=None)
+    found = by_name(report)["golds"]
+    assert found.status == "failed"
+    assert found.detail.startswith(
+        "2 tasks cannot be scored, looked at train 8, test 8:\n  test-2: task 'test-2': the gold"
+    )
+    assert "test-5: " in found.detail
+    row = next(row for row in report.to_json()["checks"] if row["name"] == "golds")
+    assert list(row["bad_tasks"]) == ["test-2", "test-5"]
+    assert "cannot be read" in row["bad_tasks"]["test-2"]
+
+
+def test_nothing_is_looked_at_where_nothing_says_what_a_task_must_have() -> None:
+    report = check("tests.letters_env:Letters", tokenizer=None)
+    assert by_name(report)["golds"].status == "skipped"

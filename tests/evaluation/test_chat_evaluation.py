@@ -93,6 +93,7 @@ def test_pass_at_1_is_exact_and_episodes_are_saved(tmp_path: Path) -> None:
     assert (one.id, one.arguments, one.status) == ("call_100_0", {"a": 100, "b": 7}, "ok")
     assert right.turns[1].observation[0].text == "107"
     assert right.metrics["prompt_tokens"] == 14
+    assert [sum(t.message.tokens or 0 for t in trajectory.turns) for trajectory in (right, endless)] == [5, 20]
     assert right.metrics["generate_seconds"] > 0
     assert by_task["test-2"].turns[0].message.tool_calls[0].status == "invalid_json"
     assert SavedRun.open(tmp_path / "out").model_folder() is None
@@ -302,6 +303,7 @@ def test_models_that_report_nothing_are_held_to_the_same(
 ) -> None:
     played = play(Ends(text, finish))
     assert (played.stop_reason, played.reward, played.truncated) == (reason, reward, reason != "answer")
+    assert [turn.message.tokens for turn in played.turns] == [None]
 
 
 def test_the_budget_that_cut_a_reply_is_named() -> None:
