@@ -24,6 +24,7 @@ from areal_agents.types import AssistantMessage, Message, StopReason, Task
 from areal_agents.utils.blocking import timed
 from areal_agents.utils.real_number import finite
 from areal_agents.utils.short_text import cut, short
+from areal_agents.utils.tolerance import rounding_of
 
 if TYPE_CHECKING:
     import sympy  # type: ignore[import-untyped]
@@ -92,7 +93,7 @@ class Verdict:
     score: float
     components: Mapping[str, float] = field(default_factory=dict)
     turn_rewards: tuple[float, ...] | None = None
-    """One number a turn, in place of ``score`` on the last turn."""
+    """One number a turn, in place of ``score`` on the last turn. ``score`` is their sum."""
     status: VerdictStatus = "ok"
 
 
@@ -129,12 +130,15 @@ async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verd
             f"reward {label!r} returned {len(turns)} turn rewards for {episode.turns} turns on task "
             f"{episode.task.id!r}: return one number a turn, or None"
         )
-    return Verdict(
-        _finite(value.score, label, episode),
-        {key: _finite(x, f"{label}.{key}", episode) for key, x in value.components.items()},
-        None if turns is None else tuple(_finite(x, f"{label}.turn_rewards", episode) for x in turns),
-        value.status,
-    )
+    score = _finite(value.score, label, episode)
+    checked = None if turns is None else tuple(_finite(x, f"{label}.turn_rewards", episode) for x in turns)
+    if checked and abs(math.fsum(checked) - score) > rounding_of(score, *checked):
+        raise RewardError(
+            f"reward {label!r} returned the score {score:g} on task {episode.task.id!r}, but its turn rewards add up "
+            f"to {math.fsum(checked):g}: the score is their sum, so return Verdict(sum(turns), turn_rewards=turns)"
+        )
+    components = {key: _finite(x, f"{label}.{key}", episode) for key, x in value.components.items()}
+    return Verdict(score, components, checked, value.status)
 
 
 def task_checks(reward: RewardLike) -> tuple[TaskCheck, ...]:
@@ -268,6 +272,11 @@ def _finite(value: object, name: str, episode: Episode) -> float:
     try:
         return finite(value)
     except ValueError as wrong:
+        if isinstance(value, list | tuple) or getattr(value, "ndim", None):
+            raise RewardError(
+                f"reward {name!r} returned {short(value)} on task {episode.task.id!r}: a reward is a finite "
+                "number; one number a turn is Verdict(sum(turns), turn_rewards=turns)"
+            ) from wrong
         raise RewardError(
             f"reward {name!r} returned {short(value)} on task {episode.task.id!r}: a reward is a finite number, this "
             f"is {wrong}; raise an InfraError for a verifier that failed, or return Verdict(status='unverifiable')"

@@ -212,6 +212,7 @@ async def _play(
             tracker.trajectories.append(journal, record, elapsed=watch.seconds, served=sorted(served.names))
 
         results, failure, left_out = saved_rows(tasks, earlier.episodes, k=e.k), None, dict(bad)
+        own: list[tuple[str, ArealError]] = []
         if had < planned:
             budget = FailureBudget(window=config.rollout.failure_window, share=config.rollout.failure_budget)
             async with opener(tracker.event) as player:
@@ -229,7 +230,7 @@ async def _play(
                     )  # fmt: skip
                 finally:
                     await runner.close()
-                failure, left_out = runner.first_given_up, runner.left_out
+                failure, left_out, own = runner.first_given_up, runner.left_out, runner.own_failures
         episodes = [t for _, tries in results for t in tries if t is not None]
         if stop.requested and not episodes:
             raise Interrupted(f"stopped by {stop.name} before an attempt was scored")
@@ -237,6 +238,7 @@ async def _play(
             results, env=config.env.id, split=e.split, model=config.model.path, version=0,
             temperature=e.temperature, seed=config.seed, seconds=watch.seconds, k=e.k,
             planned=e.k * sum(task.id not in left_out for task in tasks), first_failure=failure, left_out=left_out,
+            own_failures=own,
         )  # fmt: skip
         report = replace(report, served=served.text())
         if not report.unplayed:

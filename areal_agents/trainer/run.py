@@ -285,7 +285,7 @@ class Run:
         report = summarize(
             results, env=config.env.id, split=e.split, model=config.model.path, version=self.learner.version,
             temperature=e.temperature, seed=config.seed, seconds=watch.seconds, left_out=runner.left_out,
-            first_failure=runner.first_given_up,
+            first_failure=runner.first_given_up, own_failures=runner.own_failures,
         )  # fmt: skip
         saved = [t for _, tries in results for t in tries if t is not None]
         self.tracker.trajectories.write(saved, step=step, kind=f"eval-{label}")
