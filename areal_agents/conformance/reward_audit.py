@@ -48,9 +48,9 @@ async def reward(subject: Subject) -> str:
     gold = [spec.gold(t) for t in tasks]
     with BlockingWatch() as watch:
         try:
-            return await _audited(subject, tasks, gold) + _blocked(watch)
+            return await _audited(subject, tasks, gold) + _uncalled(subject) + _blocked(watch)
         except Unaudited as reason:
-            raise Unaudited(f"{reason}{_blocked(watch)}") from reason
+            raise Unaudited(f"{reason}{_uncalled(subject)}{_blocked(watch)}") from reason
 
 
 async def _audited(subject: Subject, tasks: Sequence[Task], gold: Sequence[str | None]) -> str:
@@ -70,6 +70,15 @@ async def _audited(subject: Subject, tasks: Sequence[Task], gold: Sequence[str |
     if not scored:
         raise Unaudited(f"no gold() and no expert(): that full reward can be earned was not seen; {summary}")
     return f"{' and '.join(scored)} earn 1; {summary}"
+
+
+def _uncalled(subject: Subject) -> str:
+    """Say which tools no script called, so that nobody has seen them work."""
+    names = [name for name, called in subject.tools.items() if not called]
+    if not names:
+        return ""
+    some = f"the tool {names[0]}" if len(names) == 1 else f"the tools {', '.join(names)}"
+    return f"; no script ever called {some}: let expert() use {'it' if len(names) == 1 else 'them'}"
 
 
 def _blocked(watch: BlockingWatch) -> str:
@@ -126,6 +135,7 @@ async def _mean(subject: Subject, tasks: Sequence[Task], policy: ScriptOf) -> fl
 async def _play(subject: Subject, task: Task, seed: int, script: Script) -> float:
     episode = ScriptedEpisode(subject.spec.make, task, seed, script, subject.timeout)
     await episode.play()
+    subject.note_calls(episode)
     return episode.total
 
 

@@ -159,11 +159,11 @@ def summarize(
     scored = [(task, kept) for task, tries in results if (kept := [t for t in tries if t is not None])]
     if not scored:
         own_alone = len(own_failures) >= sum(len(tries) for _, tries in results)
-        who = "the reward or the environment itself" if own_alone else "infrastructure"
+        itself, infra = "its own reward or environment failed every attempt", "infrastructure failed every attempt"
+        what = itself if own_alone else infra
         said = f" First failure: {text_of(first_failure)}" if first_failure is not None else ""
         raise InfraError(
-            f"evaluation of {env}: {who} failed every attempt, so that there is nothing to score.{said}"
-            f"{reasons(left_out)}"
+            f"evaluation of {env}: {what}, so that there is nothing to score.{said}{reasons(left_out)}"
         ) from first_failure
     k = k or max(len(tries) for _, tries in results)
     everything = [t for _, tries in scored for t in tries]

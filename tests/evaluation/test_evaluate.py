@@ -110,7 +110,7 @@ def test_a_reward_that_fails_now_and_then_is_said_and_is_no_infrastructure() -> 
     assert made.infra_rate == pytest.approx(1 / 7)
     assert made.notes() == ["1 of 8 attempts failed, in no rate: RewardError: reward 'r' returned nan"]
     assert "1 of 8 attempts failed, in no rate: RewardError: reward 'r' returned nan" in made.table()
-    with pytest.raises(InfraError, match="e: the reward or the environment itself failed every attempt"):
+    with pytest.raises(InfraError, match="e: its own reward or environment failed every attempt"):
         summarize(
             [(_task(0), [None])], env="e", split="test", model="m", version=0, temperature=1.0, seed=0, seconds=1.0,
             own_failures=[(_task(0).id, RewardError("nan"))],
