@@ -71,15 +71,20 @@ class Episode:
 
 
 class NotSaved:
-    """The state of a saved episode, which nobody can look at."""
+    """The state of an episode that was rebuilt from what is saved, which nobody can look at."""
 
     def _refuse(self, *_: object) -> Any:
         raise RewardError(
-            "a saved episode has no `state`: let tools pay as they act (reward_turn), or read `episode.messages` and "
-            "`episode.tool_results`"
+            "an episode that is rebuilt has no `state`: let tools pay as they act (reward_turn), or read "
+            "`episode.messages` and `episode.tool_results`"
         )
 
-    __getattr__ = __getitem__ = __iter__ = __len__ = __bool__ = __contains__ = __eq__ = __call__ = _refuse
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked by copy and pickle
+            raise AttributeError(name)
+        return self._refuse()
+
+    __getitem__ = __iter__ = __len__ = __bool__ = __contains__ = __eq__ = __call__ = _refuse
     __hash__ = None  # type: ignore[assignment]
 
 
@@ -112,10 +117,23 @@ async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verd
 
     Raises RewardError.
     """
-    label = name or getattr(reward, "__name__", type(reward).__name__)
+    label = name or name_of(reward)
     value: Any = timed(label, reward, episode)
     if inspect.isawaitable(value):
         value = await value
+    return checked(value, episode, label)
+
+
+def name_of(reward: object) -> str:
+    """Return what messages and components call a reward: its own name, or its class's."""
+    return str(getattr(reward, "__name__", type(reward).__name__))
+
+
+def checked(value: object, episode: Episode, label: str) -> Verdict:
+    """Return what the reward called ``label`` returned for ``episode`` as a Verdict, every number checked.
+
+    Raises RewardError.
+    """
     if not isinstance(value, Verdict):
         score = _finite(value, label, episode)
         return Verdict(score, {label: score})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import pickle
 from collections.abc import Sequence
@@ -13,15 +14,17 @@ import pytest
 
 from areal_agents.chat.toolcalls import parse_text
 from areal_agents.errors import EnvError, RewardError, SandboxError
-from areal_agents.reward import Episode, Verdict
+from areal_agents.evaluation.rescore import with_verdict
+from areal_agents.reward import Episode, NotSaved, Verdict
 from areal_agents.rollout.env_host import EnvHost
 from areal_agents.rollout.episode import EpisodeDriver
+from areal_agents.rollout.rebuilt import rebuilt
 from areal_agents.rollout.script import ScriptPolicy
 from areal_agents.sandbox import Sandbox, SandboxSpec
 from areal_agents.tool import ToolError, ToolResult, ToolSpec, tool
 from areal_agents.tool_dispatch import Dispatcher
 from areal_agents.toolenv import ToolEnv
-from areal_agents.types import Task, ToolCall
+from areal_agents.types import Task, ToolCall, Trajectory
 from tests.fake_sandbox import ScriptedBackend
 
 TASK = Task.make("t", split="train", seed=0, payload={"doors": ["hall", "cellar"], "coins": 3})
@@ -434,3 +437,37 @@ def test_acting_in_the_sandbox_is_not_parallel() -> None:
 
     with pytest.raises(TypeError, match="tool 'both' acts on the episode and in its sandbox, so it cannot be parallel"):
         tool(parallel=True)(both)
+
+
+# --- saved episodes ------------------------------------------------------------------------------------
+
+
+def trajectory(*texts: str) -> Trajectory:
+    async def main() -> Trajectory:
+        host = EnvHost()
+        script = ScriptPolicy(lambda first: (text for text in texts), TASK)  # type: ignore[arg-type,return-value]
+        episode = EpisodeDriver(lambda: Cave(sandbox=None), TASK, script, host, "e", 0, 60.0)
+        try:
+            await episode.play()
+        finally:
+            await host.close()
+        return episode.trajectory("g")
+
+    return asyncio.run(main())
+
+
+def test_a_saved_game_is_rescored_with_what_its_tools_paid() -> None:
+    saved = trajectory(call("take", count=2), call("take", count=1) + call("leave", door="hall"))
+    assert [turn.reward for turn in saved.turns] == [pytest.approx(0.2), pytest.approx(1.1)]
+    again = with_verdict(saved, Verdict(1.0, {"won": 1.0}))
+    assert again.turns == saved.turns
+    assert with_verdict(saved, Verdict(0.0, {})).reward == pytest.approx(0.3)
+    episode = rebuilt(saved, lambda _: "the text of a message")
+    assert (episode.answer, episode.stop_reason) == (None, "answer")  # a tool ended it
+    with pytest.raises(RewardError, match="an episode that is rebuilt has no `state`: let tools pay as they act"):
+        won(episode)
+    for look_at in (bool, len, list, lambda state: state["won"], lambda state: state == 1):
+        with pytest.raises(RewardError, match="no `state`"):
+            look_at(episode.state)
+    copied = pickle.loads(pickle.dumps(episode))
+    assert type(copied.state) is type(copy.deepcopy(episode.state)) is NotSaved
