@@ -70,24 +70,6 @@ class Episode:
         return sum(known) if len(known) == len(counts) else None
 
 
-class NotSaved:
-    """The state of an episode that was rebuilt from what is saved, which nobody can look at."""
-
-    def _refuse(self, *_: object) -> Any:
-        raise RewardError(
-            "an episode that is rebuilt has no `state`: let tools pay as they act (reward_turn), or read "
-            "`episode.messages` and `episode.tool_results`"
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked by copy and pickle
-            raise AttributeError(name)
-        return self._refuse()
-
-    __getitem__ = __iter__ = __len__ = __bool__ = __contains__ = __eq__ = __call__ = _refuse
-    __hash__ = None  # type: ignore[assignment]
-
-
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The result of a reward.

@@ -15,10 +15,10 @@ import pytest
 from areal_agents.chat.toolcalls import parse_text
 from areal_agents.errors import EnvError, RewardError, SandboxError
 from areal_agents.evaluation.rescore import with_verdict
-from areal_agents.reward import Episode, NotSaved, Verdict
+from areal_agents.reward import Episode, Verdict
 from areal_agents.rollout.env_host import EnvHost
 from areal_agents.rollout.episode import EpisodeDriver
-from areal_agents.rollout.rebuilt import rebuilt
+from areal_agents.rollout.rebuilt import NotSaved, rebuilt
 from areal_agents.rollout.script import ScriptPolicy
 from areal_agents.sandbox import Sandbox, SandboxSpec
 from areal_agents.tool import ToolError, ToolResult, ToolSpec, tool

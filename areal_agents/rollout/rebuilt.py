@@ -11,7 +11,8 @@ from typing import Any, cast, get_args
 
 from areal_agents.chat.tool_formats import tool_format
 from areal_agents.env import AgentEnv
-from areal_agents.reward import Episode, NotSaved
+from areal_agents.errors import RewardError
+from areal_agents.reward import Episode
 from areal_agents.tool import ToolResult
 from areal_agents.toolenv import ToolEnv
 from areal_agents.types import AssistantMessage, Cut, Message, ToolCall, Trajectory
@@ -19,6 +20,24 @@ from areal_agents.types import AssistantMessage, Cut, Message, ToolCall, Traject
 _FOUND_LATE = ("unknown_tool", "invalid_arguments")
 SeededAnswer = Callable[[Trajectory, int], str]
 """Returns what a rubric gets to see of a trajectory's final message, where the environment was reset with that seed."""
+
+
+class NotSaved:
+    """The state of an episode that was rebuilt from what is saved, which nobody can look at."""
+
+    def _refuse(self, *_: object) -> Any:
+        raise RewardError(
+            "an episode that is rebuilt has no `state`: let tools pay as they act (reward_turn), or read "
+            "`episode.messages` and `episode.tool_results`"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked by copy and pickle
+            raise AttributeError(name)
+        return self._refuse()
+
+    __getitem__ = __iter__ = __len__ = __bool__ = __contains__ = __eq__ = __call__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
 
 
 def spoken_answer(trajectory: Trajectory, seed: int) -> str:
