@@ -31,7 +31,7 @@ from areal_agents.errors import ArealError, EnvError
 from areal_agents.group_reward import GroupRewardLike
 from areal_agents.reward import TaskCheck
 from areal_agents.spaces import ChatSpace, TextSpace
-from areal_agents.tool import ToolSpec
+from areal_agents.tool import ToolSpec, class_tools
 from areal_agents.types import AssistantMessage, Info, Observation, StopReason, Task
 from areal_agents.utils.short_text import described, short
 from areal_agents.utils.sync import run_sync
@@ -47,7 +47,9 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     """
 
     tools: Sequence[ToolSpec] = ()
-    """Rendered into the first prompt by the runner."""
+    """Rendered into the first prompt by the runner. Methods under ``@tool`` come to those that a class lists here."""
+    state: Any = None
+    """What the current episode's tools act on. It is the episode's own: set it in areset."""
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     chance: ClassVar[float] = 0.0
     """The mean reward that a policy without any skill may reach. The reward audit allows 0.05 more."""
@@ -65,8 +67,15 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     The runner ends a step after ``env.step_timeout``, these seconds, and what the message's tool calls may take."""
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
 
+    _listed_tools: ClassVar[object] = ()
     task: Task
     """The current episode's task, from ``begin`` on."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        found, cls._listed_tools = class_tools(cls, AgentEnv)
+        if found is not cls._listed_tools:
+            cls.tools = found
 
     def __init__(self) -> None:
         self.observation_space = ChatSpace()

@@ -24,6 +24,7 @@ from areal_agents.types import AssistantMessage, Message, StopReason, Task
 from areal_agents.utils.blocking import timed
 from areal_agents.utils.real_number import finite
 from areal_agents.utils.short_text import cut, short
+from areal_agents.utils.tolerance import rounding_of
 
 if TYPE_CHECKING:
     import sympy  # type: ignore[import-untyped]
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 VerdictStatus = Literal["ok", "unverifiable", "timeout"]
 _WORST_FIRST: tuple[VerdictStatus, ...] = ("timeout", "unverifiable", "ok")
 MAX_NUMBER_CHARS = 256
+PAID = "turn_reward"
+"""The component of a turn that says what its tools paid (``ToolEnv.reward_turn``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,11 @@ class Episode:
     stop_reason: StopReason
     models: Mapping[str, ChatModel] = field(default_factory=dict, repr=False, compare=False)
     """Judges and simulated users that the environment was made with, by name. They stay in their process."""
+    state: Any = field(default=None, repr=False, compare=False)
+    """The environment's ``state`` at the end. It is not saved: looking at that of a saved episode is a RewardError."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Episode, (self.task, self.messages, self.answer, self.tool_results, self.stop_reason)
+        return Episode, (self.task, self.messages, self.answer, self.tool_results, self.stop_reason, {}, self.state)
 
     @property
     def turns(self) -> int:
@@ -75,7 +80,7 @@ class Verdict:
     score: float
     components: Mapping[str, float] = field(default_factory=dict)
     turn_rewards: tuple[float, ...] | None = None
-    """One number a turn, in place of ``score`` on the last turn."""
+    """One number a turn, in place of ``score`` on the last turn. ``score`` is their sum."""
     status: VerdictStatus = "ok"
 
 
@@ -125,12 +130,15 @@ def checked(value: object, episode: Episode, label: str) -> Verdict:
             f"reward {label!r} returned {len(turns)} turn rewards for {episode.turns} turns on task "
             f"{episode.task.id!r}: return one number a turn, or None"
         )
-    return Verdict(
-        _finite(value.score, label, episode),
-        {key: _finite(x, f"{label}.{key}", episode) for key, x in value.components.items()},
-        None if turns is None else tuple(_finite(x, f"{label}.turn_rewards", episode) for x in turns),
-        value.status,
-    )
+    score = _finite(value.score, label, episode)
+    checked = None if turns is None else tuple(_finite(x, f"{label}.turn_rewards", episode) for x in turns)
+    if checked and abs(math.fsum(checked) - score) > rounding_of(score, *checked):
+        raise RewardError(
+            f"reward {label!r} returned the score {score:g} on task {episode.task.id!r}, but its turn rewards add up "
+            f"to {math.fsum(checked):g}: the score is their sum, so return Verdict(sum(turns), turn_rewards=turns)"
+        )
+    components = {key: _finite(x, f"{label}.{key}", episode) for key, x in value.components.items()}
+    return Verdict(score, components, checked, value.status)
 
 
 def task_checks(reward: RewardLike) -> tuple[TaskCheck, ...]:
@@ -264,6 +272,11 @@ def _finite(value: object, name: str, episode: Episode) -> float:
     try:
         return finite(value)
     except ValueError as wrong:
+        if isinstance(value, list | tuple) or getattr(value, "ndim", None):
+            raise RewardError(
+                f"reward {name!r} returned {short(value)} on task {episode.task.id!r}: a reward is a finite "
+                "number; one number a turn is Verdict(sum(turns), turn_rewards=turns)"
+            ) from wrong
         raise RewardError(
             f"reward {name!r} returned {short(value)} on task {episode.task.id!r}: a reward is a finite number, this "
             f"is {wrong}; raise an InfraError for a verifier that failed, or return Verdict(status='unverifiable')"

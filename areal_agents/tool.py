@@ -4,8 +4,13 @@
     async def python(code: str, *, sandbox: Sandbox) -> str:
         \"\"\"Run Python code and return what it prints.\"\"\"
 
-Keyword-only parameters named ``sandbox`` or ``models``, or annotated ``Sandbox`` or ``Mapping[str, ChatModel]``,
-are *injected* by the environment: they never appear in the schema and a model cannot set them.
+    class Cave(ToolEnv):
+        @tool()
+        async def go(self, direction: str) -> str:
+            \"\"\"Walk through a door.\"\"\"
+
+``self`` and keyword-only parameters named ``sandbox``, ``models``, ``env`` or ``state`` are *injected* by the
+environment (``tool_parameters.py``): they never appear in the schema and a model cannot set them.
 """
 
 from __future__ import annotations
@@ -15,22 +20,19 @@ import importlib
 import inspect
 import json
 import re
-import typing
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ValidationError
 
 from areal_agents.errors import EnvError, InfraError, RewardError, SandboxUnavailable, TaskError
-from areal_agents.sandbox import Sandbox
+from areal_agents.tool_parameters import Kind, read_parameters
 
 ToolFunction = Callable[..., Awaitable[object]]
 ToolStatus = Literal["ok", "error", "timeout", "sandbox_failed", "malformed", "unknown_tool", "invalid_arguments"]
 F = TypeVar("F", bound=ToolFunction)
 
-_INJECTED_NAMES = ("sandbox", "models")
 _JSON_KEYWORDS_DROPPED = ("title", "additionalProperties")
 
 
@@ -66,7 +68,7 @@ class ToolSpec:
     parallel: bool = False
     """Whether calls of one message may run at the same time."""
     max_output_chars: int = 4000
-    injected: Mapping[str, Literal["sandbox", "models"]] = field(default_factory=dict)
+    injected: Mapping[str, Kind] = field(default_factory=dict)
     """Injected parameters: the function's parameter name → what the environment passes."""
     function: ToolFunction | None = field(default=None, repr=False, compare=False)
     """None: a tool that is only described (a remote model's tool)."""
@@ -81,6 +83,17 @@ class ToolSpec:
     def needs_sandbox(self) -> bool:
         """Whether a sandbox is injected into its calls."""
         return "sandbox" in self.injected.values()
+
+    @property
+    def acts(self) -> bool:
+        """Whether it can change the episode's state, so that a second run of a call would act twice."""
+        return "env" in self.injected.values() or "state" in self.injected.values()
+
+    def __get__(self, instance: object | None, owner: type | None = None) -> Any:
+        """Return a method's function bound to its environment, so that methods call each other, else the spec."""
+        if instance is None or self.function is None or "self" not in self.injected:
+            return self
+        return self.function.__get__(instance)
 
     def validate(self, arguments: Mapping[str, Any]) -> dict[str, Any] | str:
         """Check arguments.
@@ -109,9 +122,9 @@ class ToolSpec:
     async def invoke(self, arguments: Mapping[str, Any], injected: Mapping[str, Any] | None = None) -> ToolResult:
         """Run the function on checked arguments.
 
-        ``injected`` maps ``"sandbox"`` and ``"models"`` to what the environment passes. A timeout and a ToolError
-        are results. InfraError (SandboxError among them) passes through; any other exception is the author's bug
-        and becomes EnvError.
+        ``injected`` maps ``"sandbox"``, ``"models"``, ``"env"`` and ``"state"`` to what the environment passes. A
+        timeout and a ToolError are results. InfraError (SandboxError among them) passes through; any other exception is
+        the author's bug and becomes EnvError.
         """
         if self.function is None:
             raise EnvError(f"tool {self.name!r} has no function: it can be described to a model but not called")
@@ -181,27 +194,58 @@ def tool(
         raise ValueError(f"tool: timeout = {timeout} must be > 0 and max_output_chars = {max_output_chars} >= 64")
 
     def decorate(function: ToolFunction) -> ToolSpec:
+        if isinstance(function, classmethod | staticmethod):
+            raise TypeError(f"tool {function.__name__!r} is a {type(function).__name__}: leave that decorator out")
         tool_name = name or function.__name__
         if not inspect.iscoroutinefunction(function):
             raise TypeError(f"tool {tool_name!r} must be an `async def`: a blocking tool would stop every episode")
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", tool_name):
             raise TypeError(f"tool name {tool_name!r} must match [A-Za-z0-9_-]{{1,64}}")
         summary, notes = _docstring(function)
-        injected: dict[str, Literal["sandbox", "models"]] = {}
-        fields: dict[str, Any] = {}
-        for parameter in inspect.signature(function).parameters.values():
-            kind = _injected_kind(parameter, function)
-            if kind is not None:
-                injected[parameter.name] = kind
-                continue
-            default = ... if parameter.default is parameter.empty else parameter.default
-            annotation = _annotation(parameter, function, tool_name)
-            fields[parameter.name] = (annotation, Field(default, description=notes.get(parameter.name)))
-        model = create_model(tool_name, __config__=ConfigDict(extra="forbid"), **fields)
+        injected, model = read_parameters(function, tool_name, notes)
+        if parallel and {"env", "state"} & set(injected.values()) and "sandbox" in injected.values():
+            raise TypeError(
+                f"tool {tool_name!r} acts on the episode and in its sandbox, so it cannot be parallel: where the "
+                "sandbox is lost, what it did there is done again, in order"
+            )
         parameters = {"type": "object", **_compact(model.model_json_schema())}
         return ToolSpec(tool_name, summary, parameters, timeout, parallel, max_output_chars, injected, function, model)
 
     return decorate
+
+
+def class_tools(cls: type, root: type) -> tuple[Sequence[ToolSpec], object]:
+    """Return the tools of an environment's class: those that it lists, then those that its body defines.
+
+    A subclass inherits both. Its own list replaces the inherited one, an attribute of its own replaces a tool defined
+    under that name (None takes it away).
+
+    Args:
+        cls: the class, whose own ``tools`` are as its author wrote them.
+        root: the base class of all environments, whose bodies and those above are not looked at.
+
+    Returns:
+        All tools, and what was listed. Where that is no sequence (a property, say), it stays as it is.
+
+    Raises:
+        TypeError: a method hides a tool without being one.
+    """
+    bodies = [body for body in cls.__mro__ if body not in root.__mro__]
+    listed: object = next(
+        (b.__dict__.get("_listed_tools", b.__dict__["tools"]) for b in bodies if "tools" in b.__dict__), ()
+    )
+    defined: dict[str, ToolSpec] = {}
+    for body in reversed(bodies):
+        for name, value in vars(body).items():
+            if isinstance(value, ToolSpec):
+                defined[name] = value
+            elif name in defined:
+                if value is not None:
+                    raise TypeError(f"{body.__name__}.{name} hides a tool: put @tool() on it, or set it to None")
+                del defined[name]
+    if not isinstance(listed, list | tuple) or not defined:
+        return listed, listed  # type: ignore[return-value]  # the author's own, which is checked when it is used
+    return (*listed, *(spec for spec in defined.values() if all(spec is not other for other in listed))), listed
 
 
 def cut_middle(text: str, limit: int) -> tuple[str, bool]:
@@ -224,30 +268,6 @@ def _by_reference(module: str, qualname: str) -> ToolSpec:
     if not isinstance(found, ToolSpec):
         raise TypeError(f"{module}:{qualname} is not a tool: only tools defined at a module's top level pickle")
     return found
-
-
-def _injected_kind(parameter: inspect.Parameter, function: ToolFunction) -> Literal["sandbox", "models"] | None:
-    if parameter.kind is not parameter.KEYWORD_ONLY:
-        return None
-    if parameter.name in _INJECTED_NAMES:
-        return "sandbox" if parameter.name == "sandbox" else "models"
-    # The annotation may be a name imported under TYPE_CHECKING only: its text decides then.
-    text = parameter.annotation if isinstance(parameter.annotation, str) else ""
-    if parameter.annotation is Sandbox or text.rpartition(".")[2] == "Sandbox":
-        return "sandbox"
-    if re.fullmatch(r"(\w+\.)*(Mapping|dict)\[str, *(\w+\.)*ChatModel\]", text or str(parameter.annotation)):
-        return "models"
-    return None
-
-
-def _annotation(parameter: inspect.Parameter, function: ToolFunction, tool_name: str) -> Any:
-    if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-        raise TypeError(f"tool {tool_name!r}: parameter {parameter} must be an ordinary named parameter")
-    if parameter.annotation is parameter.empty:
-        raise TypeError(f"tool {tool_name!r}: parameter {parameter.name!r} needs a type hint")
-    holder = SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
-    namespace = getattr(function, "__globals__", {})
-    return typing.get_type_hints(holder, globalns=namespace, include_extras=True)[parameter.name]
 
 
 def _docstring(function: ToolFunction) -> tuple[str, dict[str, str]]:

@@ -6,20 +6,24 @@ Whose failure is it, when the sandbox itself fails under a call? A fresh session
 calls run in it again, which restores its files. Then the call is tried once more. If it fails again while a harmless
 command succeeds, the call is what breaks the sandbox, and the model gets an error text. Otherwise a model would learn
 to kill its sandbox. If the harmless command fails too, the SandboxError passes to the runner.
+
+A call that acts on the episode is never run twice: only what it did in the sandbox is (``tool_session.py``).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from areal_agents.chat.tool_formats import tool_format
 from areal_agents.errors import EnvError, SandboxError
 from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec, backends
 from areal_agents.tool import ToolResult, ToolSpec
+from areal_agents.tool_session import BROKE, Operation, RepairedSandbox
 from areal_agents.types import ToolCall
 from areal_agents.utils.short_text import cut
 from areal_agents.utils.sync import on_exit
@@ -38,7 +42,11 @@ class _Ready:
 
     @property
     def needs_sandbox(self) -> bool:
-        return "sandbox" in self.spec.injected.values()
+        return self.spec.needs_sandbox
+
+    @property
+    def acts(self) -> bool:
+        return self.spec.acts
 
 
 class Dispatcher:
@@ -51,9 +59,11 @@ class Dispatcher:
         self,
         tools: Sequence[ToolSpec],
         *,
-        sandbox: SandboxBackend | str | None,
-        sandbox_spec: SandboxSpec,
-        models: Mapping[str, Any],
+        sandbox: SandboxBackend | str | None = None,
+        sandbox_spec: SandboxSpec = SandboxSpec(),  # noqa: B008  frozen
+        models: Mapping[str, Any] = MappingProxyType({}),
+        env: object | None = None,
+        over: Callable[[], bool] = lambda: False,
     ) -> None:
         """Take the tools of one environment.
 
@@ -62,6 +72,8 @@ class Dispatcher:
             sandbox: a backend or the name of one; None where no tool needs it.
             sandbox_spec: what a session may use.
             models: passed to tools that ask for ``models``.
+            env: passed to methods and to tools that ask for ``env``; its ``state`` to those that ask for ``state``.
+            over: says whether a call has ended the episode, so that those after it are not run.
 
         Raises:
             EnvError: for two tools of the same name.
@@ -72,9 +84,10 @@ class Dispatcher:
         self._backend = sandbox
         self._sandbox_spec = sandbox_spec
         self._models = dict(models)
+        self._env, self._over = env, over
         self._session: AbstractAsyncContextManager[Sandbox] | None = None
         self._sandbox: Sandbox | None = None
-        self._journal: list[_Ready] = []
+        self._journal: list[_Ready | Operation] = []
         self.replays = 0
         """How often a fresh session saved a call in this episode."""
 
@@ -86,7 +99,11 @@ class Dispatcher:
         checked = [self.check(call) for call in calls]
         results: list[ToolResult] = []
         for first, end in _batches([_parallel(entry) for entry in checked]):
-            results += await self._run_batch(checked[first:end])
+            if self._over():
+                ended = ToolResult("error: the episode had ended, so this call was not run", "error")
+                results += [entry if isinstance(entry, ToolResult) else ended for entry in checked[first:end]]
+            else:
+                results += await self._run_batch(checked[first:end])
         return results
 
     def check(self, call: ToolCall) -> _Ready | ToolResult:
@@ -132,6 +149,9 @@ class Dispatcher:
         for entry, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, SandboxError):
                 assert isinstance(entry, _Ready)
+                if entry.acts:  # what it did in the sandbox was repaired, and that failed
+                    outcome.tool = entry.spec.name
+                    raise outcome
                 outcome = await self._replay(entry)
                 self._note([(entry, outcome)])
             results.append(outcome)
@@ -141,19 +161,39 @@ class Dispatcher:
         """Remember calls that a fresh session must run again."""
         self._journal += [
             entry for entry, outcome in ended
-            if isinstance(entry, _Ready) and entry.needs_sandbox and outcome.status != "sandbox_failed"
+            if isinstance(entry, _Ready) and entry.needs_sandbox and not entry.acts
+            and outcome.status != "sandbox_failed"
         ]  # fmt: skip
 
     async def _attempt(self, entry: _Ready | ToolResult) -> ToolResult | SandboxError:
         if isinstance(entry, ToolResult):
             return entry
         offered: dict[str, Any] = {"models": self._models}
+        if self._env is not None:
+            offered |= {"env": self._env, "state": getattr(self._env, "state", None)}
         if self._sandbox is not None:
             offered["sandbox"] = self._sandbox
         try:
+            if entry.acts and entry.needs_sandbox:
+                return await self._act(entry, offered)
             return await entry.spec.invoke(entry.arguments, offered)
         except SandboxError as error:
             return error
+
+    async def _act(self, entry: _Ready, offered: Mapping[str, Any]) -> ToolResult:
+        """Run a call that acts on the episode, once, however often its sandbox is lost."""
+        box = RepairedSandbox(self._open, self._restore_session, self._journal.append)
+        result = await entry.spec.invoke(entry.arguments, {**offered, "sandbox": box})
+        if box.repairs and result.status == "timeout":
+            raise SandboxError(f"{entry.spec.name} ran out of time while its sandbox was repaired")
+        if box.broke and result.status == "error":
+            return ToolResult(BROKE, "sandbox_failed")
+        self.replays += bool(box.repairs)
+        return result
+
+    def _open(self) -> Sandbox:
+        assert self._sandbox is not None
+        return self._sandbox
 
     async def _replay(self, entry: _Ready) -> ToolResult:
         try:
@@ -167,7 +207,7 @@ class Dispatcher:
         except SandboxError as error:
             error.tool = entry.spec.name
             raise
-        return ToolResult("error: this call made the sandbox fail twice; do something else", "sandbox_failed")
+        return ToolResult(BROKE, "sandbox_failed")
 
     async def _restore_session(self) -> None:
         """Open a fresh session and run the episode's earlier calls in it again.
@@ -185,6 +225,9 @@ class Dispatcher:
                 + (f", {cut(said, 200)}" if said else "")
             )
         for earlier in self._journal:
+            if isinstance(earlier, Operation):
+                await earlier.run(sandbox)
+                continue
             outcome = await self._attempt(earlier)
             if isinstance(outcome, SandboxError):
                 raise outcome

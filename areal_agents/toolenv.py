@@ -3,19 +3,24 @@
     message without calls ─▶ the final answer ─▶ rubric ─▶ terminated
     the same, but cut ─────▶ no answer ────────▶ rubric ─▶ truncated
     message with calls ────▶ check ─▶ run ─▶ one tool message a call ─▶ next turn
+                                      └▶ a tool ended the episode ─▶ rubric ─▶ terminated
 
 A malformed call costs a turn and is answered with a text that says how to do it right. The sandbox session is opened
 at the first call that needs one and closed by ``aclose``.
+
+Tools that act on the episode are methods under ``@tool``, or ask for ``env`` or ``state``. They may pay for the turn
+(``reward_turn``) and end the episode (``end_episode``). What they pay is added to what the rubric gives at the end.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from areal_agents.env import AgentEnv
-from areal_agents.errors import EnvError
-from areal_agents.reward import Episode, RewardLike, TaskCheck, judge, judging_seconds, task_checks
+from areal_agents.errors import EnvError, RewardError
+from areal_agents.reward import PAID, Episode, RewardLike, TaskCheck, judge, judging_seconds, task_checks
 from areal_agents.sandbox import SandboxBackend, SandboxSpec
 from areal_agents.served_model import ModelLike, chat_models
 from areal_agents.tool import ToolResult
@@ -33,7 +38,8 @@ from areal_agents.types import (
     user,
 )
 from areal_agents.types import without_reasoning as without_reasoning  # its place for authors who override `answer`
-from areal_agents.utils.short_text import short
+from areal_agents.utils.real_number import finite
+from areal_agents.utils.short_text import described, short
 
 
 class ToolEnv(AgentEnv):
@@ -62,6 +68,7 @@ class ToolEnv(AgentEnv):
         sandbox: SandboxBackend | str | None = "bubblewrap",
         models: Mapping[str, ModelLike] | None = None,
         max_turns: int | None = None,
+        system_prompt: str | None = None,
     ) -> None:
         """Make an environment, whose sandbox is opened when a tool needs it.
 
@@ -69,6 +76,7 @@ class ToolEnv(AgentEnv):
             sandbox: a backend or the name of one. None where no tool needs it.
             models: judges and simulated users, by name. Tools and the rubric (``Episode.models``) get them.
             max_turns: at least 1, in place of the class's own.
+            system_prompt: in place of the class's own; an empty one is none.
         """
         super().__init__()
         self._rubric = getattr(type(self), "rubric", None)  # from the class: a function must not become a method
@@ -78,17 +86,31 @@ class ToolEnv(AgentEnv):
             self.max_turns = max_turns
         if self.max_turns < 1:
             raise EnvError(f"max_turns {self.max_turns} must be at least 1")
+        if system_prompt is not None:
+            self.system_prompt = self._text("system_prompt", system_prompt)
         self._models = chat_models(models or {})
-        self._dispatcher = Dispatcher(self.tools, sandbox=sandbox, sandbox_spec=self.sandbox_spec, models=self._models)
+        self._dispatcher = Dispatcher(
+            self.tools, sandbox=sandbox, sandbox_spec=self.sandbox_spec, models=self._models, env=self,
+            over=lambda: self._over,
+        )  # fmt: skip
         self._messages: list[Message | AssistantMessage] = []
         self._results: list[ToolResult] = []
-        self._running = False
+        self._running = self._over = False
+        self._paid: list[dict[str, float]] = []  # one a turn: what tools paid, by name
+        self._turning = False
 
     # What an author implements or overrides
 
     def prompt(self, task: Task) -> str:
         """Return the first user message."""
         raise NotImplementedError(f"{type(self).__name__} must implement prompt")
+
+    def new_state(self, task: Task) -> Any:
+        """Return what ``state`` is at the start of an episode.
+
+        It is copied (``copy.deepcopy``), so that no episode shares anything with the task or with another one.
+        """
+        return None
 
     def is_final(self, action: AssistantMessage) -> bool:
         """Say whether this message ends the task.
@@ -109,16 +131,56 @@ class ToolEnv(AgentEnv):
         rubric: RewardLike | None = getattr(cls, "rubric", None)
         return () if rubric is None else task_checks(rubric)
 
+    # What an author's tools call
+
+    def reward_turn(self, amount: float, name: str = "") -> None:
+        """Pay for the turn whose calls are running.
+
+        Amounts of one turn add up. They count whatever the rubric says at the end. ``name`` makes a component of its
+        own, ``turn_reward.NAME``, beside ``turn_reward``.
+
+        Raises:
+            RewardError: ``amount`` is no finite number.
+            EnvError: no call is running.
+        """
+        if not self._turning:
+            raise EnvError(f"{type(self).__name__}.reward_turn: no turn is being taken; call it in a tool")
+        try:
+            value = finite(amount)
+        except ValueError as wrong:
+            raise RewardError(f"task {self.task.id!r}: reward_turn got {short(amount)}, which is {wrong}") from wrong
+        for key in {PAID, f"{PAID}.{name}" if name else PAID}:
+            self._paid[-1][key] = self._paid[-1].get(key, 0.0) + value
+
+    def end_episode(self) -> None:
+        """End the episode with this turn, because the game is won or lost.
+
+        Later calls of the message are not run. The rubric is asked with ``answer = None`` and the stop reason
+        ``answer``.
+
+        Raises:
+            EnvError: no call is running.
+        """
+        if not self._turning:
+            raise EnvError(f"{type(self).__name__}.end_episode: no turn is being taken; call it in a tool")
+        self._over = True
+
     # The contract
 
     async def areset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[Observation, Info]:
         await self._dispatcher.aclose()
+        self._running = False
         task = self.begin(seed, options)
+        try:
+            self.state = copy.deepcopy(self.new_state(task))
+        except (TypeError, copy.Error) as error:
+            raise EnvError(f"{type(self).__name__}.new_state: {described(error)} (the state is copied)") from error
         opening = (system(self.system_prompt),) if self.system_prompt else ()
         observation = (*opening, user(self._text("prompt", self.prompt(task))))
         self._messages, self._results, self._running = list(observation), [], True
+        self._paid, self._over, self._turning = [], False, False
         return observation, {}
 
     async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
@@ -134,6 +196,7 @@ class ToolEnv(AgentEnv):
         """
         self._require_running()
         self._messages.append(action)
+        self._paid.append({})
         if self._is_final(action):
             cut = action.cut({t.name for t in self.tools})
             if cut and not self.scores_cut_messages:
@@ -141,17 +204,27 @@ class ToolEnv(AgentEnv):
                 return (), reward, False, True, info
             reward, info = await self._score("answer", self._text("answer", self.answer(action)))
             return (), reward, True, False, info
-        results = await self._dispatcher.run(action.tool_calls)
+        self._turning = True
+        try:
+            results = await self._dispatcher.run(action.tool_calls)
+        finally:
+            self._turning = False
         self._results += results
         observation = tuple(tool_result(r.text, call=c) for c, r in zip(action.tool_calls, results, strict=True))
         self._messages += observation
         info = {"tool_results": _records(action.tool_calls, results)}
         if self._dispatcher.replays:
             info["sandbox_replays"] = self._dispatcher.replays
-        if sum(isinstance(m, AssistantMessage) for m in self._messages) < self.max_turns:
-            return observation, 0.0, False, False, info
+        paid = self._paid[-1].get(PAID, 0.0)
+        if self._paid[-1]:
+            info["components"] = dict(self._paid[-1])
+        if self._over:
+            reward, scored = await self._score("answer", None)
+            return observation, paid + reward, True, False, info | scored
+        if len(self._paid) < self.max_turns:
+            return observation, paid, False, False, info
         reward, scored = await self._score("max_turns", None)
-        return observation, reward, self.turn_limit_stated, not self.turn_limit_stated, info | scored
+        return observation, paid + reward, self.turn_limit_stated, not self.turn_limit_stated, info | scored
 
     async def afinish(self, reason: StopReason) -> tuple[float, Info]:
         self._require_running()
@@ -177,17 +250,26 @@ class ToolEnv(AgentEnv):
         return final
 
     async def _score(self, reason: StopReason, answer: str | None) -> tuple[float, Info]:
-        """End the episode and return the last turn's reward, with the info that explains it."""
+        """End the episode and return what the rubric gives to the last turn, with the info that explains it."""
         self._running = False
-        episode = Episode(self.task, tuple(self._messages), answer, tuple(self._results), reason, self._models)
+        episode = Episode(
+            self.task, tuple(self._messages), answer, tuple(self._results), reason, self._models, self.state
+        )
         assert self._rubric is not None
         verdict = await judge(self._rubric, episode)
+        paid = [turn.get(PAID, 0.0) for turn in self._paid]
+        if any(self._paid) and PAID in verdict.components:
+            raise RewardError(
+                f"task {self.task.id!r}: the component {PAID!r} of the rubric is what tools pay: rename it"
+            )
         info: Info = {"stop_reason": reason, "components": dict(verdict.components)}
+        if self._paid:
+            info["components"] |= self._paid[-1]
         if verdict.status != "ok":
             info["verdict_status"] = verdict.status
         if not verdict.turn_rewards:
             return verdict.score, info
-        info["turn_rewards"] = list(verdict.turn_rewards)
+        info["turn_rewards"] = [a + b for a, b in zip(paid, verdict.turn_rewards, strict=True)]
         return verdict.turn_rewards[-1], info
 
 

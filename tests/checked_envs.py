@@ -13,8 +13,9 @@ import numpy as np
 
 from areal_agents.env import AgentEnv, Expert
 from areal_agents.errors import TaskError
-from areal_agents.reward import Gate, TaskCheck
+from areal_agents.reward import Episode, Gate, TaskCheck
 from areal_agents.rewards import boxed_math
+from areal_agents.tool import tool
 from areal_agents.toolenv import ToolEnv
 from areal_agents.types import AssistantMessage, Info, Message, Observation, StopReason, Task, system, user
 
@@ -353,3 +354,68 @@ class BadGolds(ToolEnv):
 
     def prompt(self, task: Task) -> str:
         return f"Say {task.payload['i']} in a box."
+
+
+def _paid(episode: Episode) -> float:
+    return float(episode.state["paid"])
+
+
+class Stateful(ToolEnv):
+    """Tools act on a state; two of them the expert never calls."""
+
+    rubric = _paid
+
+    def new_state(self, task: Task) -> dict[str, Any]:
+        return {"paid": False, "seen": dict(task.payload)}
+
+    @classmethod
+    def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
+        first = 0 if split == "test" else 100
+        return [Task.make(f"{split}-{n}", split=split, seed=n, payload={"n": n}) for n in range(first, first + 8)]
+
+    def prompt(self, task: Task) -> str:
+        return f"Take {self.state['seen'].pop('n')}."
+
+    @tool()
+    async def take(self, n: int) -> str:
+        """Take it."""
+        self.reward_turn(0.1)
+        return "Taken."
+
+    @tool()
+    async def pay(self) -> None:
+        """Pay."""
+        self.state["paid"] = True
+        self.end_episode()
+
+    @tool()
+    async def drop(self) -> None:
+        """Drop it."""
+
+    @tool()
+    async def rest(self) -> None:
+        """Rest."""
+
+    @classmethod
+    def expert(cls, task: Task) -> Expert | None:
+        def play() -> Expert:
+            yield '<tool_call>{"name": "take", "arguments": {"n": 1}}</tool_call>'
+            yield '<tool_call>{"name": "drop", "arguments": {"n": 1}}</tool_call>'  # which has no parameter
+            yield '<tool_call>{"name": "pay", "arguments": {}}</tool_call>'
+
+        return play()
+
+
+class StatefulWithoutPay(Stateful):
+    """The expert of odd tasks forgets to pay."""
+
+    @classmethod
+    def expert(cls, task: Task) -> Expert | None:
+        if task.payload["n"] % 2 == 0:
+            return super().expert(task)
+
+        def play() -> Expert:
+            yield '<tool_call>{"name": "take", "arguments": {"n": 1}}</tool_call>'
+            yield "Done."
+
+        return play()

@@ -77,7 +77,7 @@ class Fingerprint:
     async def __call__(self, episode: Episode) -> Verdict:
         score = int(hashlib.sha256(repr(episode).encode()).hexdigest()[:6], 16) / 2**24
         turns = tuple(score / (k + 1) for k in range(episode.turns)) if score > 0.5 else None
-        return Verdict(score, {"score": score, "turns": float(episode.turns)}, turns)
+        return Verdict(sum(turns) if turns else score, {"score": score, "turns": float(episode.turns)}, turns)
 
 
 class Mixed(ToolEnv):

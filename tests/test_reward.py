@@ -238,3 +238,26 @@ def test_a_status_that_is_none_is_refused() -> None:
 def test_boxed_number_names_a_task_without_the_key() -> None:
     with pytest.raises(TaskError, match="task 't1': its payload has no 'solution'"):
         run(boxed_number("solution"), episode("x", gold="7"))
+
+
+def test_a_score_is_the_sum_of_its_turn_rewards() -> None:
+    def short_of(_: Episode) -> Verdict:
+        return Verdict(5.0, turn_rewards=(1.0, 0.5))
+
+    says = r"reward 'short_of' returned the score 5 on task 't1', but its turn rewards add up to 1\.5"
+    with pytest.raises(RewardError, match=says):
+        asyncio.run(judge(short_of, episode()))
+
+    def rounded(_: Episode) -> Verdict:
+        return Verdict(0.3, turn_rewards=(0.1, 0.2))
+
+    assert asyncio.run(judge(rounded, episode())).score == 0.3
+
+
+@pytest.mark.parametrize("value", [[0.1, 0.2], (0.1, 0.2), np.array([0.1, 0.2])])
+def test_a_list_of_rewards_is_told_of_turn_rewards(value: Any) -> None:
+    def listed(_: Episode) -> Any:
+        return value
+
+    with pytest.raises(RewardError, match=r"one number a turn is Verdict\(sum\(turns\), turn_rewards=turns\)"):
+        asyncio.run(judge(listed, episode()))

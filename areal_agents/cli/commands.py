@@ -92,11 +92,13 @@ class Init:
     """Name of the package, of its folder and of its environments' namespace."""
     into: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path()
     """Where the package's folder is made."""
+    kind: Literal["tools", "game"] = "tools"
+    """What it starts with: tools that look things up, or a text adventure whose tools act on its state."""
 
     def run(self, overrides: Sequence[str]) -> int:
         from areal_agents.cli.scaffold import init, next_steps
 
-        print(next_steps(init(self.name, self.into)))
+        print(next_steps(init(self.name, self.into, self.kind), self.kind))
         return 0
 
 

@@ -1,8 +1,8 @@
 """The command ``init``, which starts a package of the user's own.
 
-The package has an environment that runs and trains as it is. The template is itself a working package
-(``templates/env-package``), called ``my_env``. It is linted, type-checked and tested as it stands, and ``init`` copies
-it under another name.
+The package has an environment that runs and trains as it is. A template is itself a working package
+(``templates/env-package`` is called ``my_env``, ``templates/game-package`` is ``my_game``). It is linted, type-checked
+and tested as it stands, and ``init`` copies it under another name.
 """
 
 from __future__ import annotations
@@ -14,18 +14,40 @@ import re
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from areal_agents.errors import ConfigError
 from areal_agents.registry import ENTRY_POINT_GROUP
 
-TEMPLATE = Path(__file__).resolve().parent / "templates" / "env-package"
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+TEMPLATE = TEMPLATES / "env-package"
 PLACEHOLDER = "my_env"
+Kind = Literal["tools", "game"]
+"""``tools`` looks things up and answers. ``game`` has tools that act on the state of the episode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """One kind of package."""
+
+    folder: Path
+    placeholder: str
+    """Its name, which the user's replaces."""
+    env: str
+    """The environment that it registers, without the namespace."""
+
+
+KINDS: dict[Kind, Template] = {
+    "tools": Template(TEMPLATE, PLACEHOLDER, "Boxes-v0"),
+    "game": Template(TEMPLATES / "game-package", "my_game", "Cellar-v0"),
+}
 MAX_NAME = 40
 _RESERVED = {"areal": "it is the namespace of the built-in environments", "tests": "it is the folder of the tests"}
 
 
-def init(name: str, into: Path | str = ".") -> Path:
+def init(name: str, into: Path | str = ".", kind: Kind = "tools") -> Path:
     """Write the package ``name`` to the new folder ``into/name`` and return that folder.
 
     ``into`` is made if absent. The folder appears complete or not at all. Raises ConfigError for a name that cannot be
@@ -41,10 +63,13 @@ def init(name: str, into: Path | str = ".") -> Path:
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as staging:
             made = Path(staging) / name
             made.mkdir()
-            for source in template_files():
-                target = made / rename(source.relative_to(TEMPLATE).as_posix(), name)
+            template = KINDS[kind]
+            for source in template_files(template.folder):
+                place = source.relative_to(template.folder).as_posix()
+                target = made / place.replace(template.placeholder, name)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(rename(source.read_text(encoding="utf-8"), name), encoding="utf-8")
+                text = source.read_text(encoding="utf-8").replace(template.placeholder, name)
+                target.write_text(text, encoding="utf-8")
             shutil.move(made, folder)
     except OSError as error:
         raise ConfigError(f"cannot write {folder}: {error.strerror}; choose another --into") from error
@@ -82,21 +107,16 @@ def require_free(name: str) -> None:
         raise ConfigError(f"the name {name!r} is taken: {reason}. Choose another, for example '{name}_env'")
 
 
-def template_files() -> list[Path]:
+def template_files(folder: Path) -> list[Path]:
     """Return the template's files, sorted.
 
     What Python and editors leave beside them is no part of it.
     """
-    files = [p for p in TEMPLATE.rglob("*") if p.suffix in (".py", ".toml", ".md") or p.name == ".gitignore"]
+    files = [p for p in folder.rglob("*") if p.suffix in (".py", ".toml", ".md") or p.name == ".gitignore"]
     return sorted(files)
 
 
-def rename(text: str, name: str) -> str:
-    """Return ``text`` of the template for a package called ``name``."""
-    return text.replace(PLACEHOLDER, name)
-
-
-def next_steps(folder: Path) -> str:
+def next_steps(folder: Path, kind: Kind = "tools") -> str:
     """Write what ``areal-agents init`` prints, which is the files and the commands that come next."""
     name = folder.name
     files = "\n".join(f"  {p.relative_to(folder)}" for p in sorted(folder.rglob("*")) if p.is_file())
@@ -107,6 +127,6 @@ Next:
   cd {folder}
   pip install -e '.[test]'
   python -m pytest
-  areal-agents check {name}/Boxes-v0
-  areal-agents train train.toml              # about a minute on two cores
-README.md goes on: eval, compare, rescore, replay."""
+  areal-agents check {name}/{KINDS[kind].env}
+  areal-agents train train.toml              # {"about a minute" if kind == "tools" else "a few minutes"} on two cores
+README.md goes on: {"eval, compare, rescore, replay" if kind == "tools" else "eval, levels, a game of your own"}."""

@@ -53,6 +53,8 @@ class Subject:
     timeout: float
     tokenizer: str | Path | None
     chat: ChatOptions = field(default_factory=ChatOptions)
+    tools: dict[str, bool] = field(default_factory=dict)
+    """The tools that scripts were offered, and whether one of them called it as it must be called."""
     _sample: tuple[Task, ...] = ()
     _alone: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
     _children: list[dict[str, Any]] = field(default_factory=list)
@@ -86,6 +88,12 @@ class Subject:
         if key not in self._alone:
             self._alone[key] = (await self.played(task, name)).trace
         return self._alone[key]
+
+    def note_calls(self, episode: ScriptedEpisode) -> None:
+        """Note which tools a played episode called."""
+        called = {c.name for turn in episode.turns for c in turn.message.tool_calls if c.status == "ok"}
+        for spec in episode.tools:
+            self.tools[spec.name] = self.tools.get(spec.name, False) or spec.name in called
 
     def children(self) -> list[dict[str, Any]]:
         """Return what two processes with different PYTHONHASHSEED report of tasks and episodes."""

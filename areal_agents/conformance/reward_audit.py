@@ -17,7 +17,7 @@ from areal_agents.rollout.script import Script
 from areal_agents.types import Observation, Task
 from areal_agents.utils.blocking import BlockingWatch
 from areal_agents.utils.short_text import short
-from areal_agents.utils.tolerance import all_same
+from areal_agents.utils.tolerance import reaches
 
 SLACK = 0.05
 """What a policy without skill may earn above the declared chance."""
@@ -26,6 +26,8 @@ TASKS_WITH_CHANCE = 256
 """More, where chance is not 0: the mean of few tasks is noise."""
 GOLD_TASKS = 16
 EXPERT_TASKS = 4
+NAMED = 3
+"""Tasks that are named where gold answers or experts earn too little. All are counted."""
 BLOCKED_SECONDS = 0.1
 """A reward that holds the event loop for longer is named."""
 
@@ -49,9 +51,9 @@ async def reward(subject: Subject) -> str:
     gold = [spec.gold(t) for t in tasks]
     with BlockingWatch() as watch:
         try:
-            return await _audited(subject, tasks, gold) + _blocked(watch)
+            return await _audited(subject, tasks, gold) + _uncalled(subject) + _blocked(watch)
         except Unaudited as reason:
-            raise Unaudited(f"{reason}{_blocked(watch)}") from reason
+            raise Unaudited(f"{reason}{_uncalled(subject)}{_blocked(watch)}") from reason
 
 
 async def _audited(subject: Subject, tasks: Sequence[Task], gold: Sequence[str | None]) -> str:
@@ -71,6 +73,15 @@ async def _audited(subject: Subject, tasks: Sequence[Task], gold: Sequence[str |
     if not scored:
         raise Unaudited(f"no gold() and no expert(): that full reward can be earned was not seen; {summary}")
     return f"{' and '.join(scored)} earn 1; {summary}"
+
+
+def _uncalled(subject: Subject) -> str:
+    """Say which tools no script called, so that nobody has seen them work."""
+    names = [name for name, called in subject.tools.items() if not called]
+    if not names:
+        return ""
+    some = f"the tool {names[0]}" if len(names) == 1 else f"the tools {', '.join(names)}"
+    return f"; no script ever called {some}: let expert() use {'it' if len(names) == 1 else 'them'}"
 
 
 def _blocked(watch: BlockingWatch) -> str:
@@ -127,6 +138,7 @@ async def _mean(subject: Subject, tasks: Sequence[Task], policy: ScriptOf) -> fl
 async def _play(subject: Subject, task: Task, seed: int, script: Script) -> float:
     episode = ScriptedEpisode(subject.spec.make, task, seed, script, subject.timeout)
     await episode.play()
+    subject.note_calls(episode)
     return episode.total
 
 
@@ -138,20 +150,28 @@ async def _skilled(subject: Subject, tasks: Sequence[Task], gold: Sequence[str |
     spec = subject.spec
     scored: list[str] = []
     golden = [(t, g) for t, g in zip(tasks, gold, strict=True) if g is not None][:GOLD_TASKS]
-    for i, (task, answer) in enumerate(golden):
-        _require_full(await _play(subject, task, i, repeat(answer)), "gold()", task)
+    earned = [(task, await _play(subject, task, i, repeat(answer))) for i, (task, answer) in enumerate(golden)]
     if golden:
-        scored.append(f"{len(golden)} gold answers")
-    played = 0
-    for i, task in enumerate(tasks[:EXPERT_TASKS]):
-        if spec.expert(task) is not None:
-            _require_full(await _play(subject, task, i, script_for(spec, task, "main")), "expert()", task)
-            played += 1
-    if played:
-        scored.append(f"{played} expert episodes")
+        scored.append(_all_full(earned, "gold answers", "gold()"))
+    experts = [(i, task) for i, task in enumerate(tasks[:EXPERT_TASKS]) if spec.expert(task) is not None]
+    earned = [(task, await _play(subject, task, i, script_for(spec, task, "main"))) for i, task in experts]
+    if experts:
+        scored.append(_all_full(earned, "expert episodes", "expert()"))
     return scored
 
 
-def _require_full(total: float, who: str, task: Task) -> None:
-    if not all_same((total, 1.0)):
-        raise CheckError(f"{who} earns {total:g} on task {task.id}, not 1: the reward or the {who} is wrong")
+def _all_full(earned: Sequence[tuple[Task, float]], what: str, who: str) -> str:
+    """Return what was seen.
+
+    More than 1 is full reward too, because bonuses and the rewards of turns come to it. Raises CheckError where some
+    earn less.
+    """
+    bad = [(task, total) for task, total in earned if not reaches(total)]
+    if bad:
+        shown = ", ".join(f"{total:g} on task {task.id}" for task, total in bad[:NAMED])
+        more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        raise CheckError(
+            f"{len(bad)} of {len(earned)} {what} earn less than 1 ({shown}{more}): the reward or {who} is wrong"
+        )
+    most = max(total for _, total in earned)
+    return f"{len(earned)} {what}" + ("" if reaches(1.0, most) else f" (up to {most:g})")

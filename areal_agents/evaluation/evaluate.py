@@ -242,6 +242,7 @@ async def _play(
             tracker.trajectories.append(journal, record, elapsed=watch.seconds, served=sorted(served.names))
 
         results, failure, left_out = saved_rows(tasks, earlier.episodes, k=e.k), None, dict(bad)
+        own: list[tuple[str, ArealError]] = []
         spec = registry.spec(config.env.id)
         judge = open_judge(group_reward_of(spec), spec, config, tracker.event)
         if had < planned or (judge is not None and not all(map(is_judged, earlier.episodes.values()))):
@@ -261,7 +262,7 @@ async def _play(
                     )  # fmt: skip
                 finally:
                     await runner.close()
-                failure, left_out = runner.first_given_up, runner.left_out
+                failure, left_out, own = runner.first_given_up, runner.left_out, runner.own_failures
         episodes = [t for _, tries in results for t in tries if t is not None]
         if stop.requested and not episodes:
             raise Interrupted(f"stopped by {stop.name} before an attempt was scored")
@@ -269,6 +270,7 @@ async def _play(
             results, env=config.env.id, split=e.split, model=config.model.path, version=0, temperature=e.temperature,
             seed=config.seed, seconds=watch.seconds, k=e.k, first_failure=failure, left_out=left_out,
             planned=e.k * sum(task.id not in left_out for task in tasks),
+            own_failures=own,
         )  # fmt: skip
         if not shown.unplayed:
             tracker.trajectories.write(episodes, step=STEP, kind=KIND)

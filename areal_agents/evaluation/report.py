@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from areal_agents.errors import ConfigError, InfraError
+from areal_agents.errors import ArealError, ConfigError, InfraError
 from areal_agents.evaluation.attempts import same_attempts
 from areal_agents.evaluation.endings import count_endings, count_finishes, count_oddities, noted
 from areal_agents.evaluation.statistics import clustered_interval, pass_at_k, pass_hat_k
 from areal_agents.rollout.task_faults import footer, reasons
 from areal_agents.types import Task, Trajectory
-from areal_agents.utils.short_text import text_of
+from areal_agents.utils.short_text import cut, text_of
 from areal_agents.utils.tolerance import reaches
 
 
@@ -71,6 +71,10 @@ class EvalReport:
     sandbox_replays: int = 0
     withheld: int = 0
     """Lost sandboxes whose calls were run again; attempts with a reward that a cut message earned and did not get."""
+    failed: int = 0
+    first_failed: str = ""
+    """Attempts given up because their reward or environment itself failed, and why the first was. They are in no rate,
+    nor infrastructure's."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -92,10 +96,13 @@ class EvalReport:
         """Say what makes the numbers less than they look."""
         notes = []
         if self.unplayed:
-            made = round(self.attempts / (1.0 - self.infra_rate))
+            made = round(self.attempts / (1.0 - self.infra_rate)) + self.failed
             notes.append(
                 f"partial: {made} of {made + self.unplayed} attempts were played, at {self.n} tasks with a score"
             )
+        if self.failed:
+            tried = round(self.attempts / (1.0 - self.infra_rate)) + self.failed
+            notes.append(f"{self.failed} of {tried} attempts failed, in no rate: {cut(self.first_failed, 300)}")
         if self.k > 1 and self.temperature == 0.0:
             notes.append(same_attempts(self.k))
         return notes
@@ -120,6 +127,7 @@ def summarize(
     k: int | None = None,
     planned: int | None = None,
     first_failure: BaseException | None = None,
+    own_failures: Sequence[tuple[str, ArealError]] = (),
     left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> EvalReport:
     """Report what ``results`` show.
@@ -136,6 +144,7 @@ def summarize(
         k: attempts a task that were asked for; None means the most that there are.
         planned: attempts that were asked for; None means those that there are.
         first_failure: why the first attempt was given up, of those that were.
+        own_failures: task and error of the attempts given up because reward or environment failed by themselves.
         left_out: tasks that cannot be played or scored, each with the reason. Their attempts count nowhere.
 
     Raises:
@@ -147,19 +156,24 @@ def summarize(
         raise ConfigError(f"evaluation of {env}: no task can be played or scored:{reasons(left_out)}")
     scored = [(task, kept) for task, tries in results if (kept := [t for t in tries if t is not None])]
     if not scored:
+        own_alone = len(own_failures) >= sum(len(tries) for _, tries in results)
+        itself, infra = "its own reward or environment failed every attempt", "infrastructure failed every attempt"
+        what = itself if own_alone else infra
         said = f" First failure: {text_of(first_failure)}" if first_failure is not None else ""
         raise InfraError(
-            f"evaluation of {env}: infrastructure failed every attempt, so that there is nothing to score.{said}"
-            f"{reasons(left_out)}"
+            f"evaluation of {env}: {what}, so that there is nothing to score.{said}{reasons(left_out)}"
         ) from first_failure
     k = k or max(len(tries) for _, tries in results)
     everything = [t for _, tries in scored for t in tries]
+    own = [error for task, error in own_failures if task not in left_out]
     return EvalReport(
         env, split, model, version, temperature, seed, len(scored), k, len(everything),
-        infra_rate=1.0 - len(everything) / sum(len(tries) for _, tries in results),
+        infra_rate=1.0 - len(everything) / (sum(len(tries) for _, tries in results) - len(own)),
         seconds=seconds,
         left_out=dict(left_out),
         unplayed=0 if planned is None else planned - sum(len(tries) for _, tries in results),
+        failed=len(own),
+        first_failed=f"{type(own[0]).__name__}: {text_of(own[0])}" if own else "",
         endings=count_endings(everything),
         finishes=count_finishes(everything),
         **_passes([tries for _, tries in scored], k),

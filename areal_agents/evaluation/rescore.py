@@ -24,7 +24,7 @@ from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, ConfigError, RegistryError
 from areal_agents.evaluation.saved_run import SavedRun
 from areal_agents.group_reward import GroupRewardLike, declaration, is_group_reward, judge_group, with_group_verdict
-from areal_agents.reward import Episode, RewardLike, Verdict, judge
+from areal_agents.reward import PAID, Episode, RewardLike, Verdict, judge
 from areal_agents.rollout.group_judge import group_rubric_of
 from areal_agents.rollout.rebuilt import answer_reader, rebuilt, spoken_answer
 from areal_agents.tracking.trajectories import Record, read_shard
@@ -170,14 +170,18 @@ def episode_of(record: Record, answer: ReadAnswer = plain_answer) -> Episode:
 
 
 def with_verdict(trajectory: Trajectory, verdict: Verdict) -> Trajectory:
-    """Return ``trajectory`` as if ``verdict`` had been its rubric's."""
+    """Return ``trajectory`` as if ``verdict`` had been its rubric's.
+
+    What tools paid for a turn stays.
+    """
     last = len(trajectory.turns) - 1
     rewards = verdict.turn_rewards or (*(0.0 for _ in range(last)), verdict.score)
+    paid = [{n: x for n, x in t.components.items() if n.partition(".")[0] == PAID} for t in trajectory.turns]
     turns = tuple(
         replace(
             turn,
-            reward=rewards[k],
-            components=dict(verdict.components) if k == last else {},
+            reward=paid[k].get(PAID, 0.0) + rewards[k],
+            components=(dict(verdict.components) if k == last else {}) | paid[k],
             own_reward=None,
             own_components=None,
         )

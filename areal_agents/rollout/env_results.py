@@ -254,4 +254,5 @@ def _finite(value: Any, name: str, where: str) -> float:
     try:
         return finite(value)
     except ValueError as wrong:
-        raise RewardError(f"{where} returned {name} {short(value)}, which is {wrong}") from wrong
+        hint = ": one number a turn goes into info['turn_rewards']" if isinstance(value, list | tuple) else ""
+        raise RewardError(f"{where} returned {name} {short(value)}, which is {wrong}{hint}") from wrong

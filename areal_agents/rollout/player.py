@@ -230,7 +230,7 @@ def limits_of(config: TrainConfig) -> Limits:
 
 def require_prompts(spec: EnvSpec, fmt: ChatFormat) -> None:
     """Raise TemplateError, before anything slow starts, where the environment's system prompt cannot be shown."""
-    text = getattr(spec.env_class(), "system_prompt", "")
+    text = spec.kwargs.get("system_prompt", getattr(spec.env_class(), "system_prompt", ""))
     if isinstance(text, str) and text:
         fmt.first_prompt([system(text), user("")])
 

@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 
 from areal_agents.chat.tool_formats import tool_format
 from areal_agents.env import AgentEnv
+from areal_agents.errors import RewardError
 from areal_agents.reward import Episode
 from areal_agents.tool import ToolResult
 from areal_agents.toolenv import ToolEnv
@@ -19,6 +20,24 @@ from areal_agents.types import AssistantMessage, Cut, Message, ToolCall, Traject
 _FOUND_LATE = ("unknown_tool", "invalid_arguments")
 SeededAnswer = Callable[[Trajectory, int], str]
 """Returns what a rubric gets to see of a trajectory's final message, where the environment was reset with that seed."""
+
+
+class NotSaved:
+    """The state of an episode that was rebuilt from what is saved, which nobody can look at."""
+
+    def _refuse(self, *_: object) -> Any:
+        raise RewardError(
+            "an episode that is rebuilt has no `state`: let tools pay as they act (reward_turn), or read "
+            "`episode.messages` and `episode.tool_results`"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked by copy and pickle
+            raise AttributeError(name)
+        return self._refuse()
+
+    __getitem__ = __iter__ = __len__ = __bool__ = __contains__ = __eq__ = __call__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
 
 
 def spoken_answer(trajectory: Trajectory, seed: int) -> str:
@@ -58,9 +77,9 @@ def rebuilt(trajectory: Trajectory, answer: Callable[[Trajectory], str]) -> Epis
     reason, final = trajectory.stop_reason, None
     if (cut := _cut_answer(trajectory)) is not None:
         reason = "answer" if trajectory.terminated else cut  # an environment does not see which limit it was
-    if reason == "answer":
-        final = answer(trajectory)
-    return Episode(trajectory.task, tuple(messages), final, tuple(results), reason)
+    if reason == "answer" and not (trajectory.final_observation and trajectory.turns[-1].tool_results):
+        final = answer(trajectory)  # else a tool ended it
+    return Episode(trajectory.task, tuple(messages), final, tuple(results), reason, state=NotSaved())
 
 
 def _cut_answer(trajectory: Trajectory) -> Cut | None:

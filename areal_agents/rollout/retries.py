@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from areal_agents.errors import ArealError, FailureBudgetError, InfraError, RewardError, TaskError, WorkerLost
 from areal_agents.rollout.player import EpisodePlayer, EventSink, no_events
-from areal_agents.rollout.task_faults import TaskAttempts
+from areal_agents.rollout.task_faults import TaskAttempts, is_own
 from areal_agents.types import Task, Trajectory
 from areal_agents.utils.short_text import cut, text_of
 
@@ -89,6 +89,8 @@ class EpisodeRunner:
         """Tasks that cannot be played or scored, each with the reason."""
         self.first_given_up: ArealError | None = None
         """Why the first episode was given up, of those that were."""
+        self.own_failures: list[tuple[str, ArealError]] = []
+        """Task and error of each episode that was given up because its reward or environment itself failed."""
         self._max_retries = max_retries
         self._event = event
         self._say = say
@@ -131,6 +133,8 @@ class EpisodeRunner:
                 self._charge(charged)
                 if not retry:
                     self.first_given_up = self.first_given_up or error
+                    if is_own(error):
+                        self.own_failures.append((task.id, error))
                     return None
             else:
                 self._charge(attempts.clear())

@@ -41,7 +41,7 @@ class TaskAttempts:
 
     def failed(self, error: InfraError | RewardError) -> list[ArealError]:
         """Note a failed attempt, and return the failures that are infrastructure's as is known now."""
-        if self._cleared or not _is_own(error):
+        if self._cleared or not is_own(error):
             return [error]  # and says nothing about the others: an engine may die under a bad task too
         self._held.append(error)
         return [] if _signature(error) == _signature(self._held[0]) else self.clear()
@@ -89,7 +89,7 @@ def footer(left_out: Mapping[str, str]) -> str:
     return f"\n{n} {'task' if n == 1 else 'tasks'} left out, in no rate:{reasons(left_out)}" if n else ""
 
 
-def _is_own(error: InfraError | RewardError) -> bool:
+def is_own(error: InfraError | RewardError) -> bool:
     """Say whether the environment itself failed, and might again."""
     if isinstance(error, RewardError):
         return True

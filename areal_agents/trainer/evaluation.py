@@ -89,7 +89,7 @@ async def evaluate_weights(run: Run, label: str, *, step: int) -> EvalReport:
         report = summarize(
             results, env=config.env.id, split=e.split, model=config.model.path, version=run.learner.version,
             temperature=e.temperature, seed=config.seed, seconds=watch.seconds, k=e.k, left_out=runner.left_out,
-            first_failure=runner.first_given_up,
+            first_failure=runner.first_given_up, own_failures=runner.own_failures,
         )  # fmt: skip
         episodes = [t for _, tries in results for t in tries if t is not None]
         run.tracker.trajectories.write(episodes, step=step, kind=kind)

@@ -14,7 +14,7 @@ import pytest
 import areal_agents
 from areal_agents import settings
 from areal_agents.cli.main import main
-from areal_agents.cli.scaffold import PLACEHOLDER, TEMPLATE, init
+from areal_agents.cli.scaffold import KINDS, PLACEHOLDER, TEMPLATE, init
 from areal_agents.errors import ConfigError
 
 FILES = {
@@ -45,6 +45,35 @@ def test_the_files_and_their_names(tmp_path: Path) -> None:
     assert settings.load(folder / "train.toml").env.id == "acme_env/Boxes-v0"
 
 
+GAME_FILES = {
+    ".gitignore", "README.md", "pyproject.toml", "train.toml", "acme_env/__init__.py", "acme_env/env.py",
+    "acme_env/tasks.py", "acme_env/world.py", "tests/test_acme_env.py",
+}  # fmt: skip
+
+
+def test_a_game(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "acme_env", "--kind", "game", "--into", str(tmp_path)]) == 0
+    out, folder = capsys.readouterr().out, tmp_path / "acme_env"
+    assert "  areal-agents check acme_env/Cellar-v0\n" in out
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == GAME_FILES
+    for path in folder.rglob("*"):
+        assert "my_game" not in path.name
+        assert path.is_dir() or "my_game" not in path.read_text()
+    assert settings.load(folder / "train.toml").env.id == "acme_env/Cellar-v0"
+
+
+@pytest.mark.slow
+def test_a_games_tests_pass_and_so_does_its_check(tmp_path: Path, smollm2: Path) -> None:
+    folder = init("acme_env", tmp_path, "game")
+    done = run(folder, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 passed" in done.stdout
+    done = run(folder, "-m", "areal_agents", "check", "acme_env.env:Cellar", "--tokenizer", str(smollm2))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not re.findall("FAILED|unaudited", done.stdout)
+    assert "4 expert episodes (up to 1.1) earn 1" in done.stdout
+
+
 @pytest.mark.slow
 def test_its_tests_pass_and_fail_with_a_broken_reward(tmp_path: Path) -> None:
     folder = init("acme_env", tmp_path)
@@ -66,7 +95,8 @@ def test_the_check_of_the_command_line_passes(tmp_path: Path, smollm2: Path) -> 
     folder = init("acme_env", tmp_path)
     done = run(folder, "-m", "areal_agents", "check", "acme_env.env:Boxes", "--tokenizer", str(smollm2))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not re.findall("FAILED|unaudited|skipped", done.stdout)
+    assert not re.findall("FAILED|unaudited", done.stdout)
+    assert re.findall(r"skipped +(\w+)", done.stdout) == ["golds"]  # the rubric is a function of the package's own
     assert "16 gold answers and 4 expert episodes earn 1" in done.stdout
 
 
@@ -157,6 +187,7 @@ def test_the_template_is_shipped() -> None:
     package = root / "areal_agents" / "cli"
     shipped = {p for pattern in patterns for p in package.glob(pattern)}
     assert areal_agents.__file__ is not None
-    assert {
-        p.relative_to(TEMPLATE).as_posix().replace(PLACEHOLDER, "acme_env") for p in shipped if "env-package" in p.parts
-    } == FILES
+    for kind, files in (("tools", FILES), ("game", GAME_FILES)):
+        template = KINDS[kind]  # type: ignore[index]
+        there = {p.relative_to(template.folder).as_posix() for p in shipped if p.is_relative_to(template.folder)}
+        assert {place.replace(template.placeholder, "acme_env") for place in there} == files

@@ -76,7 +76,7 @@ def test_a_good_environment_passes_everything(tokenizer: Path) -> None:
         ("TakesAnyAnswer", "reward", "the policy 'several' earns 1.000 on 8 tasks of 'test'; declared chance is 0"),
         ("FindsTheAnswerAnywhere", "reward", "the policy 'several' earns 1.000"),
         ("RewardsSilence", "reward", "the policy 'empty' earns 1.000"),
-        ("WrongGold", "reward", "gold() earns 0 on task test-200, not 1"),
+        ("WrongGold", "reward", "8 of 8 gold answers earn less than 1 (0 on task test-200, 0 on task test-201, 0 on"),
         ("RewardsNan", "contract", "returned the reward nan, which is not finite"),
         ("RewardsText", "contract", "returned the reward '1.0', which is not a number"),
         ("Raises", "contract", "astep (task train-100, turn 0) raised KeyError: 'no reply'"),
@@ -241,3 +241,19 @@ def test_tasks_that_no_answer_could_score_are_named() -> None:
 def test_nothing_is_looked_at_where_nothing_says_what_a_task_must_have() -> None:
     report = check("tests.letters_env:Letters", tokenizer=None)
     assert by_name(report)["golds"].status == "skipped"
+
+
+def test_tools_that_no_script_called_are_named() -> None:
+    report = check("tests.checked_envs:Stateful", tokenizer=None)
+    assert report.passed, str(report)
+    said = by_name(report)["reward"].detail
+    assert said.startswith("4 expert episodes (up to 1.1) earn 1; ")
+    assert said.endswith("; no script ever called the tools drop, rest: let expert() use them")
+
+
+def test_bad_experts_are_counted() -> None:
+    report = check("tests.checked_envs:StatefulWithoutPay", tokenizer=None)
+    assert by_name(report)["reward"].detail == (
+        "2 of 4 expert episodes earn less than 1 (0.1 on task test-1, 0.1 on task test-3): the reward or expert() is "
+        "wrong"
+    )

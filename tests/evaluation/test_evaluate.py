@@ -18,6 +18,7 @@ from areal_agents.errors import (
     FailureBudgetError,
     InfraError,
     RegistryError,
+    RewardError,
     SandboxUnavailable,
     TemplateError,
 )
@@ -93,6 +94,27 @@ def test_an_infrastructure_failure_is_no_wrong_answer() -> None:
     assert report([attempt(1.0), None]).pass_at_k is None
     with pytest.raises(InfraError, match="infrastructure failed every attempt, so that there is nothing to score"):
         report([None], [None])
+
+
+def test_a_reward_that_fails_now_and_then_is_said_and_is_no_infrastructure() -> None:
+    rows: list[tuple[Task, list[Trajectory | None]]] = [
+        (_task(0), [attempt(1.0), None, attempt(0.0), None]),
+        (_task(1), [attempt(1.0)] * 4),
+    ]
+    made = summarize(
+        rows, env="e", split="test", model="m", version=0, temperature=1.0, seed=0, seconds=1.0,
+        own_failures=[(_task(0).id, RewardError("reward 'r' returned nan")), ("gone", RewardError("another task's"))],
+        left_out={"gone": "no score"},
+    )  # fmt: skip
+    assert (made.failed, made.attempts) == (1, 6)
+    assert made.infra_rate == pytest.approx(1 / 7)
+    assert made.notes() == ["1 of 8 attempts failed, in no rate: RewardError: reward 'r' returned nan"]
+    assert "1 of 8 attempts failed, in no rate: RewardError: reward 'r' returned nan" in made.table()
+    with pytest.raises(InfraError, match="e: its own reward or environment failed every attempt"):
+        summarize(
+            [(_task(0), [None])], env="e", split="test", model="m", version=0, temperature=1.0, seed=0, seconds=1.0,
+            own_failures=[(_task(0).id, RewardError("nan"))],
+        )  # fmt: skip
 
 
 def test_the_table_shows_what_is_not_known_as_a_dash() -> None:

@@ -44,7 +44,8 @@ def not_finite(episode: Episode) -> float:
 
 
 def per_turn(episode: Episode) -> Verdict:
-    return Verdict(3.0, {"a": 1.0}, turn_rewards=tuple(float(k + 1) for k in range(episode.turns)))
+    turns = tuple(float(k + 1) for k in range(episode.turns))
+    return Verdict(sum(turns), {"a": 1.0}, turn_rewards=turns)
 
 
 class Slow:

@@ -70,7 +70,8 @@ SEEN: list[tuple[StopReason, str | None, int]] = []
 async def partly(episode: Episode) -> Verdict:
     """Pay a little for an episode without an answer, and note what it was."""
     SEEN.append((episode.stop_reason, episode.answer, episode.turns))
-    return Verdict(0.0, {}, tuple(0.5 if k else 0.25 for k in range(episode.turns)))
+    turns = tuple(0.5 if k else 0.25 for k in range(episode.turns))
+    return Verdict(sum(turns), {}, turns)
 
 
 class Partial(Sums):
