@@ -15,7 +15,10 @@ from areal_agents.evaluation import compare
 from tests.simulated import BENCHMARKS, benchmarks_on_path, module
 
 __all__ = ["benchmarks_on_path"]
-SCRIPTS = ("engine", "trl_step", "demo", "demo_engines", "engines", "mismatch", "async", "gpu", "busy", "verifier")
+SCRIPTS = (
+    "engine", "trl_step", "demo", "demo_engines", "engines", "mismatch", "async", "gpu", "busy", "verifier",
+    "same_seed",
+)  # fmt: skip
 RECORD = {"benchmark", "commit", "machine", "samples", "checks"}
 
 
