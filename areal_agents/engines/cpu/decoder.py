@@ -304,11 +304,11 @@ class CPUDecoder:
         It overwrites KV. Raises ModelError where the results differ in a bit, because this machine's products depend on
         a row's place.
         """
-        sequence = [i % self.shape.vocabulary for i in (3, 1, 4, 1, 5)]
+        sequence = [i % self.shape.vocabulary for i in (3, 1, 4, 1, 5)][: len(self._cos)]
         for position, id in enumerate(sequence):
             logits = self.decode([id] * self._rows, [position] * self._rows)
         again = self._fixed([RowSegment(0, 0, sequence)])
-        if not torch.equal(logits, again.expand_as(logits)):
+        if not torch.equal(logits.nan_to_num(), again.nan_to_num().expand_as(logits)):
             raise ModelError(
                 "engine.deterministic cannot be had: on this processor the logits of a row depend on its place in the "
                 "batch. Try another engine.max_batch or engine.threads = 1, or set it to false"

@@ -102,7 +102,7 @@ def test_arguments_of_vllm(tmp_path: Path) -> None:
 
 
 def test_deterministic_is_vllms_own_mode_on_a_gpu_and_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: "vllm")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "vllm")
     monkeypatch.setattr(engine_module, "is_cpu_build", lambda: True)
     with pytest.raises(ConfigError, match=r"engine\.deterministic with engine\.kind = 'vllm' needs a GPU: .* false"):
         asyncio.run(VLLMEngine.start("anything", deterministic=True))
