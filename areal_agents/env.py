@@ -28,6 +28,8 @@ from typing import Any, ClassVar, SupportsFloat, overload
 import gymnasium
 
 from areal_agents.errors import ArealError, EnvError
+from areal_agents.group_reward import GroupRewardLike
+from areal_agents.reward import TaskCheck
 from areal_agents.spaces import ChatSpace, TextSpace
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Info, Observation, StopReason, Task
@@ -55,6 +57,8 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     By default it is none: the episode is truncated, and nothing is paid for the message. With True the environment's
     reward stands, and the episode counts as truncated all the same.
     """
+    group_rubric: ClassVar[GroupRewardLike | None] = None
+    """Judges the finished episodes of one task together (``group_reward.py``), or None."""
     step_seconds: float = 0.0
     """Seconds that a step may take by its nature, besides its tool calls (a compilation, a slow judge).
 
@@ -109,7 +113,8 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
         """Return the tasks of a split.
 
-        ``difficulty`` is in [0, 1]. None is the environment's default.
+        ``difficulty`` is in [0, 1]. None is the environment's default. Arguments of the constructor that are named here
+        too, by keyword, are given to both: a path to read the tasks from, for example.
         """
         raise NotImplementedError(f"{cls.__name__} must implement tasks")
 
@@ -129,6 +134,18 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
         """
         return None
 
+    def training_tasks(self) -> Sequence[Task]:
+        """Return the tasks that ``begin`` draws from where none is given."""
+        return self.tasks("train")
+
+    @classmethod
+    def task_checks(cls) -> Sequence[TaskCheck]:
+        """Return functions that raise TaskError for a task that cannot be scored, whatever is answered.
+
+        A run looks at its tasks with them before the first episode. ``ToolEnv`` has those of its rubric.
+        """
+        return ()
+
     # What an author calls
 
     def begin(self, seed: int | None, options: Mapping[str, Any] | None) -> Task:
@@ -136,7 +153,7 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
         super().reset(seed=seed)
         chosen = (options or {}).get("task")
         if chosen is None:
-            pool = self.tasks("train")
+            pool = self.training_tasks()
             if not pool:
                 raise EnvError(f"{type(self).__name__}.tasks('train') is empty: there is nothing to draw a task from")
             chosen = pool[int(self.np_random.integers(len(pool)))]

@@ -22,7 +22,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +118,11 @@ class EnvSpec:
             )
         if difficulty is not None and not 0.0 <= difficulty <= 1.0:
             raise ConfigError(f"difficulty {difficulty} of {self.id} must lie in [0, 1]")
-        return tasks_of(self.env_class(), self.id, split, difficulty)
+        return tasks_of(self.env_class(), self.id, split, difficulty, self.kwargs)
+
+    def with_kwargs(self, given: Mapping[str, Any]) -> EnvSpec:
+        """Return the same environment, whose registered arguments ``given`` overrides."""
+        return replace(self, kwargs={**self.kwargs, **given})
 
     def require_arguments(self, given: Mapping[str, Any]) -> None:
         """Raise RegistryError where the class does not take the arguments ``given``, over the registered ones."""
@@ -148,22 +152,26 @@ class EnvSpec:
         return Audit(cls.chance, gold, expert)
 
 
-def tasks_of(cls: type[AgentEnv], id: str, split: str, difficulty: float | None) -> Sequence[Task]:
-    """Ask ``cls`` for the tasks of ``split``.
+def tasks_of(
+    cls: type[AgentEnv], id: str, split: str, difficulty: float | None, kwargs: Mapping[str, Any] = MappingProxyType({})
+) -> Sequence[Task]:
+    """Ask ``cls`` for the tasks of ``split``, with those of ``kwargs`` that its ``tasks`` names.
 
     Raises RegistryError, with the class and what is wrong, where it gives anything but a sequence of distinct tasks.
     The items of a list are looked at here, those of another sequence where they are used.
     """
     where = f"{id}: {cls.__name__}.tasks({split!r})"
     try:
-        inspect.signature(cls.tasks).bind(split, difficulty=difficulty)
+        signature = inspect.signature(cls.tasks)
+        given = {n: v for n, v in kwargs.items() if n in signature.parameters and n not in ("split", "difficulty")}
+        signature.bind(split, difficulty=difficulty, **given)
     except TypeError as error:
         raise RegistryError(
             f"{where} cannot be asked: {error}; write `def tasks(cls, split, *, difficulty=None)` under @classmethod"
         ) from error
     try:
         with no_exit():
-            found = cls.tasks(split, difficulty=difficulty)
+            found = cls.tasks(split, difficulty=difficulty, **given)
     except ArealError:
         raise
     except Exception as error:  # the author's own code

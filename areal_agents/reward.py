@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -28,6 +28,7 @@ from areal_agents.utils.short_text import cut, short
 if TYPE_CHECKING:
     import sympy  # type: ignore[import-untyped]
 
+    from areal_agents.engine import ChatModel
     from areal_agents.tool import ToolResult
 
 VerdictStatus = Literal["ok", "unverifiable", "timeout"]
@@ -45,6 +46,11 @@ class Episode:
     """Text of the final answer without its reasoning; None when the episode ended without one."""
     tool_results: tuple[ToolResult, ...]
     stop_reason: StopReason
+    models: Mapping[str, ChatModel] = field(default_factory=dict, repr=False, compare=False)
+    """Judges and simulated users that the environment was made with, by name. They stay in their process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Episode, (self.task, self.messages, self.answer, self.tool_results, self.stop_reason)
 
     @property
     def turns(self) -> int:
@@ -79,6 +85,8 @@ class Reward(Protocol):
 
 Score: TypeAlias = "Verdict | float | bool"
 RewardLike: TypeAlias = "Reward | Callable[[Episode], Score | Awaitable[Score]]"
+TaskCheck: TypeAlias = Callable[[Task], Awaitable[None] | None]
+"""Raises TaskError for a task that cannot be scored, whatever is answered. Sync or async."""
 
 
 async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verdict:
@@ -86,10 +94,23 @@ async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verd
 
     Raises RewardError.
     """
-    label = name or getattr(reward, "__name__", type(reward).__name__)
+    label = name or name_of(reward)
     value: Any = timed(label, reward, episode)
     if inspect.isawaitable(value):
         value = await value
+    return checked(value, episode, label)
+
+
+def name_of(reward: object) -> str:
+    """Return what messages and components call a reward: its own name, or its class's."""
+    return str(getattr(reward, "__name__", type(reward).__name__))
+
+
+def checked(value: object, episode: Episode, label: str) -> Verdict:
+    """Return what the reward called ``label`` returned for ``episode`` as a Verdict, every number checked.
+
+    Raises RewardError.
+    """
     if not isinstance(value, Verdict):
         score = _finite(value, label, episode)
         return Verdict(score, {label: score})
@@ -112,6 +133,30 @@ async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verd
     )
 
 
+def task_checks(reward: RewardLike) -> tuple[TaskCheck, ...]:
+    """Return the ``require_scorable`` of a reward, or of those that it is made of (``inner_rewards``, ``__wrapped__``).
+
+    A run looks at its tasks with them before the first episode. Empty where a reward has none.
+    """
+    own: TaskCheck | None = getattr(reward, "require_scorable", None)
+    if own is not None:
+        return (own,)
+    inner: Iterable[RewardLike] = getattr(reward, "inner_rewards", ())
+    wrapped: RewardLike | None = getattr(reward, "__wrapped__", None)
+    parts = [*inner, *(() if wrapped is None else (wrapped,))]
+    return tuple(check for part in parts for check in task_checks(part))
+
+
+def judging_seconds(reward: RewardLike) -> float:
+    """Return the seconds that a reward, or those that it is made of, may take by their nature (``step_seconds``)."""
+    own: float | None = getattr(reward, "step_seconds", None)
+    if own is not None:
+        return own
+    inner: Iterable[RewardLike] = getattr(reward, "inner_rewards", ())
+    wrapped: RewardLike | None = getattr(reward, "__wrapped__", None)
+    return sum(judging_seconds(part) for part in [*inner, *(() if wrapped is None else (wrapped,))])
+
+
 class WeightedSum:
     """A rubric that adds named rewards up, each times its weight.
 
@@ -127,6 +172,10 @@ class WeightedSum:
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of reward {name!r} must be finite, got {weight}")
             self._parts[name] = (reward, float(weight))
+
+    @property
+    def inner_rewards(self) -> tuple[RewardLike, ...]:
+        return tuple(reward for reward, _ in self._parts.values())
 
     @property
     def parts(self) -> dict[str, RewardLike]:
@@ -292,20 +341,36 @@ def number(text: str) -> sympy.Rational | None:
     return -value if sign == "-" else value
 
 
+class _BoxedNumber:
+    """What ``boxed_number`` makes."""
+
+    __name__ = "correct"
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __call__(self, episode: Episode) -> float:
+        gold = self._gold(episode.task)
+        said = sole_boxed(episode.answer or "")
+        return float(said is not None and number(said) == gold)
+
+    def require_scorable(self, task: Task) -> None:
+        """Raise TaskError where the task has no gold answer that is a number."""
+        self._gold(task)
+
+    def _gold(self, task: Task) -> sympy.Rational:
+        who = f"task {cut(task.id, 120)!r}"
+        if self._key not in task.payload:
+            raise TaskError(f"{who}: its payload has no {self._key!r}")
+        gold = number(str(task.payload[self._key]))
+        if gold is None:
+            raise TaskError(f"{who}: payload[{self._key!r}] = {short(task.payload[self._key])} is no number")
+        return gold
+
+
 def boxed_number(key: str = "answer") -> Callable[[Episode], float]:
     r"""Make a reward that compares the answer's only ``\boxed{…}`` with the number in ``task.payload[key]``.
 
     It is 1 where they are equal, else 0.
     """
-
-    def correct(episode: Episode) -> float:
-        payload, who = episode.task.payload, f"task {cut(episode.task.id, 120)!r}"
-        if key not in payload:
-            raise TaskError(f"{who}: its payload has no {key!r}")
-        gold = number(str(payload[key]))
-        if gold is None:
-            raise TaskError(f"{who}: payload[{key!r}] = {short(payload[key])} is no number")
-        said = sole_boxed(episode.answer or "")
-        return float(said is not None and number(said) == gold)
-
-    return correct
+    return _BoxedNumber(key)

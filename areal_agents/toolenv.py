@@ -11,12 +11,13 @@ at the first call that needs one and closed by ``aclose``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError
-from areal_agents.reward import Episode, RewardLike, judge
+from areal_agents.reward import Episode, RewardLike, TaskCheck, judge, judging_seconds, task_checks
 from areal_agents.sandbox import SandboxBackend, SandboxSpec
+from areal_agents.served_model import ModelLike, chat_models
 from areal_agents.tool import ToolResult
 from areal_agents.tool_dispatch import Dispatcher
 from areal_agents.types import (
@@ -34,9 +35,6 @@ from areal_agents.types import (
 from areal_agents.types import without_reasoning as without_reasoning  # its place for authors who override `answer`
 from areal_agents.utils.short_text import short
 
-if TYPE_CHECKING:
-    from areal_agents.engine import ChatModel
-
 
 class ToolEnv(AgentEnv):
     """The base class of environments made of a system prompt, tools and a rubric.
@@ -52,18 +50,24 @@ class ToolEnv(AgentEnv):
     """Whether the prompt tells the model of ``max_turns``. Reaching the limit then terminates, else it truncates."""
     sandbox_spec: ClassVar[SandboxSpec] = SandboxSpec()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give a class whose rubric takes long by its nature the time for it, where it does not say itself."""
+        super().__init_subclass__(**kwargs)
+        if "rubric" in vars(cls) and "step_seconds" not in vars(cls):
+            cls.step_seconds = max(cls.step_seconds, judging_seconds(cls.rubric))
+
     def __init__(
         self,
         *,
         sandbox: SandboxBackend | str | None = "bubblewrap",
-        models: Mapping[str, ChatModel] | None = None,
+        models: Mapping[str, ModelLike] | None = None,
         max_turns: int | None = None,
     ) -> None:
         """Make an environment, whose sandbox is opened when a tool needs it.
 
         Args:
             sandbox: a backend or the name of one. None where no tool needs it.
-            models: judges and simulated users, by name.
+            models: judges and simulated users, by name. Tools and the rubric (``Episode.models``) get them.
             max_turns: at least 1, in place of the class's own.
         """
         super().__init__()
@@ -74,7 +78,8 @@ class ToolEnv(AgentEnv):
             self.max_turns = max_turns
         if self.max_turns < 1:
             raise EnvError(f"max_turns {self.max_turns} must be at least 1")
-        self._dispatcher = Dispatcher(self.tools, sandbox=sandbox, sandbox_spec=self.sandbox_spec, models=models or {})
+        self._models = chat_models(models or {})
+        self._dispatcher = Dispatcher(self.tools, sandbox=sandbox, sandbox_spec=self.sandbox_spec, models=self._models)
         self._messages: list[Message | AssistantMessage] = []
         self._results: list[ToolResult] = []
         self._running = False
@@ -98,6 +103,11 @@ class ToolEnv(AgentEnv):
         By default that is its text after the reasoning.
         """
         return action.spoken
+
+    @classmethod
+    def task_checks(cls) -> Sequence[TaskCheck]:
+        rubric: RewardLike | None = getattr(cls, "rubric", None)
+        return () if rubric is None else task_checks(rubric)
 
     # The contract
 
@@ -169,7 +179,7 @@ class ToolEnv(AgentEnv):
     async def _score(self, reason: StopReason, answer: str | None) -> tuple[float, Info]:
         """End the episode and return the last turn's reward, with the info that explains it."""
         self._running = False
-        episode = Episode(self.task, tuple(self._messages), answer, tuple(self._results), reason)
+        episode = Episode(self.task, tuple(self._messages), answer, tuple(self._results), reason, self._models)
         assert self._rubric is not None
         verdict = await judge(self._rubric, episode)
         info: Info = {"stop_reason": reason, "components": dict(verdict.components)}

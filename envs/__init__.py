@@ -10,3 +10,8 @@ register(
     "areal_agents.envs.arithmetic:Arithmetic",
     description="multi-step word problems with large numbers, solved with a Python tool",
 )
+register(
+    "areal/Questions-v0",
+    "areal_agents.envs.questions:Questions",
+    description="questions of your own JSONL file (env.kwargs.path), verified as mathematics; a sample without one",
+)

@@ -12,6 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from areal_agents.env import AgentEnv, Expert
+from areal_agents.errors import TaskError
+from areal_agents.reward import Gate, TaskCheck
+from areal_agents.rewards import boxed_math
+from areal_agents.toolenv import ToolEnv
 from areal_agents.types import AssistantMessage, Info, Message, Observation, StopReason, Task, system, user
 
 Stepped = tuple[Observation, float, bool, bool, Info]
@@ -28,6 +32,15 @@ class Good(AgentEnv):
     @classmethod
     def task_of(cls, split: str, n: int) -> Task:
         return Task.make(f"{split}-{n}", split=split, seed=n, payload={"n": n})
+
+    @classmethod
+    def task_checks(cls) -> Sequence[TaskCheck]:
+        return (cls._require_number,)
+
+    @staticmethod
+    def _require_number(task: Task) -> None:
+        if "n" not in task.payload:
+            raise TaskError(f"task {task.id!r} has no number")
 
     @classmethod
     def gold(cls, task: Task) -> str | None:
@@ -324,3 +337,19 @@ class SystemFirst(Good):
 class ShowsOneTool(Good):
     def reply(self) -> Observation:
         return (Message("tool", super().reply()[0].parts),)
+
+
+class BadGolds(ToolEnv):
+    """Of eight test tasks, 2 and 5 have no gold answer that can be read; of as many training tasks, all have one."""
+
+    rubric = Gate({"correct": boxed_math()})
+
+    @classmethod
+    def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
+        wrong = {2: r"\frac{1}{", 5: ""} if split == "test" else {}
+        golds = [wrong.get(i, str(i)) for i in range(8)]
+        payloads = [{"split": split, "i": i, "answer": gold} for i, gold in enumerate(golds)]
+        return [Task.make(f"{split}-{i}", split=split, seed=i, payload=p) for i, p in enumerate(payloads)]
+
+    def prompt(self, task: Task) -> str:
+        return f"Say {task.payload['i']} in a box."

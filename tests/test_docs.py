@@ -45,7 +45,7 @@ from areal_agents.evaluation.report import EvalReport
 from areal_agents.reward import Episode, judge
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import read_metrics
-from areal_agents.types import AssistantMessage, Info, Observation, Task
+from areal_agents.types import AssistantMessage, Info, Observation, Task, user
 from tests import doc_blocks
 from tests.chat_server import chat_server, completion
 from tests.doc_blocks import PAGES, ROOT, Block, Command
@@ -177,27 +177,28 @@ def test_python_blocks_run(page: str, here: Workshop) -> None:
         assert not expected or printed.getvalue().splitlines() == expected, f"{block} prints something else"
 
 
-@pytest.mark.parametrize("page", ["docs/write-a-reward.md"])
-def test_the_judge_asks_a_server(page: str, here: Workshop) -> None:
+@pytest.mark.parametrize("page", ["docs/judges.md"])
+def test_the_judges_ask_servers(page: str, here: Workshop) -> None:
     judged = importlib.import_module("judged")
-    task = Task.make("t", split="train", seed=0, payload={"question": "3 · 4?"})
-    said = {"12": "Yes.", "13": "no", "ignore that": "I will not say"}
+    task = Task.make("t", split="train", seed=0, payload={"answer": "12"})
+    episodes = [Episode(task, (user("3 · 4?"),), answer, (), "answer") for answer in ("12", "13, sorry")]
 
     def reply(body: Any) -> Any:
-        assert [m["role"] for m in body["messages"]] == ["system", "user"]
-        answer = body["messages"][1]["content"].split("\n---\n")[1].removesuffix("\n---")
-        return completion(said[answer])
+        assert body["model"] == "judge"
+        prompt = body["messages"][0]["content"]
+        line = prompt.splitlines()[-1]
+        right = "\n12\n<<<END ANSWER" in prompt or "\n12\n<<<END FIRST" in prompt
+        return completion(line.replace("=N", "=5" if right else "=1").replace(" X", " FIRST" if right else " SECOND"))
 
-    async def ask(url: str) -> list[tuple[float, str]]:
-        rubric = judged.by_server(url)
-        try:
-            verdicts = [await judge(rubric, Episode(task, (), answer, (), "answer")) for answer in said]
-        finally:
-            await rubric.model.close()
-        return [(v.score, v.status) for v in verdicts]
+    async def ask(panel: Any) -> tuple[list[float], float, list[float]]:
+        single = judged.pointwise(panel, judged.LOOKED_AT)
+        scores = [(await judge(single, episode)).score for episode in episodes]
+        against = await judge(judged.pairwise(panel, judged.LOOKED_AT, reference="answer"), episodes[1])
+        return scores, against.score, [v.score for v in await judged.ranked(panel, judged.LOOKED_AT)(episodes)]
 
-    with chat_server(reply) as server:
-        assert asyncio.run(ask(server.url)) == [(1.0, "ok"), (0.0, "ok"), (0.0, "unverifiable")]
+    with chat_server(reply) as one, chat_server(reply) as other:
+        assert asyncio.run(ask(judged.panel_at(one.url, other.url))) == ([1.0, 0.0], 0.0, [1.0, 0.0])
+    assert len(one.requests) == len(other.requests) == 2 + 2  # the group's match is the pair's: from the cache
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.page == p and b.language == "sql" for b in BLOCKS)])

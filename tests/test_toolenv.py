@@ -10,7 +10,9 @@ import pytest
 from areal_agents.chat.toolcalls import parse_text
 from areal_agents.env import Expert
 from areal_agents.errors import EnvError, RewardError
-from areal_agents.reward import Episode, RewardLike, Verdict, boxed_number
+from areal_agents.reward import Episode, Gate, RewardLike, Verdict, boxed_number, task_checks
+from areal_agents.rewards import code
+from areal_agents.rewards.shaping.wrappers import Clip
 from areal_agents.rollout.env_host import EnvHost
 from areal_agents.rollout.episode import EpisodeDriver
 from areal_agents.rollout.script import ScriptPolicy
@@ -308,3 +310,21 @@ def test_a_hook_that_returns_something_else_is_named_with_task_and_turn(hook: st
     with pytest.raises(EnvError, match=says) as caught:
         asyncio.run(main())
     assert re.search(r"\(task t9, turn 0\)", str(caught.value)), str(caught.value)
+
+
+def test_a_rubric_that_judges_long_has_the_time_for_it() -> None:
+    """Also inside of others, and where the class says nothing itself. Its tasks are looked at, too."""
+    judged = Clip(Gate({"correct": code(), "brief": lambda episode: 1.0}), low=0.0, high=1.0)
+
+    class Judged(ToolEnv):
+        rubric = judged
+
+    class Inherits(Judged):
+        step_seconds = 5.0
+
+    class Quick(ToolEnv):
+        rubric = boxed_number()
+
+    assert Judged.step_seconds == code.step_seconds == 1800.0
+    assert (Inherits.step_seconds, Quick.step_seconds, ToolEnv.step_seconds) == (5.0, 0.0, 0.0)
+    assert len(task_checks(judged)) == 1

@@ -9,7 +9,7 @@ import asyncio
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +20,7 @@ from areal_agents.cli.common import UsageError, require_writable, write_json
 from areal_agents.errors import ArealError
 
 if TYPE_CHECKING:
+    from areal_agents.engine import ChatModel
     from areal_agents.evaluation.rescore import Outcome
     from areal_agents.evaluation.saved_run import SavedRun
 
@@ -34,7 +35,7 @@ class Rescore:
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a training run or an evaluation."""
     reward: Annotated[str, tyro.conf.arg(metavar="PKG:FN")]
-    """A function of an Episode, a Reward, a WeightedSum, a Gate, or an environment, whose rubric is taken."""
+    """A function of an Episode, a Reward, a WeightedSum, a Gate, a GroupReward, or an environment (its rubrics)."""
     kind: str = "train"
     """Which episodes: ``train``, ``demonstration``, ``eval-before``, …; ``eval`` in an evaluation's folder."""
     steps: Annotated[str, tyro.conf.arg(metavar="A:B")] = ""
@@ -88,8 +89,9 @@ class Rescore:
         from areal_agents.evaluation.saved_run import episode_ids
         from areal_agents.tracking.trajectories import write_shard
 
+        models: Mapping[str, ChatModel] = {}
         try:
-            answer = answer_of(run)
+            answer, models = answer_of(run), run.env_models
         except RegistryError as error:
             print(f"warning: {error}; the answer is taken to be the text after the reasoning", file=sys.stderr)
             answer = plain_answer
@@ -100,6 +102,7 @@ class Rescore:
                 paths,
                 reward,  # type: ignore[arg-type]  # load_reward's
                 answer=answer,
+                models=models,
                 concurrency=self.concurrency,
                 keep=self.out is not None,
                 progress=lambda done: progress(done, total),

@@ -1,6 +1,6 @@
 """The run of all checks on one environment, as in ``areal-agents check ENV_ID``.
 
-    contract ─▶ gymnasium, tasks, rng, tokens, reward          (skipped where the contract itself is broken)
+    contract ─▶ gymnasium, tasks, rng, tokens, golds, reward   (skipped where the contract itself is broken)
              └▶ seeds ─▶ isolation ─▶ aliasing, cancellation   (compare episodes, so they need the one before)
 
 Each check gives one result with its reason. Everything runs on a thread of its own, so an environment that blocks it
@@ -13,13 +13,13 @@ import asyncio
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from areal_agents import registry
 from areal_agents.chat.options import ChatOptions
-from areal_agents.conformance import contract, isolation, reward_audit
+from areal_agents.conformance import contract, golds, isolation, reward_audit
 from areal_agents.conformance.contract import Subject
 from areal_agents.errors import ArealError
 from areal_agents.sandbox import backends
@@ -36,6 +36,8 @@ class CheckResult:
     name: str
     status: Status
     detail: str
+    bad_tasks: Mapping[str, str] = field(default_factory=dict)
+    """Ids of tasks that no answer could score, each with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,15 @@ class CheckReport:
         return all(r.status != "failed" for r in self.results)
 
     def to_json(self) -> dict[str, Any]:
-        """Return ``{"env", "passed", "checks": [{"name", "status", "detail"}]}``."""
-        checks = [{"name": r.name, "status": r.status, "detail": r.detail} for r in self.results]
+        """Return ``{"env", "passed", "checks": [{"name", "status", "detail"}]}``.
+
+        A check that found bad tasks has ``bad_tasks`` too: their ids, each with the reason.
+        """
+        checks = [
+            {"name": r.name, "status": r.status, "detail": r.detail}
+            | ({"bad_tasks": dict(r.bad_tasks)} if r.bad_tasks else {})
+            for r in self.results
+        ]
         return {"env": self.env_id, "passed": self.passed, "checks": checks}
 
     def __str__(self) -> str:
@@ -74,6 +83,7 @@ CHECKS: Mapping[str, tuple[CheckFunction, tuple[str, ...]]] = {
     "rng": (isolation.global_rng, ("contract",)),
     "cancellation": (isolation.cancellation, ("contract", "seeds", "isolation")),
     "tokens": (contract.tokens, ("contract",)),
+    "golds": (golds.golds, ("contract",)),
     "reward": (reward_audit.reward, ("contract",)),
 }
 """Name → the check, and the checks that must have passed before it says anything."""
@@ -102,9 +112,7 @@ def check(
         RegistryError: the environment cannot be found. Nothing else is raised.
     """
     spec = registry.spec(env_id)
-    subject = Subject(
-        replace(spec, kwargs={**spec.kwargs, **(kwargs or {})}), timeout, tokenizer, chat or ChatOptions()
-    )
+    subject = Subject(spec.with_kwargs(kwargs or {}), timeout, tokenizer, chat or ChatOptions())
     found: queue.SimpleQueue[CheckResult] = queue.SimpleQueue()
     abandoned = threading.Event()
     worker = threading.Thread(target=_run_all, args=(subject, found, abandoned), name="areal-agents-check", daemon=True)
@@ -162,6 +170,8 @@ async def _run(name: str, run: CheckFunction, subject: Subject) -> CheckResult:
         return CheckResult(name, "unaudited", str(reason))
     except contract.Skipped as reason:
         return CheckResult(name, "skipped", str(reason))
+    except golds.BadTasks as error:
+        return CheckResult(name, "failed", text_of(error), error.tasks)
     except ArealError as error:
         return CheckResult(name, "failed", text_of(error))
     except Exception as error:  # noqa: BLE001  the author's own code: whatever it raises is the finding

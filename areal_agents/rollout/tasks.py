@@ -55,12 +55,26 @@ def first_tasks(tasks: Sequence[Task], n: int, tell: Callable[[str, str], None])
     found = [task_at(tasks, i) for i in range(n)]
     for i, task in enumerate(found):
         if isinstance(task, str):
-            tell(_name(i), task)
+            tell(task_name(i), task)
     return [task for task in found if isinstance(task, Task)]
 
 
-def _name(index: int) -> str:
+def task_name(index: int) -> str:
+    """Return what a task that cannot be made is called."""
     return f"task {index} of the split"
+
+
+def require_few_bad(bad: Mapping[str, str], *, tried: int, share: float) -> None:
+    """Raise TaskError where too many of the tasks tried so far are bad.
+
+    Too many are more than ``share`` of them, and at least ``FEWEST_BAD``. ``bad`` has their ids, each with the reason.
+    """
+    seen = max(tried, len(bad))
+    if len(bad) >= FEWEST_BAD and len(bad) > share * seen:
+        raise TaskError(
+            f"{len(bad)} of the {seen} tasks tried so far cannot be played or scored, more than rollout.max_bad_tasks "
+            f"= {share:g} allows:{reasons(bad)}"
+        )
 
 
 class TaskStream:
@@ -130,19 +144,14 @@ class TaskStream:
         """
         self.left_out[id] = reason
         found = dict(list(self.left_out.items())[self._known :])
-        bad, seen = len(found), max(self.seen, len(found))
-        if bad >= FEWEST_BAD and bad > self._max_bad * seen:
-            raise TaskError(
-                f"{bad} of the {seen} tasks tried so far cannot be played or scored, more than rollout.max_bad_tasks = "
-                f"{self._max_bad:g} allows:{reasons(found)}"
-            )
+        require_few_bad(found, tried=self.seen, share=self._max_bad)
 
     def _made(self, index: int) -> Task | None:
         """Return the task at ``index``, or None where the environment cannot make it, which leaves it out."""
         found = task_at(self._tasks, index)
         if isinstance(found, Task):
             return found
-        name = _name(index)
+        name = task_name(index)
         if name not in self.left_out:
             self._tell(name, found)
             self.leave_out(name, found)

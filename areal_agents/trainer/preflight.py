@@ -5,15 +5,19 @@ A run reads some settings only at its end, or after a warm start. What is wrong 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from areal_agents import registry
-from areal_agents.algorithms.advantages import Estimator
+from areal_agents.algorithms.advantages import Estimator, refuse_biased
 from areal_agents.algorithms.objective import PolicyObjective
 from areal_agents.chat_model import refuse_training, remote_name
 from areal_agents.engine import Sampling
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.evaluate import held_out
 from areal_agents.registry import EnvSpec
+from areal_agents.rollout.group_judge import group_reward_of, require_attempts
 from areal_agents.rollout.script import expert_of
+from areal_agents.rollout.task_looks import Look, look_at
 from areal_agents.settings.config import TrainConfig
 from areal_agents.trainer.run import demonstrated
 from areal_agents.utils.precision import resolve_device
@@ -25,11 +29,14 @@ def require_runnable(config: TrainConfig) -> None:
     if remote_name(config.model.path) is not None:
         refuse_training(config.model.path)
     require_linux("training")
-    spec = registry.spec(config.env.id)
-    spec.require_arguments(config.env.kwargs)
+    spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
+    spec.require_arguments({})
     _require_tasks(spec, config)
     a, r = config.algorithm, config.rollout
     Estimator(a.advantage)
+    if (judge := group_reward_of(spec, r.group_reward)) is not None:
+        refuse_biased(a.advantage, judge.declared, judge.name)
+    require_attempts(group_reward_of(spec), config.eval.k)
     PolicyObjective(loss=a.loss, correction=a.correction, aggregation=a.aggregation)
     Sampling(r.max_turn_tokens, r.temperature).require_trainable()
     if config.cluster.backend == "local":  # on a cluster the learner's node decides
@@ -50,3 +57,28 @@ def _require_tasks(spec: EnvSpec, config: TrainConfig) -> None:
                 f"warm_start.demonstrations = {len(drawn)}: {spec.id} has no expert for {len(without)} of these tasks "
                 f"(first: {without[0]}): write its expert(), or set warm_start.demonstrations = 0"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """What the looks at a run's tasks found."""
+
+    train: Look
+    held_out: Look
+
+
+async def look_at_tasks(config: TrainConfig) -> Looks:
+    """Look at the training and the held-out tasks.
+
+    Raises TaskError where more of either cannot be scored than ``rollout.max_bad_tasks`` allows.
+    """
+    spec, e = registry.spec(config.env.id).with_kwargs(config.env.kwargs), config.eval
+    checks = spec.env_class().task_checks()
+    tasks = spec.tasks(config.env.split, difficulty=config.env.difficulty)
+    train = await look_at(tasks, checks, seed=config.seed)
+    train.require_enough(f"{spec.id}:{config.env.split}", max_bad=config.rollout.max_bad_tasks)
+    tell = lambda name, reason: None  # noqa: E731  the evaluation itself tells
+    chosen = held_out(spec, e.split, e.n, difficulty=config.env.difficulty, tell=tell)
+    evaluated = await look_at(chosen, checks, seed=config.seed)
+    evaluated.require_enough(f"{spec.id}:{e.split}", max_bad=config.rollout.max_bad_tasks)
+    return Looks(train, evaluated)

@@ -49,6 +49,8 @@ class Commit:
     failures: Mapping[str, int] = field(default_factory=dict)
     """Failed attempts so far, by kind."""
     complete: bool = False
+    weights: str = ""
+    """A name for the checkpoint's weights, which no others have. Empty for the base model's."""
 
     def to_json(self) -> dict[str, Any]:
         return {"schema_version": COMMIT_VERSION, **dataclasses.asdict(self)}

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents.errors import SandboxError, SandboxUnavailable, TaskError
+from areal_agents.rewards import Panel, pointwise
 from areal_agents.sandbox import ProbeReport
-from areal_agents.types import AssistantMessage, Info, Observation
+from areal_agents.toolenv import ToolEnv
+from areal_agents.types import AssistantMessage, Info, Observation, Task
 from tests.letters_env import Letters
 
 Stepped = tuple[Observation, float, bool, bool, Info]
@@ -86,3 +88,17 @@ class Refuses:
         raise SandboxUnavailable("refuses", f"process {os.getpid()} has a network", "unplug it")
 
     async def aclose(self) -> None: ...
+
+
+class Judged(ToolEnv):
+    """Asks a judge that its settings name."""
+
+    rubric = pointwise(Panel(["judge"]), "Is it right?", question=lambda episode: f"in process {os.getpid()}")
+    scores_cut_messages = True
+    tasks = Letters.tasks
+
+    def prompt(self, task: Task) -> str:
+        return str(task.payload["word"])
+
+    def answer(self, action: AssistantMessage) -> str:
+        return f"It said {action.text!r}."  # a random model may say spaces alone, which is no answer

@@ -223,3 +223,21 @@ def test_spoil_reaches_nested_containers() -> None:
 def test_the_built_in_environment_passes(tokenizer: Path) -> None:
     report = check("areal/Arithmetic-v0", tokenizer=tokenizer)
     assert statuses(report) == dict.fromkeys(CHECKS, "passed"), str(report)
+
+
+def test_tasks_that_no_answer_could_score_are_named() -> None:
+    report = check("tests.checked_envs:BadGolds", tokenizer=None)
+    found = by_name(report)["golds"]
+    assert found.status == "failed"
+    assert found.detail.startswith(
+        "2 tasks cannot be scored, looked at train 8, test 8:\n  test-2: task 'test-2': the gold"
+    )
+    assert "test-5: " in found.detail
+    row = next(row for row in report.to_json()["checks"] if row["name"] == "golds")
+    assert list(row["bad_tasks"]) == ["test-2", "test-5"]
+    assert "cannot be read" in row["bad_tasks"]["test-2"]
+
+
+def test_nothing_is_looked_at_where_nothing_says_what_a_task_must_have() -> None:
+    report = check("tests.letters_env:Letters", tokenizer=None)
+    assert by_name(report)["golds"].status == "skipped"

@@ -100,3 +100,26 @@ def test_a_server_that_refuses_everything_is_one_message(tmp_path: Path, capsys:
     assert "infrastructure failed every attempt" in said
     assert said.count("no quota") == 1
     assert len(said.splitlines()) == 1
+
+
+def test_golds_that_cannot_be_read_are_told_before_the_first_episode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def answer(body: Any) -> Any:
+        asked.append(body)
+        return completion(r"\boxed{1}")
+
+    with chat_server(answer) as server:
+        argv = ["eval", "tests.checked_envs:BadGolds", "--model", "openai:m", "--url", server.url, "--n", "8"]
+        assert main([*argv, "--out", str(tmp_path / "e")]) == 0
+        assert len(asked) == 6  # the two bad tasks cost no request
+        report = json.loads((tmp_path / "e" / "report.json").read_text())
+        assert (report["n"], report["attempts"], sorted(report["left_out"])) == (6, 6, ["test-2", "test-5"])
+        said = capsys.readouterr()
+        assert "task test-2 is left out: task 'test-2': the gold answer" in said.out + said.err
+        assert main([*argv, "--resume", str(tmp_path / "e")]) == 0  # complete: nothing is played again
+        assert len(asked) == 6
+        more = ["--rollout.max_bad_tasks", "0"]
+        assert main([*argv, *more, "--out", str(tmp_path / "f")]) == 0  # fewer than 8 never stop it

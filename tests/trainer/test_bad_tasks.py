@@ -13,6 +13,7 @@ import pytest
 
 from areal_agents.env import Expert
 from areal_agents.errors import InfraError, TaskError
+from areal_agents.reward import TaskCheck
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.trainer.loop import RunResult, train
@@ -48,6 +49,29 @@ class SomeBad(Letters):
     ) -> tuple[Observation, Info]:
         SomeBad.started[(options or {})["task"].id] += 1
         return await super().areset(seed=seed, options=options)
+
+
+class BadGolds(Letters):
+    """As ``SomeBad``, but the tasks without a word are told before they are played."""
+
+    @classmethod
+    def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
+        bad = {"train": {3, 5}, "test": {1}, "none": set(range(20))}[split]
+        return [
+            Task.make(f"{split}-{i}", split=split, seed=i, payload={"i": i} if i in bad else {"word": f"{split} {i}"})
+            for i in range(20)
+        ]
+
+    @classmethod
+    def task_checks(cls) -> Sequence[TaskCheck]:
+        return (cls._require_word,)
+
+    @staticmethod
+    async def _require_word(task: Task) -> None:
+        if "word" not in task.payload:
+            raise TaskError(f"task {task.id!r} has no word")
+
+    splits: ClassVar[tuple[str, ...]] = ("train", "test", "none")
 
 
 class AllBad(SomeBad):
@@ -132,3 +156,30 @@ def test_an_environment_without_one_good_task_stops_the_run_and_says_why(tmp_pat
 def test_an_evaluation_without_one_score_says_why_the_first_attempt_failed(tmp_path: Path) -> None:
     with pytest.raises(InfraError, match=r"failed every attempt.*First failure: areset \(task test-.*cannot ask"):
         run(config(tmp_path, "Away", 1))
+
+
+def test_tasks_that_no_answer_could_score_are_left_out_before_the_first_episode(tmp_path: Path) -> None:
+    c = config(tmp_path, "BadGolds", 12)  # 24 groups: every good task
+    result = run(c)
+    told = events(c, "task_left_out")
+    assert [e["task"] for e in told[:2]] == ["train-3", "train-5"]  # before any evaluation names its own
+    assert told[0]["reason"] == "task 'train-3' has no word"
+    assert [e["task"] for e in told[2:]] == ["test-1"] * len(result.reports)
+    assert not events(c, "episode_failed")
+    assert read_metrics(c.out, kind="train")[-1]["tasks_left_out"] == 2
+    for report in result.reports.values():
+        assert (report.n, list(report.left_out)) == (3, ["test-1"])
+    again = config(tmp_path, "BadGolds", 14)
+    run(again, resume=True)
+    assert sum(e["task"] == "train-3" for e in events(again, "task_left_out")) == 1
+
+
+def test_too_many_of_them_refuse_the_run_before_the_model_is_read(tmp_path: Path) -> None:
+    c = config(tmp_path, "BadGolds", 1, model={"path": str(tmp_path / "no model")})
+    c = c.model_copy(update={"env": c.env.model_copy(update={"split": "none"})})
+    with pytest.raises(TaskError, match=r"(?s)20 of the 20 tasks of .*:none that were looked at.*none-0.*10 more$"):
+        run(c)
+    assert not c.out.exists()
+    c = config(tmp_path, "BadGolds", 1, eval={"split": "none", "n": 9})
+    with pytest.raises(TaskError, match=r"9 of the 9 tasks of .*:none"):
+        run(c)

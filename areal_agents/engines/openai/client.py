@@ -159,6 +159,10 @@ class OpenAIChat(AsyncClosing):
         Later calls raise EngineError. May be called twice.
         """
         self._closed = True
+        await self.disconnect()
+
+    async def disconnect(self) -> None:
+        """Close the connections, which no request may be using. The next request opens new ones."""
         client, self._client = self._client, None
         if client is not None:
             await client.aclose()

@@ -107,26 +107,11 @@ class VLLMEngine(EngineProcess):
             ModelError: the model cannot be loaded.
             EngineError: the worker does not start.
         """
-        require_positive(
-            max_batch=max_batch, kv_tokens=kv_tokens, max_context=max_context, threads=threads,
-            tensor_parallel_size=tensor_parallel_size,
-        )  # fmt: skip
-        if block_size is not None:
-            require_positive(block_size=block_size)
-        if not 0 < gpu_memory_utilization <= 1:
-            raise ConfigError(f"engine gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization:g}")
-        if importlib.util.find_spec("vllm") is None:
-            raise ConfigError(f"the vllm engine needs vLLM, which is not installed: {INSTALL}")
-        if deterministic and is_cpu_build():
-            raise ConfigError(
-                "engine.deterministic with engine.kind = 'vllm' needs a GPU: vLLM's batch-invariant kernels are "
-                "for GPUs alone. Use engine.kind = 'transformers', or set it to false"
-            )
-        number = number_format(precision)
         settings = p.VLLMSettings(
-            str(model), number, max_batch, kv_tokens, max_context, seed,
+            str(model), number_format(precision), max_batch, kv_tokens, max_context, seed,
             block_size, enforce_eager, gpu_memory_utilization, tensor_parallel_size,
         )  # fmt: skip
+        _require_sound(settings, threads, deterministic=deterministic)
         sockets = Path(tempfile.mkdtemp(prefix="areal-vllm-"))
         try:
             engine = await cls.launch(
@@ -147,6 +132,26 @@ class VLLMEngine(EngineProcess):
         finally:
             if self._sockets is not None:
                 shutil.rmtree(self._sockets, ignore_errors=True)
+
+
+def _require_sound(settings: p.VLLMSettings, threads: int, *, deterministic: bool) -> None:
+    """Raise ConfigError for a setting that is out of range, or that the vLLM installed here, if any, does not have."""
+    require_positive(
+        max_batch=settings.max_batch, kv_tokens=settings.kv_tokens, max_context=settings.max_context, threads=threads,
+        tensor_parallel_size=settings.tensor_parallel_size,
+    )  # fmt: skip
+    if settings.block_size is not None:
+        require_positive(block_size=settings.block_size)
+    share = settings.gpu_memory_utilization
+    if not 0 < share <= 1:
+        raise ConfigError(f"engine gpu_memory_utilization must be in (0, 1], got {share:g}")
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(f"the vllm engine needs vLLM, which is not installed: {INSTALL}")
+    if deterministic and is_cpu_build():
+        raise ConfigError(
+            "engine.deterministic with engine.kind = 'vllm' needs a GPU: vLLM's batch-invariant kernels are for GPUs "
+            "alone. Use engine.kind = 'transformers', or set it to false"
+        )
 
 
 def _environment(

@@ -14,7 +14,7 @@ from areal_agents.rewards.code.languages import LANGUAGES
 from areal_agents.rewards.code.problem import Problem
 from areal_agents.rewards.code.toolchain import place, require_language
 from areal_agents.sandbox import SandboxBackend, backends
-from areal_agents.types import AssistantMessage
+from areal_agents.types import AssistantMessage, Task
 from areal_agents.utils.sync import on_exit
 
 Mode = Literal["all", "fraction", "weighted", "compiles"]
@@ -32,6 +32,9 @@ class code:
     verdict's status is ``timeout`` where a test or the compiler took too long, ``unverifiable`` where a checker failed
     or the sandbox was lost twice in one test.
     """
+
+    step_seconds = 1800.0
+    """What a step may wait for its verdict: others are judged before it, and tests have bounds of their own."""
 
     def __init__(
         self,
@@ -97,6 +100,14 @@ class code:
         except (KeyError, ValueError, TypeError) as error:
             raise TaskError(f"task {episode.task.id!r} has no tests that can be run: {error!r:.200}") from error
         return found
+
+    def require_scorable(self, task: Task) -> None:
+        """Raise TaskError where the payload has no tests that can be run.
+
+        A ``problem`` function of the author's may look at the episode, so it is not asked.
+        """
+        if self._problem is None:
+            self.problem(Episode(task, (), None, (), "answer"))
 
     def source(self, episode: Episode, problem: Problem) -> str | None:
         """Return the submission, or None where there is none."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
+
+from areal_agents.rewards.mathematics.choices import Choices, as_choices
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +28,19 @@ class Options:
     """1 ≤ x ≤ 2 is [1, 2]."""
     names: bool = True
     """x = 5 is 5."""
+    choices: Choices = ()
+    """The choices of a question: (B), B. 12 cm and 12 cm are B where B is declared as 12 cm."""
     dates: bool = False
-    """The answers are dates or times of day: Jan 5, 2024 is 2024-01-05, and 3 p.m. is 15:00."""
+    """Dates and times are read: March 5, 2024 is 2024-03-05, 3:05 pm is 15:05."""
+    date_order: Literal["", "day", "month"] = ""
+    """What comes first in 3/5/2024, which is not read otherwise."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "choices", as_choices(self.choices))
+        if self.date_order not in ("", "day", "month"):
+            raise ValueError(f"date_order = {self.date_order!r} must be 'day' or 'month'")
+        if self.date_order and not self.dates:
+            raise ValueError("date_order means nothing without dates = True")
         if self.precision is not None and not 0 <= self.precision <= 100:
             raise ValueError(f"precision = {self.precision} must be between 0 and 100 decimals")
         for name in ("tolerance", "relative"):
@@ -44,6 +55,8 @@ class Options:
             if name not in known:
                 raise ValueError(f"unknown option {name!r}: there are {', '.join(known)}")
             wanted = known[name]
+            if name in ("choices", "date_order"):  # which say themselves what they are
+                continue
             if (wanted == "bool" and not isinstance(value, bool)) or (wanted != "bool" and (
                 isinstance(value, bool) or not isinstance(value, int | float | None)
             )):  # fmt: skip

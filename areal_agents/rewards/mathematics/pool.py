@@ -86,8 +86,17 @@ class MathPool:
         """
         if slot not in SLOTS:
             raise ConfigError(f"unknown slot {slot!r}: there are {', '.join(SLOTS)}")
+        return await self._verdict(gold, pred[-MAX_TEXT:], slot, options)
+
+    async def look(self, gold: str | Sequence[str], *, options: Options | None = None) -> MathVerdict:
+        """Say whether a gold answer can be read, as ``verify.look`` does, within the deadline."""
+        return await self._verdict(gold, None, "answer", options)
+
+    async def _verdict(
+        self, gold: str | Sequence[str], pred: str | None, slot: Slot, options: Options | None
+    ) -> MathVerdict:
         golds = (gold,) if isinstance(gold, str) else tuple(gold)
-        key = (VERSION, golds, pred[-MAX_TEXT:], slot, options or Options())
+        key = (VERSION, golds, pred, slot, options or Options())
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)

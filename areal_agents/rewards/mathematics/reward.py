@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from areal_agents.errors import ConfigError, InfraError, TaskError
@@ -10,7 +11,7 @@ from areal_agents.reward import Episode, Verdict
 from areal_agents.rewards.mathematics.extract import REWARD_SLOTS, Slot
 from areal_agents.rewards.mathematics.options import Options
 from areal_agents.rewards.mathematics.pool import MathPool, shared_pool
-from areal_agents.types import AssistantMessage
+from areal_agents.types import AssistantMessage, Task
 
 
 class math:
@@ -23,8 +24,8 @@ class math:
     """
 
     def __init__(
-        self, *, slot: Slot = "boxed", key: str = "answer", tool: str = "answer", pool: MathPool | None = None,
-        **options: Any,
+        self, *, slot: Slot = "boxed", key: str = "answer", tool: str = "answer", choices_key: str = "",
+        pool: MathPool | None = None, **options: Any,
     ) -> None:  # fmt: skip
         """Choose the slot and what counts as equal.
 
@@ -32,6 +33,7 @@ class math:
             slot: where the answer stands: ``boxed``, ``final_line``, or ``tool``, the last call of an answer tool.
             key: of the gold answer in the task's payload.
             tool: the answer tool's name. The first text of its arguments is the answer.
+            choices_key: of a question's choices in the payload, as ``Options.choices`` has them. Empty: it has none.
             pool: the verifier's processes. None shares those of this host.
             options: fields of ``Options``, such as ``precision=2``.
 
@@ -44,16 +46,16 @@ class math:
             self._options = Options.of(options)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self._slot, self._key, self._tool, self._pool = slot, key, tool, pool
+        self._slot, self._key, self._tool, self._choices, self._pool = slot, key, tool, choices_key, pool
         self.__name__ = f"math({slot})"
 
     async def __call__(self, episode: Episode) -> Verdict:
-        gold = self.gold(episode)
+        gold = self.gold(episode.task)
         text = self._called(episode) if self._slot == "tool" else episode.answer
         if text is None:
             return Verdict(0.0, {self.__name__: 0.0})
         pool = self._pool or shared_pool()
-        found = await pool.verify(gold, text, slot=self._slot, options=self._options)
+        found = await pool.verify(gold, text, slot=self._slot, options=self._options_of(episode.task))
         if found.status == "infra_error":
             raise InfraError(f"the mathematics verifier failed: {found.detail}")
         if found.status == "gold_error":
@@ -62,14 +64,31 @@ class math:
         score = float(found.score)
         return Verdict(score, {self.__name__: score}, status=status)  # type: ignore[arg-type]
 
-    def gold(self, episode: Episode) -> str | Sequence[str]:
+    async def require_scorable(self, task: Task) -> None:
+        """Raise TaskError where the task has no gold answer, or none that can be read."""
+        pool = self._pool or shared_pool()
+        found = await pool.look(self.gold(task), options=self._options_of(task))
+        if found.status == "infra_error":
+            raise InfraError(f"the mathematics verifier failed: {found.detail}")
+        if found.status != "ok":
+            raise TaskError(f"task {task.id!r}: {found.detail}")
+
+    def gold(self, task: Task) -> str | Sequence[str]:
         """Return the task's gold answers. Raises TaskError where it has none."""
-        value = episode.task.payload.get(self._key)
+        value = task.payload.get(self._key)
         values = value if isinstance(value, list | tuple) else [value]
         texts = [str(v) for v in values if isinstance(v, str | int | float) and not isinstance(v, bool)]
         if not texts or len(texts) != len(values):
-            raise TaskError(f"task {episode.task.id!r}: payload[{self._key!r}] = {value!r:.200} is no gold answer")
+            raise TaskError(f"task {task.id!r}: payload[{self._key!r}] = {value!r:.200} is no gold answer")
         return texts
+
+    def _options_of(self, task: Task) -> Options:
+        if not self._choices:
+            return self._options
+        try:
+            return replace(self._options, choices=task.payload[self._choices])
+        except (KeyError, ValueError) as error:
+            raise TaskError(f"task {task.id!r} has no choices in payload[{self._choices!r}]: {error}") from error
 
     def _called(self, episode: Episode) -> str | None:
         for message in reversed(episode.messages):

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from areal_agents.rewards.mathematics import compare
-from areal_agents.rewards.mathematics.choices import choice
-from areal_agents.rewards.mathematics.dates import when
+from areal_agents.rewards.mathematics.canonical import words
+from areal_agents.rewards.mathematics.choices import equal_choices, is_choice
+from areal_agents.rewards.mathematics.dates import moment
 from areal_agents.rewards.mathematics.errors import ParseError
 from areal_agents.rewards.mathematics.extract import Slot, bare, extract, gold_answer
 from areal_agents.rewards.mathematics.options import Options
 from areal_agents.rewards.mathematics.verdict import MathVerdict
+
+_GAP = re.compile(r"(?<=\d) +(?=[A-Za-z])")
 
 
 def verify(
@@ -36,29 +40,30 @@ def verify(
         said = compare.readings(answer, options)
         problem = ""
     except ParseError as error:
-        said, problem = [], "" if choice(answer) is not None else str(error)
+        said, problem = [], str(error)
     errors = []
     for text in golds:
         wanted = gold_answer(text)
-        if answer in (wanted, bare(text)):
+        if _tight(answer) in (_tight(wanted), _tight(bare(text))):
             return MathVerdict("ok")
         if options.dates:
-            right_time = when(wanted)
-            if right_time is None:
+            right_moment, said_moment = moment(wanted, options.date_order), moment(answer, options.date_order)
+            if right_moment is None:
                 errors.append(f"the gold answer {wanted[:80]!r} is no date and no time of day")
-            elif right_time == when(answer):
+            elif said_moment is not None and right_moment.same(said_moment):
                 return MathVerdict("ok")
             continue
-        if _same_choice(wanted, answer, options):
+        chosen = equal_choices(wanted, answer, options.choices, lambda a, b: _same(a, b, options))
+        if chosen:
             return MathVerdict("ok")
-        if choice(wanted) is not None and choice(answer) is not None:
+        if chosen is False:
+            problem = ""
             continue
         try:
             right = compare.readings(wanted, options)
         except ParseError as error:
-            if choice(wanted) is not None:
-                continue
-            errors.append(f"the gold answer {wanted[:80]!r} cannot be read: {error}")
+            if not is_choice(wanted, options.choices):
+                errors.append(f"the gold answer {wanted[:80]!r} cannot be read: {error}")
             continue
         if any(compare.equal_nodes(g, a, options) for g in right for a in said):
             return MathVerdict("ok")
@@ -69,20 +74,36 @@ def verify(
     return MathVerdict("wrong", f"{answer[:80]!r} is not {gold_answer(golds[0])[:80]!r}")
 
 
-def _same_choice(gold: str, answer: str, options: Options) -> bool:
-    """Say whether one of the two is a choice that the other one names, by its letter or by its text."""
-    left, right = choice(gold), choice(answer)
-    if left is None and right is None:
-        return False
-    if left is not None and right is not None:
-        return left[0] == right[0] and (not left[1] or not right[1] or _same(left[1], right[1], options))
-    mine, other = (left, answer) if left is not None else (right, gold)
-    return mine is not None and bool(mine[1]) and _same(mine[1], other, options)
+def _tight(text: str) -> str:
+    """Write 5 m as 5m, whatever it is."""
+    return _GAP.sub("", text)
 
 
 def _same(gold: str, answer: str, options: Options) -> bool:
+    if words(gold) == words(answer):
+        return True
     try:
         left, right = compare.readings(bare(gold), options), compare.readings(bare(answer), options)
     except ParseError:
         return False
     return any(compare.equal_nodes(g, a, options) for g in left for a in right)
+
+
+def look(gold: str | Sequence[str], options: Options) -> MathVerdict:
+    """Say whether one of the gold answers can be read: ``ok``, or ``gold_error`` with the reason."""
+    problem = "there is no gold answer"
+    for text in [gold] if isinstance(gold, str) else gold:
+        wanted = gold_answer(text)
+        if options.dates:
+            if moment(wanted, options.date_order):
+                return MathVerdict("ok")
+            problem = f"the gold answer {wanted[:80]!r} is no date and no time of day"
+            continue
+        if is_choice(wanted, options.choices):
+            return MathVerdict("ok")
+        try:
+            compare.readings(wanted, options)
+            return MathVerdict("ok")
+        except ParseError as error:
+            problem = f"the gold answer {wanted[:80]!r} cannot be read: {error}"
+    return MathVerdict("gold_error", problem)

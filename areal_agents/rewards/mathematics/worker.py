@@ -1,6 +1,7 @@
 """A process that verifies answers until its standard input ends.
 
-One JSON line in, {gold, pred, slot, options, seconds}; one out, {status, detail}. Its memory is bounded, and so is the
+One JSON line in, {gold, pred, slot, options, seconds}, without ``pred`` to look at a gold
+answer; one out, {status, detail}. Its memory is bounded, and so is the
 processor time of each answer: it ends by itself where its parent can no longer kill it.
 """
 
@@ -36,11 +37,12 @@ def main() -> None:
 def answer(request: dict[str, Any]) -> dict[str, str]:
     """Verify one request, and say what is wrong with it where it is none."""
     from areal_agents.rewards.mathematics.options import Options
-    from areal_agents.rewards.mathematics.verify import verify
+    from areal_agents.rewards.mathematics.verify import look, verify
 
     try:
         options = Options.of(request.get("options") or {})
-        found = verify(request["gold"], request["pred"], slot=request["slot"], options=options)
+        gold, pred = request["gold"], request["pred"]
+        found = look(gold, options) if pred is None else verify(gold, pred, slot=request["slot"], options=options)
     except MemoryError:
         return {"status": "timeout", "detail": f"it took more than {MEMORY >> 20} MiB"}
     except RecursionError:

@@ -17,7 +17,7 @@ class _Wrapper:
             raise ConfigError(f"{type(self).__name__} takes a reward, not {short(reward)}")
         if hasattr(reward, "reads_others"):
             raise ConfigError(f"{type(self).__name__} takes the reward of one episode, not of a group: {short(reward)}")
-        self.reward = reward
+        self.reward, self.inner_rewards = reward, (reward,)
         self.low, self.high = number(low, "low"), number(high, "high")
         if not self.low < self.high:
             raise ConfigError(f"low = {self.low:g} must be under high = {self.high:g}")

@@ -29,11 +29,15 @@ from areal_agents.engines.openai.messages import request_messages, request_tools
 from areal_agents.engines.vllm.server import free_port
 from areal_agents.evaluation.evaluate import evaluate
 from areal_agents.evaluation.players import Server
+from areal_agents.rewards import Budget, Panel, pointwise
+from areal_agents.served_model import ServedModel
 from areal_agents.settings.config import ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.types import user
 from tests.chat.test_server_template import CONVERSATIONS, TOOLS
+from tests.chat_server import Hang, Json, Step, chat_server, completion
 from tests.processes import MARKER, marked, wait_gone
+from tests.rewards.judges.scripted import episode as judged
 from tests.tiny_models import save_tiny
 from tests.tiny_tokenizer import CHATML, tiny
 
@@ -203,6 +207,31 @@ def test_sampled_tool_calls_are_those_that_training_would_read(server: Process) 
         assert [c.arguments for c in ours] == [{"a": 1, "b": 2}, {"a": 3, "b": 4}]
 
     asyncio.run(asyncio.wait_for(talk(), 120))
+
+
+def test_a_panel_of_judges_of_which_this_one_answers(server: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is down, one silent, one talks nonsense. This random model is held to the line, which is all that it says."""
+    monkeypatch.setattr("areal_agents.rewards.judges.panel.draw_tag", lambda texts: "0123abcd")
+    line = {"structured_outputs": {"regex": "SCORES 0123abcd: quality=[1-5]"}}
+    real = ServedModel("tiny", f"{server.url}/v1", extra=line)
+    down = ServedModel("tiny", f"http://127.0.0.1:{free_port('127.0.0.1', 0)}/v1", max_retries=0)
+
+    def answers(body: Json) -> Step:
+        return Hang() if body["model"] == "slow" else completion("quality=5")
+
+    with chat_server(answers) as others:
+        rest = {name: ServedModel(name, others.url, max_retries=0, deadline=1.0) for name in ("slow", "garbage")}
+        panel = Panel(
+            {"real": real, "down": down, **rest}, quorum=1, deadline=100.0, budget=Budget(calls=20),
+            sampling=Sampling(40, temperature=0.0),
+        )  # fmt: skip
+        reward = pointwise(panel, "Is it right?")
+        found, again = (asyncio.run(reward(judged("12", id=id))) for id in ("a", "b"))  # the second from the cache
+    assert found.score in (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert found.components["judge.real"] == found.score == again.score
+    assert (found.components["judges"], found.components["judges_failed"]) == (1.0, 3.0)
+    assert panel.spent.tokens > 500  # of the prompt, as vLLM counts them
+    assert panel.failed == {"down": 2, "slow": 2, "garbage": 2}
 
 
 def test_seeded_prompts_with_more_tokens_than_a_step_takes(server: Process) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -34,3 +37,26 @@ def test_every_gold_answer_is_itself(shared_data: Path, slot: str) -> None:
         row = json.loads(line)
         if row["slot"] == slot == "answer":
             assert verify(row["gold"], row["gold"]).status == "ok", row["gold"]
+
+
+def table() -> list[tuple[str, ...]]:
+    """Return the rows of the page's table of options: option, gold, answer, verdict without and with it."""
+    page = (Path(__file__).parents[3] / "docs" / "verify-mathematics.md").read_text()
+    page = page.partition("## Options")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in page.splitlines() if line.count(" | ") == 5]
+    return [(r[0].split("`")[1], r[2].strip("`"), r[3].strip("`"), r[4], r[5].strip(" |")) for r in rows[1:]]
+
+
+@pytest.mark.parametrize(("option", "gold", "answer", "without", "with_it"), table())
+def test_the_table_of_options_is_right(option: str, gold: str, answer: str, without: str, with_it: str) -> None:
+    call = ast.parse(f"f({option})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    options = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in call.keywords}
+    for given, expected in (({}, without), (options, with_it)):
+        found = verify(gold, answer, options=Options.of(given))
+        assert ("ok" if found.score else "wrong") == expected, found
+
+
+def test_every_option_has_a_row() -> None:
+    named = {name for row in table() for name in re.findall(r"(\w+)=", row[0])}
+    assert named == {field.name for field in fields(Options)}

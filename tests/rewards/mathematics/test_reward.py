@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,3 +62,18 @@ def test_what_a_reward_may_not_do_is_refused() -> None:
         math(slot="text")
     with pytest.raises(ConfigError, match="unknown option 'precison'"):
         boxed_math(precison=2)
+
+
+def test_the_choices_of_each_question_are_read_from_its_payload() -> None:
+    def asked(choices: Any) -> Episode:
+        made = episode(r"so \boxed{\text{(B) } 12 cm}")
+        task = Task.make("t", split="train", seed=0, payload={"answer": "B", "options": choices})
+        return replace(made, task=task)
+
+    reward = boxed_math(choices_key="options")
+    assert asyncio.run(judge(reward, asked(["10 cm", "12 cm"]))).score == 1.0
+    assert asyncio.run(judge(reward, asked({"A": "12 cm", "B": "10 cm"}))).score == 0.0
+    with pytest.raises(TaskError, match="task 't' has no choices in payload"):
+        asyncio.run(judge(reward, asked(None)))
+    with pytest.raises(TaskError, match="task 't' has no choices in payload"):
+        asyncio.run(reward.require_scorable(asked(7).task))

@@ -1,0 +1,179 @@
+r"""``areal/Questions-v0``: questions of a JSONL file, whose answers are verified as mathematics.
+
+    {"question": "What is 6 times 7?", "answer": "6 * 7 = 42\n#### 42"}
+
+The gold answer is what stands behind the last ``####``, else in the only ``\boxed{}``, else the whole answer. Several
+golds, as a list, are all right. Of one file every eighth question or so is of the test split, by a hash of its text: a
+question stays where it is when rows are added, moved or repeated. ``test_path`` names a file of its own for the tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from areal_agents.env import Expert
+from areal_agents.errors import ConfigError
+from areal_agents.reward import sole_boxed
+from areal_agents.rewards import boxed_math
+from areal_agents.sandbox import SandboxBackend
+from areal_agents.toolenv import ToolEnv
+from areal_agents.types import Task
+from areal_agents.utils.short_text import short
+
+SAMPLE = str(Path(__file__).with_name("questions.jsonl"))
+"""48 problems of algebra, which show the format: `examples/algebra_jsonl.py` writes more."""
+_TEST_BUCKETS = 8
+_CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+"""GSM8K's notes for a calculator, which are no part of the text."""
+Payload = Callable[[Mapping[str, Any], str, str], dict[str, Any]]
+
+
+class Questions(ToolEnv):
+    r"""Answer a question in ``\boxed{}``. The answer is compared with the gold one by SymPy."""
+
+    system_prompt = r"Think step by step, then answer \boxed{answer}."
+    rubric = boxed_math()
+    max_turns = 1
+
+    def __init__(
+        self,
+        *,
+        path: str = SAMPLE,
+        test_path: str = "",
+        question: str = "question",
+        answer: str = "answer",
+        verify: Mapping[str, Any] | None = None,
+        sandbox: SandboxBackend | str | None = None,
+        max_turns: int | None = None,
+    ) -> None:
+        """Make an environment on a file.
+
+        Args:
+            path: of the JSONL file.
+            test_path: of the file of the test split. Empty takes it from ``path``.
+            question: the field that holds the question.
+            answer: the field that holds the answer.
+            verify: options of the verifier, such as ``{"tolerance": 0.01}``.
+            sandbox: for the tools of a subclass.
+            max_turns: as ``ToolEnv`` has it, for a subclass with tools.
+        """
+        super().__init__(sandbox=sandbox, max_turns=max_turns)
+        self._source: dict[str, Any] = {"path": path, "test_path": test_path, "question": question, "answer": answer}
+        if verify:
+            self._rubric = boxed_math(**verify)
+
+    @classmethod
+    def tasks(
+        cls, split: str, *, difficulty: float | None = None, path: str = SAMPLE, test_path: str = "",
+        question: str = "question", answer: str = "answer",
+    ) -> Sequence[Task]:  # fmt: skip
+        """Return the tasks of a split, whose difficulty is that of the file.
+
+        Raises ConfigError for a row that cannot be read, and for a question of ``test_path`` that is in ``path`` too.
+        """
+        found = _rows(cls.payload, _key(test_path if split == "test" and test_path else path), question, answer)
+        if test_path and split == "test":
+            others = {t.payload["question"] for t in _rows(cls.payload, _key(path), question, answer)}
+            if shared := next((t for t in found if t.payload["question"] in others), None):
+                raise ConfigError(f"{test_path}: {shared.payload['question']!r:.80} is a question of {path} too")
+        return [
+            Task.make(f"{split}-{t.id}", split=split, seed=t.seed, payload=t.payload)
+            for t in found
+            if test_path or split_of(t.payload["question"]) == split
+        ]
+
+    def training_tasks(self) -> Sequence[Task]:
+        return self.tasks("train", **self._source)
+
+    def prompt(self, task: Task) -> str:
+        return str(task.payload["question"])
+
+    @classmethod
+    def gold(cls, task: Task) -> str | None:
+        golds = task.payload["answer"]
+        return rf"\boxed{{{golds if isinstance(golds, str) else golds[0]}}}"
+
+    @classmethod
+    def expert(cls, task: Task) -> Expert | None:
+        """Return the file's own solution, with the answer in a box."""
+        return _said(f"{task.payload.get('solution', '')}\n{cls.gold(task)}".strip())
+
+    @classmethod
+    def payload(cls, row: Mapping[str, Any], question: str, answer: str) -> dict[str, Any]:
+        """Turn a row of the file into a task's payload, ``question`` among it. Raises ValueError where it cannot be."""
+        golds = row[answer] if isinstance(row[answer], list) else [row[answer]]
+        if not golds or not all(isinstance(g, str | int | float) and not isinstance(g, bool) for g in golds):
+            raise ValueError(f"{answer!r} = {short(row[answer])} is neither a text, a number nor a list of them")
+        found = [gold_of(str(g)) for g in golds]
+        if not all(found):
+            raise ValueError(f"{answer!r} = {short(row[answer])} is empty")
+        solution = _CALCULATOR.sub("", str(golds[0]).rpartition("####")[0]).strip()
+        worked = {"solution": solution} if solution else {}
+        return {"question": row[question], "answer": found if len(found) > 1 else found[0]} | worked
+
+
+def _said(text: str) -> Expert:
+    yield text
+
+
+def gold_of(text: str) -> str:
+    r"""Return the answer at the end of a worked solution: behind ``####``, or in its only box, or all of it."""
+    if "####" in text:
+        return text.rpartition("####")[2].strip()
+    return (sole_boxed(text) or text).strip()
+
+
+def split_of(question: str) -> str:
+    """Return the split that a question belongs to where one file has both."""
+    digest = hashlib.sha256(question.encode("utf-8", "surrogatepass")).digest()
+    return "test" if digest[0] % _TEST_BUCKETS == 0 else "train"
+
+
+def _key(path: str) -> tuple[str, int, int]:
+    """Return a path with what changes when its file does. Raises ConfigError where there is none."""
+    file = Path(path).expanduser()
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise ConfigError(f"env.kwargs: {path!r} cannot be read: {error.strerror}") from error
+    return str(file), status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=8)
+def _rows(make: Payload, key: tuple[str, int, int], question: str, answer: str) -> tuple[Task, ...]:
+    """Read every row of a file, once."""
+    path, tasks = key[0], list[Task]()
+    for number, row in _lines(Path(path)):
+        try:
+            payload = make(row, question, answer)
+            if not isinstance(payload["question"], str) or not payload["question"].strip():
+                raise ValueError(f"{question!r} = {short(payload['question'])} is no text")
+        except KeyError as error:
+            raise ConfigError(f"{path}, line {number}: it has no {error}, but {', '.join(map(repr, row))}") from error
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path}, line {number}: {error}") from error
+        tasks.append(Task.make(str(number), split="", seed=number, payload=payload))
+    return tuple(tasks)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ConfigError(f"{path}, line {number}: it is no JSON object, but {short(row)}")
+                    yield number, row
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: it is not UTF-8: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}, line {number}: it is no JSON: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: it cannot be read: {error.strerror}") from error

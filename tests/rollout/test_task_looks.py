@@ -1,0 +1,121 @@
+"""The look at a split's tasks before the first episode."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from areal_agents.env import LazyTasks
+from areal_agents.errors import InfraError, TaskError
+from areal_agents.reward import Episode, Gate, WeightedSum, boxed_number, task_checks
+from areal_agents.rewards import boxed_math, code
+from areal_agents.rewards.shaping.wrappers import Clip
+from areal_agents.rollout.task_looks import Look, look_at
+from areal_agents.types import Task
+
+
+def task(i: int, **payload: Any) -> Task:
+    return Task.make(f"t{i}", split="train", seed=i, payload={"i": i, **payload})
+
+
+def look(tasks: Any, reward: Any, **limits: Any) -> Look:
+    return asyncio.run(look_at(tasks, task_checks(reward), seed=0, **limits))
+
+
+def brief(episode: Episode) -> float:
+    return 0.0
+
+
+@pytest.mark.parametrize("reward", [boxed_number(), boxed_math()])
+def test_bad_golds_are_found_through_rubrics(reward: Any) -> None:
+    tasks = [task(i, answer=str(i)) for i in range(6)]
+    tasks[2], tasks[4] = task(2, answer=r"\frac{1}{"), task(4)
+    wrapped = functools.wraps(brief)(lambda episode: reward(episode))
+    wrapped.__wrapped__ = reward
+    for rubric in (reward, WeightedSum({"a": (reward, 0.5), "b": brief}), Gate({"on": reward}, on="on"), wrapped,
+                   Clip(WeightedSum({"a": reward}), low=0, high=1),
+                   WeightedSum({"deep": Gate({"on": brief, "x": reward}, on="on")})):  # fmt: skip
+        found = look(tasks, rubric)
+        assert (found.total, found.seen, list(found.bad)) == (6, 6, ["t2", "t4"])
+        assert "task 't2'" in found.bad["t2"]
+    assert task_checks(WeightedSum({"b": brief})) == ()
+    assert look(tasks, brief) == Look(6)
+
+
+def test_several_golds_and_options_are_read_as_the_reward_reads_them() -> None:
+    tasks = [task(0, answer=["(", "5"]), task(1, answer=["(", "["]), task(2, answer=3), task(3, answer=True)]
+    assert list(look(tasks, boxed_math()).bad) == ["t1", "t3"]
+
+
+def test_programs_without_tests_are_found() -> None:
+    good = {"tests": [{"input": "1", "output": "1"}]}
+    tasks = [task(0, **good), task(1), task(2, tests=[]), task(3, **good, language="cobol")]
+    assert list(look(tasks, code()).bad) == ["t1", "t2", "t3"]
+
+
+def test_of_many_tasks_a_seeded_sample_is_looked_at() -> None:
+    tasks = LazyTasks(1000, lambda i: task(i, answer="x" if i % 2 else "1"))
+    first, again = look(tasks, boxed_number(), most=100), look(tasks, boxed_number(), most=100)
+    assert (first.seen, str(first)) == (100, "100 of 1000")
+    assert first == again
+    assert 30 < len(first.bad) < 70
+
+
+def test_a_task_that_cannot_be_made_and_a_check_that_breaks_are_found() -> None:
+    def make(i: int) -> Task:
+        if i == 1:
+            raise KeyError("no row")
+        return task(i)
+
+    class Broken:
+        async def require_scorable(self, task: Task) -> None:
+            if task.seed == 2:
+                raise LookupError("nothing")
+
+    found = look(LazyTasks(4, make), Broken())
+    assert "no row" in found.bad["task 1 of the split"]
+    assert "require_scorable raised LookupError: nothing" in found.bad["t2"]
+    assert len(found.bad) == 2
+
+
+def test_time_bounds_the_look_and_a_lost_verifier_is_told() -> None:
+    class Hangs:
+        async def require_scorable(self, task: Task) -> None:
+            if task.seed == 3:
+                await asyncio.Event().wait()
+
+    found = look([task(i) for i in range(5)], Hangs(), seconds=1.0)
+    assert (found.seen, str(found), found.bad) == (4, "4 of 5", {})
+
+    class Blocks:
+        def require_scorable(self, task: Task) -> None:
+            threading.Event().wait(0.02)
+
+    assert 1 <= look([task(i) for i in range(1000)], Blocks(), seconds=0.2).seen < 1000
+
+    class Lost:
+        def require_scorable(self, task: Task) -> None:
+            raise InfraError("no process")
+
+    with pytest.raises(InfraError, match="no process"):
+        look([task(0)], Lost())
+
+
+@pytest.mark.parametrize(
+    ("seen", "bad", "share", "refused"),
+    [(100, 7, 0.0, False), (100, 8, 0.07, True), (100, 8, 0.08, False), (3, 3, 1.0, True), (3, 2, 0.2, False),
+     (0, 0, 0.0, False)],
+)  # fmt: skip
+def test_too_many_bad_tasks_refuse_the_run(seen: int, bad: int, share: float, refused: bool) -> None:
+    found = Look(1000, seen, {f"t{i}": "bad" for i in range(bad)})
+    require: Callable[[], None] = lambda: found.require_enough("e:train", max_bad=share)  # noqa: E731
+    if not refused:
+        return require()
+    with pytest.raises(TaskError, match=rf"{bad} of the {seen} tasks of e:train that were looked at.*\n  t0: bad"):
+        require()
+    return None
