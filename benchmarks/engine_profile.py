@@ -26,7 +26,8 @@ from transformers.utils import logging
 from areal_agents.engine import Sampling
 from areal_agents.engines.cpu.architecture import Shape
 from areal_agents.engines.cpu.decoder import CPUDecoder, RowSegment, Weights, pack_linear
-from areal_agents.engines.cpu.sampler import Sampler
+from areal_agents.engines.cpu.sampler import sample
+from areal_agents.engines.cpu.scheduler import uniform
 
 PROMPT, STEPS, BATCHES = 150, 24, (1, 8, 32)
 
@@ -67,14 +68,15 @@ def timed_weights(weights: Weights, clock: Clock) -> Weights:
     return replace(weights, layers=tuple(layers), head=clock.wrap("linear", weights.head))
 
 
-def step_seconds(decoder: CPUDecoder, sampler: Sampler, batch: int, start: int, clock: Clock | None) -> list[float]:
+def step_seconds(decoder: CPUDecoder, batch: int, start: int, clock: Clock | None) -> list[float]:
     """Seconds of each step: decode, then sample."""
-    samplings, own = [Sampling(64)] * batch, [None] * batch
-    sample = clock.wrap("sampling", sampler.sample) if clock else sampler.sample
+    samplings = [Sampling(64)] * batch
+    draw = clock.wrap("sampling", sample) if clock else sample
     ids, times = [5] * batch, []
     for i in range(STEPS):
         begin = time.perf_counter()
-        ids, _ = sample(decoder.decode(ids, [start + i] * batch), samplings, own)
+        uniforms = [uniform(row, i) for row in range(batch)]
+        ids, _ = draw(decoder.decode(ids, [start + i] * batch), samplings, uniforms)
         times.append(time.perf_counter() - begin)
     return times
 
@@ -84,11 +86,11 @@ def profile(decoder: TimedDecoder, batch: int) -> dict[str, Any]:
     segments = [RowSegment(row, 0, [7 + row] * PROMPT) for row in range(batch)]
     for i in range(0, batch, 4):
         decoder.prefill(segments[i : i + 4])
-    sampler, clock, weights = Sampler(0), Clock(), decoder.weights
-    step_seconds(decoder, sampler, batch, PROMPT, None)  # warm-up
-    plain = statistics.median(step_seconds(decoder, sampler, batch, PROMPT, None))
+    clock, weights = Clock(), decoder.weights
+    step_seconds(decoder, batch, PROMPT, None)  # warm-up
+    plain = statistics.median(step_seconds(decoder, batch, PROMPT, None))
     decoder.clock, decoder.weights = clock, timed_weights(weights, clock)
-    clocked = statistics.mean(step_seconds(decoder, sampler, batch, PROMPT, clock))
+    clocked = statistics.mean(step_seconds(decoder, batch, PROMPT, clock))
     decoder.clock, decoder.weights = None, weights
     ms = {kind: 1000 * seconds / STEPS for kind, seconds in clock.seconds.items()}
     ms["norms, rotary, activations, Python"] = 1000 * clocked - sum(ms.values())

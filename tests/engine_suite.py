@@ -104,6 +104,16 @@ async def seeds_repeat(it: Served) -> None:
     assert one.ids == two.ids != other.ids
 
 
+async def a_seed_repeats_in_a_crowd(it: Served) -> None:
+    """Whoever else asks, before it or after it, with a seed or without."""
+    ids = ids_of(10, 6)
+    alone = await it.ask(ids, 20, "alone", seed=9)
+    others = [it.ask(ids_of(5 + i, i), 25, f"other{i}", seed=9 + i if i % 2 else None) for i in range(3 * it.batch)]
+    middle = len(others) // 2
+    crowd = await asyncio.gather(*others[:middle], it.ask(ids, 20, "crowd", seed=9), *others[middle:])
+    assert crowd[middle].ids == alone.ids
+
+
 async def filters_apply(it: Served) -> None:
     """Log-probabilities are of the filtered distribution."""
     ids = ids_of(12, 10)
@@ -233,6 +243,7 @@ SAMPLING: dict[str, Check] = {
         a_short_turn_overtakes_a_long_one,
         a_group_shares_its_prompt,
         seeds_repeat,
+        a_seed_repeats_in_a_crowd,
         filters_apply,
     )
 }

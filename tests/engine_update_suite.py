@@ -100,6 +100,25 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> bool:
     return float((a - b).abs().max()) > _TOLD
 
 
+async def an_interrupted_turn_keeps_its_noise(it: Served) -> None:
+    """An update to the very same weights: the turn goes on as if its KV had not been computed again.
+
+    Rounding may part the two later, so twenty tokens are looked at.
+    """
+    ids = ids_of(40, 500)
+    whole = await it.ask(ids, it.long, "whole", seed=6)
+    for attempt in range(ATTEMPTS):
+        version = it.version
+        ref = it.model.fill(it.model.now, version + 1)
+        async with it.begun(it.ask(ids, it.long, f"again{attempt}", seed=6), tokens=10) as (task,):
+            await it.serve(ref, it.model.now, mode="interrupt", kv="recompute")
+        done = await task
+        if (switch := done.versions.count(version)) < it.long:
+            assert done.ids[: switch + 20] == whole.ids[: switch + 20]
+            return
+    raise AssertionError("no update came in the middle of a turn")
+
+
 async def idle_kv_is_kept_or_dropped(it: Served) -> None:
     """Between two turns of a session: the second reads what the old weights wrote, the third nothing of it."""
     ids, old = ids_of(40, 15), it.model.now
@@ -150,6 +169,7 @@ UPDATES: dict[str, Check] = {
         for mode in ("inflight", "interrupt", "drain")
         for kv in ("recompute", "keep")
     },
+    "an_interrupted_turn_keeps_its_noise": an_interrupted_turn_keeps_its_noise,
     "idle_kv_is_kept_or_dropped": idle_kv_is_kept_or_dropped,
     "refused_weights_leave_the_old_ones": refused_weights_leave_the_old_ones,
 }

@@ -49,6 +49,7 @@ def engine_spec(
         "kv_tokens": engine.kv_tokens,
         "max_context": max_context,
         "threads": threads,
+        "deterministic": engine.deterministic,
     }
     kind = engine_kind(engine.kind)
     options |= {argument: getattr(engine, setting) for setting, argument in kind.own.items()}

@@ -34,6 +34,7 @@ class Settings:
     max_context: int
     threads: int
     seed: int
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,7 +240,8 @@ class Buffer:
         orders = {g.order for g in chosen}
         self._buffered = [g for g in self._buffered if g.order not in orders]
         self.version += 1
-        return chosen
+        # Which groups these are may depend on time. What the learner computes from them, and its rounding, does not.
+        return sorted(chosen, key=lambda g: g.order)
 
     def _drop_overage(self) -> None:
         oldest = self.version - self.max_staleness

@@ -8,7 +8,6 @@ training row can be made of such an episode (``batch.rows_of`` refuses it).
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,6 +23,7 @@ from areal_agents.engine import ChatModel, Sampling
 from areal_agents.errors import EngineError, TaskError
 from areal_agents.rollout.env_faults import refused
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy, Said
+from areal_agents.rollout.seeds import request_seed
 from areal_agents.types import AssistantMessage, Message, StopReason
 
 _REPORTED = ("prompt_tokens", "completion_tokens")
@@ -82,8 +82,7 @@ class ChatPolicy(Policy):
 
     async def _reply(self, episode: EpisodeDriver, room: int) -> ChatReply:
         limit = self._limits.request_timeout
-        seed = request_seed(episode.seed, episode.id, len(episode.turns))
-        sampling = replace(self._sampling, max_tokens=room, seed=seed)
+        sampling = replace(self._sampling, max_tokens=room, seed=request_seed(episode))
         try:
             async with asyncio.timeout(limit):
                 with episode.timed("generate_seconds"):
@@ -101,12 +100,3 @@ class ChatPolicy(Policy):
             self._context = reply.prompt_tokens + (reply.completion_tokens or 0)
         self._seen(reply)
         return reply
-
-
-def request_seed(seed: int, id: str, turn: int) -> int:
-    """Return the sampling seed of an episode's turn, in [0, 2^31).
-
-    A server draws the same noise for the same seed. Episodes that shared a seed would therefore succeed and fail
-    together, whatever their tasks.
-    """
-    return random.Random(f"{seed}/{id}/{turn}").getrandbits(31)

@@ -16,6 +16,7 @@ from areal_agents.engine import Engine, Sampling
 from areal_agents.errors import EngineError, TaskError, TemplateError
 from areal_agents.rollout.env_faults import refused
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy, Said
+from areal_agents.rollout.seeds import request_seed
 from areal_agents.types import Completion, Prompt, StopReason
 
 
@@ -59,14 +60,18 @@ class TokenPolicy(Policy):
 
 
 class EnginePolicy(TokenPolicy):
-    """A policy that samples from an engine, with the episode's id as its session."""
+    """A policy that samples from an engine, with the episode's id as its session.
+
+    Every request has a seed of its own (``request_seed``).
+    """
 
     def __init__(self, engine: Engine, sampling: Sampling, fmt: ChatFormat, limits: Limits) -> None:
         super().__init__(fmt, limits)
         self._engine, self._sampling = engine, sampling
 
     async def sample(self, prompt: Prompt, max_tokens: int, episode: EpisodeDriver) -> Completion:
-        sampling = replace(self._sampling, max_tokens=min(max_tokens, self._sampling.max_tokens))
+        limit = min(max_tokens, self._sampling.max_tokens)
+        sampling = replace(self._sampling, max_tokens=limit, seed=request_seed(episode))
         deadline = self.limits.request_timeout
         with episode.timed("generate_seconds"):
             return await self._engine.generate(prompt, sampling, session=episode.id, deadline=deadline)

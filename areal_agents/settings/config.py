@@ -75,6 +75,8 @@ class EngineConfig(Section):
     """Bound on the tokens whose keys and values are kept, running and between turns together."""
     threads: int = Field(default=0, ge=0)
     """Cores of all engines of this machine together. 0: all of them."""
+    deterministic: bool = False
+    """A turn's tokens do not depend, to the bit, on what else is sampled: one seed, one result. It costs time."""
     request_timeout: Positive = 300.0
     """Seconds one generation request may take before it counts as an infrastructure error."""
     hang_timeout: Positive = 60.0

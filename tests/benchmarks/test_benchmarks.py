@@ -15,7 +15,10 @@ from areal_agents.evaluation import compare
 from tests.simulated import BENCHMARKS, benchmarks_on_path, module
 
 __all__ = ["benchmarks_on_path"]
-SCRIPTS = ("engine", "trl_step", "demo", "demo_engines", "engines", "mismatch", "async", "gpu", "busy", "verifier")
+SCRIPTS = (
+    "engine", "trl_step", "demo", "demo_engines", "engines", "mismatch", "async", "gpu", "busy", "verifier",
+    "same_seed",
+)  # fmt: skip
 RECORD = {"benchmark", "commit", "machine", "samples", "checks"}
 
 
@@ -226,6 +229,16 @@ def test_committed_records_have_the_schema() -> None:
         assert row["benchmark"] == path.stem
         assert row["samples"], path.name
         assert all({"name", "value", "goal", "holds"} <= check.keys() for check in row["checks"]), path.name
+
+
+def test_what_two_runs_have_in_common_by_hand() -> None:
+    # a: the same 3 tokens. b: 2 of 4 until the runs part, though a later token is equal again. c: one run alone has it.
+    one = {(0, "a"): [(1, 2), (3,)], (0, "b"): [(1, 2), (3, 4)], (0, "c"): [(5,)]}
+    two = {(0, "a"): [(1, 2), (3,)], (0, "b"): [(1, 2), (9, 4)]}
+    found = module("same_seed").shares(one, two)
+    assert found == {
+        "episodes": 3, "same_episodes": 0.3333, "same_tokens": 0.625, "same_first_turns": 0.6667, "sampled_tokens": 8,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

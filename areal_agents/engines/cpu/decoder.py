@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from areal_agents.engines.cpu.architecture import Shape
-from areal_agents.errors import EngineError
+from areal_agents.errors import EngineError, ModelError
 
 Linear = Callable[[Tensor], Tensor]
+Attend = Callable[[int, Tensor], Tensor]
+"""``attend(layer, queries)`` reads the KV."""
 
 BLOCK = 128
 """Positions in one block of KV."""
@@ -141,10 +143,21 @@ class CPUDecoder:
         dtype: of products and KV.
         max_batch: number of rows.
         max_context: positions of a row.
+        deterministic: compute ``max_batch`` tokens in every pass, whoever they belong to (``_fixed``). Then a token's
+            logits are a function of the tokens before it alone.
     """
 
-    def __init__(self, shape: Shape, weights: Weights, dtype: torch.dtype, *, max_batch: int, max_context: int) -> None:
-        self.shape, self.weights, self.dtype = shape, weights, dtype
+    def __init__(
+        self,
+        shape: Shape,
+        weights: Weights,
+        dtype: torch.dtype,
+        *,
+        max_batch: int,
+        max_context: int,
+        deterministic: bool = False,
+    ) -> None:
+        self.shape, self.weights, self.dtype, self.deterministic = shape, weights, dtype, deterministic
         self._cos, self._sin = shape.rotary(max_context)
         self._rows = max_batch
         size = (shape.layers, 2, _blocks(max_context), max_batch, shape.kv_heads, BLOCK, shape.head_dim)
@@ -181,19 +194,33 @@ class CPUDecoder:
 
         Its keys and values are written at ``positions``, one a row. Returns logits [n, vocabulary] of what comes next.
         """
-        shape, rows = self.shape, len(ids)
-        groups, pairs = shape.heads // shape.kv_heads, rows * shape.kv_heads
+        n = len(ids)
+        if self.deterministic:  # rows that are free compute a token that nobody reads
+            free = [0] * (self._rows - n)
+            ids, positions = [*ids, *free], [*positions, *free]
+        attend = self._attend_one_query(positions, None)
+        hidden = self._forward(torch.tensor(ids), torch.tensor(positions), torch.arange(len(ids)), attend)
+        return self._logits(hidden)[:n]
+
+    def _attend_one_query(self, positions: Sequence[int], rows: Tensor | None) -> Attend:
+        """Return the attention of one query at each of ``positions`` over the KV of its row.
+
+        ``rows`` are the queries' rows. None is 0, 1, 2, …, whose KV is read where it lies.
+        """
+        shape, queries = self.shape, len(positions)
+        groups, pairs = shape.heads // shape.kv_heads, queries * shape.kv_heads
         position = torch.tensor(positions)
         blocks = _blocks(max(positions) + 1)
-        unmasked = (min(positions) + 1) // BLOCK
+        unmasked = 0 if self.deterministic else (min(positions) + 1) // BLOCK
         hidden_at = torch.arange(blocks * BLOCK).view(blocks, 1, 1, BLOCK) > position[:, None, None]
-        mask = torch.zeros(blocks, rows, shape.kv_heads, BLOCK, dtype=self.dtype)
+        mask = torch.zeros(blocks, queries, shape.kv_heads, BLOCK, dtype=self.dtype)
         mask = mask.masked_fill_(hidden_at, -torch.inf).view(blocks, pairs, BLOCK, 1).expand(-1, -1, -1, groups)
         scores = torch.empty(blocks, pairs, BLOCK, groups, dtype=self.dtype)
 
         def attend(layer: int, q: Tensor) -> Tensor:
-            kv = self._kv[layer, :, :blocks, :rows].view(2, blocks, pairs, BLOCK, shape.head_dim)
-            keys, values = kv.unbind()
+            kv = self._kv[layer, :, :blocks]
+            kv = kv[:, :, :queries] if rows is None else kv.index_select(2, rows)
+            keys, values = kv.view(2, blocks, pairs, BLOCK, shape.head_dim).unbind()
             query = q.reshape(-1, groups, shape.head_dim).transpose(1, 2)
             # K @ qᵀ, not q @ Kᵀ: oneDNN is three times faster when the long side comes first.
             for j in range(unmasked):
@@ -205,10 +232,9 @@ class CPUDecoder:
             out = torch.bmm(weights[0], values[0]).float()
             for j in range(1, blocks):
                 out += torch.bmm(weights[j], values[j])
-            return out.view(rows, -1).to(self.dtype)
+            return out.view(queries, -1).to(self.dtype)
 
-        hidden = self._forward(torch.tensor(ids), position, torch.arange(rows), attend)
-        return self._logits(hidden)
+        return attend
 
     @torch.inference_mode()
     def prefill(self, segments: Sequence[RowSegment]) -> Tensor:
@@ -216,6 +242,8 @@ class CPUDecoder:
 
         Returns logits [segments, vocabulary], each after the last token of its segment.
         """
+        if self.deterministic:
+            return self._fixed(segments)
         shape = self.shape
         ids = torch.tensor([i for s in segments for i in s.ids])
         position = torch.cat([torch.arange(s.start, s.start + len(s.ids)) for s in segments])
@@ -249,7 +277,44 @@ class CPUDecoder:
         hidden = self._forward(ids, position, rows, attend)
         return self._logits(hidden[ends - 1])
 
-    def _forward(self, ids: Tensor, position: Tensor, rows: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+    def _fixed(self, segments: Sequence[RowSegment]) -> Tensor:
+        """Compute segments as ``decode`` computes rows: ``max_batch`` tokens a pass, one query each.
+
+        The passes of both have one size, and no number of a pass depends on another token's place. So it does not
+        matter whether a token's KV was decoded, or prefilled, or with what.
+        """
+        slots = [(s.row, s.start + i, id, i + 1 == len(s.ids)) for s in segments for i, id in enumerate(s.ids)]
+        logits = []
+        for first in range(0, len(slots), self._rows):
+            part = slots[first : first + self._rows]
+            padded = part + part[-1:] * (self._rows - len(part))  # the last one again: it writes the same KV
+            rows, positions, ids, _ = (list(column) for column in zip(*padded, strict=True))
+            index = torch.tensor(rows)
+            hidden = self._forward(
+                torch.tensor(ids), torch.tensor(positions), index, self._attend_one_query(positions, index)
+            )
+            if ends := [i for i, slot in enumerate(part) if slot[3]]:
+                logits.append(self._logits(hidden)[ends])
+        return torch.cat(logits)
+
+    @torch.inference_mode()
+    def prove_deterministic(self) -> None:
+        """Compute one sequence in every row, and once more as a prefill.
+
+        It overwrites KV. Raises ModelError where the results differ in a bit, because this machine's products depend on
+        a row's place.
+        """
+        sequence = [i % self.shape.vocabulary for i in (3, 1, 4, 1, 5)][: len(self._cos)]
+        for position, id in enumerate(sequence):
+            logits = self.decode([id] * self._rows, [position] * self._rows)
+        again = self._fixed([RowSegment(0, 0, sequence)])
+        if not torch.equal(logits.nan_to_num(), again.nan_to_num().expand_as(logits)):
+            raise ModelError(
+                "engine.deterministic cannot be had: on this processor the logits of a row depend on its place in the "
+                "batch. Try another engine.max_batch or engine.threads = 1, or set it to false"
+            )
+
+    def _forward(self, ids: Tensor, position: Tensor, rows: Tensor, attend: Attend) -> Tensor:
         """Return the residual stream [tokens, hidden] after the last layer.
 
         A layer's keys and values are written into the KV before ``attend(layer, queries)`` reads them.
@@ -274,8 +339,14 @@ class CPUDecoder:
             x += layer.out(attend(i, qk[:, : shape.heads]))
             h = F.rms_norm(x, (shape.hidden,), layer.mlp_norm, shape.eps).to(dtype)
             gate, up = layer.gate_up(h).chunk(2, -1)
-            x += layer.down(F.silu(gate).mul_(up))
+            x += layer.down(self._silu(gate).mul_(up))
         return x
+
+    def _silu(self, gate: Tensor) -> Tensor:
+        if not self.deterministic:
+            return F.silu(gate)
+        # Row by row: threads cut the whole in the middle of rows, and what is left of a vector rounds otherwise.
+        return torch.stack([F.silu(row) for row in gate])
 
     def _logits(self, x: Tensor) -> Tensor:
         h = F.rms_norm(x, (self.shape.hidden,), self.weights.norm, self.shape.eps).to(self.dtype)

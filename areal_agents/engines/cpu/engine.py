@@ -37,6 +37,7 @@ class TransformersEngine(EngineProcess):
         max_context: int = 2048,
         threads: int = 1,
         seed: int = 0,
+        deterministic: bool = False,
         shape: Shape | None = None,
     ) -> TransformersEngine:
         """Start a worker that serves ``model`` (a local folder or a hub id) as version 0.
@@ -51,20 +52,24 @@ class TransformersEngine(EngineProcess):
                 together.
             max_context: longest prompt plus completion in tokens, cut to what the model's positions and the KV allow.
             threads: cores of the worker.
-            seed: of the engine's generator, for requests without their own.
+            seed: of the seeds of requests without their own.
+            deterministic: compute ``max_batch`` tokens in every pass, so that a turn's tokens and log-probabilities do
+                not depend on what else runs, to the bit.
             shape: the model's, for a caller who has read it with this ``max_context``. Only reading it takes
                 transformers.
 
         Raises:
             ConfigError: a setting is out of range.
-            ModelError: the model cannot be loaded or computed.
+            ModelError: the model cannot be loaded or computed, or not deterministically on this processor.
             EngineError: the worker does not start.
         """
         require_positive(max_batch=max_batch, kv_tokens=kv_tokens, max_context=max_context, threads=threads)
         number = number_format(precision)
         if shape is None:
             shape = await asyncio.to_thread(Shape.read, model, max_context)
-        settings = p.Settings(str(model), shape, number, max_batch, kv_tokens, max_context, threads, seed)
+        settings = p.Settings(
+            str(model), shape, number, max_batch, kv_tokens, max_context, threads, seed, deterministic
+        )
         return await cls.launch(settings, _environment(threads))
 
 

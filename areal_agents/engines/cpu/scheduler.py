@@ -12,6 +12,7 @@ running request is evicted. A waiting request waits for a free row and for reser
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -74,6 +75,15 @@ class Request:
     def reserved(self) -> int:
         return len(self.ids)
 
+    def uniform(self) -> float:
+        """Return the number in [0, 1) that picks the next token.
+
+        It is a function of the seed and of how many tokens were sampled. So it depends on no other request, and a turn
+        that is computed again in its middle draws nothing twice.
+        """
+        assert self.sampling.seed is not None
+        return uniform(self.sampling.seed, len(self.logprobs))
+
     def append(self, token: int, logprob: float, version: int) -> Finish | None:
         """Record one sampled token, and return how the turn ended, or None if it goes on."""
         self.ids[self.length] = token
@@ -87,6 +97,12 @@ class Request:
     def completion(self, finish: Finish) -> Completion:
         ids = tuple(self.ids[self.prompt : self.length].tolist())
         return Completion(ids, tuple(self.logprobs), tuple(self.versions), finish)
+
+
+def uniform(seed: int, n: int) -> float:
+    """Return the ``n``-th number of ``seed``'s stream, a multiple of 2^-53 in [0, 1)."""
+    digest = hashlib.blake2b(b"%d/%d" % (seed, n), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 @dataclass(eq=False, slots=True)

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import os
 import queue
+import random
 import signal
 import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, BinaryIO
 
 from areal_agents.engine import Health, UpdateReport
@@ -29,11 +30,10 @@ from areal_agents.utils.parent import end_with_parent
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Generator, Tensor, dtype
+    from torch import Tensor, dtype
 
     from areal_agents.engines.cpu.architecture import Shape
     from areal_agents.engines.cpu.decoder import CPUDecoder, Weights
-    from areal_agents.engines.cpu.sampler import Sampler
     from areal_agents.engines.cpu.scheduler import Request, Scheduler
 
 PREFILL_WHILE_DECODING = 256
@@ -84,12 +84,13 @@ class Worker:
     """
 
     def __init__(
-        self, decoder: CPUDecoder, scheduler: Scheduler, sampler: Sampler, inbox: Inbox, out: BinaryIO, updater: Updater
+        self, decoder: CPUDecoder, scheduler: Scheduler, seed: int, inbox: Inbox, out: BinaryIO, updater: Updater
     ) -> None:
-        self.decoder, self.scheduler, self.sampler = decoder, scheduler, sampler
+        self.decoder, self.scheduler = decoder, scheduler
         self.inbox, self.out, self.updater = inbox, out, updater
         self.sampled = 0
-        self._generators: dict[int, Generator] = {}
+        self._seeds = random.Random(seed)
+        """For requests without a seed."""
         self._draining: list[Prepared] = []
 
     def send(self, reply: p.Reply) -> None:
@@ -120,20 +121,16 @@ class Worker:
     # --- commands --------------------------------------------------------------------------------------------------
 
     def _handle(self, command: object) -> None:
-        import torch
-
         match command:
             case p.Generate(id=id, session=session, ids=ids, sampling=sampling):
+                if sampling.seed is None:
+                    sampling = replace(sampling, seed=self._seeds.getrandbits(31))
                 try:
                     self._check_ids(ids)
                     self.scheduler.submit(id, session, ids, sampling)
                 except ArealError as error:
                     self.send(p.Failed(id, str(error)))
-                    return
-                if sampling.seed is not None:
-                    self._generators[id] = torch.Generator().manual_seed(sampling.seed)
             case p.Cancel(id=id):
-                self._generators.pop(id, None)
                 self.scheduler.cancel(id)
             case p.Release(session=session):
                 self.scheduler.release(session)
@@ -215,8 +212,11 @@ class Worker:
         self._sample(logits, [running[i] for i in ready])
 
     def _sample(self, logits: Tensor, requests: list[Request]) -> None:
-        generators = [self._generators.get(request.id) for request in requests]
-        tokens, logprobs = self.sampler.sample(logits, [request.sampling for request in requests], generators)
+        from areal_agents.engines.cpu.sampler import sample
+
+        samplings = [request.sampling for request in requests]
+        uniforms = [request.uniform() for request in requests]
+        tokens, logprobs = sample(logits, samplings, uniforms, alone=self.decoder.deterministic)
         self.sampled += len(requests)
         for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
             if logprob != logprob:  # NaN
@@ -224,12 +224,10 @@ class Worker:
                 continue
             finish = request.append(token, logprob, self.scheduler.version)
             if finish is not None:
-                self._generators.pop(request.id, None)
                 self.scheduler.finish(request)
                 self.send(p.Done(request.id, request.completion(finish)))
 
     def _fail_non_finite(self, request: Request) -> None:
-        self._generators.pop(request.id, None)
         self.decoder.wipe(request.row)  # NaN in its KV would reach the row's next request through masked positions
         self.scheduler.cancel(request.id)
         self.send(p.Failed(request.id, f"the model's logits are not finite at version {self.scheduler.version}"))
@@ -262,7 +260,6 @@ def _build(settings: p.Settings, inbox: Inbox, replies: BinaryIO) -> tuple[Worke
     import torch
 
     from areal_agents.engines.cpu.decoder import CPUDecoder, Weights
-    from areal_agents.engines.cpu.sampler import Sampler
     from areal_agents.engines.cpu.scheduler import Scheduler
     from areal_agents.utils.precision import resolve_precision
 
@@ -272,11 +269,16 @@ def _build(settings: p.Settings, inbox: Inbox, replies: BinaryIO) -> tuple[Worke
     dtype = resolve_precision(settings.precision)
     weights = Weights.build(shape, _parameters(settings, dtype), dtype)
     trim()
-    decoder = CPUDecoder(shape, weights, dtype, max_batch=settings.max_batch, max_context=max_context)
+    decoder = CPUDecoder(
+        shape, weights, dtype, max_batch=settings.max_batch, max_context=max_context,
+        deterministic=settings.deterministic,
+    )  # fmt: skip
+    if settings.deterministic:
+        decoder.prove_deterministic()
     scheduler = Scheduler(decoder, max_batch=settings.max_batch, kv_tokens=settings.kv_tokens, max_context=max_context)
     updater = Updater(shape, decoder, inbox)
     updater.start()
-    return Worker(decoder, scheduler, Sampler(settings.seed), inbox, replies, updater), max_context
+    return Worker(decoder, scheduler, settings.seed, inbox, replies, updater), max_context
 
 
 def _parameters(settings: p.Settings, dtype: dtype) -> Mapping[str, Tensor]:

@@ -75,6 +75,7 @@ class VLLMEngine(EngineProcess):
         max_context: int = 2048,
         threads: int = 1,
         seed: int = 0,
+        deterministic: bool = False,
         bind: str = "nobind",
         block_size: int | None = None,
         enforce_eager: bool | None = None,
@@ -92,6 +93,7 @@ class VLLMEngine(EngineProcess):
             max_context: longest prompt plus completion in tokens, cut to what the model's positions and the KV allow.
             threads: of all ranks together, on a CPU.
             seed: of the sampler, for requests without their own. Engines with one seed sample the same tokens.
+            deterministic: on a GPU, vLLM's own batch-invariant mode (``VLLM_BATCH_INVARIANT``).
             bind: where the threads run: ``nobind`` (as the system likes), ``auto`` (vLLM's own number and cores: one a
                 physical core, one left free), or a list such as ``0-3``.
             block_size: tokens a KV block, the unit of reuse between turns. None is 32 on a CPU and vLLM's own choice on
@@ -101,7 +103,7 @@ class VLLMEngine(EngineProcess):
             tensor_parallel_size: ranks that share each layer.
 
         Raises:
-            ConfigError: a setting is out of range, or vLLM is not installed.
+            ConfigError: a setting is out of range, vLLM is not installed, or it has no deterministic mode here.
             ModelError: the model cannot be loaded.
             EngineError: the worker does not start.
         """
@@ -109,12 +111,15 @@ class VLLMEngine(EngineProcess):
             str(model), number_format(precision), max_batch, kv_tokens, max_context, seed,
             block_size, enforce_eager, gpu_memory_utilization, tensor_parallel_size,
         )  # fmt: skip
-        _require_sound(settings, threads)
+        _require_sound(settings, threads, deterministic=deterministic)
         sockets = Path(tempfile.mkdtemp(prefix="areal-vllm-"))
         try:
             engine = await cls.launch(
-                settings, _environment(model, sockets, bind=bind, threads=max(1, threads // tensor_parallel_size))
-            )
+                settings, _environment(
+                    model, sockets, bind=bind, threads=max(1, threads // tensor_parallel_size),
+                    deterministic=deterministic,
+                ),
+            )  # fmt: skip
         except BaseException:
             shutil.rmtree(sockets, ignore_errors=True)
             raise
@@ -129,8 +134,8 @@ class VLLMEngine(EngineProcess):
                 shutil.rmtree(self._sockets, ignore_errors=True)
 
 
-def _require_sound(settings: p.VLLMSettings, threads: int) -> None:
-    """Raise ConfigError for a setting that is out of range, or where vLLM is not installed."""
+def _require_sound(settings: p.VLLMSettings, threads: int, *, deterministic: bool) -> None:
+    """Raise ConfigError for a setting that is out of range, or that the vLLM installed here, if any, does not have."""
     require_positive(
         max_batch=settings.max_batch, kv_tokens=settings.kv_tokens, max_context=settings.max_context, threads=threads,
         tensor_parallel_size=settings.tensor_parallel_size,
@@ -142,9 +147,16 @@ def _require_sound(settings: p.VLLMSettings, threads: int) -> None:
         raise ConfigError(f"engine gpu_memory_utilization must be in (0, 1], got {share:g}")
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(f"the vllm engine needs vLLM, which is not installed: {INSTALL}")
+    if deterministic and is_cpu_build():
+        raise ConfigError(
+            "engine.deterministic with engine.kind = 'vllm' needs a GPU: vLLM's batch-invariant kernels are for GPUs "
+            "alone. Use engine.kind = 'transformers', or set it to false"
+        )
 
 
-def _environment(model: str | Path, sockets: Path, *, bind: str, threads: int) -> dict[str, str]:
+def _environment(
+    model: str | Path, sockets: Path, *, bind: str, threads: int, deterministic: bool = False
+) -> dict[str, str]:
     """Return the worker's environment, which holds vLLM's own settings.
 
     All processes of vLLM inherit it.
@@ -156,6 +168,7 @@ def _environment(model: str | Path, sockets: Path, *, bind: str, threads: int) -
         VLLM_NO_USAGE_STATS="1",
         VLLM_CPU_OMP_THREADS_BIND=bind,
         OMP_NUM_THREADS=str(threads),
+        **({"VLLM_BATCH_INVARIANT": "1"} if deterministic else {}),
         **({"TMPDIR": str(sockets)} if is_cpu_build() else {}),  # torch's rendezvous; on a GPU compilers cache there
     )
     env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_tokens

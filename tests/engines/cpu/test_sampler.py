@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from areal_agents.engine import Sampling
-from areal_agents.engines.cpu.sampler import Sampler, filter_logits
+from areal_agents.engines.cpu.sampler import filter_logits, sample
+from areal_agents.engines.cpu.scheduler import uniform
 from areal_agents.errors import ConfigError
 
 
@@ -18,12 +19,16 @@ def one(temperature: float = 1.0, *, top_k: int = 0, top_p: float = 1.0, min_p: 
     return Sampling(1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
 
+def draws(seed: int, n: int) -> list[float]:
+    return [uniform(seed, i) for i in range(n)]
+
+
 def test_frequencies_match_the_distribution_at_each_temperature() -> None:
     """Pearson's chi-square over 7 tokens, 20,000 draws: below the 0.1 % point of 6 degrees of freedom (22.46)."""
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -1.5, 0.7])
     n = 20_000
     for temperature in (1.0, 0.6, 1.7):
-        tokens, logprobs = Sampler(11).sample(logits.expand(n, -1), [one(temperature)] * n, [None] * n)
+        tokens, logprobs = sample(logits.expand(n, -1), [one(temperature)] * n, draws(11, n))
         expected = torch.log_softmax(logits / temperature, -1)
         torch.testing.assert_close(torch.tensor(logprobs), expected[torch.tensor(tokens)], atol=2e-6, rtol=0)
         counts = torch.bincount(torch.tensor(tokens), minlength=7)
@@ -37,7 +42,7 @@ def test_a_large_vocabulary_crosses_blocks() -> None:
     for id, p in {3: 0.1, 255: 0.2, 256: 0.3, 700: 0.4}.items():
         logits[id] = math.log(p)
     n = 8000
-    tokens, logprobs = Sampler(5).sample(logits.expand(n, -1), [one()] * n, [None] * n)
+    tokens, logprobs = sample(logits.expand(n, -1), [one()] * n, draws(5, n))
     assert set(tokens) == {3, 255, 256, 700}
     for id, p in {3: 0.1, 255: 0.2, 256: 0.3, 700: 0.4}.items():
         assert abs(tokens.count(id) / n - p) < 4 * math.sqrt(p * (1 - p) / n)
@@ -46,7 +51,7 @@ def test_a_large_vocabulary_crosses_blocks() -> None:
 
 def test_greedy_takes_the_maximum_with_the_logprob_of_temperature_one() -> None:
     logits = torch.tensor([[0.0, 1.0, 3.0], [5.0, 1.0, 1.0]])
-    tokens, logprobs = Sampler(0).sample(logits, [one(0.0), one(0.0)], [None, None])
+    tokens, logprobs = sample(logits, [one(0.0), one(0.0)], draws(0, 2))
     assert tokens == [2, 0]
     # log(e^3 / (1 + e + e^3)), log(e^5 / (e^5 + 2e))
     assert logprobs == pytest.approx([3 - math.log(1 + math.e + math.e**3), -math.log(1 + 2 * math.exp(-4))], abs=1e-6)
@@ -54,29 +59,34 @@ def test_greedy_takes_the_maximum_with_the_logprob_of_temperature_one() -> None:
 
 def test_greedy_and_sampled_rows_mix() -> None:
     logits = torch.tensor([[0.0, 9.0, 0.0]]).expand(4, -1)
-    tokens, _ = Sampler(0).sample(logits, [one(0.0), one(50.0), one(0.0), one()], [None] * 4)
+    tokens, _ = sample(logits, [one(0.0), one(50.0), one(0.0), one()], draws(0, 4))
     assert tokens[0] == tokens[2] == 1
 
 
-def test_own_generators_do_not_depend_on_neighbours() -> None:
+def test_a_draw_does_not_depend_on_neighbours() -> None:
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(1))
-    alone, _ = Sampler(0).sample(logits[:1], [one()], [torch.Generator().manual_seed(3)])
+    alone, _ = sample(logits[:1], [one()], [0.7])
     for seed in range(5):
-        own: list[torch.Generator | None] = [torch.Generator().manual_seed(3), None, None, None, None]
-        crowd, _ = Sampler(seed).sample(logits, [one()] * 5, own)
+        crowd, _ = sample(logits, [one()] * 5, [0.7, *draws(seed, 4)])
         assert crowd[0] == alone[0]
+
+
+def test_the_token_is_where_the_cumulative_sum_passes_the_draw() -> None:
+    """Probabilities 0.5, 0.25, 0.25: 0 below 0.5, 1 below 0.75, then 2."""
+    logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(5, -1)
+    assert sample(logits, [one()] * 5, [0.0, 0.49, 0.51, 0.74, 0.76])[0] == [0, 0, 1, 1, 2]
 
 
 def test_the_input_is_not_changed() -> None:
     logits = torch.randn(2, 8)
     before = logits.clone()
-    Sampler(0).sample(logits, [one(0.5), one(top_k=2)], [None, None])
+    sample(logits, [one(0.5), one(top_k=2)], draws(0, 2))
     assert torch.equal(logits, before)
 
 
 def test_non_finite_logits_give_nan() -> None:
     logits = torch.tensor([[0.0, math.nan], [1.0, 0.0]])
-    _, logprobs = Sampler(0).sample(logits, [one(), one(0.0)], [None, None])
+    _, logprobs = sample(logits, [one(), one(0.0)], draws(0, 2))
     assert math.isnan(logprobs[0])
     assert logprobs[1] == pytest.approx(-math.log(1 + math.exp(-1)), abs=1e-6)
 
@@ -94,7 +104,7 @@ def test_filtered_logprobs_are_of_the_filtered_distribution() -> None:
     row = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
     seen = {}
     for seed in range(40):
-        tokens, logprobs = Sampler(seed).sample(row, [one(top_k=2)], [None])
+        tokens, logprobs = sample(row, [one(top_k=2)], draws(seed, 1))
         seen[tokens[0]] = logprobs[0]
     assert seen == {0: pytest.approx(math.log(2 / 3), abs=1e-6), 1: pytest.approx(math.log(1 / 3), abs=1e-6)}
 
@@ -106,7 +116,7 @@ def test_sampled_tokens_always_have_probability(seed: int, vocabulary: int, temp
     logits = torch.randn(3, vocabulary, generator=generator) * (40 if spiky else 1)
     logits[torch.rand(3, vocabulary, generator=generator) < 0.5] = -math.inf
     logits[:, 0] = 0.0
-    tokens, logprobs = Sampler(seed).sample(logits, [one(temperature)] * 3, [None] * 3)
+    tokens, logprobs = sample(logits, [one(temperature)] * 3, draws(seed, 3))
     for row, token, logprob in zip(logits, tokens, logprobs, strict=True):
         assert torch.isfinite(row[token])
         assert logprob == pytest.approx(float(torch.log_softmax(row / temperature, -1)[token]), abs=1e-4)

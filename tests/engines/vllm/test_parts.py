@@ -17,6 +17,7 @@ import pytest
 
 from areal_agents.engine import TensorEntry, WeightsProbe, WeightsRef
 from areal_agents.engines import process_group_reaper
+from areal_agents.engines.vllm import engine as engine_module
 from areal_agents.engines.vllm.engine import VLLMEngine
 from areal_agents.engines.vllm.worker import engine_args, kv_blocks, kv_bytes
 from areal_agents.engines.vllm.worker_extension import expected, misfit
@@ -98,6 +99,18 @@ def test_arguments_of_vllm(tmp_path: Path) -> None:
     assert (gpu["gpu_memory_utilization"], gpu["tensor_parallel_size"], gpu["enforce_eager"]) == (0.5, 2, False)
     assert "kv_cache_memory_bytes" not in gpu
     assert gpu["block_size"] is None
+
+
+def test_deterministic_is_vllms_own_mode_on_a_gpu_and_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "vllm")
+    monkeypatch.setattr(engine_module, "is_cpu_build", lambda: True)
+    with pytest.raises(ConfigError, match=r"engine\.deterministic with engine\.kind = 'vllm' needs a GPU: .* false"):
+        asyncio.run(VLLMEngine.start("anything", deterministic=True))
+    monkeypatch.setattr(engine_module, "is_cpu_build", lambda: False)
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
+    for chosen in (True, False):
+        env = engine_module._environment("m", Path("sockets"), bind="nobind", threads=1, deterministic=chosen)
+        assert env.get("VLLM_BATCH_INVARIANT") == ("1" if chosen else None)
 
 
 def test_without_vllm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
