@@ -48,11 +48,12 @@ class Train:
                 f"{self.config} belongs to a run in {inside} but says out = {config.out}: add --out {inside}"
             )
         from areal_agents.trainer.loop import train
+        from areal_agents.trainer.run_folder import InUse
 
         try:
             result = asyncio.run(train(config, resume=self.resume))
         except ArealError as error:
-            if not isinstance(error, Interrupted) and (config.out / "commit.json").exists():
+            if not isinstance(error, Interrupted | InUse) and (config.out / "commit.json").exists():
                 print(f"go on with: areal-agents train {config.out / 'config.toml'} --resume", file=sys.stderr)
             raise
         print(result.table())

@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import importlib.util
 import logging
 import os
 import queue
@@ -41,6 +40,7 @@ from typing import Any, TypeVar
 
 from areal_agents.cluster import ray_processes
 from areal_agents.errors import ConfigError
+from areal_agents.utils.packages import require_package
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ async def cluster(
         ConfigError: the extra ``ray`` is not installed, the address is bad or nobody answers there, this process is
             connected to Ray already, or ``connect_seconds`` have passed.
     """
-    _require_ray()
+    require_package("ray", "cluster.backend = 'ray'", "set cluster.backend = 'local'")
     if object_store_gib < _LEAST_STORE:
         raise ConfigError(f"cluster.object_store_gib = {object_store_gib:g} is less than Ray's least, {_LEAST_STORE:g}")
     variables = {"PYTHONPATH": _python_path(), **(env or {})}
@@ -129,14 +129,6 @@ async def cluster(
         await _require_unconnected(thread, connect_seconds)
         stack.push_async_callback(_leave, thread, folder)
         yield await _enter(thread, options, address, connect_seconds)
-
-
-def _require_ray() -> None:
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError(
-            "cluster.backend = 'ray' needs Ray, which is not installed: pip install 'areal-agents[ray]', or set "
-            "cluster.backend = 'local'"
-        )
 
 
 async def _require_unconnected(thread: _Thread, seconds: float) -> None:

@@ -37,7 +37,6 @@ Its processes end together: with ``close`` and ``kill``, when the worker dies, a
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
@@ -46,9 +45,8 @@ from areal_agents.engines import protocol as p
 from areal_agents.engines.process import EngineProcess, environment, require_positive
 from areal_agents.engines.vllm.cpu_build import is_cpu_build
 from areal_agents.errors import ConfigError
+from areal_agents.utils.packages import require_package
 from areal_agents.utils.precision import Precision, number_format
-
-INSTALL = 'pip install "areal-agents[vllm]" (a GPU), or see docs/engines.md for the build for processors'
 
 
 class VLLMEngine(EngineProcess):
@@ -113,8 +111,7 @@ class VLLMEngine(EngineProcess):
             require_positive(block_size=block_size)
         if not 0 < gpu_memory_utilization <= 1:
             raise ConfigError(f"engine gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization:g}")
-        if importlib.util.find_spec("vllm") is None:
-            raise ConfigError(f"the vllm engine needs vLLM, which is not installed: {INSTALL}")
+        require_package("vllm", "the vllm engine")
         number = number_format(precision)
         settings = p.VLLMSettings(
             str(model), number, max_batch, kv_tokens, max_context, seed,
