@@ -239,6 +239,19 @@ class RunFolder:
         assert commit.checkpoint is not None
         return self.checkpoints / commit.checkpoint / "learner"
 
+    def set_model_aside(self, step: int) -> None:
+        """Rename ``OUT/model`` to ``OUT/model-step-N``, where a run goes on that was finished at step N.
+
+        Raises CheckpointError.
+        """
+        model, aside = self.out / "model", self.out / f"model-step-{step}"
+        try:
+            if model.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(model, aside)
+        except OSError as error:
+            raise CheckpointError(f"{model} cannot be renamed to {aside}: {error}") from error
+
     # --- writing ---------------------------------------------------------------------------------------------------
 
     async def save(self, step: int, learner: Learner, rollouts: RolloutState | None) -> str:

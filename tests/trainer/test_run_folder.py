@@ -216,11 +216,14 @@ def test_a_full_disk_is_one_sentence_already_at_the_lock(tmp_path: Path) -> None
 def test_only_a_folder_of_nobody_elses_is_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def in_use(config: TrainConfig, *, resume: bool) -> None:
-        raise error
+    raised: list[ConfigError] = []
 
-    monkeypatch.setattr("areal_agents.trainer.loop.train", in_use)
+    async def train(config: TrainConfig, *, resume: bool) -> None:
+        raise raised[-1]
+
+    monkeypatch.setattr("areal_agents.trainer.loop.train", train)
     (tmp_path / "commit.json").write_text("{}")
     for error, hints in ((InUse("it is in use by process 7"), 0), (ConfigError("bad"), 1)):
+        raised.append(error)
         assert main(["train", "--out", str(tmp_path)]) == 1
         assert capsys.readouterr().err.count("go on with: areal-agents train") == hints

@@ -102,6 +102,8 @@ def arguments(serving: Serving, files: Path, *, cpu: bool, form: ToolFormat = DE
             them (``model.tool_format``).
     """
     reads_calls = ["--enable-auto-tool-choice", "--tool-call-parser", form.vllm_parser] if form.vllm_parser else []
+    # With tool_choice = "none" no parser reads the text, so the model must not be told of tools either.
+    reads_calls.append("--exclude-tools-when-tool-choice-none")
     on_cpu = ["--enforce-eager", "--worker-cls", CPU_WORKER] if cpu else []
     return [
         # vLLM calls this entry point deprecated, but the `vllm` command of its build for CPUs does not start.
