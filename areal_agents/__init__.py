@@ -25,6 +25,7 @@ sleep_at_barriers()  # before anything can load torch
 if TYPE_CHECKING:
     from areal_agents.env import AgentEnv, LazyTasks
     from areal_agents.evaluation.evaluate import evaluate
+    from areal_agents.group_reward import GroupReward
     from areal_agents.process_env import TextProcessEnv
     from areal_agents.registry import EnvSpec, make, register, spec, specs
     from areal_agents.reward import (
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "areal_agents.env": ("AgentEnv", "LazyTasks"),
     "areal_agents.evaluation.evaluate": ("evaluate",),
+    "areal_agents.group_reward": ("GroupReward",),
     "areal_agents.process_env": ("TextProcessEnv",),
     "areal_agents.registry": ("EnvSpec", "make", "register", "spec", "specs"),
     "areal_agents.reward": (
@@ -79,6 +81,7 @@ __all__ = [
     "EnvSpec",
     "Episode",
     "Gate",
+    "GroupReward",
     "LazyTasks",
     "Message",
     "Reward",

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, SupportsFloat, overload
 import gymnasium
 
 from areal_agents.errors import ArealError, EnvError
+from areal_agents.group_reward import GroupRewardLike
 from areal_agents.reward import TaskCheck
 from areal_agents.spaces import ChatSpace, TextSpace
 from areal_agents.tool import ToolSpec
@@ -56,6 +57,8 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     By default it is none: the episode is truncated, and nothing is paid for the message. With True the environment's
     reward stands, and the episode counts as truncated all the same.
     """
+    group_rubric: ClassVar[GroupRewardLike | None] = None
+    """Judges the finished episodes of one task together (``group_reward.py``), or None."""
     step_seconds: float = 0.0
     """Seconds that a step may take by its nature, besides its tool calls (a compilation, a slow judge).
 

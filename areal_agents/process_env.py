@@ -238,7 +238,13 @@ def _make(entry_point: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any
 
 def _serve(entry_point: str, kwargs: Mapping[str, Any], requests: IO[bytes], replies: IO[bytes]) -> None:
     def answer(reply: Mapping[str, Any]) -> None:
-        replies.write(json.dumps(reply).encode() + b"\n")
+        line = json.dumps(reply).encode() + b"\n"
+        if len(line) > _MAX_LINE_BYTES:
+            raise ValueError(
+                f"its reply has {len(line) / (1 << 20):.1f} MiB as JSON, and at most {_MAX_LINE_BYTES >> 20} MiB are "
+                f"read ({', '.join(f'{k} {short(v)}' for k, v in reply.items())}): return a shorter observation"
+            )
+        replies.write(line)
         replies.flush()
 
     try:

@@ -94,10 +94,23 @@ async def judge(reward: RewardLike, episode: Episode, *, name: str = "") -> Verd
 
     Raises RewardError.
     """
-    label = name or getattr(reward, "__name__", type(reward).__name__)
+    label = name or name_of(reward)
     value: Any = timed(label, reward, episode)
     if inspect.isawaitable(value):
         value = await value
+    return checked(value, episode, label)
+
+
+def name_of(reward: object) -> str:
+    """Return what messages and components call a reward: its own name, or its class's."""
+    return str(getattr(reward, "__name__", type(reward).__name__))
+
+
+def checked(value: object, episode: Episode, label: str) -> Verdict:
+    """Return what the reward called ``label`` returned for ``episode`` as a Verdict, every number checked.
+
+    Raises RewardError.
+    """
     if not isinstance(value, Verdict):
         score = _finite(value, label, episode)
         return Verdict(score, {label: score})

@@ -148,6 +148,12 @@ def chat_models(named: Mapping[str, ModelLike]) -> dict[str, ChatModel]:
     return {name: chat_model(model) for name, model in named.items()}
 
 
+def models_of(kwargs: Mapping[str, Any]) -> dict[str, ChatModel]:
+    """Return the models among an environment's arguments. Raises ConfigError as ``chat_models`` does."""
+    given = kwargs.get("models")
+    return chat_models(given) if isinstance(given, Mapping) else {}
+
+
 def _client_class() -> Any:
     # By its name, because rooms above this file hold it: a judge is resolved like an engine or a backend.
     return importlib.import_module(_CLIENT).OpenAIChat

@@ -280,6 +280,16 @@ class Turn:
     """Of the state that ``observation`` showed. Equal keys mark equal states across a group (anchor states)."""
     tool_results: tuple[ToolOutcome, ...] = ()
     """One a tool call of ``message``, in order; empty where none ran."""
+    own_reward: float | None = None
+    """What the episode by itself had earned, where a group's reward made ``reward`` another number. Else None."""
+    own_components: Mapping[str, float] | None = None
+    """The same of ``components``, which then hold the group's besides, as ``group.NAME``."""
+
+    @property
+    def own(self) -> tuple[float, Mapping[str, float]]:
+        """Reward and components as the episode by itself earned them, without its group's reward."""
+        reward = self.reward if self.own_reward is None else self.own_reward
+        return reward, self.components if self.own_components is None else self.own_components
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@
     python benchmarks/verifier.py --quick                                        # some seconds; no other verifier
 
 Both get the same rows: ../shared/data/math_cases.jsonl, by slot, and mutated pairs (rewrites by SymPy that stay equal,
-and changes that do not). math-verify lives in a virtual environment of its own (``--venv``, made on the first run). It
+and changes that do not). A set of hostile answers is for ours alone.
+math-verify lives in a virtual environment of its own (``--venv``, made on the first run). It
 gets the LaTeX and expression targets of its documentation, and runs in one process, as it has no pool of processes.
 Ours runs in its pool of processes, with one and with two workers. A worst case is compared with the deadline.
 """
@@ -24,6 +25,9 @@ import sympy
 from measure import Progress, table
 from measured_process import Side
 from record import ROOT, Check, write
+
+sys.path.insert(0, str(ROOT))
+from tests.rewards.mathematics.hostile import HOSTILE
 
 HERE = Path(__file__).resolve().parent
 CASES = ROOT.parent / "shared" / "data" / "math_cases.jsonl"
@@ -65,6 +69,11 @@ def pairs(n: int) -> list[dict[str, Any]]:
     return rows[:n]
 
 
+def hostile() -> list[dict[str, Any]]:
+    """Answers made to hang, grow or run something, for ours alone: math-verify's process has no limits."""
+    return [{"gold": "5", "pred": text, "expected": 0, "slot": "answer", "options": {}} for text in HOSTILE]
+
+
 def ours(rows: list[dict[str, Any]], workers: int) -> dict[str, Any]:
     """Verdicts, milliseconds of each row, and the wall clock of all at once."""
     from areal_agents.rewards.mathematics.options import Options
@@ -99,7 +108,7 @@ def rates(rows: list[dict[str, Any]], scores: list[int]) -> dict[str, float]:
     right = [s for r, s in zip(rows, scores, strict=True) if r["expected"]]
     return {
         "false_positive": round(sum(wrong) / len(wrong), 4),
-        "false_negative": round(1 - sum(right) / len(right), 4),
+        "false_negative": round(1 - sum(right) / len(right), 4) if right else 0.0,
     }
 
 
@@ -123,6 +132,9 @@ def checks(samples: list[dict[str, Any]]) -> list[Check]:
         worst = max(s["worst_ms"] for s in samples if s["rows"] == rows and s["verifier"] != "math-verify")
         limit = 1000 * DEADLINE + 200
         found.append(Check(f"{rows}: worst case, ms", worst, f"<= {limit:g}", worst <= limit))
+        if rows == "hostile":
+            accepted = mine["false_positive"]
+            found.append(Check("hostile: share accepted", accepted, "0", accepted == 0))
         if other is None:
             continue
         for rate in ("false_positive", "false_negative"):
@@ -141,19 +153,19 @@ def main() -> int:
     parser.add_argument("--venv", type=Path, default=Path("/tmp/math-verify-venv"))
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    sets = {"pairs": pairs(60 if options.quick else PAIRS)}
+    sets = {"pairs": pairs(60 if options.quick else PAIRS), "hostile": hostile()}
     if CASES.exists():
         sets["cases"] = [json.loads(line) for line in CASES.read_text().splitlines()]
     else:
         print(f"{CASES} is not there: mutated pairs alone")
-    progress = Progress(len(sets) * (1 if options.quick else 3))
+    progress = Progress(len(sets) if options.quick else 3 * len(sets) - 1)
     samples: list[dict[str, Any]] = []
     for name, rows in sets.items():
         for workers in (1,) if options.quick else (1, 2):
             label = f"ours, {workers} worker{'s' * (workers > 1)}"
             samples.append(side_row(label, name, rows, ours(rows, workers)))
             progress(str(samples[-1]))
-        if not options.quick:
+        if not options.quick and name != "hostile":
             samples.append(side_row("math-verify", name, rows, theirs(rows, options.venv)))
             progress(str(samples[-1]))
     print(table(samples))

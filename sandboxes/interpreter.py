@@ -59,6 +59,8 @@ def find(python: str, backend: str, *, mounted: bool = True) -> Interpreter:
         SandboxUnavailable: where there is no Python, or mounting it would show more than a Python.
     """
     executable = _executable(python, backend)
+    if mounted:
+        _refuse_system(python, backend)
     prefix = os.path.dirname(os.path.dirname(executable))
     home = _home(prefix)
     if not mounted:
@@ -82,6 +84,23 @@ def find(python: str, backend: str, *, mounted: bool = True) -> Interpreter:
             notes.append(f"{folder}, which a .pth file of {python} adds (an editable install?), is not seen inside")
     links = tuple(link for link in _links(executable) if not _inside(link[0], mounts))
     return Interpreter(executable, prefix if home else "", tuple(mounts), links, tuple(notes))
+
+
+def _refuse_system(python: str, backend: str) -> None:
+    """Raise SandboxUnavailable where a folder of the system is named as an environment.
+
+    Its Python may be named, by the path of the program.
+    """
+    path = os.path.normpath(os.path.expanduser(python))
+    real = os.path.realpath(path)
+    if os.path.isdir(path) and (real == "/usr/local" or _is_system(real)):
+        remedy = f"Leave python out for the system's own, or name an environment. {MAKE}"
+        raise SandboxUnavailable(backend, f"{python} is a folder of the system, and no environment", remedy)
+
+
+def _is_system(real: str) -> bool:
+    """Say whether ``real``, a path without links, is a folder of the system or holds one."""
+    return real in {"/", *_SYSTEM_FOLDERS} or any(n.startswith(real.rstrip("/") + "/") for n in _SYSTEM_FOLDERS)
 
 
 def _executable(python: str, backend: str) -> str:
@@ -140,7 +159,7 @@ def _too_much(folder: str) -> str:
     real = os.path.realpath(folder)
     homes = {os.path.realpath(user.pw_dir) for user in pwd.getpwall()} | {os.path.realpath(Path.home())}
     above = real.rstrip("/") + "/"
-    if real in {"/", *_SYSTEM_FOLDERS} or any(name.startswith(above) for name in _SYSTEM_FOLDERS):
+    if _is_system(real):
         return "it is a folder of the system"
     # Daemons have system folders as their homes: those are below, or not there at all.
     if any(home == real or home.startswith(above) for home in homes):

@@ -15,8 +15,8 @@ import areal_agents
 ROOT = Path(__file__).resolve().parents[1]
 COLLECTIONS = ("envs", "tools", "sandboxes")
 PUBLIC = {
-    "AgentEnv", "AssistantMessage", "ChatSpace", "EnvSpec", "Episode", "Gate", "LazyTasks", "Message", "Reward",
-    "Sandbox", "SandboxBackend", "SandboxSpec", "Task", "TextProcessEnv", "TextSpace", "ToolCall", "ToolEnv",
+    "AgentEnv", "AssistantMessage", "ChatSpace", "EnvSpec", "Episode", "Gate", "GroupReward", "LazyTasks", "Message",
+    "Reward", "Sandbox", "SandboxBackend", "SandboxSpec", "Task", "TextProcessEnv", "TextSpace", "ToolCall", "ToolEnv",
     "ToolError", "ToolResult", "ToolSpec", "TrainConfig", "Verdict", "WeightedSum", "boxed", "boxed_number", "evaluate",
     "make", "number", "register", "reward_function", "sole_boxed", "spec", "specs", "tool", "train",
 }  # fmt: skip

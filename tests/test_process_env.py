@@ -50,6 +50,10 @@ class Guess(gymnasium.Env[Any, Any]):
                 os._exit(7)
             case "killed":
                 os.kill(os.getpid(), signal.SIGKILL)  # as a machine without memory does
+            case "flood":
+                return "é" * (3 << 20), 0.0, False, False, {}  # six bytes each, as JSON
+            case "quits":
+                raise GeneratorExit
             case "nan":
                 return "", float("nan"), False, False, {}
             case "list":
@@ -154,6 +158,12 @@ def test_a_cut_message_is_no_answer_to_a_foreign_environment_either(
         ("raise", "Guess failed: KeyError: 'lost'"),
         ("seven", r"Guess failed: ValueError"),
         ("die", r"Guess ended with status 7.*last words"),
+        (
+            "flood",
+            r"failed: ValueError: its reply has 18\.0 MiB as JSON, and at most 16 MiB are read "
+            r"\(observation 'é+…*.*: return a shorter observation",
+        ),
+        ("quits", r"Guess ended with status 1.*GeneratorExit"),
         ("nan", "reward nan, which is not finite"),
         ("list", r"the observation \[1\], which is not a text"),
         ("old gym", r"step returned \('', 0.0, False, {}\), not \(observation, reward, terminated, truncated, info\)"),

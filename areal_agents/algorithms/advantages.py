@@ -16,9 +16,9 @@ Not covered: critics, and discounting inside a turn.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic import Field
@@ -26,9 +26,13 @@ from torch import Tensor
 
 from areal_agents.algorithms.registry import ADVANTAGES, Choice
 from areal_agents.errors import ConfigError, RewardError
+from areal_agents.group_reward import Declaration
 from areal_agents.types import Group
+from areal_agents.utils.real_number import LARGEST
 from areal_agents.utils.tolerance import all_same, rounding_of
 
+Baseline = Literal["others", "group", "none"]
+F = TypeVar("F", bound=Callable[..., Any])
 STD_EPS = 1e-6
 """Added to the group's standard deviation: equal rewards give advantage 0, not 0/0."""
 
@@ -37,7 +41,7 @@ STD_EPS = 1e-6
 class EpisodeRewards:
     """The rewards of one episode, one a turn: [K], K ≥ 1.
 
-    Raises ValueError without a turn, RewardError for a reward that is not finite.
+    Raises ValueError without a turn, RewardError for a reward that is not finite, or too large to be compared.
     """
 
     rewards_K: tuple[float, ...]
@@ -48,6 +52,8 @@ class EpisodeRewards:
         for k, reward in enumerate(self.rewards_K):
             if not math.isfinite(reward):
                 raise RewardError(f"the reward of turn {k} is {reward}: rewards must be finite numbers")
+            if abs(reward) > LARGEST:
+                raise RewardError(f"the reward of turn {k} is {reward:g}: rewards may be up to {LARGEST:g} in size")
 
 
 class Estimator:
@@ -95,6 +101,50 @@ class Estimator:
         return self([EpisodeRewards(tuple(t.reward for t in e.turns)) for e in group.trajectories])
 
 
+def compares_with(baseline: Baseline) -> Callable[[F], F]:
+    """Make a decorator that declares what an estimator takes an episode's baseline from.
+
+    ``others`` are the group's other episodes, so that the baseline does not depend on the episode's own actions.
+    ``group`` is the whole group, itself included: a bias that the estimator states. ``none`` is no episode of the
+    group.
+    """
+
+    def declare(function: F) -> F:
+        function.baseline = baseline  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+def refuse_biased(choice: Choice, declared: Declaration, reward: str) -> None:
+    """Raise ConfigError where a group reward would be part of the very baseline that must not depend on the episode.
+
+    A reward that reads the group's other episodes lets their rewards depend on this one's actions, and so the baseline
+    too. Leave-one-out votes only scale the gradient (``Declaration.leave_one_out``).
+
+    Args:
+        choice: the estimator.
+        declared: what the group reward declares.
+        reward: its name.
+    """
+    if not declared.reads_others or declared.leave_one_out:
+        return
+    where, function = f"algorithm.advantage.kind = {choice.kind!r}", ADVANTAGES.function(choice.kind)
+    baseline = getattr(function, "baseline", None)
+    reads = f"the group reward {reward!r} reads the other episodes (reads_others)"
+    if baseline not in get_args(Baseline):
+        raise ConfigError(
+            f"{where} does not say what it takes an episode's baseline from, and {reads}: declare it with "
+            '@compares_with("others"), "group" or "none" (areal_agents.algorithms.advantages)'
+        )
+    if baseline == "others":
+        raise ConfigError(
+            f"{where} compares an episode with the others of its group, whose rewards must not depend on it, but "
+            f"{reads}: the gradient would be biased. Use algorithm.advantage.kind = 'grpo', which states its "
+            "bias, or a reward of leave-one-out votes (areal_agents.rewards.agreement)"
+        )
+
+
 def _any(advantages: Sequence[Tensor]) -> bool:
     return any(bool(a.any()) for a in advantages)
 
@@ -112,6 +162,7 @@ def _of_few_bits(group: Sequence[EpisodeRewards]) -> list[EpisodeRewards]:
     return [EpisodeRewards(tuple(round(r / unit) * unit for r in e.rewards_K)) for e in group]
 
 
+@compares_with("group")
 def grpo(
     group: Sequence[EpisodeRewards],
     *,
@@ -125,7 +176,8 @@ def grpo(
     ``normalize=False`` leaves the division out (Dr. GRPO, 2503.20783).
 
     Bias: R_i is part of its own baseline, which scales the expected gradient by (G − 1)/G. The division weights tasks
-    by the inverse spread of their rewards, so hard and easy tasks weigh more than the objective says.
+    by the inverse spread of their rewards, so hard and easy tasks weigh more than the objective says. A group reward
+    that reads other episodes makes *their* rewards depend on episode i too, which is no mere scale.
 
     Returns one float32 tensor [K_i] per episode. Raises ValueError for a group of fewer than two episodes.
     """
@@ -138,6 +190,7 @@ def grpo(
     return [a.expand(len(e.rewards_K)).float() for a, e in zip(advantages_G, group, strict=True)]
 
 
+@compares_with("others")
 def turn_return(
     group: Sequence[EpisodeRewards],
     *,

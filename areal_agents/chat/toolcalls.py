@@ -20,6 +20,7 @@ from areal_agents.chat.tool_formats.base import Source, visible_start
 from areal_agents.chat.tool_formats.hermes import Hermes
 from areal_agents.chat.tool_formats.json_calls import MAX_CALLS, Read, arguments_of, decode
 from areal_agents.chat.tool_formats.pythonic import FOLLOWED
+from areal_agents.chat.tool_formats.quoted import without_quoted
 from areal_agents.errors import TemplateError
 from areal_agents.types import AssistantMessage, Finish, Text, ToolCall
 
@@ -88,6 +89,7 @@ def blocks_of(text: str, form: ToolFormat, tools: Schemas, *, thinking: bool = F
 
     A known tool's call in the markup of another family is meant as one. So is a message that begins as a known tool's
     call does, without markup or in that of no known family. They are not run, and no final answer either.
+    Nor is a call run that stands inside an argument of another one.
 
     Args:
         text: what the model wrote.
@@ -96,7 +98,7 @@ def blocks_of(text: str, form: ToolFormat, tools: Schemas, *, thinking: bool = F
         thinking: the prompt already opened ``<think>``.
     """
     if blocks := form.find_blocks(text, thinking=thinking, tools=tools):
-        return blocks
+        return without_quoted(blocks, text, form, tools, thinking=thinking)
     if not tools:
         return []
     for other in map(tool_format, _MARKED):

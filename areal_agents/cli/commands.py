@@ -7,6 +7,7 @@ that needs them.
 from __future__ import annotations
 
 import asyncio
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from areal_agents.cli.resize import Resize
 from areal_agents.cli.saved_runs import Replay, Rescore
 from areal_agents.cli.serve import Serve
 from areal_agents.cli.verify import Verify
-from areal_agents.errors import ArealError, Interrupted
+from areal_agents.errors import ArealError, CheckpointError, ConfigError, Interrupted
 from areal_agents.tracking.console import plain
 from areal_agents.utils.system import require_linux
 
@@ -48,13 +49,15 @@ class Train:
                 f"{self.config} belongs to a run in {inside} but says out = {config.out}: add --out {inside}"
             )
         from areal_agents.trainer.loop import train
-        from areal_agents.trainer.run_folder import InUse
 
         try:
             result = asyncio.run(train(config, resume=self.resume))
         except ArealError as error:
-            if not isinstance(error, Interrupted | InUse) and (config.out / "commit.json").exists():
-                print(f"go on with: areal-agents train {config.out / 'config.toml'} --resume", file=sys.stderr)
+            # Refused settings, and a checkpoint's own trouble, say themselves what to do.
+            told = isinstance(error, Interrupted | ConfigError | CheckpointError)
+            if not told and (config.out / "commit.json").exists():
+                command = f"areal-agents train {shlex.quote(str(config.out / 'config.toml'))} --resume"
+                print(f"once its cause is mended, go on with: {command}", file=sys.stderr)
             raise
         print(result.table())
         print(f"files: {result.out}    trained model: {result.model}")

@@ -35,7 +35,7 @@ class Rescore:
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a training run or an evaluation."""
     reward: Annotated[str, tyro.conf.arg(metavar="PKG:FN")]
-    """A function of an Episode, a Reward, a WeightedSum, a Gate, or an environment, whose rubric is taken."""
+    """A function of an Episode, a Reward, a WeightedSum, a Gate, a GroupReward, or an environment (its rubrics)."""
     kind: str = "train"
     """Which episodes: ``train``, ``demonstration``, ``eval-before``, …; ``eval`` in an evaluation's folder."""
     steps: Annotated[str, tyro.conf.arg(metavar="A:B")] = ""

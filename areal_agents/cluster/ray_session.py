@@ -114,21 +114,27 @@ async def cluster(
         else:
             folder = stack.enter_context(_private_folder())  # entered first, so that it goes after Ray's end
             variables[ray_processes.MARKER] = str(folder)
-            options |= {
-                "address": "local",  # whatever RAY_ADDRESS says
+            options |= _private_options(folder, object_store_gib) | {
                 "num_cpus": num_cpus,
                 "num_gpus": num_gpus,
                 "resources": dict(resources or {}) or None,
-                "object_store_memory": int(object_store_gib * 2**30),
-                "include_dashboard": False,
-                "_temp_dir": str(folder),
-                "_system_config": {"worker_niceness": 0},  # else they yield to everything else on this machine
             }
         thread = _Thread()
         stack.callback(thread.stop)
         await _require_unconnected(thread, connect_seconds)
         stack.push_async_callback(_leave, thread, folder)
         yield await _enter(thread, options, address, connect_seconds)
+
+
+def _private_options(folder: Path, object_store_gib: float) -> dict[str, Any]:
+    """Return the options of a Ray that is started here, apart from what it has to give."""
+    return {
+        "address": "local",  # whatever RAY_ADDRESS says
+        "object_store_memory": int(object_store_gib * 2**30),
+        "include_dashboard": False,
+        "_temp_dir": str(folder),
+        "_system_config": {"worker_niceness": 0},  # else they yield to everything else on this machine
+    }
 
 
 async def _require_unconnected(thread: _Thread, seconds: float) -> None:

@@ -12,6 +12,7 @@ from areal_agents.conformance.contract import Subject, Unaudited
 from areal_agents.conformance.scripted_episode import ScriptedEpisode, repeat, script_for
 from areal_agents.env import Expert
 from areal_agents.errors import CheckError
+from areal_agents.rollout.group_judge import group_reward_of
 from areal_agents.rollout.script import Script
 from areal_agents.types import Observation, Task
 from areal_agents.utils.blocking import BlockingWatch
@@ -36,9 +37,11 @@ async def reward(subject: Subject) -> str:
 
     Raises:
         CheckError: a policy without skill earns too much, or a gold answer or expert too little.
+        ConfigError: the environment's group reward does not declare what it is.
         Unaudited: there is no gold answer and no expert.
     """
     spec = subject.spec
+    group_reward_of(spec)  # it is looked at, and not audited: what it pays depends on a whole group
     split = spec.splits[-1]
     pool = spec.tasks(split)
     limit = TASKS if spec.audit.chance == 0 else TASKS_WITH_CHANCE

@@ -189,7 +189,7 @@ def load(source: str | Path) -> Evaluation:
         rewards.setdefault((task.split, task.id, task.content_hash), []).append(record.trajectory.reward)
     if not rewards:
         raise ConfigError(_nothing_there(folder, label))
-    return Evaluation(text, rewards, _environment(folder), None if label else partial_note(folder))
+    return Evaluation(text, rewards, _environment(folder), partial_note(folder, label))
 
 
 def _nothing_there(folder: Path, label: str) -> str:
@@ -199,6 +199,8 @@ def _nothing_there(folder: Path, label: str) -> str:
         return f"{folder} has no evaluation {label!r}; it has {known or 'none'}"
     if labels:
         return f"{folder} is a training run: name one of its evaluations, {known}"
+    if (note := partial_note(folder)) is not None:
+        return f"nothing to compare yet: {note}"
     return f"{folder} holds no evaluation: name a folder that `areal-agents eval` wrote, or RUN:LABEL"
 
 
@@ -235,7 +237,8 @@ def _shared(one: Evaluation, two: Evaluation, *, common: bool) -> list[TaskKey]:
         f"both{detail}"
     )
     action = "--common compares those" if shared else "evaluate both on the same tasks"
-    raise ConfigError(f"{found}: {action}")
+    partial = "".join(f"\n{note}" for note in dict.fromkeys(e.partial for e in (one, two) if e.partial))
+    raise ConfigError(f"{found}: {action}{partial}")
 
 
 def _paired(values: Sequence[tuple[float, float]], interval: tuple[float, float] | None) -> Paired:

@@ -15,7 +15,7 @@ from pathlib import Path
 from areal_agents import registry
 from areal_agents.chat_model import remote_name
 from areal_agents.errors import ArealError, ConfigError, Interrupted
-from areal_agents.evaluation.attempts import FINISH_SECONDS, run_attempts, saved_rows
+from areal_agents.evaluation.attempts import FINISH_SECONDS, is_judged, run_attempts, saved_rows
 from areal_agents.evaluation.players import Opener, Served, Server, on_engines, on_server
 from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.evaluation.report import EvalReport, summarize
@@ -30,18 +30,22 @@ from areal_agents.evaluation.unfinished import (
     how_to_go_on,
     open_journal,
     read_earlier,
+    refuse_training,
     refuse_used,
+    reopen,
     tell,
 )
 from areal_agents.models import resolve
 from areal_agents.registry import EnvSpec, require_distinct
+from areal_agents.rollout.group_judge import group_reward_of, open_judge, require_attempts
 from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.rollout.task_looks import look_at
-from areal_agents.rollout.tasks import first_tasks
+from areal_agents.rollout.tasks import first_tasks, require_few_bad
 from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig, TrainConfig
 from areal_agents.settings.evaluation import eval_folder, training_only
 from areal_agents.settings.writing import dump
+from areal_agents.tracking.journal import Journal
 from areal_agents.tracking.tracker import Tracker
 from areal_agents.tracking.trajectories import Record
 from areal_agents.types import Task, Trajectory
@@ -112,7 +116,7 @@ async def evaluate(
         seed: of environments and sampling.
         out: the folder. It is runs/eval-TIME where none is given.
         engine: which engine, how many, and its timeouts. Of a served model, request_timeout alone is used.
-        rollout: limits of an episode, retries and the failure budget.
+        rollout: limits of an episode, retries, the failure budget and the share of bad tasks.
         server: of a model called ``openai:MODEL``. Its episodes have no token ids, and their limits on tokens are kept
             as far as the server reports what it sampled.
         resume: go on with the evaluation in ``out``, if there is one, with the same settings and the same model.
@@ -123,19 +127,40 @@ async def evaluate(
     Raises:
         ArealError: an ``out`` that is used already, or holds another evaluation than the one to go on with, an unknown
             environment or split, a missing model, an unavailable sandbox, a server that refuses, too many failures.
+        TaskError: more than ``rollout.max_bad_tasks`` of the tasks tried cannot be played or scored.
         InfraError: no attempt was scored, because infrastructure failed all of them.
         Interrupted: by a signal, with what was scored on the disk.
         ValueError: a setting out of range (pydantic's ValidationError).
     """
-    config = TrainConfig(
+    e = EvalConfig(split=split, n=n, k=k, temperature=temperature)
+    config = _config(env, model, e, seed=seed, out=out, engine=engine, rollout=rollout)
+    return await _until_stopped(config, server, resume=resume)
+
+
+def _config(
+    env: str | EnvConfig,
+    model: str | Path | ModelConfig,
+    evaluation: EvalConfig,
+    *,
+    seed: int,
+    out: str | Path | None,
+    engine: EngineConfig | None,
+    rollout: RolloutConfig | None,
+) -> TrainConfig:
+    """Return the settings that ``evaluate`` was given, with the defaults of those it was not."""
+    return TrainConfig(
         seed=seed,
         out=Path(out) if out is not None else eval_folder(),
         model=model if isinstance(model, ModelConfig) else ModelConfig(path=str(model)),
         env=env if isinstance(env, EnvConfig) else EnvConfig(id=env),
         engine=(engine or EngineConfig()).model_copy(update={"transport": "auto"}),  # no weights travel
         rollout=rollout or RolloutConfig(),
-        eval=EvalConfig(split=split, n=n, k=k, temperature=temperature),
+        eval=evaluation,
     )
+
+
+async def _until_stopped(config: TrainConfig, server: Server | None, *, resume: bool) -> EvalReport:
+    """Evaluate, until signals stop it."""
     with stop_on_signals(print, doing=f"finishing the episodes that run, for at most {FINISH_SECONDS:g} s") as stop:
         stop.at_once = True  # until there are episodes
         try:
@@ -150,8 +175,8 @@ async def evaluate(
 
 async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, resume: bool) -> EvalReport:
     out, e = config.out, config.eval
-    if not resume:
-        refuse_used(out)
+    refuse = refuse_training if resume else refuse_used
+    refuse(out)
     name = remote_name(config.model.path)
     if (name is None) != (server is None):
         raise ConfigError(
@@ -163,34 +188,38 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
     bad = dict[str, str]()
     spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
     spec.require_arguments({})
+    require_attempts(group_reward_of(spec), e.k)
     tasks = held_out(spec, e.split, e.n, difficulty=config.env.difficulty, tell=bad.__setitem__)
     look = await look_at(tasks, spec.env_class().task_checks(), seed=config.seed)
     look.require_enough(f"{spec.id}:{e.split}", max_bad=config.rollout.max_bad_tasks)
     bad |= look.bad
-    earlier = read_earlier(config) if resume else Earlier()
-    earlier.require_tasks(tasks, out=out)
-    await prove_sandbox(spec, config.env.sandbox)
-    served, model = Served(before=earlier.served), ""
-    if server is not None and name is not None:
-        opener, concurrency = on_server(config, spec, name, server, served), server.concurrency
-    else:
-        opener, concurrency = on_engines(config, spec), config.engine.max_batch * config.engine.replicas
-        model = fingerprint(resolve(config.model.path))
-    earlier.require_model(model, out=out, path=config.model.path)
-    sitting = Sitting(model, None if server is None else dataclasses.asdict(server))
-    try:
-        return await _play(config, tasks, earlier, sitting, opener, concurrency, served, stop, bad)
-    except Interrupted:
-        raise
-    except ArealError as error:
-        if saved := count_saved(out):
-            error.add_note(how_to_go_on(out, saved, len(tasks) * e.k))
-        raise
+    with open_journal(out) as journal:  # before anything is read: another process may be adding to it
+        refuse(out)
+        earlier = read_earlier(config) if resume else Earlier()
+        earlier.require_tasks(tasks, out=out)
+        await prove_sandbox(spec, config.env.sandbox)
+        served, model = Served(before=earlier.served), ""
+        if server is not None and name is not None:
+            opener, concurrency = on_server(config, spec, name, server, served), server.concurrency
+        else:
+            opener, concurrency = on_engines(config, spec), config.engine.max_batch * config.engine.replicas
+            model = fingerprint(resolve(config.model.path))
+        earlier.require_model(model, out=out, path=config.model.path)
+        sitting = Sitting(model, None if server is None else dataclasses.asdict(server))
+        try:
+            return await _play(config, tasks, journal, earlier, sitting, opener, concurrency, served, stop, bad)
+        except (Interrupted, ConfigError):  # of settings, which going on with the same ones would not mend
+            raise
+        except ArealError as error:
+            if saved := count_saved(out):
+                error.add_note(how_to_go_on(out, saved, len(tasks) * e.k, "Once its cause is mended, go on with"))
+            raise
 
 
 async def _play(
     config: TrainConfig,
     tasks: Sequence[Task],
+    journal: Journal,
     earlier: Earlier,
     sitting: Sitting,
     opener: Opener,
@@ -200,9 +229,10 @@ async def _play(
     bad: Mapping[str, str],
 ) -> EvalReport:
     """Play what no earlier sitting played, with each episode on the disk as it ends, and write the report."""
-    out, e, watch = config.out, config.eval, Stopwatch(before=earlier.seconds)
+    out, e, r, watch = config.out, config.eval, config.rollout, Stopwatch(before=earlier.seconds)
     planned, had = e.k * sum(task.id not in bad for task in tasks), len(earlier.episodes)
-    with open_journal(out) as journal, Tracker(out, tensorboard=False) as tracker:
+    reopen(out, journal)  # before the tracker, which writes no shard that is there already
+    with Tracker(out, tensorboard=False) as tracker:
         save_whole(out / "config.toml", dump(config, leave_out=training_only))
         replace(sitting, served=earlier.served, seconds=earlier.seconds).write(out)
         tell(tracker, config, had=had, planned=planned, torn=journal.torn)
@@ -212,20 +242,22 @@ async def _play(
             tracker.trajectories.append(journal, record, elapsed=watch.seconds, served=sorted(served.names))
 
         results, failure, left_out = saved_rows(tasks, earlier.episodes, k=e.k), None, dict(bad)
-        if had < planned:
-            budget = FailureBudget(window=config.rollout.failure_window, share=config.rollout.failure_budget)
+        spec = registry.spec(config.env.id)
+        judge = open_judge(group_reward_of(spec), spec, config, tracker.event)
+        if had < planned or (judge is not None and not all(map(is_judged, earlier.episodes.values()))):
+            budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
             async with opener(tracker.event) as player:
                 runner = EpisodeRunner(
-                    player, budget, max_retries=config.rollout.max_retries, event=tracker.event, say=tracker.message
-                )
-                for id, reason in bad.items():
-                    runner.leave_out(id, reason)
+                    player, budget, max_retries=r.max_retries, event=tracker.event, say=tracker.message,
+                    group_judge=judge,
+                )  # fmt: skip
+                _leave_out(runner, bad, tried=e.n, share=r.max_bad_tasks)
                 stop.at_once = False
                 try:
                     results = await run_attempts(
                         runner, tasks, k=e.k, concurrency=concurrency, seed=config.seed, label=e.split,
                         progress=Progress(tracker.message, before=had), saved=earlier.episodes, scored=scored,
-                        stop=stop,
+                        max_bad=r.max_bad_tasks, stop=stop,
                     )  # fmt: skip
                 finally:
                     await runner.close()
@@ -233,18 +265,29 @@ async def _play(
         episodes = [t for _, tries in results for t in tries if t is not None]
         if stop.requested and not episodes:
             raise Interrupted(f"stopped by {stop.name} before an attempt was scored")
-        report = summarize(
-            results, env=config.env.id, split=e.split, model=config.model.path, version=0,
-            temperature=e.temperature, seed=config.seed, seconds=watch.seconds, k=e.k,
-            planned=e.k * sum(task.id not in left_out for task in tasks), first_failure=failure, left_out=left_out,
+        shown = summarize(
+            results, env=config.env.id, split=e.split, model=config.model.path, version=0, temperature=e.temperature,
+            seed=config.seed, seconds=watch.seconds, k=e.k, first_failure=failure, left_out=left_out,
+            planned=e.k * sum(task.id not in left_out for task in tasks),
         )  # fmt: skip
-        report = replace(report, served=served.text())
-        if not report.unplayed:
+        if not shown.unplayed:
             tracker.trajectories.write(episodes, step=STEP, kind=KIND)
             tracker.flush()
-    replace(sitting, served=tuple(sorted(served.names)), seconds=watch.seconds).write(out)
-    save_whole(out / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
+    report = replace(shown, served=served.text())
+    _save(report, replace(sitting, served=tuple(sorted(served.names)), seconds=watch.seconds), out)
     if report.unplayed:
-        said = f"stopped by {stop.name}; {how_to_go_on(out, len(episodes), planned)}"
-        raise EvaluationInterrupted(said, report)
+        raise EvaluationInterrupted(f"stopped by {stop.name}; {how_to_go_on(out, len(episodes), planned)}", report)
     return report
+
+
+def _leave_out(runner: EpisodeRunner, bad: Mapping[str, str], *, tried: int, share: float) -> None:
+    """Leave out the tasks that cannot even be made, or raise TaskError where they are too many."""
+    for id, reason in bad.items():
+        runner.leave_out(id, reason)
+    require_few_bad(bad, tried=tried, share=share)
+
+
+def _save(report: EvalReport, sitting: Sitting, out: Path) -> None:
+    """Write the report, and what the next sitting has to know."""
+    sitting.write(out)
+    save_whole(out / "report.json", json.dumps(report.to_json(), indent=2) + "\n")

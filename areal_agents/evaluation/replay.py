@@ -23,9 +23,9 @@ from areal_agents.chat.conversation import Conversation
 from areal_agents.chat.format import ChatFormat
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, RewardError
-from areal_agents.evaluation.saved_run import as_sampled
 from areal_agents.rollout.env_host import EnvHost
 from areal_agents.rollout.episode import EpisodeDriver, Policy, Said
+from areal_agents.rollout.rebuilt import as_sampled
 from areal_agents.rollout.token_policy import continued
 from areal_agents.sandbox import backends
 from areal_agents.tracking.console import plain
@@ -73,6 +73,8 @@ class ReplayReport:
         head = f"episode {t.id} (task {t.task.id}, {self.record.kind}, step {self.record.step}), seed {self.seed}, "
         head += f"{len(t.turns)} turn{'' if len(t.turns) == 1 else 's'}: "
         note = "" if self.tokens_checked else "\nnot checked, for want of the model's tokenizer: prompt tokens, parsing"
+        if any(turn.own_reward is not None for turn in t.turns):
+            note += "\nnot replayed: the reward of its group, which `areal-agents rescore` computes again"
         if self.identical:
             return plain(f"{head}identical{note}")
         first, *rest = self.differences
@@ -232,11 +234,12 @@ def _end_differences(recorded: Trajectory, episode: EpisodeDriver, playback: Pla
     for k, (turn, now) in enumerate(zip(recorded.turns, episode.turns, strict=False)):
         # Rewards that the end replaced are known only there.
         shown = reached if episode.credited else k
-        if turn.reward != now.reward:
+        own, components = turn.own  # what the group's reward made of it cannot be replayed from one episode
+        if own != now.reward:
             where = f"turn {k}: " if shown != k else ""
-            yield Difference(shown, "reward", f"{where}recorded {turn.reward!r}, replayed {now.reward!r}")
-        if dict(turn.components) != dict(now.components):
-            yield Difference(k, "components", _diff(_pairs(turn.components), _pairs(now.components)))
+            yield Difference(shown, "reward", f"{where}recorded {own!r}, replayed {now.reward!r}")
+        if dict(components) != dict(now.components):
+            yield Difference(k, "components", _diff(_pairs(components), _pairs(now.components)))
 
 
 def _ending(terminated: bool, truncated: bool, reason: str) -> str:

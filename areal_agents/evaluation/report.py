@@ -124,8 +124,6 @@ def summarize(
 ) -> EvalReport:
     """Report what ``results`` show.
 
-    pass@k and pass^k are averaged over the tasks whose k attempts were all scored.
-
     Args:
         results: each task with its attempts, which are None where infrastructure failed them.
         env: the environment's id.
@@ -156,34 +154,48 @@ def summarize(
         ) from first_failure
     k = k or max(len(tries) for _, tries in results)
     everything = [t for _, tries in scored for t in tries]
-    total = len(everything)
-    wins = [sum(reaches(t.reward) for t in tries) for _, tries in scored]
-    counts = [len(tries) for _, tries in scored]
-    full = [(c, w) for c, w in zip(counts, wins, strict=True) if c == k]
-    calls = [calls_of(t) for t in everything]
-    valid = [t for t, (made, ok) in zip(everything, calls, strict=True) if made and made == ok]
-    made = sum(m for m, _ in calls)
     return EvalReport(
-        env, split, model, version, temperature, seed, len(scored), k, total,
-        pass_at_1=sum(wins) / total,
-        ci95=clustered_interval(wins, counts),
-        pass_at_k=sum(pass_at_k(c, w, k) for c, w in full) / len(full) if full else None,
-        pass_hat_k=sum(pass_hat_k(c, w, k) for c, w in full) / len(full) if full else None,
-        reward=sum(t.reward for t in everything) / total,
-        valid_call_rate=len(valid) / total,
-        accuracy_given_valid=sum(reaches(t.reward) for t in valid) / len(valid) if valid else None,
-        malformed_call_rate=sum(m - ok for m, ok in calls) / made if made else 0.0,
-        truncation_rate=sum(t.truncated for t in everything) / total,
-        infra_rate=1.0 - total / sum(len(tries) for _, tries in results),
-        turns=sum(len(t.turns) for t in everything) / total,
-        tokens=sum(t.sampled_tokens for t in everything) / total,
+        env, split, model, version, temperature, seed, len(scored), k, len(everything),
+        infra_rate=1.0 - len(everything) / sum(len(tries) for _, tries in results),
         seconds=seconds,
         left_out=dict(left_out),
         unplayed=0 if planned is None else planned - sum(len(tries) for _, tries in results),
         endings=count_endings(everything),
         finishes=count_finishes(everything),
+        **_passes([tries for _, tries in scored], k),
+        **_means(everything),
         **dict[str, Any](count_oddities(everything)),
     )  # fmt: skip
+
+
+def _passes(scored: Sequence[Sequence[Trajectory]], k: int) -> dict[str, Any]:
+    """Return the rates of passing, with their interval, of the scored attempts of each task."""
+    wins = [sum(reaches(t.reward) for t in tries) for tries in scored]
+    counts = [len(tries) for tries in scored]
+    full = [(c, w) for c, w in zip(counts, wins, strict=True) if c == k]
+    return {
+        "pass_at_1": sum(wins) / sum(counts),
+        "ci95": clustered_interval(wins, counts),
+        "pass_at_k": sum(pass_at_k(c, w, k) for c, w in full) / len(full) if full else None,
+        "pass_hat_k": sum(pass_hat_k(c, w, k) for c, w in full) / len(full) if full else None,
+    }
+
+
+def _means(attempts: Sequence[Trajectory]) -> dict[str, Any]:
+    """Return the means over all scored attempts, and over their calls."""
+    total = len(attempts)
+    calls = [calls_of(t) for t in attempts]
+    valid = [t for t, (made, ok) in zip(attempts, calls, strict=True) if made and made == ok]
+    made = sum(m for m, _ in calls)
+    return {
+        "reward": sum(t.reward for t in attempts) / total,
+        "valid_call_rate": len(valid) / total,
+        "accuracy_given_valid": sum(reaches(t.reward) for t in valid) / len(valid) if valid else None,
+        "malformed_call_rate": sum(m - ok for m, ok in calls) / made if made else 0.0,
+        "truncation_rate": sum(t.truncated for t in attempts) / total,
+        "turns": sum(len(t.turns) for t in attempts) / total,
+        "tokens": sum(t.sampled_tokens for t in attempts) / total,
+    }
 
 
 def compare_table(reports: dict[str, EvalReport]) -> str:

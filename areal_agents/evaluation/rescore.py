@@ -11,25 +11,25 @@ that look at anything else than an ``Episode`` (an environment's own step reward
 from __future__ import annotations
 
 import asyncio
-import difflib
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, TypeAlias, cast
 
 from areal_agents import registry
 from areal_agents.engine import ChatModel
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, ConfigError, RegistryError
-from areal_agents.evaluation.saved_run import SavedRun, as_sampled
+from areal_agents.evaluation.saved_run import SavedRun
+from areal_agents.group_reward import GroupRewardLike, declaration, is_group_reward, judge_group, with_group_verdict
 from areal_agents.reward import Episode, RewardLike, Verdict, judge
-from areal_agents.tool import ToolResult
-from areal_agents.toolenv import ToolEnv
+from areal_agents.rollout.group_judge import group_rubric_of
+from areal_agents.rollout.rebuilt import answer_reader, rebuilt, spoken_answer
 from areal_agents.tracking.trajectories import Record, read_shard
-from areal_agents.types import AssistantMessage, Cut, Message, Trajectory
-from areal_agents.utils.foreign import import_foreign
+from areal_agents.types import Trajectory
+from areal_agents.utils.foreign import find_foreign
 
 ReadAnswer = Callable[[Record], str]
 """Returns what the rubric gets to see of a record's final message."""
@@ -89,46 +89,62 @@ class Outcome:
     """With the new rewards. Empty unless they were asked for."""
 
 
-def load_reward(name: str) -> RewardLike:
-    """Load a reward, or the rubric of an environment, by its name.
+@dataclass(frozen=True, slots=True)
+class RunReward:
+    """The whole reward of an episode: its own, its group's, or one after the other."""
+
+    own: RewardLike | None
+    """None keeps what the episode by itself had earned."""
+    group: GroupRewardLike | None = None
+
+
+AnyReward: TypeAlias = "RewardLike | GroupRewardLike | RunReward"
+
+
+def load_reward(name: str) -> AnyReward:
+    """Load a reward, or the rubrics of an environment, by its name.
 
     A reward is called ``pkg.module:name``, and an environment ``module:Class`` or by its id. A reward is whatever
-    ``ToolEnv.rubric`` may be: a function of an Episode, a Reward, a WeightedSum or a Gate. Raises ConfigError where
-    there is none.
+    ``ToolEnv.rubric`` or ``AgentEnv.group_rubric`` may be: a function of an Episode, a Reward, a WeightedSum, a Gate, a
+    GroupReward. Raises ConfigError where there is none.
     """
     found = _find(name)
     if isinstance(found, type) and issubclass(found, AgentEnv):
         rubric = getattr(found, "rubric", None)  # from the class: a function must not become a method
+        group = group_rubric_of(found)
+        if group is not None:
+            declaration(group, f"--reward {name}: {found.__name__}.group_rubric")
+            return RunReward(rubric, group)
         if rubric is None:
             raise ConfigError(f"--reward {name}: {found.__name__} has no rubric: name a reward function instead")
-        return cast(RewardLike, rubric)
+        return cast("RewardLike", rubric)
     if isinstance(found, type):
         raise ConfigError(f"--reward {name}: a class, but no environment: name an instance or a function")
     if not callable(found):
         raise ConfigError(
             f"--reward {name}: a {type(found).__name__} is no reward: name a function of an Episode, a Reward, a "
-            "WeightedSum, a Gate or an environment"
+            "WeightedSum, a Gate, a GroupReward or an environment"
         )
-    return cast(RewardLike, found)
+    if is_group_reward(found):
+        declaration(found, f"--reward {name}")
+    return cast("AnyReward", found)
+
+
+def _whole(reward: AnyReward) -> RunReward:
+    if isinstance(reward, RunReward):
+        return reward
+    if is_group_reward(reward):
+        return RunReward(None, cast("GroupRewardLike", reward))
+    return RunReward(cast("RewardLike", reward))
 
 
 def _find(name: str) -> Any:
-    module_name, colon, path = name.partition(":")
-    if not colon:
-        try:
-            return registry.spec(name).env_class()
-        except RegistryError as error:
-            raise ConfigError(f'--reward {name}: write "package.module:function" ({error})') from error
+    if ":" in name:
+        return find_foreign(name, f"--reward {name}")
     try:
-        module = import_foreign(module_name)
-    except Exception as error:  # a boundary: the author's module may raise anything
-        raise ConfigError(f"--reward {name}: importing {module_name!r} failed: {error!r}") from error
-    try:
-        return attrgetter(path)(module)
-    except AttributeError as error:
-        near = difflib.get_close_matches(path, [n for n in vars(module) if not n.startswith("_")], n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ConfigError(f"--reward {name}: module {module_name!r} has no {path!r}{hint}") from error
+        return registry.spec(name).env_class()
+    except RegistryError as error:
+        raise ConfigError(f'--reward {name}: write "package.module:function" ({error})') from error
 
 
 def answer_of(run: SavedRun) -> ReadAnswer:
@@ -137,16 +153,10 @@ def answer_of(run: SavedRun) -> ReadAnswer:
     An environment that overrides ``ToolEnv.answer`` is made once and asked. It needs no sandbox for that. Raises
     RegistryError where there is no such environment.
     """
-    cls = run.spec.env_class()
-    if not issubclass(cls, ToolEnv) or cls.answer is ToolEnv.answer:
+    read = answer_reader(run.spec.env_class(), run.make_env)
+    if read is spoken_answer:
         return plain_answer
-    env = cast(ToolEnv, run.make_env())
-
-    def answer(record: Record) -> str:
-        env.begin(run.env_seed(record), {"task": record.trajectory.task})
-        return env.answer(as_sampled(record.trajectory.turns[-1].message))
-
-    return answer
+    return lambda record: read(record.trajectory, run.env_seed(record))
 
 
 def plain_answer(record: Record) -> str:
@@ -156,30 +166,7 @@ def plain_answer(record: Record) -> str:
 
 def episode_of(record: Record, answer: ReadAnswer = plain_answer) -> Episode:
     """Rebuild the Episode that the environment's rubric saw when the episode ended."""
-    trajectory = record.trajectory
-    shown = [*(turn.observation for turn in trajectory.turns), trajectory.final_observation]
-    messages: list[Message | AssistantMessage] = []
-    results: list[ToolResult] = []
-    for k, turn in enumerate(trajectory.turns):
-        messages += [*turn.observation, as_sampled(turn.message)]
-        texts = {m.tool_call_id: m.text for m in shown[k + 1] if m.role == "tool"}
-        for call, outcome in zip(turn.message.tool_calls, turn.tool_results, strict=False):
-            results.append(ToolResult(texts.get(call.id, ""), cast(Any, outcome.status), outcome.truncated))
-    messages += trajectory.final_observation
-    reason, final = trajectory.stop_reason, None
-    if (cut := _cut_answer(trajectory)) is not None:
-        reason = "answer" if trajectory.terminated else cut  # an environment does not see which limit it was
-    if reason == "answer":
-        final = answer(record)
-    return Episode(trajectory.task, tuple(messages), final, tuple(results), reason)
-
-
-def _cut_answer(trajectory: Trajectory) -> Cut | None:
-    """Return why the last message ended early, where the episode ended by it."""
-    last = trajectory.turns[-1]
-    by_limit = trajectory.truncated and trajectory.stop_reason in ("context", "tokens", *get_args(Cut))
-    answered = bool(trajectory.final_observation or last.tool_results)  # then it was a turn as any other
-    return last.message.cut([call.name for call in last.message.tool_calls]) if by_limit and not answered else None
+    return rebuilt(record.trajectory, lambda _: answer(record))
 
 
 def with_verdict(trajectory: Trajectory, verdict: Verdict) -> Trajectory:
@@ -187,7 +174,13 @@ def with_verdict(trajectory: Trajectory, verdict: Verdict) -> Trajectory:
     last = len(trajectory.turns) - 1
     rewards = verdict.turn_rewards or (*(0.0 for _ in range(last)), verdict.score)
     turns = tuple(
-        replace(turn, reward=rewards[k], components=dict(verdict.components) if k == last else {})
+        replace(
+            turn,
+            reward=rewards[k],
+            components=dict(verdict.components) if k == last else {},
+            own_reward=None,
+            own_components=None,
+        )
         for k, turn in enumerate(trajectory.turns)
     )
     return replace(trajectory, turns=turns)
@@ -195,7 +188,7 @@ def with_verdict(trajectory: Trajectory, verdict: Verdict) -> Trajectory:
 
 async def rescore(
     paths: Sequence[Path],
-    reward: RewardLike,
+    reward: AnyReward,
     *,
     answer: ReadAnswer = plain_answer,
     models: Mapping[str, ChatModel] | None = None,
@@ -203,7 +196,7 @@ async def rescore(
     keep: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Outcome:
-    """Judge every episode of the shards at ``paths``.
+    """Judge every episode of the shards at ``paths``, or every group.
 
     What the reward raises is a RewardFailure of the outcome.
 
@@ -219,9 +212,10 @@ async def rescore(
     Raises:
         ArealError: a shard is broken.
     """
-    scorer = _Scorer(reward, answer, keep, progress)
+    whole = _whole(reward)
+    scorer = _Scorer(whole, answer, keep, progress)
     scorer.models = models or {}
-    jobs = enumerate(record for path in paths for record in read_shard(path))
+    jobs = _jobs(paths, whole_groups=whole.group is not None)
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
@@ -237,13 +231,38 @@ async def rescore(
     )
 
 
+Job = Sequence[tuple[int, Record]]
+"""Episodes that are judged together, each with its place in the files."""
+
+
+def _jobs(paths: Sequence[Path], *, whole_groups: bool) -> Iterator[Job]:
+    """Yield the episodes one by one, or group by group. A group is in one shard, and comes in the order of its ids."""
+    place = 0
+    for path in paths:
+        groups: dict[str, list[tuple[int, Record]]] = {}
+        for record in read_shard(path):
+            if whole_groups:
+                groups.setdefault(record.trajectory.group, []).append((place, record))
+            else:
+                yield [(place, record)]
+            place += 1
+        for group in groups.values():
+            yield sorted(group, key=lambda job: _number_of(job[1].trajectory))
+
+
+def _number_of(trajectory: Trajectory) -> int:
+    """Return which episode of its group it is. What does not say so keeps its place."""
+    found = re.search(r"/(\d+)(?:~\d+)?\Z", trajectory.id)
+    return int(found[1]) if found else 0
+
+
 class _Scorer:
     """The state that the workers of one rescoring share.
 
     Results are kept by the episode's place in the files.
     """
 
-    def __init__(self, reward: RewardLike, answer: ReadAnswer, keep: bool, progress: Callable[[int], None]) -> None:
+    def __init__(self, reward: RunReward, answer: ReadAnswer, keep: bool, progress: Callable[[int], None]) -> None:
         self._reward, self._answer, self._keep, self._progress = reward, answer, keep, progress
         self.episodes: dict[int, Rescored] = {}
         self.failures: dict[int, RewardFailure] = {}
@@ -251,33 +270,51 @@ class _Scorer:
         self.skipped = 0
         self.models: Mapping[str, ChatModel] = {}
 
-    async def work(self, jobs: Iterator[tuple[int, Record]]) -> None:
-        for place, record in jobs:
-            if record.trajectory.turns:
-                await self._score(place, record)
-            else:
-                self.skipped += 1
+    async def work(self, jobs: Iterator[Job]) -> None:
+        for job in jobs:
+            played = [(place, record) for place, record in job if record.trajectory.turns]
+            self.skipped += len(job) - len(played)
+            if played:
+                await self._score(played)
             self._progress(len(self.episodes) + self.skipped)
             await asyncio.sleep(0)  # a reward that never waits would keep an interrupt from being seen
 
-    async def _score(self, place: int, record: Record) -> None:
-        t = record.trajectory
-        new: tuple[float, ...] | None = None
-        status = "failed"
+    async def _score(self, job: Job) -> None:
         try:
-            verdict = await judge(self._reward, replace(episode_of(record, self._answer), models=self.models))
+            scored = await self._scored([record for _, record in job])
         except (Exception, asyncio.CancelledError) as error:  # the author's own code, which may cancel itself
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise  # ours, not the author's
             summary = "".join(traceback.format_exception_only(error)).strip()
             trace = "".join(traceback.format_exception(error))
-            self.failures[place] = RewardFailure(t.id, summary, trace)
-        else:
-            scored = with_verdict(t, verdict)
-            new, status = tuple(turn.reward for turn in scored.turns), verdict.status
+            for place, record in job:
+                self.failures[place] = RewardFailure(record.trajectory.id, summary, trace)
+                self._note(place, record, None, "failed")
+            return
+        for (place, record), (trajectory, status) in zip(job, scored, strict=True):
+            self._note(place, record, tuple(turn.reward for turn in trajectory.turns), status)
             if self._keep:
-                self.records[place] = replace(record, trajectory=scored)
+                self.records[place] = replace(record, trajectory=trajectory)
+
+    async def _scored(self, records: Sequence[Record]) -> list[tuple[Trajectory, str]]:
+        """Return the trajectories with their new rewards, and the statuses of the verdicts."""
+        trajectories = [r.trajectory for r in records]
+        episodes = [replace(episode_of(r, self._answer), models=self.models) for r in records]
+        statuses: list[str] = ["ok"] * len(records)
+        if self._reward.own is not None:
+            verdicts = [await judge(self._reward.own, episode) for episode in episodes]
+            trajectories = [with_verdict(t, v) for t, v in zip(trajectories, verdicts, strict=True)]
+            statuses = [v.status for v in verdicts]
+        if (group := self._reward.group) is not None:
+            adds = declaration(group, "the group reward").adds
+            found = await judge_group(group, episodes)
+            trajectories = [with_group_verdict(t, v, adds=adds) for t, v in zip(trajectories, found, strict=True)]
+            statuses = [s if v.status == "ok" else v.status for v, s in zip(found, statuses, strict=True)]
+        return list(zip(trajectories, statuses, strict=True))
+
+    def _note(self, place: int, record: Record, new: tuple[float, ...] | None, status: str) -> None:
+        t = record.trajectory
         tokens = tuple(len(turn.completion.ids) for turn in t.turns)
         old = tuple(turn.reward for turn in t.turns)
         self.episodes[place] = Rescored(t.id, record.kind, record.step, t.group, t.task.id, tokens, old, new, status)

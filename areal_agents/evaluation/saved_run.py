@@ -13,13 +13,12 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from areal_agents import models, registry, settings
 from areal_agents.chat.options import ChatOptions
-from areal_agents.chat.tool_formats import tool_format
 from areal_agents.engine import ChatModel
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError
@@ -27,15 +26,13 @@ from areal_agents.evaluation.attempts import attempt_seed
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import env_maker
 from areal_agents.rollout.producer import group_seed
-from areal_agents.served_model import chat_models
+from areal_agents.served_model import models_of
 from areal_agents.settings.config import AlgorithmConfig
 from areal_agents.tracking.exact_json import from_utf8
 from areal_agents.tracking.trajectories import Record, read_shard, shards, step_of
-from areal_agents.types import AssistantMessage, ToolCall
 
 _TRAIN_GROUP = re.compile(r"g(\d+)")
 _ATTEMPT = re.compile(r".*/(\d+)(?:~\d+)?", re.DOTALL)
-_FOUND_LATE = ("unknown_tool", "invalid_arguments")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +93,7 @@ class SavedRun:
             RegistryError: there is no such environment.
             ConfigError: one of them is no model.
         """
-        given = {**self.spec.kwargs, **self.env_kwargs}.get("models")
-        return chat_models(given) if isinstance(given, Mapping) else {}
+        return models_of({**self.spec.kwargs, **self.env_kwargs})
 
     def make_env(self, *, sandbox: str | None = None) -> AgentEnv:
         """Make a new environment as the run made its own, with ``sandbox`` in place of the run's where it is given.
@@ -189,24 +185,6 @@ def episode_ids(shard: Path) -> list[str]:
             return [from_utf8(id) for id in file.read(columns=["id"])["id"].to_pylist()]
     except (OSError, KeyError, pa.ArrowException):
         return [record.trajectory.id for record in read_shard(shard)]  # which says what is wrong with it
-
-
-def as_sampled(message: AssistantMessage) -> AssistantMessage:
-    """Return ``message`` as the environment got it.
-
-    Its calls have the status that their text alone gives them. The saved message says besides which calls the
-    environment refused (``rollout/env_results.py``).
-    """
-    return replace(message, tool_calls=tuple(_as_sampled(call) for call in message.tool_calls))
-
-
-def _as_sampled(call: ToolCall) -> ToolCall:
-    if call.status not in _FOUND_LATE or call.problem:  # only the text itself gives a call a problem
-        return call
-    if call.status == "unknown_tool" or call.arguments:  # such a call was read
-        return replace(call, status="ok")
-    block = tool_format(call.format).read_raw(call.raw)  # shards of earlier versions hold no problems
-    return replace(call, status=block.status) if block else call
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

@@ -82,10 +82,12 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     n = len(values)
     if n < 2 or all_same(values):
         return None
-    mean = math.fsum(values) / n
-    variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
+    scale = max(map(abs, values))  # squares of large numbers overflow
+    parts = [v / scale for v in values]
+    mean = math.fsum(parts) / n
+    variance = math.fsum((v - mean) ** 2 for v in parts) / (n - 1)
     half = student_t_quantile(0.975, n - 1) * math.sqrt(variance / n)
-    return mean - half, mean + half
+    return (mean - half) * scale, (mean + half) * scale
 
 
 def student_t_quantile(p: float, df: int) -> float:

@@ -26,17 +26,17 @@ from areal_agents.settings.differences import differences
 from areal_agents.settings.evaluation import training_only
 from areal_agents.tracking.journal import Journal
 from areal_agents.tracking.tracker import Tracker
-from areal_agents.tracking.trajectories import read_rows, read_shard, shard_path
+from areal_agents.tracking.trajectories import read_lines, read_shard, shard_path, shards
 from areal_agents.types import Task, Trajectory
 from areal_agents.utils.files import save_whole
 
 KIND, STEP = "eval", 0
 MAY_CHANGE = (
     "model.path", "engine.", "env.sandbox", "env.step_timeout", "rollout.max_retries", "rollout.failure_window",
-    "rollout.failure_budget",
+    "rollout.failure_budget", "rollout.max_bad_tasks",
 )  # fmt: skip
 """Settings, or sections, that a later sitting may have otherwise. The model itself is compared by its fingerprint."""
-_MUST_STAY = ("engine.kind", "engine.precision")
+MUST_STAY = ("engine.kind", "engine.precision")
 _ID = re.compile(r".*/(\d+)/(\d+)(?:~\d+)?", re.DOTALL)
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".gguf"})
 _BESIDE = ("config.json", "generation_config", "tokenizer", "chat_template", "vocab", "merges", "special_tokens", "add")
@@ -54,9 +54,9 @@ class EvaluationInterrupted(Interrupted):
         self.report = report
 
 
-def how_to_go_on(out: Path, saved: int, planned: int) -> str:
+def how_to_go_on(out: Path, saved: int, planned: int, when: str = "Go on with") -> str:
     """Say what is saved, and the command that plays the rest."""
-    return f"{saved} of {planned} attempts are saved. Go on with:\n  areal-agents eval --resume {shlex.quote(str(out))}"
+    return f"{saved} of {planned} attempts are saved. {when}:\n  areal-agents eval --resume {shlex.quote(str(out))}"
 
 
 def count_saved(out: Path) -> int:
@@ -64,7 +64,7 @@ def count_saved(out: Path) -> int:
 
     Raises ArealError where they cannot be read.
     """
-    return len(_read_episodes(out)[0])
+    return len(read_episodes(out)[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,33 +141,44 @@ def refuse_used(out: Path) -> None:
     for name in ("report.json", "trajectories", "metrics.jsonl"):
         path = out / name
         if path.is_file() or any(p.is_file() and p.stat().st_size for p in path.rglob("*")):
-            raise ConfigError(
-                f"{out} already holds an evaluation or a run ({name}): choose another --out, or remove that folder. "
-                f"An evaluation goes on with `areal-agents eval --resume {out}`"
-            )
+            said = f"{out} already holds an evaluation or a run ({name}): choose another --out, or remove that folder"
+            if all((out / part).is_file() for part in ("config.toml", "evaluation.json")) and _has_episodes(out):
+                said += f". The evaluation goes on with `areal-agents eval --resume {shlex.quote(str(out))}`"
+            raise ConfigError(said)
+
+
+def _has_episodes(out: Path) -> bool:
+    path = shard_path(out, KIND, STEP)
+    return any(p.is_file() and p.stat().st_size for p in (path, path.with_suffix(".jsonl")))
+
+
+def refuse_training(out: Path) -> None:
+    """Raise ConfigError where ``out`` holds a training run."""
+    if any((out / name).exists() for name in ("lock", "commit.json", "metrics.jsonl")):
+        raise ConfigError(f"{out} holds a training run: choose another folder for an evaluation")
 
 
 def read_earlier(config: TrainConfig) -> Earlier:
     """Read what earlier sittings left in ``config.out``, which is nothing where there were none.
+
+    Its journal must be open, so that nobody adds to it meanwhile.
 
     Raises:
         ConfigError: the folder holds something else, or an evaluation with other settings.
         ArealError: an episode cannot be read.
     """
     out = config.out
-    if any((out / name).exists() for name in ("lock", "commit.json", "metrics.jsonl")):
-        raise ConfigError(f"{out} holds a training run: `areal-agents train --resume` goes on with it")
     if not (out / "config.toml").is_file():
         refuse_used(out)
         return Earlier()
-    episodes, seconds, served = _read_episodes(out)
+    episodes, seconds, served = read_episodes(out)
     if not episodes:
         refuse_used(out)  # a report without its episodes
         return Earlier()
     if changed := _changed(settings.load(out / "config.toml"), config):
         raise ConfigError(
             f"{out} was begun with other settings:\n" + "\n".join(changed) + "\n"
-            f"leave them out (areal-agents eval --resume {out}), or evaluate anew in another folder"
+            f"leave them out (areal-agents eval --resume {shlex.quote(str(out))}), or evaluate anew in another folder"
         )
     sitting = Sitting.read(out)
     if sitting is None:
@@ -181,21 +192,21 @@ def _changed(old: TrainConfig, new: TrainConfig) -> list[str]:
     return [
         f"  {key} was {was!r} and is {now!r} now"
         for key, (was, now) in differences(old, new).items()
-        if training_only(key) is None and (key in _MUST_STAY or not key.startswith(tuple(kept)))
+        if training_only(key) is None and (key in MUST_STAY or not key.startswith(tuple(kept)))
     ]
 
 
-def _read_episodes(out: Path) -> tuple[dict[Place, Trajectory], float, set[str]]:
+def read_episodes(out: Path, kind: str = KIND, step: int = STEP) -> tuple[dict[Place, Trajectory], float, set[str]]:
     """Return the episodes by their places, the seconds that they took, and the names that the model had."""
-    path, seconds, served = shard_path(out, KIND, STEP), 0.0, set[str]()
-    if not path.exists():
-        path = path.with_suffix(".jsonl")
-        if not path.exists():
-            return {}, 0.0, served
-        for row in read_rows(path):
-            seconds = max(seconds, float(row.get("elapsed", 0.0)))
-            served |= set(row.get("served", ()))
-    return {place_of(r.trajectory): r.trajectory for r in read_shard(path)}, seconds, served
+    path, seconds, served = shard_path(out, kind, step), 0.0, set[str]()
+    if path.exists():
+        return {place_of(r.trajectory): r.trajectory for r in read_shard(path)}, seconds, served
+    lines = path.with_suffix(".jsonl")
+    found = read_lines(lines) if lines.exists() else []
+    for _, row in found:
+        seconds = max(seconds, float(row.get("elapsed", 0.0)))
+        served |= set(row.get("served", ()))
+    return {place_of(record.trajectory): record.trajectory for record, _ in found}, seconds, served
 
 
 def place_of(trajectory: Trajectory) -> Place:
@@ -209,20 +220,31 @@ def place_of(trajectory: Trajectory) -> Place:
 
 
 def open_journal(out: Path) -> Journal:
-    """Open the file that the coming episodes are added to.
+    """Open the file that the coming episodes are added to, which nobody else then does.
 
-    A shard that is whole becomes lines again, because there is more to come. Raises ArealError where it cannot be
-    written, and ConfigError while another process writes it.
+    Raises ArealError where it cannot be written, and ConfigError while another process writes it.
+    """
+    return Journal(shard_path(out, KIND, STEP).with_suffix(".jsonl"))
+
+
+def reopen(out: Path, journal: Journal) -> None:
+    """Make lines again of a shard that is whole, because there is more to come.
+
+    Raises ArealError where they cannot be written.
     """
     path = shard_path(out, KIND, STEP)
-    journal = Journal(path.with_suffix(".jsonl"))
     if path.exists():
         journal.take_over(path)
-    return journal
 
 
-def partial_note(out: Path) -> str | None:
-    """Say that the evaluation in ``out`` is not complete, or return None where it is, or is none."""
+def partial_note(out: Path, label: str = "") -> str | None:
+    """Say that the evaluation in ``out`` is not complete, or return None where it is, or is none.
+
+    ``label`` names one of a training's own.
+    """
+    if label:
+        begun = [path for path in shards(out, f"eval-{label}") if path.suffix == ".jsonl"]
+        return f"the evaluation {label!r} of {out} is not complete: `train --resume` plays the rest" if begun else None
     path = shard_path(out, KIND, STEP)
     if path.exists() or not path.with_suffix(".jsonl").exists() or not (out / "config.toml").is_file():
         return None

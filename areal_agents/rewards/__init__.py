@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from areal_agents.rewards.code.reward import code
+from areal_agents.rewards.consistency.agreement import agreement, majority
+from areal_agents.rewards.consistency.claims import consistent_claims
 from areal_agents.rewards.judges.pairwise import pairwise, ranked
 from areal_agents.rewards.judges.panel import Panel
 from areal_agents.rewards.judges.pointwise import pointwise
@@ -14,8 +16,11 @@ from areal_agents.rewards.plain_function import reward_function
 __all__ = [
     "Budget",
     "Panel",
+    "agreement",
     "boxed_math",
     "code",
+    "consistent_claims",
+    "majority",
     "math",
     "pairwise",
     "pointwise",

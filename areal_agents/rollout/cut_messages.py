@@ -17,6 +17,9 @@ from typing import get_args
 from areal_agents.rollout.env_results import Returned
 from areal_agents.types import Cut, StopReason
 
+WITHHELD = "withheld/"
+"""Begins the name of a component of a reward that was not paid."""
+
 
 def after_cut(got: Returned, reason: StopReason, before: Sequence[float], *, scored: bool) -> Returned:
     """Return what ``astep`` returned, as it counts for a message that was cut.
@@ -41,12 +44,16 @@ def after_cut(got: Returned, reason: StopReason, before: Sequence[float], *, sco
 def _unpaid(got: Returned, before: Sequence[float]) -> Returned:
     """Return ``got`` without what the answer earned.
 
-    What it cost stays, else a policy would ramble to get around a punishment.
+    What it cost stays, else a policy would ramble to get around a punishment. Where something is not paid, the
+    components that explain it are of what was withheld, and are named so.
     """
     rewards = got.turn_rewards
     if rewards is not None:
         rewards = tuple(min(new, old) for new, old in zip(rewards, (*before, 0.0), strict=True))
-    return replace(got, reward=min(got.reward, 0.0), turn_rewards=rewards)
+    paid = replace(got, reward=min(got.reward, 0.0), turn_rewards=rewards)
+    if not withheld(got, paid):
+        return paid
+    return replace(paid, components={WITHHELD + name: value for name, value in got.components.items()})
 
 
 def withheld(got: Returned, paid: Returned) -> float:

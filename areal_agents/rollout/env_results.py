@@ -29,7 +29,7 @@ RETURNS: Mapping[Call, tuple[str, ...]] = {
     "afinish": ("reward", "info"),
 }
 """What the calls return, in order. What ``aclose`` returns is not looked at."""
-_VERDICTS = {"unverifiable": "unverifiable", "timeout": "verdict_timeout"}
+VERDICT_METRICS = {"unverifiable": "unverifiable", "timeout": "verdict_timeout"}
 """Metrics of an episode by ``info["verdict_status"]``."""
 
 
@@ -218,10 +218,10 @@ def _read_info(info: Any, where: str, turns: int | None) -> Returned:
 def _read_metrics(info: Mapping[str, Any], where: str) -> dict[str, float]:
     status, replays = info.get("verdict_status"), info.get("sandbox_replays")
     found: dict[str, float] = {}
-    if status is not None and not (isinstance(status, str) and status in ("ok", *_VERDICTS)):
+    if status is not None and not (isinstance(status, str) and status in ("ok", *VERDICT_METRICS)):
         raise EnvError(f"{where}: info['verdict_status'] is {short(status)}: use ok, unverifiable or timeout")
-    if status in _VERDICTS:
-        found[_VERDICTS[status]] = 1.0
+    if status in VERDICT_METRICS:
+        found[VERDICT_METRICS[status]] = 1.0
     if replays is None:
         return found
     try:

@@ -1,6 +1,6 @@
 """Many episodes at once: tasks in, whole groups out, failures counted.
 
-    TaskStream ─▶ admit (buffer.py) ─▶ G × play (player.py) ─▶ complete ─▶ next_batch ─▶ learner
+    TaskStream ─▶ admit (buffer.py) ─▶ G × play (player.py) ─▶ finish_group ─▶ complete ─▶ next_batch ─▶ learner
                      ▲                        │ InfraError: retried; too few left: discarded, task queued once more
                      └────────────────────────┘ TaskError: the task is left out (task_faults.py)
 
@@ -22,6 +22,7 @@ from areal_agents.rollout.player import EventSink, no_events
 from areal_agents.rollout.retries import EpisodeRunner
 from areal_agents.rollout.tasks import StreamState, TaskStream
 from areal_agents.types import Group, Task, Trajectory
+from areal_agents.utils.short_text import text_of
 
 
 def group_seed(seed: int, order: int) -> int:
@@ -204,22 +205,29 @@ class Rollouts:
             for error in errors.exceptions:
                 if not isinstance(error, TaskError):
                     raise error from error.__cause__
-        done = tuple(t for _, t in sorted(open.finished.items()) if t is not None)
-        reason = self.runner.settle(task, group=group, played=bool(done))
+        played = tuple(t for _, t in sorted(open.finished.items()) if t is not None)
+        reason, finished = self.runner.settle(task, group=group, played=bool(played)), len(played)
+        # Two at least, because advantages compare the episodes of a group.
+        enough = finished >= max(2, math.ceil(size / 2))
+        done: tuple[Trajectory, ...] | None = None
+        if reason is None and enough:  # until it is judged the group runs, as the bound's proof counts it
+            try:
+                done = await self.runner.finish_group(task, played, group=group, seeds=[seed] * finished)
+            except TaskError as error:
+                reason = text_of(error)
         del self._open[ticket.order]
         if reason is not None:
             self.buffer.discard(ticket)
             self.tasks.leave_out(task.id, reason)
             return
-        # Two at least, because advantages compare the episodes of a group.
-        if len(done) >= max(2, math.ceil(size / 2)):
+        if done is not None:
             self.buffer.complete(Group(group, task, done, ticket.version, ticket.order))
             return
         self.buffer.discard(ticket)
         again = self.tasks.requeue(task)
         if not again:
             self.tasks_lost.append(task.id)
-        self._event("group_discarded", group=group, task=task.id, finished=len(done), of=size, requeued=again)
+        self._event("group_discarded", group=group, task=task.id, finished=finished, of=size, requeued=again)
 
     async def close(self) -> None:
         """Cancel what still runs and wait for its end."""

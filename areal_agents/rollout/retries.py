@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from areal_agents.errors import ArealError, FailureBudgetError, InfraError, RewardError, TaskError, WorkerLost
 from areal_agents.rollout.player import EpisodePlayer, EventSink, no_events
 from areal_agents.rollout.task_faults import TaskAttempts
 from areal_agents.types import Task, Trajectory
 from areal_agents.utils.short_text import cut, text_of
+
+if TYPE_CHECKING:
+    from areal_agents.rollout.group_judge import GroupJudge
 
 _LINES = 10
 """Tasks left out that a runner shows to people, one a line."""
@@ -66,8 +70,9 @@ class EpisodeRunner:
         max_retries: int,
         event: EventSink = no_events,
         say: Callable[[str], None] = lambda line: None,
+        group_judge: GroupJudge | None = None,
     ) -> None:
-        """Take over the player.
+        """Take over the player and the judge.
 
         Args:
             player: makes the attempts; closed by ``close``.
@@ -75,8 +80,10 @@ class EpisodeRunner:
             max_retries: further attempts at an episode after an infrastructure failure.
             event: told of failed attempts and of tasks that are left out.
             say: shows a line to people.
+            group_judge: judges finished groups; closed by ``close``. None where no reward looks at a whole group.
         """
         self.player = player
+        self.group_judge = group_judge
         self.budget = budget
         self.left_out: dict[str, str] = {}
         """Tasks that cannot be played or scored, each with the reason."""
@@ -131,6 +138,57 @@ class EpisodeRunner:
                 return trajectory
         raise attempts.certain
 
+    async def finish_group(
+        self, task: Task, trajectories: Sequence[Trajectory], *, group: str, seeds: Sequence[int]
+    ) -> tuple[Trajectory, ...] | None:
+        """Let the group's reward judge its finished episodes, where there is such a reward.
+
+        A failure is retried and counted as an episode's is. It is cancelled with its caller.
+
+        Args:
+            task: the group's.
+            trajectories: its episodes that succeeded.
+            group: as ``run`` was told.
+            seeds: what their environments were reset with.
+
+        Returns:
+            The trajectories with their final rewards, or None where they could not be judged.
+
+        Raises:
+            TaskError: the task cannot be judged. It is left out by now.
+            FailureBudgetError: the budget is spent.
+        """
+        if self.group_judge is None:
+            return tuple(trajectories)
+        key = f"{group}/group reward"
+        attempts = self._attempts[key] = TaskAttempts()
+        attempt = 0
+        while attempts.certain is None:
+            try:
+                judged = await self.group_judge.judge(task, trajectories, seeds)
+            except TaskError as error:
+                attempts.certain = error
+            except (InfraError, RewardError) as error:
+                attempt += 1
+                charged = attempts.failed(error)
+                retry = isinstance(error, InfraError) and not error.final and attempt <= self._max_retries
+                self._event(
+                    "group_failed", group=group, task=task.id, error=type(error).__name__, detail=text_of(error),
+                    attempt=attempt, retried=retry,
+                )  # fmt: skip
+                self._charge(charged)
+                if not retry:
+                    self.first_given_up = self.first_given_up or error
+                    break
+            else:
+                del self._attempts[key]
+                self._charge(attempts.clear())
+                self.budget.success()
+                return judged
+        if (reason := self.settle(task, group=key)) is not None:
+            raise TaskError(reason)
+        return None
+
     def settle(self, task: Task, *, group: str, played: bool = False) -> str | None:
         """Say why ``task`` is left out, or return None where it is not, once its group's attempts are over.
 
@@ -168,7 +226,9 @@ class EpisodeRunner:
             self.budget.failure(error)
 
     async def close(self) -> None:
-        """Close the player."""
+        """Close the player, and the judge."""
+        if self.group_judge is not None:
+            await self.group_judge.close()
         await self.player.close()
 
 

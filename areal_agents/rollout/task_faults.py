@@ -9,7 +9,7 @@
 The environment's own failures are: its code raised (a KeyError in ``prompt``, a rubric that cannot read the gold
 answer), it broke its contract, a reward was no number, or its reset did not return in time. What an engine, a sandbox,
 a worker or a refused connection did is never the task's. One attempt that succeeds, or that fails in other words,
-clears the task: a flaky backend is infrastructure.
+clears the task: a flaky backend is infrastructure. Numbers, paths and addresses in a message are no words.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from collections.abc import Mapping
 from areal_agents.errors import ArealError, EnvError, InfraError, RewardError, TaskError
 from areal_agents.utils.short_text import cut, text_of
 
-_VARIES = re.compile(r"0x[0-9a-fA-F]+|\bturn \d+")
+_VARIES = re.compile(
+    r"(?:(?:\b[A-Za-z]:)?(?:[\\/][^\s\\/'\"`,;()<>\[\]{}]+)+[\\/]?"  # paths and URLs: their names may be random
+    r"|\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b"  # UUIDs
+    r"|\b\w*\d\w*"  # numbers, addresses, digests, and the names of temporary files
+    r"|[\s.,:+\-]+)+"  # and what stands between them in dates, times and numbers
+)
 """What may differ between two attempts that fail for one reason."""
 _NAMED = 10
 
@@ -92,4 +97,5 @@ def _is_own(error: InfraError | RewardError) -> bool:
 
 
 def _signature(error: ArealError) -> tuple[type, str]:
-    return type(error), _VARIES.sub("", text_of(error))
+    """Return what is the same for two failures of one kind: the class, and the words of the message."""
+    return type(error), _VARIES.sub(" ", text_of(error))

@@ -64,6 +64,19 @@ def task_name(index: int) -> str:
     return f"task {index} of the split"
 
 
+def require_few_bad(bad: Mapping[str, str], *, tried: int, share: float) -> None:
+    """Raise TaskError where too many of the tasks tried so far are bad.
+
+    Too many are more than ``share`` of them, and at least ``FEWEST_BAD``. ``bad`` has their ids, each with the reason.
+    """
+    seen = max(tried, len(bad))
+    if len(bad) >= FEWEST_BAD and len(bad) > share * seen:
+        raise TaskError(
+            f"{len(bad)} of the {seen} tasks tried so far cannot be played or scored, more than rollout.max_bad_tasks "
+            f"= {share:g} allows:{reasons(bad)}"
+        )
+
+
 class TaskStream:
     """Tasks in a seeded random order, every task once an epoch, discarded tasks once more.
 
@@ -131,12 +144,7 @@ class TaskStream:
         """
         self.left_out[id] = reason
         found = dict(list(self.left_out.items())[self._known :])
-        bad, seen = len(found), max(self.seen, len(found))
-        if bad >= FEWEST_BAD and bad > self._max_bad * seen:
-            raise TaskError(
-                f"{bad} of the {seen} tasks tried so far cannot be played or scored, more than rollout.max_bad_tasks = "
-                f"{self._max_bad:g} allows:{reasons(found)}"
-            )
+        require_few_bad(found, tried=self.seen, share=self._max_bad)
 
     def _made(self, index: int) -> Task | None:
         """Return the task at ``index``, or None where the environment cannot make it, which leaves it out."""

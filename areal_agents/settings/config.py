@@ -153,6 +153,9 @@ class RolloutConfig(Section):
     """Most tokens the model may sample in one episode; none: what ``max_turns`` full turns have."""
     max_turns: Count = 16
     """The runner's own limit on turns, beside the environment's."""
+    group_reward: str = ""
+    """``module:name`` of a reward that judges each finished group in training, in place of the environment's
+    ``group_rubric``, if it has one. Evaluations keep the environment's own."""
     max_retries: int = Field(default=2, ge=0)
     """How often an episode is started again after an infrastructure error."""
     failure_window: Count = 64

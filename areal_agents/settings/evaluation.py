@@ -58,6 +58,7 @@ TRAINING_ONLY = {
     "rollout.on_exceed": _BATCHES,
     "rollout.order": _BATCHES,
     "rollout.concurrency": "it plays as many episodes at once as its engines decode (engine.max_batch)",
+    "rollout.group_reward": "it is scored by the environment's own rewards",
     "rollout.temperature": "its temperature is eval.temperature",
     "eval.every": "it is one evaluation",
     "eval.baseline": "it is one evaluation",

@@ -24,7 +24,8 @@ from areal_agents.algorithms.registry import REGISTRIES
 from areal_agents.errors import ConfigError
 from areal_agents.settings.choices import choose, override_choice
 from areal_agents.settings.config import TrainConfig
-from areal_agents.settings.describe import Setting, either, nearest, sections, settings
+from areal_agents.settings.describe import either, nearest, sections, settings
+from areal_agents.settings.tables import contradictions, inner_path, setting_of
 from areal_agents.settings.values import Origins, how_to_write, mismatch, none_of, show, value_of
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -82,7 +83,10 @@ def load(
             raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
         _merge(tree, origins, problems, table, "", str(file))
     said: dict[str, tuple[str, str | None]] = {}
-    for key, raw, flag in _pairs(overrides, problems, short):
+    pairs = list(_pairs(overrides, problems, short))
+    problems += contradictions(pairs)
+    # Of a table, what says all of it comes first, so that no word is lost by the order.
+    for key, raw, flag in sorted(pairs, key=lambda pair: len(inner_path(pair[0]))):
         # A setting with a short name may come under both names. With two values, which one is meant is anybody's guess.
         other, value = said.setdefault(key, (flag, raw)) if key in short.values() else (flag, raw)
         if other != flag and value != raw:
@@ -217,7 +221,7 @@ def _override(
     if (chosen := next((k for k in REGISTRIES if f"{normal}.".startswith(f"{k}.")), None)) is not None:
         override_choice(tree, origins, problems, chosen, normal, raw, flag)
         return
-    setting = _setting_of(key)
+    setting = setting_of(key)
     if setting is None:
         if normal in sections() and normal:
             names = ", ".join(sections()[normal])
@@ -230,23 +234,14 @@ def _override(
             problems.append(f"{flag} needs a value: {setting.expects}{how_to_write(setting)}")
             return
         raw = "true"
-    path = setting.key.split(".")
-    inner = key[len(setting.key) + 1 :].split(".") if setting.free and len(key) > len(setting.key) else []
+    path = [*setting.key.split("."), *inner_path(key)]
     node = tree
-    for name in (path + inner)[:-1]:
+    for name in path[:-1]:
         if not isinstance(node.get(name), dict):
             node[name] = {}  # a value in the way (env.kwargs.a = 1, then env.kwargs.a.b) gives way to the later word
         node = node[name]
-    node[(path + inner)[-1]] = value_of(raw, setting)
+    node[path[-1]] = value_of(raw, setting)
     origins[setting.key] = flag
-
-
-def _setting_of(key: str) -> Setting | None:
-    known = settings()
-    for candidate in (key, key.replace("-", "_")):
-        if candidate in known:
-            return known[candidate]
-    return next((s for s in known.values() if s.free and key.startswith(s.key + ".") and not key.endswith(".")), None)
 
 
 # --- messages ----------------------------------------------------------------------------------------------------

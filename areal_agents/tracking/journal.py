@@ -40,10 +40,15 @@ class Journal:
         self.path = path
         self.torn = False
         """Whether a line was cut off."""
+        self._made = [folder for folder in path.parents if not folder.exists()]
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = io.FileIO(path, "a")
-            self._lock()
+            while True:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = io.FileIO(path, "a")
+                self._lock()
+                if _is_at(path, self._file):
+                    break
+                self._file.close()  # its last writer ended between the two, and removed it
             before = path.stat().st_size
             cut_torn_line(path)
             self.torn = path.stat().st_size < before
@@ -59,7 +64,12 @@ class Journal:
         except BlockingIOError as error:
             self._file.close()
             raise ConfigError(
-                f"{self.path} is being written by another process: wait for its end, or choose another --out"
+                f"{self.path} is being written by another process: wait for its end, or choose another folder"
+            ) from error
+        except OSError as error:
+            self._file.close()
+            raise ConfigError(
+                f"the file system of {self.path} has no locks ({error.strerror or error}): choose another --out"
             ) from error
 
     def append(self, record: Record, **beside: Any) -> None:
@@ -92,16 +102,27 @@ class Journal:
         except OSError as error:
             raise unwritable(self.path, error) from error
 
+    def empty(self) -> None:
+        """Remove all episodes.
+
+        Raises ArealError where the file cannot be written.
+        """
+        try:
+            self._file.truncate(0)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
     def close(self) -> None:
-        """Close the file, and remove one without an episode.
+        """Close the file, and remove one without an episode, with the folders that were made for it.
 
         May be called twice.
         """
         if not self._file.closed and not os.fstat(self._file.fileno()).st_size:
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
-                self.path.parent.rmdir()  # where nothing else is in it
-                self.path.parent.parent.rmdir()
+                for folder in self._made:  # the deepest first, as far as nothing else is in them
+                    folder.rmdir()
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -109,6 +130,27 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def says_of(path: Path) -> str:
+    """Return what the first readable line of a journal says that it is of; empty where none does.
+
+    Raises OSError.
+    """
+    with path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                if isinstance(row := json.loads(line), dict) and (of := row.get("of")):
+                    return str(of)
+    return ""
+
+
+def _is_at(path: Path, file: io.FileIO) -> bool:
+    """Say whether the open ``file`` is still the one that ``path`` names."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _number(value: Any) -> Any:

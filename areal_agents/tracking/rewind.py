@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents.errors import ArealError
+from areal_agents.tracking.journal import says_of
 from areal_agents.tracking.trajectories import shards, step_of
 
 Spans = dict[str, list[list[int]]]
@@ -35,12 +36,12 @@ class Cut:
 
 
 def run_shards(out: Path) -> list[Path]:
-    """List the shards in ``OUT/trajectories``, and nowhere else.
+    """List the whole shards in ``OUT/trajectories``, and nowhere else.
 
     There are none where there is no such folder.
     """
     folder = out / "trajectories"
-    return shards(folder) if folder.is_dir() else []
+    return [path for path in shards(folder) if path.suffix == ".parquet"] if folder.is_dir() else []
 
 
 def spans(paths: Iterable[Path]) -> Spans:
@@ -58,10 +59,11 @@ def spans(paths: Iterable[Path]) -> Spans:
     return out
 
 
-def cut_back(out: Path, mark: Mapping[str, Any]) -> Cut:
+def cut_back(out: Path, mark: Mapping[str, Any], *, of: str = "") -> Cut:
     """Remove every metrics row, shard and half-written shard that is not in ``mark``.
 
-    The mark {} holds nothing. Raises ArealError, before anything is removed, for a metrics.jsonl that is shorter than
+    The mark {} holds nothing. The lines of a shard that is not whole stay where they are of the run that goes on: each
+    says ``of`` what it is. Raises ArealError, before anything is removed, for a metrics.jsonl that is shorter than
     the mark or has no line end there. Raises OSError where a file cannot be changed.
     """
     try:
@@ -74,12 +76,13 @@ def cut_back(out: Path, mark: Mapping[str, Any]) -> Cut:
     rows = _cut_metrics(out / "metrics.jsonl", size)
     found = {(path.parent.name, step_of(path)): path for path in run_shards(out)}
     late = [path for key, path in found.items() if key not in wanted]
-    for path in [*late, *(out / "trajectories").glob("*/.*.tmp")]:
+    lines = [path for path in (out / "trajectories").glob("*/step-*.jsonl") if not of or says_of(path) != of]
+    for path in [*late, *lines, *(out / "trajectories").glob("*/.*.tmp")]:
         path.unlink()
     for folder in (out / "trajectories").glob("*/"):
         if not any(folder.iterdir()):
             folder.rmdir()
-    return Cut(rows, len(late), tuple(f"{kind}/{step}" for kind, step in sorted(wanted - found.keys())))
+    return Cut(rows, len(late) + len(lines), tuple(f"{kind}/{step}" for kind, step in sorted(wanted - found.keys())))
 
 
 def _cut_metrics(path: Path, size: int) -> int:

@@ -15,15 +15,10 @@ and episodes are those of the surviving lineage, events are all that ever happen
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -36,114 +31,14 @@ from areal_agents.tracking.rewind import Cut, cut_back, run_shards, spans
 from areal_agents.tracking.tensorboard import Board, Point, event_files
 from areal_agents.tracking.trajectories import Record, shard_path, write_shard
 from areal_agents.tracking.wandb import WandbLog, require_wandb
+from areal_agents.tracking.writer import Writer
 from areal_agents.types import Trajectory
-from areal_agents.utils.files import append_whole, cut_torn_line, sync, unwritable
+from areal_agents.utils.files import cut_torn_line, sync, unwritable
 
 __all__ = ["Tracker", "TrajectoryWriter", "read_metrics"]
 
 RESERVED = frozenset({"kind", "step", "time"})
 T = TypeVar("T")
-
-
-class _Writer:
-    """A thread that runs jobs which write files, in the order of the calls."""
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._files: dict[Path, io.FileIO] = {}
-        self._error: Exception | None = None
-        self.failure: Exception | None = None
-        """The first write that failed, also after it was raised."""
-        self._thread = threading.Thread(target=self._work, name="areal-track", daemon=True)
-        self._thread.start()
-
-    @property
-    def open(self) -> bool:
-        return self._thread.is_alive()
-
-    def submit(self, job: Callable[[], None]) -> None:
-        """Run ``job`` after all before it.
-
-        Raises ArealError if one of those failed.
-        """
-        self._raise()
-        self._jobs.put(job)
-
-    def put(self, job: Callable[[], None]) -> None:
-        """Run ``job`` as ``submit`` does, for threads that must not be told of an earlier error."""
-        self._jobs.put(job)
-
-    def call(self, job: Callable[[], T]) -> T:
-        """Run ``job`` after all before it, wait, and return what it returns.
-
-        Raises ArealError if a write failed, or the writer is closed.
-        """
-        done: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                done.set_result(job())
-            except BaseException as error:
-                done.set_exception(error)
-                raise
-
-        self.put(run)
-        # In short waits: a closed writer runs no job, and this would wait for ever.
-        while not done.done():
-            with suppress(TimeoutError):
-                done.exception(timeout=0.5)
-            if not done.done() and not self.open:
-                raise ArealError("the tracker is closed: log before its `close`")
-        self._raise()
-        return done.result()
-
-    def sync(self) -> None:
-        """Put all files' lines on the disk.
-
-        For use inside ``call``.
-        """
-        for path, file in self._files.items():
-            try:
-                os.fsync(file.fileno())
-            except OSError as error:
-                raise unwritable(path, error) from error
-
-    def close(self) -> None:
-        self._jobs.put(None)
-        self._thread.join()
-        for file in self._files.values():
-            file.close()  # unbuffered: nothing is left to write
-        self._files.clear()
-        self._raise()
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job()
-            except Exception as error:  # noqa: BLE001 - kept, and raised in the caller's thread by the next call
-                self._error = self._error or error
-                self.failure = self.failure or error
-
-    def append(self, path: Path, line: str) -> None:
-        """Append one line, whole or not at all.
-
-        For use inside jobs.
-        """
-        try:
-            file = self._files.get(path)
-            if file is None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = self._files[path] = io.FileIO(path, "a")
-            # A lone surrogate out of a model's text becomes \udXXX, which is JSON's own escape for it.
-            append_whole(file, (line + "\n").encode("utf-8", "backslashreplace"))
-        except OSError as error:
-            raise unwritable(path, error) from error
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
-            reason = str(error) if isinstance(error, ArealError) else f"{type(error).__name__}: {error}"
-            raise ArealError(f"the run's files cannot be written: {reason}") from error
 
 
 class TrajectoryWriter:
@@ -152,7 +47,7 @@ class TrajectoryWriter:
     They are serialised and written off the event loop.
     """
 
-    def __init__(self, out: Path, writer: _Writer) -> None:
+    def __init__(self, out: Path, writer: Writer) -> None:
         self._out = out
         self._writer = writer
         self._known = set(run_shards(out))
@@ -181,6 +76,10 @@ class TrajectoryWriter:
         """Write one episode of a shard that is not whole yet. Raises ArealError where an earlier write failed."""
         self._writer.submit(lambda: journal.append(record, **beside))
 
+    def end(self, journal: Journal) -> None:
+        """Close a journal after all that was written before."""
+        self._writer.put(journal.close)
+
 
 class Tracker:
     """The metrics, events and episodes of one run.
@@ -199,6 +98,7 @@ class Tracker:
         console: bool = True,
         config: Mapping[str, Any] | None = None,
         mark: Mapping[str, Any] | None = None,
+        of: str = "",
     ) -> None:
         """Open the run's files and its display.
 
@@ -212,6 +112,7 @@ class Tracker:
             config: the run's settings, for W&B.
             mark: cut an earlier run's files back to what ``Tracker.mark`` said ({}: to nothing) and go on from there;
                 None appends to whatever there is.
+            of: what the lines are of that stay then, of shards that are not whole.
 
         Raises:
             ArealError: where the files cannot be written or do not fit the mark.
@@ -226,11 +127,11 @@ class Tracker:
             out.mkdir(parents=True, exist_ok=True)
             for path in (self._metrics, self._events):
                 cut_torn_line(path)
-            self.cut: Cut | None = None if mark is None else cut_back(out, mark)
+            self.cut: Cut | None = None if mark is None else cut_back(out, mark, of=of)
             self._open_board(tensorboard)
         except OSError as error:
             raise unwritable(out, error) from error
-        self._writer = _Writer()
+        self._writer = Writer()
         self.trajectories = TrajectoryWriter(out, self._writer)
         self._display = display.display(steps, first_step) if console else display.Silent()
         self._wandb: WandbLog | None = None

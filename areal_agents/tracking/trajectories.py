@@ -127,7 +127,7 @@ def read_shard(path: Path) -> list[Record]:
 
     try:
         if path.suffix == ".jsonl":
-            return [_record(row) for row in read_rows(path)]
+            return [record for record, _ in read_lines(path)]
         with pq.ParquetFile(path) as file:
             version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY, b"").decode(errors="replace")
             if version not in _READ:
@@ -141,25 +141,32 @@ def read_shard(path: Path) -> list[Record]:
         raise ArealError(f"{path} is no readable trajectory shard: {type(error).__name__}: {error}") from error
 
 
-def read_rows(path: Path) -> list[ParquetRow]:
-    """Read the rows of a shard that is still lines.
+def read_lines(path: Path) -> list[tuple[Record, ParquetRow]]:
+    """Read the records of a shard that is still lines, each with its row, which may hold more.
 
     A last line that was cut short is left out. Raises ArealError for a file that is missing, or another broken line.
     """
-    rows: list[ParquetRow] = []
+    found: list[tuple[Record, ParquetRow]] = []
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open("rb") as file:
             for line in file:
-                if not line.endswith("\n"):
-                    break
-                row = json.loads(line)
-                if row["schema_version"] != SCHEMA_VERSION:
-                    raise ValueError(f"schema_version {row['schema_version']}, this package reads {SCHEMA_VERSION}")
-                rows.append(row)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise ArealError(f"{path}: after {len(rows)} episodes, no readable line: {said}") from error
-    return rows
+                if line.endswith(b"\n"):
+                    found.append(_of_line(line))
+    except OSError as error:
+        raise ArealError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArealError(
+            f"{path}, line {len(found) + 1}, is no episode of this package ({type(error).__name__}: {error}): remove "
+            "that line, and its episode is played again by --resume; or begin anew in another folder"
+        ) from error
+    return found
+
+
+def _of_line(line: bytes) -> tuple[Record, ParquetRow]:
+    row: ParquetRow = json.loads(line)
+    if row["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"schema_version {row['schema_version']}, this package reads {SCHEMA_VERSION}")
+    return _record(row), row
 
 
 def read_records(out: Path, *, kind: str | None = None) -> Iterator[Record]:
@@ -192,7 +199,7 @@ def _schema() -> Any:
         message_finish=text, in_thought=pa.bool_(), reasoning=text, message_tokens=pa.int64(),
         tool_calls=pa.list_(call), reward=pa.float64(), components=text, parent=pa.int32(),
         observation=pa.list_(message), state_key=text,
-        tool_results=pa.list_(struct(status=text, truncated=pa.bool_())),
+        tool_results=pa.list_(struct(status=text, truncated=pa.bool_())), own_reward=pa.float64(), own_components=text,
     )  # fmt: skip
     row = struct(
         schema_version=pa.int32(), kind=text, step=pa.int64(), id=text, group=text, task_id=text, task_split=text,
@@ -283,6 +290,8 @@ def _turn_row(turn: Turn) -> ParquetRow:
         "observation": [_message_row(m) for m in turn.observation],
         "state_key": _text(turn.state_key),
         "tool_results": [{"status": _text(r.status), "truncated": r.truncated} for r in turn.tool_results],
+        "own_reward": turn.own_reward,
+        "own_components": None if turn.own_components is None else dumps(turn.own_components),
     }
 
 
@@ -304,6 +313,8 @@ def _turn(row: ParquetRow) -> Turn:
         observation=tuple(_message(m) for m in row["observation"]),
         state_key=_exact(row["state_key"]),
         tool_results=tuple(ToolOutcome(_exact(r["status"]), r["truncated"]) for r in row["tool_results"]),
+        own_reward=row.get("own_reward"),  # files of before groups were judged lack both columns
+        own_components=None if row.get("own_components") is None else loads(row["own_components"]),
     )
 
 

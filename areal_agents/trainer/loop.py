@@ -12,6 +12,7 @@ two steps; what is on the disk then, and how a run goes on from it, is in ``trai
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +31,7 @@ from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import AlgorithmConfig, TrainConfig
 from areal_agents.trainer.preflight import Looks, look_at_tasks, require_runnable
 from areal_agents.trainer.resize import answering
-from areal_agents.trainer.resume import begin, rate_change
+from areal_agents.trainer.resume import begin, rate_change, refuse_evaluation
 from areal_agents.trainer.reward_watch import component_means, same_answers
 from areal_agents.trainer.run import Run, open_run
 from areal_agents.trainer.run_folder import Commit, RunFolder, require_shared
@@ -78,7 +79,8 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
             resumed.
     """
     watch = Stopwatch()
-    require_runnable(config)  # first: a typo must not wait for a model, nor leave a folder
+    refuse_evaluation(config.out)
+    require_runnable(config)  # before all else: a typo must not wait for a model, nor leave a folder
     looks = await _looked(config)
     with RunFolder(config.out, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as folder:
         commit, changes = begin(folder, config, resume=resume)
@@ -162,9 +164,9 @@ async def _phases(run: Run) -> dict[str, EvalReport]:
         if config.eval.baseline:
             await stop.race(run.evaluate("warm_start"))
     await learn(run)
-    await stop.race(run.evaluate("after_rl", step=config.steps))
     await run.learner.export(config.out / "model")
     require_shared(config.out / "model")
+    await stop.race(run.evaluate("after_rl", step=config.steps))  # last: what ends it for good is right behind
     await run.finish()
     return dict(run.reports)
 
@@ -175,7 +177,8 @@ def _how_to_go_on(config: TrainConfig, folder: RunFolder, stop: Stop) -> str:
         return f"stopped by {name} before anything was begun"
     commit = folder.read_commit() or Commit()
     saved = f"step {commit.step} of {config.steps} is saved" if commit.step else "no step was finished"
-    return f"stopped by {name}; {saved}. Go on with:\n  areal-agents train {config.out / 'config.toml'} --resume"
+    file = shlex.quote(str(config.out / "config.toml"))
+    return f"stopped by {name}; {saved}. Go on with:\n  areal-agents train {file} --resume"
 
 
 async def learn(run: Run) -> None:
@@ -245,6 +248,7 @@ async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, wa
     batch = batch_of(groups, run.config.algorithm, run.learner.version, run.config.rollout.temperature)
     metrics = dict(await run.learner.step(batch))
     update = await run.publish()
+    run.renew_weights()
     rollouts.acknowledge(run.learner.version)
     metrics |= rollout_metrics(groups, batch.version) | {
         "wait_seconds": waited,

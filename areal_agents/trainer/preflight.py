@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from areal_agents import registry
-from areal_agents.algorithms.advantages import Estimator
+from areal_agents.algorithms.advantages import Estimator, refuse_biased
 from areal_agents.algorithms.objective import PolicyObjective
 from areal_agents.chat_model import refuse_training, remote_name
 from areal_agents.engine import Sampling
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.evaluate import held_out
 from areal_agents.registry import EnvSpec
+from areal_agents.rollout.group_judge import group_reward_of, require_attempts
 from areal_agents.rollout.script import expert_of
 from areal_agents.rollout.task_looks import Look, look_at
 from areal_agents.settings.config import TrainConfig
@@ -35,6 +36,9 @@ def require_runnable(config: TrainConfig) -> None:
     _require_tasks(spec, config)
     a, r = config.algorithm, config.rollout
     Estimator(a.advantage)
+    if (judge := group_reward_of(spec, r.group_reward)) is not None:
+        refuse_biased(a.advantage, judge.declared, judge.name)
+    require_attempts(group_reward_of(spec), config.eval.k)
     PolicyObjective(loss=a.loss, correction=a.correction, aggregation=a.aggregation)
     Sampling(r.max_turn_tokens, r.temperature).require_trainable()
     if config.cluster.backend == "local":  # on a cluster the learner's node decides

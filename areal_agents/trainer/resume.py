@@ -7,8 +7,10 @@ nothing for what is saved, and those that nothing committed has used yet.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from areal_agents import settings
@@ -38,11 +40,17 @@ USED_BY: Mapping[str, tuple[User, ...]] = {
     "learner.minibatches": ("a step",),
     "rollout.mode": ("a step",), "rollout.groups": ("a step",), "rollout.group_size": ("a step",),
     "rollout.max_staleness": ("a step",), "rollout.on_exceed": ("a step",), "rollout.order": ("a step",),
-    "rollout.temperature": ("a step",),
+    "rollout.temperature": ("a step",), "rollout.group_reward": ("a step",),
     "learner.": ("the checkpoint",), "warm_start.": ("the checkpoint",), "env.split": ("the checkpoint",),
 }  # fmt: skip
 """Of the other settings, what uses them, by the longest name that fits. Those that are not here are used by evaluations
 and checkpoints alike: the model, the environment, the seed and the limits of an episode."""
+
+
+def refuse_evaluation(out: Path) -> None:
+    """Raise ConfigError where ``out`` holds an evaluation, before anything is written there."""
+    if (out / "evaluation.json").exists() and not (out / "commit.json").exists():
+        raise ConfigError(f"{out} holds an evaluation: choose another --out for a training")
 
 
 def refuse_taken(config: TrainConfig) -> None:
@@ -91,8 +99,8 @@ def begin(folder: RunFolder, config: TrainConfig, *, resume: bool) -> tuple[Comm
         ]  # fmt: skip
         raise ConfigError(
             f"{config.out} was begun with other settings:\n" + "\n".join(lines) + "\n"
-            f"resume with the same ones (areal-agents train {config.out / 'config.toml'} --resume), or start a new "
-            "run in another folder"
+            f"resume with the same ones (areal-agents train {shlex.quote(str(config.out / 'config.toml'))} --resume), "
+            "or start a new run in another folder"
         )
     if commit.step > config.steps:
         raise ConfigError(f"{config.out} has {commit.step} steps behind it, but steps = {config.steps}: raise steps")

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import importlib
 import itertools
+import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +20,12 @@ from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Sampling
 from areal_agents.errors import LearnerLost
 from areal_agents.evaluation.attempts import run_attempts
-from areal_agents.evaluation.evaluate import held_out
 from areal_agents.evaluation.progress import Progress, Stopwatch
-from areal_agents.evaluation.report import EvalReport, summarize
+from areal_agents.evaluation.report import EvalReport
 from areal_agents.models import resolve
 from areal_agents.reward import correct_part
 from areal_agents.rollout.demonstrations import demonstration_rows, require_all
+from areal_agents.rollout.group_judge import NamedGroupReward, group_reward_of, open_judge
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec, limits_of, prove_sandbox, require_prompts
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
@@ -33,6 +34,7 @@ from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import Tracker, read_metrics
 from areal_agents.trainer.backend import Backend, OpenBackend
+from areal_agents.trainer.evaluation import evaluate_weights, measured, weights_of
 from areal_agents.trainer.reward_watch import PREFIX, RewardWatch, same_answers
 from areal_agents.trainer.run_folder import Commit, RunFolder
 from areal_agents.trainer.telling import Telling
@@ -60,7 +62,7 @@ async def open_run(
     fmt = ChatFormat.load(model, config.model.chat)
     require_prompts(spec, fmt)
     async with contextlib.AsyncExitStack() as stack:
-        tracker = stack.enter_context(_tracker(config, commit, console=console))
+        tracker = stack.enter_context(_tracker(config, commit, model, console=console))
         telling = Telling(tracker)
         stack.enter_context(_noting_a_lost_learner(telling))
         done = commit or Commit()
@@ -96,7 +98,7 @@ def _noting_a_lost_learner(telling: Telling) -> Iterator[None]:
         raise
 
 
-def _tracker(config: TrainConfig, commit: Commit | None, *, console: bool) -> Tracker:
+def _tracker(config: TrainConfig, commit: Commit | None, model: Path, *, console: bool) -> Tracker:
     return Tracker(
         config.out,
         steps=config.steps,
@@ -105,6 +107,7 @@ def _tracker(config: TrainConfig, commit: Commit | None, *, console: bool) -> Tr
         wandb=config.track.wandb,
         config=config.model_dump(mode="json"),
         mark=None if commit is None else commit.mark,
+        of="" if commit is None else measured(config, weights_of(commit), model),
         console=console,
     )
 
@@ -130,9 +133,13 @@ class Run:
         self.engine, self.learner = self.backend.engine, self.backend.learner
         self.reports: dict[str, EvalReport] = dict(self.commit.reports)
         self.warm_started = self.commit.warm_started
+        self.weights = weights_of(self.commit)
+        """A name for the weights that the engine serves, which no others have."""
         self.budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
         self.budget.kinds.update(self.commit.failures)
-        self.runner = self._runner(self._engine_player(r.temperature))
+        self.runner = self.runner_of(
+            self.engine_player(r.temperature), group_reward=group_reward_of(self.spec, r.group_reward)
+        )
         self.left_out: dict[str, str] = {}
         """Training tasks that cannot be scored or that the warm start could not play, each with the reason."""
         self.held_out_bad: dict[str, str] = {}
@@ -176,12 +183,13 @@ class Run:
                 self.tracker.log(done, metrics, kind="warm_start", show=False)
                 progress(done, w.epochs * len(rows))
         await self.publish()
+        self.renew_weights()
         self.warm_started = True
 
     async def _demonstrations(self) -> list[Trajectory]:
         """Have the expert play. A task that cannot be played is left out, and another one takes its place."""
         config, count = self.config, self.config.warm_start.demonstrations
-        runner = self._runner(replace(self._engine_player(1.0), policy="expert"))
+        runner = self.runner_of(replace(self.engine_player(1.0), policy="expert"))
         tasks = TaskStream(
             self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1,
             max_bad=config.rollout.max_bad_tasks, left_out=self.left_out, tell=runner.leave_out,
@@ -245,7 +253,8 @@ class Run:
         state = rollouts.state() if rollouts is not None else None
         mark = await asyncio.to_thread(self.tracker.mark)
         name = await self.folder.save(step, self.learner, state)
-        self._commit(Commit(step, name, self.warm_started, mark, dict(self.reports), dict(self.budget.kinds)))
+        reports, failures = dict(self.reports), dict(self.budget.kinds)
+        self._commit(Commit(step, name, self.warm_started, mark, reports, failures, weights=self.weights))
         self.tracker.event("checkpoint", step=step, path=str(self.folder.checkpoints / name), seconds=watch.seconds)
 
     def _commit(self, commit: Commit) -> None:
@@ -267,33 +276,7 @@ class Run:
         """
         if label in self.reports:
             return self.reports[label]
-        config, e = self.config, self.config.eval
-        watch = Stopwatch()
-        runner = self._runner(self._engine_player(e.temperature))
-        tasks = held_out(self.spec, e.split, e.n, difficulty=config.env.difficulty, tell=runner.leave_out)
-        for id, reason in self.held_out_bad.items():
-            runner.leave_out(id, reason)
-        try:
-            results = await run_attempts(
-                runner,
-                tasks,
-                k=e.k,
-                concurrency=config.engine.max_batch * config.engine.replicas,
-                seed=config.seed,
-                label=f"eval-{label}",
-                progress=Progress(self.tracker.message, label=f"evaluating ({label})"),
-            )
-        finally:
-            await runner.close()
-        report = summarize(
-            results, env=config.env.id, split=e.split, model=config.model.path, version=self.learner.version,
-            temperature=e.temperature, seed=config.seed, seconds=watch.seconds, left_out=runner.left_out,
-            first_failure=runner.first_given_up,
-        )  # fmt: skip
-        saved = [t for _, tries in results for t in tries if t is not None]
-        self.tracker.trajectories.write(saved, step=step, kind=f"eval-{label}")
-        self.tracker.log(step, _numbers(report), kind=f"eval/{label}", show=False)
-        self.tracker.message(report.line(label))
+        report = await evaluate_weights(self, label, step=step)
         self.reports[label] = report
         # A report waits for the commit of the weights that it measured, since a resumed run trains and measures them
         # again. The last report is committed by ``finish``, which keeps the mark before it.
@@ -302,21 +285,26 @@ class Run:
             self._commit(replace(self.commit, mark=mark, reports=dict(self.reports)))
         return report
 
-    def _runner(self, spec: PlayerSpec) -> EpisodeRunner:
+    def renew_weights(self) -> None:
+        """Note that the engine serves other weights now than all before."""
+        self.weights = uuid.uuid4().hex
+
+    def runner_of(self, spec: PlayerSpec, *, group_reward: NamedGroupReward | None = None) -> EpisodeRunner:
         """Make a runner that counts and retries what a new player of ``spec`` plays.
 
-        The player is here or on the cluster's workers.
+        The player is here or on the cluster's workers. The group reward is asked here.
         """
         player = (self.backend.players or self._local_player)(spec)
         return EpisodeRunner(
             player, self.budget, max_retries=self.config.rollout.max_retries, event=self.tracker.event,
             say=self.tracker.message,
+            group_judge=open_judge(group_reward, self.spec, self.config, self.tracker.event),
         )  # fmt: skip
 
     def _local_player(self, spec: PlayerSpec) -> EpisodePlayer:
         return spec.build(self.engine, fmt=self.fmt, event=self.tracker.event)
 
-    def _engine_player(self, temperature: float) -> PlayerSpec:
+    def engine_player(self, temperature: float) -> PlayerSpec:
         config, limits = self.config, limits_of(self.config)
         return PlayerSpec(
             env=self.spec,
@@ -333,10 +321,3 @@ def demonstrated(tasks: Sequence[Task], config: TrainConfig) -> list[Task]:
     """Return those of ``tasks``, the training split's, that the warm start draws, before it replaces bad ones."""
     stream = TaskStream(tasks, seed=config.seed + 1)
     return [stream.next() for _ in range(config.warm_start.demonstrations)]
-
-
-def _numbers(report: EvalReport) -> dict[str, float]:
-    """Return the report's scalars, for metrics.jsonl and TensorBoard."""
-    row = {k: float(v) for k, v in report.to_json().items() if isinstance(v, int | float) and k != "unplayed"}
-    bounds = {"ci95_low": report.ci95[0], "ci95_high": report.ci95[1]}
-    return row | bounds | {"tasks_left_out": float(len(report.left_out))}

@@ -51,6 +51,8 @@ class Commit:
     failures: Mapping[str, int] = field(default_factory=dict)
     """Failed attempts so far, by kind."""
     complete: bool = False
+    weights: str = ""
+    """A name for the checkpoint's weights, which no others have. Empty for the base model's."""
 
     def to_json(self) -> dict[str, Any]:
         return {"schema_version": COMMIT_VERSION, **dataclasses.asdict(self)}
@@ -79,10 +81,6 @@ def require_shared(folder: Path) -> None:
             f"the learner wrote {folder} on its own node, and here it is not: `out` must lie on a file system that is "
             "shared with the learner's node. Set it there and begin anew, or run the learner on this node"
         )
-
-
-class InUse(ConfigError):
-    """Another process holds the run's folder."""
 
 
 _OF_A_RUN = ("config.toml", "commit.json")
@@ -152,7 +150,7 @@ class RunFolder:
                 lock.seek(0)
                 holder = lock.read().decode(errors="replace").strip() or "unknown"
                 lock.close()
-                raise InUse(
+                raise ConfigError(
                     f"{self.out} is in use by process {holder}: wait for it, or choose another --out"
                 ) from error
             except OSError as error:

@@ -20,11 +20,11 @@ from areal_agents.utils.short_text import described, short
 def no_exit() -> Iterator[None]:
     """Raise RuntimeError in place of an exception that is no Exception.
 
-    A cancellation and the end of a generator pass.
+    A cancellation passes.
     """
     try:
         yield
-    except (Exception, asyncio.CancelledError, GeneratorExit):
+    except (Exception, asyncio.CancelledError):
         raise
     except SystemExit as error:
         raise RuntimeError(f"it called sys.exit({short(error.code)})") from error
@@ -55,6 +55,8 @@ class _Guarded(Coroutine[Any, Any, Any]):
             return self._inner.send(value)
 
     def throw(self, *error: Any) -> Any:
+        if isinstance(error[0], GeneratorExit) or error[0] is GeneratorExit:  # whoever throws it in gets it back
+            return self._inner.throw(*error)
         with no_exit():
             return self._inner.throw(*error)
 

@@ -16,10 +16,25 @@ from areal_agents.errors import ArealError
 
 def unwritable(path: Path, error: OSError) -> ArealError:
     """Return the error for a file of a run that cannot be written, with path, reason and next action."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    action = "free some space on that disk" if full else "make it writable"
     reason = error.strerror or str(error)
-    return ArealError(f"{path} cannot be written ({reason}): {action}, then go on with --resume")
+    if (blocker := _blocker(path)) is not None:
+        return ArealError(f"{path} cannot be written: {blocker} is a file and no folder. Choose another --out")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        action = "free some space on that disk, then go on with --resume"
+    else:
+        action = "make it writable, then go on with --resume; or choose another --out"
+    return ArealError(f"{path} cannot be written ({reason}): {action}")
+
+
+def _blocker(path: Path) -> Path | None:
+    """Return the file that stands where ``path`` needs a folder, or None where there is none."""
+    for parent in path.parents:
+        try:
+            if parent.exists():
+                return None if parent.is_dir() else parent
+        except OSError:  # below a file, or in a folder that may not be searched
+            continue
+    return None
 
 
 def append_whole(file: io.FileIO, data: bytes) -> None:

@@ -12,6 +12,10 @@ from areal_agents.utils.short_text import described
 _SYMPY_TRUTHS = ("BooleanTrue", "BooleanFalse")
 
 
+LARGEST = 1e30
+"""Rewards are compared, squared and summed, in float32 at last. Beyond this size no room is left for that."""
+
+
 def finite(value: object) -> float:
     """Return ``value`` as a float.
 
@@ -19,7 +23,7 @@ def finite(value: object) -> float:
     SymPy's numbers and truth values, and whatever else has a ``__float__``. Texts, None, complex numbers and arrays
     with axes are none.
 
-    Raises ValueError, whose text is "not a number" or "not finite" and why.
+    Raises ValueError, whose text is "not a number", "not finite" or "too large" and why.
     """
     try:
         number = _number(value)
@@ -29,6 +33,8 @@ def finite(value: object) -> float:
         raise ValueError("not a number")
     if not math.isfinite(number):
         raise ValueError("not finite")
+    if abs(number) > LARGEST:
+        raise ValueError(f"too large: {number:g}, and numbers of up to {LARGEST:g} in size can be compared")
     return number
 
 

@@ -45,6 +45,19 @@ def test_an_episode_needs_a_turn_and_finite_rewards() -> None:
             EpisodeRewards((0.0, bad))
 
 
+def test_a_reward_that_is_too_large_to_compare_is_refused_and_named() -> None:
+    for bad in (1e300, -1e300, 1.1e30):
+        with pytest.raises(RewardError, match=r"turn 1 is -?1(\.1)?e\+\d+: rewards may be up to 1e\+30 in size"):
+            EpisodeRewards((0.0, bad))
+    # At the limit every estimator is still right: R = ±1e30, mean 0, std = sqrt(2) 1e30.
+    group = episodes([(1e30,), (-1e30,)])
+    assert lists(grpo(group)) == nearly([[math.sqrt(0.5)], [-math.sqrt(0.5)]])
+    assert lists(grpo(group, normalize=False)) == nearly([[1e30], [-1e30]])
+    assert lists(turn_return(group)) == nearly([[2e30], [-2e30]])
+    assert lists(ChosenEstimator(Choice("grpo"))(group)) == lists(grpo(group))
+    assert lists(ChosenEstimator(Choice("turn_return"))(group)) == lists(turn_return(group))
+
+
 # --- grpo -----------------------------------------------------------------------------------------------------------
 
 

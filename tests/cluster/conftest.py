@@ -8,7 +8,7 @@ import tempfile
 import uuid
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
@@ -16,6 +16,10 @@ from areal_agents.cluster.ray_session import Cluster, cluster
 from tests.conftest import require
 from tests.processes import MARKER, descendants, marked, wait_gone
 from tests.served import SECONDS
+from tests.tiny_models import tiny_chat_model
+
+if TYPE_CHECKING:
+    from tests.cluster.fleet import Fleet
 
 T = TypeVar("T")
 
@@ -78,6 +82,22 @@ def session() -> Iterator[RaySession]:
     finally:
         it.close()
     assert not wait_gone(marked(it.mark), 60), f"left behind: {[command_line(p) for p in marked(it.mark)]}"
+
+
+@pytest.fixture(scope="module")
+def module_fleet(session: RaySession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    from tests.cluster.fleet import Fleet
+
+    made = Fleet(session, tiny_chat_model(tmp_path_factory.mktemp("model") / "m"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def fleet(module_fleet: Fleet) -> Fleet:
+    """Two workers that the tests of a file share, without events yet."""
+    module_fleet.events.clear()
+    return module_fleet
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

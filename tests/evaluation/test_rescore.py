@@ -15,8 +15,9 @@ from areal_agents.chat.toolcalls import parse_text
 from areal_agents.cli.main import main
 from areal_agents.errors import ArealError, ConfigError
 from areal_agents.evaluation.rescore import answer_of, episode_of, load_reward, rescore
-from areal_agents.evaluation.saved_run import SavedRun, as_sampled
+from areal_agents.evaluation.saved_run import SavedRun
 from areal_agents.reward import Episode, Gate, Verdict, WeightedSum
+from areal_agents.rollout.rebuilt import as_sampled
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tool import ToolResult
 from areal_agents.tracking.trajectories import Record, read_shard

@@ -43,6 +43,12 @@ def test_k_beyond_the_attempts_is_refused() -> None:
         pass_at_k(2, 1, 3)
 
 
+def test_an_interval_of_large_numbers_is_that_of_small_ones() -> None:
+    # 1 and 3: mean 2, std sqrt(2), t(0.975; 1) = 12.7062: 2 ± 12.7062 sqrt(2) / sqrt(2).
+    for scale in (1.0, 1e300, 1e160):
+        assert mean_interval([scale, 3 * scale]) == pytest.approx((-10.7062 * scale, 14.7062 * scale), rel=1e-5)
+
+
 def test_one_attempt_a_task_is_wilsons_interval() -> None:
     # 8 of 10: Wilson's 95 % interval is (0.4902, 0.9433).
     low, high = clustered_interval([1] * 8 + [0] * 2, [1] * 10)

@@ -5,15 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,80 +20,23 @@ from areal_agents.evaluation.evaluate import evaluate
 from areal_agents.evaluation.players import Server
 from areal_agents.evaluation.unfinished import count_saved, fingerprint
 from areal_agents.settings.config import EngineConfig, ModelConfig, RolloutConfig
-from areal_agents.tracking.journal import Journal
-from areal_agents.tracking.trajectories import read_records, read_shard
-from tests.chat_server import Answer, Hang, Json, Step, chat_server, completion
+from areal_agents.tracking.trajectories import read_records
+from tests.chat_server import Answer, Hang, Json, Step, chat_server
 from tests.small_disk import fill, small_disk
 from tests.tiny_models import tiny_chat_model
-
-ENV = "tests.chat_envs:Sums"
-SECONDS = 300.0
-
-
-def answers(body: Json) -> Step:
-    """Every second task is right."""
-    a, b = (int(n) for n in body["messages"][1]["content"].rstrip("?").split("+"))
-    return completion(f"\\boxed{{{a + b if a % 2 == 0 else 0}}}", tokens=3)
-
-
-class Gate:
-    """Answers ``first`` requests, and the others once it is open."""
-
-    def __init__(self, first: int) -> None:
-        self.left, self.open, self.lock = first, threading.Event(), threading.Lock()
-
-    def __call__(self, body: Json) -> Step:
-        with self.lock:
-            self.left -= 1
-            late = self.left < 0
-        if late:
-            self.open.wait(SECONDS)
-        return answers(body)
-
-
-def command(out: Path | str, url: str, *more: str) -> list[str]:
-    return ["eval", ENV, "--model", "openai:m", "--url", url, "--n", "8", "--out", str(out), *more]
-
-
-@contextlib.contextmanager
-def started(*argv: str) -> Iterator[subprocess.Popen[str]]:
-    env = os.environ | {"PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "areal_agents", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=env,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def until_saved(out: Path, episodes: int) -> None:
-    end = time.monotonic() + SECONDS
-    while count_saved(out) < episodes:
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def read_until(process: subprocess.Popen[str], words: str) -> str:
-    assert process.stdout is not None
-    said = ""
-    for line in process.stdout:
-        said += line
-        if words in line:
-            return said
-    raise AssertionError(said)
-
-
-def numbers(out: Path) -> Json:
-    report: Json = json.loads((out / "report.json").read_text())
-    return {name: value for name, value in report.items() if name not in ("seconds", "served")}
-
-
-def uninterrupted(tmp_path: Path, url: str) -> Path:
-    assert main(command(tmp_path / "whole", url)) == 0
-    return tmp_path / "whole"
+from tests.unfinished import (
+    ENV,
+    SECONDS,
+    Gate,
+    answers,
+    command,
+    numbers,
+    partial_of,
+    read_until,
+    started,
+    uninterrupted,
+    until_saved,
+)
 
 
 def test_ctrl_c_shows_what_there_is_and_resume_ends_it_with_the_same_numbers(
@@ -190,7 +127,7 @@ def test_a_server_that_dies_leaves_what_was_scored_and_one_message(tmp_path: Pat
             _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 1
     first, second, error = errors.splitlines()
-    assert first == "5 of 8 attempts are saved. Go on with:"
+    assert first == "5 of 8 attempts are saved. Once its cause is mended, go on with:"
     assert second == f"  areal-agents eval --resume {out}"
     assert error.startswith("error: 2 of the last 4 episode attempts failed, the budget is 1 (rollout.failure_budget")
     with chat_server(answers) as server:
@@ -257,18 +194,6 @@ def test_what_infrastructure_failed_is_played_again(tmp_path: Path, capsys: pyte
         assert main(["eval", "--resume", str(out)]) == 0
         assert len(server.requests) == 9
         assert numbers(out) == numbers(uninterrupted(tmp_path, server.url))
-
-
-def partial_of(whole: Path, out: Path, episodes: int) -> None:
-    """Copy an evaluation as a kill after so many episodes leaves it."""
-    shutil.copytree(whole, out)
-    shard = out / "trajectories/eval/step-000000.parquet"
-    records = read_shard(shard)
-    shard.unlink()
-    (out / "report.json").unlink()
-    with Journal(shard.with_suffix(".jsonl")) as journal:
-        for record in records[:episodes]:
-            journal.append(record)
 
 
 @pytest.mark.slow
@@ -342,8 +267,22 @@ def test_a_broken_line_and_a_changed_task_are_refused(tmp_path: Path, capsys: py
         assert main(["eval", "--resume", str(part)]) == 1
         assert "task 1 was 'test-x' when it was played, and now it is 'test-1'" in capsys.readouterr().err
         lines.write_text("{}\n" + text)
-        with pytest.raises(ArealError, match="after 0 episodes, no readable line: KeyError"):
+        told = r"step-000000.jsonl, line 1, is no episode of this package \(KeyError: 'schema_version'\): remove that"
+        with pytest.raises(ArealError, match=told):
             count_saved(part)
+        for garbage in (b"\xff\xfe\n", b"[]\n", b"null\n", b"\n", b'{"schema_version": 3}\n', b"x" * 100_000 + b"\n"):
+            first, rest = text.encode().splitlines(keepends=True)
+            lines.write_bytes(first + garbage + rest)
+            assert main(["eval", "--resume", str(part)]) == 1
+            said = capsys.readouterr().err
+            assert f"{lines}, line 2, is no episode of this package" in said, garbage
+            assert "remove that line, and its episode is played again by --resume" in said
+        assert "Go on with" not in said  # it would meet the same line
+        asked = len(server.requests)
+        lines.write_bytes(first)  # as it says
+        assert main(["eval", "--resume", str(part)]) == 0
+        assert len(server.requests) == asked + 7
+        assert numbers(part) == numbers(tmp_path / "whole")
         assert main(["eval", "--resume", str(tmp_path / "nothing")]) == 2
         assert "holds no evaluation to go on with" in capsys.readouterr().err
         fresh = [a for a in command("", server.url) if a not in ("--out", "")]
@@ -360,12 +299,6 @@ def test_what_is_no_evaluation_is_not_written_over(tmp_path: Path, capsys: pytes
         assert main(["eval", "--resume", str(out), "--url", "http://127.0.0.1:9/v1", "--n", "4"]) == 1
         assert text in capsys.readouterr().err
         assert (out / name).read_text() == "{}"
-
-
-def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
-    with Journal(tmp_path / "a/b/step-000000.jsonl"), pytest.raises(ConfigError, match="written by another process"):
-        Journal(tmp_path / "a/b/step-000000.jsonl")
-    assert not list(tmp_path.iterdir())  # an empty one goes
 
 
 @pytest.mark.parametrize("room", [0, 3 << 12])

@@ -226,6 +226,18 @@ def test_the_message_that_ends_a_task_earns_nothing_where_it_was_cut() -> None:
     assert "reward_withheld" not in kept.metrics
 
 
+def test_components_of_a_reward_that_is_not_paid_say_so() -> None:
+    parts = {"info": {"components": {"correct": 1.0, "brief": 0.5}}}
+    cut = play(variant(**parts), Chatty(GO, GO, ("go", "length")))
+    assert (cut.turns[-1].reward, cut.turns[-1].components) == (0.0, {"withheld/correct": 1.0, "withheld/brief": 0.5})
+    for paid in (
+        play(variant(**parts), Chatty(GO, GO, GO)),
+        play(variant(scores_cut_messages=True, **parts), Chatty(GO, GO, ("go", "length"))),
+        play(variant(pay=-1.0, **parts), Chatty(GO, GO, ("go", "length"))),  # it is paid as it is
+    ):
+        assert paid.turns[-1].components == {"correct": 1.0, "brief": 0.5}
+
+
 def test_what_it_costs_stays() -> None:
     t = play(variant(pay=-1.0), Chatty(GO, GO, ("go", "length")))
     assert ending(t) == (False, True, "length", -3.0)

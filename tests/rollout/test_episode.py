@@ -150,6 +150,27 @@ def test_an_environment_that_exits_ends_its_own_episode_alone() -> None:
     assert script.closed == 1  # on the same host, whose loop runs on
 
 
+class Unheard(BaseException):
+    """No Exception, and nothing that Python knows."""
+
+
+def throws(error: BaseException) -> Callable[[int], None]:
+    def now(step: int) -> None:
+        raise error
+
+    return now
+
+
+@pytest.mark.parametrize("error", [GeneratorExit("x"), Unheard("x"), KeyboardInterrupt("x"), BaseException("x")])
+def test_whatever_an_environment_raises_is_an_error_of_its_episode(error: BaseException) -> None:
+    script = Script(on_step=throws(error))
+    named = rf"astep \(task task-0, turn 0\) raised RuntimeError: it raised {type(error).__name__}: x"
+    with pytest.raises(EnvError, match=named) as caught:
+        play(script)
+    assert caught.value.blame == "environment"
+    assert script.closed == 1
+
+
 async def leaves() -> None:
     sys.exit(7)
 

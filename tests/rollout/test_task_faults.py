@@ -240,7 +240,7 @@ def test_a_flaky_backend_is_infrastructure() -> None:
 
 def test_two_reasons_for_one_task_are_infrastructure() -> None:
     attempts = TaskAttempts()
-    one, two = EnvError("areset (task a, turn 0) raised X: 1"), EnvError("areset (task a, turn 0) raised X: 2")
+    one, two = EnvError("areset (task a, turn 0) raised X: p"), EnvError("areset (task a, turn 0) raised X: q")
     assert attempts.failed(one) == []
     assert attempts.failed(two) == [one, two]
     assert attempts.failed(one) == [one]

@@ -14,6 +14,7 @@ from areal_agents.env import LazyTasks
 from areal_agents.errors import InfraError, TaskError
 from areal_agents.reward import Episode, Gate, WeightedSum, boxed_number, task_checks
 from areal_agents.rewards import boxed_math, code
+from areal_agents.rewards.shaping.wrappers import Clip
 from areal_agents.rollout.task_looks import Look, look_at
 from areal_agents.types import Task
 
@@ -37,6 +38,7 @@ def test_bad_golds_are_found_through_rubrics(reward: Any) -> None:
     wrapped = functools.wraps(brief)(lambda episode: reward(episode))
     wrapped.__wrapped__ = reward
     for rubric in (reward, WeightedSum({"a": (reward, 0.5), "b": brief}), Gate({"on": reward}, on="on"), wrapped,
+                   Clip(WeightedSum({"a": reward}), low=0, high=1),
                    WeightedSum({"deep": Gate({"on": brief, "x": reward}, on="on")})):  # fmt: skip
         found = look(tasks, rubric)
         assert (found.total, found.seen, list(found.bad)) == (6, 6, ["t2", "t4"])

@@ -205,6 +205,19 @@ def test_what_would_show_more_than_a_python_is_refused(tmp_path: Path, monkeypat
         interpreter.find(str(system), "bubblewrap")
 
 
+@pytest.mark.parametrize("folder", ["/usr", "/usr/", "/", "/usr/../usr", "//usr"])
+def test_a_folder_of_the_system_is_no_environment(folder: str, tmp_path: Path) -> None:
+    """Whether its Python needs a mount or not: /usr is inside already."""
+    with pytest.raises(SandboxUnavailable, match=r"is a folder of the system, and no environment. Leave python out"):
+        interpreter.find(folder, "bubblewrap")
+    (tmp_path / "alias").symlink_to(folder)
+    with pytest.raises(SandboxUnavailable, match="is a folder of the system"):
+        interpreter.find(str(tmp_path / "alias"), "bubblewrap")
+    assert interpreter.find(interpreter.SYSTEM, "bubblewrap").mounts == ()  # the program itself may be named
+    made = _python_in(tmp_path / "made")
+    assert interpreter.find(str(made), "bubblewrap").executable == f"{made}/bin/python3"
+
+
 def test_what_is_no_environment_is_named(tmp_path: Path) -> None:
     for path, problem in (
         ("environment", "'environment' is a relative path"),

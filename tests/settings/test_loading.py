@@ -70,6 +70,11 @@ HOW_TO_WRITE = (
         (["--model.history", "append"], "model.history", "append"),
         (["--env.kwargs", '{"max_turns": 2}'], "env.kwargs", {"max_turns": 2}),
         (["--env.kwargs", '{"max_turns": 2}', "--env.kwargs.b", "3"], "env.kwargs", {"max_turns": 2, "b": 3}),
+        (["--env.kwargs.b", "3", "--env.kwargs", '{"max_turns": 2}'], "env.kwargs", {"max_turns": 2, "b": 3}),
+        (["--env.kwargs.a.b", "3", "--env.kwargs", '{"a": {"c": 2}}'], "env.kwargs", {"a": {"b": 3, "c": 2}}),
+        (["--env.kwargs.a.b", "3", "--env.kwargs.a", '{"c": 2}'], "env.kwargs", {"a": {"b": 3, "c": 2}}),
+        (["--env.kwargs.b", "3", "--env.kwargs", '{"b": 3}'], "env.kwargs", {"b": 3}),  # twice the same
+        (["--env.kwargs.b", "3", "--env.kwargs.b", "4"], "env.kwargs", {"b": 4}),  # as of every setting
         (["--env.kwargs={}"], "env.kwargs", {}),
         (
             ["--env.kwargs", '{"a": null, "b": [true, {"c": -1.5e3}],\n "d": "x"}'],
@@ -137,6 +142,22 @@ def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
         (["--learner.lr", "--steps", "3"], "--learner.lr needs a value"),
         (["steps"], "unexpected argument 'steps': overrides look like --learner.lr 2e-6"),
         (["--"], "unexpected argument '--'"),
+        (
+            ["--env.kwargs.level", "3", "--env.kwargs", '{"level": 4}'],
+            '--env.kwargs.level 3 and --env.kwargs {"level": 4} say two things of env.kwargs.level: give one',
+        ),
+        (
+            ["--env.kwargs", '{"level": 4}', "--env.kwargs.level", "3"],
+            '--env.kwargs {"level": 4} and --env.kwargs.level 3 say two things of env.kwargs.level: give one',
+        ),
+        (
+            ["--env.kwargs", '{"a": 4}', "--env.kwargs", '{"b": 3}'],
+            '--env.kwargs {"a": 4} and --env.kwargs {"b": 3} say two things of env.kwargs: give one',
+        ),
+        (
+            ["--env.kwargs.a.b", "3", "--env.kwargs.a", "1"],
+            "--env.kwargs.a.b 3 and --env.kwargs.a 1 say two things of env.kwargs.a.b: give one",
+        ),
         (["--env.kwargs", "{max_turns: 2}"], HOW_TO_WRITE),
         (["--env.kwargs", '{"a": 1, "a": 2}'], HOW_TO_WRITE),
         (["--env.kwargs", '{"a": NaN}'], HOW_TO_WRITE),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from areal_agents import settings
+from areal_agents.cli.main import main
 from areal_agents.env import Expert
 from areal_agents.errors import ArealError, ConfigError
 from areal_agents.settings.config import TrainConfig
@@ -93,6 +94,19 @@ def test_the_expert_of_every_drawn_task_is_asked(tmp_path: Path) -> None:
 
 
 # --- which settings may change --------------------------------------------------------------------------------------
+
+
+def test_a_refused_resume_is_not_told_to_go_on_in_the_same_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    c = config(tmp_path, 2)
+    c.out.mkdir()
+    (c.out / "config.toml").write_text(settings.dump(c))
+    RunFolder(c.out).commit(Commit(step=5))
+    assert main(["train", str(c.out / "config.toml"), "--resume"]) == 1
+    said = capsys.readouterr().err
+    assert said.endswith(f"error: {c.out} has 5 steps behind it, but steps = 2: raise steps\n")
+    assert "go on with" not in said
 
 
 def resumed(c: TrainConfig, commit: Commit | None, dotted: str, value: Any) -> bool:

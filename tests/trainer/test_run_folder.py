@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from areal_agents.cli.main import main
-from areal_agents.errors import CheckpointError, ConfigError
+from areal_agents.errors import ArealError, CheckpointError, ConfigError
 from areal_agents.evaluation.report import EvalReport
 from areal_agents.rollout.buffer import BufferState, Ticket
 from areal_agents.rollout.producer import OpenGroup, RolloutState
 from areal_agents.rollout.tasks import StreamState, TaskStream
 from areal_agents.settings.config import TrainConfig
-from areal_agents.trainer.run_folder import Commit, InUse, RunFolder
+from areal_agents.trainer.run_folder import Commit, RunFolder
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn
 from tests.small_disk import fill, small_disk
 
@@ -216,14 +216,14 @@ def test_a_full_disk_is_one_sentence_already_at_the_lock(tmp_path: Path) -> None
 def test_only_a_folder_of_nobody_elses_is_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    raised: list[ConfigError] = []
+    raised: list[ArealError] = []
 
     async def train(config: TrainConfig, *, resume: bool) -> None:
         raise raised[-1]
 
     monkeypatch.setattr("areal_agents.trainer.loop.train", train)
     (tmp_path / "commit.json").write_text("{}")
-    for error, hints in ((InUse("it is in use by process 7"), 0), (ConfigError("bad"), 1)):
+    for error, hints in ((ConfigError("it is in use by process 7"), 0), (ArealError("it ended"), 1)):
         raised.append(error)
         assert main(["train", "--out", str(tmp_path)]) == 1
-        assert capsys.readouterr().err.count("go on with: areal-agents train") == hints
+        assert capsys.readouterr().err.count("go on with: areal-agents train ") == hints

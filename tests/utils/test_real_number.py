@@ -55,6 +55,8 @@ NONE: dict[str, tuple[Any, str]] = {
     "complex": (1 + 0j, "not a number"),
     "numpy complex": (np.complex64(1), "not a number"),
     "complex tensor": (torch.tensor(1 + 0j), "not a number"),
+    "a sum of squares that overflows": (1e300, r"too large: 1e\+300, and numbers of up to 1e\+30 in size"),
+    "a negative one": (-1.01e30, r"too large: -1.01e\+30, and numbers"),
     "list": ([1.0], "not a number"),
     "dict": ({"score": 1.0}, "not a number"),
     "array of one": (np.array([1.0]), "not a number"),

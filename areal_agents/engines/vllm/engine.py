@@ -103,20 +103,11 @@ class VLLMEngine(EngineProcess):
             ModelError: the model cannot be loaded.
             EngineError: the worker does not start.
         """
-        require_positive(
-            max_batch=max_batch, kv_tokens=kv_tokens, max_context=max_context, threads=threads,
-            tensor_parallel_size=tensor_parallel_size,
-        )  # fmt: skip
-        if block_size is not None:
-            require_positive(block_size=block_size)
-        if not 0 < gpu_memory_utilization <= 1:
-            raise ConfigError(f"engine gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization:g}")
-        require_package("vllm", "the vllm engine")
-        number = number_format(precision)
         settings = p.VLLMSettings(
-            str(model), number, max_batch, kv_tokens, max_context, seed,
+            str(model), number_format(precision), max_batch, kv_tokens, max_context, seed,
             block_size, enforce_eager, gpu_memory_utilization, tensor_parallel_size,
         )  # fmt: skip
+        _require_sound(settings, threads)
         sockets = Path(tempfile.mkdtemp(prefix="areal-vllm-"))
         try:
             engine = await cls.launch(
@@ -134,6 +125,20 @@ class VLLMEngine(EngineProcess):
         finally:
             if self._sockets is not None:
                 shutil.rmtree(self._sockets, ignore_errors=True)
+
+
+def _require_sound(settings: p.VLLMSettings, threads: int) -> None:
+    """Raise ConfigError for a setting that is out of range, or where vLLM is not installed."""
+    require_positive(
+        max_batch=settings.max_batch, kv_tokens=settings.kv_tokens, max_context=settings.max_context, threads=threads,
+        tensor_parallel_size=settings.tensor_parallel_size,
+    )  # fmt: skip
+    if settings.block_size is not None:
+        require_positive(block_size=settings.block_size)
+    share = settings.gpu_memory_utilization
+    if not 0 < share <= 1:
+        raise ConfigError(f"engine gpu_memory_utilization must be in (0, 1], got {share:g}")
+    require_package("vllm", "the vllm engine")
 
 
 def _environment(model: str | Path, sockets: Path, *, bind: str, threads: int) -> dict[str, str]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from areal_agents.rewards.mathematics.lexer import MAX_CHARS
+
 Equal = Callable[[str, str], bool]
 Choices = tuple[tuple[str, str], ...]
 """Letters with their texts."""
@@ -109,4 +111,6 @@ def _letter(plain: str) -> tuple[str, str] | None:
 
 
 def _plain(text: str) -> str:
-    return " ".join(_TYPESETTING.sub(" ", _WORDS_IN.sub(r" \1 ", text[:4096])).split())
+    if len(text) > MAX_CHARS:
+        return ""
+    return " ".join(_TYPESETTING.sub(" ", _WORDS_IN.sub(r" \1 ", text)).split())

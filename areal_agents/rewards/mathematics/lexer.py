@@ -66,6 +66,7 @@ _REPEATED = re.compile(
     r"|\\overline\s*\{(\d{1,64})\}|\\bar\s*\{(\d{1,64})\}|\\dot\s*\{?(\d)\}?|\((\d{1,64})\)"
 )
 _WORD = re.compile(r"[A-Za-z]+")
+_POWER = re.compile(rf"(?:square|cubic|sq|cu)\.?\s+(?:{units.NAMES})(?![A-Za-z])", re.IGNORECASE)
 _COMMAND = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
 _PER = re.compile(r"\s?(?:/|per\b)\s?[A-Za-z]{1,12}(?:\^\{?\d\}?)?[ .$}]*$|\s?\d")
 """After the m of 3 m/s, and of 3 m 20 cm."""
@@ -203,6 +204,9 @@ class Lexer:
             self._add("command", low)
         elif self._may_be_unit(word) and units.known(word):
             self._add("unit", word)
+        elif self._may_be_unit(word) and (power := _POWER.match(f"{low}{self._text[self._pos :][:64]}")) is not None:
+            self._pos += power.end() - len(low)  # cubic meters
+            self._add("unit", power.group())
         elif low.startswith("sqrt"):  # sqrtx
             self._pos -= len(word) - 4
             self._add("command", "sqrt")

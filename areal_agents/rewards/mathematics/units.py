@@ -61,6 +61,10 @@ _SIGNS = {"$": "dollar", "€": "EUR", "£": "GBP", "¥": "yen"}
 _PREFIX = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 
+NAMES = "|".join(sorted((f"{re.escape(n)}(?:e?s)?" for n in _BASE if n.isalpha()), key=len, reverse=True))
+"""A pattern of all names, singular or plural."""
+
+
 def find(name: str) -> Unit | None:
     """Find a unit by its name: singular or plural, ``square meters``, ``cm^2``, ``km/h``. None where it is unknown."""
     text = _SIGNS.get(name.strip(), name.strip(" ."))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from areal_agents.rewards.mathematics import compare
@@ -15,6 +16,8 @@ from areal_agents.rewards.mathematics.errors import ParseError
 from areal_agents.rewards.mathematics.extract import Slot, bare, extract, gold_answer
 from areal_agents.rewards.mathematics.options import Options
 from areal_agents.rewards.mathematics.verdict import MathVerdict
+
+_GAP = re.compile(r"(?<=\d) +(?=[A-Za-z])")
 
 
 def verify(
@@ -41,7 +44,7 @@ def verify(
     errors = []
     for text in golds:
         wanted = gold_answer(text)
-        if answer in (wanted, bare(text)):
+        if _tight(answer) in (_tight(wanted), _tight(bare(text))):
             return MathVerdict("ok")
         if options.dates:
             right_moment, said_moment = moment(wanted, options.date_order), moment(answer, options.date_order)
@@ -69,6 +72,11 @@ def verify(
     if problem:
         return MathVerdict("parse_error", f"the answer {answer[:80]!r} cannot be read: {problem}")
     return MathVerdict("wrong", f"{answer[:80]!r} is not {gold_answer(golds[0])[:80]!r}")
+
+
+def _tight(text: str) -> str:
+    """Write 5 m as 5m, whatever it is."""
+    return _GAP.sub("", text)
 
 
 def _same(gold: str, answer: str, options: Options) -> bool:
