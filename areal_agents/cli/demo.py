@@ -24,6 +24,7 @@ from areal_agents.tracking.plot import HeldOut, plot
 from areal_agents.trainer.loop import RunResult, train
 from areal_agents.trainer.preflight import require_runnable
 from areal_agents.trainer.run_folder import RunFolder
+from areal_agents.utils.packages import require_package
 
 NAMES = {"before": "before", "warm_start": "after warm start", "after_rl": "after RL"}
 
@@ -37,6 +38,7 @@ def demo(overrides: Sequence[str] = (), *, resume: bool = False) -> dict[str, An
     started = float(os.environ.get("AREAL_DEMO_START", time.time()))
     setup = time.time() - started
     config = settings.load("demo", overrides)
+    require_package("matplotlib", "the demo's plot")
     require_runnable(config)  # before an earlier demo is removed
     claim(config.out, resume=resume)
     result = asyncio.run(train(config, resume=resume))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from areal_agents.cli.common import UsageError
+from areal_agents.errors import ArealError
 
 NAMES = {"replicas": "engines", "rollout_workers": "rollout workers", "concurrency": "episodes at once"}
 
@@ -42,9 +44,23 @@ class Resize:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
         if not (self.folder / "config.toml").is_file():
             raise UsageError(f"{self.folder} holds no run: name the folder that `train` was given as --out")
+        if _finished(self.folder):
+            raise ArealError(
+                f"the run in {self.folder} is finished: there is nothing to resize. More steps: areal-agents train "
+                f"{self.folder / 'config.toml'} --resume --steps N"
+            )
         from areal_agents.trainer.control import ask
 
         answer = asyncio.run(ask(self.folder, asked, message=lambda line: print(line, file=sys.stderr, flush=True)))
         for name, what in NAMES.items():
             print(f"{what}: {answer['before'][name]} before, {answer['after'][name]} now")
         return 0
+
+
+def _finished(folder: Path) -> bool:
+    """Say whether the run's commit says that nothing is left to do. One that cannot be read says nothing."""
+    try:
+        commit = json.loads((folder / "commit.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(commit, dict) and commit.get("complete") is True

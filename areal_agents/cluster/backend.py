@@ -33,7 +33,7 @@ from areal_agents.engine_kind import engine_kind
 from areal_agents.engines.local import supervision
 from areal_agents.registry import EnvSpec
 from areal_agents.settings.config import TrainConfig
-from areal_agents.trainer.backend import Backend, Event, engine_spec_of, learner_settings, receivers, salt
+from areal_agents.trainer.backend import Backend, Event, engine_spec_of, engines_text, learner_settings, receivers, salt
 from areal_agents.utils.system import available_cores
 
 
@@ -59,6 +59,7 @@ async def open_ray(
     if not c.learner_gpus:  # Ray does not hide GPUs from an actor that reserves none
         config = config.model_copy(update={"learner": config.learner.model_copy(update={"device": "cpu"})})
     async with contextlib.AsyncExitStack() as stack:
+        event("starting", part="a private Ray" if not c.address else f"the connection to Ray at {c.address}")
         joined = await stack.enter_async_context(
             cluster(
                 c.address, object_store_gib=c.object_store_gib, num_cpus=_reserved(config), resources=_declared(config)
@@ -67,8 +68,10 @@ async def open_ray(
         event("cluster_joined", address=joined.address, private=joined.private)
         # The parts close in reverse order, so that the workers' episodes end before the engines that they call.
         engines = await asyncio.to_thread(_pool_settings, config, model, resumed_at)
+        event("starting", part=engines_text(config))
         pool = await RemotePool.start(engines, event=event)
         await stack.enter_async_context(pool)
+        event("starting", part="the learner")
         learner = await RemoteLearner.start(
             model, num_cpus=c.learner_cpus, num_gpus=c.learner_gpus, hang_seconds=hang,
             receivers=lambda: receivers(config, pool.replicas),

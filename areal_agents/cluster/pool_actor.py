@@ -151,7 +151,8 @@ class RemotePool(EngineHandle, AsyncClosing):
     async def start(cls, settings: PoolSettings, *, event: Callable[..., None]) -> RemotePool:
         """Start the actor and its replicas.
 
-        ``event(kind, **fields)`` is called on the caller's loop. ``EnginePool`` lists the kinds.
+        ``event(kind, **fields)`` is called on the caller's loop. ``EnginePool`` lists the kinds, and ``pool_lost``
+        (reason) tells of the actor's own loss.
 
         Raises:
             EngineError: the actor is lost, or an engine cannot be placed.
@@ -218,8 +219,8 @@ class RemotePool(EngineHandle, AsyncClosing):
         try:
             while True:
                 await self._deliver(_POLL_SECONDS)
-        except ActorLost:
-            return  # every call says so
+        except ActorLost as error:  # every call says so too, among others' failures
+            self._event("pool_lost", reason=str(error))
         except Exception as error:  # noqa: BLE001  boundary: nobody awaits this task; every later call raises it
             self._actor.lose(f"the engine pool's events could not be recorded: {type(error).__name__}: {error}")
 

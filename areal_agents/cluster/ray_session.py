@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import importlib.util
 import logging
 import os
 import queue
@@ -41,6 +40,7 @@ from typing import Any, TypeVar
 
 from areal_agents.cluster import ray_processes
 from areal_agents.errors import ConfigError
+from areal_agents.utils.packages import require_package
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ async def cluster(
         ConfigError: the extra ``ray`` is not installed, the address is bad or nobody answers there, this process is
             connected to Ray already, or ``connect_seconds`` have passed.
     """
-    _require_ray()
+    require_package("ray", "cluster.backend = 'ray'", "set cluster.backend = 'local'")
     if object_store_gib < _LEAST_STORE:
         raise ConfigError(f"cluster.object_store_gib = {object_store_gib:g} is less than Ray's least, {_LEAST_STORE:g}")
     variables = {"PYTHONPATH": _python_path(), **(env or {})}
@@ -135,14 +135,6 @@ def _private_options(folder: Path, object_store_gib: float) -> dict[str, Any]:
         "_temp_dir": str(folder),
         "_system_config": {"worker_niceness": 0},  # else they yield to everything else on this machine
     }
-
-
-def _require_ray() -> None:
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError(
-            "cluster.backend = 'ray' needs Ray, which is not installed: pip install 'areal-agents[ray]', or set "
-            "cluster.backend = 'local'"
-        )
 
 
 async def _require_unconnected(thread: _Thread, seconds: float) -> None:

@@ -14,7 +14,6 @@ sends nothing more, and training goes on. The next resume starts a new W&B run, 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import queue
@@ -27,6 +26,7 @@ from typing import Any
 from areal_agents.errors import ConfigError
 from areal_agents.tracking.tensorboard import Point
 from areal_agents.utils.files import write_atomically
+from areal_agents.utils.packages import require_package
 
 PATIENCE = 60.0
 """Seconds that starting a W&B run, and at the end uploading the rest, may take."""
@@ -34,8 +34,7 @@ PATIENCE = 60.0
 
 def require_wandb() -> None:
     """Raise ConfigError, with the command that helps, where the wandb package is not installed."""
-    if importlib.util.find_spec("wandb") is None:
-        raise ConfigError("track.wandb needs the wandb package: pip install 'areal-agents[wandb]', or leave it empty")
+    require_package("wandb", "track.wandb", "leave it empty")
 
 
 class WandbLog:

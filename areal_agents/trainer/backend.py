@@ -86,6 +86,12 @@ def salt(resumed_at: int) -> str:
     return str(resumed_at) if resumed_at else ""
 
 
+def engines_text(config: TrainConfig) -> str:
+    """Write what the engines of a run are, as ``2 vllm engines``."""
+    n = config.engine.replicas
+    return f"{n} {config.engine.kind} engine{'s' if n > 1 else ''}"
+
+
 def engine_spec_of(config: TrainConfig, model: Path, *, threads: int) -> EngineSpec:
     """Return how one engine of a run is started."""
     number: Format = "bf16" if engine_dtype(config) == torch.bfloat16 else "fp32"

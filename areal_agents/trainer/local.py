@@ -20,6 +20,7 @@ from areal_agents.trainer.backend import (
     Backend,
     Event,
     engine_spec_of,
+    engines_text,
     learner_settings,
     receivers,
     salt,
@@ -47,11 +48,13 @@ async def open_local(
     # Both have all cores: threads that wait do not spin (utils/openmp.py), so nothing is gained by dividing them.
     spec_of_one = await asyncio.to_thread(engine_spec_of, config, model, threads=engine_threads(config.engine))
     async with contextlib.AsyncExitStack() as stack:
+        event("starting", part=engines_text(config))
         engine = await stack.enter_async_context(
             open_engines(config.engine, spec_of_one, seed=config.seed, salt=salt(resumed_at), event=event)
         )
         # `auto` is shared memory: engines and learner are on this machine.
         transport: Transport = "shm" if config.engine.transport == "auto" else config.engine.transport
+        event("starting", part="the learner")
         learner = TorchLearner(
             model, **learner_settings(config, transport, threads=threads_of("learner.threads", config.learner.threads)),
             receivers=lambda: receivers(config, engine.replicas if isinstance(engine, EnginePool) else 1),

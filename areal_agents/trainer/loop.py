@@ -15,6 +15,7 @@ import asyncio
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from areal_agents import settings
@@ -66,7 +67,7 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
     ``cluster.learner_restarts`` times.
 
     On the first SIGINT or SIGTERM the step is finished and saved, then Interrupted is raised. On the second it is
-    raised at once.
+    raised at once, and on the first too while engines and learner still start.
 
     Args:
         config: the settings.
@@ -86,6 +87,8 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
         lives = _Lives(config, looks)
         while commit is None or not commit.complete:
             with stop_on_signals(print) as stop:
+                stop.farewell = partial(_how_to_go_on, lives.config, folder, stop)
+                stop.at_once = True  # until everything is open
                 try:
                     reports = await _run(lives, folder, commit, stop, changes=changes, console=console)
                     break
@@ -133,6 +136,7 @@ async def _run(
 ) -> dict[str, EvalReport]:
     """Run all phases, except those that the commit has already."""
     async with open_run(lives.config, folder, stop, commit=commit, console=console) as run, answering(run):
+        stop.at_once = False
         try:
             folder.write_settings(settings.dump(run.config))  # a resize may have come while it was opened
             run.leave_out(lives.looks.train, lives.looks.held_out, tell=commit is None)

@@ -20,6 +20,7 @@ from areal_agents.rollout.script import expert_of
 from areal_agents.rollout.task_looks import Look, look_at
 from areal_agents.settings.config import TrainConfig
 from areal_agents.trainer.run import demonstrated
+from areal_agents.utils.packages import require_package
 from areal_agents.utils.precision import resolve_device
 from areal_agents.utils.system import require_linux
 
@@ -29,6 +30,7 @@ def require_runnable(config: TrainConfig) -> None:
     if remote_name(config.model.path) is not None:
         refuse_training(config.model.path)
     require_linux("training")
+    _require_packages(config)
     spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
     spec.require_arguments({})
     _require_tasks(spec, config)
@@ -41,6 +43,17 @@ def require_runnable(config: TrainConfig) -> None:
     Sampling(r.max_turn_tokens, r.temperature).require_trainable()
     if config.cluster.backend == "local":  # on a cluster the learner's node decides
         resolve_device(config.learner.device)
+
+
+def _require_packages(config: TrainConfig) -> None:
+    if config.cluster.backend == "ray":  # its engines' packages are needed on their nodes, which say so
+        require_package("ray", "cluster.backend = 'ray'", "set cluster.backend = 'local'")
+    elif config.engine.kind == "vllm":
+        require_package("vllm", "engine.kind = 'vllm'", "set engine.kind = 'transformers'")
+    if config.track.tensorboard:
+        require_package("tensorboard", "track.tensorboard", "set track.tensorboard = false")
+    if config.track.wandb:
+        require_package("wandb", "track.wandb", "leave it empty")
 
 
 def _require_tasks(spec: EnvSpec, config: TrainConfig) -> None:

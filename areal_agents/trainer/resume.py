@@ -106,6 +106,7 @@ def begin(folder: RunFolder, config: TrainConfig, *, resume: bool) -> tuple[Comm
         raise ConfigError(f"{config.out} has {commit.step} steps behind it, but steps = {config.steps}: raise steps")
     folder.clean(commit)
     if goes_on:
+        folder.set_model_aside(commit.step)
         folder.commit(commit)  # before the logs are cut back behind that evaluation
     return commit, changes
 

@@ -37,6 +37,7 @@ from areal_agents.trainer.backend import Backend, OpenBackend
 from areal_agents.trainer.evaluation import evaluate_weights, measured, weights_of
 from areal_agents.trainer.reward_watch import PREFIX, RewardWatch, same_answers
 from areal_agents.trainer.run_folder import Commit, RunFolder
+from areal_agents.trainer.telling import Telling
 from areal_agents.types import Group, Task, Trajectory
 from areal_agents.utils.signals import Stop
 
@@ -62,11 +63,13 @@ async def open_run(
     require_prompts(spec, fmt)
     async with contextlib.AsyncExitStack() as stack:
         tracker = stack.enter_context(_tracker(config, commit, model, console=console))
-        stack.enter_context(_noting_a_lost_learner(tracker))
+        telling = Telling(tracker)
+        stack.enter_context(_noting_a_lost_learner(telling))
         done = commit or Commit()
-        backend = await stack.enter_async_context(
-            _backend_of(config)(config, spec, model, event=tracker.event, resumed_at=done.step)
-        )
+        async with telling.start():
+            backend = await stack.enter_async_context(
+                _backend_of(config)(config, spec, model, event=telling.event, resumed_at=done.step)
+            )
         run = Run(config, spec, fmt, backend, tracker, folder, stop, done, model)
         stack.push_async_callback(run.runner.close)  # pushed after the backend: players end before their engine does
         if done.checkpoint is not None:
@@ -86,12 +89,12 @@ def _backend_of(config: TrainConfig) -> OpenBackend:
 
 
 @contextlib.contextmanager
-def _noting_a_lost_learner(tracker: Tracker) -> Iterator[None]:
+def _noting_a_lost_learner(telling: Telling) -> Iterator[None]:
     """Note the loss of a learner in the event log, whether or not another one follows."""
     try:
         yield
     except LearnerLost as error:
-        tracker.event("learner_lost", reason=str(error))
+        telling.event("learner_lost", reason=str(error))
         raise
 
 

@@ -13,7 +13,9 @@ any moment costs the steps since the last commit and nothing else.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -21,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, BinaryIO, Self
 
 from areal_agents.errors import CheckpointError, ConfigError
 from areal_agents.evaluation.report import EvalReport
@@ -81,6 +83,11 @@ def require_shared(folder: Path) -> None:
         )
 
 
+_OF_A_RUN = ("config.toml", "commit.json")
+_OF_A_START = frozenset({"lock", "events.jsonl", "metrics.jsonl", "tensorboard", "weights", "control", "wandb.json"})
+"""What a run may have written before its ``config.toml``."""
+
+
 class RunFolder:
     """``config.out`` as the run's owner sees it, with a lock, the commit point and the checkpoints.
 
@@ -94,7 +101,11 @@ class RunFolder:
 
     def __init__(self, out: Path, *, keep: int = 1, keep_every: int = 0) -> None:
         self.out, self.keep, self.keep_every = out, keep, keep_every
-        self._lock: TextIO | None = None
+        self._lock: BinaryIO | None = None
+        self._made: list[Path] = []
+        """The folders that the lock's taking made, the innermost first."""
+        self._had: frozenset[str] = frozenset()
+        """What was in the folder before."""
 
     @property
     def checkpoints(self) -> Path:
@@ -106,34 +117,64 @@ class RunFolder:
         Raises ConfigError while another process holds it, or where nothing can be written there. The kernel frees the
         lock of a dead one.
         """
-        import fcntl  # not on every system, and only a training needs it
-
         try:
+            self._made = [f for f in (self.out, *self.out.parents) if not f.exists()]
             self.out.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.out / "lock").open("a+")
+            self._had = frozenset(path.name for path in self.out.iterdir())
+            self._lock = self._take()
+            self._lock.truncate(0)
+            self._lock.write(f"{os.getpid()}\n".encode())
         except OSError as error:
+            self._lose()
+            if self._lock is not None:
+                self._lock.close()
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            action = "free some space on that disk, or choose another --out" if full else "choose another --out"
             raise ConfigError(
-                f"out = {self.out}: this folder cannot be written ({error.strerror}): choose another --out"
+                f"out = {self.out}: this folder cannot be written ({error.strerror}): {action}"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            self._lock.close()
-            message = f"{self.out} is in use by process {holder}: wait for it, or choose another --out"
-            raise ConfigError(message) from error
-        except OSError as error:
-            self._lock.close()
-            raise ConfigError(f"the file system of {self.out} has no locks ({error}): choose another --out") from error
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()}\n")
-        self._lock.flush()
         return self
 
+    def _take(self) -> BinaryIO:
+        import fcntl  # not on every system, and only a training needs it
+
+        path = self.out / "lock"
+        while True:
+            lock = path.open("a+b", buffering=0)  # unbuffered: no later close writes what a full disk refused
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+                    return lock
+                lock.close()  # a start that failed has removed this file meanwhile
+            except BlockingIOError as error:
+                lock.seek(0)
+                holder = lock.read().decode(errors="replace").strip() or "unknown"
+                lock.close()
+                raise ConfigError(
+                    f"{self.out} is in use by process {holder}: wait for it, or choose another --out"
+                ) from error
+            except OSError as error:
+                lock.close()
+                text = f"the file system of {self.out} has no locks ({error}): choose another --out"
+                raise ConfigError(text) from error
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is not None and not any((self.out / name).exists() for name in _OF_A_RUN):
+            self._lose()
         if self._lock is not None:
             self._lock.close()
+
+    def _lose(self) -> None:
+        """Remove what a start that failed has left, and nothing that was there before."""
+        for path in (self.out / name for name in _OF_A_START - self._had if self._lock is not None):  # else another's
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody has put something there meanwhile
+            for folder in self._made:
+                folder.rmdir()
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
@@ -195,6 +236,19 @@ class RunFolder:
     def learner_folder(self, commit: Commit) -> Path:
         assert commit.checkpoint is not None
         return self.checkpoints / commit.checkpoint / "learner"
+
+    def set_model_aside(self, step: int) -> None:
+        """Rename ``OUT/model`` to ``OUT/model-step-N``, where a run goes on that was finished at step N.
+
+        Raises CheckpointError.
+        """
+        model, aside = self.out / "model", self.out / f"model-step-{step}"
+        try:
+            if model.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(model, aside)
+        except OSError as error:
+            raise CheckpointError(f"{model} cannot be renamed to {aside}: {error}") from error
 
     # --- writing ---------------------------------------------------------------------------------------------------
 

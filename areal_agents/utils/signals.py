@@ -42,6 +42,8 @@ class Stop:
         self.signal: signal.Signals | None = None
         self.forced = False
         self.at_once = False
+        self.farewell: Callable[[], str] = lambda: f"stopped by {self.name}"
+        """Says what is printed where the process must end without cleaning up."""
 
     @property
     def name(self) -> str:
@@ -99,6 +101,16 @@ class Stop:
                 await asyncio.gather(task, return_exceptions=True)
 
 
+def _end_now(stop: Stop) -> None:
+    """End the process, which does not end by itself, with what it has to say and with the terminal's cursor."""
+    try:
+        if sys.stdout.isatty():  # a live display hides the cursor, and gives it back only in order
+            os.write(sys.stdout.fileno(), b"\x1b[?25h\n")
+        os.write(2, f"{stop.farewell()}\n".encode("utf-8", "backslashreplace"))
+    finally:
+        os._exit(130)
+
+
 @contextlib.contextmanager
 def stop_on_signals(message: Callable[[str], None], *, doing: str = "finishing the step and saving") -> Iterator[Stop]:
     """Handle SIGINT and SIGTERM for the current task.
@@ -108,7 +120,7 @@ def stop_on_signals(message: Callable[[str], None], *, doing: str = "finishing t
     """
     stop, loop, task = Stop(), asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
-    last_resort = threading.Timer(_LAST_RESORT_SECONDS, os._exit, (130,))
+    last_resort = threading.Timer(_LAST_RESORT_SECONDS, _end_now, (stop,))
     last_resort.daemon = True
 
     def on_signal(number: signal.Signals) -> None:

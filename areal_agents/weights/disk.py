@@ -60,8 +60,8 @@ class DiskWeights:
             self.folder, self._lock = _new_folder(weights_dir)
         except OSError as error:
             raise ConfigError(
-                f"weights_dir = {weights_dir} cannot be used: {error.strerror}. Name a folder that this user may write "
-                "and every engine may read"
+                f"the weights' folder {weights_dir} cannot be used: {error.strerror}. Choose an --out that "
+                "this user may write and every engine may read"
             ) from error
 
     def fill(self, tensors: Mapping[str, Tensor], version: int) -> WeightsRef:
@@ -127,7 +127,7 @@ class DiskWeights:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(self.folder).free
             text += f" ({self.nbytes >> 20} MiB needed, {free >> 20} MiB free there)"
-        return f"{text}. Make room, or set weights_dir to another file system; two versions lie there at a time"
+        return f"{text}. Make room there, or choose an --out on another disk; two versions lie there at a time"
 
 
 def read_disk(ref: WeightsRef, *, verify: bool = True) -> LoadedWeights:
@@ -153,8 +153,8 @@ def read_disk(ref: WeightsRef, *, verify: bool = True) -> LoadedWeights:
                 done += n
     except OSError as error:
         raise EngineError(
-            f"weights v{ref.version} at {ref.locator} are gone: {error.strerror}. weights_dir must be the same folder "
-            "on the learner's and on every engine's node"
+            f"weights v{ref.version} at {ref.locator} are gone: {error.strerror}. `out` must be the same folder on "
+            "the learner's and on every engine's node"
         ) from error
     if done < ref.nbytes:
         raise EngineError(f"weights v{ref.version} at {ref.locator} end after {done} of {ref.nbytes} bytes")

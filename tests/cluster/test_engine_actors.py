@@ -248,6 +248,7 @@ def test_workers_call_the_pool_and_everybody_is_told_when_its_actor_dies(rig: Ri
             await rig.pool.update_weights(WeightsRef(1, "", (), "", 0))
         assert rig.pool.failure
         await rig.pool.close()
+        assert [kind for kind, _ in rig.events].count("pool_lost") == 1
         assert not wait_gone([engine], 60)  # what a dead actor owns ends with it
         ray.kill(caller)
 

@@ -108,3 +108,14 @@ def test_the_command_refuses_what_is_no_request(tmp_path: Path, capsys: pytest.C
     ):
         assert command_line(["resize", *arguments]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.toml").touch()
+    (tmp_path / "commit.json").write_text('{"complete": true}')
+    assert command_line(["resize", str(tmp_path), "--concurrency", "4"]) == 1
+    assert capsys.readouterr().err == (
+        f"error: the run in {tmp_path} is finished: there is nothing to resize. More steps: areal-agents train "
+        f"{tmp_path / 'config.toml'} --resume --steps N\n"
+    )
+    assert not (tmp_path / "control").exists()

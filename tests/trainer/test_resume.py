@@ -35,7 +35,7 @@ from areal_agents.trainer.run import open_run as usually_opened
 from areal_agents.trainer.run_folder import RunFolder
 from areal_agents.types import Task
 from tests.letters_env import Letters
-from tests.processes import MARKER, marked, wait_gone
+from tests.processes import MARKER, descendants, marked, wait_gone
 from tests.small_disk import small_disk
 from tests.tiny_models import tiny_chat_model
 
@@ -233,6 +233,24 @@ def test_one_signal_finishes_the_step_and_saves_and_two_stop_at_once(tmp_path: P
         assert answer(process) == f"ended {pid} 0", log(tmp_path)
     check_lineage(c)
     assert [len(read_metrics(c.out, kind=f"eval/step_{s}")) for s in (8, 16)] == [1, 1]
+
+
+@pytest.mark.slow
+def test_one_signal_ends_a_start_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    c = config(tmp_path, steps=4)
+    path = tmp_path / "config.toml"
+    path.write_text(settings.dump(c))
+    with zygote(str(tmp_path)) as process:
+        pid = launch(process, path)
+        wait_for(lambda: bool(descendants(pid)), pid)
+        for engine in descendants(pid):  # it would never have started
+            os.kill(engine, signal.SIGSTOP)
+        os.kill(pid, signal.SIGINT)
+        assert answer(process) == f"ended {pid} 130", log(tmp_path)
+        no_orphans(process, tmp_path)
+    assert "SIGINT: stopping\n" in log(tmp_path)
+    assert log(tmp_path).endswith("stopped by SIGINT before anything was begun\n")
+    assert not c.out.exists()
 
 
 @pytest.mark.slow

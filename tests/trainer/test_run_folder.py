@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from areal_agents.errors import CheckpointError, ConfigError
+from areal_agents.cli.main import main
+from areal_agents.errors import ArealError, CheckpointError, ConfigError
 from areal_agents.evaluation.report import EvalReport
 from areal_agents.rollout.buffer import BufferState, Ticket
 from areal_agents.rollout.producer import OpenGroup, RolloutState
 from areal_agents.rollout.tasks import StreamState, TaskStream
+from areal_agents.settings.config import TrainConfig
 from areal_agents.trainer.run_folder import Commit, RunFolder
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn
+from tests.small_disk import fill, small_disk
 
 REPORT = EvalReport(
     "e", "test", "m", 3, 0.0, 0, 4, 1, 4, 0.5, (0.25, 0.75), 0.5, None, 0.5, 1.0, None, 0.0, 0.0, 0.0, 2.0, 9.0, 1.5
@@ -166,3 +170,60 @@ def test_a_checkpoint_that_the_learner_wrote_elsewhere_is_none(tmp_path: Path) -
             asyncio.run(folder.save(2, far, None))
         assert "Free some space" not in str(raised.value)
         assert sorted(f.name for f in folder.checkpoints.iterdir()) == ["step-000001"]
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "mine"
+    with pytest.raises(ConfigError, match="no such model"), RunFolder(out):  # noqa: PT012
+        (out / "events.jsonl").write_text("{}\n")
+        (out / "tensorboard").mkdir()
+        raise ConfigError("no such model")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_start_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text("mine")
+    with pytest.raises(ConfigError), RunFolder(tmp_path):  # noqa: PT012
+        (tmp_path / "notes").write_text("of somebody else, meanwhile")
+        raise ConfigError("no such model")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["events.jsonl", "notes"]
+
+
+def test_a_run_that_has_begun_keeps_its_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError), RunFolder(tmp_path / "run") as folder:  # noqa: PT012
+        folder.write_settings("")
+        raise CheckpointError("a full disk")
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["config.toml", "lock"]
+
+
+def test_a_lock_whose_file_was_removed_holds_nobody_off(tmp_path: Path) -> None:
+    """A start that fails removes its lock file: whoever opened it a moment before must take the new one."""
+    with RunFolder(tmp_path):
+        (tmp_path / "lock").unlink()
+        with RunFolder(tmp_path):
+            assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_full_disk_is_one_sentence_already_at_the_lock(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        fill(disk)
+        for out in (disk / "run", disk):
+            with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\): free some space"):
+                RunFolder(out).__enter__()
+        assert sorted(f.name for f in disk.iterdir()) == ["ballast"]
+
+
+def test_only_a_folder_of_nobody_elses_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raised: list[ArealError] = []
+
+    async def train(config: TrainConfig, *, resume: bool) -> None:
+        raise raised[-1]
+
+    monkeypatch.setattr("areal_agents.trainer.loop.train", train)
+    (tmp_path / "commit.json").write_text("{}")
+    for error, hints in ((ConfigError("it is in use by process 7"), 0), (ArealError("it ended"), 1)):
+        raised.append(error)
+        assert main(["train", "--out", str(tmp_path)]) == 1
+        assert capsys.readouterr().err.count("go on with: areal-agents train ") == hints

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import pty
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -105,3 +109,37 @@ def test_a_failure_together_with_the_stop_is_not_reported(caplog: pytest.LogCapt
     asyncio.run(main())
     gc.collect()
     assert not caplog.records
+
+
+STUCK = """
+import asyncio, os, signal, sys, time
+from areal_agents.utils import signals
+signals._LAST_RESORT_SECONDS = 0.2
+
+async def main():
+    with signals.stop_on_signals(lambda text: None) as stop:
+        stop.farewell = lambda: f"stopped by {stop.name}; step 3 of 9 is saved"
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(0)
+        while True:  # as a learner's thread, which cannot be stopped inside a step
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                continue
+
+asyncio.run(main())
+"""
+
+
+def test_what_does_not_end_by_itself_still_says_how_to_go_on_and_gives_the_cursor_back() -> None:
+    ours, its = pty.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", STUCK], stdout=its, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+        assert (done.returncode, done.stderr) == (130, "stopped by SIGINT; step 3 of 9 is saved\n")
+        assert b"\x1b[?25h" in os.read(ours, 100)
+    finally:
+        os.close(ours)
+        os.close(its)

@@ -168,7 +168,7 @@ def test_transports_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="weights_dir"):
         weights_buffers("disk", tensors(), torch.float32)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"weights_dir = .*file/x cannot be used"):
+    with pytest.raises(ConfigError, match=r"the weights' folder .*file/x cannot be used: .*Choose an --out"):
         weights_buffers("disk", tensors(), torch.float32, weights_dir=tmp_path / "file" / "x")
     with pytest.raises(ConfigError, match="bfloat16"):
         weights_buffers("disk", tensors(), torch.int8, weights_dir=tmp_path)
@@ -222,7 +222,9 @@ def test_a_disk_that_refuses_is_named_and_the_other_version_stays(tmp_path: Path
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
     try:
-        with pytest.raises(EngineError, match=r"v2 cannot be written to .*: File too large .*MiB free.*weights_dir"):
+        with pytest.raises(
+            EngineError, match=r"v2 cannot be written to .*: File too large .*MiB free.*choose an --out"
+        ):
             two.fill(tensors(), 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -37,7 +37,6 @@ Its processes end together: with ``close`` and ``kill``, when the worker dies, a
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
@@ -46,9 +45,8 @@ from areal_agents.engines import protocol as p
 from areal_agents.engines.process import EngineProcess, environment, require_positive
 from areal_agents.engines.vllm.cpu_build import is_cpu_build
 from areal_agents.errors import ConfigError
+from areal_agents.utils.packages import require_package
 from areal_agents.utils.precision import Precision, number_format
-
-INSTALL = 'pip install "areal-agents[vllm]" (a GPU), or see docs/engines.md for the build for processors'
 
 
 class VLLMEngine(EngineProcess):
@@ -145,8 +143,7 @@ def _require_sound(settings: p.VLLMSettings, threads: int, *, deterministic: boo
     share = settings.gpu_memory_utilization
     if not 0 < share <= 1:
         raise ConfigError(f"engine gpu_memory_utilization must be in (0, 1], got {share:g}")
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(f"the vllm engine needs vLLM, which is not installed: {INSTALL}")
+    require_package("vllm", "the vllm engine")
     if deterministic and is_cpu_build():
         raise ConfigError(
             "engine.deterministic with engine.kind = 'vllm' needs a GPU: vLLM's batch-invariant kernels are for GPUs "

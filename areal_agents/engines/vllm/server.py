@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 import os
 import shlex
@@ -40,9 +39,9 @@ from areal_agents.engines.process_group_reaper import __file__ as guard_script
 from areal_agents.engines.process_group_reaper import killable, members
 from areal_agents.engines.vllm.cpu_build import CPU_WORKER, is_cpu_build
 from areal_agents.errors import ConfigError, EngineError
+from areal_agents.utils.packages import require_package
 from areal_agents.utils.precision import Precision, number_format
 
-INSTALL = 'pip install "areal-agents[vllm]" (a GPU), or see docs/engines.md for the build for processors'
 START_SECONDS = 900.0
 """Compiling for a GPU may take minutes the first time."""
 _GRACE_SECONDS = 20.0
@@ -89,8 +88,7 @@ class Serving:
 
 def require_vllm() -> None:
     """Raise ConfigError, with the command that installs it, where vLLM is missing."""
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(f"serving needs vLLM, which is not installed: {INSTALL}")
+    require_package("vllm", "serving")
 
 
 def arguments(serving: Serving, files: Path, *, cpu: bool, form: ToolFormat = DEFAULT) -> list[str]:
@@ -104,6 +102,8 @@ def arguments(serving: Serving, files: Path, *, cpu: bool, form: ToolFormat = DE
             them (``model.tool_format``).
     """
     reads_calls = ["--enable-auto-tool-choice", "--tool-call-parser", form.vllm_parser] if form.vllm_parser else []
+    # With tool_choice = "none" no parser reads the text, so the model must not be told of tools either.
+    reads_calls.append("--exclude-tools-when-tool-choice-none")
     on_cpu = ["--enforce-eager", "--worker-cls", CPU_WORKER] if cpu else []
     return [
         # vLLM calls this entry point deprecated, but the `vllm` command of its build for CPUs does not start.

@@ -48,6 +48,7 @@ def test_the_command_line_and_its_files(tmp_path: Path) -> None:
     assert (given["--host"], given["--port"], given["--dtype"]) == ("127.0.0.1", "8000", "float32")
     assert (given["--served-model-name"], given["--tool-call-parser"]) == ("runs/demo/model", "hermes")
     assert "--enforce-eager" in line
+    assert "--exclude-tools-when-tool-choice-none" in line
     assert given["--worker-cls"] == CPU_WORKER
     assert line[-2:] == ["--max-num-seqs", "4"]
     assert "--enforce-eager" not in arguments(serving(), tmp_path, cpu=False)

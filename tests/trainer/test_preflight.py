@@ -1,0 +1,68 @@
+"""What a run asks for before anything is made or read: the packages that its settings need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HIDE = """
+import importlib.abc, importlib.util, sys
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == sys.argv[1]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return None
+sys.meta_path.insert(0, Hidden())
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == sys.argv[1] else found(name, package)
+from areal_agents.cli.main import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "settings", "said"),
+    [
+        (
+            "ray",
+            ["--cluster.backend", "ray"],
+            "cluster.backend = 'ray' needs Ray, which is not installed: pip install 'areal-agents[ray]', or set "
+            "cluster.backend = 'local'",
+        ),
+        (
+            "vllm",
+            ["--engine.kind", "vllm"],
+            "engine.kind = 'vllm' needs vLLM, which is not installed: pip install \"areal-agents[vllm]\" (a GPU), or "
+            "see docs/engines.md for the build for processors, or set engine.kind = 'transformers'",
+        ),
+        (
+            "wandb",
+            ["--track.wandb", "mine"],
+            "track.wandb needs the wandb package, which is not installed: pip install 'areal-agents[wandb]', or leave "
+            "it empty",
+        ),
+        (
+            "tensorboard",
+            [],
+            "track.tensorboard needs the tensorboard package, which is not installed: pip install tensorboard, or set "
+            "track.tensorboard = false",
+        ),
+    ],
+)
+def test_a_missing_package_is_one_sentence_before_anything_is_made(
+    package: str, settings: list[str], said: str, tmp_path: Path
+) -> None:
+    """The model does not exist either: nothing has looked for it."""
+    out = tmp_path / "run"
+    argv = ["train", "--env.id", "areal/Arithmetic-v0", "--model.path", str(tmp_path / "none"), "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-c", HIDE, package, *argv, *settings],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, f"error: {said}\n")
+    assert not out.exists()
