@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents.errors import ConfigError
-from areal_agents.evaluation.statistics import mean_interval, sign_test
+from areal_agents.evaluation.statistics import mean_interval, sign_flip_test
 from areal_agents.evaluation.unfinished import partial_note
 from areal_agents.tracking.trajectories import read_records, shards
 from areal_agents.utils.tolerance import reaches
@@ -29,6 +29,8 @@ from areal_agents.utils.tolerance import reaches
 FEW_TASKS = 30
 """With fewer, the mean of the differences may be far from normal, which the t interval takes it for."""
 FEW_FLIPS = 10
+LEVEL = 0.05
+"""Differences are claimed where the exact test's p is below it."""
 SHOWN = 20
 """Task ids a list of the table."""
 
@@ -58,7 +60,9 @@ class Paired:
     difference: float
     """b - a."""
     ci95: tuple[float, float] | None
-    """Of the difference. None where nothing can be said."""
+    """Of the difference. None where nothing can be said. It holds 0 wherever the test rejects nothing."""
+    p_value: float
+    """Two-sided sign-flip permutation test, by task. With one attempt a task, of pass@1 it is the exact McNemar test."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ class Comparison:
     """Ids of the tasks that A passes more often."""
     ties: int
     p_value: float
-    """Exact two-sided sign test of gained against lost. With one attempt a task it is the exact McNemar test."""
+    """Of pass@1, as in ``pass_at_1``."""
     left_out: tuple[int, int]
     """Tasks of A and of B that the other one lacks."""
     notes: tuple[str, ...] = ()
@@ -100,13 +104,16 @@ class Comparison:
         return asdict(self)
 
     def verdict(self) -> str:
-        """Say in one sentence what pass@1 shows."""
+        """Say in one sentence what pass@1 shows.
+
+        A difference is claimed only where interval and test both show it.
+        """
         if self.pass_at_1.ci95 is None:
             return "nothing can be said about the difference"
         low, high = self.pass_at_1.ci95
-        if low > 0.0:
+        if self.p_value < LEVEL and low > 0.0:
             return f"B passes more often: between {100 * low:.1f} and {100 * high:.1f} points more"
-        if high < 0.0:
+        if self.p_value < LEVEL and high < 0.0:
             return f"B passes less often: between {-100 * high:.1f} and {-100 * low:.1f} points less"
         return f"no difference shown: anything from {100 * low:+.1f} to {100 * high:+.1f} points fits these tasks"
 
@@ -116,7 +123,7 @@ class Comparison:
         rows = [head, *(_row(n, p) for n, p in (("pass@1", self.pass_at_1), ("reward", self.reward)))]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        test = "exact McNemar test" if self.attempts == (1, 1) else "exact sign test"
+        test = "exact McNemar test" if self.attempts == (1, 1) else "sign-flip permutation test by task"
         out = [
             f"A: {self.a}    B: {self.b}",
             f"{self.n} tasks, {self.attempts[0]} and {self.attempts[1]} attempts a task, paired by task",
@@ -152,19 +159,20 @@ def compare(a: str | Path | Evaluation, b: str | Path | Evaluation, *, common: b
     passed = [(_passed(one.rewards[key]), _passed(two.rewards[key])) for key in shared]
     means = [(_mean(one.rewards[key]), _mean(two.rewards[key])) for key in shared]
     differences = [float(y - x) for x, y in passed]
+    on_pass = _paired(passed, _pass_interval(differences))
     gained = tuple(key[1] for key, d in zip(shared, differences, strict=True) if d > 0)
     lost = tuple(key[1] for key, d in zip(shared, differences, strict=True) if d < 0)
     n = len(shared)
     return Comparison(
         one.name, two.name, n, (_most(one, shared), _most(two, shared)),
-        pass_at_1=_paired([(float(x), float(y)) for x, y in passed], _pass_interval(differences)),
+        pass_at_1=on_pass,
         reward=_paired(means, mean_interval([y - x for x, y in means])),
         gained=gained,
         lost=lost,
         ties=n - len(gained) - len(lost),
-        p_value=sign_test(len(gained), len(lost)),
+        p_value=on_pass.p_value,
         left_out=(len(one.rewards) - n, len(two.rewards) - n),
-        notes=_notes(one, two, differences, shared),
+        notes=_notes(one, two, differences, on_pass.p_value, shared),
     )  # fmt: skip
 
 
@@ -241,9 +249,20 @@ def _shared(one: Evaluation, two: Evaluation, *, common: bool) -> list[TaskKey]:
     raise ConfigError(f"{found}: {action}{partial}")
 
 
-def _paired(values: Sequence[tuple[float, float]], interval: tuple[float, float] | None) -> Paired:
-    a, b = (_mean([pair[i] for pair in values]) for i in (0, 1))
-    return Paired(a, b, _mean([y - x for x, y in values]), interval)
+def _paired(
+    values: Sequence[tuple[float, float]] | Sequence[tuple[Fraction, Fraction]], t: tuple[float, float] | None
+) -> Paired:
+    """Return what the pairs (A, B) of means show, the t interval of whose difference is ``t``.
+
+    It takes the mean for normal, which few tasks or few that differ do not make it. So it is widened to 0 where the
+    test, which needs no such thing, does not reject 0.
+    """
+    differences = [y - x for x, y in values]
+    p = sign_flip_test(differences)
+    if t is not None and p >= LEVEL:
+        t = min(t[0], 0.0), max(t[1], 0.0)
+    a, b = (_mean([float(pair[i]) for pair in values]) for i in (0, 1))
+    return Paired(a, b, _mean([float(d) for d in differences]), t, p)
 
 
 def _pass_interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -261,7 +280,7 @@ def _pass_interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def _notes(
-    one: Evaluation, two: Evaluation, differences: Sequence[float], shared: Sequence[TaskKey]
+    one: Evaluation, two: Evaluation, differences: Sequence[float], p: float, shared: Sequence[TaskKey]
 ) -> tuple[str, ...]:
     n, flips = len(differences), sum(d != 0 for d in differences)
     notes: list[str] = []
@@ -271,6 +290,12 @@ def _notes(
         notes.append("every task has the same difference: the interval of pass@1 is an exact binomial bound")
     elif flips < FEW_FLIPS <= n:
         notes.append(f"only {flips} tasks differ: the t interval is rough, the test is exact")
+    low, high = _pass_interval(differences)
+    apart = low > 0.0 or high < 0.0
+    if apart and p >= LEVEL:
+        notes.append(f"the t interval alone leaves out 0, the test does not (p = {p:.3g}): it is widened to 0")
+    elif p < LEVEL and not apart:
+        notes.append(f"the test rejects 0 (p = {p:.3g}), the interval does not: no difference is claimed")
     uneven = sum(len(e.rewards[key]) < _most(e, shared) for e in (one, two) for key in shared)
     if uneven:
         notes.append(f"{uneven} times a task lacks attempts, which infrastructure failed: its mean is over the others")

@@ -1,7 +1,7 @@
 """The statistics that reports use.
 
 pass_at_k, pass_hat_k, clustered_interval      of attempts that share tasks
-mean_interval, sign_test                       of differences, paired by task
+mean_interval, sign_flip_test                  of differences, paired by task
 spearman                                       rank correlation
 """
 
@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_agents.utils.tolerance import all_same
+from areal_agents.utils.tolerance import TOLERANCE, all_same, rounding_of
 
 Floats: TypeAlias = NDArray[np.float64]
 _Z95 = 1.959963984540054
+_FLIPS = 100_000
+"""Random signs, where there are too many sums for all of them: p = 0.05 is then known to ±0.0014."""
+_MOST_SUMS = 500_000_000
+"""Most tasks times sums."""
+_DENOMINATOR = 10_000
+"""Largest one that a difference is taken to have."""
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -122,14 +129,52 @@ def _student_t_below(t: float, df: int) -> float:
     return 0.5 + between / 2
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """Return the two-sided p of the exact sign test.
+def sign_flip_test(differences: Sequence[float | Fraction]) -> float:
+    """Return the two-sided p of the sign-flip permutation test of ``differences``, paired by task.
 
-    Under its hypothesis wins and losses are equally likely, and ties say nothing. With one pass-or-fail
-    attempt a task on each side it is the exact McNemar test (McNemar 1947).
+    Under its hypothesis each difference is as likely as its negative: the two sides could be exchanged in any task
+    (Fisher 1935). p is the share of the 2^n signs whose sum is at least as far from 0 as the sum seen. It is exact while
+    the sums have few values, as those of shares of few attempts have, and else estimated from ``_FLIPS`` random signs.
+    Where all differences are -1, 0 or 1 it is the exact sign test, and with one attempt a task McNemar's (1947).
     """
-    n, fewer = wins + losses, min(wins, losses)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / (1 << n))
+    kept = [d for d in differences if abs(float(d)) > TOLERANCE]
+    sizes = _as_integers(kept)
+    most = sum(map(abs, sizes))
+    if most * len(sizes) > _MOST_SUMS:
+        return _estimated(np.asarray(kept, dtype=np.float64))
+    seen = abs(sum(sizes))
+    chances: Floats = np.ones(1)  # of the sum of those with a plus, from 0 on
+    for size in map(abs, sizes):
+        wider = np.zeros(len(chances) + size)
+        wider[: len(chances)] += chances / 2
+        wider[size:] += chances / 2
+        chances = wider
+    tail = chances[(most + seen) // 2 :].sum()  # by symmetry the other tail weighs the same
+    return min(1.0, 2.0 * float(tail))
+
+
+def _estimated(differences: Floats) -> float:
+    """Estimate the p of ``sign_flip_test``.
+
+    The signs as they are count among the random ones, so that p is never 0.
+    """
+    rng, seen, far = np.random.default_rng(0), abs(differences.sum()), 0
+    for _ in range(_FLIPS // 1000):
+        signs = rng.integers(0, 2, size=(1000, len(differences))) * 2.0 - 1.0
+        far += int(np.count_nonzero(np.abs(signs @ differences) >= seen - rounding_of(seen)))
+    return (1 + far) / (1 + _FLIPS)
+
+
+def _as_integers(values: Sequence[float | Fraction]) -> list[int]:
+    """Return whole numbers in the proportions of ``values``, as small as they can be.
+
+    A float is taken as the nearest fraction of a small denominator.
+    """
+    fractions = [Fraction(v).limit_denominator(_DENOMINATOR) for v in values]
+    scale = math.lcm(1, *(f.denominator for f in fractions))
+    whole = [int(f * scale) for f in fractions]
+    divisor = math.gcd(0, *whole) or 1
+    return [w // divisor for w in whole]
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -62,7 +62,7 @@ def test_attempts_are_averaged_before_tasks_are_paired() -> None:
     assert found.pass_at_1.b == pytest.approx(7 / 12)
     assert found.pass_at_1.ci95 == pytest.approx((1 / 6 - half, min(1.0, 1 / 6 + half)))
     assert (found.gained, found.lost, found.ties, found.attempts) == (("x", "y"), ("z",), 0, (4, 4))
-    assert found.p_value == 1.0
+    assert found.p_value == 0.75  # of the 8 sums of ±2 ±1 ±1, six are at least 2 away from 0
 
 
 def test_pairing_sees_what_two_separate_intervals_cannot() -> None:
@@ -72,6 +72,32 @@ def test_pairing_sees_what_two_separate_intervals_cannot() -> None:
     assert 0.03 < low < 30 / 512 < high < 0.09
     assert found.p_value == pytest.approx(2 / 2**30)
     assert found.verdict() == f"B passes more often: between {100 * low:.1f} and {100 * high:.1f} points more"
+
+
+def test_a_difference_is_claimed_only_where_the_test_agrees() -> None:
+    # five lost of sixteen: t's interval is -0.568 to -0.057, but five coins fall alike in 1 of 16 throws
+    found = compare(once("a", [1] * 5 + [0] * 11), once("b", [0] * 16))
+    assert found.p_value == found.pass_at_1.p_value == found.reward.p_value == 0.0625
+    assert found.pass_at_1.ci95 == pytest.approx((-0.5676, 0.0), abs=1e-4)
+    assert found.reward.ci95 == found.pass_at_1.ci95
+    assert found.verdict() == "no difference shown: anything from -56.8 to +0.0 points fits these tasks"
+    assert "the t interval alone leaves out 0, the test does not (p = 0.0625): it is widened to 0" in found.notes
+    other = compare(once("b", [0] * 16), once("a", [1] * 5 + [0] * 11))
+    assert other.verdict() == "no difference shown: anything from +0.0 to +56.8 points fits these tasks"
+    six = compare(once("a", [1] * 6 + [0] * 10), once("b", [0] * 16))  # 1 of 32 throws
+    assert six.p_value == 0.03125
+    assert six.verdict() == "B passes less often: between 10.9 and 64.1 points less"
+
+
+@pytest.mark.parametrize("n", range(1, 41))
+def test_no_number_of_flips_is_claimed_against_the_test(n: int) -> None:
+    for gained in range(n + 1):
+        for lost in {0, 1, 2, 5} & set(range(n - gained + 1)):
+            b = [1] * gained + [0] * (n - gained)
+            found = compare(once("a", [0] * (n - lost) + [1] * lost), once("b", b))
+            low, high = found.pass_at_1.ci95 or (0.0, 0.0)
+            assert found.p_value < 0.05 or low <= 0.0 <= high
+            assert (found.p_value < 0.05 and not low <= 0.0 <= high) == found.verdict().startswith("B passes")
 
 
 def test_reward_and_pass_are_apart() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+import random
+from fractions import Fraction
+from itertools import combinations, product
 from statistics import NormalDist
 
 import pytest
@@ -15,7 +17,7 @@ from areal_agents.evaluation.statistics import (
     mean_interval,
     pass_at_k,
     pass_hat_k,
-    sign_test,
+    sign_flip_test,
     student_t_quantile,
 )
 
@@ -113,9 +115,29 @@ def test_the_interval_by_hand() -> None:
     assert mean_interval([0.5, 0.5, 0.5]) is None
 
 
-def test_the_sign_test_by_hand() -> None:
-    assert sign_test(0, 0) == 1.0
-    assert sign_test(5, 0) == 2 / 32  # both tails of 5 heads in 5 throws
-    assert sign_test(1, 5) == sign_test(5, 1) == 2 * (1 + 6) / 64
-    assert sign_test(3, 3) == 1.0  # twice the half that holds the middle is more than 1
-    assert sign_test(4000, 4000) == 1.0  # numbers beyond the floats' range
+def test_the_sign_flip_test_by_hand() -> None:
+    assert sign_flip_test([]) == sign_flip_test([0, 0]) == 1.0
+    assert sign_flip_test([1] * 5 + [0] * 11) == 2 / 32  # both tails of 5 heads in 5 throws
+    assert sign_flip_test([1, -1, -1, -1, -1, -1]) == 2 * (1 + 6) / 64
+    assert sign_flip_test([1, -1]) == 1.0
+    assert sign_flip_test([1] * 4000 + [-1] * 4000) == 1.0
+    # of the 8 sums of ±2 ±1 ±1, six are at least 2 away from 0
+    assert sign_flip_test([Fraction(1, 2), Fraction(1, 4), Fraction(-1, 4)]) == 6 / 8
+    assert sign_flip_test([0.3 - 0.2, 0.2 - 0.1, 0.1]) == 2 / 8  # rounding makes no other differences
+
+
+def test_the_sign_flip_test_is_the_share_of_all_signs() -> None:
+    rng = random.Random(0)
+    for _ in range(40):
+        d = [Fraction(rng.randint(-4, 4), 4) for _ in range(rng.randint(1, 8))]
+        sums = [sum(x * s for x, s in zip(d, signs, strict=True)) for signs in product((1, -1), repeat=len(d))]
+        assert sign_flip_test(d) == sum(abs(s) >= abs(sum(d)) for s in sums) / len(sums)
+
+
+def test_the_sign_flip_test_is_estimated_where_the_sums_are_many() -> None:
+    rng = random.Random(0)
+    d = [rng.gauss(0.0, 1.0) for _ in range(14)]
+    sums = [sum(x * s for x, s in zip(d, signs, strict=True)) for signs in product((1, -1), repeat=len(d))]
+    exact = sum(abs(s) >= abs(sum(d)) - 1e-9 for s in sums) / len(sums)
+    assert sign_flip_test(d) == pytest.approx(exact, abs=5 * math.sqrt(exact * (1 - exact) / 100_000))
+    assert sign_flip_test([1 + rng.random() for _ in range(60)]) == 1 / 100_001  # never 0
