@@ -62,7 +62,7 @@ class Paired:
     ci95: tuple[float, float] | None
     """Of the difference. None where nothing can be said. It holds 0 wherever the test rejects nothing."""
     p_value: float
-    """Two-sided sign-flip permutation test, by task. With one attempt a task, of pass@1 it is the exact McNemar test."""
+    """Two-sided sign-flip permutation test, by task. Of pass@1 of one attempt a task it is the exact McNemar test."""
 
 
 @dataclass(frozen=True, slots=True)

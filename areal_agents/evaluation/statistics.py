@@ -133,8 +133,9 @@ def sign_flip_test(differences: Sequence[float | Fraction]) -> float:
     """Return the two-sided p of the sign-flip permutation test of ``differences``, paired by task.
 
     Under its hypothesis each difference is as likely as its negative: the two sides could be exchanged in any task
-    (Fisher 1935). p is the share of the 2^n signs whose sum is at least as far from 0 as the sum seen. It is exact while
-    the sums have few values, as those of shares of few attempts have, and else estimated from ``_FLIPS`` random signs.
+    (Fisher 1935). p is the share of the 2^n signs whose sum is at least as far from 0 as the sum seen. It is exact
+    while the sums have few values, as those of shares of few attempts have, and else estimated from ``_FLIPS`` random
+    signs.
     Where all differences are -1, 0 or 1 it is the exact sign test, and with one attempt a task McNemar's (1947).
     """
     kept = [d for d in differences if abs(float(d)) > TOLERANCE]
