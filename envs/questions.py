@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,6 +111,8 @@ class Questions(ToolEnv):
         golds = row[answer] if isinstance(row[answer], list) else [row[answer]]
         if not golds or not all(isinstance(g, str | int | float) and not isinstance(g, bool) for g in golds):
             raise ValueError(f"{answer!r} = {short(row[answer])} is neither a text, a number nor a list of them")
+        if not all(math.isfinite(g) for g in golds if isinstance(g, float)):
+            raise ValueError(f"{answer!r} = {short(row[answer])} is no finite number")
         found = [gold_of(str(g)) for g in golds]
         if not all(found):
             raise ValueError(f"{answer!r} = {short(row[answer])} is empty")
@@ -142,6 +145,8 @@ def _key(path: str) -> tuple[str, int, int]:
         status = file.stat()
     except OSError as error:
         raise ConfigError(f"env.kwargs: {path!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a path with a null character
+        raise ConfigError(f"env.kwargs: {path!r} is no path: {error}") from error
     return str(file), status.st_mtime_ns, status.st_size
 
 
@@ -154,11 +159,11 @@ def _rows(make: Payload, key: tuple[str, int, int], question: str, answer: str) 
             payload = make(row, question, answer)
             if not isinstance(payload["question"], str) or not payload["question"].strip():
                 raise ValueError(f"{question!r} = {short(payload['question'])} is no text")
+            tasks.append(Task.make(str(number), split="", seed=number, payload=payload))
         except KeyError as error:
             raise ConfigError(f"{path}, line {number}: it has no {error}, but {', '.join(map(repr, row))}") from error
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path}, line {number}: {error}") from error
-        tasks.append(Task.make(str(number), split="", seed=number, payload=payload))
     return tuple(tasks)
 
 
@@ -173,7 +178,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                     yield number, row
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: it is not UTF-8: {error}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}, line {number}: it is no JSON: {error}") from error
     except OSError as error:
         raise ConfigError(f"{path}: it cannot be read: {error.strerror}") from error

@@ -113,6 +113,10 @@ def test_other_names_of_fields(tmp_path: Path) -> None:
         ([row("a", True)], "neither a text"), ([row("a", [])], "neither a text"), ([row("a", "")], "is empty"),
         ([row("a", "so\n####")], "is empty"), ([row(" ")], "is no text"),
         ([{"question": 1, "answer": 1}], "is no text"),
+        ([row("a", float("nan"))], "line 1: .* is no finite number"),
+        ([row("b"), '{"question": "a", "answer": 1e999}'], "line 2: .* is no finite number"),
+        (["[" * 200_000], "line 1: it is no JSON"), ([f'{{"question": "a", "answer": {"9" * 5000}}}'], "line 1: it is"),
+        (['{"question": "a \\ud800", "answer": "1"}'], "line 1: .*surrogates"),
     ],
 )  # fmt: skip
 def test_a_row_that_is_none_is_told_with_its_line(tmp_path: Path, lines: list[Any], message: str) -> None:
@@ -139,3 +143,8 @@ def test_an_episode_without_a_task_draws_from_the_given_file(tmp_path: Path) -> 
     assert observation[-1].text.startswith("mine ")
     env.close()
     assert Path(SAMPLE).is_file()
+
+
+def test_a_path_that_is_none() -> None:
+    with pytest.raises(ConfigError, match="is no path"):
+        tasks("train", "a\0b")
