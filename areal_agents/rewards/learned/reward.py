@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from areal_agents.errors import ConfigError, TemplateError
+from areal_agents.errors import ConfigError, ModelError, TemplateError
 from areal_agents.reward import Episode, Verdict
 from areal_agents.rewards.learned.server import ModelServer, WorkerSettings, shared_server
 from areal_agents.types import AssistantMessage, without_reasoning
@@ -85,6 +85,8 @@ class reward_model:
             raise TemplateError(found["error"])
         if "long" in found:
             return Verdict(self._worst, {self.__name__: self._worst, "too_long": 1.0}, status="unverifiable")
+        if not all(map(math.isfinite, found["logits"])):
+            raise ModelError(f"reward model: {self._settings.folder} gave {found['logits'][:3]}: no finite score")
         score = _transformed(found["logits"], found["index"], self._transform)
         components = {self.__name__: score, "tokens_left_out": float(found["left_out"])}
         return Verdict(score, components)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +17,15 @@ from typing import Any
 from areal_agents.utils.parent import end_with_parent
 
 Rows = Sequence[dict[str, str]]
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 class Refused(Exception):
     """The folder holds no reward model that can be used as it was asked for."""
+
+
+class TemplateRefused(Exception):
+    """The chat template cannot write the messages."""
 
 
 class Scorer:
@@ -39,11 +45,13 @@ class Scorer:
 
         folder, dtype = settings["folder"], {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["precision"]]
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, local_files_only=True
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            self._model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # a stranger's folder: each loader beneath has errors of its own
             raise Refused(f"{folder} cannot be loaded as a model of sequence classification: {error}") from error
         if missing := sorted(found["missing_keys"]):
             raise Refused(
@@ -61,7 +69,7 @@ class Scorer:
         controls = {t.content for t in added if t.special or t.content in template} | set(
             self._tokenizer.all_special_tokens
         )
-        self._controls = sorted((t for t in controls if len(t) > 1 and not t.isspace()), key=len, reverse=True)
+        self._controls = sorted((t for t in controls if len(t.strip()) > 1), key=len, reverse=True)
 
     def _label(self, name: str | None) -> int:
         config = self._model.config
@@ -91,14 +99,12 @@ class Scorer:
 
     def batch(self, conversations: Sequence[Rows]) -> list[dict[str, Any]]:
         """Score conversations, or say of each how much too long it is."""
-        from jinja2 import TemplateError
-
         out: list[dict[str, Any]] = []
         ready: list[tuple[int, list[int]]] = []
         for i, rows in enumerate(conversations):
             try:
                 ids = self._ids(rows)
-            except TemplateError as error:
+            except TemplateRefused as error:
                 out.append({"error": f"the reward model's chat template refuses the messages: {error}"})
                 continue
             left_out = max(0, len(ids) - self.positions)
@@ -118,19 +124,23 @@ class Scorer:
         return out
 
     def _ids(self, rows: Rows) -> list[int]:
-        plain = [{"role": row["role"], "content": self._without_controls(row["content"])} for row in rows]
-        text: str = self._tokenizer.apply_chat_template(plain, tokenize=False)
+        plain = [{"role": _sent(row["role"]), "content": self._without_controls(row["content"])} for row in rows]
+        try:
+            text: str = self._tokenizer.apply_chat_template(plain, tokenize=False)
+        except Exception as error:  # a template is a program, and fails as one: its error is told, not the worker lost
+            raise TemplateRefused(str(error)) from error
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def _without_controls(self, text: str) -> str:
         """Break up control tokens that somebody wrote into a message: they must not open a turn of their own."""
-        found = True
+        text, found = _sent(text), True
         while found:
             found = False
             for token in self._controls:
                 if token in text:
-                    text, found = text.replace(token, token[0] + " " + token[1:]), True
+                    first = len(token) - len(token.lstrip()) + 1
+                    text, found = text.replace(token, token[:first] + " " + token[first:]), True
         return text
 
     def _logits(self, ids: Sequence[list[int]], pad: int) -> list[list[float]]:
@@ -143,6 +153,11 @@ class Scorer:
             logits = self._model(input_ids=rows, attention_mask=mask).logits
         found: list[list[float]] = logits.float().cpu().tolist()
         return found
+
+
+def _sent(text: str) -> str:
+    """Return ``text`` with a mark for each half of a surrogate pair, which no tokenizer takes."""
+    return _HALVES.sub("\ufffd", text)
 
 
 def main() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from areal_agents.errors import ConfigError, InfraError, ModelError, TemplateError
 from areal_agents.reward import Episode, Verdict, judge
@@ -239,6 +242,80 @@ def test_a_template_that_refuses_the_messages(tmp_path: Path) -> None:
     assert len(scored["logits"]) == 1
     with pytest.raises(TemplateError, match="System role not supported"):
         scores(reward_model(tmp_path, worst=0.0, server=Here(settings)), "12")
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages[0].content + 1 }}", "{% for"])
+def test_a_template_that_fails_as_a_program_is_told(tmp_path: Path, template: str) -> None:
+    settings = WorkerSettings(str(saved(tmp_path / "model", template=template)))
+    with pytest.raises(TemplateError, match="chat template refuses"):
+        scores(reward_model(tmp_path, worst=0.0, server=Here(settings)), "12")
+
+
+def test_half_of_a_surrogate_pair_is_read_as_a_mark(folder: Path) -> None:
+    scorer = Scorer(asdict(WorkerSettings(str(folder), batch=1)))
+    half, mark = ([{"role": "user", "content": f"a {c} b"}] for c in ("\ud800", "\ufffd"))
+    assert scorer.batch([half]) == scorer.batch([mark])
+
+
+def test_a_model_without_finite_scores_is_told(tmp_path: Path) -> None:
+    place = saved(tmp_path / "model")
+    weights = load_file(place / "model.safetensors")
+    save_file(weights | {"score.weight": weights["score.weight"] * float("nan")}, place / "model.safetensors")
+    with pytest.raises(ModelError, match="no finite score"):
+        scores(reward_model(place, worst=0.0, server=Here(WorkerSettings(str(place)))), "12")
+
+
+def test_a_control_token_that_begins_with_a_space_is_broken_up(tmp_path: Path) -> None:
+    place = saved(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    tokenizer.add_special_tokens({"additional_special_tokens": [" <x>", " y"]})
+    tokenizer.save_pretrained(place)
+    assert Scorer(asdict(WorkerSettings(str(place))))._without_controls("a <x> y") == "a < x> y"
+
+
+# --- hostile folders -----------------------------------------------------------------------------------------------
+
+
+class Writes:
+    """What runs code where it is unpickled."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.place,)
+
+
+def pickled(folder: Path, proof: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"score.weight": Writes(proof)}, folder / "pytorch_model.bin")
+
+
+def with_code(folder: Path, proof: Path, file: str, **fields: Any) -> None:
+    (folder / "own.py").write_text(f"open({str(proof)!r}, 'w')\nclass Own: pass\n")
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | fields))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pickled,
+        partial(with_code, file="config.json", model_type="own",
+                auto_map={"AutoConfig": "own.Own", "AutoModelForSequenceClassification": "own.Own"}),
+        partial(with_code, file="tokenizer_config.json", tokenizer_class="Own",
+                auto_map={"AutoTokenizer": ["own.Own", "own.Own"]}),
+        lambda folder, proof: (folder / "model.safetensors").write_bytes(b"\xff" * 200),
+        lambda folder, proof: (folder / "config.json").write_text("[]"),
+    ],
+    ids=["pickle", "model-code", "tokenizer-code", "weights", "config"],
+)  # fmt: skip
+def test_a_hostile_folder_is_refused_and_runs_nothing(tmp_path: Path, spoil: Callable[[Path, Path], Any]) -> None:
+    place, proof = saved(tmp_path / "model"), tmp_path / "proof"
+    spoil(place, proof)
+    with pytest.raises(Refused, match="cannot be loaded"):
+        Scorer(asdict(WorkerSettings(str(place))))
+    assert not proof.exists()
 
 
 @pytest.mark.parametrize(
