@@ -274,8 +274,8 @@ def _finite(value: object, name: str, episode: Episode) -> float:
     except ValueError as wrong:
         if isinstance(value, list | tuple) or getattr(value, "ndim", None):
             raise RewardError(
-                f"reward {name!r} returned {short(value)} on task {episode.task.id!r}: a reward is a finite "
-                "number; one number a turn is Verdict(sum(turns), turn_rewards=turns)"
+                f"reward {name!r} returned {short(value)} on task {episode.task.id!r}: a reward is a finite number, "
+                f"this is {wrong}; one number a turn is Verdict(sum(turns), turn_rewards=turns)"
             ) from wrong
         raise RewardError(
             f"reward {name!r} returned {short(value)} on task {episode.task.id!r}: a reward is a finite number, this "

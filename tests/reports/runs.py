@@ -18,7 +18,8 @@ def resets_that_never_return(place: Place) -> None:
         strict = {"env.step_timeout": 1, "rollout.max_retries": 0, "rollout.failure_budget": 0.75}
         place.eval("Stuck", {"model": "openai:m", "url": server.url, "n": 4} | strict)
     assert sorted(e.task.id for e in place.episodes("eval")) == ["test-0", "test-3"]
-    assert (place.report()["infra_rate"], place.report()["pass_at_1"]) == (0.5, 1.0)
+    report = place.report()
+    assert (report["failed"], report["infra_rate"], report["pass_at_1"]) == (2, 0.0, 1.0)  # it is the environment's own
     failed = [e for e in place.events("episode_failed") if not e["retried"]]
     assert sorted(e["task"] for e in failed) == ["test-1", "test-2"]
 

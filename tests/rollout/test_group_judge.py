@@ -123,7 +123,7 @@ def trajectory() -> Trajectory:
 
 def test_rewards_are_added_and_doubtful_verdicts_counted() -> None:
     async def doubtful(episodes: Sequence[Episode]) -> list[Verdict]:
-        return [Verdict(0.25, status="unverifiable"), *[Verdict(0.25, turn_rewards=(0.5, 0.25))] * 3]
+        return [Verdict(0.25, status="unverifiable"), *[Verdict(0.75, turn_rewards=(0.5, 0.25))] * 3]
 
     batch, _ = run(doubtful, adds=True)
     for group in batch:

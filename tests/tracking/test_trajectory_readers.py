@@ -59,7 +59,12 @@ def python(word: str) -> tuple[str, dict[str, Any]]:
 
 
 def test_the_page_has_no_block_that_is_not_run_here() -> None:
-    assert len(re.findall(r"```(?:python|sql)\n", PAGE.read_text(encoding="utf-8"))) == 6
+    assert len(re.findall(r"```(?:python|sql)\n", PAGE.read_text(encoding="utf-8"))) == 7
+
+
+def test_one_episode(run: Path) -> None:
+    printed, names = python("read_episode")
+    assert (names["first"].id, printed) == ("a", example(0.0, "a").turns[0].message.text + "\n")
 
 
 def test_this_package(run: Path) -> None:

@@ -86,7 +86,8 @@ def of_component(value: Any) -> float:
 
 
 def of_verdict_turn(value: Any) -> float:
-    turns = asyncio.run(judge(lambda episode: Verdict(0.0, {}, (value,)), EPISODE)).turn_rewards
+    score = next((number for given, number in NUMBERS.values() if given is value), 0.0)  # the sum of the turns
+    turns = asyncio.run(judge(lambda episode: Verdict(score, {}, (value,)), EPISODE)).turn_rewards
     assert turns is not None
     return turns[0]
 
