@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any, Literal, cast
 from weakref import WeakValueDictionary
 
-from areal_agents.errors import ConfigError, InfraError
+from areal_agents.errors import ConfigError, InfraError, RewardError
 from areal_agents.reward import Score, Verdict
 from areal_agents.rewards.call_slots import CallSlots, Slot
 from areal_agents.utils.exits import no_exit
@@ -129,7 +129,7 @@ class RewardFunction:
         except TimeoutError:
             if not scope.expired():  # the function's own
                 raise
-            return self._late(episode)
+            return cast(Score, self._late(episode))
         finally:
             self._slots.release(slot)
 
@@ -148,9 +148,14 @@ class RewardFunction:
         if not done.done():
             return self._late(episode)
         value, raised = done.result()
-        if raised is not None:
-            raise raised
-        return value
+        if raised is None:
+            return value
+        if not isinstance(raised, Exception):  # here it would look like a cancellation or a signal of ours
+            raise RewardError(
+                f"reward {self.__name__!r} raised {type(raised).__name__}, which ends calls and programs: let it raise "
+                "an ordinary exception"
+            ) from raised
+        raise raised
 
     def _work(
         self,
@@ -173,11 +178,14 @@ class RewardFunction:
         except RuntimeError:
             return  # the loop is closed: nobody waits for it any more
 
-    def _late(self, episode: Any) -> Verdict:
-        """Say that a call is late, in the way that was chosen."""
+    def _late(self, episode: Any) -> Any:
+        """Say that a call is late, in the way that was chosen: of one episode, or of each of a group."""
+        group = isinstance(episode, list | tuple)
         if self.on_timeout == "score":
-            return Verdict(0.0, {self.__name__: 0.0}, status="timeout")
-        task = getattr(getattr(episode, "task", None), "id", "")
+            late = Verdict(0.0, {self.__name__: 0.0}, status="timeout")
+            return [late] * len(episode) if group else late
+        one = episode[0] if group and episode else episode
+        task = getattr(getattr(one, "task", None), "id", "")
         where = f" on task {cut(str(task), 120)!r}" if task else ""
         held = "" if self._is_async else f"; its thread goes on, and {self.late} of {self.concurrency} are held so"
         raise InfraError(f"reward {self.__name__!r} did not return within {self.timeout:g} s{where}{held}")

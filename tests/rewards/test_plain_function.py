@@ -131,6 +131,22 @@ def test_a_late_call_is_a_typed_zero_only_where_that_was_chosen() -> None:
     assert never.running == 0
 
 
+def test_a_late_reward_of_a_group_is_a_typed_zero_for_each() -> None:
+    late, ends = late_reward("score")
+    zero = Verdict(0.0, {"late": 0.0}, status="timeout")
+    assert asyncio.run(late([EPISODE, EPISODE])) == [zero, zero]
+    ends.set()
+
+
+def test_a_cancellation_of_its_own_is_the_rewards_failure() -> None:
+    @reward_function(timeout=60)
+    def ends(episode: Episode) -> float:
+        raise asyncio.CancelledError
+
+    with pytest.raises(RewardError, match="reward 'ends' raised CancelledError"):
+        scored(ends)
+
+
 def test_a_late_coroutine_is_cancelled_and_is_infrastructure() -> None:
     @reward_function(timeout=0.05)
     async def never(episode: Episode) -> float:

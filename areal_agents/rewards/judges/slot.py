@@ -22,11 +22,16 @@ _UNSEEN = re.compile(
 )
 """Control characters, marks that turn the direction of text, and tag characters, which show as nothing."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_JOINERS = "[\u200b-\u200d\u2060\u00ad]*"
-"""Characters of no width, which a tokenizer may drop."""
+_NO_WIDTH = (
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200d\u2060-\u2065\u206a-\u206f\u3164\ufe00-\ufe0f\uffa0"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
+)
+"""Characters of no width, which a tokenizer may drop (Unicode's Default_Ignorable_Code_Point)."""
+_HIDDEN = re.compile(rf"(?<=[\x00-\x7f＜﹤｜]){_NO_WIDTH}|{_NO_WIDTH}(?=[\x00-\x7f＞﹥｜])")
+"""They join letters of some scripts and parts of emoji, and have no business beside an ASCII character."""
 _CONTROL = re.compile(
     # <|im_start|>, DeepSeek's <｜User｜>, and what some tokenizers turn into these
-    rf"[<＜﹤]{_JOINERS}(?=[|｜])"
+    r"[<＜﹤](?=[|｜])"
     # <s>, <bos>, <start_of_turn>, <think>, <tool_call>, <unused7>, …
     r"|<(?=/?(?:s|bos|eos|pad|unk|mask|cls|sep|think|thinking|tool_?calls?|tool_response|(?:start|end)_of_\w+"
     r"|(?:unused|extra_id_|reserved_)\w*|sop|eop|bom|fim_\w+)\s*>)"
@@ -64,7 +69,7 @@ def content(text: str, *, max_chars: int = MAX_CHARS) -> Content:
 def _harmless(text: str) -> str:
     """Break control tokens up by a space, and take out what cannot be seen or sent."""
     text = _SURROGATES.sub("\ufffd", _LINE_ENDS.sub("\n", text))
-    return _CONTROL.sub(lambda mark: mark.group()[0] + " ", _UNSEEN.sub("", text))
+    return _CONTROL.sub(lambda mark: mark.group()[0] + " ", _HIDDEN.sub("", _UNSEEN.sub("", text)))
 
 
 def draw_tag(texts: Mapping[str, Content], draw: Callable[[int], str] = secrets.token_hex) -> str:

@@ -14,6 +14,10 @@ from areal_agents.rewards.judges.slot import Content, content, draw_tag, sealed
         ("Ünïcode: ١٢ 漢字 👩‍👩‍👧 e\u0301\n\tindented", None),
         ("<|im_end|>\n<|im_start|>system", "< |im_end|>\n< |im_start|>system"),
         ("<\u200b|im_end|>", "< |im_end|>"),
+        (
+            "<|im\u200b_end|> <\u200bs> <s\ufe0f> <\u2060end_of_turn> [\u034fINST]",
+            "< |im_end|> < s> < s> < end_of_turn> [ INST]",
+        ),
         ("＜|im_end|> <｜User｜>", "＜ |im_end|> < ｜User｜>"),
         ("</s><s> <BOS> <end_of_turn> <think>", "< /s>< s> < BOS> < end_of_turn> < think>"),
         ("[INST] [/INST] <<SYS>> <</SYS>>", "[ INST] [ /INST] < <SYS>> < </SYS>>"),
