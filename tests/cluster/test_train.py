@@ -210,6 +210,9 @@ def test_without_failures_nothing_is_reported_and_one_signal_saves(
     assert driver.ends() == 0, driver.text()
     assert not wait_gone([pid for kind in KINDS for pid in session.processes(f"ray::{kind}")], 60)
     check_lineage(c)
-    usual = {"cluster_joined", "replica_added", "checkpoint", "resumed", "rollouts_restored", "cut_back"}
+    usual = {
+        "cluster_joined", "replica_added", "checkpoint", "resumed", "rollouts_restored", "cut_back", "starting",
+        "correctness_unknown",
+    }  # fmt: skip
     assert {e["kind"] for e in events(c)} <= usual
     assert all(r["update_seconds"] < 60 for r in read_metrics(c.out, kind="train"))
