@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,8 +74,7 @@ def backend(runner: asyncio.Runner) -> Iterator[SandboxBackend]:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_language(runner: asyncio.Runner, backend: SandboxBackend, language: str) -> None:
-    if shutil.which(LANGUAGES[language].compile[0]) is None:
-        pytest.skip(f"no {LANGUAGES[language].compile[0]} on this machine")
+    require(LANGUAGES[language].compile[0])
     programs, problem = PROGRAMS[language], Problem(DOUBLE, language=language, seconds=20.0)
     tight = Problem(DOUBLE[:1], language=language, seconds=1.0, memory=192 << 20)
 
@@ -121,9 +119,9 @@ def test_only_compiling(runner: asyncio.Runner, backend: SandboxBackend) -> None
     }  # fmt: skip
     assert scored(runner, compiles, "```py\n1 +\n```").score == 0.0
     assert scored(runner, compiles, "1 + 1").components == {"code(compiles)": 0.0, "answered": 0.0, "compiles": 0.0}
-    if shutil.which("cc"):
-        assert scored(runner, compiles, "```c\nint main(){}\n```", language="C").score == 1.0
-        assert scored(runner, compiles, "```py\nint main(){}\n```", language="C").score == 0.0
+    require("cc")
+    assert scored(runner, compiles, "```c\nint main(){}\n```", language="C").score == 1.0
+    assert scored(runner, compiles, "```py\nint main(){}\n```", language="C").score == 0.0
 
 
 def test_tests_stop_at_the_first_failure_where_all_must_pass(runner: asyncio.Runner, backend: SandboxBackend) -> None:
