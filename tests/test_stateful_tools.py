@@ -13,19 +13,16 @@ from typing import Any, Literal
 import pytest
 
 from areal_agents.chat.toolcalls import parse_text
-from areal_agents.errors import EnvError, RewardError, SandboxError
+from areal_agents.errors import EnvError, RewardError
 from areal_agents.evaluation.rescore import with_verdict
 from areal_agents.reward import Episode, Verdict
 from areal_agents.rollout.env_host import EnvHost
 from areal_agents.rollout.episode import EpisodeDriver
 from areal_agents.rollout.rebuilt import NotSaved, rebuilt
 from areal_agents.rollout.script import ScriptPolicy
-from areal_agents.sandbox import Sandbox, SandboxSpec
-from areal_agents.tool import ToolError, ToolResult, ToolSpec, tool
-from areal_agents.tool_dispatch import Dispatcher
+from areal_agents.tool import ToolError, ToolSpec, tool
 from areal_agents.toolenv import ToolEnv
-from areal_agents.types import Task, ToolCall, Trajectory
-from tests.fake_sandbox import ScriptedBackend
+from areal_agents.types import Task, Trajectory
 
 TASK = Task.make("t", split="train", seed=0, payload={"doors": ["hall", "cellar"], "coins": 3})
 
@@ -313,130 +310,6 @@ def test_the_system_prompt_is_a_setting() -> None:
     assert [m.role for m in shown] == ["user"]
     with pytest.raises(EnvError, match=r"Cave\.system_prompt returned 3, which is not a text"):
         Cave(sandbox=None, system_prompt=3)  # type: ignore[arg-type]
-
-
-# --- a sandbox that is lost ------------------------------------------------------------
-
-
-class Forge:
-    def __init__(self) -> None:
-        self.state: list[str] = []
-
-    @tool()
-    async def forge(self, code: str, *, sandbox: Sandbox) -> str:
-        self.state.append(f"begin {code}")
-        first = await sandbox.exec((), stdin=f"{code}1".encode(), timeout=5)
-        second = await sandbox.exec((), stdin=f"{code}2".encode(), timeout=5)
-        self.state.append(f"end {code}")
-        return (first.stdout + second.stdout).decode()
-
-
-@tool()
-async def run(code: str, *, sandbox: Sandbox) -> str:
-    return (await sandbox.exec((), stdin=code.encode(), timeout=5)).stdout.decode()
-
-
-def forged(failing: set[tuple[int, str]], *calls: tuple[str, str]) -> tuple[Forge, list[ToolResult], list[Any], int]:
-    backend = ScriptedBackend(lambda session, code: None if (session, code) in failing else f"{code}@{session} ")
-    forge = Forge()
-
-    async def main() -> tuple[list[ToolResult], int]:
-        d = Dispatcher((Forge.forge, run), sandbox=backend, sandbox_spec=SandboxSpec(), env=forge)
-        try:
-            done = await d.run([ToolCall("c", name, {"code": code}, "") for name, code in calls])
-            return done, d.replays
-        finally:
-            await d.aclose()
-
-    done, replays = asyncio.run(main())
-    return forge, done, backend.ran, replays
-
-
-def test_a_lost_sandbox_does_not_act_twice() -> None:
-    forge, done, ran, replays = forged({(1, "b2")}, ("forge", "a"), ("run", "r"), ("forge", "b"), ("run", "s"))
-    assert forge.state == ["begin a", "end a", "begin b", "end b"]
-    assert [r.text for r in done] == ["a1@1 a2@1 ", "r@1 ", "b1@1 b2@2 ", "s@2 "]
-    again = [code for session, code in ran if session == 2]
-    assert again == ["/bin/true", "a1", "a2", "r", "b1", "b2", "s"]
-    assert replays == 1
-    # Lost under a plain call: what was forged is not forged again, and its files are there.
-    forge, done, ran, _ = forged({(1, "r")}, ("forge", "a"), ("run", "r"))
-    assert forge.state == ["begin a", "end a"]
-    assert [code for session, code in ran if session == 2] == ["/bin/true", "a1", "a2", "r"]
-
-
-def test_a_call_that_breaks_every_sandbox_is_the_models() -> None:
-    forge, done, _, replays = forged({(1, "a2"), (2, "a2")}, ("forge", "a"), ("run", "r"))
-    assert done[0] == ToolResult("error: this call made the sandbox fail twice; do something else", "sandbox_failed")
-    assert (forge.state, done[1].text, replays) == (["begin a"], "r@3 ", 0)
-
-
-def test_a_sandbox_that_is_gone_is_infrastructure() -> None:
-    with pytest.raises(SandboxError) as failed:
-        forged({(1, "a2"), (2, "/bin/true")}, ("forge", "a"))
-    assert failed.value.tool == "forge"
-
-
-# --- refusals ------------------------------------------------------------
-
-
-class Engine:
-    """What no JSON value can be."""
-
-
-def refusals() -> list[tuple[Any, str]]:
-    async def state_of(state: dict[str, int]) -> str: ...  # type: ignore[empty-body]
-
-    async def env_of(x: int, env: Cave) -> str: ...  # type: ignore[empty-body]
-
-    async def box_of(box: Sandbox) -> str: ...  # type: ignore[empty-body]
-
-    async def untyped(state) -> str: ...  # type: ignore[no-untyped-def,empty-body]
-
-    async def scalar(*, state: str) -> str: ...  # type: ignore[empty-body]
-
-    async def unknown(x: int, engine: Engine) -> str: ...  # type: ignore[empty-body]
-
-    async def unseen(x: int, *, cave: Nowhere) -> str: ...  # type: ignore[name-defined,empty-body]  # noqa: F821
-
-    async def this(this, x: int) -> str: ...  # type: ignore[no-untyped-def,empty-body]
-
-    keyword = "is what the environment passes, so it must be keyword-only: write `*, "
-    return [
-        (state_of, f"tool 'state_of': parameter 'state' {keyword}state`"),
-        (env_of, f"tool 'env_of': parameter 'env' {keyword}env`"),
-        (box_of, f"tool 'box_of': parameter 'box' {keyword}box`"),
-        (untyped, f"tool 'untyped': parameter 'state' {keyword}state`"),
-        (scalar, "tool 'scalar': parameter 'state' is keyword-only, so the environment would pass its state"),
-        (unknown, "tool 'unknown': parameter 'engine' is a Engine, which no JSON value of a model can be"),
-        (unseen, "tool 'unseen': parameter 'cave' has the type hint 'Nowhere', which names nothing"),
-        (this, "tool 'this': parameter 'this' needs a type hint"),
-        (classmethod(this), "tool 'this' is a classmethod: leave that decorator out"),
-        (staticmethod(this), "tool 'this' is a staticmethod: leave that decorator out"),
-    ]
-
-
-@pytest.mark.parametrize(("function", "says"), refusals(), ids=lambda x: x if isinstance(x, str) else "")
-def test_what_cannot_be_injected_names_tool_and_parameter(function: Any, says: str) -> None:
-    with pytest.raises(TypeError) as refused:
-        tool()(function)
-    assert says in str(refused.value)
-
-
-def test_names_that_a_model_gives_by_nature_are_its_own() -> None:
-    @tool()
-    async def vote(state: str, models: list[str], env: Literal["a", "b"] | None = None) -> str:
-        return state
-
-    assert isinstance(vote, ToolSpec)
-    assert (vote.injected, list(vote.parameters["properties"])) == ({}, ["state", "models", "env"])
-
-
-def test_acting_in_the_sandbox_is_not_parallel() -> None:
-    async def both(*, state: object, sandbox: Sandbox) -> str: ...  # type: ignore[empty-body]
-
-    with pytest.raises(TypeError, match="tool 'both' acts on the episode and in its sandbox, so it cannot be parallel"):
-        tool(parallel=True)(both)
 
 
 # --- saved episodes ------------------------------------------------------------------------------------
