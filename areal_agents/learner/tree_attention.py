@@ -125,7 +125,7 @@ def tree_attention(
     dtype = torch.float32 if on_cpu else value.dtype
     if not on_cpu and (one_call := _flash(query.device, dtype, query.shape[-1])):
         with torch.autocast(query.device.type, enabled=False):
-            return _in_one_call(one_call, *(x.to(dtype) for x in (query, key, value)), scaling, tree), None
+            return _in_one_call(one_call, query.to(dtype), key.to(dtype), value.to(dtype), scaling, tree), None
     grouped = on_cpu or dtype != torch.float32
     if not grouped:  # flash alone knows grouped heads, and fp32 is left to the memory-efficient kernel
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
