@@ -18,7 +18,7 @@ round, and is unblocked by the sender's answer or its own deadline. A member tha
 again (``attempts``), and the next round is formed without it.
 
 Whoever reaches HOST:PORT can read the weights. Use it inside a trusted network, as torch.distributed itself.
-**NCCL was not run on hardware.** The rounds, the deadlines and the packing are those that run with Gloo.
+**NCCL between two GPUs was not run.** The rounds, the deadlines and the packing are those that run with Gloo.
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.attention import varlen
@@ -140,7 +142,44 @@ def test_one_call_is_taken_where_flash_attention_has_a_kernel(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int, one: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(room, "_doubt", lambda *args: "")
     assert (room._flash.__wrapped__(CUDA, dtype, head_dim) is not None) is one
+
+
+def test_a_flash_attention_that_disagrees_is_not_used_and_this_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert room._doubt(slow_flash, cpu, torch.float32, 16) == ""
+
+    def upper_left(q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float) -> Tensor:
+        return slow_flash(q, k.flip(0), v, *rest, scale=scale)
+
+    assert re.fullmatch(
+        r"it is \S+ off, relatively, from one call a segment", room._doubt(upper_left, cpu, torch.float32, 16)
+    )
+
+    def refuses(*args: Any, **named: Any) -> Tensor:
+        raise RuntimeError("no kernel\nwith a trace")
+
+    assert room._doubt(refuses, cpu, torch.float32, 16) == "it raises no kernel"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(room, "_doubt", lambda *args: "it raises no kernel")
+    with pytest.warns(UserWarning, match="varlen_attn is not used on NVIDIA H100: it raises no kernel"):
+        assert room._flash.__wrapped__(CUDA, torch.bfloat16, 64) is None
+
+
+def test_the_proof_of_flash_attention_leaves_a_checkpointed_layer_alone() -> None:
+    x = torch.ones(3, requires_grad=True)
+    proofs: list[str] = []
+
+    def layer(x: Tensor) -> Tensor:
+        if not proofs:  # the first time alone, as the cache has it
+            proofs.append(room._doubt(slow_flash, torch.device("cpu"), torch.float32, 16))
+        return (x * 2).exp()
+
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert proofs == [""]
+    torch.testing.assert_close(x.grad, torch.full((3,), 2 * float(np.exp(2))))
 
 
 def test_on_a_card_with_flash_attention_a_layer_is_one_call_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +192,7 @@ def test_on_a_card_with_flash_attention_a_layer_is_one_call_in_bf16(monkeypatch:
         return torch.empty_like(args[0])
 
     monkeypatch.setattr(varlen, "varlen_attn", functools.wraps(varlen.varlen_attn)(flash))
+    monkeypatch.setattr(room, "_doubt", lambda *args: "")
     with fake_cuda(monkeypatch, capability=(9, 0)) as spy:
         move(decoder)
         with decoder.autocast():
