@@ -253,6 +253,8 @@ class EvalConfig(Section):
     """The held-out split."""
     n: Count = 128
     """Tasks."""
+    task_seed: int | None = Field(default=0, ge=0)
+    """Seeds which tasks: a sample of the split, the same for every model and ``seed``. none: its first ``n``."""
     k: Count = 1
     """Attempts a task."""
     temperature: float = Field(default=0.0, ge=0.0)
