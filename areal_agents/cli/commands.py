@@ -21,6 +21,7 @@ from areal_agents.cli.common import UsageError, template_variables, write_json
 from areal_agents.cli.eval import Eval
 from areal_agents.cli.plot import Plot
 from areal_agents.cli.resize import Resize
+from areal_agents.cli.sandbox import Sandbox
 from areal_agents.cli.saved_runs import Replay, Rescore
 from areal_agents.cli.serve import Serve
 from areal_agents.cli.show import Show
@@ -259,5 +260,6 @@ Command = (
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Rescore, tyro.conf.subcommand("rescore")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
+    | Annotated[Sandbox, tyro.conf.subcommand("sandbox")]
     | Annotated[Model, tyro.conf.subcommand("model")]
 )
