@@ -38,6 +38,7 @@ def test_short_names_and_settings_are_the_same(
     assert env == EnvConfig(id=ENV, difficulty=0.5, sandbox="s")
     assert options == {
         "model": ModelConfig(path="m", max_context=99), "split": "held_out", "n": 4, "k": 2, "temperature": 0.5,
+        "task_seed": 0,
         "seed": 3, "out": tmp_path, "engine": EngineConfig(), "rollout": RolloutConfig(max_turn_tokens=9, max_turns=5),
     }  # fmt: skip
     assert json.loads(report.read_text()) == {"pass_at_1": 0.5, "pass_at_k": None}
