@@ -92,8 +92,9 @@ class Eval:
         try:
             report = asyncio.run(
                 evaluate(
-                    config.env, model=config.model, split=e.split, n=e.n, k=e.k, temperature=e.temperature,
-                    seed=config.seed, out=config.out, engine=config.engine, rollout=config.rollout, **more,
+                    config.env, model=config.model, split=e.split, n=e.n, task_seed=e.task_seed, k=e.k,
+                    temperature=e.temperature, seed=config.seed, out=config.out, engine=config.engine,
+                    rollout=config.rollout, **more,
                 )
             )  # fmt: skip
         except EvaluationInterrupted as error:

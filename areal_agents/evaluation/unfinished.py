@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from areal_agents import settings
 from areal_agents.errors import ArealError, ConfigError, Interrupted
 from areal_agents.evaluation.attempts import Place, same_attempts
+from areal_agents.evaluation.held_out import settings_of
 from areal_agents.settings.config import TrainConfig
 from areal_agents.settings.differences import differences
 from areal_agents.settings.evaluation import training_only
@@ -175,7 +175,7 @@ def read_earlier(config: TrainConfig) -> Earlier:
     if not episodes:
         refuse_used(out)  # a report without its episodes
         return Earlier()
-    if changed := _changed(settings.load(out / "config.toml"), config):
+    if changed := _changed(settings_of(out), config):
         raise ConfigError(
             f"{out} was begun with other settings:\n" + "\n".join(changed) + "\n"
             f"leave them out (areal-agents eval --resume {shlex.quote(str(out))}), or evaluate anew in another folder"
@@ -248,7 +248,7 @@ def partial_note(out: Path, label: str = "") -> str | None:
     path = shard_path(out, KIND, STEP)
     if path.exists() or not path.with_suffix(".jsonl").exists() or not (out / "config.toml").is_file():
         return None
-    e = settings.load(out / "config.toml").eval
+    e = settings_of(out).eval
     return f"{out} is not complete: {how_to_go_on(out, count_saved(out), e.n * e.k)}"
 
 

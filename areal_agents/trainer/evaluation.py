@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from areal_agents.evaluation.attempts import Place, run_attempts
-from areal_agents.evaluation.evaluate import held_out
+from areal_agents.evaluation.held_out import held_out
 from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.evaluation.report import EvalReport, summarize
 from areal_agents.evaluation.unfinished import MUST_STAY, fingerprint, read_episodes
@@ -63,7 +63,7 @@ async def evaluate_weights(run: Run, label: str, *, step: int) -> EvalReport:
     """
     config, e, kind = run.config, run.config.eval, f"eval-{label}"
     bad: dict[str, str] = {}
-    tasks = held_out(run.spec, e.split, e.n, difficulty=config.env.difficulty, tell=bad.__setitem__)
+    tasks, sample = held_out(run.spec, e, difficulty=config.env.difficulty, tell=bad.__setitem__)
     require_few_bad(bad, tried=e.n, share=config.rollout.max_bad_tasks)
     of = measured(config, run.weights, run.model)
     journal = Journal(shard_path(config.out, kind, step).with_suffix(".jsonl"))
@@ -89,7 +89,7 @@ async def evaluate_weights(run: Run, label: str, *, step: int) -> EvalReport:
         report = summarize(
             results, env=config.env.id, split=e.split, model=config.model.path, version=run.learner.version,
             temperature=e.temperature, seed=config.seed, seconds=watch.seconds, k=e.k, left_out=runner.left_out,
-            first_failure=runner.first_given_up, own_failures=runner.own_failures,
+            first_failure=runner.first_given_up, own_failures=runner.own_failures, sample=sample,
         )  # fmt: skip
         episodes = [t for _, tries in results for t in tries if t is not None]
         run.tracker.trajectories.write(episodes, step=step, kind=kind)
@@ -127,5 +127,10 @@ def _earlier(
 def _numbers(report: EvalReport) -> dict[str, float]:
     """Return the report's scalars, for metrics.jsonl and TensorBoard."""
     row = {k: float(v) for k, v in report.to_json().items() if isinstance(v, int | float) and k != "unplayed"}
-    bounds = {"ci95_low": report.ci95[0], "ci95_high": report.ci95[1]}
-    return row | bounds | {"tasks_left_out": float(len(report.left_out))}
+    intervals = {
+        "ci95": report.ci95, "pass_at_k_ci95": report.pass_at_k_ci95, "pass_hat_k_ci95": report.pass_hat_k_ci95
+    }  # fmt: skip
+    for name, interval in intervals.items():
+        if interval is not None:
+            row |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
+    return row | {"tasks_left_out": float(len(report.left_out))}

@@ -23,6 +23,7 @@ from areal_agents.algorithms.advantages import Estimator
 from areal_agents.algorithms.batch import Batch, Row, rows_of
 from areal_agents.errors import Interrupted, LearnerLost
 from areal_agents.evaluation.endings import count_oddities
+from areal_agents.evaluation.held_out import as_begun
 from areal_agents.evaluation.progress import Stopwatch
 from areal_agents.evaluation.report import EvalReport, calls_of, compare_table
 from areal_agents.rollout.buffer import Buffer
@@ -80,6 +81,8 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
     """
     watch = Stopwatch()
     refuse_evaluation(config.out)
+    if resume:
+        config = as_begun(config, config.out)
     require_runnable(config)  # before all else: a typo must not wait for a model, nor leave a folder
     looks = await _looked(config)
     with RunFolder(config.out, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as folder:

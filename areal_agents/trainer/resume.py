@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from areal_agents import settings
 from areal_agents.errors import ConfigError
+from areal_agents.evaluation.held_out import settings_of
 from areal_agents.learner.optim import learning_rate
 from areal_agents.settings.config import TrainConfig
 from areal_agents.settings.differences import differences
@@ -85,7 +85,7 @@ def begin(folder: RunFolder, config: TrainConfig, *, resume: bool) -> tuple[Comm
                 f"{config.out} holds a run without its config.toml: put the file back, or choose another --out"
             )
         return None, {}
-    changes = differences(settings.load(config.out / "config.toml"), config)
+    changes = differences(settings_of(config.out), config)
     commit = folder.read_commit() or Commit()
     goes_on = commit.complete and commit.step < config.steps
     if goes_on:  # its last evaluation was not the last

@@ -66,7 +66,7 @@ class Commit:
         values = dict(row)
         if (version := values.pop("schema_version", None)) != COMMIT_VERSION:
             raise CheckpointError(f"commit.json has schema_version {version}, this package reads {COMMIT_VERSION}")
-        reports = {k: EvalReport(**{**r, "ci95": tuple(r["ci95"])}) for k, r in values.pop("reports").items()}
+        reports = {label: EvalReport.from_json(report) for label, report in values.pop("reports").items()}
         return cls(**values, reports=reports)
 
 

@@ -22,11 +22,12 @@ from areal_agents.errors import (
     SandboxUnavailable,
     TemplateError,
 )
-from areal_agents.evaluation.evaluate import evaluate, held_out
+from areal_agents.evaluation.evaluate import evaluate
+from areal_agents.evaluation.held_out import held_out
 from areal_agents.evaluation.progress import Progress
 from areal_agents.evaluation.report import EvalReport, compare_table, summarize
 from areal_agents.evaluation.saved_run import SavedRun
-from areal_agents.settings.config import EngineConfig, EnvConfig, ModelConfig, RolloutConfig
+from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.types import (
     AssistantMessage,
@@ -180,9 +181,9 @@ def test_an_interrupted_report_is_of_the_attempts_that_were_asked_for() -> None:
 
 def test_more_tasks_than_there_are() -> None:
     spec = registry.spec("tests.letters_env:Letters")
-    assert len(held_out(spec, "test", 8, difficulty=None, tell=print)) == 8
+    assert len(held_out(spec, EvalConfig(n=8), difficulty=None, tell=print)[0]) == 8
     with pytest.raises(ConfigError, match=r"test has 8 tasks, but eval\.n = 9"):
-        held_out(spec, "test", 9, difficulty=None, tell=print)
+        held_out(spec, EvalConfig(n=9), difficulty=None, tell=print)
 
 
 def test_progress_is_not_chatty() -> None:
