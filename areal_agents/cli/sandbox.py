@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import math
 import re
 import sys
@@ -127,6 +128,22 @@ async def _list() -> list[dict[str, Any]]:
             row["problem"] = str(error)
         rows.append(row)
     return rows
+
+
+def check_sandbox(name: str, *, json: bool) -> int:
+    """Attack a sandbox, print what it holds and what not, and return the exit code."""
+    suite = importlib.import_module("areal_agents.sandboxes.suite")  # late: the core does not depend on a collection
+
+    def tell(found: Any) -> None:
+        if not json:
+            print(plain(suite.line_of(found)), flush=True)
+
+    report = asyncio.run(suite.check(name, tell))
+    if json:
+        write_json(report.to_json(), None)
+    else:
+        print(plain(report.summary()))
+    return 0 if report.passed else 1
 
 
 @dataclass
