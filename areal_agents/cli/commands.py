@@ -165,7 +165,7 @@ class Check:
         options = ChatOptions(self.history, variables, self.merge_system, self.tool_format)
         if self.sandbox:
             if self.env or self.all or self.model or overrides:
-                raise UsageError("--sandbox checks a sandbox alone: leave environments, their arguments and --model out")
+                raise UsageError("--sandbox checks a sandbox alone: leave the environment and --model out")
             return check_sandbox(self.sandbox, json=self.json)
         if self.model:
             if overrides:
