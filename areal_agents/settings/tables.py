@@ -35,7 +35,7 @@ def setting_of(key: str) -> Setting | None:
 def inner_path(key: str) -> list[str]:
     """Return the names below a table that ``key`` has: ``["deep", "a"]`` of ``env.kwargs.deep.a``.
 
-    Names of arguments and variables are spelt as settings are, ``test_path`` for ``test-path``; Ray's resources are not.
+    Arguments and variables are spelt as settings are, ``test_path`` for ``test-path``; Ray's resources are not.
     """
     setting = setting_of(key)
     if setting is None or not setting.free or len(key) <= len(setting.key):
