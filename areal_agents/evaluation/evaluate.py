@@ -175,8 +175,9 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
     spec.require_arguments({})
     require_attempts(group_reward_of(spec), e.k)
     tasks, sample = held_out(spec, e, difficulty=config.env.difficulty, tell=bad.__setitem__)
-    look = await look_at(tasks, spec.env_class().task_checks(), seed=config.seed)
-    look.require_enough(f"{spec.id}:{e.split}", max_bad=config.rollout.max_bad_tasks)
+    where = f"{spec.id}:{e.split}"
+    look = await look_at(tasks, spec.env_class().task_checks(), where=where, seed=config.seed)
+    look.require_enough(where, max_bad=config.rollout.max_bad_tasks)
     bad |= look.bad
     with open_journal(out) as journal:  # before anything is read: another process may be adding to it
         refuse(out)

@@ -88,10 +88,12 @@ async def look_at_tasks(config: TrainConfig) -> Looks:
     spec, e = registry.spec(config.env.id).with_kwargs(config.env.kwargs), config.eval
     checks = spec.env_class().task_checks()
     tasks = spec.tasks(config.env.split, difficulty=config.env.difficulty)
-    train = await look_at(tasks, checks, seed=config.seed)
-    train.require_enough(f"{spec.id}:{config.env.split}", max_bad=config.rollout.max_bad_tasks)
+    where = f"{spec.id}:{config.env.split}"
+    train = await look_at(tasks, checks, where=where, seed=config.seed)
+    train.require_enough(where, max_bad=config.rollout.max_bad_tasks)
     tell = lambda name, reason: None  # noqa: E731  the evaluation itself tells
     chosen, _ = held_out(spec, e, difficulty=config.env.difficulty, tell=tell)
-    evaluated = await look_at(chosen, checks, seed=config.seed)
-    evaluated.require_enough(f"{spec.id}:{e.split}", max_bad=config.rollout.max_bad_tasks)
+    where = f"{spec.id}:{e.split}"
+    evaluated = await look_at(chosen, checks, where=where, seed=config.seed)
+    evaluated.require_enough(where, max_bad=config.rollout.max_bad_tasks)
     return Looks(train, evaluated)
