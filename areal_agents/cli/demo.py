@@ -20,6 +20,7 @@ from typing import Any
 from areal_agents import settings
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.report import EvalReport
+from areal_agents.models import resolve
 from areal_agents.tracking.plot import HeldOut, plot
 from areal_agents.trainer.loop import RunResult, train
 from areal_agents.trainer.preflight import require_runnable
@@ -39,7 +40,8 @@ def demo(overrides: Sequence[str] = (), *, resume: bool = False) -> dict[str, An
     setup = time.time() - started
     config = settings.load("demo", overrides)
     require_package("matplotlib", "the demo's plot")
-    require_runnable(config)  # before an earlier demo is removed
+    require_runnable(config)
+    resolve(config.model.path)  # both before an earlier demo is removed
     claim(config.out, resume=resume)
     result = asyncio.run(train(config, resume=resume))
     summary = summarize_run(result, setup=setup, total=time.time() - started)

@@ -51,6 +51,7 @@ from areal_agents.tracking.tracker import Tracker
 from areal_agents.tracking.trajectories import Record
 from areal_agents.types import Task, Trajectory
 from areal_agents.utils.files import save_whole
+from areal_agents.utils.packages import require_package
 from areal_agents.utils.signals import Stop, stop_on_signals
 from areal_agents.utils.system import require_linux
 
@@ -167,6 +168,8 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
         )
     if server is None:
         require_linux(f"an engine for {config.model.path}")
+        if config.engine.kind == "vllm":
+            require_package("vllm", "engine.kind = 'vllm'", "set engine.kind = 'transformers'")
     bad = dict[str, str]()
     spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
     spec.require_arguments({})
