@@ -9,11 +9,12 @@ An episode is known by its place, which its id says: (index of the task, attempt
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ MUST_STAY = ("engine.kind", "engine.precision")
 _ID = re.compile(r".*/(\d+)/(\d+)(?:~\d+)?", re.DOTALL)
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".gguf"})
 _BESIDE = ("config.json", "generation_config", "tokenizer", "chat_template", "vocab", "merges", "special_tokens", "add")
+_OF_A_START = ("config.toml", "evaluation.json", "events.jsonl")
 _BLOCK, _BLOCKS = 4096, 256
 
 
@@ -150,6 +152,19 @@ def refuse_used(out: Path) -> None:
 def _has_episodes(out: Path) -> bool:
     path = shard_path(out, KIND, STEP)
     return any(p.is_file() and p.stat().st_size for p in (path, path.with_suffix(".jsonl")))
+
+
+@contextlib.contextmanager
+def leaving_nothing(out: Path, begun: Callable[[], bool]) -> Iterator[None]:
+    """Remove what the block has written to ``out``, besides episodes, where it fails before any was begun."""
+    new = [path for name in _OF_A_START if not (path := out / name).exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new if not begun() else ():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        raise
 
 
 def refuse_training(out: Path) -> None:
