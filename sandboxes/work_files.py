@@ -168,15 +168,32 @@ def unpack(root: int, source: IO[bytes]) -> None:
     Raises ValueError for an unreadable archive, a link, a device, an absolute path or ``..``; OSError when writing
     fails. The archive is checked whole before anything changes.
     """
+    inspect(source)
+    source.seek(0)
+    extract(root, source)
+
+
+def inspect(source: IO[bytes]) -> None:
+    """Read a tar to its end. Raises ValueError where ``unpack`` refuses it."""
     import tarfile
 
     try:
-        with tarfile.open(fileobj=source, mode="r:") as archive:
+        with tarfile.open(fileobj=source, mode="r|") as archive:
             for member in archive:
                 if not (member.isreg() or member.isdir()):
                     raise ValueError(f"{member.name!r} is neither a file nor a directory")
                 if member.name.startswith("/") or ".." in member.name.split("/"):
                     raise ValueError(f"{member.name!r} leaves /work")
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"not a tar archive: {error}") from error
+
+
+def extract(root: int, source: IO[bytes]) -> None:
+    """Replace what is below ``root`` by the content of a tar that ``inspect`` has found good."""
+    import tarfile
+
+    try:
+        with tarfile.open(fileobj=source, mode="r|") as archive:
             clear(root)
             for member in archive:
                 if member.isdir():
@@ -211,7 +228,7 @@ def empty(folder: str) -> None:
 
 def file_operation(request: dict[str, Any]) -> int:
     """Run one file operation on stdin and stdout, and return its exit code: 0, an errno or BAD_ARCHIVE."""
-    if request["op"] == "unpack":
+    if request["op"] in ("unpack", "extract"):
         os.chmod("/work", 0o755)  # code may have closed its own folder
     root = os.open("/work", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     source, sink = open(0, "rb", closefd=False), open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115
@@ -222,8 +239,10 @@ def file_operation(request: dict[str, Any]) -> int:
             read_file(root, request["path"], request["max_bytes"], sink)
         elif request["op"] == "pack":
             pack(root, sink)
+        elif request["op"] == "inspect":
+            inspect(source)
         else:
-            unpack(root, source)
+            (unpack if request["op"] == "unpack" else extract)(root, source)
             for folder in SCRATCH:
                 empty(folder)
     except OSError as error:
