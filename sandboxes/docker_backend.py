@@ -50,6 +50,8 @@ def take(size):
     return data
 exec(take(int.from_bytes(take(4), "big")), {"__name__": "boot"})
 """
+_reports: dict[tuple[str, ...], ProbeReport] = {}
+"""What this process has proved, by engine, address and runtime."""
 _uids = itertools.count(os.getpid() * 64)
 
 
@@ -125,14 +127,19 @@ class DockerBackend:
     async def probe(self) -> ProbeReport:
         """Remove what dead runs left, run real code inside, and check what holds it.
 
-        This happens once for each backend. Raises SandboxUnavailable with the failed probe and its remedy.
+        This happens once for each process, engine and runtime. Raises SandboxUnavailable with the failed probe and its
+        remedy.
         """
+        await self._engine.connect()
+        key = (str(self._engine.info["ID"]), self._engine.address.url, self._runtime)
+        if key in _reports:
+            return _reports[key]
         if self._proving is None or (self._proving.done() and self._proving.exception() is not None):
             self._proving = asyncio.ensure_future(self._prove())
-        return await asyncio.shield(self._proving)
+        _reports[key] = await asyncio.shield(self._proving)
+        return _reports[key]
 
     async def _prove(self) -> ProbeReport:
-        await self._engine.connect()
         reaped = await self._engine.reap()
         info = self._engine.info
         if not info.get("MemoryLimit") or not info.get("PidsLimit"):

@@ -7,6 +7,7 @@ Dockerfile beside this file, or any image of your own, and name it: ``docker?ima
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import re
@@ -47,6 +48,29 @@ _FILES: Final = {
     "etc/group": b"root:x:0:\nsandbox:x:1000:\n",
     "etc/nsswitch.conf": b"passwd: files\ngroup: files\nhosts: files\n",
 }
+
+
+async def build(packages: Iterable[str] = (), host: str = "") -> str:
+    """Make the image from this machine's packages, hand it to an engine, and return its name.
+
+    Args:
+        packages: Debian packages, installed here, that it gets besides.
+        host: where the engine listens; "" leaves it to DOCKER_HOST.
+
+    Raises:
+        SandboxUnavailable: where there is no engine, or the image cannot be made here.
+    """
+    from areal_agents.sandboxes.docker_engine import Engine
+
+    engine = Engine(host)
+    try:
+        await engine.connect()
+        data = await asyncio.to_thread(root_file_system, tuple(packages))
+        repository, _, tag = IMAGE.partition(":")
+        await engine.call("import_image_from_data", data, repository=repository, tag=tag)
+    finally:
+        await asyncio.to_thread(engine.close)
+    return IMAGE
 
 
 def root_file_system(extra: Iterable[str] = ()) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import itertools
 import os
 import stat
@@ -173,12 +174,27 @@ def unpack(root: int, source: IO[bytes]) -> None:
     extract(root, source)
 
 
+class _Ending(io.RawIOBase):
+    """A file to read that does not end twice: tarfile would look for what a header promises, for hours."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        super().__init__()
+        self._source, self._left = source, 8
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._source.read(size)
+        self._left -= not data
+        if self._left < 0:
+            raise EOFError("it ends within a file")
+        return data
+
+
 def inspect(source: IO[bytes]) -> None:
     """Read a tar to its end. Raises ValueError where ``unpack`` refuses it."""
     import tarfile
 
     try:
-        with tarfile.open(fileobj=source, mode="r|") as archive:
+        with tarfile.open(fileobj=_Ending(source), mode="r|") as archive:
             for member in archive:
                 if not (member.isreg() or member.isdir()):
                     raise ValueError(f"{member.name!r} is neither a file nor a directory")
@@ -193,7 +209,7 @@ def extract(root: int, source: IO[bytes]) -> None:
     import tarfile
 
     try:
-        with tarfile.open(fileobj=source, mode="r|") as archive:
+        with tarfile.open(fileobj=_Ending(source), mode="r|") as archive:
             clear(root)
             for member in archive:
                 if member.isdir():
