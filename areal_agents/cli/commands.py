@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -131,8 +131,10 @@ class Envs:
 class Check:
     """Check environments, a model or a sandbox: ``check areal/Arithmetic-v0``, ``check --model FOLDER``.
 
-    An environment is checked for the contract: Gymnasium's checker, seeds, isolation, tokens, reward audit. Of a model
-    it says what its chat template and tokenizer are like, and whether training would refuse it. A sandbox is attacked.
+    An environment is checked for the contract: Gymnasium's checker, seeds, isolation, tokens, reward audit. One that
+    takes arguments gets them as in ``train`` and ``eval``: ``check areal/Questions-v0 --env.kwargs.path mine.jsonl``.
+    Of a model it says what its chat template and tokenizer are like, and whether training would refuse it. A sandbox
+    is attacked.
     """
 
     env: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID")] = ()
@@ -162,10 +164,12 @@ class Check:
         variables = template_variables(self.template_variables)
         options = ChatOptions(self.history, variables, self.merge_system, self.tool_format)
         if self.sandbox:
-            if self.env or self.all or self.model:
-                raise UsageError("--sandbox checks a sandbox alone: leave environments and --model out")
+            if self.env or self.all or self.model or overrides:
+                raise UsageError("--sandbox checks a sandbox alone: leave the environment and --model out")
             return check_sandbox(self.sandbox, json=self.json)
         if self.model:
+            if overrides:
+                raise UsageError(f"--model checks a model: leave out {overrides[0]}")
             return self._check_model(options)
         from areal_agents import registry
         from areal_agents.conformance.check import check
@@ -173,16 +177,32 @@ class Check:
         ids = [*self.env, *(s.id for s in registry.specs() if self.all and s.id not in self.env)]
         if not ids:
             raise UsageError("name an environment (`areal-agents envs` lists them), or use --all")
+        kwargs = self._kwargs(ids, overrides)
         tokenizer = None if self.tokenizer.lower() == "none" else self.tokenizer
         reports = []
         for id in ids:
-            reports.append(check(id, tokenizer=tokenizer, chat=options))
+            reports.append(check(id, tokenizer=tokenizer, chat=options, kwargs=kwargs))
             if not self.json:
                 print(reports[-1], flush=True)
         if self.json:
             rows = [r.to_json() for r in reports]
             write_json(rows[0] if len(rows) == 1 and not self.all else rows, None)
         return 0 if all(r.passed for r in reports) else 1
+
+    def _kwargs(self, ids: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
+        """Read the environment's arguments.
+
+        Raises UsageError where it is not one that takes them, RegistryError where it does not take these.
+        """
+        if not overrides:
+            return {}
+        if len(ids) != 1:
+            raise UsageError(f"{overrides[0]} is an argument of one environment: check that alone")
+        from areal_agents import registry, settings
+
+        kwargs = settings.load(None, overrides).env.kwargs
+        registry.spec(ids[0]).require_arguments(kwargs)
+        return kwargs
 
     def _check_model(self, options: ChatOptions) -> int:
         if self.env or self.all:

@@ -86,7 +86,8 @@ def summarize_run(result: RunResult, *, setup: float, total: float) -> dict[str,
 
 def report(result: RunResult, summary: dict[str, Any], curve: Path) -> str:
     """Write what the demo prints at its end."""
-    named = RunResult(result.out, result.model, {NAMES[k]: r for k, r in result.reports.items()}, result.seconds)
+    reports = {NAMES.get(label, label): report for label, report in result.reports.items()}
+    named = RunResult(result.out, result.model, reports, result.seconds)
     out = result.out
     return f"""
 Held-out tasks (n = {summary["n"]}, greedy, never seen in training)
@@ -109,4 +110,5 @@ Next:
 
 def _points(reports: dict[str, EvalReport], steps: int) -> list[HeldOut]:
     where = {"before": 0, "warm_start": 0, "after_rl": steps}
-    return [HeldOut(NAMES[k], where[k], r.pass_at_1, *r.ci95) for k, r in reports.items() if k in where]
+    where |= {label: int(label.removeprefix("step_")) for label in reports if label.startswith("step_")}
+    return [HeldOut(NAMES.get(k, k), where[k], r.pass_at_1, *r.ci95) for k, r in reports.items()]

@@ -344,7 +344,8 @@ def _notes(
     if uneven:
         notes.append(f"{uneven} times a task lacks attempts, which infrastructure failed: its mean is over the others")
     if full < n:
-        notes.append(f"pass@{k} and pass^{k} are over the {full} tasks with {k} attempts on both sides")
+        those = f"over the {full} tasks" if full else "not known: there is no task"
+        notes.append(f"pass@{k} and pass^{k} are {those} with {k} attempts on both sides")
     notes += dict.fromkeys(e.partial for e in (one, two) if e.partial)
     left_out = any(len(e.rewards) > n for e in (one, two))
     if left_out and (samples := _other_samples(one, two)):

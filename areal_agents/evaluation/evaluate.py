@@ -29,6 +29,7 @@ from areal_agents.evaluation.unfinished import (
     count_saved,
     fingerprint,
     how_to_go_on,
+    leaving_nothing,
     open_journal,
     read_earlier,
     refuse_training,
@@ -189,7 +190,10 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
         earlier.require_model(model, out=out, path=config.model.path)
         sitting = Sitting(model, None if server is None else dataclasses.asdict(server))
         try:
-            return await _play(config, tasks, journal, earlier, sitting, opener, concurrency, served, stop, bad, sample)
+            with leaving_nothing(out):
+                return await _play(
+                    config, tasks, journal, earlier, sitting, opener, concurrency, served, stop, bad, sample
+                )
         except (Interrupted, ConfigError):  # of settings, which going on with the same ones would not mend
             raise
         except ArealError as error:

@@ -9,11 +9,12 @@ An episode is known by its place, which its id says: (index of the task, attempt
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,25 @@ def _has_episodes(out: Path) -> bool:
 
 def refuse_training(out: Path) -> None:
     """Raise ConfigError where ``out`` holds a training run."""
-    if any((out / name).exists() for name in ("lock", "commit.json", "metrics.jsonl")):
+    trained = any((out / name).exists() for name in ("commit.json", "metrics.jsonl"))
+    if trained or ((out / "lock").exists() and not (out / "evaluation.json").exists()):
         raise ConfigError(f"{out} holds a training run: choose another folder for an evaluation")
+
+
+@contextlib.contextmanager
+def leaving_nothing(out: Path) -> Iterator[None]:
+    """Remove the settings that a sitting has written to ``out``, where it fails before an episode is on the disk.
+
+    The folder is then nobody's, whatever the next command is. Its journal must be open.
+    """
+    written = [path for name in ("config.toml", "evaluation.json") if not (path := out / name).exists()]
+    try:
+        yield
+    except BaseException:
+        if not _has_episodes(out):
+            for path in written:
+                path.unlink(missing_ok=True)
+        raise
 
 
 def read_earlier(config: TrainConfig) -> Earlier:

@@ -25,6 +25,7 @@ from areal_agents.rollout.tasks import require_few_bad
 from areal_agents.settings.config import TrainConfig
 from areal_agents.settings.differences import values
 from areal_agents.tracking.journal import Journal
+from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import Record, shard_path
 from areal_agents.trainer.resume import MAY_CHANGE
 from areal_agents.trainer.run_folder import Commit
@@ -95,7 +96,7 @@ async def evaluate_weights(run: Run, label: str, *, step: int) -> EvalReport:
         run.tracker.trajectories.write(episodes, step=step, kind=kind)
     finally:
         run.tracker.trajectories.end(journal)
-    run.tracker.log(step, _numbers(report), kind=f"eval/{label}", show=False)
+    run.tracker.log(step, numbers(report), kind=f"eval/{label}", show=False)
     run.tracker.message(report.line(label))
     return report
 
@@ -124,7 +125,23 @@ def _earlier(
     return episodes, seconds
 
 
-def _numbers(report: EvalReport) -> dict[str, float]:
+def log_kept(run: Run) -> None:
+    """Log the numbers of evaluations that the commit has and metrics.jsonl lacks.
+
+    Of a finished run that goes on, that is the one that was the last, which has another name now.
+    """
+    run.tracker.flush()
+    path = run.config.out / "metrics.jsonl"
+    there = {row["kind"] for row in read_metrics(run.config.out)} if path.exists() else set()
+    for label, report in run.commit.reports.items():
+        if label.startswith("step_") and f"eval/{label}" not in there:
+            step = int(label.removeprefix("step_"))
+            run.tracker.log(step, numbers(report), kind=f"eval/{label}", show=False)
+            run.tracker.event("evaluation_kept", label=label, step=step)
+            run.tracker.message(f"the evaluation after step {step}, which was the last, is kept as {label}")
+
+
+def numbers(report: EvalReport) -> dict[str, float]:
     """Return the report's scalars, for metrics.jsonl and TensorBoard."""
     row = {k: float(v) for k, v in report.to_json().items() if isinstance(v, int | float) and k != "unplayed"}
     intervals = {

@@ -30,6 +30,7 @@ from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import AlgorithmConfig, TrainConfig
+from areal_agents.trainer.evaluation import log_kept
 from areal_agents.trainer.preflight import Looks, look_at_tasks, require_runnable
 from areal_agents.trainer.resize import answering
 from areal_agents.trainer.resume import begin, rate_change, refuse_evaluation
@@ -148,6 +149,7 @@ async def _run(
                     run.tracker.event("learner_replaced", reason=lost[-1], times=len(lost))
                 run.tracker.event("resumed", step=commit.step, changed={k: new for k, (_, new) in changes.items()})
                 run.tracker.message(f"resumed at step {commit.step} of {run.config.steps}")
+                log_kept(run)
                 if rate := rate_change(run.config, changes, commit.step):
                     run.tracker.event("learning_rate_changed", step=rate.step, old=rate.old, new=rate.new)
                     run.tracker.message(rate.text)

@@ -108,6 +108,11 @@ class RunFolder:
         """What was in the folder before."""
 
     @property
+    def was_locked(self) -> bool:
+        """Whether a run had its lock here before this one."""
+        return "lock" in self._had
+
+    @property
     def checkpoints(self) -> Path:
         return self.out / "checkpoints"
 

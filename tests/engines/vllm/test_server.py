@@ -23,6 +23,7 @@ import transformers
 
 from areal_agents.chat.format import ChatFormat
 from areal_agents.chat.toolcalls import parse_text
+from areal_agents.cli.main import main
 from areal_agents.engine import Sampling
 from areal_agents.engines.openai.client import OpenAIChat
 from areal_agents.engines.openai.messages import request_messages, request_tools
@@ -209,6 +210,22 @@ def test_sampled_tool_calls_are_those_that_training_would_read(server: Process) 
     asyncio.run(asyncio.wait_for(talk(), 120))
 
 
+def test_a_message_that_may_hold_no_call_ends_where_one_would_begin(server: Process) -> None:
+    """The model was never told of a tool, and writes calls all the same: it knows nothing else."""
+    body: Json = {"model": "tiny", "messages": [{"role": "user", "content": ASKED}], "max_tokens": 60}
+    body |= {"tools": [{"type": "function", "function": {"name": "noop", "parameters": {"type": "object"}}}]}
+    with httpx.Client(timeout=60) as client:
+        said = [
+            client.post(f"{server.url}/v1/chat/completions", json={**body, "temperature": 1, "seed": i, **more}).json()
+            for i in range(8)
+            for more in ({}, {"tool_choice": "none"})
+        ]
+    free, bound = ([s["choices"][0] for s in said[i::2]] for i in (0, 1))
+    assert "two:" in "".join(c["message"]["content"] or "" for c in free)
+    assert sum(c["stop_reason"] == "<tool_call>" and c["finish_reason"] == "stop" for c in bound) >= 2
+    assert not any("<tool_call>" in (c["message"]["content"] or "") for c in bound)
+
+
 def test_a_panel_of_judges_of_which_this_one_answers(server: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is down, one silent, one talks nonsense. This random model is held to the line, which is all that it says."""
     monkeypatch.setattr("areal_agents.rewards.judges.panel.draw_tag", lambda texts: "0123abcd")
@@ -277,6 +294,22 @@ def mapped(pid: int) -> list[str]:
     """Files that a process maps, one a line; deleted ones are not there any more."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return [line for line in lines if line.count("/") and not line.endswith("(deleted)")]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--max-num-seqss 4", "unrecognized arguments: --max-num-seqss; did you mean --max-num-seqs?"),
+        ("--max-num-seqs x", "argument --max-num-seqs: invalid int value: 'x'"),
+    ],
+)
+def test_arguments_that_vllm_refuses_are_one_sentence(
+    given: str, said: str, model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--model", str(model), "--port", "0", f"--vllm-args={given}"]) == 2
+    err = capfd.readouterr().err
+    assert f"error: --vllm-args: {said}" in err
+    assert err.count("\n") < 10, err
 
 
 def test_the_servers_processes_end_with_a_command_that_is_killed(model: Path) -> None:
