@@ -1,8 +1,8 @@
 """The recipe of the docker backend's own image, made of this machine's Debian packages. No registry is asked.
 
 It holds what is installed here of the packages below and of what they depend on: a Python, a shell, the usual commands.
-``areal-agents sandbox build docker`` hands it to the engine. On another system, or for other packages, build the
-Dockerfile beside this file, or any image of your own, and name it: ``docker?image=NAME``.
+``areal-agents sandbox build docker`` hands it to the engine. On another system build it from the Dockerfile beside this
+file. Code may run in any other image, ``docker?image=NAME``: this one then gives pid 1 its Python.
 """
 
 from __future__ import annotations
@@ -168,5 +168,5 @@ def _entry(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 
 
 def _unavailable(problem: str) -> SandboxUnavailable:
-    remedy = f"Build {Path(__file__).with_name('Dockerfile')} instead, and name the image: docker?image=NAME."
+    remedy = f"Build it from its Dockerfile instead: docker build -t {IMAGE} {Path(__file__).parent}."
     return SandboxUnavailable("docker", f"its image cannot be made from this machine's packages: {problem}", remedy)
