@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from areal_agents.errors import SandboxError, SandboxUnavailable
+from areal_agents.errors import ConfigError, SandboxError, SandboxUnavailable
 from areal_agents.sandboxes.docker_stream import Address
 
 LABEL: Final = "areal-agents.sandbox"
@@ -56,6 +56,13 @@ class Engine:
         url = self._host or given.get("base_url") or "unix:///var/run/docker.sock"
         tls = given.get("tls") if url == given.get("base_url") else None
         self.address = Address(url, _context(tls) if tls else None)
+        try:
+            # The SDK leaks a socket that does not connect.
+            async with asyncio.timeout(TIMEOUT):
+                _, writer = await self.address.connect()
+            writer.close()
+        except (OSError, ConfigError) as error:
+            raise SandboxUnavailable("docker", f"no engine answers at {url}: {error}", START) from error
         try:
             self._client = await self._threaded(
                 docker.APIClient, base_url=url, tls=tls or False, timeout=TIMEOUT, version="auto"
