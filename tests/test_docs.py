@@ -375,7 +375,8 @@ def _pattern(name: str) -> str:
 def test_metrics_and_their_page_agree(heading: str, kinds: str, workshop: Workshop) -> None:
     rows = [row for row in read_metrics(workshop.run) if re.fullmatch(kinds, row["kind"])]
     written = {name for row in rows for name in row} - {"kind", "step", "time"}
-    documented = doc_blocks.first_cells(doc_blocks.section("docs/read-the-metrics.md", f"Kind {heading}"))
+    page = "docs/evaluate.md" if kinds.startswith("eval") else "docs/read-the-metrics.md"
+    documented = doc_blocks.first_cells(doc_blocks.section(page, f"Kind {heading}"))
     assert len(documented) == len(set(documented))
     patterns = [_pattern(name) for name in documented]
     assert not sorted(n for n in written if not any(re.fullmatch(p, n) for p in patterns)), "not documented"
