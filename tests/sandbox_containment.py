@@ -15,7 +15,7 @@ import traceback
 
 from areal_agents.sandbox import SandboxBackend, SandboxSpec
 from areal_agents.sandboxes import get, launch, probes
-from tests.sandbox_suite import FUNCTIONAL, PYTHON, SPEC, Check, raised, run, run_check, value
+from tests.sandbox_suite import FUNCTIONAL, NAMES, PYTHON, SPEC, Check, raised, run, run_check, value
 
 SECRET = "areal-secret-5f3a9c"
 
@@ -165,7 +165,7 @@ print(json.dumps([seen, sorted(os.environ)]))
 """
     os.environ["AREAL_SECRET"] = SECRET
     try:
-        fresh = get(backend.name)
+        fresh = get(NAMES[-1])
         async with fresh.session(SPEC) as sandbox:
             seen, names = await value(sandbox, code)
         await fresh.aclose()

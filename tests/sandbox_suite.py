@@ -23,11 +23,14 @@ from areal_agents.sandboxes import get
 PYTHON = "/usr/bin/python3"
 SPEC = SandboxSpec(memory=512 << 20, disk=16 << 20)
 
+NAMES: list[str] = []
+"""The backends that checks ran on, with their options: the last one is the one under way."""
+
 Check = Callable[[SandboxBackend], Coroutine[Any, Any, None]]
 
 
 async def run(sandbox: Sandbox, code: str, *args: str, stdin: bytes = b"", timeout: float = 30) -> ExecResult:
-    return await sandbox.exec([PYTHON, "-I", "-S", "-c", code, *args], stdin=stdin, timeout=timeout)
+    return await sandbox.exec([PYTHON, "-I", "-c", code, *args], stdin=stdin, timeout=timeout)
 
 
 async def value(sandbox: Sandbox, code: str, *args: str) -> Any:
@@ -248,7 +251,7 @@ async def nothing_is_leaked(backend: SandboxBackend) -> None:
             await sandbox.exec([PYTHON, "-c", "print('x' * 10**6)"], timeout=60, max_output=10)
 
     await backend.aclose()
-    fresh = get(backend.name)
+    fresh = get(NAMES[-1])
     backend = fresh
     try:
         await use()
@@ -256,7 +259,7 @@ async def nothing_is_leaked(backend: SandboxBackend) -> None:
         await fresh.aclose()
     before = sorted(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        backend = get(fresh.name)
+        backend = get(NAMES[-1])
         await use()
         await backend.aclose()
     assert sorted(os.listdir("/proc/self/fd")) == before
@@ -297,4 +300,5 @@ async def _with_backend(name: str, check: Check) -> None:
 
 def run_check(name: str, check: Check) -> None:
     """Run one check on a fresh backend in an event loop of its own."""
+    NAMES.append(name)
     asyncio.run(_with_backend(name, check))

@@ -58,6 +58,15 @@ def test_bubblewrap(check: suite.Check) -> None:
     suite.run_check("bubblewrap", check)
 
 
+WARM = "bubblewrap?preload=json,decimal"
+
+
+@pytest.mark.usefixtures("bwrap")
+@pytest.mark.parametrize("check", FUNCTIONAL + CONTAINMENT, ids=_ids)
+def test_bubblewrap_from_a_zygote(check: suite.Check) -> None:
+    suite.run_check(WARM, check)
+
+
 def _as_nobody(folder: Path, python: str, *args: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [shutil.which("runuser") or "runuser", "-u", "nobody", "--", python, "-W", "error", *args]
@@ -141,6 +150,7 @@ def test_root_never_runs_bwrap_as_root() -> None:
                 assert isinstance(session, BubblewrapSession)
                 assert session._holder is not None
                 found.append(session._holder.host_uid())
+                assert session._holder._process is not None
                 assert os.stat(f"/proc/{session._holder._process.pid}").st_uid == found[-1]
         return found
 
