@@ -96,6 +96,7 @@ class ToolEnv(AgentEnv):
         self._messages: list[Message | AssistantMessage] = []
         self._results: list[ToolResult] = []
         self._running = self._over = False
+        self._submitted: str | None = None
         self._paid: list[dict[str, float]] = []  # one a turn: what tools paid, by name
         self._turning = False
 
@@ -152,18 +153,17 @@ class ToolEnv(AgentEnv):
         for key in {PAID, f"{PAID}.{name}" if name else PAID}:
             self._paid[-1][key] = self._paid[-1].get(key, 0.0) + value
 
-    def end_episode(self) -> None:
-        """End the episode with this turn, because the game is won or lost.
+    def end_episode(self, answer: str | None = None) -> None:
+        """End the episode with this turn, because the game is won or lost, or because ``answer`` was submitted.
 
-        Later calls of the message are not run. The rubric is asked with ``answer = None`` and the stop reason
-        ``answer``.
+        Later calls of the message are not run. The rubric is asked with ``answer`` and the stop reason ``answer``.
 
         Raises:
-            EnvError: no call is running.
+            EnvError: no call is running, or the answer is no text.
         """
         if not self._turning:
             raise EnvError(f"{type(self).__name__}.end_episode: no turn is being taken; call it in a tool")
-        self._over = True
+        self._over, self._submitted = True, None if answer is None else self._text("end_episode", answer)
 
     # The contract
 
@@ -180,7 +180,7 @@ class ToolEnv(AgentEnv):
         opening = (system(self.system_prompt),) if self.system_prompt else ()
         observation = (*opening, user(self._text("prompt", self.prompt(task))))
         self._messages, self._results, self._running = list(observation), [], True
-        self._paid, self._over, self._turning = [], False, False
+        self._paid, self._over, self._submitted, self._turning = [], False, None, False
         return observation, {}
 
     async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
@@ -219,7 +219,7 @@ class ToolEnv(AgentEnv):
         if self._paid[-1]:
             info["components"] = dict(self._paid[-1])
         if self._over:
-            reward, scored = await self._score("answer", None)
+            reward, scored = await self._score("answer", self._submitted)
             return observation, paid + reward, True, False, info | scored
         if len(self._paid) < self.max_turns:
             return observation, paid, False, False, info

@@ -23,6 +23,7 @@ from areal_agents.sandbox import SandboxBackend, require_linux
 
 _BACKENDS: Final = {
     "bubblewrap": "areal_agents.sandboxes.bubblewrap:BubblewrapBackend",
+    "docker": "areal_agents.sandboxes.docker_backend:DockerBackend",
     "unsafe_local": "areal_agents.sandboxes.unsafe_local:UnsafeLocalBackend",
 }
 

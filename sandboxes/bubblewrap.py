@@ -171,8 +171,9 @@ class BubblewrapBackend:
         """Open a session, whose sandbox is taken at its first call.
 
         The first session of a process runs the probes. A session's calls raise SandboxUnavailable when a probe fails,
-        and ConfigError for a spec that cannot be bounded.
+        and ConfigError for a spec that cannot be bounded. So does this one for a spec that names an image.
         """
+        spec.refuse_image(self.name)
         session = BubblewrapSession(spec, self._acquire)
         self._sessions.add(session)
         try:

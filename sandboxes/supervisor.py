@@ -158,13 +158,17 @@ class Supervisor:
             if pid in self.running:
                 ident = self.running.pop(pid)
                 self.sweep()
-                self.control.send(FRAME.pack(EXIT, ident, code))
+                self.ended(ident, code)
             elif pid in self.spawned:
                 ident = self.spawned.pop(pid)
                 # A sweep also kills what a running request started: while there is one, its own end sweeps.
                 if not self.running:
                     self.sweep()
-                self.control.send(FRAME.pack(EXIT, ident, code))
+                self.ended(ident, code)
+
+    def ended(self, ident: int, code: int) -> None:
+        """Tell the host that a request is over."""
+        self.control.send(FRAME.pack(EXIT, ident, code))
 
     def sweep(self) -> None:
         """Kill every process but this one and the live spawned trees, and wait until they are gone."""

@@ -243,7 +243,7 @@ def _train(command: Command, w: Workshop) -> list[str] | None:
     """Loaded always. Run: what README shows, and what is resumed (the copied run goes on for a third step)."""
     parsed, overrides = _parse(list(command.words[1:]))
     config = settings.load(parsed.config or None, overrides)
-    registry.spec(config.env.id)
+    registry.spec(config.env.id).require_arguments(config.env.kwargs)
     if parsed.resume and str(w.model) in (Path(parsed.config).read_text() if parsed.config else ""):
         return [*command.words[1:], "--steps", "3"]
     if command.page != "README.md" or needs_sandbox(config.env.id) or parsed.config:
