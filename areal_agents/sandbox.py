@@ -110,7 +110,7 @@ class Process(Protocol):
 class Console(Protocol):
     """A Python REPL or a shell that lives across turns, opened with ``open_console``.
 
-    Its calls run one after the other in /work. What one prints is data, which ends no call and breaks no console.
+    Its calls run one after the other in /work. What one prints is data: it ends no call and breaks no console.
     """
 
     async def call(self, code: str, *, timeout: float, max_output: int = 1 << 20) -> CallResult:
