@@ -164,7 +164,7 @@ def test_check_reports_and_sets_the_exit_code(
     from areal_agents.chat.options import ChatOptions
     from areal_agents.conformance.check import CheckReport, CheckResult
 
-    def check(env_id: str, *, tokenizer: str | None, chat: ChatOptions) -> CheckReport:
+    def check(env_id: str, *, tokenizer: str | None, chat: ChatOptions, **of_the_environment: Any) -> CheckReport:
         status: Any = "passed" if env_id == "a/Good-v0" else "failed"
         return CheckReport(env_id, (CheckResult("seeds", status, f"tokenizer {tokenizer}"),))
 
@@ -176,6 +176,38 @@ def test_check_reports_and_sets_the_exit_code(
     assert [(r["env"], r["passed"]) for r in rows] == [("a/Good-v0", True), ("a/Bad-v0", False)]
     assert main(["check", "a/Good-v0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["env"] == "a/Good-v0"
+
+
+def test_check_takes_arguments_and_level_of_an_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import areal_agents.conformance.check as module
+    from areal_agents.conformance.check import CheckReport
+
+    asked: list[tuple[Any, Any]] = []
+
+    def check(env_id: str, *, kwargs: Any, difficulty: Any, **rest: Any) -> CheckReport:
+        asked.append((kwargs, difficulty))
+        return CheckReport(env_id, ())
+
+    monkeypatch.setattr(module, "check", check)
+    mine = ["check", "areal/Questions-v0"]
+    assert main([*mine, "--env.kwargs.test-path", "", "--env.kwargs", '{"path": "a"}', "--difficulty", "1"]) == 0
+    assert main([*mine, "--env.difficulty", "0.5"]) == 0
+    assert asked == [({"test_path": "", "path": "a"}, 1.0), ({}, 0.5)]
+    for words, code, says in (
+        ([*mine, "--env.kwargs.pai", "1"], 1, "Questions does not take env.kwargs as they are: got an unexpected"),
+        ([*mine, "--env.split", "x"], 2, "check takes --env.kwargs and --env.difficulty, not --env.split"),
+        ([*mine, "--env.difficulty", "0", "--difficulty", "1"], 2, "--difficulty 1.0 and --env.difficulty 0.0: give"),
+        ([*mine, "areal/Arithmetic-v0", "--env.kwargs.path", "a"], 2, "--env.kwargs is of one environment"),
+        (["check", "--model", "smollm2", "--difficulty", "1"], 2, "--difficulty are of an environment"),
+    ):
+        assert main(words) == code
+        assert says in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*mine, "--level", "1"])
+    assert capsys.readouterr().err.endswith("what it takes: areal-agents check --help\n")
+    assert len(asked) == 2
 
 
 def test_a_closed_pipe_is_quiet() -> None:
