@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Literal, Protocol
 
-from areal_agents.errors import SandboxUnavailable
+from areal_agents.errors import ConfigError, SandboxUnavailable
 from areal_agents.utils.system import is_linux
 
 ExecStatus = Literal["ok", "error", "timeout", "oom", "output_limit"]
@@ -70,6 +70,13 @@ class SandboxSpec:
     disk: int = 64 << 20
     """Size of /work, and separately of /tmp and /dev/shm."""
     open_files: int = 256
+    image: str = ""
+    """What the session runs in, for backends that have images; "" is the backend's own."""
+
+    def refuse_image(self, backend: str) -> None:
+        """Raise ConfigError where the spec names an image and ``backend`` has none."""
+        if self.image:
+            raise ConfigError(f"sandbox {backend!r} has no images, and image {self.image!r} is asked for: use docker.")
 
 
 @dataclass(frozen=True, slots=True)

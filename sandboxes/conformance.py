@@ -251,3 +251,5 @@ CONFORMANCE: tuple[Check, ...] = (
     nothing_is_leaked,
     a_closed_session_refuses,
 )
+ALONE: tuple[Check, ...] = (nothing_is_leaked,)
+"""Those that close their backend."""

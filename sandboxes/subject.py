@@ -53,7 +53,7 @@ def held(contained: object, seen: object) -> None:
 
 async def run(sandbox: Sandbox, code: str, *args: str, stdin: bytes = b"", timeout: float = 30) -> ExecResult:
     """Run Python inside."""
-    return await sandbox.exec(["python3", "-I", "-S", "-c", code, *args], stdin=stdin, timeout=timeout)
+    return await sandbox.exec(["python3", "-I", "-c", code, *args], stdin=stdin, timeout=timeout)
 
 
 async def value(sandbox: Sandbox, code: str, *args: str) -> Any:

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from areal_agents.errors import ArealError
-from areal_agents.sandbox import ProbeReport
+from areal_agents.sandbox import ProbeReport, SandboxBackend
 from areal_agents.sandboxes import get
-from areal_agents.sandboxes.attacks import ATTACKS
-from areal_agents.sandboxes.conformance import CONFORMANCE
+from areal_agents.sandboxes.attacks import ATTACKS, Attack
+from areal_agents.sandboxes.conformance import ALONE, CONFORMANCE
 from areal_agents.sandboxes.subject import Check, NotContained, NotTried, Subject
 
 DEADLINE: Final = 300.0
@@ -101,53 +101,73 @@ async def check(name: str, report: Callable[[Finding], None] | None = None) -> S
         await backend.aclose()
     tell = report or (lambda found: None)
     contract, attacks = [], dict[str, Finding]()
-    for function in CONFORMANCE:
-        contract.append(await _conform(name, probe, function))
-        tell(contract[-1])
-    for attack in ATTACKS:
-        open_needs = [need for need in attack.needs if attacks[need].status != "contained"]
-        if open_needs:
-            found = Finding(attack.name, attack.what, "skipped", f"not safe to try: see {', '.join(open_needs)}")
-        else:
-            found = await _attack(name, probe, attack.name, attack.what, attack.run)
-        attacks[attack.name] = found
-        tell(found)
+    bench = _Bench(name, probe)
+    try:
+        for function in CONFORMANCE:
+            title = function.__name__.replace("_", " ")
+            contract.append(await bench.conform(title, function, alone=function in ALONE))
+            tell(contract[-1])
+        for attack in ATTACKS:
+            missing = [need for need in attack.needs if attacks[need].status != "contained"]
+            if missing:
+                found = Finding(attack.name, attack.what, "skipped", f"not safe to try: see {', '.join(missing)}")
+            else:
+                found = await bench.attack(attack)
+            attacks[attack.name] = found
+            tell(found)
+    finally:
+        await bench.close()
     return SuiteReport(name, probe, tuple(contract), tuple(attacks.values()))
 
 
-async def _with_subject(name: str, probe: ProbeReport, call: Callable[[Subject], Awaitable[Any]]) -> Any:
-    backend = get(name)
-    try:
+class _Bench:
+    """The backend that checks are run on: one after the other on the same, and a new one after each that failed."""
+
+    def __init__(self, name: str, probe: ProbeReport) -> None:
+        self._name, self._probe = name, probe
+        self._backend: SandboxBackend | None = None
+
+    async def _call(self, call: Callable[[Subject], Awaitable[Any]]) -> Any:
+        if self._backend is None:
+            self._backend = get(self._name)
         async with asyncio.timeout(DEADLINE):
-            return await call(Subject(backend, lambda: get(name), probe.memory_bound))
-    finally:
-        await backend.aclose()
+            return await call(Subject(self._backend, lambda: get(self._name), self._probe.memory_bound))
 
+    async def conform(self, title: str, function: Check, *, alone: bool) -> Finding:
+        """Run a check of the contract, on a backend of its own where it needs that."""
+        start = time.monotonic()
+        if alone:
+            await self.close()
+        try:
+            await self._call(function)
+        except Exception as error:  # noqa: BLE001  (a boundary: whatever a backend raises is what was found)
+            await self.close()
+            return Finding("contract", title, "failed", _last(error), time.monotonic() - start)
+        if alone:
+            await self.close()
+        return Finding("contract", title, "passed", "", time.monotonic() - start)
 
-async def _conform(name: str, probe: ProbeReport, function: Check) -> Finding:
-    title = function.__name__.replace("_", " ")
-    start = time.monotonic()
-    try:
-        await _with_subject(name, probe, function)
-    except Exception as error:  # noqa: BLE001  (a boundary: whatever a backend raises is what was found)
-        return Finding("contract", title, "failed", _last(error), time.monotonic() - start)
-    return Finding("contract", title, "passed", "", time.monotonic() - start)
+    async def attack(self, attack: Attack) -> Finding:
+        """Run an attack."""
+        start = time.monotonic()
+        status: Status
+        try:
+            status, detail = "contained", await self._call(attack.run)
+        except NotContained as error:
+            status, detail = "NOT CONTAINED", str(error)
+        except NotTried as error:
+            status, detail = "not tried", str(error)
+        except Exception as error:  # noqa: BLE001  (as above)
+            status, detail = "not tried", _last(error)
+        if status != "contained":
+            await self.close()
+        return Finding(attack.name, attack.what, status, detail, time.monotonic() - start)
 
-
-async def _attack(
-    name: str, probe: ProbeReport, title: str, what: str, call: Callable[[Subject], Awaitable[str]]
-) -> Finding:
-    start = time.monotonic()
-    status: Status
-    try:
-        status, detail = "contained", await _with_subject(name, probe, call)
-    except NotContained as error:
-        status, detail = "NOT CONTAINED", str(error)
-    except NotTried as error:
-        status, detail = "not tried", str(error)
-    except Exception as error:  # noqa: BLE001  (as above)
-        status, detail = "not tried", _last(error)
-    return Finding(title, what, status, detail, time.monotonic() - start)
+    async def close(self) -> None:
+        """Close the backend. The next check gets another one."""
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            await backend.aclose()
 
 
 def _last(error: BaseException) -> str:

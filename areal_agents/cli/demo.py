@@ -25,6 +25,7 @@ from areal_agents.tracking.plot import HeldOut, plot
 from areal_agents.trainer.loop import RunResult, train
 from areal_agents.trainer.preflight import require_runnable
 from areal_agents.trainer.run_folder import RunFolder
+from areal_agents.utils.files import save_whole
 from areal_agents.utils.packages import require_package
 
 NAMES = {"before": "before", "warm_start": "after warm start", "after_rl": "after RL"}
@@ -45,7 +46,7 @@ def demo(overrides: Sequence[str] = (), *, resume: bool = False) -> dict[str, An
     claim(config.out, resume=resume)
     result = asyncio.run(train(config, resume=resume))
     summary = summarize_run(result, setup=setup, total=time.time() - started)
-    (result.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    save_whole(result.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     curve = plot(result.out, _points(result.reports, config.steps), title="areal/Arithmetic-v0, SmolLM2-135M-Instruct")
     print(report(result, summary, curve))
     return summary

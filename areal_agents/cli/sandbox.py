@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -42,6 +42,8 @@ class SandboxExec:
     """Bytes that all its processes may hold, or with a unit: 512M, 2G."""
     max_output: str = "1M"
     """Bytes that it may print, beyond which it is killed."""
+    image: str = ""
+    """What it runs in, for sandboxes that have images."""
 
     def run(self, overrides: Sequence[str]) -> int:
         if not (math.isfinite(self.timeout) and 0 < self.timeout <= 86_400):
@@ -57,7 +59,9 @@ class SandboxExec:
         return 0
 
     async def _exec(self, program: bytes, data: bytes, memory: int, limit: int) -> dict[str, Any]:
-        spec = SandboxSpec(memory=memory, cpu_seconds=math.ceil(self.timeout), disk=min(memory // 8, 64 << 20))
+        spec = SandboxSpec(
+            memory=memory, cpu_seconds=math.ceil(self.timeout), disk=min(memory // 8, 64 << 20), image=self.image
+        )
         backend = backends().get(self.name)
         try:
             async with backend.session(spec) as sandbox:
@@ -91,6 +95,23 @@ def _read(path: Path) -> bytes:
         return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
+
+
+@dataclass
+class SandboxBuild:
+    """Make the docker sandbox's image from this machine's Debian packages, and hand it to the engine."""
+
+    name: Annotated[Literal["docker"], tyro.conf.Positional]
+    """The sandbox that the image is for."""
+    packages: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PACKAGE")] = ()
+    """Debian packages, installed here, that code inside finds too: ``--packages python3-numpy``."""
+    host: str = ""
+    """Where the engine listens; left out: DOCKER_HOST, as for docker itself."""
+
+    def run(self, overrides: Sequence[str]) -> int:
+        image = importlib.import_module("areal_agents.sandboxes.docker_image")
+        print(asyncio.run(image.build(self.packages, self.host)))
+        return 0
 
 
 @dataclass
@@ -150,7 +171,11 @@ def check_sandbox(name: str, *, json: bool) -> int:
 class Sandbox:
     """Try the sandboxes: list them, run a file in one. ``areal-agents check --sandbox NAME`` attacks one."""
 
-    command: Annotated[SandboxExec, tyro.conf.subcommand("exec")] | Annotated[SandboxList, tyro.conf.subcommand("list")]
+    command: (
+        Annotated[SandboxExec, tyro.conf.subcommand("exec")]
+        | Annotated[SandboxList, tyro.conf.subcommand("list")]
+        | Annotated[SandboxBuild, tyro.conf.subcommand("build")]
+    )
 
     def run(self, overrides: Sequence[str]) -> int:
         return self.command.run(overrides)

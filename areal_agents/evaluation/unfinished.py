@@ -41,6 +41,7 @@ MUST_STAY = ("engine.kind", "engine.precision")
 _ID = re.compile(r".*/(\d+)/(\d+)(?:~\d+)?", re.DOTALL)
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".gguf"})
 _BESIDE = ("config.json", "generation_config", "tokenizer", "chat_template", "vocab", "merges", "special_tokens", "add")
+_OF_A_START = ("config.toml", "evaluation.json", "events.jsonl")
 _BLOCK, _BLOCKS = 4096, 256
 
 
@@ -166,13 +167,14 @@ def leaving_nothing(out: Path) -> Iterator[None]:
 
     The folder is then nobody's, whatever the next command is. Its journal must be open.
     """
-    written = [path for name in ("config.toml", "evaluation.json") if not (path := out / name).exists()]
+    written = [path for name in _OF_A_START if not (path := out / name).exists()]
     try:
         yield
     except BaseException:
         if not _has_episodes(out):
             for path in written:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # the error that is raised matters more
+                    path.unlink(missing_ok=True)
         raise
 
 

@@ -69,6 +69,7 @@ def test_root_never_runs_bwrap_as_root() -> None:
                 assert isinstance(session, BubblewrapSession)
                 assert session._holder is not None
                 found.append(session._holder.host_uid())
+                assert session._holder._process is not None
                 assert os.stat(f"/proc/{session._holder._process.pid}").st_uid == found[-1]
         return found
 

@@ -60,7 +60,19 @@ HOW_TO_WRITE = (
             "env.kwargs",
             {"name": "x", "deep": {"a": [1, None]}},
         ),
-        (["--env.kwargs", "{a = 1}", "--env.kwargs.b-c", "-2"], "env.kwargs", {"a": 1, "b-c": -2}),
+        (["--env.kwargs", "{a = 1}", "--env.kwargs.b-c", "-2"], "env.kwargs", {"a": 1, "b_c": -2}),
+        (
+            ["--env.kwargs.test-path", "", "--env.kwargs.models.big-one", "x"],
+            "env.kwargs",
+            {"test_path": "", "models": {"big-one": "x"}},
+        ),
+        (["--env.kwargs", '{"b-c": 1}'], "env.kwargs", {"b-c": 1}),
+        (
+            ["--model.template-variables.enable-thinking", "false"],
+            "model.template_variables",
+            {"enable_thinking": False},
+        ),
+        (["--cluster.worker-resources.my-node", "1"], "cluster.worker_resources", {"my-node": 1.0}),
         (
             ["--model.template_variables.enable_thinking", "false"],
             "model.template_variables",
