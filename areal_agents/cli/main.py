@@ -26,6 +26,7 @@ from areal_agents.cli.commands import Command
 from areal_agents.cli.common import UsageError, json_alone, require_writable
 from areal_agents.errors import ArealError, Interrupted
 from areal_agents.tracking.console import plain
+from areal_agents.utils.files import is_full, unwritten
 
 DESCRIPTION = """An agentic multi-turn RL gym and trainer for language models.
 
@@ -74,8 +75,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         for message in dict.fromkeys(str(e) for e in deliberate):
             print(f"error: {plain(message)}", file=sys.stderr)  # it may quote what a model said
         return 1
+    except OSError as error:
+        said = _of_the_disk(error)
+        if debug or said is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        return 1
     finally:
         warnings.formatwarning = usual
+
+
+def _of_the_disk(error: OSError) -> str | None:
+    """Return the sentence for a full disk that nothing else has told of, or None for another error."""
+    if is_full(error) and error.filename:
+        return str(unwritten(Path(error.filename), error))
+    if is_full(error):
+        return f"{error.strerror}: free some space on the disks of --out and of the temporary files (TMPDIR)"
+    if "No usable temporary directory" in str(error):
+        return f"{error.strerror}: free some space there, or set TMPDIR to a folder with room"
+    return None
 
 
 def _parse(args: list[str]) -> tuple[Any, list[str]]:

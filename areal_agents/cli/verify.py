@@ -18,6 +18,7 @@ import tyro
 
 from areal_agents.cli.common import UsageError
 from areal_agents.errors import ArealError, Interrupted
+from areal_agents.utils.files import unwritten
 
 _AHEAD = 64
 """Rows for each worker that are read before the first of them is verified."""
@@ -69,12 +70,16 @@ class Verify:
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[BinaryIO]:
-        """Open what is written, and say where it cannot be."""
+        """Open what is written, say where it cannot be, and leave nothing where nothing was verified."""
         try:
             with self._partial.open("ab+") as out:
                 yield out
         except OSError as error:
-            raise ArealError(f"cannot write {self._partial}: {error.strerror}") from error
+            raise unwritten(self._partial, error) from error
+        finally:
+            with contextlib.suppress(OSError):
+                if not self._partial.stat().st_size:
+                    self._partial.unlink()
 
     async def _verify(self, out: BinaryIO) -> dict[str, int]:
         from areal_agents.rewards.mathematics.pool import MathPool

@@ -150,6 +150,7 @@ def test_what_cannot_be_written_is_told_at_once(tmp_path: Path, capsys: pytest.C
         assert f"cannot write {out}.partial: No such file" in capsys.readouterr().err
     assert main(["verify", "math", "--jsonl", str(tmp_path), "--out", str(tmp_path / "out.jsonl")]) == 1
     assert f"cannot read {tmp_path}: Is a directory" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [given]
 
 
 def test_rows_may_come_through_a_pipe(tmp_path: Path) -> None:
