@@ -203,6 +203,8 @@ def test_check_reports_and_sets_the_exit_code(
     assert main(["check", "--env.kwargs", "{path = 'q.jsonl'}", "areal/Questions-v0"]) == 1
     assert given[5] == {"path": "q.jsonl"}
     assert main(["check", "--env.kwargs.test-path", "q.jsonl", "areal/Questions-v0"]) == 1
+    assert given[6] == {"test_path": "q.jsonl"}
+    assert main(["check", "--env.kwargs", "{test-path = 'q.jsonl'}", "areal/Questions-v0"]) == 1
     assert "'test-path'; write test_path for test-path" in capsys.readouterr().err
 
 
