@@ -206,6 +206,8 @@ def test_check_reports_and_sets_the_exit_code(
     assert given[5] == {"path": "q.jsonl"}
     assert main(["check", "--env.kwargs.test-path", "q.jsonl", "areal/Questions-v0"]) == 1
     assert given[6] == {"test_path": "q.jsonl"}
+    assert main(["check", "--env.kwargs", "{test-path = 'q.jsonl'}", "areal/Questions-v0"]) == 1
+    assert "'test-path'; write test_path for test-path" in capsys.readouterr().err
 
 
 def test_check_takes_arguments_and_level_of_an_environment(
