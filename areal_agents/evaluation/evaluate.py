@@ -14,6 +14,7 @@ from pathlib import Path
 
 from areal_agents import registry
 from areal_agents.chat_model import remote_name
+from areal_agents.engines.local import require_startable
 from areal_agents.errors import ArealError, ConfigError, Interrupted
 from areal_agents.evaluation.attempts import FINISH_SECONDS, is_judged, run_attempts, saved_rows
 from areal_agents.evaluation.players import Opener, Served, Server, on_engines, on_server
@@ -186,6 +187,7 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
         )
     if server is None:
         require_linux(f"an engine for {config.model.path}")
+        require_startable(config.engine)
     bad = dict[str, str]()
     spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
     spec.require_arguments({})
