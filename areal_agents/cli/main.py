@@ -1,7 +1,7 @@
 """The parsing, exit codes and errors of the command line.
 
 The commands are in ``cli/commands.py``. They are parsed by tyro, and ``train``, ``demo`` and ``eval`` take the dotted
-overrides of ``settings/loading.py`` besides. The exit codes are:
+overrides of ``settings/loading.py`` besides, ``check`` those of ``env.kwargs``. The exit codes are:
 
     0      done
     1      an error or a failed check, with one message on standard error (--debug or AREAL_DEBUG=1: the traceback)
@@ -97,7 +97,7 @@ def _of_the_disk(error: OSError) -> str | None:
 
 
 def _parse(args: list[str]) -> tuple[Any, list[str]]:
-    """Return the command, and the settings given on the command line of ``train``, ``demo`` or ``eval``."""
+    """Return the command, and the settings given on the command line of ``train``, ``demo``, ``eval`` or ``check``."""
     overrides: list[str] = []
     if args[:1] in (["train"], ["demo"], ["eval"]):
         from areal_agents.settings import evaluation
@@ -113,6 +113,11 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
             except SystemExit:  # tyro ends the process after its help, and the settings' help belongs below it
                 print(evaluation.help_text() if evaluates else help_text())
                 raise
+    elif args[:1] == ["check"]:
+        from areal_agents.settings.loading import normal_key, split_overrides
+
+        others = [a for a in args if not f"{normal_key(a).partition('=')[0]}.".startswith("__env.kwargs.")]
+        args, overrides = split_overrides(args, keep=others)
     return _tyro(args or ["--help"]), overrides
 
 

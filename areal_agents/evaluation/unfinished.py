@@ -14,14 +14,14 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from areal_agents import settings
 from areal_agents.errors import ArealError, ConfigError, Interrupted
 from areal_agents.evaluation.attempts import Place, same_attempts
+from areal_agents.evaluation.held_out import settings_of
 from areal_agents.settings.config import TrainConfig
 from areal_agents.settings.differences import differences
 from areal_agents.settings.evaluation import training_only
@@ -154,23 +154,28 @@ def _has_episodes(out: Path) -> bool:
     return any(p.is_file() and p.stat().st_size for p in (path, path.with_suffix(".jsonl")))
 
 
+def refuse_training(out: Path) -> None:
+    """Raise ConfigError where ``out`` holds a training run."""
+    trained = any((out / name).exists() for name in ("commit.json", "metrics.jsonl"))
+    if trained or ((out / "lock").exists() and not (out / "evaluation.json").exists()):
+        raise ConfigError(f"{out} holds a training run: choose another folder for an evaluation")
+
+
 @contextlib.contextmanager
-def leaving_nothing(out: Path, begun: Callable[[], bool]) -> Iterator[None]:
-    """Remove what the block has written to ``out``, besides episodes, where it fails before any was begun."""
-    new = [path for name in _OF_A_START if not (path := out / name).exists()]
+def leaving_nothing(out: Path) -> Iterator[None]:
+    """Remove the settings that a sitting has written to ``out``, where it fails before an episode is on the disk.
+
+    The folder is then nobody's, whatever the next command is. Its journal must be open.
+    """
+    written = [path for name in _OF_A_START if not (path := out / name).exists()]
     try:
         yield
     except BaseException:
-        for path in new if not begun() else ():
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+        if not _has_episodes(out):
+            for path in written:
+                with contextlib.suppress(OSError):  # the error that is raised matters more
+                    path.unlink(missing_ok=True)
         raise
-
-
-def refuse_training(out: Path) -> None:
-    """Raise ConfigError where ``out`` holds a training run."""
-    if any((out / name).exists() for name in ("lock", "commit.json", "metrics.jsonl")):
-        raise ConfigError(f"{out} holds a training run: choose another folder for an evaluation")
 
 
 def read_earlier(config: TrainConfig) -> Earlier:
@@ -190,7 +195,7 @@ def read_earlier(config: TrainConfig) -> Earlier:
     if not episodes:
         refuse_used(out)  # a report without its episodes
         return Earlier()
-    if changed := _changed(settings.load(out / "config.toml"), config):
+    if changed := _changed(settings_of(out), config):
         raise ConfigError(
             f"{out} was begun with other settings:\n" + "\n".join(changed) + "\n"
             f"leave them out (areal-agents eval --resume {shlex.quote(str(out))}), or evaluate anew in another folder"
@@ -263,7 +268,7 @@ def partial_note(out: Path, label: str = "") -> str | None:
     path = shard_path(out, KIND, STEP)
     if path.exists() or not path.with_suffix(".jsonl").exists() or not (out / "config.toml").is_file():
         return None
-    e = settings.load(out / "config.toml").eval
+    e = settings_of(out).eval
     return f"{out} is not complete: {how_to_go_on(out, count_saved(out), e.n * e.k)}"
 
 

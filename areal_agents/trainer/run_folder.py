@@ -69,7 +69,7 @@ class Commit:
         values = dict(row)
         if (version := values.pop("schema_version", None)) != COMMIT_VERSION:
             raise CheckpointError(f"commit.json has schema_version {version}, this package reads {COMMIT_VERSION}")
-        reports = {k: EvalReport(**{**r, "ci95": tuple(r["ci95"])}) for k, r in values.pop("reports").items()}
+        reports = {label: EvalReport.from_json(report) for label, report in values.pop("reports").items()}
         return cls(**values, reports=reports)
 
 
@@ -111,6 +111,11 @@ class RunFolder:
         """The folders that the lock's taking made, the innermost first."""
         self._had: frozenset[str] = frozenset()
         """What was in the folder before."""
+
+    @property
+    def was_locked(self) -> bool:
+        """Whether a run had its lock here before this one."""
+        return "lock" in self._had
 
     @property
     def checkpoints(self) -> Path:
