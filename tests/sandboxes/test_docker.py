@@ -326,3 +326,19 @@ def test_consoles_live_in_a_container(engine: Any) -> None:
             assert (await run(sandbox, "print(1)")).stdout == b"1\n"
 
     play(calls)
+
+
+def test_what_the_engine_did_not_remove_is_removed_later(engine: Any) -> None:
+    async def calls(backend: DockerBackend) -> None:
+        async with backend.session(SPEC) as sandbox:
+            await run(sandbox, "")
+            labels = {docker_engine.LABEL: "1", docker_engine.BACKEND: backend._own}
+            engine.containers.create(docker_image.IMAGE, ["/bin/true"], labels=labels)
+            backend._left = True  # as after a removal that the engine, going away, did not do
+            async with backend.session(SPEC) as second:
+                await run(second, "")
+                assert len(containers(engine)) == 2  # of the two sessions
+            assert (await run(sandbox, "print(1)")).stdout == b"1\n"
+
+    play(calls)
+    assert containers(engine) == []
