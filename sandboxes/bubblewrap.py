@@ -57,8 +57,9 @@ class BubblewrapBackend:
         if pool < 0:
             raise ValueError(f"pool must be 0 or more, got {pool}.")
         modules = tuple(name.strip() for name in preload.split(",")) if preload else ()
-        if wrong := next((name for name in modules if not all(map(str.isidentifier, name.split(".")))), None):
-            raise ValueError(f"preload has {wrong!r}, which is no module's name.")
+        for module in modules:
+            if not all(map(str.isidentifier, module.split("."))):
+                raise ValueError(f"preload has {module!r}, which is no module's name.")
         self._pool, self._python, self._preload = pool, python, modules
         self._zygote: Zygote | None = None
         self._forks, self._refused = False, ""
