@@ -195,7 +195,7 @@ docker: .venv/.docker
 	  answers || { tail -n 20 "$$room/log" >&2; fail "the Docker engine does not answer"; }
 	fi
 	.venv/bin/areal-agents sandbox build docker
-	$(PY) -m pytest -m "docker and not gpu" --durations=15 tests
+	$(PY) -m pytest -m "docker and not gpu" --durations=15 tests/sandboxes
 
 vllm: .venv/.vllm
 	@.venv/bin/areal-agents model pull smollm2 >/dev/null

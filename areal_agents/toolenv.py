@@ -15,6 +15,7 @@ Tools that act on the episode are methods under ``@tool``, or ask for ``env`` or
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -40,6 +41,9 @@ from areal_agents.types import (
 from areal_agents.types import without_reasoning as without_reasoning  # its place for authors who override `answer`
 from areal_agents.utils.real_number import finite
 from areal_agents.utils.short_text import described, short
+
+SUBMITTED = "submitted_answer"
+"""The name of the message that keeps an answer given to ``end_episode``. It is the episode's last one."""
 
 
 class ToolEnv(AgentEnv):
@@ -211,6 +215,8 @@ class ToolEnv(AgentEnv):
             self._turning = False
         self._results += results
         observation = tuple(tool_result(r.text, call=c) for c, r in zip(action.tool_calls, results, strict=True))
+        if self._submitted is not None:
+            observation += (dataclasses.replace(user(self._submitted), name=SUBMITTED),)
         self._messages += observation
         info = {"tool_results": _records(action.tool_calls, results)}
         if self._dispatcher.replays:

@@ -289,7 +289,7 @@ def test_a_tool_that_would_not_be_found_is_refused() -> None:
     async def logged() -> object:
         return await tool(free)()
 
-    logged.__wrapped__ = tool(free)  # type: ignore[attr-defined,assignment]  # as functools.wraps(spec) leaves it
+    logged.__wrapped__ = tool(free)  # type: ignore[assignment]  # as functools.wraps(spec) leaves it
     for value, what in (
         (staticmethod(tool(free)), "staticmethod"), (classmethod(tool(free)), "classmethod"),
         (property(tool(free)), "property"), (logged, "a decorator"),

@@ -14,7 +14,7 @@ from areal_agents.types import ToolCall
 from tests.conftest import require
 
 
-def call(name: str, **arguments: Any) -> ToolCall:
+def call(name: str, /, **arguments: Any) -> ToolCall:
     return ToolCall(id="", name=name, arguments=arguments, raw="", status="ok", token_span=(0, 0))
 
 
