@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Literal, Protocol
 
-from areal_agents.errors import SandboxUnavailable
+from areal_agents.errors import ConfigError, SandboxUnavailable
 from areal_agents.utils.system import is_linux
 
 ExecStatus = Literal["ok", "error", "timeout", "oom", "output_limit"]
@@ -70,6 +70,13 @@ class SandboxSpec:
     disk: int = 64 << 20
     """Size of /work, and separately of /tmp and /dev/shm."""
     open_files: int = 256
+    image: str = ""
+    """What the session runs in, for backends that have images; "" is the backend's own."""
+
+    def refuse_image(self, backend: str) -> None:
+        """Raise ConfigError where the spec names an image and ``backend`` has none."""
+        if self.image:
+            raise ConfigError(f"sandbox {backend!r} has no images, and image {self.image!r} is asked for: use docker.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +110,7 @@ class Process(Protocol):
 class Console(Protocol):
     """A Python REPL or a shell that lives across turns, opened with ``open_console``.
 
-    Its calls run one after the other in /work. What one prints is data, which ends no call and breaks no console.
+    Its calls run one after the other in /work. What one prints is data: it ends no call and breaks no console.
     """
 
     async def call(self, code: str, *, timeout: float, max_output: int = 1 << 20) -> CallResult:

@@ -23,13 +23,14 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, get_args
+from types import FunctionType
+from typing import Any, Literal, TypeVar, get_args, overload
 
 from pydantic import BaseModel, ValidationError
 
 from areal_agents.errors import EnvError, InfraError, RewardError, SandboxUnavailable, TaskError
 from areal_agents.tool_outputs import cut_middle as cut_middle
-from areal_agents.tool_parameters import Kind, read_parameters
+from areal_agents.tool_parameters import Kind, read_parameters, type_text
 
 ToolFunction = Callable[..., Awaitable[object]]
 ToolStatus = Literal["ok", "error", "timeout", "sandbox_failed", "malformed", "unknown_tool", "invalid_arguments"]
@@ -118,9 +119,9 @@ class ToolSpec:
     def signature(self) -> str:
         """Write the signature that an error text shows, such as ``python(code: string)``."""
         properties = self.parameters.get("properties", {})
-        required = self.parameters.get("required", [])
+        required, named = self.parameters.get("required", []), self.parameters.get("$defs", {})
         shown = (
-            f"{name}{'' if name in required else '?'}: {schema.get('type', 'any')}"
+            f"{name}{'' if name in required else '?'}: {type_text(schema, named)}"
             for name, schema in properties.items()
         )
         return f"{self.name}({', '.join(shown)})"
@@ -175,19 +176,28 @@ class ToolSpec:
         return await self.function(*args, **kwargs)
 
 
+@overload
+def tool(function: ToolFunction, /) -> ToolSpec: ...
+@overload
 def tool(
+    *, timeout: float = ..., parallel: bool = ..., max_output_chars: int = ..., name: str | None = ...
+) -> Callable[[ToolFunction], ToolSpec]: ...
+def tool(
+    function: ToolFunction | None = None,
+    /,
     *,
     timeout: float = 5.0,
     parallel: bool = False,
     max_output_chars: int = 4000,
     name: str | None = None,
-) -> Callable[[ToolFunction], ToolSpec]:
-    """Turn an async function into a ToolSpec.
+) -> ToolSpec | Callable[[ToolFunction], ToolSpec]:
+    """Turn an async function into a ToolSpec, as ``@tool`` or ``@tool(timeout=2)``.
 
     The schema comes from the type hints. The description comes from the docstring's first paragraph, a parameter's
     description from its line in a Google-style ``Args:`` section.
 
     Args:
+        function: the function, where ``@tool`` stands without parentheses.
         timeout: seconds of wall clock for one call.
         parallel: calls of one message may run at the same time.
         max_output_chars: a longer result loses its middle.
@@ -219,7 +229,11 @@ def tool(
         parameters = {"type": "object", **_compact(model.model_json_schema())}
         return ToolSpec(tool_name, summary, parameters, timeout, parallel, max_output_chars, injected, function, model)
 
-    return decorate
+    if function is None:
+        return decorate
+    if not callable(function) and not isinstance(function, classmethod | staticmethod):
+        raise TypeError(f"tool({_short(function)}): write @tool(name=…, timeout=…)")
+    return decorate(function)
 
 
 def class_tools(cls: type, root: type) -> tuple[Sequence[ToolSpec], object]:
@@ -236,17 +250,25 @@ def class_tools(cls: type, root: type) -> tuple[Sequence[ToolSpec], object]:
         All tools, and what was listed. Where that is no sequence (a property, say), it stays as it is.
 
     Raises:
-        TypeError: a method hides a tool without being one.
+        TypeError: a method hides a tool without being one, or a tool hides what every environment has; a decorator
+            stands above ``@tool``; None is said of a tool that is listed.
     """
     bodies = [body for body in cls.__mro__ if body not in root.__mro__]
     listed: object = next(
         (b.__dict__.get("_listed_tools", b.__dict__["tools"]) for b in bodies if "tools" in b.__dict__), ()
     )
+    names = {t.name for t in listed if isinstance(t, ToolSpec)} if isinstance(listed, list | tuple) else set()
     defined: dict[str, ToolSpec] = {}
     for body in reversed(bodies):
         for name, value in vars(body).items():
+            _require_undecorated(body, name, value)
             if isinstance(value, ToolSpec):
+                _require_free(cls, body, name, root)
                 defined[name] = value
+            elif value is None and name in names and name not in defined:
+                raise TypeError(
+                    f"{body.__name__}.{name} = None takes a method away, but {name!r} is listed: set `tools` without it"
+                )
             elif name in defined:
                 if value is not None:
                     raise TypeError(f"{body.__name__}.{name} hides a tool: put @tool() on it, or set it to None")
@@ -254,6 +276,33 @@ def class_tools(cls: type, root: type) -> tuple[Sequence[ToolSpec], object]:
     if not isinstance(listed, list | tuple) or not defined:
         return listed, listed  # type: ignore[return-value]  # the author's own, which is checked when it is used
     return (*listed, *(spec for spec in defined.values() if all(spec is not other for other in listed))), listed
+
+
+def _require_undecorated(body: type, name: str, value: object) -> None:
+    """Raise TypeError where a decorator above ``@tool`` keeps the tool from being found."""
+    inner: object = None
+    if isinstance(value, classmethod | staticmethod):
+        inner = value.__func__
+    elif isinstance(value, property):
+        inner = value.fget
+    elif isinstance(value, FunctionType):
+        inner = getattr(value, "__wrapped__", None)
+    if isinstance(inner, ToolSpec):
+        what = type(value).__name__ if not isinstance(value, FunctionType) else "a decorator"
+        raise TypeError(f"{body.__name__}.{name}: {what} stands above @tool: leave it out, or put it below")
+
+
+def _require_free(cls: type, body: type, name: str, root: type) -> None:
+    """Raise TypeError where the tool ``body.name`` hides what the environment ``cls`` has by nature under that name."""
+    package = __name__.partition(".")[0]
+    for base in cls.__mro__[cls.__mro__.index(body) + 1 :]:
+        ours = base in root.__mro__ or base.__module__.partition(".")[0] == package
+        declared = name in vars(base) or name in vars(base).get("__annotations__", {})
+        if ours and declared and not isinstance(vars(base).get(name), ToolSpec):
+            raise TypeError(
+                f"{body.__name__}.{name} hides {base.__name__}.{name}, which an episode needs: give the method another "
+                f"name, and the model its own by @tool(name={name!r})"
+            )
 
 
 def made_by(maker: Callable[..., Any], *args: Any) -> Callable[[ToolSpec], ToolSpec]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import json
 import re
 import types
 import typing
@@ -35,6 +36,8 @@ _NAMED: tuple[str, ...] = ("sandbox", "models", "env", "state")
 """Kinds that a parameter's name alone asks for."""
 _TYPED: Mapping[str, Kind] = {"Sandbox": "sandbox", "Outputs": "outputs", "Resources": "resources"}
 """Kinds that a parameter's type asks for."""
+MOST_CHOICES = 12
+"""Choices of a parameter that an error text shows."""
 
 
 def read_parameters(
@@ -59,6 +62,8 @@ def read_parameters(
         if position == 0 and parameter.name == "self" and parameter.annotation is parameter.empty:
             injected["self"] = "env"
             continue
+        if position == 0 and parameter.name == "cls" and parameter.annotation is parameter.empty:
+            raise TypeError(f"tool {tool_name!r}: a tool acts on an episode: write `self`, and leave @classmethod out")
         kind = _kind(parameter, function, tool_name)
         if kind is not None:
             injected[parameter.name] = kind
@@ -67,6 +72,25 @@ def read_parameters(
         annotation = _annotation(parameter, function, tool_name)
         fields[parameter.name] = (annotation, Field(default, description=notes.get(parameter.name)))
     return injected, _model(tool_name, fields)
+
+
+def type_text(schema: Mapping[str, Any], named: Mapping[str, Any], depth: int = 0) -> str:
+    """Write the type of a parameter's schema, such as ``"north" | "south"`` or ``array of string``.
+
+    ``named`` has the schemas that others refer to.
+    """
+    if "$ref" in schema and depth < 5:
+        return type_text(named.get(str(schema["$ref"]).rpartition("/")[2], {}), named, depth + 1)
+    choices = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    if choices:
+        shown = [json.dumps(value, ensure_ascii=False) for value in choices[:MOST_CHOICES]]
+        return " | ".join([*shown, *["…"] * (len(choices) > MOST_CHOICES)])
+    if "anyOf" in schema and depth < 5:
+        return " | ".join(dict.fromkeys(type_text(inner, named, depth + 1) for inner in schema["anyOf"]))
+    if schema.get("type") == "array" and schema.get("items") and depth < 5:
+        inner = type_text(schema["items"], named, depth + 1)
+        return f"array of ({inner})" if " | " in inner else f"array of {inner}"
+    return str(schema.get("type", "any"))
 
 
 def _model(tool_name: str, fields: Mapping[str, Any]) -> type[BaseModel]:
