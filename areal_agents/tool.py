@@ -10,7 +10,8 @@
             \"\"\"Walk through a door.\"\"\"
 
 ``self`` and keyword-only parameters named ``sandbox``, ``models``, ``env`` or ``state`` are *injected* by the
-environment (``tool_parameters.py``): they never appear in the schema and a model cannot set them.
+environment (``tool_parameters.py``), and so are those of the types ``Outputs`` and ``Resources``: they never appear in
+the schema and a model cannot set them.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import inspect
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any, Literal, TypeVar, get_args, overload
 
 from pydantic import BaseModel, ValidationError
 
 from areal_agents.errors import EnvError, InfraError, RewardError, SandboxUnavailable, TaskError
+from areal_agents.tool_outputs import cut_middle as cut_middle
 from areal_agents.tool_parameters import Kind, read_parameters, type_text
 
 ToolFunction = Callable[..., Awaitable[object]]
@@ -74,8 +76,12 @@ class ToolSpec:
     function: ToolFunction | None = field(default=None, repr=False, compare=False)
     """None: a tool that is only described (a remote model's tool)."""
     arguments_model: type[BaseModel] | None = field(default=None, repr=False, compare=False)
+    maker: tuple[Callable[..., Any], tuple[Any, ...]] | None = field(default=None, repr=False, compare=False)
+    """A function and the arguments with which it makes this tool, and perhaps others: see ``made_by``."""
 
     def __reduce__(self) -> tuple[Callable[..., ToolSpec], tuple[Any, ...]]:
+        if self.maker is not None:
+            return _made_again, (*self.maker, self.name)
         if self.function is None:
             return ToolSpec, (self.name, self.description, dict(self.parameters))
         return _by_reference, (self.function.__module__, self.function.__qualname__)
@@ -121,11 +127,17 @@ class ToolSpec:
         return f"{self.name}({', '.join(shown)})"
 
     async def invoke(self, arguments: Mapping[str, Any], injected: Mapping[str, Any] | None = None) -> ToolResult:
-        """Run the function on checked arguments.
+        """Run the function on checked arguments, and cut what the model sees to ``max_output_chars``."""
+        result = await self.run(arguments, injected)
+        text, cut = cut_middle(result.text, self.max_output_chars)
+        return ToolResult(text, result.status, result.truncated or cut)
 
-        ``injected`` maps ``"sandbox"``, ``"models"``, ``"env"`` and ``"state"`` to what the environment passes. A
-        timeout and a ToolError are results. InfraError (SandboxError among them) passes through; any other exception is
-        the author's bug and becomes EnvError.
+    async def run(self, arguments: Mapping[str, Any], injected: Mapping[str, Any] | None = None) -> ToolResult:
+        """Run the function on checked arguments, and return all that it said.
+
+        ``injected`` maps each ``Kind`` (``"sandbox"``, ``"models"``, …) to what the environment passes. A timeout and a
+        ToolError are results. InfraError (SandboxError among them) passes through; any other exception is the author's
+        bug and becomes EnvError.
         """
         if self.function is None:
             raise EnvError(f"tool {self.name!r} has no function: it can be described to a model but not called")
@@ -144,28 +156,24 @@ class ToolSpec:
                 raise EnvError(f"tool {self.name!r} raised {error!r}") from error
             return ToolResult(f"the call ran longer than {self.timeout:g} s and was stopped", "timeout")
         except ToolError as error:
-            return self._cut(ToolResult(str(error) or "the tool reported an error", "error"))
+            return ToolResult(str(error) or "the tool reported an error", "error")
         except (InfraError, SandboxUnavailable, RewardError, TaskError):
             raise
         except Exception as error:
             raise EnvError(f"tool {self.name!r} raised {error!r} on {_short(arguments)}") from error
         if not isinstance(value, ToolResult):
-            return self._cut(ToolResult(_text(value)))
+            return ToolResult(_text(value))
         if not isinstance(value.text, str) or value.status not in get_args(ToolStatus):
             raise EnvError(
                 f"tool {self.name!r} returned {_short(value)}: its text must be a text, its status a ToolStatus"
             )
-        return self._cut(value)
+        return value
 
     async def __call__(self, *args: Any, **kwargs: Any) -> object:
         """Call the undecorated function, so that tools can call each other."""
         if self.function is None:
             raise EnvError(f"tool {self.name!r} has no function: it can be described to a model but not called")
         return await self.function(*args, **kwargs)
-
-    def _cut(self, result: ToolResult) -> ToolResult:
-        text, cut = cut_middle(result.text, self.max_output_chars)
-        return ToolResult(text, result.status, result.truncated or cut)
 
 
 @overload
@@ -297,17 +305,21 @@ def _require_free(cls: type, body: type, name: str, root: type) -> None:
             )
 
 
-def cut_middle(text: str, limit: int) -> tuple[str, bool]:
-    """Cut ``text`` to at most ``limit`` characters, and say whether that was needed.
+def made_by(maker: Callable[..., Any], *args: Any) -> Callable[[ToolSpec], ToolSpec]:
+    """Return a function that marks a tool as made by ``maker(*args)``, so that it pickles.
 
-    Head and tail stay, the middle becomes a marker.
+    A tool with settings (a database, a list of hosts) is made by a function, and has no name to be found by. ``maker``
+    returns the tool, or several of which one has its name. It and its arguments must pickle.
     """
-    if len(text) <= limit:
-        return text, False
-    marker = f"\n[... {len(text) - limit} of {len(text)} characters cut ...]\n"
-    keep = max(limit - len(marker), 0)
-    head = keep - keep // 2
-    return text[:head] + marker + text[len(text) - keep // 2 :], True
+    return lambda spec: replace(spec, maker=(maker, args))
+
+
+def _made_again(maker: Callable[..., Any], args: tuple[Any, ...], name: str) -> ToolSpec:
+    made = maker(*args)
+    for spec in (made,) if isinstance(made, ToolSpec) else made:
+        if isinstance(spec, ToolSpec) and spec.name == name:
+            return spec
+    raise TypeError(f"{maker!r} makes no tool {name!r} here")
 
 
 def _by_reference(module: str, qualname: str) -> ToolSpec:

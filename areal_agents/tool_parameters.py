@@ -4,6 +4,8 @@
     *, state          its ``state``, which is the episode's own
     *, sandbox        the episode's sandbox, also by the annotation ``Sandbox``
     *, models         the environment's models by name, also by the annotation ``Mapping[str, ChatModel]``
+    *, x: Outputs     the episode's long outputs (``tool_outputs.py``), by the annotation alone
+    *, x: Resources   what the episode's tools keep open (``tool_resources.py``), by the annotation alone
 
 What the environment passes is keyword-only (but for ``self``), in no schema, and nothing that a model can set.
 """
@@ -24,10 +26,16 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.errors import PydanticUserError
 
 from areal_agents.sandbox import Sandbox
+from areal_agents.tool_outputs import Outputs
+from areal_agents.tool_resources import Resources
 from areal_agents.utils.short_text import cut
 
-Kind = Literal["sandbox", "models", "env", "state"]
+Kind = Literal["sandbox", "models", "env", "state", "outputs", "resources"]
 """What an environment passes."""
+_NAMED: tuple[str, ...] = ("sandbox", "models", "env", "state")
+"""Kinds that a parameter's name alone asks for."""
+_TYPED: Mapping[str, Kind] = {"Sandbox": "sandbox", "Outputs": "outputs", "Resources": "resources"}
+"""Kinds that a parameter's type asks for."""
 MOST_CHOICES = 12
 """Choices of a parameter that an error text shows."""
 
@@ -103,14 +111,14 @@ def _model(tool_name: str, fields: Mapping[str, Any]) -> type[BaseModel]:
                 shown = annotation.__name__ if isinstance(annotation, type) else str(annotation)
                 raise TypeError(
                     f"tool {tool_name!r}: parameter {name!r} is a {cut(shown, 100)}, which no JSON value of a model "
-                    f"can be; an environment passes what is keyword-only and called {', '.join(get_args(Kind))}"
+                    f"can be; an environment passes what is keyword-only and called {', '.join(_NAMED)}"
                 ) from error
         raise
 
 
 def _kind(parameter: inspect.Parameter, function: Callable[..., Any], tool_name: str) -> Kind | None:
     """Return what the environment passes for ``parameter``, or None where the model gives it."""
-    named = parameter.name in get_args(Kind)
+    named = parameter.name in _NAMED
     kind = cast(Kind, parameter.name) if named else _kind_of_annotation(parameter)
     if kind is None:
         return None
@@ -134,8 +142,9 @@ def _kind(parameter: inspect.Parameter, function: Callable[..., Any], tool_name:
 def _kind_of_annotation(parameter: inspect.Parameter) -> Kind | None:
     # The annotation may be a name imported under TYPE_CHECKING only: its text decides then.
     text = parameter.annotation if isinstance(parameter.annotation, str) else ""
-    if parameter.annotation is Sandbox or text.rpartition(".")[2] == "Sandbox":
-        return "sandbox"
+    for kind in (Sandbox, Outputs, Resources):
+        if parameter.annotation is kind or text.rpartition(".")[2] == kind.__name__:
+            return _TYPED[kind.__name__]
     if re.fullmatch(r"(\w+\.)*(Mapping|dict)\[str, *(\w+\.)*ChatModel\]", text or str(parameter.annotation)):
         return "models"
     return None

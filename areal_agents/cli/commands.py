@@ -21,6 +21,7 @@ from areal_agents.cli.common import UsageError, template_variables, write_json
 from areal_agents.cli.eval import Eval
 from areal_agents.cli.plot import Plot
 from areal_agents.cli.resize import Resize
+from areal_agents.cli.sandbox import Sandbox, check_sandbox
 from areal_agents.cli.saved_runs import Replay, Rescore
 from areal_agents.cli.serve import Serve
 from areal_agents.cli.show import Show
@@ -131,11 +132,12 @@ class Envs:
 
 @dataclass
 class Check:
-    """Check environments, or a model: ``check areal/Arithmetic-v0``, ``check --model FOLDER``.
+    """Check environments, a model or a sandbox: ``check areal/Arithmetic-v0``, ``check --model FOLDER``.
 
-    An environment is checked for the contract: Gymnasium's checker, seeds, isolation, tokens, reward audit. Of a model
-    it says what its chat template and tokenizer are like, and whether training would refuse it.
-    ``--env.kwargs.NAME VALUE`` gives the environment an argument, as ``train`` does.
+    An environment is checked for the contract: Gymnasium's checker, seeds, isolation, tokens, reward audit. One that
+    takes arguments gets them as in ``train`` and ``eval``: ``check areal/Questions-v0 --env.kwargs.path mine.jsonl``.
+    Of a model it says what its chat template and tokenizer are like, and whether training would refuse it. A sandbox
+    is attacked.
     """
 
     env: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID")] = ()
@@ -148,6 +150,8 @@ class Check:
     """Model whose tokenizer the prefix-exact token check uses; ``none`` skips that check."""
     model: str = ""
     """Check this model instead: a local folder, ``smollm2`` or a hub id."""
+    sandbox: str = ""
+    """Check this sandbox instead: ``bubblewrap``, ``docker``, ``module:Class``. It takes a minute."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """The engine that the model would be trained with."""
     history: Literal["auto", "append", "template"] = "auto"
@@ -164,8 +168,14 @@ class Check:
     def run(self, overrides: Sequence[str]) -> int:
         variables = template_variables(self.template_variables)
         options = ChatOptions(self.history, variables, self.merge_system, self.tool_format)
+        if self.sandbox:
+            if self.env or self.all or self.model or overrides or self.difficulty is not None:
+                raise UsageError("--sandbox checks a sandbox alone: leave the environment and --model out")
+            return check_sandbox(self.sandbox, json=self.json)
         if self.model:
-            return self._check_model(options, overrides)
+            if overrides or self.difficulty is not None:
+                raise UsageError(f"--model checks a model: leave out {[*overrides, '--difficulty'][0]}")
+            return self._check_model(options)
         from areal_agents import registry
         from areal_agents.conformance.check import check
 
@@ -175,7 +185,7 @@ class Check:
         tokenizer = None if self.tokenizer.lower() == "none" else self.tokenizer
         env = self._settings(overrides)
         if env.kwargs and len(ids) > 1:
-            raise UsageError("--env.kwargs is of one environment: check them one by one")
+            raise UsageError(f"{overrides[0]} is an argument of one environment: check that alone")
         for id in ids if env.kwargs else ():
             registry.spec(id).require_arguments(env.kwargs)
         reports = []
@@ -202,9 +212,7 @@ class Check:
             raise UsageError(f"--difficulty {self.difficulty} and --env.difficulty {env.difficulty}: give one")
         return env.model_copy(update={"difficulty": self.difficulty})
 
-    def _check_model(self, options: ChatOptions, overrides: Sequence[str]) -> int:
-        if overrides or self.difficulty is not None:
-            raise UsageError("--model checks a model: --env.kwargs and --difficulty are of an environment")
+    def _check_model(self, options: ChatOptions) -> int:
         if self.env or self.all:
             raise UsageError("--model checks a model and plays nothing: for environments use --tokenizer")
         from areal_agents.conformance.model_report import check_model
@@ -286,5 +294,6 @@ Command = (
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Rescore, tyro.conf.subcommand("rescore")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
+    | Annotated[Sandbox, tyro.conf.subcommand("sandbox")]
     | Annotated[Model, tyro.conf.subcommand("model")]
 )

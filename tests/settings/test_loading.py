@@ -150,7 +150,7 @@ def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
         (["--learner", "3"], "--learner is a section, not a setting: use --learner.NAME with one of lr, "),
         (["--learner.lr"], "--learner.lr needs a value: a number, more than 0"),
         (["--learner.lr", "--steps", "3"], "--learner.lr needs a value"),
-        (["steps"], "unexpected argument 'steps': overrides look like --learner.lr 2e-6"),
+        (["steps"], "unexpected argument 'steps': overrides look like --engine.max_batch 8"),
         (["--"], "unexpected argument '--'"),
         (
             ["--env.kwargs.level", "3", "--env.kwargs", '{"level": 4}'],
