@@ -105,7 +105,6 @@ def test_usage_errors_are_2(argv: list[str], message: str, capsys: pytest.Captur
         ["train", "a", "b"],
         ["model"],
         ["eval", "x", "--modl", "m"],
-        ["check", "a/B-v0", "--env.sandbox", "none"],
     ],
 )
 def test_parser_errors_are_2(argv: list[str]) -> None:
