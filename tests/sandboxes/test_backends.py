@@ -245,7 +245,7 @@ def test_memory_exhaustion_that_takes_pid_1_is_an_oom() -> None:
 @pytest.mark.usefixtures("bwrap")
 def test_a_reply_that_is_no_frame_ends_the_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     source = launch.supervisor_source().replace(b"FRAME.pack(EXIT, ident, code)", b"b'x' * 100000")
-    monkeypatch.setattr(launch, "supervisor_source", lambda preload=False: source)
+    monkeypatch.setattr(launch, "supervisor_source", lambda warm: source)
 
     async def forge() -> None:
         backend = bubblewrap.BubblewrapBackend(pool=0)
