@@ -20,7 +20,7 @@ import pytest
 
 from areal_agents import sandboxes
 from areal_agents.cli.main import main
-from areal_agents.errors import ConfigError, SandboxError, SandboxUnavailable
+from areal_agents.errors import ConfigError, RegistryError, SandboxError, SandboxUnavailable
 from areal_agents.sandbox import SandboxSpec, open_console
 from areal_agents.sandboxes import docker_backend, docker_engine, docker_image
 from areal_agents.sandboxes.docker_backend import DockerBackend
@@ -306,7 +306,7 @@ def test_what_is_refused(options: dict[str, str], message: str, engine: Any) -> 
 
 def test_settings_are_checked() -> None:
     for cpus in ("x", "0", "-1", "nan", "1e9"):
-        with pytest.raises(ConfigError, match="write a number"):
+        with pytest.raises(RegistryError, match="write a number"):
             sandboxes.get(f"docker?cpus={cpus}")
     with pytest.raises(ValueError, match="pool must be"):
         DockerBackend(pool=-1)
