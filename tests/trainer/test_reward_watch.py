@@ -151,6 +151,17 @@ def test_a_resumed_watch_tells_nothing_twice() -> None:
     assert resumed.look(5, rows[-1], SameAnswers(0.9, "yes", 10, 1.0)) == []
 
 
+@pytest.mark.parametrize(("tasks", "live"), [(3, [4, 5, 6]), (4, []), (None, [])])
+def test_a_resumed_watch_counts_the_steps_that_it_would_have_counted(tasks: int | None, live: list[int]) -> None:
+    """After two small batches the sign needs three large ones, whether or not the run was resumed in between."""
+    row = {"same_answer_share": 1.0} | ({} if tasks is None else {"same_answer_tasks": float(tasks)})
+    resumed = watch()
+    for step in (1, 2, 3):
+        assert len(resumed.look(step, row)) == (step == 3 and tasks != 3)
+    found = [step for step in (4, 5, 6) if resumed.look(step, {}, SameAnswers(1.0, "yes", 4, 1.0))]
+    assert found == live[-1:]  # told at the third large batch, or before the resume
+
+
 def test_components_are_means_over_the_episodes_that_have_them() -> None:
     task = Task.make("t", split="train", seed=0, payload={})
     turn = trajectory(task, "a", 1.0).turns[0]
