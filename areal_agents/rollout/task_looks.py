@@ -18,7 +18,7 @@ from areal_agents.reward import TaskCheck
 from areal_agents.rollout.task_faults import reasons
 from areal_agents.rollout.tasks import FEWEST_BAD, task_at, task_name
 from areal_agents.types import Task
-from areal_agents.utils.exits import no_exit
+from areal_agents.utils.exits import guarded_tasks, no_exit
 from areal_agents.utils.short_text import described, text_of
 
 MOST = 2000
@@ -35,13 +35,15 @@ class Look:
     seen: int = 0
     bad: Mapping[str, str] = field(default_factory=dict)
     """Ids of tasks that no answer could score, each with the reason."""
+    namesakes: int = 0
+    """How many more such tasks there are under the same ids."""
 
     def __str__(self) -> str:
         return f"{self.seen} of {self.total}" if self.seen < self.total else f"{self.total}"
 
     def require_enough(self, split: str, *, max_bad: float) -> None:
         """Raise TaskError where more than ``max_bad`` of the tasks seen are bad and at least 8, or all are."""
-        bad = len(self.bad)
+        bad = len(self.bad) + self.namesakes
         if bad and (bad == self.seen or (bad >= FEWEST_BAD and bad > max_bad * self.seen)):
             raise TaskError(
                 f"{bad} of the {self.seen} tasks of {split} that were looked at cannot be scored, more than "
@@ -70,16 +72,18 @@ async def look_at(
     found: dict[int, tuple[str, str] | None] = {}
     end = time.monotonic() + seconds
     try:
-        async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
-            places = iter(order)
-            for _ in range(min(_AT_ONCE, len(order))):
-                group.create_task(_look_on(places, tasks, checks, found, end))
+        with guarded_tasks():
+            async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
+                places = iter(order)
+                for _ in range(min(_AT_ONCE, len(order))):
+                    group.create_task(_look_on(places, tasks, checks, found, end))
     except TimeoutError:
         pass  # what was seen is told with its number
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from errors.exceptions[0].__cause__
     named = [row for _, row in sorted(found.items()) if row is not None]
-    return Look(len(tasks), len(found), dict(named))
+    bad = dict(named)
+    return Look(len(tasks), len(found), bad, len(named) - len(bad))
 
 
 async def _look_on(
@@ -97,12 +101,13 @@ async def _look_on(
             found[i] = task_name(i), task
         else:
             problem = await _problem(task, checks)
-            found[i] = (task.id, problem) if problem else None
+            found[i] = None if problem is None else (task.id, problem)
 
 
-async def _problem(task: Task, checks: Sequence[TaskCheck]) -> str:
-    """Return why the task cannot be scored, or an empty text."""
+async def _problem(task: Task, checks: Sequence[TaskCheck]) -> str | None:
+    """Return why the task cannot be scored, or None where it can."""
     for check in checks:
+        name = getattr(check, "__qualname__", "a check of its tasks")
         try:
             with no_exit():
                 waiting = check(task)
@@ -111,7 +116,10 @@ async def _problem(task: Task, checks: Sequence[TaskCheck]) -> str:
         except InfraError:
             raise
         except TaskError as error:
-            return text_of(error)
-        except Exception as error:  # noqa: BLE001  the author's own code
-            return f"{getattr(check, '__qualname__', 'a check of its tasks')} raised {described(error)}"
-    return ""
+            return text_of(error) or f"{name} raised TaskError without a reason"
+        except (Exception, asyncio.CancelledError) as error:  # the author's own code, which may cancel itself
+            looker = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and looker is not None and looker.cancelling():
+                raise  # ours: the time is over
+            return f"{name} raised {described(error)}"
+    return None

@@ -15,7 +15,7 @@ from areal_agents.engine import Sampling
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.evaluate import held_out
 from areal_agents.registry import EnvSpec
-from areal_agents.rollout.group_judge import group_reward_of, require_attempts
+from areal_agents.rollout.group_judge import group_reward_of, require_attempts, require_votes
 from areal_agents.rollout.script import expert_of
 from areal_agents.rollout.task_looks import Look, look_at
 from areal_agents.settings.config import TrainConfig
@@ -38,6 +38,7 @@ def require_runnable(config: TrainConfig) -> None:
     Estimator(a.advantage)
     if (judge := group_reward_of(spec, r.group_reward)) is not None:
         refuse_biased(a.advantage, judge.declared, judge.name)
+        require_votes(judge, r.group_size)
     require_attempts(group_reward_of(spec), config.eval.k)
     PolicyObjective(loss=a.loss, correction=a.correction, aggregation=a.aggregation)
     Sampling(r.max_turn_tokens, r.temperature).require_trainable()

@@ -177,6 +177,24 @@ def test_a_group_that_the_reward_fails_on_is_counted_and_no_zero(
     assert content(small) == before
 
 
+def test_a_group_reward_that_training_refuses_is_told(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rescore", str(small), "--reward", f"{HERE}:places"]) == 0
+    out = capsys.readouterr().out
+    assert "a training refuses it: algorithm.advantage.kind = 'turn_return' compares an episode with the others" in out
+    assert main(["rescore", str(small), "--reward", f"{HERE}:bonus"]) == 0
+    assert "refuses" not in capsys.readouterr().out
+
+
+def test_a_doubtful_verdict_of_the_group_stands_in_the_metrics(small: Path) -> None:
+    @group_reward(reads_others=True)
+    def doubtful(episodes: Sequence[Episode]) -> list[Verdict]:
+        return [Verdict(0.0, status="unverifiable") for _ in episodes]
+
+    done = asyncio.run(rescore(SavedRun.open(small).shards("train"), doubtful, keep=True))
+    assert [e.status for e in done.episodes] == ["unverifiable"] * 5
+    assert [r.trajectory.metrics.get("unverifiable") for r in done.records] == [1.0] * 5
+
+
 def test_replay_compares_what_the_episode_itself_earned(tmp_path: Path) -> None:
     run = training_run(tmp_path / "run", steps=1)
     judged = with_group_verdict(run[0].trajectory, Verdict(9.0, {"place": 1.0}), adds=False)

@@ -96,6 +96,15 @@ def test_a_reward_that_would_be_its_own_baseline_is_refused_before_anything_star
     return None
 
 
+@pytest.mark.parametrize("kind", ["grpo", "turn_return"])
+def test_votes_in_groups_of_two_have_no_gradient_and_are_refused(kind: str) -> None:
+    voted = {"group_reward": f"{HERE}:votes", "group_size": 2}
+    with pytest.raises(ConfigError, match=r"rollout.group_size = 2: .* leave-one-out votes of 'agreement'.*3 or more"):
+        require_runnable(of(algorithm={"advantage": kind}, rollout=voted))
+    require_runnable(of(algorithm={"advantage": kind}, rollout=voted | {"group_size": 3}))
+    require_runnable(of(algorithm={"advantage": kind}, rollout=voted | {"group_reward": f"{HERE}:bonus"}))
+
+
 def test_the_environments_own_group_reward_is_looked_at_too(tmp_path: Path) -> None:
     env = {"id": f"{HERE}:Ranked"}
     with pytest.raises(ConfigError, match="'ranks' reads the other episodes"):
