@@ -15,6 +15,7 @@ from areal_agents.engine import Sampling
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.evaluate import held_out
 from areal_agents.registry import EnvSpec
+from areal_agents.reward import task_checks
 from areal_agents.rollout.group_judge import group_reward_of, require_attempts, require_votes
 from areal_agents.rollout.script import expert_of
 from areal_agents.rollout.task_looks import Look, look_at
@@ -89,7 +90,9 @@ async def look_at_tasks(config: TrainConfig) -> Looks:
     spec, e = registry.spec(config.env.id).with_kwargs(config.env.kwargs), config.eval
     checks = spec.env_class().task_checks()
     tasks = spec.tasks(config.env.split, difficulty=config.env.difficulty)
-    train = await look_at(tasks, checks, seed=config.seed)
+    group = group_reward_of(spec, config.rollout.group_reward) if config.rollout.group_reward else None
+    besides = () if group is None else task_checks(group.reward)
+    train = await look_at(tasks, [*checks, *besides], seed=config.seed)
     train.require_enough(f"{spec.id}:{config.env.split}", max_bad=config.rollout.max_bad_tasks)
     tell = lambda name, reason: None  # noqa: E731  the evaluation itself tells
     chosen = held_out(spec, e.split, e.n, difficulty=config.env.difficulty, tell=tell)
