@@ -58,11 +58,15 @@ class MixedRanked(Mixed):
 Rows = list[tuple[Task, list[Trajectory | None]]]
 
 
+def away(k: int) -> None:
+    raise InfraError("the engine is away")
+
+
 def attempts(
-    reward: Any, *, k: int = 2, saved: dict[Place, Trajectory] | None = None
+    reward: Any, *, k: int = 2, saved: dict[Place, Trajectory] | None = None, lost: bool = False
 ) -> tuple[Rows, EpisodeRunner, Script]:
     async def play() -> tuple[Rows, EpisodeRunner, Script]:
-        script = Script()
+        script = Script(on_step=away if lost else lambda k: None)
         judge = GroupJudge(NamedGroupReward(reward, declaration(reward, "it"), "it"), spoken_answer, timeout=60.0)
         player = LocalPlayer(lambda: ScriptedEnv(script), lambda task: ScriptedPolicy(SAY), LIMITS)
         runner = EpisodeRunner(player, FailureBudget(window=32, share=1.0), max_retries=1, group_judge=judge)
@@ -98,6 +102,16 @@ def test_a_task_that_cannot_be_judged_has_no_score_and_is_no_zero() -> None:
     assert rewards(rows) == [[None, None], [None, None], [1.0, 1.0]]
     assert list(runner.left_out) == ["task-1"]
     assert runner.budget.kinds == {"InfraError": 2}
+
+
+def test_an_attempt_that_lost_its_siblings_has_no_score_where_attempts_are_compared() -> None:
+    played, _, _ = attempts(bonus)
+    own = {(i, j): with_own(t) for i, (_, tries) in enumerate(played) for j, t in enumerate(tries) if t is not None}
+    assert rewards(attempts(places, k=2, saved=own)[0]) == [[0.0, 1.0]] * 3  # nothing is left to play
+    assert rewards(attempts(places, k=3, saved=own, lost=True)[0]) == [[0.0, 1.0, None]] * 3
+    alone = {place: t for place, t in own.items() if place[1] == 0}
+    assert rewards(attempts(places, k=2, saved=alone, lost=True)[0]) == [[None, None]] * 3
+    assert rewards(attempts(bonus, k=2, saved=alone, lost=True)[0]) == [[11.0, None]] * 3
 
 
 def test_a_later_sitting_judges_what_an_earlier_one_played() -> None:
