@@ -147,7 +147,7 @@ class ModelServer:
             running = [job for job in jobs if job.future.set_running_or_notify_cancel()]
             try:
                 self._serve(running)
-            except Exception as error:  # a boundary: this thread serves every other call too
+            except Exception as error:  # noqa: BLE001  a boundary: this thread serves every other call too
                 self._end()  # what else the worker wrote would be taken for the next reply
                 failed = InfraError(f"the reward model gave no score: {described(error)}")
                 failed.__cause__ = error
