@@ -3,7 +3,8 @@
 # make test                   set-up, lint, types and tests
 # make vllm                   vLLM (the CPU build, unless there is a GPU) into .venv, and its tests
 # make ray                    Ray into .venv, and its tests
-# make ci                     set-up, test, vllm, ray: everything, one after the other, with durations
+# make docker                 the Docker SDK into .venv, an engine of its own where none is named, and its tests
+# make ci                     set-up, test, docker, vllm, ray: everything, one after the other, with durations
 # make clean                  remove .venv and caches
 #
 # PYTHON=…      the interpreter to make .venv with (3.11 or newer)
@@ -52,7 +53,7 @@ pip() { "$(PY)" -m pip "$$@" 2> >(grep -v 'is ignored: it is ' >&2); }
 fail() { echo "error: $$*" >&2; exit 1; }
 endef
 
-.PHONY: help system setup demo lint test vllm ray ci clean
+.PHONY: help system setup demo lint test docker vllm ray ci clean
 help:
 	@sed -n '/^#/!q; s/^# \?//p' Makefile
 
@@ -167,6 +168,35 @@ endef
 	pip install -q -e '.[dev,ray]'
 	touch $@
 
+.venv/.docker: pyproject.toml .venv/.setup-dev
+	@$(FUNCTIONS)
+	if [[ -z "$${DOCKER_HOST:-}" ]] && ! PATH=$$PATH:/usr/sbin command -v dockerd >/dev/null; then
+	  if [[ $$(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then fail "there is no Docker engine: install docker.io, or set DOCKER_HOST"; fi
+	  echo "setup: installing docker.io"
+	  apt-get update -qq
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends docker.io >/dev/null
+	fi
+	echo "setup: installing the Docker SDK"
+	pip install -q -e '.[dev,docker]'
+	touch $@
+
+# An engine of its own, with no network and in a folder of its own, is stopped by its pid. DOCKER_HOST names another one.
+docker: .venv/.docker
+	@$(FUNCTIONS)
+	if [[ -z "$${DOCKER_HOST:-}" ]]; then
+	  room=$$(mktemp -d /tmp/areal-docker.XXXXXX)
+	  PATH=$$PATH:/usr/sbin dockerd --iptables=false --ip6tables=false --bridge=none --ip-forward=false --ip-masq=false \
+	    --data-root "$$room/data" --exec-root "$$room/exec" --pidfile "$$room/pid" -H "unix://$$room/sock" &> "$$room/log" </dev/null &
+	  engine=$$!
+	  trap 'kill $$engine 2>/dev/null || true; wait $$engine || true; rm -rf "$$room"' EXIT
+	  export DOCKER_HOST=unix://$$room/sock
+	  answers() { $(PY) -c 'import docker; docker.from_env(timeout=5).ping()' &>/dev/null; }
+	  for _ in {1..60}; do answers && break; kill -0 $$engine 2>/dev/null || break; sleep 1; done
+	  answers || { tail -n 20 "$$room/log" >&2; fail "the Docker engine does not answer"; }
+	fi
+	.venv/bin/areal-agents sandbox build docker
+	$(PY) -m pytest -m "docker and not gpu" --durations=15 tests/sandboxes
+
 vllm: .venv/.vllm
 	@.venv/bin/areal-agents model pull smollm2 >/dev/null
 	$(PY) -m pytest -m "vllm and not ray and not gpu" --durations=15 tests
@@ -180,7 +210,7 @@ ray: .venv/.ray
 ci:
 	@took=()
 	trap 'printf "ci: %s\n" "$${took[@]}" "$$SECONDS s in all"' EXIT
-	for part in .venv/.setup-dev test .venv/.vllm vllm .venv/.ray ray; do
+	for part in .venv/.setup-dev test .venv/.docker docker .venv/.vllm vllm .venv/.ray ray; do
 	  start=$$SECONDS code=0
 	  $(MAKE) --no-print-directory $$part || code=$$?
 	  took+=("$$(printf '%5d s  %s' $$((SECONDS - start)) "$$part")")

@@ -133,7 +133,11 @@ class EnvSpec:
         try:
             signature.bind(**merged)
         except TypeError as error:
-            raise RegistryError(f"{self.id}: {cls.__name__} does not take env.kwargs as they are: {error}") from error
+            spelt = {name: name.replace("-", "_") for name in merged if "-" in name}
+            hint = "".join(f"; write {new} for {old}" for old, new in spelt.items() if new in signature.parameters)
+            raise RegistryError(
+                f"{self.id}: {cls.__name__} does not take env.kwargs as they are: {error}{hint}"
+            ) from error
 
     def expert(self, task: Task) -> Expert | None:
         """Return a fresh scripted demonstration of ``task``, or None."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Literal, Protocol
 
-from areal_agents.errors import SandboxUnavailable
+from areal_agents.errors import ConfigError, SandboxUnavailable
 from areal_agents.utils.system import is_linux
 
 ExecStatus = Literal["ok", "error", "timeout", "oom", "output_limit"]
@@ -35,6 +35,28 @@ class ExecResult:
     seconds: float
 
 
+ConsoleKind = Literal["python", "shell"]
+CallStatus = Literal["ok", "error", "timeout", "interrupted", "output_limit", "ended"]
+ConsoleState = Literal["kept", "restored", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """The end of one call to a console."""
+
+    status: CallStatus
+    """``ended``: the interpreter itself is gone, by its own code, a crash or the kernel (memory, CPU time)."""
+    exit_code: int | None
+    """Of the shell's last command; 0 or 1 of Python; minus a signal's number where one ended the interpreter."""
+    output: bytes
+    """What was printed, stdout and stderr as they came, at most ``max_output`` bytes."""
+    state: ConsoleState
+    """What the next call finds: what this one left, what was before this one, or a fresh interpreter."""
+    left: tuple[str, ...]
+    """Command lines of the processes that it left running: ended, or going on in a console with ``background``."""
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class SandboxSpec:
     """The limits of a session, with sizes in bytes and times in seconds."""
@@ -48,6 +70,13 @@ class SandboxSpec:
     disk: int = 64 << 20
     """Size of /work, and separately of /tmp and /dev/shm."""
     open_files: int = 256
+    image: str = ""
+    """What the session runs in, for backends that have images; "" is the backend's own."""
+
+    def refuse_image(self, backend: str) -> None:
+        """Raise ConfigError where the spec names an image and ``backend`` has none."""
+        if self.image:
+            raise ConfigError(f"sandbox {backend!r} has no images, and image {self.image!r} is asked for: use docker.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +105,33 @@ class Process(Protocol):
     async def send(self, data: bytes) -> None: ...
     async def recv(self, max_bytes: int, *, timeout: float) -> bytes: ...
     async def kill(self) -> None: ...
+
+
+class Console(Protocol):
+    """A Python REPL or a shell that lives across turns, opened with ``open_console``.
+
+    Its calls run one after the other in /work. What one prints is data: it ends no call and breaks no console.
+    """
+
+    async def call(self, code: str, *, timeout: float, max_output: int = 1 << 20) -> CallResult:
+        """Run code to its end, whatever that is.
+
+        Args:
+            code: Python, whose last expression is echoed, or shell commands.
+            timeout: seconds until it is interrupted, and killed where it goes on.
+            max_output: bytes of output, beyond which it is interrupted too.
+
+        Raises:
+            SandboxError: when the sandbox itself failed.
+            ValueError: for a NUL in shell commands, or text that is no UTF-8.
+        """
+        ...
+
+    async def interrupt(self) -> None:
+        """Interrupt the call under way, which ends with status ``interrupted``. Does nothing where there is none."""
+        ...
+
+    async def close(self) -> None: ...
 
 
 class Sandbox(Protocol):
@@ -139,6 +195,20 @@ def require_linux(backend: str) -> None:
             f"it needs Linux (memfd_create, pidfd_open and /proc), and the platform is {sys.platform}",
             "Use a Linux host, or an environment whose tools need no sandbox.",
         )
+
+
+async def open_console(sandbox: Sandbox, kind: ConsoleKind, *, background: bool = False) -> Console:
+    """Start a Python REPL or a shell in a session of any backend.
+
+    Args:
+        sandbox: the session. Its ``snapshot`` has the files, and nothing of the interpreter.
+        kind: which of the two.
+        background: processes that a call of the shell left running go on, and are listed; else they are ended.
+    """
+    console: Console = await importlib.import_module("areal_agents.sandboxes.console").start(
+        sandbox, kind, background=background
+    )
+    return console
 
 
 def backends() -> ModuleType:

@@ -10,7 +10,8 @@
             \"\"\"Walk through a door.\"\"\"
 
 ``self`` and keyword-only parameters named ``sandbox``, ``models``, ``env`` or ``state`` are *injected* by the
-environment (``tool_parameters.py``): they never appear in the schema and a model cannot set them.
+environment (``tool_parameters.py``), and so are those of the types ``Outputs`` and ``Resources``: they never appear in
+the schema and a model cannot set them.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ import inspect
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from dataclasses import dataclass, field, replace
+from types import FunctionType
+from typing import Any, Literal, TypeVar, get_args, overload
 
 from pydantic import BaseModel, ValidationError
 
 from areal_agents.errors import EnvError, InfraError, RewardError, SandboxUnavailable, TaskError
-from areal_agents.tool_parameters import Kind, read_parameters
+from areal_agents.tool_outputs import cut_middle as cut_middle
+from areal_agents.tool_parameters import Kind, read_parameters, type_text
 
 ToolFunction = Callable[..., Awaitable[object]]
 ToolStatus = Literal["ok", "error", "timeout", "sandbox_failed", "malformed", "unknown_tool", "invalid_arguments"]
@@ -73,8 +76,12 @@ class ToolSpec:
     function: ToolFunction | None = field(default=None, repr=False, compare=False)
     """None: a tool that is only described (a remote model's tool)."""
     arguments_model: type[BaseModel] | None = field(default=None, repr=False, compare=False)
+    maker: tuple[Callable[..., Any], tuple[Any, ...]] | None = field(default=None, repr=False, compare=False)
+    """A function and the arguments with which it makes this tool, and perhaps others: see ``made_by``."""
 
     def __reduce__(self) -> tuple[Callable[..., ToolSpec], tuple[Any, ...]]:
+        if self.maker is not None:
+            return _made_again, (*self.maker, self.name)
         if self.function is None:
             return ToolSpec, (self.name, self.description, dict(self.parameters))
         return _by_reference, (self.function.__module__, self.function.__qualname__)
@@ -112,19 +119,25 @@ class ToolSpec:
     def signature(self) -> str:
         """Write the signature that an error text shows, such as ``python(code: string)``."""
         properties = self.parameters.get("properties", {})
-        required = self.parameters.get("required", [])
+        required, named = self.parameters.get("required", []), self.parameters.get("$defs", {})
         shown = (
-            f"{name}{'' if name in required else '?'}: {schema.get('type', 'any')}"
+            f"{name}{'' if name in required else '?'}: {type_text(schema, named)}"
             for name, schema in properties.items()
         )
         return f"{self.name}({', '.join(shown)})"
 
     async def invoke(self, arguments: Mapping[str, Any], injected: Mapping[str, Any] | None = None) -> ToolResult:
-        """Run the function on checked arguments.
+        """Run the function on checked arguments, and cut what the model sees to ``max_output_chars``."""
+        result = await self.run(arguments, injected)
+        text, cut = cut_middle(result.text, self.max_output_chars)
+        return ToolResult(text, result.status, result.truncated or cut)
 
-        ``injected`` maps ``"sandbox"``, ``"models"``, ``"env"`` and ``"state"`` to what the environment passes. A
-        timeout and a ToolError are results. InfraError (SandboxError among them) passes through; any other exception is
-        the author's bug and becomes EnvError.
+    async def run(self, arguments: Mapping[str, Any], injected: Mapping[str, Any] | None = None) -> ToolResult:
+        """Run the function on checked arguments, and return all that it said.
+
+        ``injected`` maps each ``Kind`` (``"sandbox"``, ``"models"``, …) to what the environment passes. A timeout and a
+        ToolError are results. InfraError (SandboxError among them) passes through; any other exception is the author's
+        bug and becomes EnvError.
         """
         if self.function is None:
             raise EnvError(f"tool {self.name!r} has no function: it can be described to a model but not called")
@@ -143,18 +156,18 @@ class ToolSpec:
                 raise EnvError(f"tool {self.name!r} raised {error!r}") from error
             return ToolResult(f"the call ran longer than {self.timeout:g} s and was stopped", "timeout")
         except ToolError as error:
-            return self._cut(ToolResult(str(error) or "the tool reported an error", "error"))
+            return ToolResult(str(error) or "the tool reported an error", "error")
         except (InfraError, SandboxUnavailable, RewardError, TaskError):
             raise
         except Exception as error:
             raise EnvError(f"tool {self.name!r} raised {error!r} on {_short(arguments)}") from error
         if not isinstance(value, ToolResult):
-            return self._cut(ToolResult(_text(value)))
+            return ToolResult(_text(value))
         if not isinstance(value.text, str) or value.status not in get_args(ToolStatus):
             raise EnvError(
                 f"tool {self.name!r} returned {_short(value)}: its text must be a text, its status a ToolStatus"
             )
-        return self._cut(value)
+        return value
 
     async def __call__(self, *args: Any, **kwargs: Any) -> object:
         """Call the undecorated function, so that tools can call each other."""
@@ -162,24 +175,29 @@ class ToolSpec:
             raise EnvError(f"tool {self.name!r} has no function: it can be described to a model but not called")
         return await self.function(*args, **kwargs)
 
-    def _cut(self, result: ToolResult) -> ToolResult:
-        text, cut = cut_middle(result.text, self.max_output_chars)
-        return ToolResult(text, result.status, result.truncated or cut)
 
-
+@overload
+def tool(function: ToolFunction, /) -> ToolSpec: ...
+@overload
 def tool(
+    *, timeout: float = ..., parallel: bool = ..., max_output_chars: int = ..., name: str | None = ...
+) -> Callable[[ToolFunction], ToolSpec]: ...
+def tool(
+    function: ToolFunction | None = None,
+    /,
     *,
     timeout: float = 5.0,
     parallel: bool = False,
     max_output_chars: int = 4000,
     name: str | None = None,
-) -> Callable[[ToolFunction], ToolSpec]:
-    """Turn an async function into a ToolSpec.
+) -> ToolSpec | Callable[[ToolFunction], ToolSpec]:
+    """Turn an async function into a ToolSpec, as ``@tool`` or ``@tool(timeout=2)``.
 
     The schema comes from the type hints. The description comes from the docstring's first paragraph, a parameter's
     description from its line in a Google-style ``Args:`` section.
 
     Args:
+        function: the function, where ``@tool`` stands without parentheses.
         timeout: seconds of wall clock for one call.
         parallel: calls of one message may run at the same time.
         max_output_chars: a longer result loses its middle.
@@ -211,7 +229,11 @@ def tool(
         parameters = {"type": "object", **_compact(model.model_json_schema())}
         return ToolSpec(tool_name, summary, parameters, timeout, parallel, max_output_chars, injected, function, model)
 
-    return decorate
+    if function is None:
+        return decorate
+    if not callable(function) and not isinstance(function, classmethod | staticmethod):
+        raise TypeError(f"tool({_short(function)}): write @tool(name=…, timeout=…)")
+    return decorate(function)
 
 
 def class_tools(cls: type, root: type) -> tuple[Sequence[ToolSpec], object]:
@@ -228,17 +250,25 @@ def class_tools(cls: type, root: type) -> tuple[Sequence[ToolSpec], object]:
         All tools, and what was listed. Where that is no sequence (a property, say), it stays as it is.
 
     Raises:
-        TypeError: a method hides a tool without being one.
+        TypeError: a method hides a tool without being one, or a tool hides what every environment has; a decorator
+            stands above ``@tool``; None is said of a tool that is listed.
     """
     bodies = [body for body in cls.__mro__ if body not in root.__mro__]
     listed: object = next(
         (b.__dict__.get("_listed_tools", b.__dict__["tools"]) for b in bodies if "tools" in b.__dict__), ()
     )
+    names = {t.name for t in listed if isinstance(t, ToolSpec)} if isinstance(listed, list | tuple) else set()
     defined: dict[str, ToolSpec] = {}
     for body in reversed(bodies):
         for name, value in vars(body).items():
+            _require_undecorated(body, name, value)
             if isinstance(value, ToolSpec):
+                _require_free(cls, body, name, root)
                 defined[name] = value
+            elif value is None and name in names and name not in defined:
+                raise TypeError(
+                    f"{body.__name__}.{name} = None takes a method away, but {name!r} is listed: set `tools` without it"
+                )
             elif name in defined:
                 if value is not None:
                     raise TypeError(f"{body.__name__}.{name} hides a tool: put @tool() on it, or set it to None")
@@ -248,17 +278,48 @@ def class_tools(cls: type, root: type) -> tuple[Sequence[ToolSpec], object]:
     return (*listed, *(spec for spec in defined.values() if all(spec is not other for other in listed))), listed
 
 
-def cut_middle(text: str, limit: int) -> tuple[str, bool]:
-    """Cut ``text`` to at most ``limit`` characters, and say whether that was needed.
+def _require_undecorated(body: type, name: str, value: object) -> None:
+    """Raise TypeError where a decorator above ``@tool`` keeps the tool from being found."""
+    inner: object = None
+    if isinstance(value, classmethod | staticmethod):
+        inner = value.__func__
+    elif isinstance(value, property):
+        inner = value.fget
+    elif isinstance(value, FunctionType):
+        inner = getattr(value, "__wrapped__", None)
+    if isinstance(inner, ToolSpec):
+        what = type(value).__name__ if not isinstance(value, FunctionType) else "a decorator"
+        raise TypeError(f"{body.__name__}.{name}: {what} stands above @tool: leave it out, or put it below")
 
-    Head and tail stay, the middle becomes a marker.
+
+def _require_free(cls: type, body: type, name: str, root: type) -> None:
+    """Raise TypeError where the tool ``body.name`` hides what the environment ``cls`` has by nature under that name."""
+    package = __name__.partition(".")[0]
+    for base in cls.__mro__[cls.__mro__.index(body) + 1 :]:
+        ours = base in root.__mro__ or base.__module__.partition(".")[0] == package
+        declared = name in vars(base) or name in vars(base).get("__annotations__", {})
+        if ours and declared and not isinstance(vars(base).get(name), ToolSpec):
+            raise TypeError(
+                f"{body.__name__}.{name} hides {base.__name__}.{name}, which an episode needs: give the method another "
+                f"name, and the model its own by @tool(name={name!r})"
+            )
+
+
+def made_by(maker: Callable[..., Any], *args: Any) -> Callable[[ToolSpec], ToolSpec]:
+    """Return a function that marks a tool as made by ``maker(*args)``, so that it pickles.
+
+    A tool with settings (a database, a list of hosts) is made by a function, and has no name to be found by. ``maker``
+    returns the tool, or several of which one has its name. It and its arguments must pickle.
     """
-    if len(text) <= limit:
-        return text, False
-    marker = f"\n[... {len(text) - limit} of {len(text)} characters cut ...]\n"
-    keep = max(limit - len(marker), 0)
-    head = keep - keep // 2
-    return text[:head] + marker + text[len(text) - keep // 2 :], True
+    return lambda spec: replace(spec, maker=(maker, args))
+
+
+def _made_again(maker: Callable[..., Any], args: tuple[Any, ...], name: str) -> ToolSpec:
+    made = maker(*args)
+    for spec in (made,) if isinstance(made, ToolSpec) else made:
+        if isinstance(spec, ToolSpec) and spec.name == name:
+            return spec
+    raise TypeError(f"{maker!r} makes no tool {name!r} here")
 
 
 def _by_reference(module: str, qualname: str) -> ToolSpec:

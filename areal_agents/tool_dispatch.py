@@ -23,6 +23,8 @@ from areal_agents.chat.tool_formats import tool_format
 from areal_agents.errors import EnvError, SandboxError
 from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec, backends
 from areal_agents.tool import ToolResult, ToolSpec
+from areal_agents.tool_outputs import Outputs, cut_middle
+from areal_agents.tool_resources import Resources
 from areal_agents.tool_session import BROKE, Operation, RepairedSandbox
 from areal_agents.types import ToolCall
 from areal_agents.utils.short_text import cut
@@ -88,6 +90,9 @@ class Dispatcher:
         self._session: AbstractAsyncContextManager[Sandbox] | None = None
         self._sandbox: Sandbox | None = None
         self._journal: list[_Ready | Operation] = []
+        reader = next((spec.name for spec in tools if "outputs" in spec.injected.values()), None)
+        self._outputs = None if reader is None else Outputs(reader)
+        self._resources = Resources()
         self.replays = 0
         """How often a fresh session saved a call in this episode."""
 
@@ -103,8 +108,18 @@ class Dispatcher:
                 ended = ToolResult("error: the episode had ended, so this call was not run", "error")
                 results += [entry if isinstance(entry, ToolResult) else ended for entry in checked[first:end]]
             else:
-                results += await self._run_batch(checked[first:end])
+                ran = await self._run_batch(checked[first:end])
+                # In order, after all of them: numbers of long outputs must not depend on which call was faster.
+                results += map(self._shown, checked[first:end], ran)
         return results
+
+    def _shown(self, entry: _Ready | ToolResult, result: ToolResult) -> ToolResult:
+        """Cut what a call said to what its tool may show."""
+        if isinstance(entry, ToolResult):
+            return result
+        cut = cut_middle if self._outputs is None else self._outputs.show
+        text, was_cut = cut(result.text, entry.spec.max_output_chars)
+        return ToolResult(text, result.status, result.truncated or was_cut)
 
     def check(self, call: ToolCall) -> _Ready | ToolResult:
         """Make a call ready to run, or write the error text that tells the model what to write instead."""
@@ -124,12 +139,17 @@ class Dispatcher:
         return _Ready(spec, arguments)
 
     async def aclose(self) -> None:
-        """Close the session and forget its calls.
+        """Close the session and what tools keep open, and forget its calls.
 
         May be called twice.
         """
         self._journal, self.replays = [], 0
-        await self._close_session()
+        if self._outputs is not None:
+            self._outputs.clear()
+        try:
+            await self._resources.aclose()
+        finally:
+            await self._close_session()
 
     async def _run_batch(self, batch: Sequence[_Ready | ToolResult]) -> list[ToolResult]:
         if any(isinstance(entry, _Ready) and entry.needs_sandbox for entry in batch):
@@ -168,7 +188,9 @@ class Dispatcher:
     async def _attempt(self, entry: _Ready | ToolResult) -> ToolResult | SandboxError:
         if isinstance(entry, ToolResult):
             return entry
-        offered: dict[str, Any] = {"models": self._models}
+        offered: dict[str, Any] = {"models": self._models, "resources": self._resources}
+        if self._outputs is not None:
+            offered["outputs"] = self._outputs
         if self._env is not None:
             offered |= {"env": self._env, "state": getattr(self._env, "state", None)}
         if self._sandbox is not None:
@@ -176,14 +198,14 @@ class Dispatcher:
         try:
             if entry.acts and entry.needs_sandbox:
                 return await self._act(entry, offered)
-            return await entry.spec.invoke(entry.arguments, offered)
+            return await entry.spec.run(entry.arguments, offered)
         except SandboxError as error:
             return error
 
     async def _act(self, entry: _Ready, offered: Mapping[str, Any]) -> ToolResult:
         """Run a call that acts on the episode, once, however often its sandbox is lost."""
         box = RepairedSandbox(self._open, self._restore_session, self._journal.append)
-        result = await entry.spec.invoke(entry.arguments, {**offered, "sandbox": box})
+        result = await entry.spec.run(entry.arguments, {**offered, "sandbox": box})
         if box.repairs and result.status == "timeout":
             raise SandboxError(f"{entry.spec.name} ran out of time while its sandbox was repaired")
         if box.broke and result.status == "error":

@@ -4,6 +4,8 @@
     *, state          its ``state``, which is the episode's own
     *, sandbox        the episode's sandbox, also by the annotation ``Sandbox``
     *, models         the environment's models by name, also by the annotation ``Mapping[str, ChatModel]``
+    *, x: Outputs     the episode's long outputs (``tool_outputs.py``), by the annotation alone
+    *, x: Resources   what the episode's tools keep open (``tool_resources.py``), by the annotation alone
 
 What the environment passes is keyword-only (but for ``self``), in no schema, and nothing that a model can set.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import json
 import re
 import types
 import typing
@@ -23,10 +26,18 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.errors import PydanticUserError
 
 from areal_agents.sandbox import Sandbox
+from areal_agents.tool_outputs import Outputs
+from areal_agents.tool_resources import Resources
 from areal_agents.utils.short_text import cut
 
-Kind = Literal["sandbox", "models", "env", "state"]
+Kind = Literal["sandbox", "models", "env", "state", "outputs", "resources"]
 """What an environment passes."""
+_NAMED: tuple[str, ...] = ("sandbox", "models", "env", "state")
+"""Kinds that a parameter's name alone asks for."""
+_TYPED: Mapping[str, Kind] = {"Sandbox": "sandbox", "Outputs": "outputs", "Resources": "resources"}
+"""Kinds that a parameter's type asks for."""
+MOST_CHOICES = 12
+"""Choices of a parameter that an error text shows."""
 
 
 def read_parameters(
@@ -51,6 +62,8 @@ def read_parameters(
         if position == 0 and parameter.name == "self" and parameter.annotation is parameter.empty:
             injected["self"] = "env"
             continue
+        if position == 0 and parameter.name == "cls" and parameter.annotation is parameter.empty:
+            raise TypeError(f"tool {tool_name!r}: a tool acts on an episode: write `self`, and leave @classmethod out")
         kind = _kind(parameter, function, tool_name)
         if kind is not None:
             injected[parameter.name] = kind
@@ -59,6 +72,25 @@ def read_parameters(
         annotation = _annotation(parameter, function, tool_name)
         fields[parameter.name] = (annotation, Field(default, description=notes.get(parameter.name)))
     return injected, _model(tool_name, fields)
+
+
+def type_text(schema: Mapping[str, Any], named: Mapping[str, Any], depth: int = 0) -> str:
+    """Write the type of a parameter's schema, such as ``"north" | "south"`` or ``array of string``.
+
+    ``named`` has the schemas that others refer to.
+    """
+    if "$ref" in schema and depth < 5:
+        return type_text(named.get(str(schema["$ref"]).rpartition("/")[2], {}), named, depth + 1)
+    choices = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    if choices:
+        shown = [json.dumps(value, ensure_ascii=False) for value in choices[:MOST_CHOICES]]
+        return " | ".join([*shown, *["…"] * (len(choices) > MOST_CHOICES)])
+    if "anyOf" in schema and depth < 5:
+        return " | ".join(dict.fromkeys(type_text(inner, named, depth + 1) for inner in schema["anyOf"]))
+    if schema.get("type") == "array" and schema.get("items") and depth < 5:
+        inner = type_text(schema["items"], named, depth + 1)
+        return f"array of ({inner})" if " | " in inner else f"array of {inner}"
+    return str(schema.get("type", "any"))
 
 
 def _model(tool_name: str, fields: Mapping[str, Any]) -> type[BaseModel]:
@@ -79,14 +111,14 @@ def _model(tool_name: str, fields: Mapping[str, Any]) -> type[BaseModel]:
                 shown = annotation.__name__ if isinstance(annotation, type) else str(annotation)
                 raise TypeError(
                     f"tool {tool_name!r}: parameter {name!r} is a {cut(shown, 100)}, which no JSON value of a model "
-                    f"can be; an environment passes what is keyword-only and called {', '.join(get_args(Kind))}"
+                    f"can be; an environment passes what is keyword-only and called {', '.join(_NAMED)}"
                 ) from error
         raise
 
 
 def _kind(parameter: inspect.Parameter, function: Callable[..., Any], tool_name: str) -> Kind | None:
     """Return what the environment passes for ``parameter``, or None where the model gives it."""
-    named = parameter.name in get_args(Kind)
+    named = parameter.name in _NAMED
     kind = cast(Kind, parameter.name) if named else _kind_of_annotation(parameter)
     if kind is None:
         return None
@@ -110,8 +142,9 @@ def _kind(parameter: inspect.Parameter, function: Callable[..., Any], tool_name:
 def _kind_of_annotation(parameter: inspect.Parameter) -> Kind | None:
     # The annotation may be a name imported under TYPE_CHECKING only: its text decides then.
     text = parameter.annotation if isinstance(parameter.annotation, str) else ""
-    if parameter.annotation is Sandbox or text.rpartition(".")[2] == "Sandbox":
-        return "sandbox"
+    for kind in (Sandbox, Outputs, Resources):
+        if parameter.annotation is kind or text.rpartition(".")[2] == kind.__name__:
+            return _TYPED[kind.__name__]
     if re.fullmatch(r"(\w+\.)*(Mapping|dict)\[str, *(\w+\.)*ChatModel\]", text or str(parameter.annotation)):
         return "models"
     return None

@@ -15,6 +15,7 @@ Tools that act on the episode are methods under ``@tool``, or ask for ``env`` or
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -40,6 +41,9 @@ from areal_agents.types import (
 from areal_agents.types import without_reasoning as without_reasoning  # its place for authors who override `answer`
 from areal_agents.utils.real_number import finite
 from areal_agents.utils.short_text import described, short
+
+SUBMITTED = "submitted_answer"
+"""The name of the message that keeps an answer given to ``end_episode``. It is the episode's last one."""
 
 
 class ToolEnv(AgentEnv):
@@ -96,6 +100,7 @@ class ToolEnv(AgentEnv):
         self._messages: list[Message | AssistantMessage] = []
         self._results: list[ToolResult] = []
         self._running = self._over = False
+        self._submitted: str | None = None
         self._paid: list[dict[str, float]] = []  # one a turn: what tools paid, by name
         self._turning = False
 
@@ -152,18 +157,17 @@ class ToolEnv(AgentEnv):
         for key in {PAID, f"{PAID}.{name}" if name else PAID}:
             self._paid[-1][key] = self._paid[-1].get(key, 0.0) + value
 
-    def end_episode(self) -> None:
-        """End the episode with this turn, because the game is won or lost.
+    def end_episode(self, answer: str | None = None) -> None:
+        """End the episode with this turn, because the game is won or lost, or because ``answer`` was submitted.
 
-        Later calls of the message are not run. The rubric is asked with ``answer = None`` and the stop reason
-        ``answer``.
+        Later calls of the message are not run. The rubric is asked with ``answer`` and the stop reason ``answer``.
 
         Raises:
-            EnvError: no call is running.
+            EnvError: no call is running, or the answer is no text.
         """
         if not self._turning:
             raise EnvError(f"{type(self).__name__}.end_episode: no turn is being taken; call it in a tool")
-        self._over = True
+        self._over, self._submitted = True, None if answer is None else self._text("end_episode", answer)
 
     # The contract
 
@@ -180,7 +184,7 @@ class ToolEnv(AgentEnv):
         opening = (system(self.system_prompt),) if self.system_prompt else ()
         observation = (*opening, user(self._text("prompt", self.prompt(task))))
         self._messages, self._results, self._running = list(observation), [], True
-        self._paid, self._over, self._turning = [], False, False
+        self._paid, self._over, self._submitted, self._turning = [], False, None, False
         return observation, {}
 
     async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
@@ -211,6 +215,8 @@ class ToolEnv(AgentEnv):
             self._turning = False
         self._results += results
         observation = tuple(tool_result(r.text, call=c) for c, r in zip(action.tool_calls, results, strict=True))
+        if self._submitted is not None:
+            observation += (dataclasses.replace(user(self._submitted), name=SUBMITTED),)
         self._messages += observation
         info = {"tool_results": _records(action.tool_calls, results)}
         if self._dispatcher.replays:
@@ -219,7 +225,7 @@ class ToolEnv(AgentEnv):
         if self._paid[-1]:
             info["components"] = dict(self._paid[-1])
         if self._over:
-            reward, scored = await self._score("answer", None)
+            reward, scored = await self._score("answer", self._submitted)
             return observation, paid + reward, True, False, info | scored
         if len(self._paid) < self.max_turns:
             return observation, paid, False, False, info

@@ -4,13 +4,11 @@
     python benchmarks/gpu.py --json FILE --quick              # about five: fewer models and sizes
     python benchmarks/gpu.py --device cpu --tiny --quick      # every part on a CPU, within a minute; measures nothing
 
-**It was never run on a GPU yet**: what it measures there is not known, and a part may fail there by its own fault.
-
-It needs torch >= 2.11, transformers >= 5.17, numpy, safetensors and pydantic, and no network, vLLM or installation of
-this package: models are drawn at random in the shapes of Qwen2.5 0.5B, 1.5B and 3B. Each part is a process of its own
-with a time limit (``gpu_parts.py``). One that fails or is late is recorded with its reason and the rows that it had,
-and the others go on. Out of memory is a result. The record has every row, and the card, driver, versions and commit
-(``--commit`` where there is no git). Exit code 0: all goals hold.
+It needs torch >= 2.11, transformers >= 5.17, numpy, safetensors, pydantic and gymnasium, and no network, vLLM or
+installation of this package: models are drawn at random in the shapes of Qwen2.5 0.5B, 1.5B and 3B. Each part is a
+process of its own with a time limit (``gpu_parts.py``). One that fails or is late is recorded with its reason and the
+rows that it had, and the others go on. Out of memory is a result. The record has every row, and the card, driver,
+versions and commit (``--commit`` where there is no git). Exit code 0: all goals hold.
 """
 
 from __future__ import annotations
@@ -28,10 +26,10 @@ from record import commit, write
 
 PARTS = (
     Part("card", "gpu_card.py", 45),
-    Part("attention", "gpu_attention.py", 130),
-    Part("step", "gpu_step.py", 180),
-    Part("groups", "gpu_groups.py", 90),
-    Part("weights", "gpu_weights.py", 70),
+    Part("attention", "gpu_attention.py", 110),
+    Part("step", "gpu_step.py", 230),
+    Part("groups", "gpu_groups.py", 70),
+    Part("weights", "gpu_weights.py", 60),
     Part("probe", "gpu_probe.py", 45),
 )
 SECONDS = 560.0

@@ -29,8 +29,9 @@ from gpu_models import (
 from gpu_parts import Row, Settings, main
 from torch import Tensor, nn
 
-from areal_agents.learner.forward import TREE, Decoder, Tree, tree_attention
+from areal_agents.learner.forward import Decoder
 from areal_agents.learner.packing import Pack, pack_rows
+from areal_agents.learner.tree_attention import TREE, Tree, tree_attention
 
 
 def pack_of(tokens: int, vocabulary: int, *, grouped: bool) -> Pack:

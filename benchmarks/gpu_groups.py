@@ -2,9 +2,8 @@
 
 NCCL on GPUs, Gloo on a CPU. Every member is a process of its own, so that one that NCCL's watchdog ends is a result.
 NCCL takes no two members on one card: with one card ``pair`` says how it refuses, and ``killed`` and ``round`` are left
-out. ``missing`` needs one member alone: the other was called, answered, and never comes.
-
-``nonblocking`` is the same with TORCH_NCCL_USE_COMM_NONBLOCKING=1: a communicator can be aborted while it starts.
+out. ``missing`` and ``lost`` need one member alone: the other was called, answered, and never comes, or
+dies just before its communicator starts.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 from gpu_parts import Row, Settings, ending, main
@@ -49,7 +47,6 @@ class Member:
     """Bytes of one broadcast."""
     killed: bool = False
     """It is killed after half of the bytes."""
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 def member_process(member: Member, out: Connection) -> None:
@@ -62,12 +59,13 @@ def member_process(member: Member, out: Connection) -> None:
 
 def take_part(member: Member, out: Connection) -> None:
     """Send that it began, then the seconds of each step, or what was raised and after how long."""
-    os.environ.update(member.environment)
     if member.backend == "nccl":
         torch.cuda.set_device(member.rank % torch.cuda.device_count())
         torch.cuda.synchronize()
     store = TCPStore(HOST, member.port, None, False, timeout=timedelta(seconds=STARTUP), wait_for_workers=False)
     inside = PrefixStore(member.case, store)
+    if member.case == "lost":
+        inside.set("met/1", "")  # of a member that is dead by now
     buffer = torch.zeros(member.nbytes, dtype=torch.uint8, pin_memory=member.backend == "nccl")
     if member.rank == 0:
         buffer.fill_(7)
@@ -165,24 +163,21 @@ def rows(settings: Settings) -> Iterator[Row]:
     store = TCPStore(HOST, 0, None, True, timeout=timedelta(seconds=STARTUP), wait_for_workers=False)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["areal_agents.weights.broadcast"])
 
-    def members(case: str, present: int, world: int, **more: Any) -> list[Row]:
-        limit = missing if case.startswith("missing") else patience
+    def members(case: str, present: int, world: int) -> list[Row]:
+        limit = missing if case in ("missing", "lost") else patience
         chosen = [
             Member(
                 case, backend, store.port, rank, world, limit, nbytes, bucket,
-                killed=case == "killed" and rank == 1, **more,
+                killed=case == "killed" and rank == 1,
             )
             for rank in range(present)
         ]  # fmt: skip
         return [{"case": case, "deadline": limit, **row} for row in run_members(chosen)]
 
-    nonblocking = {"environment": {"TORCH_NCCL_USE_COMM_NONBLOCKING": "1"}}
     yield from members("alone", 1, 1)
     yield from members("alone again", 1, 1)
     yield from members("missing", 1, 2)
-    if nccl:
-        yield from members("alone, nonblocking", 1, 1, **nonblocking)
-        yield from members("missing, nonblocking", 1, 2, **nonblocking)
+    yield from members("lost", 1, 2)
     yield from members("pair", 2, 2)
     if not nccl or cards > 1:
         yield from members("killed", 2, 2)

@@ -123,7 +123,8 @@ def checks(found: Sequence[Outcome], *, on_gpu: bool) -> list[Check]:
         lambda r: r["skipped"], 0, "== 0")  # fmt: skip
     arrived = [r for r in rows_of(found, "weights") if "equal" in r]
     add("weights", "weights that arrived changed", arrived, lambda r: float(not r["equal"]), 0, "== 0")
-    add("groups", "seconds of a missing member over the deadline", rows_of(found, "groups", case="missing"),
+    gone = [r for case in ("missing", "lost") for r in rows_of(found, "groups", case=case)]
+    add("groups", "seconds of a missing member over the deadline", gone,
         lambda r: r["after"] / r["deadline"] if r["outcome"] == "raised" else math.inf, 1.5, "<= 1.5")  # fmt: skip
     alone = [r for case in ("alone", "alone again") for r in rows_of(found, "groups", case=case)]
     add("groups", "groups of one that failed", alone, lambda r: float(not r.get("equal")), 0, "== 0")

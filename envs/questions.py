@@ -5,16 +5,21 @@ r"""``areal/Questions-v0``: questions of a JSONL file, whose answers are verifie
 The gold answer is what stands behind the last ``####``, else in the only ``\boxed{}``, else the whole answer. Several
 golds, as a list, are all right. Of one file every eighth question or so is of the test split, by a hash of its text: a
 question stays where it is when rows are added, moved or repeated. ``test_path`` names a file of its own for the tests.
+Rows that ask one question with different answers are refused. Rows that repeat another stay, and are told.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import json
 import math
 import re
+import stat
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +27,16 @@ from areal_agents.env import Expert
 from areal_agents.errors import ConfigError
 from areal_agents.reward import sole_boxed
 from areal_agents.rewards import boxed_math
+from areal_agents.rewards.mathematics.pool import shared_pool
 from areal_agents.sandbox import SandboxBackend
 from areal_agents.toolenv import ToolEnv
-from areal_agents.types import Task
+from areal_agents.types import Task, content_hash
 from areal_agents.utils.short_text import short
 
 SAMPLE = str(Path(__file__).with_name("questions.jsonl"))
 """48 problems of algebra, which show the format: `examples/algebra_jsonl.py` writes more."""
 _TEST_BUCKETS = 8
+_NAMED = 10
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 """GSM8K's notes for a calculator, which are no part of the text."""
 Payload = Callable[[Mapping[str, Any], str, str], dict[str, Any]]
@@ -76,8 +83,11 @@ class Questions(ToolEnv):
     ) -> Sequence[Task]:  # fmt: skip
         """Return the tasks of a split, whose difficulty is that of the file.
 
-        Raises ConfigError for a row that cannot be read, and for a question of ``test_path`` that is in ``path`` too.
+        Raises ConfigError for a row that cannot be read, for rows that contradict each other, and for a question of
+        ``test_path`` that is in ``path`` too.
         """
+        if split not in ("train", "test"):
+            raise ConfigError(f"{cls.__name__} has no split {split!r}: its splits are train, test")
         found = _rows(cls.payload, _key(test_path if split == "test" and test_path else path), question, answer)
         if test_path and split == "test":
             others = {t.payload["question"] for t in _rows(cls.payload, _key(path), question, answer)}
@@ -134,8 +144,12 @@ def gold_of(text: str) -> str:
 
 def split_of(question: str) -> str:
     """Return the split that a question belongs to where one file has both."""
-    digest = hashlib.sha256(question.encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(_spaced(question).encode("utf-8", "surrogatepass")).digest()
     return "test" if digest[0] % _TEST_BUCKETS == 0 else "train"
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _key(path: str) -> tuple[str, int, int]:
@@ -147,6 +161,9 @@ def _key(path: str) -> tuple[str, int, int]:
         raise ConfigError(f"env.kwargs: {path!r} cannot be read: {error.strerror}") from error
     except ValueError as error:  # a path with a null character
         raise ConfigError(f"env.kwargs: {path!r} is no path: {error}") from error
+    if not stat.S_ISREG(status.st_mode):  # a pipe would wait for its writer
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a device or a socket"
+        raise ConfigError(f"env.kwargs: {path!r} is {what}, and no file")
     return str(file), status.st_mtime_ns, status.st_size
 
 
@@ -164,7 +181,56 @@ def _rows(make: Payload, key: tuple[str, int, int], question: str, answer: str) 
             raise ConfigError(f"{path}, line {number}: it has no {error}, but {', '.join(map(repr, row))}") from error
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path}, line {number}: {error}") from error
+    _look_for_repeats(path, tasks)
     return tuple(tasks)
+
+
+def _look_for_repeats(path: str, tasks: Sequence[Task]) -> None:
+    """Raise ConfigError where rows contradict each other, and warn of those that repeat another."""
+    first, repeats, differ = dict[str, Task](), 0, list[tuple[Task, Task]]()
+    for task in tasks:
+        asked = {k: v for k, v in task.payload.items() if k not in ("answer", "solution")}
+        key = content_hash({**asked, "question": _spaced(task.payload["question"])})
+        earlier = first.setdefault(key, task)
+        if earlier is task:
+            continue
+        if _golds(earlier) == _golds(task):
+            repeats += 1
+        else:
+            differ.append((earlier, task))
+    if differ:
+        with ThreadPoolExecutor(1) as thread:  # this one may run an event loop already
+            wrong = thread.submit(asyncio.run, _contradictions(differ)).result()
+        repeats += len(differ) - len(wrong)
+        if wrong:
+            raise ConfigError(
+                f"{path}: of {len(wrong)} questions there are two rows with different answers, of which one is wrong:"
+                + "".join(f"\n  lines {a.seed} and {b.seed}: {short(_golds(a))} and {short(_golds(b))}"
+                          for a, b in wrong[:_NAMED])
+                + (f"\n  and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else "")
+            )  # fmt: skip
+    if repeats:
+        warnings.warn(
+            f"{path}: {repeats} of its {len(tasks)} rows ask what an earlier one asks, with the same answer, and are "
+            "trained on as often as they are there",
+            stacklevel=2,
+        )
+
+
+def _golds(task: Task) -> list[str]:
+    golds = task.payload.get("answer")
+    return list(map(str, golds)) if isinstance(golds, list | tuple) else [str(golds)]
+
+
+async def _contradictions(pairs: Sequence[tuple[Task, Task]]) -> list[tuple[Task, Task]]:
+    """Return the pairs of which no gold answer is the other's, as mathematics."""
+
+    async def differs(one: Task, other: Task) -> bool:
+        found = [await shared_pool().verify(_golds(one), gold) for gold in _golds(other)]
+        return all(verdict.status == "wrong" for verdict in found)
+
+    answers = await asyncio.gather(*(differs(*pair) for pair in pairs))
+    return [pair for pair, wrong in zip(pairs, answers, strict=True) if wrong]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

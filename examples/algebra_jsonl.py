@@ -1,7 +1,7 @@
 r"""Write algebra problems as JSONL, the format that ``areal/Questions-v0`` reads.
 
     python examples/algebra_jsonl.py 2000 > algebra.jsonl
-    areal-agents train gsm8k --env.kwargs.path algebra.jsonl --env.kwargs.test-path ""
+    areal-agents train gsm8k --env.kwargs.path algebra.jsonl --env.kwargs.test_path ""
 
 Answers are fractions, radicals and pairs, which no comparison of texts would verify. No question holds its answer as an
 expression: an echo of it would be right.

@@ -1,8 +1,9 @@
 """Sandbox backends by name.
 
 ``get(name)`` builds a backend, ``shared(name)`` returns the one of the running event loop, ``close_shared()`` ends
-those. Names: ``bubblewrap`` (the default), ``unsafe_local`` (no isolation), or ``"module:Class"``. A name may end in
-options of the backend, ``bubblewrap?python=/srv/sandbox-python``: an environment with packages for the code inside.
+those. Names: ``bubblewrap`` (the default), ``docker``, ``unsafe_local`` (no isolation), that of an installed package's
+entry point in the group ``areal_agents.sandboxes``, or ``"module:Class"``. A name may end in options of the backend,
+``bubblewrap?python=/srv/sandbox-python``: an environment with packages for the code inside.
 """
 
 if __name__ != "areal_agents.sandboxes":
@@ -12,6 +13,7 @@ if __name__ != "areal_agents.sandboxes":
 import asyncio
 import difflib
 import importlib
+import importlib.metadata
 import inspect
 import os
 from collections.abc import Callable
@@ -23,28 +25,32 @@ from areal_agents.sandbox import SandboxBackend, require_linux
 
 _BACKENDS: Final = {
     "bubblewrap": "areal_agents.sandboxes.bubblewrap:BubblewrapBackend",
+    "docker": "areal_agents.sandboxes.docker_backend:DockerBackend",
     "unsafe_local": "areal_agents.sandboxes.unsafe_local:UnsafeLocalBackend",
 }
+
+GROUP: Final = "areal_agents.sandboxes"
+"""Entry points of this group are backends of installed packages."""
 
 _shared: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[int, str], SandboxBackend]] = WeakKeyDictionary()
 
 
 def names() -> tuple[str, ...]:
-    """Return the registered backend names."""
-    return tuple(sorted(_BACKENDS))
+    """Return the names of our backends and of installed packages'."""
+    return tuple(sorted({*_BACKENDS, *(entry.name for entry in importlib.metadata.entry_points(group=GROUP))}))
 
 
 def get(name: str) -> SandboxBackend:
     """Build a new backend.
 
-    The caller closes it with ``aclose``. Raises RegistryError for a name that is unknown or cannot be imported, and for
-    an option that the backend does not take, and SandboxUnavailable for one of ours on another system than Linux.
+    The caller closes it with ``aclose``. Raises RegistryError for a name that is unknown, used twice or cannot be
+    imported, and for an option that the backend does not take, and SandboxUnavailable for one of ours on another system
+    than Linux.
     """
     plain, _, query = name.partition("?")
-    target = _BACKENDS.get(plain, plain)
-    module_name, colon, attribute = target.partition(":")
+    module_name, colon, attribute = _target(plain).partition(":")
     if not colon:
-        close = difflib.get_close_matches(plain, _BACKENDS, n=1)
+        close = difflib.get_close_matches(plain, names(), n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise RegistryError(f"no sandbox backend {plain!r}. {hint}Known: {', '.join(names())}, or 'module:Class'.")
     if plain in _BACKENDS:
@@ -52,6 +58,16 @@ def get(name: str) -> SandboxBackend:
         factory = getattr(importlib.import_module(module_name), attribute)
         return cast(SandboxBackend, factory(**_options(plain, query, factory)))
     return _foreign(plain, query, module_name, attribute)
+
+
+def _target(name: str) -> str:
+    """Return the ``module:Class`` of a name, or the name itself where nobody has registered it."""
+    entries = {entry.value for entry in importlib.metadata.entry_points(group=GROUP) if entry.name == name}
+    if name in _BACKENDS and entries:
+        raise RegistryError(f"sandbox backend {name!r}: {', '.join(entries)} uses a name of ours. Rename it there.")
+    if len(entries) > 1:
+        raise RegistryError(f"sandbox backend {name!r}: several packages use that name: {', '.join(sorted(entries))}.")
+    return _BACKENDS.get(name) or next(iter(entries), name)
 
 
 def _foreign(name: str, query: str, module: str, attribute: str) -> SandboxBackend:

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Final
 
 from areal_agents.errors import ArealError, SandboxError, SandboxUnavailable
@@ -24,11 +25,12 @@ from areal_agents.sandbox import ProbeReport, Sandbox, SandboxSpec
 from areal_agents.sandboxes import interpreter, launch, memory, probes, seccomp
 from areal_agents.sandboxes.sandbox_process import Holder
 from areal_agents.sandboxes.session import BubblewrapSession
+from areal_agents.sandboxes.zygote import Zygote, obstacle
 
 MAX_POOLED_SPECS: Final = 2
 
-_reports: dict[tuple[int, str], tuple[ProbeReport, memory.MemoryBound]] = {}
-"""What this process has proved, by effective uid and settings."""
+_reports: dict[tuple[int, str, tuple[str, ...]], tuple[ProbeReport, memory.MemoryBound, bool]] = {}
+"""What this process has proved, by effective uid and settings, and whether sandboxes are forked from a zygote."""
 
 
 class BubblewrapBackend:
@@ -39,7 +41,7 @@ class BubblewrapBackend:
 
     name = "bubblewrap"
 
-    def __init__(self, *, pool: int = 2, python: str = interpreter.SYSTEM) -> None:
+    def __init__(self, *, pool: int = 2, python: str = interpreter.SYSTEM, preload: str = "") -> None:
         """Check the settings, and start nothing yet.
 
         Args:
@@ -47,13 +49,19 @@ class BubblewrapBackend:
                 reused.
             python: what ``python3`` is inside: the folder of an environment with packages (venv, uv, conda), which is
                 mounted read-only, or an interpreter.
+            preload: modules that Python programs find imported, with commas between them: ``numpy,sympy``.
 
         Raises:
-            ValueError: for a negative ``pool``.
+            ValueError: for a negative ``pool``, or a module's name that is none.
         """
         if pool < 0:
             raise ValueError(f"pool must be 0 or more, got {pool}.")
-        self._pool, self._python = pool, python
+        modules = tuple(name.strip() for name in preload.split(",")) if preload else ()
+        if wrong := next((name for name in modules if not all(map(str.isidentifier, name.split(".")))), None):
+            raise ValueError(f"preload has {wrong!r}, which is no module's name.")
+        self._pool, self._python, self._preload = pool, python, modules
+        self._zygote: Zygote | None = None
+        self._forks, self._refused = False, ""
         self._tools: launch.Tools | None = None
         self._warm: dict[SandboxSpec, list[asyncio.Task[Holder]]] = {}
         self._sessions: set[BubblewrapSession] = set()
@@ -69,18 +77,20 @@ class BubblewrapBackend:
         return (await self._proved())[0]
 
     async def _proved(self) -> tuple[ProbeReport, memory.MemoryBound]:
-        key = (os.geteuid(), self._python)
+        key = (os.geteuid(), self._python, self._preload)
         async with self._probing:
             if key not in _reports:
-                _reports[key] = await self._prove()
-            return _reports[key]
+                _reports[key] = *await self._prove(), self._forks
+            report, bound, self._forks = _reports[key]
+            return report, bound
 
     async def _prove(self) -> tuple[ProbeReport, memory.MemoryBound]:
         tools = self._find_tools()
         seccomp.program()
         bound = await asyncio.to_thread(memory.detect)
+        alone = obstacle(tools, bound)
         try:
-            holder = await self._start(probes.SPEC, bound)
+            holder = await self._start_first(bound, alone)
         except SandboxError as error:
             raise SandboxUnavailable(self.name, "a sandbox did not start", str(error)) from error
         session = BubblewrapSession(probes.SPEC, _given(holder))
@@ -90,15 +100,34 @@ class BubblewrapBackend:
             raise SandboxUnavailable(self.name, "a sandbox died during its probes", str(error)) from error
         finally:
             await holder.close()
+        if tools.preload and not self._forks:
+            note = f"Each sandbox imports {', '.join(tools.preload)} for itself: {alone or self._refused}"
+            report = replace(report, notes=(*report.notes, note))
         return report, bound
 
+    async def _start_first(self, bound: memory.MemoryBound, alone: str) -> Holder:
+        """Start the sandbox that is probed, forked where the host allows it. Raises SandboxError."""
+        self._forks = not alone
+        try:
+            return await self._start(probes.SPEC, bound)
+        except SandboxError as error:
+            if not self._forks:
+                raise
+            self._forks, self._refused = False, str(error)
+            return await self._start(probes.SPEC, bound)
+
     async def _start(self, spec: SandboxSpec, bound: memory.MemoryBound) -> Holder:
-        return await Holder.start(self._find_tools(), spec, bound, drop=os.geteuid() == 0)
+        tools, drop = self._find_tools(), os.geteuid() == 0
+        if not self._forks:
+            return await Holder.start(tools, spec, bound, drop=drop)
+        if self._zygote is None:
+            self._zygote = Zygote(tools, drop=drop)
+        return await self._zygote.fork(spec, bound)
 
     def _find_tools(self) -> launch.Tools:
         """Find the programs once: the folders of an environment are looked through, and the users' homes."""
         if self._tools is None:
-            self._tools = launch.find_tools(root=os.geteuid() == 0, python=self._python)
+            self._tools = launch.find_tools(root=os.geteuid() == 0, python=self._python, preload=self._preload)
         return self._tools
 
     async def _acquire(self, spec: SandboxSpec) -> Holder:
@@ -142,8 +171,9 @@ class BubblewrapBackend:
         """Open a session, whose sandbox is taken at its first call.
 
         The first session of a process runs the probes. A session's calls raise SandboxUnavailable when a probe fails,
-        and ConfigError for a spec that cannot be bounded.
+        and ConfigError for a spec that cannot be bounded. So does this one for a spec that names an image.
         """
+        spec.refuse_image(self.name)
         session = BubblewrapSession(spec, self._acquire)
         self._sessions.add(session)
         try:
@@ -162,6 +192,8 @@ class BubblewrapBackend:
         self._warm.clear()
         sessions = tuple(self._sessions)
         await asyncio.gather(*map(_discard, tasks), *self._discarding, *(session.close() for session in sessions))
+        if self._zygote is not None:
+            await self._zygote.close()
 
 
 def _given(holder: Holder) -> Callable[[SandboxSpec], Awaitable[Holder]]:

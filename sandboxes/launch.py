@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +15,8 @@ from typing import Any, Final
 
 from areal_agents.errors import SandboxError, SandboxUnavailable
 from areal_agents.sandbox import SandboxSpec
-from areal_agents.sandboxes import interpreter, memory, seccomp
+from areal_agents.sandboxes import interpreter, memory, seccomp, uids
+from areal_agents.sandboxes.pipes import Fds
 
 ENVIRONMENT: Final = {
     "PATH": "/usr/bin:/bin",
@@ -56,10 +59,14 @@ class Tools:
     """None unless the host is root."""
     python: interpreter.Interpreter = _SYSTEM
     """What code inside runs on."""
+    preload: tuple[str, ...] = ()
+    """Modules that pid 1 imports before anything runs, for the Python programs to share."""
 
     @property
     def supervisor(self) -> str:
-        """The Python of pid 1: the system's where there is one."""
+        """The Python of pid 1: the system's where there is one, and the code's own where that shares its modules."""
+        if self.preload:
+            return self.python.executable
         return interpreter.SYSTEM if Path(interpreter.SYSTEM).exists() else self.python.executable
 
     @property
@@ -67,10 +74,11 @@ class Tools:
         return {**ENVIRONMENT, "PATH": self.python.search_path}
 
 
-def find_tools(*, root: bool, python: str) -> Tools:
+def find_tools(*, root: bool, python: str, preload: tuple[str, ...] = ()) -> Tools:
     """Locate the programs that start a sandbox.
 
-    ``python`` is the path of an environment or an interpreter. Raises SandboxUnavailable, which names what is missing.
+    ``python`` is the path of an environment or an interpreter, ``preload`` modules of it. Raises SandboxUnavailable,
+    which names what is missing.
     """
     bwrap, setpriv = (shutil.which(name, path=_PATH) for name in ("bwrap", "setpriv"))
     if bwrap is None:
@@ -84,29 +92,31 @@ def find_tools(*, root: bool, python: str) -> Tools:
         problem = f"{python} cannot run as the plain user that a root host's sandbox is: {closed} is closed to others"
         remedy = f"Make the environment where everybody may read it. {interpreter.MAKE}"
         raise SandboxUnavailable("bubblewrap", problem, remedy)
-    return Tools(bwrap, setpriv if root else None, inside)
+    return Tools(bwrap, setpriv if root else None, inside, preload)
 
 
-_SENT = ("process_gate", "work_files")
+_SENT = ("fresh_namespaces", "process_gate", "warm_python", "work_files")
 """Modules that the supervisor imports."""
+_SENT_WARM = ("fresh_namespaces", "warm_python")
+"""Those of them that a sandbox without imported modules never calls: it starts faster without their text."""
 
 
 @cache
-def supervisor_source() -> bytes:
+def supervisor_source(warm: bool = False) -> bytes:
     """Read the program of pid 1, which gets it on its stdin, with the modules that it imports."""
     program = Path(__file__).with_name("supervisor.py").read_text()
     own = f"from areal_agents.sandboxes import {', '.join(_SENT)}\n"
     assert own in program
     sent = ["import types\n"]
     for name in _SENT:
-        text = Path(__file__).with_name(f"{name}.py").read_text()
+        text = Path(__file__).with_name(f"{name}.py").read_text() if warm or name not in _SENT_WARM else ""
         sent.append(f"{name} = types.ModuleType({name!r}); exec({text!r}, {name}.__dict__)\n")
     return program.replace(own, "".join(sent)).encode()
 
 
 def given(tools: Tools, bound: memory.MemoryBound, spec: SandboxSpec) -> dict[str, Any]:
     """Return what every request tells pid 1 of the programs it starts."""
-    told: dict[str, Any] = {"env": tools.environment}
+    told: dict[str, Any] = {"env": tools.environment} | ({"warm": True} if tools.preload else {})
     gate = seccomp.gate() if bound.kind == "rlimits" else None
     return told | ({"gate": gate | {"limits": memory.alone(spec)}} if gate else {})
 
@@ -135,9 +145,10 @@ def command(
     *,
     uid: int | None,
     control: int,
-    filter_fd: int,
+    filter_fd: int | None,
     info: int,
     files: Mapping[str, int],
+    zygote: bool = False,
 ) -> list[str]:
     """Build the bwrap command that starts the supervisor, whose source comes on its stdin.
 
@@ -146,9 +157,10 @@ def command(
         spec: its ``disk`` is the size of each tmpfs, in bytes.
         uid: user to become first, on a root host; None stays the caller.
         control: descriptor of the supervisor's end of the control socket.
-        filter_fd: descriptor of the filter, as BPF.
+        filter_fd: descriptor of the filter, as BPF; None for a zygote, whose forks load theirs.
         info: descriptor to which bwrap writes the supervisor's pid, as JSON.
         files: path inside → descriptor with the content, of ``FILES``.
+        zygote: start the zygote, which has the modules of ``tools`` and forks sandboxes.
     """
     drop = []
     if uid is not None:
@@ -173,9 +185,61 @@ def command(
         mounts += ["--symlink", target, path]
     # Last, because bwrap makes mount points in both: they would be writable, shared and unbounded otherwise.
     mounts += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/work"]
-    fds = ["--seccomp", str(filter_fd), "--info-fd", str(info)]
+    fds = [*([] if filter_fd is None else ["--seccomp", str(filter_fd)]), "--info-fd", str(info)]
     inner = [tools.supervisor, "-I", "-S", "-", str(control)]
+    if tools.preload:
+        inner = [tools.supervisor, "-I", "-X", "utf8", "-", str(control), ",".join(tools.preload)]
+        inner += ["zygote"] if zygote else []
     return [*drop, tools.bwrap, *namespaces, *identity, *life, *mounts, *fds, "--", *inner]
+
+
+def popen(
+    tools: Tools,
+    spec: SandboxSpec,
+    bound: memory.MemoryBound,
+    slot: uids.Slot | None,
+    filter_fd: int | None,
+    info: int,
+    errors: int,
+    zygote: bool = False,
+) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Start bwrap with pid 1 in it, and return the host's end of the control socket with the process. Raises OSError.
+
+    Call it in the loop's thread: --die-with-parent means the thread that started it.
+    """
+    fds = Fds()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        source = fds.memfd("supervisor", supervisor_source(bool(tools.preload)))
+        control = theirs.fileno()
+        files = {path: fds.memfd("file", data) for path, data in FILES.items()}
+        inner = command(
+            tools,
+            spec,
+            uid=slot.uid if slot else None,
+            control=control,
+            filter_fd=filter_fd,
+            info=info,
+            files=files,
+            zygote=zygote,
+        )
+        process = subprocess.Popen(
+            bound.wrap(inner, spec),
+            stdin=source,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            cwd="/",
+            env={"PATH": "/usr/bin:/bin", **bound.environment()},
+            pass_fds=(control, *([] if filter_fd is None else [filter_fd]), info, *files.values()),
+            start_new_session=True,
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+        fds.close()
+    return ours, process
 
 
 def inner_pid(info: int) -> int:
@@ -190,6 +254,8 @@ def inner_pid(info: int) -> int:
 def explain(stderr: str) -> tuple[str, str]:
     """Return what failed and its remedy, for a bwrap that did not start."""
     problem = f"bwrap did not start: {stderr.strip()[-400:] or 'no message'}"
+    if stderr.startswith("preload: "):
+        return stderr.strip()[-400:], "Name modules that the Python inside has: packages=… or python=… give it more."
     if _setting("kernel/apparmor_restrict_unprivileged_userns") == "1":
         remedy = (
             "AppArmor denies unprivileged user namespaces (Ubuntu 24.04). Write this to /etc/apparmor.d/bwrap and run "

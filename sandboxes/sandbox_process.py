@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Mapping
@@ -23,14 +24,20 @@ from areal_agents.errors import SandboxError
 from areal_agents.sandbox import SandboxSpec
 from areal_agents.sandboxes import launch, seccomp, supervisor, uids
 from areal_agents.sandboxes.interactive_process import LiveProcess
-from areal_agents.sandboxes.memory import MemoryBound, Meter
+from areal_agents.sandboxes.memory import MemoryBound, Meter, NoMeter
 from areal_agents.sandboxes.pipes import Fds, Pump
 
 START_TIMEOUT: Final = 20.0
+PRELOAD_TIMEOUT: Final = 180.0
+"""Seconds to start where pid 1 imports modules first."""
 GRACE: Final = 5.0
 """Seconds for the sandbox to confirm a kill; then the whole sandbox is killed from outside."""
 
-_names = itertools.count()
+_CREDENTIALS: Final = struct.Struct("=iII")
+"""Pid, uid and gid, as the kernel adds them to a message."""
+
+names = itertools.count()
+"""Numbers for what has no slot of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,7 @@ class Finished:
 class Holder:
     """A started sandbox, which runs one request at a time and any number of live processes."""
 
-    def __init__(self, control: socket.socket, process: subprocess.Popen[bytes], spec: SandboxSpec) -> None:
+    def __init__(self, control: socket.socket, process: subprocess.Popen[bytes] | None, spec: SandboxSpec) -> None:
         self._loop = asyncio.get_running_loop()
         self._control = control
         self._process = process
@@ -61,6 +68,8 @@ class Holder:
         self.spec = spec
         self.pid = 0
         """The supervisor's pid on the host."""
+        self.sender = 0
+        """Who said that it is ready, as the kernel tells where the control socket asks it to."""
         self.slot: uids.Slot | None = None
         self.meter: Meter | None = None
         self.limits: Mapping[str, int] = {}
@@ -73,7 +82,9 @@ class Holder:
         self._loop.add_reader(control, self._receive)
 
     @classmethod
-    async def start(cls, tools: launch.Tools, spec: SandboxSpec, bound: MemoryBound, *, drop: bool) -> Holder:
+    async def start(
+        cls, tools: launch.Tools, spec: SandboxSpec, bound: MemoryBound, *, drop: bool, zygote: bool = False
+    ) -> Holder:
         """Start a sandbox.
 
         Args:
@@ -81,6 +92,7 @@ class Holder:
             spec: what the session may use.
             bound: how its memory is bounded.
             drop: run as the slot's own uid, as a root host must, and not as the caller.
+            zygote: it will run no program, and fork sandboxes.
 
         Raises:
             SandboxError: when bwrap does not come up.
@@ -93,14 +105,16 @@ class Holder:
         holder: Holder | None = None
         fds = Fds()
         try:
-            meter = bound.meter(f"areal-agents-{slot.index if slot else f'u{os.getpid()}-{next(_names)}'}", spec)
+            name = f"areal-agents-{slot.index if slot else f'u{os.getpid()}-{next(names)}'}"
+            meter = NoMeter() if zygote else bound.meter(name, spec)
             (info_read, info_write), errors = fds.pipe(), fds.memfd("stderr")
-            filter_fd = fds.memfd("seccomp", program)
-            holder = cls(*_popen(tools, spec, bound, slot, filter_fd, info_write, errors), spec)
+            filter_fd = None if zygote else fds.memfd("seccomp", program)
+            started = launch.popen(tools, spec, bound, slot, filter_fd, info_write, errors, zygote)
+            holder = cls(*started, spec)
             holder.slot, holder.meter, holder.limits = slot, meter, limits
             holder.given = launch.given(tools, bound, spec)
             os.close(fds.take(info_write))
-            await holder._wait_ready(errors)
+            await holder.wait_ready(errors, tools)
             holder.pid = launch.inner_pid(info_read)
             holder._inner = os.pidfd_open(holder.pid)
             meter.attach(holder.pid)
@@ -119,11 +133,13 @@ class Holder:
             fds.close()
         return holder
 
-    async def _wait_ready(self, errors: int) -> None:
-        await asyncio.wait((self._ready, self.gone), timeout=START_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+    async def wait_ready(self, errors: int, tools: launch.Tools) -> None:
+        """Wait until pid 1 says that it is ready. Raises SandboxError with what it wrote into the file ``errors``."""
+        limit = PRELOAD_TIMEOUT if tools.preload else START_TIMEOUT
+        await asyncio.wait((self._ready, self.gone), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         if not self._ready.done():
             text = os.pread(errors, 4096, 0).decode("utf-8", "replace")
-            late = "" if self.gone.done() else f"no answer within {START_TIMEOUT:.0f} s. "
+            late = "" if self.gone.done() else f"no answer within {limit:.0f} s. "
             raise SandboxError(late + ": ".join(launch.explain(text)))
 
     @property
@@ -213,6 +229,10 @@ class Holder:
         self._waiting[ident] = reply
         return reply
 
+    def send_fork(self, fds: list[int]) -> None:
+        """Hand the zygote what a new sandbox needs. Raises OSError."""
+        socket.send_fds(self._control, [supervisor.FRAME.pack(supervisor.FORK, 0, 0)], fds)
+
     def _send(self, kind: int, ident: int) -> None:
         try:
             self._control.send(supervisor.FRAME.pack(kind, ident, 0))
@@ -257,11 +277,13 @@ class Holder:
 
     def _receive(self) -> None:
         try:
-            data = self._control.recv(supervisor.FRAME.size + 1)
+            data, ancillary, _, _ = self._control.recvmsg(
+                supervisor.FRAME.size + 1, socket.CMSG_SPACE(_CREDENTIALS.size)
+            )
         except BlockingIOError:
             return
         except OSError:
-            data = b""
+            data, ancillary = b"", []
         if len(data) != supervisor.FRAME.size:
             if data:
                 self.kill()  # pid 1 does not send such a thing: it is no longer what was started
@@ -269,6 +291,7 @@ class Holder:
             return
         kind, ident, code = supervisor.FRAME.unpack(data)
         if kind == supervisor.READY and not self._ready.done():
+            self.sender = next((_CREDENTIALS.unpack(value)[0] for _, _, value in ancillary), 0)
             self._ready.set_result(None)
         elif kind == supervisor.EXIT and (reply := self._waiting.pop(ident, None)) is not None and not reply.done():
             reply.set_result(code)
@@ -283,7 +306,7 @@ class Holder:
 
     def kill(self) -> None:
         """Kill everything inside at once, and leave it to ``close`` to collect."""
-        if self._process.returncode is None:
+        if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -308,7 +331,7 @@ class Holder:
         for live in tuple(self._live):
             live.close()
         self._live.clear()
-        if self._process.returncode is None:
+        if self._running():
             self._lost()
             self._control.close()  # the supervisor reads the end of it and leaves; its namespace dies with it
             if not await self._exited(GRACE):
@@ -332,7 +355,7 @@ class Holder:
                     await self._wait_pidfd(self._inner)
                     os.close(self._inner)
                     self._inner = -1
-                if self._process.poll() is None:
+                if self._process is not None and self._process.poll() is None:
                     descriptor = os.pidfd_open(self._process.pid)
                     try:
                         await self._wait_pidfd(descriptor)
@@ -340,7 +363,10 @@ class Holder:
                         os.close(descriptor)
         except TimeoutError:
             return False
-        return self._process.poll() is not None
+        return self._process is None or self._process.poll() is not None
+
+    def _running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
 
     async def _wait_pidfd(self, descriptor: int) -> None:
         event = asyncio.Event()
@@ -349,44 +375,3 @@ class Holder:
             await event.wait()
         finally:
             self._loop.remove_reader(descriptor)
-
-
-def _popen(
-    tools: launch.Tools,
-    spec: SandboxSpec,
-    bound: MemoryBound,
-    slot: uids.Slot | None,
-    filter_fd: int,
-    info: int,
-    errors: int,
-) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """Start bwrap, and return the host's end of the control socket with the process. Raises OSError.
-
-    Call it in the loop's thread: --die-with-parent means the thread that started it.
-    """
-    fds = Fds()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        source = fds.memfd("supervisor", launch.supervisor_source())
-        control = theirs.fileno()
-        files = {path: fds.memfd("file", data) for path, data in launch.FILES.items()}
-        inner = launch.command(
-            tools, spec, uid=slot.uid if slot else None, control=control, filter_fd=filter_fd, info=info, files=files
-        )
-        process = subprocess.Popen(
-            bound.wrap(inner, spec),
-            stdin=source,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            cwd="/",
-            env={"PATH": "/usr/bin:/bin", **bound.environment()},
-            pass_fds=(control, filter_fd, info, *files.values()),
-            start_new_session=True,
-        )
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-        fds.close()
-    return ours, process

@@ -12,10 +12,10 @@ from typing import Any, Final
 
 from areal_agents.errors import SandboxUnavailable
 
-_CLONE_NAMESPACES: Final = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
+CLONE_NAMESPACES: Final = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
 """CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET."""
 
-_DENIED: Final = (
+DENIED: Final = (
     # file systems and namespaces
     *("mount", "umount", "umount2", "pivot_root", "chroot", "unshare", "setns", "open_tree", "move_mount", "fsopen"),
     *("fsconfig", "fsmount", "fspick", "mount_setattr", "open_by_handle_at", "name_to_handle_at", "quotactl"),
@@ -32,11 +32,11 @@ _DENIED: Final = (
     *("memfd_create", "memfd_secret", "shmget", "shmat", "shmctl", "msgget", "semget", "mq_open"),
 )
 
-_ALLOWED_SOCKETS: Final = (1, 2, 10)
+ALLOWED_SOCKETS: Final = (1, 2, 10)
 """AF_UNIX, AF_INET, AF_INET6. Others, AF_VSOCK among them, are not held by a network namespace or widen the attack
 surface."""
 
-_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
+TIOCSTI, TIOCLINUX = 0x5412, 0x541C
 
 
 @cache
@@ -54,23 +54,23 @@ def program(gated: bool = False) -> bytes:
     rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     rules.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
     deny, arg = pyseccomp.ERRNO(errno.EPERM), pyseccomp.Arg
-    known = {name: pyseccomp.resolve_syscall(pyseccomp.system_arch(), name) for name in _DENIED}
+    known = {name: pyseccomp.resolve_syscall(pyseccomp.system_arch(), name) for name in DENIED}
     for name, number in known.items():
         # -1: libseccomp is older than the call. A negative number otherwise: this architecture lacks it.
         if number >= 0:
             rules.add_rule(deny, name)
     # The flags of clone3 lie behind a pointer: ENOSYS makes libc fall back to clone.
     rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
-    for flag in _CLONE_NAMESPACES:
+    for flag in CLONE_NAMESPACES:
         rules.add_rule(deny, "clone", arg(0, pyseccomp.MASKED_EQ, flag, flag))
-    for request in (_TIOCSTI, _TIOCLINUX):
+    for request in (TIOCSTI, TIOCLINUX):
         rules.add_rule(deny, "ioctl", arg(1, pyseccomp.MASKED_EQ, 0xFFFFFFFF, request))
     if not (gated and gate()):
         _keep_limits(rules)
     unsupported = pyseccomp.ERRNO(errno.EAFNOSUPPORT)
     for call in ("socket", "socketpair"):
-        rules.add_rule(unsupported, call, arg(0, pyseccomp.GT, max(_ALLOWED_SOCKETS)))
-        for family in sorted(set(range(max(_ALLOWED_SOCKETS))) - set(_ALLOWED_SOCKETS)):
+        rules.add_rule(unsupported, call, arg(0, pyseccomp.GT, max(ALLOWED_SOCKETS)))
+        for family in sorted(set(range(max(ALLOWED_SOCKETS))) - set(ALLOWED_SOCKETS)):
             rules.add_rule(unsupported, call, arg(0, pyseccomp.EQ, family))
     return _compiled(rules)
 

@@ -1,4 +1,4 @@
-"""A bubblewrap session: a private /work, opened at first use."""
+"""A session in a sandbox that somebody holds for it: a private /work, opened at first use."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 import errno
 import os
 import signal
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from areal_agents.errors import SandboxError
 from areal_agents.sandbox import ExecResult, ExecStatus, Process, SandboxSpec
@@ -38,8 +38,23 @@ def inside_work(path: str) -> str:
     return relative
 
 
-class BubblewrapSession:
-    """A session in bubblewrap, whose calls run one after the other.
+class Held(Protocol):
+    """A started sandbox: bubblewrap's ``Holder``, docker's ``Container``."""
+
+    limits: Mapping[str, int]
+
+    async def run(
+        self, request: dict[str, Any], *, stdin: bytes | None, timeout: float, max_output: int, seekable: bool = False
+    ) -> Finished: ...
+    async def spawn(self, request: dict[str, Any]) -> Process: ...
+    async def close(self) -> None: ...
+
+
+HeldT = TypeVar("HeldT", bound=Held)
+
+
+class HeldSession(Generic[HeldT]):
+    """A session whose calls run one after the other.
 
     Implements ``areal_agents.sandbox.Sandbox``.
 
@@ -47,14 +62,14 @@ class BubblewrapSession:
     way reports ``oom``, later ones raise SandboxError.
     """
 
-    def __init__(self, spec: SandboxSpec, acquire: Callable[[SandboxSpec], Awaitable[Holder]]) -> None:
+    def __init__(self, spec: SandboxSpec, acquire: Callable[[SandboxSpec], Awaitable[HeldT]]) -> None:
         self._spec = spec
         self._acquire = acquire
         self._opening = asyncio.Lock()
-        self._holder: Holder | None = None
+        self._holder: HeldT | None = None
         self._closed = False
 
-    async def _open(self) -> Holder:
+    async def _open(self) -> HeldT:
         async with self._opening:
             if self._closed:
                 raise SandboxError("the session is closed. Open a new one.")
@@ -97,7 +112,7 @@ class BubblewrapSession:
         holder = await self._open()
         return await holder.spawn(self._request(holder, argv))
 
-    def _request(self, holder: Holder, argv: Sequence[str]) -> dict[str, Any]:
+    def _request(self, holder: HeldT, argv: Sequence[str]) -> dict[str, Any]:
         if not argv or isinstance(argv, str):
             raise ValueError(f"argv must be a non-empty sequence of strings, got {argv!r}.")
         return {"op": "exec", "argv": list(argv), "env": launch.ENVIRONMENT, "limits": dict(holder.limits)}
@@ -175,6 +190,10 @@ class BubblewrapSession:
             holder, self._holder = self._holder, None
         if holder is not None:
             await holder.close()
+
+
+class BubblewrapSession(HeldSession[Holder]):
+    """A session in bubblewrap."""
 
 
 def _status(finished: Finished) -> ExecStatus:

@@ -1,7 +1,7 @@
 """Process 1 inside a sandbox: it starts what the host asks for, kills what is left, and moves files.
 
-Sent to the sandbox as text and run by its system Python, so it imports only the standard library and the two modules
-that are sent with it: process_gate and work_files.
+Sent to the sandbox as text and run by a Python there, so it imports only the standard library and the modules that are
+sent with it.
 As pid 1 it cannot be signalled from inside, and it is not dumpable, so code with the same uid can neither read its
 memory nor its descriptors. The host owns every pipe. This process sees requests and reports exit statuses, nothing
 else.
@@ -10,8 +10,12 @@ Messages on the SEQPACKET control socket (big-endian, fixed size):
 
     host → here   START id kind   with descriptors: request (JSON), stdin, stdout, stderr
                   KILL  id 0
+                  FORK  0  0    to the zygote: request (JSON), control socket of the new one, seccomp filter, stderr
     here → host   READY 0  0
                   EXIT  id status   exit code, or minus the signal number
+
+Where it is told to, it imports modules before it says that it is ready, and runs Python programs in forks of itself.
+The zygote is such a process too: it runs no program at all, and forks others like itself into fresh namespaces.
 
 A ``run`` ends only when no process of it is left: everything that is not a live ``spawn`` or its descendant is killed.
 """
@@ -29,10 +33,10 @@ import sys
 import time
 from typing import Any
 
-from areal_agents.sandboxes import process_gate, work_files
+from areal_agents.sandboxes import fresh_namespaces, process_gate, warm_python, work_files
 
 FRAME = struct.Struct("!Bii")
-START, KILL, READY, EXIT = 1, 2, 3, 4
+START, KILL, READY, EXIT, FORK = 1, 2, 3, 4, 5
 RUN, SPAWN = 0, 1
 
 
@@ -66,6 +70,10 @@ def child(request: dict[str, Any], fds: list[int], gate: socket.socket) -> int:
         process_gate.deepen_stack()
     process_gate.set_limits(limits)
     os.chdir("/work")
+    if "warm" in request and (program := warm_python.program(request["argv"])) is not None:
+        os.environ.clear()
+        os.environ.update(request["env"])
+        return warm_python.run(program)
     try:
         os.execvpe(request["argv"][0], request["argv"], request["env"])
     except (OSError, ValueError) as error:
@@ -150,13 +158,17 @@ class Supervisor:
             if pid in self.running:
                 ident = self.running.pop(pid)
                 self.sweep()
-                self.control.send(FRAME.pack(EXIT, ident, code))
+                self.ended(ident, code)
             elif pid in self.spawned:
                 ident = self.spawned.pop(pid)
                 # A sweep also kills what a running request started: while there is one, its own end sweeps.
                 if not self.running:
                     self.sweep()
-                self.control.send(FRAME.pack(EXIT, ident, code))
+                self.ended(ident, code)
+
+    def ended(self, ident: int, code: int) -> None:
+        """Tell the host that a request is over."""
+        self.control.send(FRAME.pack(EXIT, ident, code))
 
     def sweep(self) -> None:
         """Kill every process but this one and the live spawned trees, and wait until they are gone."""
@@ -197,10 +209,58 @@ class Supervisor:
         return False
 
 
-def main(descriptor: int) -> None:
+def serve_forks(control: socket.socket) -> None:
+    """Be the zygote: make one sandbox after the other, until the host closes its end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: the host sees each one's end itself
+    control.send(FRAME.pack(READY, 0, 0))
+    while True:
+        data, fds, _, _ = socket.recv_fds(control, FRAME.size, 4)
+        if not data:
+            return
+        try:
+            if fresh_namespaces.fork() == 0:
+                try:
+                    control.close()
+                    become_sandbox(list(fds))
+                finally:
+                    os._exit(0)
+        except OSError as error:
+            os.write(fds[3], str(error).encode())
+        for descriptor in fds:
+            os.close(descriptor)
+
+
+def become_sandbox(fds: list[int]) -> None:
+    """Be pid 1 of a sandbox that was forked, until its host closes its end."""
+    request, control, program, errors = fds
+    os.dup2(errors, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
+    try:
+        with open(request, "rb") as file, open(program, "rb") as compiled:
+            file.seek(0)
+            compiled.seek(0)
+            fresh_namespaces.settle(json.load(file), compiled.read())
+    except OSError as error:
+        os.write(2, str(error).encode())
+        return
+    os.close(errors)
+    Supervisor(socket.socket(fileno=control)).serve()
+
+
+def main(descriptor: int, preload: str = "", zygote: bool = False) -> None:
     prctl_dumpable(0)
-    Supervisor(socket.socket(fileno=descriptor)).serve()
+    control = socket.socket(fileno=descriptor)
+    if preload:
+        try:
+            warm_python.preload(preload.split(","))
+        except Exception as error:  # noqa: BLE001  a module may raise anything; the host says it
+            sys.exit(f"preload: {type(error).__name__}: {error}")
+        work_files.empty("/work")  # where some keep their caches
+    if zygote:
+        serve_forks(control)
+    else:
+        Supervisor(control).serve()
 
 
-if __name__ == "__main__" and len(sys.argv) == 2:
-    main(int(sys.argv[1]))
+if __name__ == "__main__" and 2 <= len(sys.argv) <= 4:
+    main(int(sys.argv[1]), "".join(sys.argv[2:3]), len(sys.argv) == 4)

@@ -75,7 +75,11 @@ class UnsafeLocalBackend:
 
     @contextlib.asynccontextmanager
     async def session(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
-        """Open a session with a temporary folder, made at its first call and removed at its end."""
+        """Open a session with a temporary folder, made at its first call and removed at its end.
+
+        Raises ConfigError for a spec that names an image.
+        """
+        spec.refuse_image(self.name)
         search_path = interpreter.find(self._python, self.name, mounted=False).search_path
         session = UnsafeLocalSession(spec, search_path)
         self._sessions.add(session)

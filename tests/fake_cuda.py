@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.overrides import TorchFunctionMode
 
-from areal_agents.learner import forward
+from areal_agents.learner import forward, tree_attention
 
 CUDA = torch.device("cuda", 0)
 _INDEX_OF_CUDA, _INDEX_OF_META = 1, 14
@@ -44,11 +44,16 @@ class AttentionCalls(TorchFunctionMode):
 
 
 @contextmanager
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[AttentionCalls]:
-    """Make every tensor inside a fake one, and let autocast believe in a GPU that computes in bf16."""
+def fake_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (7, 5)) -> Iterator[AttentionCalls]:
+    """Make every tensor inside a fake one, and let autocast believe in a GPU that computes in bf16.
+
+    From ``capability`` (8, 0) on, all segments would go to flash attention in one call.
+    """
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(tree_attention, "_flash", tree_attention._flash.__wrapped__)  # its cache outlives the card
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
-    monkeypatch.setattr(forward, "causal_lower_right", _causal_lower_right)
+    monkeypatch.setattr(tree_attention, "causal_lower_right", _causal_lower_right)
     with _device_guard(), FakeTensorMode(), AttentionCalls() as calls:
         yield calls
 

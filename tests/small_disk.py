@@ -12,10 +12,13 @@ from tests.conftest import missing
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path, size: str = "1m") -> Iterator[Path]:
-    """A file system of ``size`` at the new ``folder``; the test is skipped where none can be mounted."""
+def small_disk(folder: Path, size: str = "1m", inodes: int = 0) -> Iterator[Path]:
+    """A file system of ``size``, with at most ``inodes`` files and folders, its own included, at the new ``folder``.
+
+    0 inodes: as many as one likes. The test is skipped where no file system can be mounted.
+    """
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "areal-test", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={inodes}", "areal-test", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False) if os.geteuid() == 0 else None
     if done is None or done.returncode:
         missing(f"a tmpfs: {'not root' if done is None else done.stderr}")

@@ -243,7 +243,7 @@ def _train(command: Command, w: Workshop) -> list[str] | None:
     """Loaded always. Run: what README shows, and what is resumed (the copied run goes on for a third step)."""
     parsed, overrides = _parse(list(command.words[1:]))
     config = settings.load(parsed.config or None, overrides)
-    registry.spec(config.env.id)
+    registry.spec(config.env.id).require_arguments(config.env.kwargs)
     if parsed.resume and str(w.model) in (Path(parsed.config).read_text() if parsed.config else ""):
         return [*command.words[1:], "--steps", "3"]
     if command.page != "README.md" or needs_sandbox(config.env.id) or parsed.config:
@@ -281,9 +281,12 @@ def _eval(command: Command, w: Workshop) -> list[str] | None:
 
 
 def _check(command: Command, w: Workshop) -> list[str] | None:
-    """Run with the tiny tokenizer; parsed where a sandbox is needed: tests/envs/test_registered.py checks those."""
+    """Run with the tiny tokenizer; parsed where a sandbox is needed: tests/envs/test_registered.py checks those.
+
+    Parsed where a sandbox is what is checked: tests/sandboxes/test_suite.py does.
+    """
     parsed, _ = _parse(list(command.words[1:]))
-    if parsed.all or any(needs_sandbox(id) for id in parsed.env):
+    if parsed.sandbox or parsed.all or any(needs_sandbox(id) for id in parsed.env):
         return None
     return replaced(list(command.words[1:]), tokenizer=str(w.model))
 
@@ -291,6 +294,10 @@ def _check(command: Command, w: Workshop) -> list[str] | None:
 def _model(command: Command, w: Workshop) -> list[str] | None:
     """Parsed; a pull would download."""
     return None if "pull" in command.words else list(command.words[1:])
+
+
+def _sandbox(command: Command, w: Workshop) -> None:
+    """Parsed: tests/cli/test_sandbox.py runs those."""
 
 
 def _serve(command: Command, w: Workshop) -> None:
@@ -316,6 +323,7 @@ RUN: dict[str, Callable[[Command, Workshop], list[str] | None]] = {
     "train": _train, "demo": _demo, "eval": _eval, "check": _check, "model": _model, "serve": _serve,
     "envs": _as_it_stands, "init": _as_it_stands, "rescore": _as_it_stands, "replay": _as_it_stands, "resize": _resize,
     "show": _as_it_stands, "plot": _as_it_stands, "algorithms": _as_it_stands, "verify": _verify,
+    "sandbox": _sandbox,
 }  # fmt: skip
 """By subcommand: what is run in a command's place; None: the parser and the settings have seen it, that is all."""
 
@@ -375,7 +383,8 @@ def _pattern(name: str) -> str:
 def test_metrics_and_their_page_agree(heading: str, kinds: str, workshop: Workshop) -> None:
     rows = [row for row in read_metrics(workshop.run) if re.fullmatch(kinds, row["kind"])]
     written = {name for row in rows for name in row} - {"kind", "step", "time"}
-    documented = doc_blocks.first_cells(doc_blocks.section("docs/read-the-metrics.md", f"Kind {heading}"))
+    page = "docs/evaluate.md" if kinds.startswith("eval") else "docs/read-the-metrics.md"
+    documented = doc_blocks.first_cells(doc_blocks.section(page, f"Kind {heading}"))
     assert len(documented) == len(set(documented))
     patterns = [_pattern(name) for name in documented]
     assert not sorted(n for n in written if not any(re.fullmatch(p, n) for p in patterns)), "not documented"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import json
 import pickle
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import pytest
 
 from areal_agents.chat.toolcalls import parse_text
+from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError, RewardError
 from areal_agents.evaluation.rescore import with_verdict
 from areal_agents.reward import Episode, Verdict
@@ -165,9 +167,9 @@ def test_a_tool_error_and_a_bad_call_change_nothing() -> None:
     assert [m.text for m in observation] == [
         "there are only 3",
         "error: invalid arguments for 'take': 'count': Input should be a valid integer, unable to parse string as an "
-        "integer. Expected: take(count: integer, colour?: string)",
+        'integer. Expected: take(count: integer, colour?: "gold" | "brass")',
         "error: invalid arguments for 'take': 'self' is not a parameter. Expected: "
-        "take(count: integer, colour?: string)",
+        'take(count: integer, colour?: "gold" | "brass")',
     ]
     assert (reward, env.state.coins) == (0.0, 3)
 
@@ -261,6 +263,43 @@ def test_subclasses_inherit_replace_and_drop_methods() -> None:
         type("Hidden", (Cave,), {"take": lambda self: ""})
 
 
+@pytest.mark.parametrize("name", ["close", "step", "reset", "state", "task", "prompt", "answer", "np_random", "astep"])
+def test_a_tool_does_not_hide_what_an_episode_needs(name: str) -> None:
+    async def verb(self: Any) -> str:
+        """Act."""
+        return "done"
+
+    says = rf"\w+\.{name} hides \w+\.{name}, which an episode needs: .* its own by @tool\(name='{name}'\)"
+    verb.__name__, verb.__annotations__ = name, {}
+    for bases in ((Cave,), (AgentEnv,)) if name not in ("prompt", "answer") else ((Cave,),):
+        with pytest.raises(TypeError, match=says):
+            type("Hides", bases, {name: tool(verb)})
+    with pytest.raises(TypeError, match=says):
+        type("Mixed", (type("Mixin", (), {name: tool(verb)}), Cave), {})
+    named = type("Named", (Cave,), {f"{name}_verb": tool(name=name)(verb)})
+    [_, (observation, *_)] = play(named(sandbox=None), call(name))
+    assert observation[0].text == "done"
+
+
+def test_a_tool_that_would_not_be_found_is_refused() -> None:
+    async def free() -> str:
+        return ""
+
+    @functools.wraps(free)
+    async def logged() -> object:
+        return await tool(free)()
+
+    logged.__wrapped__ = tool(free)  # type: ignore[assignment]  # as functools.wraps(spec) leaves it
+    for value, what in (
+        (staticmethod(tool(free)), "staticmethod"), (classmethod(tool(free)), "classmethod"),
+        (property(tool(free)), "property"), (logged, "a decorator"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=f"Above.free: {what} stands above @tool: leave it out, or put it below"):
+            type("Above", (Cave,), {"free": value})
+    with pytest.raises(TypeError, match=r"Less\.look = None takes a method away, but 'look' is listed: set `tools`"):
+        type("Less", (Cave,), {"look": None})
+
+
 def test_a_mixin_brings_tools() -> None:
     class Counter:
         @tool()
@@ -283,7 +322,7 @@ def test_methods_pickle_by_reference() -> None:
 def test_calls_on_a_state_are_in_order_unless_declared() -> None:
     class Slow(Cave):
         @tool()
-        async def step(self, name: str) -> str:
+        async def walk(self, name: str) -> str:
             self.state.log.append(f"in {name}")
             await asyncio.sleep(0)
             self.state.log.append(f"out {name}")
@@ -297,7 +336,7 @@ def test_calls_on_a_state_are_in_order_unless_declared() -> None:
             return name
 
     env = Slow(sandbox=None)
-    play(env, call("step", name="a") + call("step", name="b"))
+    play(env, call("walk", name="a") + call("walk", name="b"))
     assert env.state.log == ["in a", "out a", "in b", "out b"]
     play(env, call("glance", name="a") + call("glance", name="b"))
     assert env.state.log == ["in a", "in b", "out a", "out b"]

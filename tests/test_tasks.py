@@ -15,7 +15,8 @@ import pytest
 from areal_agents import registry
 from areal_agents.env import AgentEnv, LazyTasks
 from areal_agents.errors import EnvError, RegistryError
-from areal_agents.evaluation.evaluate import held_out
+from areal_agents.evaluation.held_out import held_out
+from areal_agents.settings.config import EvalConfig
 from areal_agents.types import Task, content_hash
 from tests.letters_env import Letters
 
@@ -116,8 +117,8 @@ def test_the_tasks_of_a_lazy_sequence_are_looked_at_where_they_are_used() -> Non
     with pytest.raises(EnvError, match="task 3 of 4 could not be made: KeyError: 3"):
         tasks[3]
     spec = registry.EnvSpec("acme/X-v0", "tests.test_tasks:Twice")
-    with pytest.raises(RegistryError, match="acme/X-v0:test has two tasks with the id 'test-0'"):
-        held_out(spec, "test", 2, difficulty=None, tell=print)
+    with pytest.raises(RegistryError, match="acme/X-v0:test has two tasks with the id 'test-1'"):
+        held_out(spec, EvalConfig(n=2), difficulty=None, tell=print)
 
 
 class Twice(Letters):

@@ -69,7 +69,7 @@ def test_validate_converts_leniently_and_explains() -> None:
     assert isinstance(told, str)
     assert "'query' is missing" in told
     assert "'limit': Input should be a valid integer" in told
-    assert told.endswith("Expected: search(query: string, limit?: integer, mode?: string, title?: string)")
+    assert told.endswith('Expected: search(query: string, limit?: integer, mode?: "web" | "news", title?: string)')
 
 
 def test_invoke_passes_checked_and_injected_arguments() -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -21,6 +21,7 @@ from areal_agents.cli.common import UsageError, template_variables, write_json
 from areal_agents.cli.eval import Eval
 from areal_agents.cli.plot import Plot
 from areal_agents.cli.resize import Resize
+from areal_agents.cli.sandbox import Sandbox, check_sandbox
 from areal_agents.cli.saved_runs import Replay, Rescore
 from areal_agents.cli.serve import Serve
 from areal_agents.cli.show import Show
@@ -128,10 +129,12 @@ class Envs:
 
 @dataclass
 class Check:
-    """Check environments, or a model: ``check areal/Arithmetic-v0``, ``check --model FOLDER``.
+    """Check environments, a model or a sandbox: ``check areal/Arithmetic-v0``, ``check --model FOLDER``.
 
-    An environment is checked for the contract: Gymnasium's checker, seeds, isolation, tokens, reward audit. Of a model
-    it says what its chat template and tokenizer are like, and whether training would refuse it.
+    An environment is checked for the contract: Gymnasium's checker, seeds, isolation, tokens, reward audit. One that
+    takes arguments gets them as in ``train`` and ``eval``: ``check areal/Questions-v0 --env.kwargs.path mine.jsonl``.
+    Of a model it says what its chat template and tokenizer are like, and whether training would refuse it. A sandbox
+    is attacked.
     """
 
     env: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID")] = ()
@@ -142,6 +145,8 @@ class Check:
     """Model whose tokenizer the prefix-exact token check uses; ``none`` skips that check."""
     model: str = ""
     """Check this model instead: a local folder, ``smollm2`` or a hub id."""
+    sandbox: str = ""
+    """Check this sandbox instead: ``bubblewrap``, ``docker``, ``module:Class``. It takes a minute."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """The engine that the model would be trained with."""
     history: Literal["auto", "append", "template"] = "auto"
@@ -158,7 +163,13 @@ class Check:
     def run(self, overrides: Sequence[str]) -> int:
         variables = template_variables(self.template_variables)
         options = ChatOptions(self.history, variables, self.merge_system, self.tool_format)
+        if self.sandbox:
+            if self.env or self.all or self.model or overrides:
+                raise UsageError("--sandbox checks a sandbox alone: leave the environment and --model out")
+            return check_sandbox(self.sandbox, json=self.json)
         if self.model:
+            if overrides:
+                raise UsageError(f"--model checks a model: leave out {overrides[0]}")
             return self._check_model(options)
         from areal_agents import registry
         from areal_agents.conformance.check import check
@@ -166,16 +177,32 @@ class Check:
         ids = [*self.env, *(s.id for s in registry.specs() if self.all and s.id not in self.env)]
         if not ids:
             raise UsageError("name an environment (`areal-agents envs` lists them), or use --all")
+        kwargs = self._kwargs(ids, overrides)
         tokenizer = None if self.tokenizer.lower() == "none" else self.tokenizer
         reports = []
         for id in ids:
-            reports.append(check(id, tokenizer=tokenizer, chat=options))
+            reports.append(check(id, tokenizer=tokenizer, chat=options, kwargs=kwargs))
             if not self.json:
                 print(reports[-1], flush=True)
         if self.json:
             rows = [r.to_json() for r in reports]
             write_json(rows[0] if len(rows) == 1 and not self.all else rows, None)
         return 0 if all(r.passed for r in reports) else 1
+
+    def _kwargs(self, ids: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
+        """Read the environment's arguments.
+
+        Raises UsageError where it is not one that takes them, RegistryError where it does not take these.
+        """
+        if not overrides:
+            return {}
+        if len(ids) != 1:
+            raise UsageError(f"{overrides[0]} is an argument of one environment: check that alone")
+        from areal_agents import registry, settings
+
+        kwargs = settings.load(None, overrides).env.kwargs
+        registry.spec(ids[0]).require_arguments(kwargs)
+        return kwargs
 
     def _check_model(self, options: ChatOptions) -> int:
         if self.env or self.all:
@@ -259,5 +286,6 @@ Command = (
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Rescore, tyro.conf.subcommand("rescore")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
+    | Annotated[Sandbox, tyro.conf.subcommand("sandbox")]
     | Annotated[Model, tyro.conf.subcommand("model")]
 )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from areal_agents.errors import ArealError
+from areal_agents.utils.files import unwritten, write_atomically
 
 if TYPE_CHECKING:
     from areal_agents.evaluation.saved_run import SavedRun
@@ -124,9 +125,12 @@ def write_json(value: Any, path: Path | None) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        if path.exists() and not path.is_file():  # /dev/null, a pipe: nothing that another file could replace
+            path.write_text(text + "\n", encoding="utf-8")
+        else:
+            write_atomically(path.resolve(), text + "\n")
     except OSError as error:
-        raise ArealError(f"cannot write {path}: {error.strerror}") from error
+        raise unwritten(path, error) from error
 
 
 def _without_nan(value: Any) -> Any:

@@ -20,10 +20,12 @@ from typing import Any
 from areal_agents import settings
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.report import EvalReport
+from areal_agents.models import resolve
 from areal_agents.tracking.plot import HeldOut, plot
 from areal_agents.trainer.loop import RunResult, train
 from areal_agents.trainer.preflight import require_runnable
 from areal_agents.trainer.run_folder import RunFolder
+from areal_agents.utils.files import save_whole
 from areal_agents.utils.packages import require_package
 
 NAMES = {"before": "before", "warm_start": "after warm start", "after_rl": "after RL"}
@@ -39,11 +41,12 @@ def demo(overrides: Sequence[str] = (), *, resume: bool = False) -> dict[str, An
     setup = time.time() - started
     config = settings.load("demo", overrides)
     require_package("matplotlib", "the demo's plot")
-    require_runnable(config)  # before an earlier demo is removed
+    require_runnable(config)
+    resolve(config.model.path)  # both before an earlier demo is removed
     claim(config.out, resume=resume)
     result = asyncio.run(train(config, resume=resume))
     summary = summarize_run(result, setup=setup, total=time.time() - started)
-    (result.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    save_whole(result.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     curve = plot(result.out, _points(result.reports, config.steps), title="areal/Arithmetic-v0, SmolLM2-135M-Instruct")
     print(report(result, summary, curve))
     return summary
@@ -86,7 +89,8 @@ def summarize_run(result: RunResult, *, setup: float, total: float) -> dict[str,
 
 def report(result: RunResult, summary: dict[str, Any], curve: Path) -> str:
     """Write what the demo prints at its end."""
-    named = RunResult(result.out, result.model, {NAMES[k]: r for k, r in result.reports.items()}, result.seconds)
+    reports = {NAMES.get(label, label): report for label, report in result.reports.items()}
+    named = RunResult(result.out, result.model, reports, result.seconds)
     out = result.out
     return f"""
 Held-out tasks (n = {summary["n"]}, greedy, never seen in training)
@@ -109,4 +113,5 @@ Next:
 
 def _points(reports: dict[str, EvalReport], steps: int) -> list[HeldOut]:
     where = {"before": 0, "warm_start": 0, "after_rl": steps}
-    return [HeldOut(NAMES[k], where[k], r.pass_at_1, *r.ci95) for k, r in reports.items() if k in where]
+    where |= {label: int(label.removeprefix("step_")) for label in reports if label.startswith("step_")}
+    return [HeldOut(NAMES.get(k, k), where[k], r.pass_at_1, *r.ci95) for k, r in reports.items()]

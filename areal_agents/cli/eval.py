@@ -92,8 +92,9 @@ class Eval:
         try:
             report = asyncio.run(
                 evaluate(
-                    config.env, model=config.model, split=e.split, n=e.n, k=e.k, temperature=e.temperature,
-                    seed=config.seed, out=config.out, engine=config.engine, rollout=config.rollout, **more,
+                    config.env, model=config.model, split=e.split, n=e.n, task_seed=e.task_seed, k=e.k,
+                    temperature=e.temperature, seed=config.seed, out=config.out, engine=config.engine,
+                    rollout=config.rollout, **more,
                 )
             )  # fmt: skip
         except EvaluationInterrupted as error:
@@ -153,7 +154,7 @@ class Eval:
             named += ["--out", str(self.resume)]
             if (self.resume / "config.toml").is_file():
                 base = base or str(self.resume / "config.toml")
-            elif not (env_id or base):
+            elif not (env_id or base or any(o.partition("=")[0] == "--env.id" for o in overrides)):
                 raise UsageError(f"{self.resume} holds no evaluation to go on with: name another folder, or ENV_ID")
         config, unused = load_evaluation(base, [*named, *overrides], served=bool(self._server()))
         if env_id and config.env.id != env_id:

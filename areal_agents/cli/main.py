@@ -1,7 +1,7 @@
 """The parsing, exit codes and errors of the command line.
 
 The commands are in ``cli/commands.py``. They are parsed by tyro, and ``train``, ``demo`` and ``eval`` take the dotted
-overrides of ``settings/loading.py`` besides. The exit codes are:
+overrides of ``settings/loading.py`` besides, ``check`` those of ``env.kwargs``. The exit codes are:
 
     0      done
     1      an error or a failed check, with one message on standard error (--debug or AREAL_DEBUG=1: the traceback)
@@ -26,6 +26,7 @@ from areal_agents.cli.commands import Command
 from areal_agents.cli.common import UsageError, json_alone, require_writable
 from areal_agents.errors import ArealError, Interrupted
 from areal_agents.tracking.console import plain
+from areal_agents.utils.files import is_full, unwritten
 
 DESCRIPTION = """An agentic multi-turn RL gym and trainer for language models.
 
@@ -74,12 +75,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         for message in dict.fromkeys(str(e) for e in deliberate):
             print(f"error: {plain(message)}", file=sys.stderr)  # it may quote what a model said
         return 1
+    except OSError as error:
+        said = _of_the_disk(error)
+        if debug or said is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        return 1
     finally:
         warnings.formatwarning = usual
 
 
+def _of_the_disk(error: OSError) -> str | None:
+    """Return the sentence for a full disk that nothing else has told of, or None for another error."""
+    if is_full(error) and error.filename:
+        return str(unwritten(Path(error.filename), error))
+    if is_full(error):
+        return f"{error.strerror}: free some space on the disks of --out and of the temporary files (TMPDIR)"
+    if "No usable temporary directory" in str(error):
+        return f"{error.strerror}: free some space there, or set TMPDIR to a folder with room"
+    return None
+
+
 def _parse(args: list[str]) -> tuple[Any, list[str]]:
-    """Return the command, and the settings given on the command line of ``train``, ``demo`` or ``eval``."""
+    """Return the command, and the settings given on the command line of ``train``, ``demo``, ``eval`` or ``check``."""
     overrides: list[str] = []
     if args[:1] in (["train"], ["demo"], ["eval"]):
         from areal_agents.settings import evaluation
@@ -95,6 +113,11 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
             except SystemExit:  # tyro ends the process after its help, and the settings' help belongs below it
                 print(evaluation.help_text() if evaluates else help_text())
                 raise
+    elif args[:1] == ["check"]:
+        from areal_agents.settings.loading import normal_key, split_overrides
+
+        others = [a for a in args if not f"{normal_key(a).partition('=')[0]}.".startswith("__env.kwargs.")]
+        args, overrides = split_overrides(args, keep=others)
     return _tyro(args or ["--help"]), overrides
 
 

@@ -20,6 +20,7 @@ from typing import Literal
 
 from areal_agents.errors import ConfigError
 from areal_agents.registry import ENTRY_POINT_GROUP
+from areal_agents.utils.files import is_full, room_to_make
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 TEMPLATE = TEMPLATES / "env-package"
@@ -72,7 +73,8 @@ def init(name: str, into: Path | str = ".", kind: Kind = "tools") -> Path:
                 target.write_text(text, encoding="utf-8")
             shutil.move(made, folder)
     except OSError as error:
-        raise ConfigError(f"cannot write {folder}: {error.strerror}; choose another --into") from error
+        room = f"{room_to_make(folder)}, or " if is_full(error) else ""
+        raise ConfigError(f"cannot write {folder}: {error.strerror}; {room}choose another --into") from error
     return folder
 
 

@@ -6,7 +6,8 @@ import asyncio
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -65,25 +66,15 @@ class Serve:
                 raise UsageError(f"--vllm-args has {argument!r}: use serve's own --host and --port; there is no TLS")
         variables = template_variables(self.template_variables)
         from areal_agents.engines.context import fit_context
-        from areal_agents.engines.vllm.server import Serving, require_vllm, serve
+        from areal_agents.engines.vllm.server import ArgumentsRefused, Serving, require_servable, serve
 
-        require_vllm()  # before a model is downloaded
-        from areal_agents.models import resolve
-
-        if self.host not in ("127.0.0.1", "localhost", "::1"):
-            print(
-                f"warning: everyone who reaches {self.host} may use this model: vLLM asks for a key (--api-key-env "
-                "NAME) under /v1 alone, /invocations and /tokenize stay open. Put a proxy in front of it",
-                file=sys.stderr,
-            )
-        model = resolve(self.model)
         serving = Serving(
-            model=model,
+            model=Path(self.model),
             name=self.name or self.model,
             host=self.host,
             port=self.port,
             precision=self.precision,
-            max_context=fit_context(model, self.max_context, name="--max-context", default=type(self).max_context),
+            max_context=self.max_context,
             threads=self.threads,
             kv_gib=self.kv_gib,
             seed=self.seed,
@@ -93,4 +84,19 @@ class Serve:
             ),
             arguments=further,
         )
-        return asyncio.run(serve(serving, say=lambda text: print(text, flush=True)))
+        require_servable(serving)  # before a model is downloaded
+        from areal_agents.models import resolve
+
+        if self.host not in ("127.0.0.1", "localhost", "::1"):
+            print(
+                f"warning: everyone who reaches {self.host} may use this model: vLLM asks for a key (--api-key-env "
+                "NAME) under /v1 alone, /invocations and /tokenize stay open. Put a proxy in front of it",
+                file=sys.stderr,
+            )
+        model = resolve(self.model)
+        context = fit_context(model, self.max_context, name="--max-context", default=type(self).max_context)
+        serving = replace(serving, model=model, max_context=context)
+        try:
+            return asyncio.run(serve(serving, say=lambda text: print(text, flush=True)))
+        except ArgumentsRefused as error:
+            raise UsageError(str(error)) from error

@@ -15,6 +15,7 @@ import tyro
 
 from areal_agents.cli.common import UsageError
 from areal_agents.errors import ArealError
+from areal_agents.utils.files import is_full, unwritten
 
 _AHEAD = 64
 """Rows for each worker that are read before the first of them is verified."""
@@ -75,8 +76,11 @@ class Verify:
                     )
             partial.rename(self.out)
         except OSError as error:
+            if is_full(error):
+                raise unwritten(self.out, error) from error
             raise ArealError(f"cannot read {self.jsonl} or write {self.out}: {error.strerror}") from error
         finally:
+            partial.unlink(missing_ok=True)
             pool.close()
             print(file=sys.stderr)
         return counts

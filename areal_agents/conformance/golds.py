@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from areal_agents.conformance.contract import Skipped, Subject
-from areal_agents.errors import CheckError
+from areal_agents.errors import CheckError, TaskError
 from areal_agents.rollout.task_faults import reasons
 from areal_agents.rollout.task_looks import MOST, SECONDS, Look, look_at
+from areal_agents.utils.short_text import text_of
 
 
 class BadTasks(CheckError):
@@ -23,6 +24,7 @@ async def golds(subject: Subject) -> str:
 
     Raises:
         BadTasks: some cannot be scored, with their ids and reasons.
+        CheckError: a check of tasks does not return.
         Skipped: neither environment nor rubric says what a task must have.
     """
     spec = subject.spec
@@ -33,7 +35,11 @@ async def golds(subject: Subject) -> str:
     share = len(spec.splits)
     for split in spec.splits:
         seconds = min(SECONDS, 4 * subject.timeout) / share
-        looks[split] = await look_at(spec.tasks(split), checks, seed=0, most=MOST, seconds=seconds)
+        where = f"{spec.id}:{split}"
+        try:
+            looks[split] = await look_at(spec.tasks(split), checks, where=where, seed=0, most=MOST, seconds=seconds)
+        except TaskError as error:
+            raise CheckError(text_of(error)) from error
     bad = {id: why for look in looks.values() for id, why in look.bad.items()}
     seen = ", ".join(f"{split} {look}" for split, look in looks.items())
     if bad:

@@ -99,8 +99,8 @@ async def open_engines(
     """
     if engine_kind(engine.kind).takes_gpus and engine.replicas > 1 and torch.cuda.is_available():
         raise ConfigError(
-            f"engine.replicas = {engine.replicas} {engine.kind} engines would all take the first GPU: set "
-            "cluster.backend = 'ray' and cluster.engine_gpus, which gives each its own"
+            f"engine.replicas = {engine.replicas} {engine.kind} engines would all take the first GPU: set it to 1 (a "
+            "training has cluster.backend = 'ray' and cluster.engine_gpus, which gives each its own)"
         )
     processes = itertools.count()
 

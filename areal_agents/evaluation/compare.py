@@ -14,14 +14,15 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from areal_agents.errors import ConfigError
-from areal_agents.evaluation.statistics import mean_interval, sign_flip_test
+from areal_agents.evaluation.held_out import Sample
+from areal_agents.evaluation.statistics import mean_interval, pass_at_k, pass_hat_k, sign_flip_test
 from areal_agents.evaluation.unfinished import partial_note
 from areal_agents.tracking.trajectories import read_records, shards
 from areal_agents.utils.tolerance import reaches
@@ -49,6 +50,8 @@ class Evaluation:
     """The environment's id, where a file next to the trajectories says it."""
     partial: str | None = None
     """What it lacks, where it was interrupted."""
+    sample: Sample | None = None
+    """Which tasks of the split, where a report next to the trajectories says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,12 @@ class Comparison:
     pass_at_1: Paired
     """The mean over tasks of the share of attempts that passed. The interval is Student's t over the n differences."""
     reward: Paired
+    k: int
+    """The fewer of the two sides' attempts a task, which pass@k and pass^k are of."""
+    pass_at_k: Paired | None
+    pass_hat_k: Paired | None
+    """Over the tasks with at least k scored attempts on both sides, by the unbiased estimators where there are more.
+    None with k = 1, and without such tasks."""
     gained: tuple[str, ...]
     """Ids of the tasks that B passes more often: its wins."""
     lost: tuple[str, ...]
@@ -120,7 +129,9 @@ class Comparison:
     def table(self) -> str:
         """Return the comparison as text for people."""
         head = ("", "A", "B", "B - A", "95 % CI")
-        rows = [head, *(_row(n, p) for n, p in (("pass@1", self.pass_at_1), ("reward", self.reward)))]
+        of_k = ((f"pass@{self.k}", self.pass_at_k), (f"pass^{self.k}", self.pass_hat_k))
+        named = (("pass@1", self.pass_at_1), *of_k, ("reward", self.reward))
+        rows = [head, *(_row(name, pair) for name, pair in named if pair is not None)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         test = "exact McNemar test" if self.attempts == (1, 1) else "sign-flip permutation test by task"
@@ -159,20 +170,25 @@ def compare(a: str | Path | Evaluation, b: str | Path | Evaluation, *, common: b
     passed = [(_passed(one.rewards[key]), _passed(two.rewards[key])) for key in shared]
     means = [(_mean(one.rewards[key]), _mean(two.rewards[key])) for key in shared]
     differences = [float(y - x) for x, y in passed]
-    on_pass = _paired(passed, _pass_interval(differences))
+    on_pass, attempts = _paired(passed, _pass_interval(differences)), (_most(one, shared), _most(two, shared))
+    k = min(attempts)
+    full = [key for key in shared if k > 1 and all(len(e.rewards[key]) >= k for e in (one, two))]
     gained = tuple(key[1] for key, d in zip(shared, differences, strict=True) if d > 0)
     lost = tuple(key[1] for key, d in zip(shared, differences, strict=True) if d < 0)
     n = len(shared)
     return Comparison(
-        one.name, two.name, n, (_most(one, shared), _most(two, shared)),
+        one.name, two.name, n, attempts,
         pass_at_1=on_pass,
         reward=_paired(means, mean_interval([y - x for x, y in means])),
+        k=k,
+        pass_at_k=_of_k(pass_at_k, one, two, full, k),
+        pass_hat_k=_of_k(pass_hat_k, one, two, full, k),
         gained=gained,
         lost=lost,
         ties=n - len(gained) - len(lost),
         p_value=on_pass.p_value,
         left_out=(len(one.rewards) - n, len(two.rewards) - n),
-        notes=_notes(one, two, differences, on_pass.p_value, shared),
+        notes=_notes(one, two, differences, on_pass.p_value, shared, len(full) if k > 1 else n, k),
     )  # fmt: skip
 
 
@@ -197,7 +213,7 @@ def load(source: str | Path) -> Evaluation:
         rewards.setdefault((task.split, task.id, task.content_hash), []).append(record.trajectory.reward)
     if not rewards:
         raise ConfigError(_nothing_there(folder, label))
-    return Evaluation(text, rewards, _environment(folder), partial_note(folder, label))
+    return Evaluation(text, rewards, _environment(folder), partial_note(folder, label), _sample(folder, label))
 
 
 def _nothing_there(folder: Path, label: str) -> str:
@@ -220,6 +236,23 @@ def _environment(folder: Path) -> str | None:
         return str(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))["env"]["id"])
     except (OSError, ValueError, KeyError, TypeError):  # the trajectories alone are enough to compare
         return None
+
+
+def _sample(folder: Path, label: str) -> Sample | None:
+    """Return which tasks of the split were played, where report.json, or reports.json of a run, says it."""
+    try:
+        row = json.loads((folder / ("reports.json" if label else "report.json")).read_text(encoding="utf-8"))
+        return Sample.of_report(row[label] if label else row)
+    except (OSError, ValueError, KeyError, TypeError):  # the trajectories alone are enough to compare
+        return None
+
+
+def _other_samples(one: Evaluation, two: Evaluation) -> str:
+    """Say how the tasks of the two were chosen, where that was in different ways."""
+    a, b = one.sample, two.sample
+    if a is None or b is None or (a.n, a.seed) == (b.n, b.seed):
+        return ""
+    return f"{one.name} has {a}; {two.name} has {b}"
 
 
 def _shared(one: Evaluation, two: Evaluation, *, common: bool) -> list[TaskKey]:
@@ -245,8 +278,8 @@ def _shared(one: Evaluation, two: Evaluation, *, common: bool) -> list[TaskKey]:
         f"both{detail}"
     )
     action = "--common compares those" if shared else "evaluate both on the same tasks"
-    partial = "".join(f"\n{note}" for note in dict.fromkeys(e.partial for e in (one, two) if e.partial))
-    raise ConfigError(f"{found}: {action}{partial}")
+    more = [*dict.fromkeys(e.partial for e in (one, two) if e.partial), *filter(None, [_other_samples(one, two)])]
+    raise ConfigError(f"{found}: {action}" + "".join(f"\n{line}" for line in more))
 
 
 def _paired(
@@ -265,6 +298,16 @@ def _paired(
     return Paired(a, b, _mean([float(d) for d in differences]), t, p)
 
 
+def _of_k(
+    rate: Callable[[int, int, int], Fraction], one: Evaluation, two: Evaluation, full: Sequence[TaskKey], k: int
+) -> Paired | None:
+    """Compare pass@k or pass^k, which ``rate`` estimates for one task, over the tasks with k attempts or more."""
+    if not full:
+        return None
+    a, b = ([rate(len(e.rewards[key]), sum(map(reaches, e.rewards[key])), k) for key in full] for e in (one, two))
+    return _paired(list(zip(a, b, strict=True)), _pass_interval([float(y - x) for x, y in zip(a, b, strict=True)]))
+
+
 def _pass_interval(differences: Sequence[float]) -> tuple[float, float]:
     """Return Student's t interval of the mean difference, which lies in [-1, 1].
 
@@ -280,8 +323,9 @@ def _pass_interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def _notes(
-    one: Evaluation, two: Evaluation, differences: Sequence[float], p: float, shared: Sequence[TaskKey]
-) -> tuple[str, ...]:
+    one: Evaluation, two: Evaluation, differences: Sequence[float], p: float, shared: Sequence[TaskKey], full: int,
+    k: int,
+) -> tuple[str, ...]:  # fmt: skip
     n, flips = len(differences), sum(d != 0 for d in differences)
     notes: list[str] = []
     if n < FEW_TASKS:
@@ -299,7 +343,13 @@ def _notes(
     uneven = sum(len(e.rewards[key]) < _most(e, shared) for e in (one, two) for key in shared)
     if uneven:
         notes.append(f"{uneven} times a task lacks attempts, which infrastructure failed: its mean is over the others")
+    if full < n:
+        those = f"over the {full} tasks" if full else "not known: there is no task"
+        notes.append(f"pass@{k} and pass^{k} are {those} with {k} attempts on both sides")
     notes += dict.fromkeys(e.partial for e in (one, two) if e.partial)
+    left_out = any(len(e.rewards) > n for e in (one, two))
+    if left_out and (samples := _other_samples(one, two)):
+        notes.append(f"the tasks were chosen differently: {samples}")
     if one.env and two.env and one.env != two.env:
         notes.append(f"the environments differ: {one.env} and {two.env}")
     return tuple(notes)

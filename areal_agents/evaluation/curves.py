@@ -25,6 +25,8 @@ from areal_agents.tracking.trajectories import shard_path
 from areal_agents.utils.tolerance import all_same
 
 _PASS = "pass_at_1"
+_INTERVALS = {_PASS: "ci95", "pass_at_k": "pass_at_k_ci95", "pass_hat_k": "pass_hat_k_ci95"}
+"""Of the held-out metrics that have an interval, its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +103,9 @@ def _curve(run: Numbers, metric: str, held_out: str) -> Curve:
     points = tuple(_point(row, held_out) for row in run.held_out if _number(row.get(held_out)))
     level = None
     if run.report is not None and _number(run.report.get(held_out)):
-        low, high = run.report.get("ci95") or (None, None)
-        level = _point({**run.report, "step": 0, "ci95_low": low, "ci95_high": high}, held_out)
+        name = _INTERVALS.get(held_out, "")
+        low, high = run.report.get(name) or (None, None)
+        level = _point({**run.report, "step": 0, f"{name}_low": low, f"{name}_high": high}, held_out)
     return Curve(run.name, training, points, level)
 
 
@@ -132,7 +135,7 @@ def _reward_interval(out: Path, step: int) -> tuple[float, float]:
 
 
 def _point(row: Mapping[str, Any], metric: str) -> Point:
-    ends = [row.get(name) for name in ("ci95_low", "ci95_high")] if metric == _PASS else []
+    ends = [row.get(f"{_INTERVALS[metric]}_{end}") for end in ("low", "high")] if metric in _INTERVALS else []
     low, high = (float(end) for end in ends) if ends and None not in ends else (math.nan, math.nan)  # type: ignore[arg-type]
     return Point(row["step"], float(row[metric]), low, high)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from areal_agents import registry
 from areal_agents.chat_model import remote_name
 from areal_agents.errors import ArealError, ConfigError, Interrupted
 from areal_agents.evaluation.attempts import FINISH_SECONDS, is_judged, run_attempts, saved_rows
+from areal_agents.evaluation.held_out import Sample, as_begun, held_out
 from areal_agents.evaluation.players import Opener, Served, Server, on_engines, on_server
 from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.evaluation.report import EvalReport, summarize
@@ -28,6 +29,7 @@ from areal_agents.evaluation.unfinished import (
     count_saved,
     fingerprint,
     how_to_go_on,
+    leaving_nothing,
     open_journal,
     read_earlier,
     refuse_training,
@@ -36,12 +38,11 @@ from areal_agents.evaluation.unfinished import (
     tell,
 )
 from areal_agents.models import resolve
-from areal_agents.registry import EnvSpec, require_distinct
 from areal_agents.rollout.group_judge import group_reward_of, open_judge, require_attempts
 from areal_agents.rollout.player import prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.rollout.task_looks import look_at
-from areal_agents.rollout.tasks import first_tasks, require_few_bad
+from areal_agents.rollout.tasks import require_few_bad
 from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig, TrainConfig
 from areal_agents.settings.evaluation import eval_folder, training_only
 from areal_agents.settings.writing import dump
@@ -50,31 +51,9 @@ from areal_agents.tracking.tracker import Tracker
 from areal_agents.tracking.trajectories import Record
 from areal_agents.types import Task, Trajectory
 from areal_agents.utils.files import save_whole
+from areal_agents.utils.packages import require_package
 from areal_agents.utils.signals import Stop, stop_on_signals
 from areal_agents.utils.system import require_linux
-
-
-def held_out(
-    spec: EnvSpec, split: str, n: int, *, difficulty: float | None, tell: Callable[[str, str], None]
-) -> list[Task]:
-    """Return the first ``n`` tasks of a split, without those that cannot be made.
-
-    Args:
-        spec: the environment.
-        split: name of the split.
-        n: number of tasks.
-        difficulty: in [0, 1]. None is the environment's default.
-        tell: is given name and reason of a task that cannot be made.
-
-    Raises:
-        ConfigError: the split has fewer tasks, or two of them have one id.
-    """
-    tasks = spec.tasks(split, difficulty=difficulty)
-    if len(tasks) < n:
-        raise ConfigError(f"{spec.id}:{split} has {len(tasks)} tasks, but eval.n = {n}: lower it")
-    chosen = first_tasks(tasks, n, tell)
-    require_distinct(chosen, f"{spec.id}:{split}")
-    return chosen
 
 
 async def evaluate(
@@ -83,6 +62,7 @@ async def evaluate(
     model: str | Path | ModelConfig,
     split: str = "test",
     n: int = 128,
+    task_seed: int | None = 0,
     k: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
@@ -111,6 +91,7 @@ async def evaluate(
             max_context too.
         split: the environment's split to take tasks from.
         n: tasks.
+        task_seed: of which tasks, a sample that is the same for every model and ``seed``. None takes the first ones.
         k: attempts a task.
         temperature: of sampling. 0 is greedy.
         seed: of environments and sampling.
@@ -132,8 +113,10 @@ async def evaluate(
         Interrupted: by a signal, with what was scored on the disk.
         ValueError: a setting out of range (pydantic's ValidationError).
     """
-    e = EvalConfig(split=split, n=n, k=k, temperature=temperature)
+    e = EvalConfig(split=split, n=n, task_seed=task_seed, k=k, temperature=temperature)
     config = _config(env, model, e, seed=seed, out=out, engine=engine, rollout=rollout)
+    if resume:
+        config = as_begun(config, config.out)
     return await _until_stopped(config, server, resume=resume)
 
 
@@ -185,13 +168,16 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
         )
     if server is None:
         require_linux(f"an engine for {config.model.path}")
+        if config.engine.kind == "vllm":
+            require_package("vllm", "engine.kind = 'vllm'", "set engine.kind = 'transformers'")
     bad = dict[str, str]()
     spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
     spec.require_arguments({})
     require_attempts(group_reward_of(spec), e.k)
-    tasks = held_out(spec, e.split, e.n, difficulty=config.env.difficulty, tell=bad.__setitem__)
-    look = await look_at(tasks, spec.env_class().task_checks(), seed=config.seed)
-    look.require_enough(f"{spec.id}:{e.split}", max_bad=config.rollout.max_bad_tasks)
+    tasks, sample = held_out(spec, e, difficulty=config.env.difficulty, tell=bad.__setitem__)
+    where = f"{spec.id}:{e.split}"
+    look = await look_at(tasks, spec.env_class().task_checks(), where=where, seed=config.seed)
+    look.require_enough(where, max_bad=config.rollout.max_bad_tasks)
     bad |= look.bad
     with open_journal(out) as journal:  # before anything is read: another process may be adding to it
         refuse(out)
@@ -207,7 +193,10 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
         earlier.require_model(model, out=out, path=config.model.path)
         sitting = Sitting(model, None if server is None else dataclasses.asdict(server))
         try:
-            return await _play(config, tasks, journal, earlier, sitting, opener, concurrency, served, stop, bad)
+            with leaving_nothing(out):
+                return await _play(
+                    config, tasks, journal, earlier, sitting, opener, concurrency, served, stop, bad, sample
+                )
         except (Interrupted, ConfigError):  # of settings, which going on with the same ones would not mend
             raise
         except ArealError as error:
@@ -227,6 +216,7 @@ async def _play(
     served: Served,
     stop: Stop,
     bad: Mapping[str, str],
+    sample: Sample,
 ) -> EvalReport:
     """Play what no earlier sitting played, with each episode on the disk as it ends, and write the report."""
     out, e, r, watch = config.out, config.eval, config.rollout, Stopwatch(before=earlier.seconds)
@@ -270,7 +260,7 @@ async def _play(
             results, env=config.env.id, split=e.split, model=config.model.path, version=0, temperature=e.temperature,
             seed=config.seed, seconds=watch.seconds, k=e.k, first_failure=failure, left_out=left_out,
             planned=e.k * sum(task.id not in left_out for task in tasks),
-            own_failures=own,
+            own_failures=own, sample=sample,
         )  # fmt: skip
         if not shown.unplayed:
             tracker.trajectories.write(episodes, step=STEP, kind=KIND)

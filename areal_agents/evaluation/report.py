@@ -11,11 +11,14 @@ from typing import Any
 from areal_agents.errors import ArealError, ConfigError, InfraError
 from areal_agents.evaluation.attempts import same_attempts
 from areal_agents.evaluation.endings import count_endings, count_finishes, count_oddities, noted
-from areal_agents.evaluation.statistics import clustered_interval, pass_at_k, pass_hat_k
+from areal_agents.evaluation.held_out import Sample
+from areal_agents.evaluation.statistics import clustered_interval
 from areal_agents.rollout.task_faults import footer, reasons
 from areal_agents.types import Task, Trajectory
 from areal_agents.utils.short_text import cut, text_of
 from areal_agents.utils.tolerance import reaches
+
+_INTERVALS = ("ci95", "pass_at_k_ci95", "pass_hat_k_ci95")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,9 @@ class EvalReport:
     ci95: tuple[float, float]
     """Clustered by task."""
     pass_at_k: float | None
-    """Over the tasks whose k attempts were all scored; None where there are none."""
+    """Share of tasks that pass at least once, of those whose k attempts were all scored; None where there are none."""
     pass_hat_k: float | None
+    """Share of the same tasks that pass every time."""
     reward: float
     valid_call_rate: float
     """Attempts with at least one tool call, all of whose calls were valid."""
@@ -71,6 +75,12 @@ class EvalReport:
     sandbox_replays: int = 0
     withheld: int = 0
     """Lost sandboxes whose calls were run again; attempts with a reward that a cut message earned and did not get."""
+    pass_at_k_ci95: tuple[float, float] | None = None
+    pass_hat_k_ci95: tuple[float, float] | None = None
+    """Wilson's intervals over those tasks, each of which counts once. None where there is no rate, and in reports from
+    before they had one."""
+    sample: Sample | None = None
+    """Which tasks of the split. None where nothing said it."""
     failed: int = 0
     first_failed: str = ""
     """Attempts given up because their reward or environment itself failed, and why the first was. They are in no rate,
@@ -78,6 +88,15 @@ class EvalReport:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> EvalReport:
+        """Read what ``to_json`` wrote, also in an earlier version.
+
+        Raises TypeError or KeyError for anything else.
+        """
+        pairs = {name: tuple(row[name]) for name in _INTERVALS if row.get(name) is not None}
+        return cls(**{**row, **pairs, "sample": Sample.of_report(row)})
 
     def line(self, label: str) -> str:
         """Return the report as one line for a log."""
@@ -129,6 +148,7 @@ def summarize(
     first_failure: BaseException | None = None,
     own_failures: Sequence[tuple[str, ArealError]] = (),
     left_out: Mapping[str, str] = MappingProxyType({}),
+    sample: Sample | None = None,
 ) -> EvalReport:
     """Report what ``results`` show.
 
@@ -146,6 +166,7 @@ def summarize(
         first_failure: why the first attempt was given up, of those that were.
         own_failures: task and error of the attempts given up because reward or environment failed by themselves.
         left_out: tasks that cannot be played or scored, each with the reason. Their attempts count nowhere.
+        sample: which tasks of the split these are.
 
     Raises:
         ConfigError: every task is left out.
@@ -176,6 +197,7 @@ def summarize(
         first_failed=f"{type(own[0]).__name__}: {text_of(own[0])}" if own else "",
         endings=count_endings(everything),
         finishes=count_finishes(everything),
+        sample=sample,
         **_passes([tries for _, tries in scored], k),
         **_means(everything),
         **dict[str, Any](count_oddities(everything)),
@@ -186,13 +208,13 @@ def _passes(scored: Sequence[Sequence[Trajectory]], k: int) -> dict[str, Any]:
     """Return the rates of passing, with their interval, of the scored attempts of each task."""
     wins = [sum(reaches(t.reward) for t in tries) for tries in scored]
     counts = [len(tries) for tries in scored]
-    full = [(c, w) for c, w in zip(counts, wins, strict=True) if c == k]
-    return {
-        "pass_at_1": sum(wins) / sum(counts),
-        "ci95": clustered_interval(wins, counts),
-        "pass_at_k": sum(pass_at_k(c, w, k) for c, w in full) / len(full) if full else None,
-        "pass_hat_k": sum(pass_hat_k(c, w, k) for c, w in full) / len(full) if full else None,
-    }
+    full = [w for c, w in zip(counts, wins, strict=True) if c == k]
+    found: dict[str, Any] = {"pass_at_1": sum(wins) / sum(counts), "ci95": clustered_interval(wins, counts)}
+    # Of k attempts, the unbiased estimators of pass@k and pass^k are 0 or 1 a task.
+    for name, passed in (("pass_at_k", [w > 0 for w in full]), ("pass_hat_k", [w == k for w in full])):
+        found[name] = sum(passed) / len(full) if full else None
+        found[f"{name}_ci95"] = clustered_interval(passed, [1] * len(full)) if full else None
+    return found
 
 
 def _means(attempts: Sequence[Trajectory]) -> dict[str, Any]:
@@ -216,13 +238,13 @@ def compare_table(reports: dict[str, EvalReport]) -> str:
     """Lay out named reports side by side, for people."""
     ks = {r.k for r in reports.values()}
     k = str(max(ks)) if len(ks) == 1 else "k"
-    several = (f"pass@{k}", f"pass^{k}") if max(ks, default=1) > 1 else ()
+    several = (f"pass@{k}", "95 % CI", f"pass^{k}", "95 % CI") if max(ks, default=1) > 1 else ()
     head = ("", "pass@1", "95 % CI", *several, "n", "valid calls", "pass | valid", "truncated", "infra")
     rows = [head]
     for name, r in reports.items():
-        of_k = (_rate(r.pass_at_k), _rate(r.pass_hat_k)) if several else ()
+        of_k = (_rate(r.pass_at_k), _range(r.pass_at_k_ci95), _rate(r.pass_hat_k), _range(r.pass_hat_k_ci95))
         rows.append((
-            name, f"{r.pass_at_1:.3f}", f"{r.ci95[0]:.3f}–{r.ci95[1]:.3f}", *of_k, str(r.n),
+            name, f"{r.pass_at_1:.3f}", _range(r.ci95), *(of_k if several else ()), str(r.n),
             f"{r.valid_call_rate:.3f}", _rate(r.accuracy_given_valid), f"{r.truncation_rate:.3f}",
             f"{r.infra_rate:.3f}",
         ))  # fmt: skip
@@ -232,9 +254,21 @@ def compare_table(reports: dict[str, EvalReport]) -> str:
     noticed = {name: noted(r.endings, r.finishes, r.to_json()) for name, r in reports.items()}
     below = [f"{name}: {said}" for name, said in noticed.items() if said]
     named = {id: why for r in reports.values() for id, why in r.left_out.items()}
-    under = [*below, *(f"note: {note}" for note in notes)]
+    under = [*_samples(reports), *below, *(f"note: {note}" for note in notes)]
     return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], *under]) + footer(named)
+
+
+def _samples(reports: Mapping[str, EvalReport]) -> list[str]:
+    """Say which tasks were played, once where all reports are of the same ones."""
+    said = {name: f"tasks: {r.sample}" for name, r in reports.items() if r.sample is not None}
+    if len(said) == len(reports) and len(set(said.values())) == 1:
+        return [*said.values()][:1]
+    return [f"{name}: {text}" for name, text in said.items()]
 
 
 def _rate(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _range(interval: tuple[float, float] | None) -> str:
+    return "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}"

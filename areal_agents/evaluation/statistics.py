@@ -27,24 +27,24 @@ _DENOMINATOR = 10_000
 """Largest one that a difference is taken to have."""
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
+def pass_at_k(n: int, c: int, k: int) -> Fraction:
     """Return the probability that at least one of ``k`` attempts succeeds (pass@k, 2107.03374, eq. 1).
 
     The attempts are drawn from ``n`` with ``c`` successes. Raises ValueError unless 1 <= k <= n.
     """
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} needs 1 <= k <= n = {n} attempts")
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+    return 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
 
 
-def pass_hat_k(n: int, c: int, k: int) -> float:
+def pass_hat_k(n: int, c: int, k: int) -> Fraction:
     """Return the probability that all of ``k`` attempts succeed (pass^k, 2406.12045).
 
     The attempts are drawn from ``n`` with ``c`` successes. Raises ValueError unless 1 <= k <= n.
     """
     if not 1 <= k <= n:
         raise ValueError(f"pass^{k} needs 1 <= k <= n = {n} attempts")
-    return math.comb(c, k) / math.comb(n, k)
+    return Fraction(math.comb(c, k), math.comb(n, k))
 
 
 def clustered_interval(successes: Sequence[int], attempts: Sequence[int]) -> tuple[float, float]:

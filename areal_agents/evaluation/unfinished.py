@@ -9,18 +9,19 @@ An episode is known by its place, which its id says: (index of the task, attempt
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from areal_agents import settings
 from areal_agents.errors import ArealError, ConfigError, Interrupted
 from areal_agents.evaluation.attempts import Place, same_attempts
+from areal_agents.evaluation.held_out import settings_of
 from areal_agents.settings.config import TrainConfig
 from areal_agents.settings.differences import differences
 from areal_agents.settings.evaluation import training_only
@@ -40,6 +41,7 @@ MUST_STAY = ("engine.kind", "engine.precision")
 _ID = re.compile(r".*/(\d+)/(\d+)(?:~\d+)?", re.DOTALL)
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".gguf"})
 _BESIDE = ("config.json", "generation_config", "tokenizer", "chat_template", "vocab", "merges", "special_tokens", "add")
+_OF_A_START = ("config.toml", "evaluation.json", "events.jsonl")
 _BLOCK, _BLOCKS = 4096, 256
 
 
@@ -154,8 +156,26 @@ def _has_episodes(out: Path) -> bool:
 
 def refuse_training(out: Path) -> None:
     """Raise ConfigError where ``out`` holds a training run."""
-    if any((out / name).exists() for name in ("lock", "commit.json", "metrics.jsonl")):
+    trained = any((out / name).exists() for name in ("commit.json", "metrics.jsonl"))
+    if trained or ((out / "lock").exists() and not (out / "evaluation.json").exists()):
         raise ConfigError(f"{out} holds a training run: choose another folder for an evaluation")
+
+
+@contextlib.contextmanager
+def leaving_nothing(out: Path) -> Iterator[None]:
+    """Remove the settings that a sitting has written to ``out``, where it fails before an episode is on the disk.
+
+    The folder is then nobody's, whatever the next command is. Its journal must be open.
+    """
+    written = [path for name in _OF_A_START if not (path := out / name).exists()]
+    try:
+        yield
+    except BaseException:
+        if not _has_episodes(out):
+            for path in written:
+                with contextlib.suppress(OSError):  # the error that is raised matters more
+                    path.unlink(missing_ok=True)
+        raise
 
 
 def read_earlier(config: TrainConfig) -> Earlier:
@@ -175,7 +195,7 @@ def read_earlier(config: TrainConfig) -> Earlier:
     if not episodes:
         refuse_used(out)  # a report without its episodes
         return Earlier()
-    if changed := _changed(settings.load(out / "config.toml"), config):
+    if changed := _changed(settings_of(out), config):
         raise ConfigError(
             f"{out} was begun with other settings:\n" + "\n".join(changed) + "\n"
             f"leave them out (areal-agents eval --resume {shlex.quote(str(out))}), or evaluate anew in another folder"
@@ -248,7 +268,7 @@ def partial_note(out: Path, label: str = "") -> str | None:
     path = shard_path(out, KIND, STEP)
     if path.exists() or not path.with_suffix(".jsonl").exists() or not (out / "config.toml").is_file():
         return None
-    e = settings.load(out / "config.toml").eval
+    e = settings_of(out).eval
     return f"{out} is not complete: {how_to_go_on(out, count_saved(out), e.n * e.k)}"
 
 

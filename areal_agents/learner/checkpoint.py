@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,6 +43,21 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], *, source: Path, dt
     save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
     # safetensors makes the file readable by its owner alone, but it is to be as open as the folder's other files.
     (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
+
+
+def count_parameters(folder: Path) -> int:
+    """Return how many numbers the weights in ``folder`` are, by the headers of its safetensors files.
+
+    Of other files it is the least that they can hold, at four bytes a number.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return sum(file.stat().st_size // 4 for file in folder.glob("*.bin"))
+    count = 0
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return count
 
 
 def write_state(path: Path, state: Mapping[str, object]) -> None:

@@ -10,117 +10,18 @@ Not covered: models that normalise over experts or time across rows, image input
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from areal_agents.errors import ModelError
 from areal_agents.learner.packing import Ints, Pack, pack_rows
-
-TREE = "areal_tree"
-"""The name under which ``tree_attention`` is known to transformers."""
-_GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-"""Not MATH, which stores every score (12.9 GB for 16k tokens and 12 heads), and would be taken in silence; not cuDNN,
-which plans for every new length, and here nearly all of them are new."""
-
-
-class Tree:
-    """The segments of one pack and their masks.
-
-    The masks are made once and read by every layer.
-    """
-
-    def __init__(self, pack: Pack, device: torch.device) -> None:
-        self.device = device
-        self.segments = pack.segments
-        self.sizes = [s.stop - s.start for s in pack.segments]
-        self.masks = [self._mask(i) if s.path else None for i, s in enumerate(self.segments)]
-
-    def _mask(self, i: int) -> Tensor:
-        """Return the mask that lets a token of segment ``i`` look at its whole path and causally at its segment.
-
-        On CPUs it is numbers [n, tokens before + n], 0 or -inf, since a ``CausalBias`` would be turned into them in
-        every layer. On GPUs it is a ``CausalBias``, for which the kernels know the rule and read no numbers.
-        """
-        n, before = self.sizes[i], sum(self.sizes[p] for p in self.segments[i].path)
-        if self.device.type == "cpu":
-            return torch.full((n, before + n), float("-inf")).triu_(before + 1)
-        # PyTorch allocates 2 · n · (before + n) numbers of host memory for the sizes given here, and reads none.
-        bias = causal_lower_right(1, 1)
-        bias.seq_len_q, bias.seq_len_kv = n, before + n
-        return bias
-
-
-def tree_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    tree: Tree | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attend from each segment to its path and causally to itself.
-
-    The arguments are those of transformers' attention interface, and the ones not named below are not used.
-
-    On CPUs it is computed in fp32. There scaled_dot_product_attention is faster than in bf16 (its backward most), and
-    its scores keep their precision. On GPUs it is computed in ``value``'s format, bf16 under autocast. The rotary
-    tables are fp32, so ``query`` and ``key`` come in fp32, for which flash attention has no kernel.
-
-    Args:
-        query: [1, H, N, D].
-        key: [1, K, N, D] with H a multiple of K.
-        value: [1, K, N, D].
-        scaling: what scores are multiplied by before the softmax.
-        tree: the pack's segments, with N tokens in all.
-        sliding_window: must be None, as in plain causal attention.
-        softcap: must be None too.
-
-    Returns:
-        The output [1, N, H, D] in ``value``'s format, and no attention weights.
-
-    Raises:
-        ModelError: the layer is not plain causal attention.
-        RuntimeError: a GPU has no kernel for it.
-    """
-    if tree is None or sliding_window is not None or softcap is not None:
-        raise ModelError("tree attention computes plain causal attention only")
-    on_cpu = query.device.type == "cpu"
-    dtype = torch.float32 if on_cpu else value.dtype
-    grouped = on_cpu or dtype != torch.float32
-    if not grouped:  # flash alone knows grouped heads, and fp32 is left to the memory-efficient kernel
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    with torch.autocast(query.device.type, enabled=False), nullcontext() if on_cpu else sdpa_kernel(_GPU_KERNELS):
-        # split has one backward for all its pieces. Slices would each fill a tensor of the whole length.
-        queries = torch.split(query.to(dtype), tree.sizes, dim=2)
-        keys, values = torch.split(key.to(dtype), tree.sizes, dim=2), torch.split(value.to(dtype), tree.sizes, dim=2)
-        out: list[Tensor] = []
-        for i, (segment, mask) in enumerate(zip(tree.segments, tree.masks, strict=True)):
-            path = (*segment.path, i)
-            k = torch.cat([keys[p] for p in path], dim=2) if segment.path else keys[i]
-            v = torch.cat([values[p] for p in path], dim=2) if segment.path else values[i]
-            out.append(
-                nn.functional.scaled_dot_product_attention(
-                    queries[i], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-                )
-            )
-        return torch.cat(out, dim=2).transpose(1, 2).to(value.dtype), None
-
-
-AttentionInterface.register(TREE, tree_attention)
+from areal_agents.learner.tree_attention import TREE, Tree
 
 
 def load_model(source: Path, device: torch.device | None = None) -> PreTrainedModel:

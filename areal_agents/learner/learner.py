@@ -48,7 +48,7 @@ from areal_agents.learner.optim import adamw, learning_rate
 from areal_agents.learner.packing import pack_rows
 from areal_agents.learner.probe import probe, probe_ids
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
-from areal_agents.utils.files import atomic_folder
+from areal_agents.utils.files import atomic_folder, unwritable
 from areal_agents.utils.memory import peak_mib
 from areal_agents.utils.precision import resolve_device, resolve_precision
 from areal_agents.weights.publisher import Publisher, master_weights
@@ -378,7 +378,7 @@ class TorchLearner:
                     optimizer = self._optimizer.state_dict()
                     write_state(folder / STATE, {"version": self._version, "seed": self.seed, "optimizer": optimizer})
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be written: {error}") from error
+            raise CheckpointError(str(unwritable(path, error))) from error
 
     def _read(self, path: Path) -> None:
         if not (path / STATE).is_file():

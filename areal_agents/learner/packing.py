@@ -8,7 +8,7 @@ Rows of one group start with the same prompt, and forked rows share whole turns.
 segments on its path and to themselves. There is no padding. Hidden states depend on nothing but the path, so the
 rows' log-probabilities and gradients are those of the plain layout.
 
-Pure numpy; the attention that reads the layout is in ``learner/forward.py``.
+Pure numpy; the attention that reads the layout is in ``learner/tree_attention.py``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from areal_agents.env import AgentEnv
 from areal_agents.errors import RewardError
 from areal_agents.reward import Episode
 from areal_agents.tool import ToolResult
-from areal_agents.toolenv import ToolEnv
+from areal_agents.toolenv import SUBMITTED, ToolEnv
 from areal_agents.types import AssistantMessage, Cut, Message, ToolCall, Trajectory
 
 _FOUND_LATE = ("unknown_tool", "invalid_arguments")
@@ -77,8 +77,11 @@ def rebuilt(trajectory: Trajectory, answer: Callable[[Trajectory], str]) -> Epis
     reason, final = trajectory.stop_reason, None
     if (cut := _cut_answer(trajectory)) is not None:
         reason = "answer" if trajectory.terminated else cut  # an environment does not see which limit it was
-    if reason == "answer" and not (trajectory.final_observation and trajectory.turns[-1].tool_results):
-        final = answer(trajectory)  # else a tool ended it
+    if trajectory.final_observation and trajectory.turns[-1].tool_results:  # a tool ended it
+        last = trajectory.final_observation[-1]
+        final = last.text if last.name == SUBMITTED and reason == "answer" else None
+    elif reason == "answer":
+        final = answer(trajectory)
     return Episode(trajectory.task, tuple(messages), final, tuple(results), reason, state=NotSaved())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -47,16 +47,16 @@ def task_at(tasks: Sequence[Task], index: int) -> Task | str:
     return found if isinstance(found, Task) else f"it is {short(found)}, which is not a Task"
 
 
-def first_tasks(tasks: Sequence[Task], n: int, tell: Callable[[str, str], None]) -> list[Task]:
-    """Return those of the first ``n`` tasks that can be made.
+def tasks_at(tasks: Sequence[Task], indices: Iterable[int], tell: Callable[[str, str], None]) -> list[Task]:
+    """Return those of the tasks at ``indices`` that can be made.
 
     ``tell`` is given name and reason of the others.
     """
-    found = [task_at(tasks, i) for i in range(n)]
-    for i, task in enumerate(found):
+    found = {i: task_at(tasks, i) for i in indices}
+    for i, task in found.items():
         if isinstance(task, str):
             tell(task_name(i), task)
-    return [task for task in found if isinstance(task, Task)]
+    return [task for task in found.values() if isinstance(task, Task)]
 
 
 def task_name(index: int) -> str:

@@ -228,7 +228,7 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = False
     """Compute each layer again in the backward pass, its activations are not kept: less memory, a quarter slower."""
     logprob_chunk: Count = 512
-    """Sampled positions whose logits exist at once."""
+    """Sampled positions whose logits exist at once; thousands are faster on a GPU with room for them."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast precision; master weights and the optimizer are fp32 always."""
     threads: int = Field(default=0, ge=0)
@@ -253,6 +253,8 @@ class EvalConfig(Section):
     """The held-out split."""
     n: Count = 128
     """Tasks."""
+    task_seed: int | None = Field(default=0, ge=0)
+    """Seeds which tasks: a sample of the split, the same for every model and ``seed``. none: its first ``n``."""
     k: Count = 1
     """Attempts a task."""
     temperature: float = Field(default=0.0, ge=0.0)

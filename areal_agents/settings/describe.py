@@ -152,28 +152,29 @@ def sections() -> Mapping[str, tuple[str, ...]]:
     return out
 
 
-def nearest(key: str) -> list[str]:
-    """Return at most three settings that ``key`` may have meant.
+def nearest(key: str, *, without: Callable[[str], object] = lambda key: None) -> list[str]:
+    """Return at most three settings that ``key`` may have meant, none of those that ``without`` says are not there.
 
     For a name that no setting has, near names of algorithms' parameters come first. Else it is the same name in other
     sections. Else it is near names in the same section and near paths, and at last near names in any section.
     """
     section, _, name = key.rpartition(".")
-    if name not in {s.name for s in settings().values()}:
-        owned = {k.rpartition(".")[2]: k for k in reversed(_parameter_keys())}
+    there = {k: s for k, s in settings().items() if not without(k)}
+    if name not in {s.name for s in there.values()}:
+        owned = {k.rpartition(".")[2]: k for k in reversed(_parameter_keys()) if not without(k)}
         if found := difflib.get_close_matches(name, owned, n=3, cutoff=0.8):
             return [owned[n] for n in found]
-    same = [s.key for s in settings().values() if s.name == name]
+    same = [s.key for s in there.values() if s.name == name]
     if same:
         if section and section not in sections():  # a misspelt section: the nearest path is the likeliest
             same.sort(key=lambda k: -difflib.SequenceMatcher(None, k, key).ratio())
         return same[:3]
-    here = difflib.get_close_matches(name, sections().get(section, ()), n=3)
-    paths = difflib.get_close_matches(key, settings(), n=3, cutoff=0.75)
+    here = difflib.get_close_matches(name, [s.name for s in there.values() if s.section == section], n=3)
+    paths = difflib.get_close_matches(key, there, n=3, cutoff=0.75)
     found = list(dict.fromkeys([*(f"{section}.{n}" if section else n for n in here), *paths]))
     if not found:
-        names = difflib.get_close_matches(name, [s.name for s in settings().values()])
-        found = [s.key for n in dict.fromkeys(names) for s in settings().values() if s.name == n]
+        names = difflib.get_close_matches(name, [s.name for s in there.values()])
+        found = [s.key for n in dict.fromkeys(names) for s in there.values() if s.name == n]
     return found[:3]
 
 

@@ -7,6 +7,9 @@ A name of another trainer is no typo of ours: ``algorithm.kl`` has nothing to do
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 _KL = "there is no KL penalty yet: nothing pulls the policy back to a reference model (docs/limits.md)"
 _LORA = "there is no LoRA yet: every weight trains (docs/limits.md)"
 _CRITIC = "there is no critic yet: advantages compare the episodes of a group (docs/limits.md)"
@@ -91,11 +94,26 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
 _BY_NAME = {name: meaning for meaning, names in _MEANINGS.items() for name in names}
 
 
-def meaning_of(key: str) -> str | None:
+_EVALUATED = {
+    _FILTER.format("rollout.temperature"): _FILTER.format("eval.temperature"),
+    _QUANT: _QUANT.replace("engine.precision and learner.precision are", "engine.precision is"),
+    "this is learner.precision here, and engine.precision": "this is engine.precision here",
+    "this is rollout.group_size here": "this is eval.k here",
+}
+"""What an evaluation has in place of a setting that only a training has."""
+_NAMED = re.compile(r"\b[a-z_]+\.[a-z_]+(?:\.[a-z_]+)?|(?<=this is )\w+")
+
+
+def meaning_of(key: str, *, without: Callable[[str], str | None] = lambda key: None) -> str | None:
     """Say what a name of another trainer is here, or that there is no such thing yet.
 
     The longest end of a dotted key counts: ``actor_rollout_ref.rollout.n`` is ``rollout.n``. None for other names.
+    ``without`` says why a setting means nothing for an evaluation, whose settings are read.
     """
     parts = key.lower().replace("-", "_").split(".")
     ends = (".".join(parts[i:]) for i in range(len(parts)))
-    return next((_BY_NAME[end] for end in ends if end in _BY_NAME), None)
+    meaning = next((_BY_NAME[end] for end in ends if end in _BY_NAME), None)
+    reasons = [why for name in _NAMED.findall(meaning or "") if (why := without(name)) is not None]
+    if meaning is None or not reasons:
+        return meaning
+    return _EVALUATED.get(meaning, f"there is nothing like it in an evaluation: {reasons[0]}")

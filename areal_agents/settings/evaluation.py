@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from areal_agents.settings import describe
-from areal_agents.settings.config import Section, TrainConfig
+from areal_agents.settings.config import TrainConfig
 from areal_agents.settings.loading import failure, load, normal_key, override_keys
 
 SHORT = {
@@ -53,7 +54,7 @@ TRAINING_ONLY = {
     "engine.kv": _WEIGHTS,
     "rollout.mode": _BATCHES,
     "rollout.groups": _BATCHES,
-    "rollout.group_size": _BATCHES,
+    "rollout.group_size": f"{_BATCHES} (eval.k is its number of attempts a task)",
     "rollout.max_staleness": _BATCHES,
     "rollout.on_exceed": _BATCHES,
     "rollout.order": _BATCHES,
@@ -80,7 +81,7 @@ def training_only(key: str, *, served: bool = False) -> str | None:
     ``served`` says that the model is behind a chat server.
     """
     reasons = TRAINING_ONLY | SERVED if served and key != "engine.request_timeout" else TRAINING_ONLY
-    return next((why for k, why in reasons.items() if key == k or (k.endswith(".") and key.startswith(k))), None)
+    return next((why for k, why in reasons.items() if key == k or (k.endswith(".") and f"{key}.".startswith(k))), None)
 
 
 def is_setting(flag: str) -> bool:
@@ -120,8 +121,9 @@ def load_evaluation(
     ]
     if refused:
         raise failure(refused)
-    config = load(path, overrides, short=SHORT)
-    unused = [key for key in _given(config, "") if training_only(key, served=served) is not None]
+    unused: list[str] = []
+    without = partial(training_only, served=served)
+    config = load(path, overrides, short=SHORT, without=without, left_out=unused)
     if "out" not in dict(keys):
         unused += ["out"] if "out" in config.model_fields_set else []
         config = config.model_copy(update={"out": eval_folder()})
@@ -140,12 +142,3 @@ def server_of(out: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):  # who goes on with it says what is wrong with the file
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _given(section: Section, prefix: str) -> list[str]:
-    """Return the dotted keys of what was said, and not left at its default."""
-    keys: list[str] = []
-    for name in sorted(section.model_fields_set):
-        value = getattr(section, name)
-        keys += _given(value, f"{prefix}{name}.") if isinstance(value, Section) else [prefix + name]
-    return keys

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -58,8 +58,21 @@ def find(path: Path | str) -> Path:
     raise ConfigError(f"no such configuration: {path}. {hint}")
 
 
+Without = Callable[[str], str | None]
+"""Says of a key, or of a section, why who reads the settings has no use for it. None where there is use."""
+
+
+def _all(key: str) -> None:
+    return None
+
+
 def load(
-    path: Path | str | None, overrides: Sequence[str] = (), *, short: Mapping[str, str] = MappingProxyType({})
+    path: Path | str | None,
+    overrides: Sequence[str] = (),
+    *,
+    short: Mapping[str, str] = MappingProxyType({}),
+    without: Without = _all,
+    left_out: list[str] | None = None,
 ) -> TrainConfig:
     """Read the settings of a file, with ``overrides`` in place of what it says.
 
@@ -67,6 +80,8 @@ def load(
         path: a TOML file or the name of a shipped configuration. None means all defaults.
         overrides: such as ``--learner.lr 2e-6`` or ``--learner.lr=2e-6``.
         short: keys of settings by their other names, which overrides may use.
+        without: says why a setting means nothing here. The file's are left out, and no override is answered with one.
+        left_out: gets the keys of those that the file has.
 
     Raises:
         ConfigError: lists every problem of the file and the overrides together.
@@ -82,6 +97,9 @@ def load(
             raise ConfigError(f"{file} is not valid TOML: {error}") from error
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+        table, unused = _split(table, without)
+        if left_out is not None:
+            left_out += sorted(unused)
         _merge(tree, origins, problems, table, "", str(file))
     said: dict[str, tuple[str, str | None]] = {}
     pairs = list(_pairs(overrides, problems, short))
@@ -92,7 +110,7 @@ def load(
         other, value = said.setdefault(key, (flag, raw)) if key in short.values() else (flag, raw)
         if other != flag and value != raw:
             problems.append(f"{other} {value} and {flag} {raw} are one setting, {key}: give one of them")
-        _override(tree, origins, problems, key, raw, flag)
+        _override(tree, origins, problems, key, raw, flag, without)
     problems += _booleans(tree, origins)
     for key in REGISTRIES:
         problems += choose(tree, origins, key)
@@ -111,6 +129,22 @@ def failure(problems: Sequence[str]) -> ConfigError:
     if len(problems) == 1:
         return ConfigError(problems[0])
     return ConfigError(f"{len(problems)} problems in the settings:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def _split(table: Mapping[str, Any], without: Without, prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Part what a file says into what is of use, and the keys of the rest."""
+    kept: dict[str, Any] = {}
+    unused: list[str] = []
+    for name, value in table.items():
+        key = prefix + name
+        if isinstance(value, dict) and key in sections():
+            kept[name], more = _split(value, without, key + ".")
+            unused += more
+        elif without(key) is not None:
+            unused.append(key)
+        else:
+            kept[name] = value
+    return kept, unused
 
 
 def _merge(
@@ -204,7 +238,7 @@ def _pairs(
         token = overrides[i]
         i += 1
         if not token.startswith("--") or token == "--":
-            problems.append(f"unexpected argument {token!r}: overrides look like --learner.lr 2e-6")
+            problems.append(f"unexpected argument {token!r}: overrides look like --engine.max_batch 8")
             continue
         flag, equals, raw = token.partition("=")
         key = flag[2:]
@@ -216,7 +250,7 @@ def _pairs(
 
 
 def _override(
-    tree: dict[str, Any], origins: Origins, problems: list[str], key: str, raw: str | None, flag: str
+    tree: dict[str, Any], origins: Origins, problems: list[str], key: str, raw: str | None, flag: str, without: Without
 ) -> None:
     normal = key.replace("-", "_")
     if (chosen := next((k for k in REGISTRIES if f"{normal}.".startswith(f"{k}.")), None)) is not None:
@@ -225,10 +259,10 @@ def _override(
     setting = setting_of(key)
     if setting is None:
         if normal in sections() and normal:
-            names = ", ".join(sections()[normal])
+            names = ", ".join(_names(normal, without))
             problems.append(f"{flag} is a section, not a setting: use --{normal}.NAME with one of {names}")
         else:
-            problems.append(_unknown(key, flag))
+            problems.append(_unknown(key, flag, without))
         return
     if raw is None:
         if not setting.boolean:
@@ -248,20 +282,25 @@ def _override(
 # --- messages ----------------------------------------------------------------------------------------------------
 
 
-def _unknown(key: str, origin: str) -> str:
+def _names(section: str, without: Without) -> list[str]:
+    return [name for name in sections()[section] if without(f"{section}.{name}" if section else name) is None]
+
+
+def _unknown(key: str, origin: str, without: Without = _all) -> str:
     normal = key.replace("-", "_")
-    near, (section, _, name) = nearest(normal), normal.rpartition(".")
+    near, (section, _, name) = nearest(normal, without=without), normal.rpartition(".")
     # A name that we have elsewhere, or nearly have in the very section, is no other trainer's.
     ours = {n for names in sections().values() for n in names} - {"n"}
     typo = section and difflib.get_close_matches(name, sections().get(section, ()), n=1, cutoff=0.85)
-    if name not in ours and not typo and (meaning := meaning_of(normal)) is not None:
+    if name not in ours and not typo and (meaning := meaning_of(normal, without=without)) is not None:
         hint = meaning
     elif near:
         hint = f"did you mean {either(near)}?"
     elif section in sections() and section:
-        hint = f"settings of {section}: {', '.join(sections()[section])}"
+        hint = f"settings of {section}: {', '.join(_names(section, without))}"
     else:
-        hint = f"sections: {', '.join(s for s in sections() if s)}; top level: {', '.join(sections()[''])}"
+        parts = ", ".join(s for s in sections() if s and _names(s, without))
+        hint = f"sections: {parts}; top level: {', '.join(_names('', without))}"
     return f"unknown setting {key} ({origin}): {hint}"
 
 

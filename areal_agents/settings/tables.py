@@ -16,6 +16,8 @@ from areal_agents.settings.values import value_of
 Pair = tuple[str, str | None, str]
 """Of an override: its dotted key, its value as typed, and its flag as typed."""
 _MISSING = object()
+_IDENTIFIERS = ("env.kwargs", "model.template_variables")
+"""Tables whose entries are called as Python's variables are."""
 
 
 def setting_of(key: str) -> Setting | None:
@@ -24,17 +26,22 @@ def setting_of(key: str) -> Setting | None:
     for candidate in (key, key.replace("-", "_")):
         if candidate in known:
             return known[candidate]
-    return next((s for s in known.values() if s.free and key.startswith(s.key + ".") and not key.endswith(".")), None)
+    normal = key.replace("-", "_")
+    return next(
+        (s for s in known.values() if s.free and normal.startswith(s.key + ".") and not key.endswith(".")), None
+    )
 
 
 def inner_path(key: str) -> list[str]:
-    """Return the names below a table that ``key`` has: ``["deep", "a"]`` of ``env.kwargs.deep.a``."""
+    """Return the names below a table that ``key`` has: ``["deep", "a"]`` of ``env.kwargs.deep.a``.
+
+    Arguments and variables are spelt as settings are, ``test_path`` for ``test-path``; Ray's resources are not.
+    """
     setting = setting_of(key)
-    return (
-        key[len(setting.key) + 1 :].split(".")
-        if setting is not None and setting.free and len(key) > len(setting.key)
-        else []
-    )
+    if setting is None or not setting.free or len(key) <= len(setting.key):
+        return []
+    first, *deeper = key[len(setting.key) + 1 :].split(".")
+    return [first.replace("-", "_") if setting.key in _IDENTIFIERS else first, *deeper]
 
 
 def contradictions(pairs: Sequence[Pair]) -> list[str]:

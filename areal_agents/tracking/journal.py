@@ -54,7 +54,11 @@ class Journal:
             self.torn = path.stat().st_size < before
             sync(path.parent)
         except OSError as error:
-            raise unwritable(path, error) from error
+            refused = unwritable(path, error)  # before what was made goes, which makes room
+            with contextlib.suppress(AttributeError):  # it was not even opened
+                self.close()
+            self._remove_folders()
+            raise refused from error
 
     def _lock(self) -> None:
         if fcntl is None:
@@ -121,9 +125,14 @@ class Journal:
         if not self._file.closed and not os.fstat(self._file.fileno()).st_size:
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
-                for folder in self._made:  # the deepest first, as far as nothing else is in them
-                    folder.rmdir()
+            self._remove_folders()
         self._file.close()
+
+    def _remove_folders(self) -> None:
+        """Remove the folders that were made for the file, the deepest first, as far as nothing is in them."""
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def __enter__(self) -> Self:
         return self

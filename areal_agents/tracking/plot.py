@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from areal_agents.errors import ArealError, ConfigError
+from areal_agents.errors import ConfigError
 from areal_agents.tracking.tracker import read_metrics
+from areal_agents.utils.files import atomic_file, unwritten
 
 _MARKED = 60
 """A line of at most so many points has a mark on each."""
@@ -105,9 +106,7 @@ def plot(out: Path, held_out: Sequence[HeldOut] = (), *, path: Path | None = Non
     if rows or held_out:
         axes.legend(loc="lower right", fontsize=8)
     axes.grid(alpha=0.3)
-    path = path or out / "learning_curve.png"
-    figure.savefig(path)
-    return path
+    return _save(figure, path or out / "learning_curve.png")
 
 
 def plot_runs(panels: Sequence[Panel], path: Path) -> Path:
@@ -130,11 +129,17 @@ def plot_runs(panels: Sequence[Panel], path: Path) -> Path:
     wide = max(map(len, legend), default=0) > 60
     labels, artists = [*legend], [*legend.values()]
     figure.legend(artists, labels, loc="outside lower center", ncols=1 if wide else 2, fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    """Write the picture whole, or raise ArealError and leave what was there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        with atomic_file(path) as file:
+            figure.savefig(file, format=path.suffix.removeprefix(".") or "png")
     except OSError as error:
-        raise ArealError(f"cannot write {path}: {error.strerror or error}") from error
+        raise unwritten(path, error) from error
     return path
 
 

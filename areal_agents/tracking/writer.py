@@ -118,5 +118,6 @@ class Writer:
     def _raise(self) -> None:
         if self._error is not None:
             error, self._error = self._error, None
-            reason = str(error) if isinstance(error, ArealError) else f"{type(error).__name__}: {error}"
-            raise ArealError(f"the run's files cannot be written: {reason}") from error
+            own = isinstance(error, ArealError)
+            said = str(error) if own else f"the run's files cannot be written: {type(error).__name__}: {error}"
+            raise ArealError(said) from error

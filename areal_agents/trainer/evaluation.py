@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from areal_agents.evaluation.attempts import Place, run_attempts
-from areal_agents.evaluation.evaluate import held_out
+from areal_agents.evaluation.held_out import held_out
 from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.evaluation.report import EvalReport, summarize
 from areal_agents.evaluation.unfinished import MUST_STAY, fingerprint, read_episodes
@@ -25,6 +25,7 @@ from areal_agents.rollout.tasks import require_few_bad
 from areal_agents.settings.config import TrainConfig
 from areal_agents.settings.differences import values
 from areal_agents.tracking.journal import Journal
+from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import Record, shard_path
 from areal_agents.trainer.resume import MAY_CHANGE
 from areal_agents.trainer.run_folder import Commit
@@ -63,7 +64,7 @@ async def evaluate_weights(run: Run, label: str, *, step: int) -> EvalReport:
     """
     config, e, kind = run.config, run.config.eval, f"eval-{label}"
     bad: dict[str, str] = {}
-    tasks = held_out(run.spec, e.split, e.n, difficulty=config.env.difficulty, tell=bad.__setitem__)
+    tasks, sample = held_out(run.spec, e, difficulty=config.env.difficulty, tell=bad.__setitem__)
     require_few_bad(bad, tried=e.n, share=config.rollout.max_bad_tasks)
     of = measured(config, run.weights, run.model)
     journal = Journal(shard_path(config.out, kind, step).with_suffix(".jsonl"))
@@ -89,13 +90,13 @@ async def evaluate_weights(run: Run, label: str, *, step: int) -> EvalReport:
         report = summarize(
             results, env=config.env.id, split=e.split, model=config.model.path, version=run.learner.version,
             temperature=e.temperature, seed=config.seed, seconds=watch.seconds, k=e.k, left_out=runner.left_out,
-            first_failure=runner.first_given_up, own_failures=runner.own_failures,
+            first_failure=runner.first_given_up, own_failures=runner.own_failures, sample=sample,
         )  # fmt: skip
         episodes = [t for _, tries in results for t in tries if t is not None]
         run.tracker.trajectories.write(episodes, step=step, kind=kind)
     finally:
         run.tracker.trajectories.end(journal)
-    run.tracker.log(step, _numbers(report), kind=f"eval/{label}", show=False)
+    run.tracker.log(step, numbers(report), kind=f"eval/{label}", show=False)
     run.tracker.message(report.line(label))
     return report
 
@@ -124,8 +125,29 @@ def _earlier(
     return episodes, seconds
 
 
-def _numbers(report: EvalReport) -> dict[str, float]:
+def log_kept(run: Run) -> None:
+    """Log the numbers of evaluations that the commit has and metrics.jsonl lacks.
+
+    Of a finished run that goes on, that is the one that was the last, which has another name now.
+    """
+    run.tracker.flush()
+    path = run.config.out / "metrics.jsonl"
+    there = {row["kind"] for row in read_metrics(run.config.out)} if path.exists() else set()
+    for label, report in run.commit.reports.items():
+        if label.startswith("step_") and f"eval/{label}" not in there:
+            step = int(label.removeprefix("step_"))
+            run.tracker.log(step, numbers(report), kind=f"eval/{label}", show=False)
+            run.tracker.event("evaluation_kept", label=label, step=step)
+            run.tracker.message(f"the evaluation after step {step}, which was the last, is kept as {label}")
+
+
+def numbers(report: EvalReport) -> dict[str, float]:
     """Return the report's scalars, for metrics.jsonl and TensorBoard."""
     row = {k: float(v) for k, v in report.to_json().items() if isinstance(v, int | float) and k != "unplayed"}
-    bounds = {"ci95_low": report.ci95[0], "ci95_high": report.ci95[1]}
-    return row | bounds | {"tasks_left_out": float(len(report.left_out))}
+    intervals = {
+        "ci95": report.ci95, "pass_at_k_ci95": report.pass_at_k_ci95, "pass_hat_k_ci95": report.pass_hat_k_ci95
+    }  # fmt: skip
+    for name, interval in intervals.items():
+        if interval is not None:
+            row |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
+    return row | {"tasks_left_out": float(len(report.left_out))}

@@ -23,12 +23,14 @@ from areal_agents.algorithms.advantages import Estimator
 from areal_agents.algorithms.batch import Batch, Row, rows_of
 from areal_agents.errors import Interrupted, LearnerLost
 from areal_agents.evaluation.endings import count_oddities
+from areal_agents.evaluation.held_out import as_begun
 from areal_agents.evaluation.progress import Stopwatch
 from areal_agents.evaluation.report import EvalReport, calls_of, compare_table
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import AlgorithmConfig, TrainConfig
+from areal_agents.trainer.evaluation import log_kept
 from areal_agents.trainer.preflight import Looks, look_at_tasks, require_runnable
 from areal_agents.trainer.resize import answering
 from areal_agents.trainer.resume import begin, rate_change, refuse_evaluation
@@ -80,6 +82,8 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
     """
     watch = Stopwatch()
     refuse_evaluation(config.out)
+    if resume:
+        config = as_begun(config, config.out)
     require_runnable(config)  # before all else: a typo must not wait for a model, nor leave a folder
     looks = await _looked(config)
     with RunFolder(config.out, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as folder:
@@ -145,6 +149,7 @@ async def _run(
                     run.tracker.event("learner_replaced", reason=lost[-1], times=len(lost))
                 run.tracker.event("resumed", step=commit.step, changed={k: new for k, (_, new) in changes.items()})
                 run.tracker.message(f"resumed at step {commit.step} of {run.config.steps}")
+                log_kept(run)
                 if rate := rate_change(run.config, changes, commit.step):
                     run.tracker.event("learning_rate_changed", step=rate.step, old=rate.old, new=rate.new)
                     run.tracker.message(rate.text)

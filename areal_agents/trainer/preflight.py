@@ -13,7 +13,7 @@ from areal_agents.algorithms.objective import PolicyObjective
 from areal_agents.chat_model import refuse_training, remote_name
 from areal_agents.engine import Sampling
 from areal_agents.errors import ConfigError
-from areal_agents.evaluation.evaluate import held_out
+from areal_agents.evaluation.held_out import held_out
 from areal_agents.registry import EnvSpec
 from areal_agents.reward import task_checks
 from areal_agents.rollout.group_judge import group_reward_of, require_attempts, require_votes
@@ -63,7 +63,7 @@ def _require_tasks(spec: EnvSpec, config: TrainConfig) -> None:
     if not tasks:
         raise ConfigError(f"env.split = {config.env.split!r}: {spec.id} has no tasks in it")
     tell = lambda name, reason: None  # noqa: E731  the evaluation itself tells
-    held_out(spec, config.eval.split, config.eval.n, difficulty=config.env.difficulty, tell=tell)
+    held_out(spec, config.eval, difficulty=config.env.difficulty, tell=tell)
     if config.warm_start.demonstrations:
         drawn = demonstrated(tasks, config)
         without = [task.id for task in drawn if expert_of(spec, task) is None]
@@ -90,12 +90,14 @@ async def look_at_tasks(config: TrainConfig) -> Looks:
     spec, e = registry.spec(config.env.id).with_kwargs(config.env.kwargs), config.eval
     checks = spec.env_class().task_checks()
     tasks = spec.tasks(config.env.split, difficulty=config.env.difficulty)
+    where = f"{spec.id}:{config.env.split}"
     group = group_reward_of(spec, config.rollout.group_reward) if config.rollout.group_reward else None
     besides = () if group is None else task_checks(group.reward)
-    train = await look_at(tasks, [*checks, *besides], seed=config.seed)
-    train.require_enough(f"{spec.id}:{config.env.split}", max_bad=config.rollout.max_bad_tasks)
+    train = await look_at(tasks, [*checks, *besides], where=where, seed=config.seed)
+    train.require_enough(where, max_bad=config.rollout.max_bad_tasks)
     tell = lambda name, reason: None  # noqa: E731  the evaluation itself tells
-    chosen = held_out(spec, e.split, e.n, difficulty=config.env.difficulty, tell=tell)
-    evaluated = await look_at(chosen, checks, seed=config.seed)
-    evaluated.require_enough(f"{spec.id}:{e.split}", max_bad=config.rollout.max_bad_tasks)
+    chosen, _ = held_out(spec, e, difficulty=config.env.difficulty, tell=tell)
+    where = f"{spec.id}:{e.split}"
+    evaluated = await look_at(chosen, checks, where=where, seed=config.seed)
+    evaluated.require_enough(where, max_bad=config.rollout.max_bad_tasks)
     return Looks(train, evaluated)

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from areal_agents import settings
 from areal_agents.errors import ConfigError
+from areal_agents.evaluation.held_out import settings_of
 from areal_agents.learner.optim import learning_rate
 from areal_agents.settings.config import TrainConfig
 from areal_agents.settings.differences import differences
 from areal_agents.settings.values import show
+from areal_agents.tracking.trajectories import Record, read_shard, shard_path, write_shard
 from areal_agents.trainer.run_folder import Commit, RunFolder
 
 MAY_CHANGE = (
@@ -53,14 +54,19 @@ def refuse_evaluation(out: Path) -> None:
         raise ConfigError(f"{out} holds an evaluation: choose another --out for a training")
 
 
-def refuse_taken(config: TrainConfig) -> None:
-    """Raise ConfigError where ``config.out`` holds another run.
+def refuse_taken(folder: RunFolder) -> None:
+    """Raise ConfigError where ``folder`` holds another run.
 
-    Nothing of it may be overwritten or mixed up.
+    Nothing of it may be overwritten or mixed up. A start that failed before its first episode is no run: whatever
+    setting was wrong may be put right in the same folder. Its lock is there, which tells its ``config.toml`` from one
+    that somebody wrote by hand.
     """
-    if (config.out / "config.toml").exists() or (config.out / "commit.json").exists():
+    out, names = folder.out, ("commit.json", "metrics.jsonl", "trajectories", "checkpoints")
+    parts = [part for name in names for part in ((out / name), *(out / name).rglob("*"))]
+    done = any(part.is_file() and part.stat().st_size for part in parts)
+    if done or ((out / "config.toml").exists() and not folder.was_locked):
         raise ConfigError(
-            f"{config.out} holds another run: go on with it by --resume, choose another --out, or remove the folder"
+            f"{out} holds another run: go on with it by --resume, choose another --out, or remove the folder"
         )
 
 
@@ -77,7 +83,7 @@ def begin(folder: RunFolder, config: TrainConfig, *, resume: bool) -> tuple[Comm
         CheckpointError: the commit cannot be read.
     """
     if not resume:
-        refuse_taken(config)
+        refuse_taken(folder)
         return None, {}
     if not (config.out / "config.toml").exists():
         if (config.out / "commit.json").exists():
@@ -85,13 +91,12 @@ def begin(folder: RunFolder, config: TrainConfig, *, resume: bool) -> tuple[Comm
                 f"{config.out} holds a run without its config.toml: put the file back, or choose another --out"
             )
         return None, {}
-    changes = differences(settings.load(config.out / "config.toml"), config)
+    changes = differences(settings_of(config.out), config)
     commit = folder.read_commit() or Commit()
     goes_on = commit.complete and commit.step < config.steps
-    if goes_on:  # its last evaluation was not the last
-        reports = {label: r for label, r in commit.reports.items() if label != "after_rl"}
-        commit = dataclasses.replace(commit, complete=False, reports=reports)
-    uses = {key: _uses(key, commit) for key in changes}
+    others = {label: r for label, r in commit.reports.items() if not (goes_on and label == "after_rl")}
+    used = dataclasses.replace(commit, reports=others)  # the end is measured anew, by other settings too
+    uses = {key: _uses(key, used) for key in changes}
     if any(uses.values()):
         lines = [
             f"  {key} was {changes[key][0]!r} and is {changes[key][1]!r} now; {' and '.join(by)} used it"
@@ -107,8 +112,29 @@ def begin(folder: RunFolder, config: TrainConfig, *, resume: bool) -> tuple[Comm
     folder.clean(commit)
     if goes_on:
         folder.set_model_aside(commit.step)
+        commit = _end_as_any_step(config.out, commit)
         folder.commit(commit)  # before the logs are cut back behind that evaluation
     return commit, changes
+
+
+def _end_as_any_step(out: Path, commit: Commit) -> Commit:
+    """Return the commit of a finished run that goes on: its last evaluation is one of many, called ``step_N``.
+
+    Its episodes are written under that name. They are in the returned commit's mark, and the old ones, which are not,
+    are removed by whoever cuts the files back to it. Doing it twice is doing it once.
+    """
+    old, new = "eval-after_rl", f"eval-step_{commit.step}"
+    reports = {f"step_{commit.step}" if label == "after_rl" else label: r for label, r in commit.reports.items()}
+    mark, shard = dict(commit.mark), shard_path(out, old, commit.step)
+    if shard.exists():
+        episodes = [record.trajectory for record in read_shard(shard)]
+        renamed = [
+            dataclasses.replace(t, id=new + t.id.removeprefix(old), group=new + t.group.removeprefix(old))
+            for t in episodes
+        ]
+        write_shard(shard_path(out, new, commit.step), [Record(new, commit.step, t) for t in renamed])
+        mark["shards"] = {**mark.get("shards", {}), new: [[commit.step, commit.step]]}
+    return dataclasses.replace(commit, complete=False, reports=reports, mark=mark)
 
 
 def _uses(key: str, commit: Commit) -> list[str]:

@@ -22,6 +22,7 @@ from areal_agents.errors import LearnerLost
 from areal_agents.evaluation.attempts import run_attempts
 from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.evaluation.report import EvalReport
+from areal_agents.learner.checkpoint import count_parameters
 from areal_agents.models import resolve
 from areal_agents.reward import correct_part
 from areal_agents.rollout.demonstrations import demonstration_rows, require_all
@@ -59,6 +60,7 @@ async def open_run(
     if config.cluster.backend == "local":  # a cluster's workers prove theirs
         await prove_sandbox(spec, config.env.sandbox)
     model = resolve(config.model.path)
+    _require_room(config, folder, model, commit or Commit())
     fmt = ChatFormat.load(model, config.model.chat)
     require_prompts(spec, fmt)
     async with contextlib.AsyncExitStack() as stack:
@@ -76,6 +78,12 @@ async def open_run(
             await run.learner.load(folder.learner_folder(done))
             await run.publish()
         yield run
+
+
+def _require_room(config: TrainConfig, folder: RunFolder, model: Path, commit: Commit) -> None:
+    """Raise ConfigError where the disk has no room for the checkpoint and the model that the run will end with."""
+    done = commit.step >= config.steps and commit.checkpoint is not None
+    folder.require_room(count_parameters(model), checkpoint=not done)
 
 
 _BACKENDS = {"local": "areal_agents.trainer.local:open_local", "ray": "areal_agents.cluster.backend:open_ray"}

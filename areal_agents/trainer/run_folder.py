@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -31,9 +30,13 @@ from areal_agents.learner.learner import Learner
 from areal_agents.rollout.producer import RolloutState
 from areal_agents.tracking.trajectories import read_shard
 from areal_agents.trainer.rollout_state import rollouts_from_json, write_rollouts
-from areal_agents.utils.files import atomic_folder, write_atomically
+from areal_agents.utils.files import atomic_folder, is_full, room_to_make, size_text, unwritable, write_atomically
 
 COMMIT_VERSION = 1
+_CHECKPOINT_BYTES = 12
+"""Of one parameter: the weight and two moments, in fp32."""
+_MODEL_BYTES = 2
+"""Of one parameter of the trained model, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class Commit:
         values = dict(row)
         if (version := values.pop("schema_version", None)) != COMMIT_VERSION:
             raise CheckpointError(f"commit.json has schema_version {version}, this package reads {COMMIT_VERSION}")
-        reports = {k: EvalReport(**{**r, "ci95": tuple(r["ci95"])}) for k, r in values.pop("reports").items()}
+        reports = {label: EvalReport.from_json(report) for label, report in values.pop("reports").items()}
         return cls(**values, reports=reports)
 
 
@@ -101,11 +104,18 @@ class RunFolder:
 
     def __init__(self, out: Path, *, keep: int = 1, keep_every: int = 0) -> None:
         self.out, self.keep, self.keep_every = out, keep, keep_every
+        self.checkpoint_bytes = 0
+        """About what a checkpoint takes on the disk, once the model is known."""
         self._lock: BinaryIO | None = None
         self._made: list[Path] = []
         """The folders that the lock's taking made, the innermost first."""
         self._had: frozenset[str] = frozenset()
         """What was in the folder before."""
+
+    @property
+    def was_locked(self) -> bool:
+        """Whether a run had its lock here before this one."""
+        return "lock" in self._had
 
     @property
     def checkpoints(self) -> Path:
@@ -125,15 +135,28 @@ class RunFolder:
             self._lock.truncate(0)
             self._lock.write(f"{os.getpid()}\n".encode())
         except OSError as error:
+            room = f"{room_to_make(self.out)}, or " if is_full(error) else ""
             self._lose()
             if self._lock is not None:
                 self._lock.close()
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            action = "free some space on that disk, or choose another --out" if full else "choose another --out"
             raise ConfigError(
-                f"out = {self.out}: this folder cannot be written ({error.strerror}): {action}"
+                f"out = {self.out}: this folder cannot be written ({error.strerror}): {room}choose another --out"
             ) from error
         return self
+
+    def require_room(self, parameters: int, *, checkpoint: bool) -> None:
+        """Raise ConfigError where the disk has no room for what the run will write for certain.
+
+        That is the trained model, and a checkpoint of all ``parameters`` where ``checkpoint`` is true.
+        """
+        self.checkpoint_bytes = parameters * _CHECKPOINT_BYTES
+        need = parameters * _MODEL_BYTES + (self.checkpoint_bytes if checkpoint else 0)
+        if (free := shutil.disk_usage(self.out).free) < need:
+            what = "a checkpoint and the trained model" if checkpoint else "the trained model"
+            raise ConfigError(
+                f"out = {self.out}: {size_text(free)} are free there, and {what} take about {size_text(need)}: free "
+                "some space on that disk, or choose another --out"
+            )
 
     def _take(self) -> BinaryIO:
         import fcntl  # not on every system, and only a training needs it
@@ -207,7 +230,7 @@ class RunFolder:
         try:
             write_atomically(self.out / "config.toml", toml)
         except OSError as error:
-            raise CheckpointError(f"{self.out / 'config.toml'} cannot be written: {error}") from error
+            raise CheckpointError(str(unwritable(self.out / "config.toml", error))) from error
 
     def clean(self, commit: Commit) -> None:
         """Remove checkpoints that were never committed, and the remains of half-written folders."""
@@ -268,8 +291,7 @@ class RunFolder:
             raise
         except (OSError, RuntimeError, CheckpointError) as error:
             raise CheckpointError(
-                f"the checkpoint of step {step} cannot be written to {self.checkpoints} ({_free(self.out)} free): "
-                f"{error}. The last complete one is untouched. Free some space, then go on with --resume"
+                f"the checkpoint of step {step} cannot be saved: {self._refused(self.checkpoints, error)}"
             ) from error
         return name
 
@@ -281,11 +303,15 @@ class RunFolder:
             # The commit point comes after everything that belongs to it.
             write_atomically(self.out / "commit.json", json.dumps(commit.to_json(), indent=1) + "\n")
         except OSError as error:
-            raise CheckpointError(
-                f"{self.out} cannot be written ({_free(self.out)} free): {error}. The last commit is untouched. "
-                "Free some space, then go on with --resume"
-            ) from error
+            raise CheckpointError(self._refused(self.out / "commit.json", error)) from error
         self._prune(commit)
+
+    def _refused(self, path: Path, error: Exception) -> str:
+        """Say that ``path`` cannot be written, and that nothing is lost."""
+        if isinstance(error, CheckpointError) and not is_full(error):  # the learner's, which names file and action
+            return f"{error}. What was committed before is whole"
+        need = self.checkpoint_bytes if path == self.checkpoints else 0
+        return f"{unwritable(path, error, need=need)}. What was committed before is whole"
 
     def _prune(self, commit: Commit) -> None:
         if not self.checkpoints.is_dir():
@@ -301,7 +327,3 @@ class RunFolder:
 def _step_of(name: str) -> int | None:
     digits = name.removeprefix("step-")
     return int(digits) if name.startswith("step-") and digits.isdecimal() else None
-
-
-def _free(path: Path) -> str:
-    return f"{shutil.disk_usage(path).free / 1e9:.2f} GB"

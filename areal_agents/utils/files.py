@@ -13,17 +13,53 @@ from typing import BinaryIO
 
 from areal_agents.errors import ArealError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-def unwritable(path: Path, error: OSError) -> ArealError:
-    """Return the error for a file of a run that cannot be written, with path, reason and next action."""
-    reason = error.strerror or str(error)
+
+def is_full(error: BaseException) -> bool:
+    """Say whether ``error`` comes from a disk without room, also where a library says so in words alone."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    return any(os.strerror(number) in str(error) for number in _FULL)
+
+
+def room_to_make(path: Path, need: int = 0) -> str:
+    """Say what makes room on the full disk of ``path``, which ``need`` more bytes are to be written to."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    disk = os.statvfs(there)
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_files and not disk.f_favail and free:
+        return f"remove some files on that disk (it has room for {size_text(free)}, but for no more files)"
+    if need:
+        return f"free about {size_text(need)} on that disk ({size_text(free)} are free)"
+    return "free some space on that disk"
+
+
+def size_text(size: int) -> str:
+    """Write a number of bytes for people, such as ``1.6 GB``."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def unwritable(path: Path, error: Exception, *, need: int = 0) -> ArealError:
+    """Return the error for a file of a run that cannot be written, with path, reason and next action.
+
+    ``need`` is how many bytes it takes, where that is known.
+    """
+    reason = getattr(error, "strerror", None) or str(error)
     if (blocker := _blocker(path)) is not None:
         return ArealError(f"{path} cannot be written: {blocker} is a file and no folder. Choose another --out")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        action = "free some space on that disk, then go on with --resume"
+    if is_full(error):
+        reason = next((said for number in _FULL if (said := os.strerror(number)) in str(error)), reason)
+        action = f"{room_to_make(path, need)}, then go on with --resume"
     else:
         action = "make it writable, then go on with --resume; or choose another --out"
     return ArealError(f"{path} cannot be written ({reason}): {action}")
+
+
+def unwritten(path: Path, error: OSError) -> ArealError:
+    """Return the error for a file that a command was to write, which holds nothing that could go on."""
+    action = f": {room_to_make(path)}, or write to another disk" if is_full(error) else ""
+    return ArealError(f"cannot write {path}: {error.strerror or error}{action}")
 
 
 def _blocker(path: Path) -> Path | None:

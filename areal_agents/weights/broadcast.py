@@ -18,7 +18,7 @@ round, and is unblocked by the sender's answer or its own deadline. A member tha
 again (``attempts``), and the next round is formed without it.
 
 Whoever reaches HOST:PORT can read the weights. Use it inside a trusted network, as torch.distributed itself.
-**NCCL was not run on hardware.** The rounds, the deadlines and the packing are those that run with Gloo.
+**NCCL between two GPUs was not run.** The rounds, the deadlines and the packing are those that run with Gloo.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import ConfigError, EngineError
-from areal_agents.weights.base import LoadedWeights, check, checksum, layout, views
+from areal_agents.weights.base import LoadedWeights, check, checksum, fill, layout, views
 from areal_agents.weights.process_group import Broadcaster, BroadcastGroup, broadcast, open_group
 
 _POLL = 0.02
@@ -114,9 +114,7 @@ class BroadcastWeights:
         opened.
         """
         self._withdraw()
-        with torch.no_grad():
-            for name, target in self._tensors.items():
-                target.copy_(tensors[name])
+        fill(self._tensors, tensors)
         found = checksum(self._buffer.numpy().data)
         expected = self._receivers() if self._receivers is not None else None
         self._sender = Sender(self._buffer, found, self._backend, self._host, expected, self._limits)
@@ -197,7 +195,8 @@ class Sender:
         self._stopping.set()
         group = self._group
         if group is not None:
-            group.abort()  # the thread may be blocked in its broadcast
+            # The sending thread may be blocked in its broadcast, and NCCL's abort in one that only starts.
+            threading.Thread(target=group.abort, name="weights-cut-off", daemon=True).start()
         self._thread.join(_CONNECT_SECONDS)
 
     def _serve(self) -> None:

@@ -98,7 +98,7 @@ class DiskWeights:
         file.write(self._header(version))
         with torch.no_grad():
             for entry in self.manifest:
-                cast = tensors[entry.name].detach().to("cpu", self._dtype).contiguous()
+                cast = tensors[entry.name].detach().to(self._dtype).cpu().contiguous()  # cast where it lies
                 data = cast.reshape(-1).view(torch.uint8).numpy().data
                 found = adler32(data, found)
                 file.write(data)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import EngineError
-from areal_agents.weights.base import LoadedWeights, check, checksum, layout, views
+from areal_agents.weights.base import LoadedWeights, check, checksum, fill, layout, views
 
 
 class SharedWeights:
@@ -32,9 +32,7 @@ class SharedWeights:
 
     def fill(self, tensors: Mapping[str, Tensor], version: int) -> WeightsRef:
         """Copy (and cast) ``tensors`` in and return the reference to them."""
-        with torch.no_grad():
-            for name, target in self._tensors.items():
-                target.copy_(tensors[name])
+        fill(self._tensors, tensors)
         return WeightsRef(
             version=version,
             locator=f"/proc/{os.getpid()}/fd/{self._fd}",

@@ -38,6 +38,7 @@ def test_short_names_and_settings_are_the_same(
     assert env == EnvConfig(id=ENV, difficulty=0.5, sandbox="s")
     assert options == {
         "model": ModelConfig(path="m", max_context=99), "split": "held_out", "n": 4, "k": 2, "temperature": 0.5,
+        "task_seed": 0,
         "seed": 3, "out": tmp_path, "engine": EngineConfig(), "rollout": RolloutConfig(max_turn_tokens=9, max_turns=5),
     }  # fmt: skip
     assert json.loads(report.read_text()) == {"pass_at_1": 0.5, "pass_at_k": None}
@@ -100,7 +101,7 @@ def test_a_served_model(recorder: Recorder, capsys: pytest.CaptureFixture[str]) 
         (["--n", "0"], "eval.n = 0 (--n): expected a whole number, at least 1"),
         (["--temperature", "-1"], "eval.temperature = -1 (--temperature): expected a number, at least 0"),
         (["--n", "4", "--eval.n", "8"], "--n 4 and --eval.n 8 are one setting, eval.n: give one of them"),
-        (["--lerner.lr", "3"], "unknown setting lerner.lr (--lerner.lr): did you mean learner.lr or warm_start.lr?"),
+        (["--lerner.lr", "3"], "unknown setting lerner.lr (--lerner.lr): sections: model, env, engine, rollout, eval;"),
         (["--engine.max-batc", "3"], "unknown setting engine.max-batc (--engine.max-batc): did you mean engine.max_b"),
         (["--rollout", "3"], "--rollout is a section, not a setting"),
         (["--learner.lr", "3"], "--learner.lr means nothing for an evaluation: it trains nothing"),

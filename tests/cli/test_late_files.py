@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from areal_agents.cli.common import require_writable
+from areal_agents.cli.common import require_writable, write_json
 from areal_agents.cli.main import main
 from areal_agents.errors import ArealError
+from areal_agents.tracking.plot import Panel, plot_runs
 from tests.cli.recorder import Recorder
+from tests.small_disk import fill, small_disk
 
 
 def test_a_report_that_could_not_be_written_is_refused_before_anything_is_played(
@@ -34,3 +36,54 @@ def test_what_this_user_may_not_write_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(ArealError, match="may not be written by this user"):
         require_writable(tmp_path / "x.json")
+
+
+def test_a_file_is_whole_or_what_it_was_and_a_device_stays_one(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        write_json({"a": 1}, disk / "x.json")
+        ballast = fill(disk, room=1 << 13)
+        with pytest.raises(ArealError, match=r"cannot write .*x\.json: No space left on device: free some space"):
+            write_json(["long"] * 9000, disk / "x.json")
+        assert (disk / "x.json").read_text() == '{\n  "a": 1\n}\n'
+        with pytest.raises(ArealError, match=r"cannot write .*curves\.png: No space left on device: free some space"):
+            plot_runs([Panel("reward", "", ())], disk / "curves.png")
+        assert sorted(f.name for f in disk.iterdir()) == ["ballast", "x.json"]
+        ballast.unlink()
+    (tmp_path / "link.json").symlink_to(tmp_path / "there.json")
+    write_json(1, tmp_path / "link.json")
+    assert (tmp_path / "there.json").read_text() == "1\n"
+    assert (tmp_path / "link.json").is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(2, tmp_path / "pipe")
+    assert os.read(reader, 9) == b"2\n"
+    os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(28, "No space left on device", "/nowhere/x"),
+            "cannot write /nowhere/x: No space left on device: free",
+        ),
+        (OSError(28, "No space left on device"), "free some space on the disks of --out and of the temporary files"),
+        (
+            FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"),
+            "set TMPDIR to a folder with room",
+        ),
+    ],
+)
+def test_a_full_disk_that_nothing_else_told_of_is_one_sentence(
+    error: OSError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*given: object) -> int:
+        raise error
+
+    monkeypatch.setattr("areal_agents.cli.commands.Envs.run", run)
+    assert main(["envs"]) == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    with pytest.raises(OSError, match=str(error.strerror)[:12]):
+        main(["envs", "--debug"])

@@ -84,6 +84,12 @@ def test_eval_json_alone_on_standard_output(
     [
         (["eval", "a/B-v0"], "error: --model is missing"),
         (["check"], "error: name an environment"),
+        (
+            ["check", "a/B-v0", "a/C-v0", "--env.kwargs.n", "3"],
+            "error: --env.kwargs.n is an argument of one environment",
+        ),
+        (["check", "--all", "--env.kwargs.n=3"], "error: --env.kwargs.n=3 is an argument of one environment"),
+        (["check", "--model", "m", "--env.kwargs.n", "3"], "error: --model checks a model: leave out --env.kwargs.n"),
     ],
 )
 def test_usage_errors_are_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +98,15 @@ def test_usage_errors_are_2(argv: list[str], message: str, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    "argv", [["evl"], ["eval", "a/B-v0", "c"], ["train", "a", "b"], ["model"], ["eval", "x", "--modl", "m"]]
+    "argv",
+    [
+        ["evl"],
+        ["eval", "a/B-v0", "c"],
+        ["train", "a", "b"],
+        ["model"],
+        ["eval", "x", "--modl", "m"],
+        ["check", "a/B-v0", "--env.sandbox", "none"],
+    ],
 )
 def test_parser_errors_are_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -107,6 +121,10 @@ def test_parser_errors_are_2(argv: list[str]) -> None:
         (["train", "--lerner.lr", "3"], "error: unknown setting lerner.lr (--lerner.lr): did you mean learner.lr"),
         (["model", "pull", "smolm2"], "error: no embedded model 'smolm2': did you mean 'smollm2'?\n"),
         (["check", "areal/Arithmetik-v0"], "error: unknown environment 'areal/Arithmetik-v0' (did you mean 'areal/Ari"),
+        (
+            ["check", "areal/Questions-v0", "--env.kwargs.paht", "q"],
+            "error: areal/Questions-v0: Questions does not take",
+        ),
         (["eval", "areal/Arithmetik-v0", "--model", "smollm2"], "error: unknown environment 'areal/Arithmetik-v0'"),
     ],
 )
@@ -164,10 +182,12 @@ def test_check_reports_and_sets_the_exit_code(
     from areal_agents.chat.options import ChatOptions
     from areal_agents.conformance.check import CheckReport, CheckResult
 
-    def check(env_id: str, *, tokenizer: str | None, chat: ChatOptions) -> CheckReport:
+    def check(env_id: str, *, tokenizer: str | None, chat: ChatOptions, kwargs: dict[str, Any]) -> CheckReport:
+        given.append(kwargs)
         status: Any = "passed" if env_id == "a/Good-v0" else "failed"
         return CheckReport(env_id, (CheckResult("seeds", status, f"tokenizer {tokenizer}"),))
 
+    given: list[dict[str, Any]] = []
     monkeypatch.setattr(module, "check", check)
     assert main(["check", "a/Good-v0", "--tokenizer", "none"]) == 0
     assert "tokenizer None" in capsys.readouterr().out
@@ -176,6 +196,14 @@ def test_check_reports_and_sets_the_exit_code(
     assert [(r["env"], r["passed"]) for r in rows] == [("a/Good-v0", True), ("a/Bad-v0", False)]
     assert main(["check", "a/Good-v0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["env"] == "a/Good-v0"
+    assert given == [{}] * 4
+    own = ["check", "areal/Questions-v0", "--env.kwargs.test_path=none.jsonl", "--tokenizer", "none"]
+    assert main([*own, "--env.kwargs.path", "q.jsonl", "--json", "--env.kwargs.verify", "{precision = 2}"]) == 1
+    assert given[4] == {"test_path": "none.jsonl", "path": "q.jsonl", "verify": {"precision": 2}}
+    assert main(["check", "--env.kwargs", "{path = 'q.jsonl'}", "areal/Questions-v0"]) == 1
+    assert given[5] == {"path": "q.jsonl"}
+    assert main(["check", "--env.kwargs.test-path", "q.jsonl", "areal/Questions-v0"]) == 1
+    assert "'test-path'; write test_path for test-path" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_quiet() -> None:

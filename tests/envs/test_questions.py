@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 import areal_agents
 from areal_agents.chat.toolcalls import parse_text
-from areal_agents.envs.questions import SAMPLE, gold_of, split_of
+from areal_agents.envs.questions import SAMPLE, Questions, gold_of, split_of
 from areal_agents.errors import ConfigError, RegistryError
 from areal_agents.rollout.script import expert_of
 from areal_agents.types import Task
@@ -75,6 +77,8 @@ def test_a_question_stays_in_its_split(tmp_path: Path) -> None:
     names = [f"question {i}" for i in range(200)]
     one = written(tmp_path / "one.jsonl", *map(row, names))
     two = written(tmp_path / "two.jsonl", *map(row, reversed(names)), row("new"), row("question 3"))
+    with pytest.warns(UserWarning, match="two.jsonl: 1 of its 202 rows ask what an earlier one asks"):
+        tasks("train", two)
     for split in ("train", "test"):
         assert {t.payload["question"] for t in tasks(split, one)} <= {t.payload["question"] for t in tasks(split, two)}
         assert all(split_of(t.payload["question"]) == split for t in tasks(split, two))
@@ -127,8 +131,14 @@ def test_a_row_that_is_none_is_told_with_its_line(tmp_path: Path, lines: list[An
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         tasks("train", str(tmp_path / "none.jsonl"))
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match="is a folder, and no file"):
         tasks("train", str(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero"):
+        with pytest.raises(ConfigError, match="is a pipe, a device or a socket, and no file"):
+            tasks("train", path)
+        with pytest.raises(ConfigError, match="is a pipe, a device or a socket, and no file"):
+            tasks("test", SAMPLE, test_path=path)
     (tmp_path / "latin").write_bytes(b'{"question": "\xe9", "answer": 1}')
     with pytest.raises(ConfigError, match="not UTF-8"):
         tasks("train", str(tmp_path / "latin"))
@@ -148,3 +158,48 @@ def test_an_episode_without_a_task_draws_from_the_given_file(tmp_path: Path) -> 
 def test_a_path_that_is_none() -> None:
     with pytest.raises(ConfigError, match="is no path"):
         tasks("train", "a\0b")
+
+
+def test_rows_that_contradict_each_other_are_refused_with_their_lines(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "q.jsonl", row("2 + 2?", "4"), "", row("other", "1"), row("2 + 2?", "so\n#### 5"), row("p", "cat"),
+        row(" 2  +\n2? ", 5), row("p", "dog"), row("other", "2/2"),
+    )  # fmt: skip
+    lines = ["lines 1 and 4: ['4'] and ['5']", "lines 1 and 6: ['4'] and ['5']", "lines 5 and 7: ['cat'] and ['dog']"]
+    for split in ("train", "test"):
+        with pytest.raises(ConfigError, match="of 3 questions there are two rows") as error:
+            tasks(split, path)
+        assert [line.strip() for line in str(error.value).splitlines()[1:]] == lines
+    many = written(tmp_path / "many.jsonl", *(row(f"q{i % 20}", str(i)) for i in range(40)))
+    with pytest.raises(ConfigError, match=r"lines 10 and 30: \['9'\] and \['29'\]\n  and 10 more"):
+        tasks("train", many)
+
+
+def test_rows_that_repeat_another_are_counted_and_stay(tmp_path: Path) -> None:
+    rows = [row("half", "1/2"), row("half", "0.5"), row("half ", ["2", r"\frac12"]), row("x", "(("), row("x", "))")]
+    path = written(tmp_path / "q.jsonl", *rows, row("x", "(("))
+    with pytest.warns(UserWarning, match="4 of its 6 rows ask what an earlier one asks, with the same answer"):
+        found = tasks("train", path) + tasks("test", path)
+    assert sorted(t.seed for t in found) == [1, 2, 3, 4, 5, 6]
+    assert len({t.id.partition("-")[0] for t in found if t.payload["question"].startswith("half")}) == 1
+
+
+def test_one_question_about_other_things_is_another_question(tmp_path: Path) -> None:
+    rows = [row("Which?", "A") | {"choices": "1 2"}, row("Which?", "B") | {"choices": "2 1"}]
+    path = written(tmp_path / "q.jsonl", *rows)
+
+    class Chosen(Questions):
+        @classmethod
+        def payload(cls, row: Mapping[str, Any], question: str, answer: str) -> dict[str, Any]:
+            return super().payload(row, question, answer) | {"choices": row["choices"]}
+
+    assert len([*Chosen.tasks("train", path=path), *Chosen.tasks("test", path=path)]) == 2
+    with pytest.raises(ConfigError, match="two rows with different answers"):
+        Questions.tasks("train", path=path)
+
+
+def test_a_split_that_is_none_is_refused_with_those_that_are() -> None:
+    with pytest.raises(RegistryError, match="no split 'validation'; its splits are train, test"):
+        tasks("validation", SAMPLE)
+    with pytest.raises(ConfigError, match="no split 'validation': its splits are train, test"):
+        Questions.tasks("validation", path=SAMPLE, test_path=SAMPLE)

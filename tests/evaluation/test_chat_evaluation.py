@@ -59,7 +59,15 @@ def run_evaluation(out: Path, url: str, **settings: Any) -> EvalReport:
     options: dict[str, Any] = {"n": 8, "k": 2} | settings
     server = Server(url, concurrency=3, requests_per_minute=100_000)
     return asyncio.run(
-        evaluate(ENV, model=model, rollout=RolloutConfig.model_validate(limits), server=server, out=out, **options)
+        evaluate(
+            ENV,
+            model=model,
+            rollout=RolloutConfig.model_validate(limits),
+            server=server,
+            out=out,
+            task_seed=None,
+            **options,
+        )
     )
 
 
@@ -175,6 +183,7 @@ def test_model_and_server_belong_together(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with chat_server(scripted) as server:
         argv = ["eval", ENV, "--model", "openai:m", "--url", server.url, "--n", "4", "--max-turns", "4"]
+        argv += ["--eval.task_seed", "none"]
         assert main([*argv, "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert f"served: scripted-1 at {server.url}/chat/completions" in out
@@ -257,6 +266,7 @@ def test_cut_filtered_and_empty_replies_are_shown_apart_and_are_no_answers(
 
     with chat_server(replies) as server:
         argv = ["eval", ENV, "--model", "openai:m", "--url", server.url, "--n", "5", "--rollout.max-turn-tokens", "20"]
+        argv += ["--eval.task_seed", "none"]
         assert main([*argv, "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["pass_at_1"], report["truncation_rate"], report["infra_rate"]) == (0.2, 0.8, 0.0)

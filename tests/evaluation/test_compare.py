@@ -139,7 +139,8 @@ def test_notes_on_what_weakens_the_numbers() -> None:
     assert rough.notes == ("only 3 tasks differ: the t interval is rough, the test is exact",)
     a = evaluation("a", {f"t{i}": [i % 2, 1] for i in range(40)}, env="x/A-v0")
     b = evaluation("b", {f"t{i}": [1] if i == 3 else [1, i % 3 > 0] for i in range(40)}, env="x/A-v1")
-    uneven, environments = compare(a, b).notes
+    uneven, fewer, environments = compare(a, b).notes
+    assert fewer == "pass@2 and pass^2 are over the 39 tasks with 2 attempts on both sides"
     assert uneven.startswith("1 times a task lacks attempts")
     assert environments == "the environments differ: x/A-v0 and x/A-v1"
 

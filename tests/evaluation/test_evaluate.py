@@ -22,11 +22,12 @@ from areal_agents.errors import (
     SandboxUnavailable,
     TemplateError,
 )
-from areal_agents.evaluation.evaluate import evaluate, held_out
+from areal_agents.evaluation.evaluate import evaluate
+from areal_agents.evaluation.held_out import held_out
 from areal_agents.evaluation.progress import Progress
 from areal_agents.evaluation.report import EvalReport, compare_table, summarize
 from areal_agents.evaluation.saved_run import SavedRun
-from areal_agents.settings.config import EngineConfig, EnvConfig, ModelConfig, RolloutConfig
+from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.types import (
     AssistantMessage,
@@ -135,7 +136,13 @@ def test_the_table_has_what_several_attempts_say_and_a_word_where_they_are_the_s
         "%",
         "CI",
         "pass@2",
+        "95",
+        "%",
+        "CI",
         "pass^2",
+        "95",
+        "%",
+        "CI",
         "n",
         "valid",
         "calls",
@@ -145,7 +152,7 @@ def test_the_table_has_what_several_attempts_say_and_a_word_where_they_are_the_s
         "truncated",
         "infra",
     ]
-    assert row.split()[:1] + row.split()[3:6] == ["e:test", "1.000", "0.500", "2"]
+    assert row.split()[:1] + row.split()[3:6:2] + row.split()[7:8] == ["e:test", "1.000", "0.500", "2"]
     assert note == (
         "note: all 2 attempts at a task are the same at temperature 0, but for what its environment draws from its "
         "seed: pass@2 and pass^2 say nothing more than pass@1 (--temperature 1, or --k 1)"
@@ -157,7 +164,7 @@ def test_the_table_has_what_several_attempts_say_and_a_word_where_they_are_the_s
     assert "note" not in one.table()
     mixed = compare_table({"one": one, "warm": warm}).splitlines()
     assert "pass@k" in mixed[0]
-    assert mixed[3].split()[3:5] == ["1.000", "0.500"]
+    assert mixed[3].split()[3:6:2] == ["1.000", "0.500"]
 
 
 def test_an_interrupted_report_says_so() -> None:
@@ -180,9 +187,9 @@ def test_an_interrupted_report_is_of_the_attempts_that_were_asked_for() -> None:
 
 def test_more_tasks_than_there_are() -> None:
     spec = registry.spec("tests.letters_env:Letters")
-    assert len(held_out(spec, "test", 8, difficulty=None, tell=print)) == 8
+    assert len(held_out(spec, EvalConfig(n=8), difficulty=None, tell=print)[0]) == 8
     with pytest.raises(ConfigError, match=r"test has 8 tasks, but eval\.n = 9"):
-        held_out(spec, "test", 9, difficulty=None, tell=print)
+        held_out(spec, EvalConfig(n=9), difficulty=None, tell=print)
 
 
 def test_progress_is_not_chatty() -> None:
@@ -218,7 +225,7 @@ def test_a_real_engine_leaves_report_and_trajectories(tmp_path: Path) -> None:
     assert max(t.sampled_tokens for t in saved) <= 12  # two turns of six
     table = tomllib.loads((out / "config.toml").read_text())
     assert (table["eval"], table["env"]["step_timeout"]) == (
-        {"split": "test", "n": 4, "k": 2, "temperature": 1.0}, 33.0,
+        {"split": "test", "n": 4, "task_seed": 0, "k": 2, "temperature": 1.0}, 33.0,
     )  # fmt: skip
     assert not {"algorithm", "learner", "steps"} & set(table)
     assert not {"groups", "transport", "split"} & {*table["rollout"], *table["engine"], *table["env"]}

@@ -17,6 +17,7 @@ from areal_agents.tracking.journal import Journal
 from areal_agents.types import Task
 from tests.chat_envs import Sums
 from tests.chat_server import chat_server
+from tests.small_disk import small_disk
 from tests.unfinished import (
     ENV,
     SECONDS,
@@ -177,3 +178,24 @@ def test_past_a_share_of_bad_tasks_it_stops_says_which_and_goes_on(
         assert main(["eval", "--resume", str(out), "--rollout.max_bad_tasks", "0.5"]) == 0
     report = json.loads((out / "report.json").read_text())
     assert (report["attempts"], len(report["left_out"]), report["unplayed"]) == (26, 14, 0)
+
+
+@pytest.mark.parametrize("inodes", range(1, 7))
+def test_a_start_that_no_file_is_left_for_leaves_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], inodes: int
+) -> None:
+    """The disk itself is one; then come the folder, its two below, the lines, the settings and the sitting."""
+    with small_disk(tmp_path / "disk", inodes=inodes) as disk, chat_server(answers) as server:
+        assert main(command(disk / "out", server.url)) == 1
+        said = capsys.readouterr().err
+        assert said.count("cannot be written (No space left on device): remove some files on that disk") == 1, said
+        assert list(disk.iterdir()) == []
+
+
+def test_a_start_that_finds_no_server_key_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AREAL_NO_KEY", raising=False)
+    assert main([*command(tmp_path / "out", "http://127.0.0.1:9/v1"), "--api-key-env", "AREAL_NO_KEY"]) == 1
+    assert "AREAL_NO_KEY" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -11,8 +11,9 @@ import transformers
 from torch import nn
 
 from areal_agents.errors import ModelError
-from areal_agents.learner.forward import TREE, Decoder, Scores
+from areal_agents.learner.forward import Decoder, Scores
 from areal_agents.learner.packing import Ints, pack_rows
+from areal_agents.learner.tree_attention import TREE
 from tests.tiny_models import tiny_model
 
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.nn.attention import varlen
 from torch.nn.attention.bias import CausalBias
 
 from areal_agents.learner import checkpoint
-from areal_agents.learner.forward import Decoder, Tree, tree_attention
+from areal_agents.learner import tree_attention as room
+from areal_agents.learner.forward import Decoder
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.learner.packing import Pack, Segment, pack_rows
 from areal_agents.learner.probe import probe
+from areal_agents.learner.tree_attention import Tree, tree_attention
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from tests.fake_cuda import CUDA, fake_cuda, is_dense, move
 from tests.learner.test_forward import rows_with_shared_prefixes
@@ -84,6 +90,125 @@ def test_masks_of_gpus_and_cpus_mean_the_same(monkeypatch: pytest.MonkeyPatch) -
         found.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def slow_flash(
+    q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor, bounds_k: Tensor, max_q: int, max_k: int, *, scale: float
+) -> Tensor:
+    """Causal attention over sequences of any lengths, one query after the other; the last one sees every key."""
+    assert bounds_q.dtype == bounds_k.dtype == torch.int32
+    assert (max_q, max_k) == (int(bounds_q.diff().max()), int(bounds_k.diff().max()))
+    out = []
+    for i in range(len(bounds_q) - 1):
+        (a, b), (c, d) = bounds_q[i : i + 2].tolist(), bounds_k[i : i + 2].tolist()
+        for n in range(a, b):
+            keys, values = (x[c : d - (b - 1 - n)].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            scores = torch.einsum("hd,thd->ht", q[n], keys) * scale
+            out.append(torch.einsum("ht,thd->hd", scores.softmax(-1), values))
+    return torch.stack(out)
+
+
+def test_all_segments_in_one_call_mean_the_same_as_one_call_a_segment() -> None:
+    pack = one_pack()
+    tree = Tree(pack, torch.device("cpu"))
+    assert any(len(s.path) > 1 for s in pack.segments), "a fork of a fork"
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, pack.tokens, 16, requires_grad=True) for heads in (6, 2, 2)]
+    weights = torch.randn(1, pack.tokens, 6, 16)
+    query, key, value = inputs
+    found = []
+    for out in (
+        tree_attention(nn.Identity(), query, key, value, None, scaling=0.25, tree=tree)[0],
+        room._in_one_call(slow_flash, query, key, value, 0.25, tree),
+    ):
+        assert out.shape == weights.shape
+        found.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "one"),
+    [
+        ((8, 0), torch.bfloat16, 64, True),
+        ((9, 0), torch.bfloat16, 256, True),
+        ((7, 5), torch.bfloat16, 64, False),
+        ((9, 0), torch.float32, 64, False),
+        ((9, 0), torch.bfloat16, 264, False),
+        ((9, 0), torch.bfloat16, 60, False),
+    ],
+)
+def test_one_call_is_taken_where_flash_attention_has_a_kernel(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(room, "_doubt", lambda *args: "")
+    assert (room._flash.__wrapped__(CUDA, dtype, head_dim) is not None) is one
+
+
+def test_a_flash_attention_that_disagrees_is_not_used_and_this_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert room._doubt(slow_flash, cpu, torch.float32, 16) == ""
+
+    def upper_left(q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float) -> Tensor:
+        return slow_flash(q, k.flip(0), v, *rest, scale=scale)
+
+    assert re.fullmatch(
+        r"it is \S+ off, relatively, from one call a segment", room._doubt(upper_left, cpu, torch.float32, 16)
+    )
+
+    def refuses(*args: Any, **named: Any) -> Tensor:
+        raise RuntimeError("no kernel\nwith a trace")
+
+    assert room._doubt(refuses, cpu, torch.float32, 16) == "it raises no kernel"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(room, "_doubt", lambda *args: "it raises no kernel")
+    with pytest.warns(UserWarning, match="varlen_attn is not used on NVIDIA H100: it raises no kernel"):
+        assert room._flash.__wrapped__(CUDA, torch.bfloat16, 64) is None
+
+
+def test_the_proof_of_flash_attention_leaves_a_checkpointed_layer_alone() -> None:
+    x = torch.ones(3, requires_grad=True)
+    proofs: list[str] = []
+
+    def layer(x: Tensor) -> Tensor:
+        if not proofs:  # the first time alone, as the cache has it
+            proofs.append(room._doubt(slow_flash, torch.device("cpu"), torch.float32, 16))
+        return (x * 2).exp()
+
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert proofs == [""]
+    torch.testing.assert_close(x.grad, torch.full((3,), 2 * float(np.exp(2))))
+
+
+def test_on_a_card_with_flash_attention_a_layer_is_one_call_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, pack = Decoder(tiny_model("qwen2"), torch.bfloat16), one_pack()
+    calls: list[tuple[Any, ...]] = []
+
+    def flash(*args: Any, **named: Any) -> Tensor:
+        calls.append(args)
+        assert named == {"window_size": (-1, 0), "enable_gqa": True, "scale": 0.25}
+        return torch.empty_like(args[0])
+
+    monkeypatch.setattr(varlen, "varlen_attn", functools.wraps(varlen.varlen_attn)(flash))
+    monkeypatch.setattr(room, "_doubt", lambda *args: "")
+    with fake_cuda(monkeypatch, capability=(9, 0)) as spy:
+        move(decoder)
+        with decoder.autocast():
+            hidden = decoder.hidden(pack)
+        assert (hidden.device, hidden.dtype) == (CUDA, torch.bfloat16)
+        assert len(calls) == 3, "one a layer"
+        seen = sum(s.stop - s.start for segment in pack.segments for s in _path(pack, segment))
+        for query, key, value, bounds_q, bounds_k, _, _ in calls:
+            assert {x.dtype for x in (query, key, value)} == {torch.bfloat16}
+            assert [tuple(x.shape) for x in (query, key, value)] == [(pack.tokens, 6, 16), (seen, 2, 16), (seen, 2, 16)]
+            assert len(bounds_q) == len(bounds_k) == len(pack.segments) + 1
+    assert not spy.calls
+
+
+def _path(pack: Pack, segment: Segment) -> list[Segment]:
+    return [*(pack.segments[p] for p in segment.path), segment]
 
 
 def test_the_mask_of_a_gpu_takes_no_memory() -> None:

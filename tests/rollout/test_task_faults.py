@@ -24,7 +24,7 @@ from areal_agents.rollout.player import LocalPlayer
 from areal_agents.rollout.producer import Rollouts, RolloutState
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.rollout.task_faults import TaskAttempts
-from areal_agents.rollout.tasks import TaskStream, first_tasks
+from areal_agents.rollout.tasks import TaskStream, tasks_at
 from areal_agents.toolenv import ToolEnv
 from areal_agents.tracking.trajectories import read_shard
 from areal_agents.trainer.rollout_state import rollouts_from_json, write_rollouts
@@ -377,7 +377,7 @@ def test_a_task_that_cannot_even_be_made_is_left_out(tmp_path: Path) -> None:
     assert len(train(World(), pool, saved=saved)[0]) == 24
     assert [name for name, _ in saved[0].tasks.left_out] == ["task 7 of the split"]
     told: dict[str, str] = {}
-    assert len(first_tasks(pool, 10, told.__setitem__)) == 9
+    assert len(tasks_at(pool, range(10), told.__setitem__)) == 9
     assert list(told) == ["task 7 of the split"]
 
 

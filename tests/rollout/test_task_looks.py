@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import re
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 
@@ -25,7 +26,7 @@ def task(i: int, **payload: Any) -> Task:
 
 
 def look(tasks: Any, reward: Any, **limits: Any) -> Look:
-    return asyncio.run(look_at(tasks, task_checks(reward), seed=0, **limits))
+    return asyncio.run(look_at(tasks, task_checks(reward), where="own/Env-v0:train", seed=0, **limits))
 
 
 def brief(episode: Episode) -> float:
@@ -152,6 +153,92 @@ def test_time_bounds_the_look_and_a_lost_verifier_is_told() -> None:
 
     with pytest.raises(InfraError, match="no process"):
         look([task(0)], Lost())
+
+
+FREE = threading.Event()
+"""Ends the threads that a test has left blocked."""
+
+
+@pytest.fixture
+def freed() -> Iterator[None]:
+    FREE.clear()
+    yield
+    FREE.set()
+
+
+class BlocksAtOnce:
+    def require_scorable(self, task: Task) -> None:
+        if task.seed == 1:
+            FREE.wait()
+
+
+class BlocksTheLoop:
+    async def require_scorable(self, task: Task) -> None:
+        if task.seed == 1:
+            await asyncio.sleep(0)
+            FREE.wait()
+
+
+class KeepsOn:
+    async def require_scorable(self, task: Task) -> None:
+        while task.seed == 1 and not FREE.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("reward", [BlocksAtOnce(), BlocksTheLoop(), KeepsOn()], ids=lambda r: type(r).__name__)
+def test_a_check_that_never_returns_is_named_with_its_task(reward: Any, freed: None) -> None:
+    match = rf"own/Env-v0:train: {type(reward).__name__}.require_scorable, the check of task 't1', has not returned"
+    with pytest.raises(TaskError, match=match):
+        look([task(i) for i in range(3)], reward, seconds=0.5)
+
+
+def test_a_task_that_is_never_made_is_named(freed: None) -> None:
+    def make(i: int) -> Task:
+        if i == 2:
+            FREE.wait()
+        return task(i, answer="1")
+
+    with pytest.raises(TaskError, match="own/Env-v0:train: the making of task 2 of the split has not returned"):
+        look(LazyTasks(3, make), boxed_number(), seconds=0.5)
+
+
+def test_a_long_look_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_agents.rollout.task_looks._QUIET_SECONDS", 0.0)
+    told: list[str] = []
+
+    class Slow:
+        async def require_scorable(self, task: Task) -> None:
+            if task.seed == 0:
+                raise TaskError("bad")
+            while not told:  # noqa: ASYNC110  of another thread
+                await asyncio.sleep(0.01)
+
+    assert look([task(i) for i in range(4)], Slow(), seconds=60.0, tell=told.append).seen == 4
+    assert told == ["looking at the tasks of own/Env-v0:train: 1 of 4, 1 cannot be scored"]
+
+
+def test_a_cancelled_look_ends_its_checks() -> None:
+    ended = threading.Event()
+    begun = threading.Event()
+
+    class Waits:
+        async def require_scorable(self, task: Task) -> None:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+    async def work() -> None:
+        looking = asyncio.create_task(look_at([task(0)], task_checks(cast(Any, Waits())), where="e:train", seed=0))
+        await asyncio.to_thread(begun.wait, 60)
+        looking.cancel()
+        await asyncio.wait((looking,))
+        assert looking.cancelled()
+        assert await asyncio.to_thread(ended.wait, 60)
+
+    asyncio.run(work())
 
 
 @pytest.mark.parametrize(

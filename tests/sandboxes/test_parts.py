@@ -119,7 +119,7 @@ def test_cgroup_v2_limits_and_counter(tmp_path: Path) -> None:
 
 
 def test_names_are_resolved() -> None:
-    assert sandboxes.names() == ("bubblewrap", "unsafe_local")
+    assert sandboxes.names() == ("bubblewrap", "docker", "unsafe_local")
     assert sandboxes.get("areal_agents.sandboxes.unsafe_local:UnsafeLocalBackend").name == "unsafe_local"
     with pytest.raises(RegistryError, match="Did you mean 'bubblewrap'"):
         sandboxes.get("bubblewarp")

@@ -60,7 +60,19 @@ HOW_TO_WRITE = (
             "env.kwargs",
             {"name": "x", "deep": {"a": [1, None]}},
         ),
-        (["--env.kwargs", "{a = 1}", "--env.kwargs.b-c", "-2"], "env.kwargs", {"a": 1, "b-c": -2}),
+        (["--env.kwargs", "{a = 1}", "--env.kwargs.b-c", "-2"], "env.kwargs", {"a": 1, "b_c": -2}),
+        (
+            ["--env.kwargs.test-path", "", "--env.kwargs.models.big-one", "x"],
+            "env.kwargs",
+            {"test_path": "", "models": {"big-one": "x"}},
+        ),
+        (["--env.kwargs", '{"b-c": 1}'], "env.kwargs", {"b-c": 1}),
+        (
+            ["--model.template-variables.enable-thinking", "false"],
+            "model.template_variables",
+            {"enable_thinking": False},
+        ),
+        (["--cluster.worker-resources.my-node", "1"], "cluster.worker_resources", {"my-node": 1.0}),
         (
             ["--model.template_variables.enable_thinking", "false"],
             "model.template_variables",
@@ -138,7 +150,7 @@ def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
         (["--learner", "3"], "--learner is a section, not a setting: use --learner.NAME with one of lr, "),
         (["--learner.lr"], "--learner.lr needs a value: a number, more than 0"),
         (["--learner.lr", "--steps", "3"], "--learner.lr needs a value"),
-        (["steps"], "unexpected argument 'steps': overrides look like --learner.lr 2e-6"),
+        (["steps"], "unexpected argument 'steps': overrides look like --engine.max_batch 8"),
         (["--"], "unexpected argument '--'"),
         (
             ["--env.kwargs.level", "3", "--env.kwargs", '{"level": 4}'],

@@ -18,6 +18,7 @@ from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.trainer.loop import batch_of, rollout_metrics, train
 from areal_agents.trainer.resume import refuse_taken
+from areal_agents.trainer.run_folder import RunFolder
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn
 from tests.letters_env import Letters
 from tests.tiny_models import tiny_chat_model
@@ -133,12 +134,11 @@ def test_engines_and_learner_have_all_cores_and_no_more(monkeypatch: pytest.Monk
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
-    config = TrainConfig(out=tmp_path / "run")
-    refuse_taken(config)
+    refuse_taken(RunFolder(tmp_path / "run"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text("")
     with pytest.raises(ConfigError, match="holds another run"):
-        refuse_taken(config)
+        refuse_taken(RunFolder(tmp_path / "run"))
 
 
 def test_wrong_names_fail_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -276,30 +276,6 @@ def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_once_there_is_room(tmp
         check_lineage(c)
 
 
-@pytest.mark.slow
-def test_a_finished_run_is_left_alone_and_may_get_more_steps(tmp_path: Path) -> None:
-    c = config(tmp_path, steps=4, env={"difficulty": 0.012}, checkpoint={"every": 1, "keep": 1, "keep_every": 3})
-    first = asyncio.run(train(c, resume=True, console=False))  # nothing there yet: it starts
-    before = {f: f.stat().st_mtime_ns for f in c.out.rglob("*") if f.is_file() and f.name != "lock"}
-    again = asyncio.run(train(c, resume=True, console=False))
-    assert again.reports == first.reports
-    assert {f: f.stat().st_mtime_ns for f in c.out.rglob("*") if f.is_file() and f.name != "lock"} == before
-    with pytest.raises(ConfigError, match="holds another run: go on with it by --resume"):
-        asyncio.run(train(c, console=False))
-    longer = c.model_copy(update={"steps": 6})
-    result = asyncio.run(train(longer, resume=True, console=False))
-    assert result.reports["before"] == first.reports["before"]
-    assert result.reports["after_rl"].version == 6
-    check_lineage(longer)
-    assert sorted(f.name for f in (c.out / "checkpoints").iterdir()) == ["step-000003", "step-000006"]
-    with pytest.raises(ConfigError, match="has 6 steps behind it, but steps = 4"):
-        asyncio.run(train(c, resume=True, console=False))
-    other = longer.model_copy(update={"seed": 5, "learner": c.learner.model_copy(update={"lr": 5e-4})})
-    with pytest.raises(ConfigError, match="seed was 0 and is 5 now") as caught:
-        asyncio.run(train(other, resume=True, console=False))
-    assert "learner.lr" not in str(caught.value)  # that one may change
-
-
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     with RunFolder(tmp_path), pytest.raises(ConfigError, match=f"is in use by process {os.getpid()}"):  # noqa: SIM117
         with RunFolder(tmp_path):

@@ -17,9 +17,11 @@ from areal_agents.rollout.buffer import BufferState, Ticket
 from areal_agents.rollout.producer import OpenGroup, RolloutState
 from areal_agents.rollout.tasks import StreamState, TaskStream
 from areal_agents.settings.config import TrainConfig
+from areal_agents.trainer.loop import train
 from areal_agents.trainer.run_folder import Commit, RunFolder
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn
 from tests.small_disk import fill, small_disk
+from tests.tiny_models import tiny_chat_model
 
 REPORT = EvalReport(
     "e", "test", "m", 3, 0.0, 0, 4, 1, 4, 0.5, (0.25, 0.75), 0.5, None, 0.5, 1.0, None, 0.0, 0.0, 0.0, 2.0, 9.0, 1.5
@@ -95,7 +97,9 @@ def test_a_failed_save_is_named_and_leaves_what_was_committed(tmp_path: Path, er
     with RunFolder(tmp_path) as folder:
         commit = Commit(1, save(folder, 1, state()))
         folder.commit(commit)
-        with pytest.raises(CheckpointError, match=r"step 2 cannot be written .* GB free.*go on with --resume"):
+        with pytest.raises(
+            CheckpointError, match=r"step 2 cannot be saved: .*go on with --resume.* committed before is whole"
+        ):
             save(folder, 2, state(), error)
         assert [f.name for f in folder.checkpoints.iterdir()] == ["step-000001"]
         assert folder.read_commit() == commit
@@ -211,6 +215,46 @@ def test_a_full_disk_is_one_sentence_already_at_the_lock(tmp_path: Path) -> None
             with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\): free some space"):
                 RunFolder(out).__enter__()
         assert sorted(f.name for f in disk.iterdir()) == ["ballast"]
+
+
+def test_a_disk_without_files_left_says_so_at_the_lock(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", inodes=2) as disk:
+        with pytest.raises(ConfigError, match=r"remove some files .*has room for 1.0 MB, but for no more files\), or"):
+            RunFolder(disk / "run").__enter__()
+        assert list(disk.iterdir()) == []
+
+
+def test_settings_that_a_full_disk_refuses_say_what_to_do(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk, RunFolder(disk / "run") as folder:
+        fill(disk)
+        with pytest.raises(CheckpointError, match=r"config.toml cannot be written \(No space .*: free .*resume"):
+            folder.write_settings("a = 1")
+
+
+def test_a_checkpoint_that_does_not_fit_says_how_much_it_takes(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk, RunFolder(disk / "run") as folder:
+        folder.require_room(50_000, checkpoint=True)  # 0.6 MB, and 0.1 MB of the model
+        fill(disk, room=200_000)
+        with pytest.raises(CheckpointError) as caught:
+            save(folder, 2, None, OSError(28, "No space left on device"))
+        assert "cannot be written (No space left on device): free about 0.6 MB on that disk (0." in str(caught.value)
+        with pytest.raises(ConfigError, match=r"0.2 MB are free there, and a checkpoint and .* about 0.7"):
+            folder.require_room(50_000, checkpoint=True)
+        with pytest.raises(ConfigError, match=r"and the trained model take about 0.4 MB: free some space"):
+            folder.require_room(200_000, checkpoint=False)
+        folder.require_room(50_000, checkpoint=False)
+
+
+def test_a_run_that_cannot_fit_ends_before_its_engine_starts_and_leaves_nothing(tmp_path: Path) -> None:
+    model = tiny_chat_model(tmp_path / "model")
+    with small_disk(tmp_path / "disk") as disk:
+        config = TrainConfig.model_validate(
+            {"out": disk / "run", "model": {"path": str(model)}, "env": {"id": "tests.letters_env:Letters"},
+             "eval": {"n": 4}}
+        )  # fmt: skip
+        with pytest.raises(ConfigError, match=r"MB are free there, and a checkpoint and .* take about 1.3"):
+            asyncio.run(train(config, console=False))
+        assert list(disk.iterdir()) == []
 
 
 def test_only_a_folder_of_nobody_elses_is_gone_on_with(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from areal_agents.utils.files import atomic_folder, cut_torn_line, write_atomically
+from areal_agents.utils.files import atomic_folder, cut_torn_line, is_full, unwritable, unwritten, write_atomically
 from tests.small_disk import fill, small_disk
 
 
@@ -58,3 +60,26 @@ def test_torn_lines(tmp_path: Path, text: bytes, left: bytes) -> None:
     (tmp_path / "x").write_bytes(text)
     cut_torn_line(tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == left
+
+
+def test_what_a_full_disk_needs_is_said(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with small_disk(tmp_path / "disk") as disk:
+        fill(disk, room=300_000)
+        for error in (full, RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")):
+            assert is_full(error)
+            said = str(unwritable(disk / "new" / "x", error, need=2_500_000_000))
+            assert said.endswith(
+                "x cannot be written (No space left on device): free about 2.5 GB on that disk (0.3 MB are free), "
+                "then go on with --resume"
+            ), said
+        assert "free some space on that disk, or write to another disk" in str(unwritten(disk / "x", full))
+    with small_disk(tmp_path / "files", inodes=2) as disk:
+        (disk / "one").touch()
+        with pytest.raises(OSError, match="No space left") as caught:
+            (disk / "two").touch()
+        said = str(unwritable(disk / "two", caught.value))
+        assert "remove some files on that disk (it has room for 1.0 MB, but for no more files), then go on" in said
+    denied = OSError(errno.EACCES, os.strerror(errno.EACCES))
+    assert not is_full(denied)
+    assert "(Permission denied): make it writable, then go on" in str(unwritable(tmp_path / "x", denied))

@@ -14,7 +14,8 @@ import torch
 
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import EngineError
-from areal_agents.weights.base import checksum, layout
+from areal_agents.weights import base
+from areal_agents.weights.base import adler32, checksum, layout
 from areal_agents.weights.shared_memory import AttachedWeights, SharedWeights
 
 
@@ -61,6 +62,16 @@ def test_a_second_fill_changes_the_checksum() -> None:
 def test_the_checksum_is_adler32_across_chunks() -> None:
     data = os.urandom(1000) * 20_000  # 20 MB: more than one chunk
     assert checksum(memoryview(data)) == f"adler32:{zlib.adler32(data):08x}"
+
+
+@pytest.mark.parametrize("cores", [1, 2, 16])
+def test_the_checksum_is_the_same_on_any_number_of_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "available_cores", lambda: cores)
+    monkeypatch.setattr(base, "_CHUNK", 7)
+    for length in (0, 1, 6, 7, 8, 13, 14, 500):
+        data = bytes([255] * length)  # the largest sums
+        assert adler32(memoryview(data)) == zlib.adler32(data)
+        assert adler32(memoryview(data), 0xFFF0_FFF0) == zlib.adler32(data, 0xFFF0_FFF0)
 
 
 def test_gone_and_short_weights_are_errors() -> None:

@@ -105,6 +105,8 @@ class ToolFormat(ABC):
     """What the inside of a call must be."""
     openers: ClassVar[tuple[str, ...]] = ()
     """The markup that begins a call."""
+    begins_calls_alone: ClassVar[tuple[str, ...] | None] = None
+    """Those texts that begin a call and nothing else. None where they are the ``openers``."""
     control: ClassVar[tuple[str, ...]] = ()
     """Markup that is a control token where the tokenizer has it."""
     inline: ClassVar[bool] = True

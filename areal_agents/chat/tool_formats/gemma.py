@@ -34,6 +34,7 @@ class Gemma(ToolFormat):
     closing = FENCE
     wanted = "a call with literal arguments"
     openers = (FENCE,)
+    begins_calls_alone = tuple(FENCE + info for info in _CALLS[:2])  # the third begins with the second
 
     def read(self, source: Source, start: int, room: int) -> tuple[list[Block], int]:
         info = _INFO.match(source.text, start + len(FENCE))

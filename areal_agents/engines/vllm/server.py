@@ -38,6 +38,8 @@ from areal_agents.chat_model import REMOTE
 from areal_agents.engines.process_group_reaper import __file__ as guard_script
 from areal_agents.engines.process_group_reaper import killable, members
 from areal_agents.engines.vllm.cpu_build import CPU_WORKER, is_cpu_build
+from areal_agents.engines.vllm.server_process import CALLS_BEGIN, MIDDLEWARE, REFUSED
+from areal_agents.engines.vllm.server_process import __name__ as SERVER_PROCESS
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.utils.packages import require_package
 from areal_agents.utils.precision import Precision, number_format
@@ -86,9 +88,21 @@ class Serving:
     """Further arguments of vLLM's server; they come last and win."""
 
 
-def require_vllm() -> None:
-    """Raise ConfigError, with the command that installs it, where vLLM is missing."""
+class ArgumentsRefused(ConfigError):
+    """vLLM does not know an argument of ``Serving.arguments``, or not with that value."""
+
+
+def require_servable(serving: Serving) -> None:
+    """Raise ConfigError for what needs no model to be seen: no vLLM, a port in use, a missing key."""
     require_package("vllm", "serving")
+    free_port(serving.host, serving.port)
+    require_key(serving, os.environ)
+
+
+def require_key(serving: Serving, env: Mapping[str, str]) -> None:
+    """Raise ConfigError where the environment variable of the key is empty."""
+    if serving.api_key_env and not env.get(serving.api_key_env):
+        raise ConfigError(f"the environment variable {serving.api_key_env} is not set: put the key into it")
 
 
 def arguments(serving: Serving, files: Path, *, cpu: bool, form: ToolFormat = DEFAULT) -> list[str]:
@@ -102,12 +116,11 @@ def arguments(serving: Serving, files: Path, *, cpu: bool, form: ToolFormat = DE
             them (``model.tool_format``).
     """
     reads_calls = ["--enable-auto-tool-choice", "--tool-call-parser", form.vllm_parser] if form.vllm_parser else []
-    # With tool_choice = "none" no parser reads the text, so the model must not be told of tools either.
-    reads_calls.append("--exclude-tools-when-tool-choice-none")
+    # With tool_choice = "none" no parser reads the text: the model is not told of tools, and may begin no call.
+    reads_calls += ["--exclude-tools-when-tool-choice-none", "--middleware", MIDDLEWARE]
     on_cpu = ["--enforce-eager", "--worker-cls", CPU_WORKER] if cpu else []
     return [
-        # vLLM calls this entry point deprecated, but the `vllm` command of its build for CPUs does not start.
-        "-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server",
+        "-m", SERVER_PROCESS,
         "--model", str(serving.model), "--served-model-name", serving.name,
         "--host", serving.host, "--port", str(serving.port),
         "--dtype", _dtype(serving.precision, cpu=cpu), "--max-model-len", str(serving.max_context),
@@ -133,6 +146,7 @@ def environment(serving: Serving, files: Path, base: Mapping[str, str], *, cpu: 
     """
     env = dict(base) | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     env["VLLM_RPC_BASE_PATH"] = str(files)
+    env[REFUSED] = str(files / "refused")
     if cpu:
         env["TMPDIR"] = str(files)  # torch's rendezvous, which a killed server leaves
         env["TORCH_COMPILE_DISABLE"] = "1"  # the sampler's small functions would need a compiler
@@ -140,9 +154,8 @@ def environment(serving: Serving, files: Path, base: Mapping[str, str], *, cpu: 
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind" if serving.threads else "auto"
         if serving.threads:
             env["OMP_NUM_THREADS"] = str(serving.threads)
+    require_key(serving, env)
     if serving.api_key_env:
-        if not env.get(serving.api_key_env):
-            raise ConfigError(f"the environment variable {serving.api_key_env} is not set: put the key into it")
         env["VLLM_API_KEY"] = env[serving.api_key_env]  # not an argument: every user of the host can read those
     return env
 
@@ -155,6 +168,13 @@ def write_files(fmt: ChatFormat, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(served_template(fmt), encoding="utf-8")
     stops = {"eos_token_id": list(fmt.stop_ids)}
     (folder / "generation_config.json").write_text(json.dumps(stops), encoding="utf-8")
+
+
+def calls_begin(fmt: ChatFormat) -> str:
+    """Return what begins a call of the model, and nothing else, as ``CALLS_BEGIN`` holds it."""
+    form, known = fmt.tool_format, fmt.tokenizer.get_added_vocab()
+    texts = list(form.openers if form.begins_calls_alone is None else form.begins_calls_alone)
+    return json.dumps({"stop": texts, "stop_token_ids": [known[text] for text in texts if text in known]})
 
 
 def _dtype(precision: Precision, *, cpu: bool) -> str:
@@ -207,20 +227,25 @@ async def serve(serving: Serving, *, say: Callable[[str], None] = print, start_s
     The server writes to this process's own stdout and stderr.
 
     Raises:
-        ConfigError: no vLLM, a port in use, or a missing key.
+        ConfigError: no vLLM, a port in use, a missing key, or arguments that vLLM refuses.
         ModelError, TemplateError: no usable tokenizer.
         EngineError: the server ended by itself, or missed its deadline.
     """
-    require_vllm()
+    require_servable(serving)
     fmt = ChatFormat.load(serving.model, serving.chat)
     cpu = is_cpu_build()
     serving = replace(serving, port=free_port(serving.host, serving.port))
     with tempfile.TemporaryDirectory(prefix="areal-serve-", ignore_cleanup_errors=True) as folder, _signals() as stop:
         files = Path(folder)
-        env = environment(serving, files, os.environ, cpu=cpu)
+        env = environment(serving, files, os.environ, cpu=cpu) | {CALLS_BEGIN: calls_begin(fmt)}
         write_files(fmt, files)
         async with guarded(arguments(serving, files, cpu=cpu, form=fmt.tool_format), env, files, stop) as process:
-            return await _run(process, serving, fmt.tool_format, stop, say, start_seconds)
+            try:
+                return await _run(process, serving, fmt.tool_format, stop, say, start_seconds)
+            except EngineError as error:
+                if refused := _refusal(Path(env[REFUSED])):
+                    raise ArgumentsRefused(f"--vllm-args: {refused}") from error
+                raise
 
 
 @contextlib.asynccontextmanager
@@ -284,6 +309,11 @@ async def _run(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _refusal(file: Path) -> str:
+    """Return what the server's process wrote of an argument that vLLM refuses; empty where it wrote nothing."""
+    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

@@ -8,13 +8,15 @@ from typing import Any, Literal, get_args
 
 from areal_agents.errors import ConfigError, TaskError
 from areal_agents.reward import Episode, Verdict, VerdictStatus
+from areal_agents.rewards.code.checker import fault
 from areal_agents.rewards.code.fences import submission
 from areal_agents.rewards.code.judge import CodeVerdict, run_tests
 from areal_agents.rewards.code.languages import LANGUAGES
-from areal_agents.rewards.code.problem import Problem
+from areal_agents.rewards.code.problem import CodeTest, Problem
 from areal_agents.rewards.code.toolchain import place, require_language
+from areal_agents.rewards.submitted import submitted
 from areal_agents.sandbox import SandboxBackend, backends
-from areal_agents.types import AssistantMessage, Task
+from areal_agents.types import Task
 from areal_agents.utils.sync import on_exit
 
 Mode = Literal["all", "fraction", "weighted", "compiles"]
@@ -41,6 +43,7 @@ class code:
         *,
         mode: Mode = "all",
         tool: str = "",
+        argument: str = "",
         sandbox: SandboxBackend | str = "bubblewrap",
         problem: Callable[[Episode], Problem] | None = None,
         **rules: Any,
@@ -51,26 +54,30 @@ class code:
             mode: what the score is. ``all`` is 1 where every test passes, and stops at the first that does not,
                 ``fraction`` the share of the tests that pass, ``weighted`` their share of the weights, ``compiles`` 1
                 for any program that compiles: it needs no tests, and runs none.
-            tool: the tool whose last call holds the program, in its first text argument. Empty reads a fenced block.
+            tool: the tool whose last call holds the program. Empty reads a fenced block.
+            argument: the name of its argument that does. Empty is its only text.
             sandbox: a backend or the name of one.
             problem: makes the problem of an episode's task. None reads the payload, as ``Problem.of`` says.
             rules: fields of ``Problem`` that hold for every task, such as ``seconds`` or ``float_tolerance``.
 
         Raises:
-            ConfigError: the mode or a rule is unknown, or a rule has a wrong value.
+            ConfigError: the mode or a rule is unknown, a rule has a wrong value, or ``argument`` has no tool.
         """
         if mode not in get_args(Mode):
             raise ConfigError(f"unknown mode {mode!r}: there are {', '.join(get_args(Mode))}")
         known = [name for name in Problem.__dataclass_fields__ if name != "tests"]
         if unknown := set(rules) - set(known):
             raise ConfigError(f"unknown rule {min(unknown)!r}: there are {', '.join(known)}")
+        if argument and not tool:
+            raise ConfigError(f"argument = {argument!r} is one of a tool: name that too, tool=")
         if problem is not None and rules:
             raise ConfigError("problem= makes whole problems: it sets the rules itself")
         try:
             Problem((), **rules)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self._mode, self._tool, self._sandbox, self._problem, self._rules = mode, tool, sandbox, problem, rules
+        self._mode, self._tool, self._argument = mode, tool, argument
+        self._sandbox, self._problem, self._rules = sandbox, problem, rules
         self.__name__ = f"code({mode})"
 
     async def __call__(self, episode: Episode) -> Verdict:
@@ -82,6 +89,8 @@ class code:
         async with place():
             await require_language(problem.language, backend)
             found = await run_tests(source, problem, backend, stop_early=self._mode == "all")
+        if "checker_error" in found.results:
+            await self._require_checker(episode.task, problem, problem.tests[found.results.index("checker_error")])
         return self._verdict(found, problem, answered=True)
 
     def problem(self, episode: Episode) -> Problem:
@@ -101,24 +110,29 @@ class code:
             raise TaskError(f"task {episode.task.id!r} has no tests that can be run: {error!r:.200}") from error
         return found
 
-    def require_scorable(self, task: Task) -> None:
-        """Raise TaskError where the payload has no tests that can be run.
+    async def require_scorable(self, task: Task) -> None:
+        """Raise TaskError where the payload has no tests that can be run, or the checker fails on any output.
 
         A ``problem`` function of the author's may look at the episode, so it is not asked.
         """
         if self._problem is None:
-            self.problem(Episode(task, (), None, (), "answer"))
+            problem = self.problem(Episode(task, (), None, (), "answer"))
+            if problem.tests:
+                await self._require_checker(task, problem, problem.tests[0])
+
+    async def _require_checker(self, task: Task, problem: Problem, test: CodeTest) -> None:
+        if why := await fault(problem, test):
+            raise TaskError(f"task {task.id!r}: its checker {why}, whatever the output is")
 
     def source(self, episode: Episode, problem: Problem) -> str | None:
-        """Return the submission, or None where there is none."""
+        """Return the submission, or None where there is none.
+
+        Raises ConfigError where ``argument`` must be named.
+        """
         if not self._tool:
             return submission(episode.answer or "", LANGUAGES[problem.language].names)
-        for message in reversed(episode.messages):
-            if isinstance(message, AssistantMessage):
-                for call in reversed(message.tool_calls):
-                    if call.name == self._tool and call.status == "ok":
-                        return next((v for v in call.arguments.values() if isinstance(v, str) and v.strip()), None)
-        return None
+        found = submitted(episode, self._tool, self._argument)
+        return found if found is not None and found.strip() else None
 
     def _verdict(self, found: CodeVerdict, problem: Problem, *, answered: bool) -> Verdict:
         """Turn what became of the submission into numbers."""

@@ -25,6 +25,7 @@ from areal_agents.rewards.mathematics.notation import (
     SETS,
 )
 from areal_agents.rewards.mathematics.token_reader import TokenReader
+from areal_agents.rewards.mathematics.tree import symbols_in
 
 _INFIX: dict[str, Callable[[t.Node, t.Node], t.Node]] = {
     "over": t.Quotient,
@@ -62,7 +63,7 @@ class AtomReader(TokenReader, ABC):
                 found = self._raised(found)
             elif self._op("_"):
                 found = self._indexed(found, token)
-            elif self._cmd("degree"):
+            elif self._cmd("degree") or (self._is("deg") and self._ends_value(1) and self._cmd("deg")):
                 found = degrees(found)
             elif self._now.kind == "unit" and token.kind == "number":
                 found = t.Measure(found, self._unit())
@@ -71,6 +72,8 @@ class AtomReader(TokenReader, ABC):
 
     def _raised(self, base: t.Node) -> t.Node:
         if self._cmd("circ", "degree"):
+            return self._degrees(base)
+        if self._takes_letter_o() and not symbols_in(base):
             return self._degrees(base)
         if self._cmd("prime"):
             return t.Symbol(f"{base.name}'") if isinstance(base, t.Symbol) else base
@@ -93,7 +96,7 @@ class AtomReader(TokenReader, ABC):
         return t.Power(base, exponent)
 
     def _degrees(self, value: t.Node) -> t.Node:
-        """Read 20°, 20° C and 20° 30'."""
+        """Read 20°, 20° C, 20° 30' and 20° 30' 15''."""
         found = degrees(value)
         scale = {"C": "celsius", "F": "fahrenheit"}.get(self._now.text)
         after = self._tokens[self._at + 1].text if self._at + 1 < len(self._tokens) else ""
@@ -103,9 +106,13 @@ class AtomReader(TokenReader, ABC):
             assert unit is not None
             return t.Measure(value, unit)
         if self._now.kind == "number" and after == "'":
-            minutes = self._now.value
+            share = self._now.value / 60
             self._at += 2
-            return degrees(t.Sum((value, t.Number(minutes / 60))))
+            marks = [x.text for x in self._tokens[self._at + 1 : self._at + 3]]
+            if self._now.kind == "number" and marks == ["'", "'"]:
+                share += self._now.value / 3600
+                self._at += 3
+            return degrees(t.Sum((value, t.Number(share))))
         return found
 
     def _indexed(self, base: t.Node, token: Token) -> t.Node:
@@ -130,6 +137,8 @@ class AtomReader(TokenReader, ABC):
                 break
             self._at += 1
             found = found.times(self._one_unit(), -1 if over else 1)
+        while self._now.kind == "unit":  # kg m
+            found = found.times(self._unit())
         return found
 
     def _one_unit(self) -> units.Unit:
@@ -139,10 +148,11 @@ class AtomReader(TokenReader, ABC):
         self._at += 1
         if self._is("^"):
             self._at += 1
+            sign = -1 if self._op("-") else 1
             power = self._nested(self._atom)
             if not isinstance(power, t.Number) or power.value.denominator != 1 or abs(power.value) > 4:
                 raise ParseError("a unit has a small whole power")
-            unit = units.Unit(()).times(unit, int(power.value))
+            unit = units.Unit(()).times(unit, sign * int(power.value))
         return unit
 
     # ── atoms ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -227,10 +237,10 @@ class AtomReader(TokenReader, ABC):
             return self._root()
         if name == "{" or name == "lbrace":
             return self._set()
-        if name in ("langle", "lbrack"):
+        if name == "langle":
             items = self._items()
-            self._expect({"langle": "rangle", "lbrack": "rbrack"}[name])
-            return t.Row({"langle": "(", "lbrack": "["}[name], tuple(items), {"langle": ")", "lbrack": "]"}[name])
+            self._expect("rangle")
+            return t.Row("(", tuple(items), ")")
         if name in ("lfloor", "lceil", "lvert"):
             found = self._sum()
             self._expect({"lfloor": "rfloor", "lceil": "rceil", "lvert": "rvert"}[name])

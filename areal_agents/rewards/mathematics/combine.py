@@ -114,9 +114,10 @@ def degrees(node: t.Node) -> t.Node:
 
 
 def in_base(digits: str, base: int) -> t.Node:
-    if not 2 <= base <= 36 or not digits.isalnum():
+    whole, _, decimals = digits.partition(".")
+    if not 2 <= base <= 36 or not (whole + decimals).isalnum():
         raise ParseError(f"{digits}_{base} is no number of a base")
     try:
-        return t.Number(Fraction(int(digits, base)))
+        return t.Number(Fraction(int(whole + decimals, base), base ** len(decimals)))
     except ValueError as error:
         raise ParseError(f"{digits} is no number of base {base}") from error

@@ -10,15 +10,17 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from areal_agents.rewards.mathematics import numeric
+from areal_agents.rewards.mathematics import numeric, units
 from areal_agents.rewards.mathematics import tree as t
 from areal_agents.rewards.mathematics.canonical import words, written
 from areal_agents.rewards.mathematics.errors import ParseError
 from areal_agents.rewards.mathematics.lexer import MAX_CHARS, Commas, is_prose
+from areal_agents.rewards.mathematics.measures import as_measure
 from areal_agents.rewards.mathematics.notation import INEQUALITIES
 from areal_agents.rewards.mathematics.options import Options
 from areal_agents.rewards.mathematics.parser import parse
 from areal_agents.rewards.mathematics.sets import as_set
+from areal_agents.rewards.mathematics.spellings import others
 from areal_agents.rewards.mathematics.value import value
 
 MAX_ITEMS = 64
@@ -63,6 +65,7 @@ def readings(text: str, options: Options) -> list[t.Node]:
     found: list[t.Node] = []
     first: ParseError | None = None
     spelt = [text, _LOG.sub(r"\\lg ", text)] if _LOG.search(text) else [text]
+    spelt += others(text)
     for one, spelling in ((one, spelling) for one in commas for spelling in spelt):
         try:
             node = _either(parse(spelling, one))
@@ -229,12 +232,17 @@ class _Comparison:
 
     def _measure(self, a: t.Measure, b: t.Node) -> bool:
         if isinstance(b, t.Measure):
+            if {a.unit, b.unit} == {units.RADIAN, units.DEGREE}:
+                return self._values(a, b)
             if a.unit.dimension != b.unit.dimension:
                 return False
             return self._values(_scaled(a), _scaled(b))
         if a.unit == t.PERCENT:
             return self._values(a, b)
-        if self._options.units:
+        written_as_variables = as_measure(b)
+        if written_as_variables is not None and self._measure(a, written_as_variables):
+            return True
+        if self._options.units and a.unit != units.RADIAN:
             return False
         return self.equal(a.value, b) or (a.unit.dimension == (("angle", 1),) and self._values(a, b))
 

@@ -41,6 +41,7 @@ _ONE_TO_ONE = {
     "π": r"\pi ", "√": r"\sqrt ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ",
     "±": r"\pm ", "∓": r"\mp ", "ℝ": r"\mathbb{R} ", "ℤ": r"\mathbb{Z} ", "ℕ": r"\mathbb{N} ", "∖": r"\setminus ",
     "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "€": r"\euro ", "£": r"\pounds ",
+    "º": r"^\circ ", "˚": r"^\circ ", "″": "''", "µ": r"\mu ", "\u03a9": r"\Omega ", "\u2126": r"\Omega ",
     "∶": ":", "ⅈ": "i", "ⅇ": "e", "⟨": "(", "⟩": ")", "′": "'", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "ε": r"\epsilon ", "θ": r"\theta ",
     "λ": r"\lambda ", "μ": r"\mu ", "ρ": r"\rho ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ",
@@ -57,7 +58,7 @@ _SPACE = re.compile(
 _SIZE = re.compile(r"\\(?:left|right|m?left|m?right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?(?![\d])|\\middle(?![a-zA-Z])")
 _GROUP = re.compile(r",(?:\\!|\\,|\s)*|\s*\{\s*,\s*\}\s*|\\,|\\;|\\ |\s|'")
 _TEXT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|operatorname|mathbf|mathit|mathsf|bold)\*?\s*\{"
+    r"\\(?:text|textbf|textit|textrm|textnormal|texttt|mbox|mathrm|operatorname|mathbf|mathit|mathsf|bold)\*?\s*\{"
 )
 _SCIENTIFIC = re.compile(r"[eE]([+-]?\d{1,6})(?![\d.])(?![a-zA-Z])")
 _GOES_ON = re.compile(r"\s?(?:\.\.\.|\\(?:l|c)?dots(?:c)?\b)")
@@ -72,6 +73,14 @@ _PER = re.compile(r"\s?(?:/|per\b)\s?[A-Za-z]{1,12}(?:\^\{?\d\}?)?[ .$}]*$|\s?\d
 """After the m of 3 m/s, and of 3 m 20 cm."""
 _BASED = re.compile(r"((?=[0-9A-Z]{0,63}[A-Z])[0-9][0-9A-Z]{0,63})_\{?([1-3]\d)\}?|([A-F]{2,64})_\{?(16)\}?")
 """1A3_{16}: digits of a base over ten."""
+_PREFIXED = re.compile(r"0(?:[xX]([0-9A-Fa-f]{1,64})|[bB]([01]{1,256})|[oO]([0-7]{1,128}))(?![0-9A-Za-z_.])")
+"""0xFF, 0b1010, 0o17."""
+_NOTHING = re.compile(r"\{\s?\}\s?(?=[\^_])")
+"""{} before a raised or lowered mark: {}^\\circ."""
+_AMOUNT = re.compile(r"\s*[-+]?\s?\$\s?\d[\d,]{0,32}(?:\.\d{1,32})?\s*(?:million|billion|trillion|thousand)?\s*")
+"""$5: of two $ the text between is a formula."""
+_UNIT_POWER = re.compile(r"[23](?![\w^.,])")
+"""The 2 of 5 m2."""
 _OPS = set("+-*/^_=<>(){}[]|,;:!%$'.")
 _LETTERS = 3
 """A longer run of letters is a word, a shorter one a product of variables."""
@@ -139,11 +148,18 @@ class Lexer:
         char = self._text[self._pos]
         if match := self._take(_BASED):
             self._based(match[1] or match[3], int(match[2] or match[4]))
+        elif match := self._take(_PREFIXED):
+            base, digits = next((b, d) for b, d in zip((16, 2, 8), match.groups(), strict=True) if d)
+            self._add("number", digits, Fraction(int(digits, base)))
+        elif char == '"' and self.tokens and self.tokens[-1].kind == "number":  # seconds of an angle
+            self._pos += 1
+            self._add("op", "'")
+            self._add("op", "'")
         elif char.isdigit() or (char == "." and self._text[self._pos + 1 : self._pos + 2].isdigit()):
             self._number()
         elif match := self._take(_TEXT):
             self._in_text()
-        elif self._take(_SIZE):
+        elif self._take(_SIZE) or self._take(_NOTHING):
             pass
         elif match := self._take(_SPACE):
             self._spaced = True
@@ -169,6 +185,8 @@ class Lexer:
         elif double == "**":
             self._pos += 1
             self._add("op", "^")
+        elif char == "$" and _AMOUNT.fullmatch(self._text):
+            self._add("unit", "dollar")
         elif char == "$":
             self._spaced = True
         else:
@@ -183,6 +201,8 @@ class Lexer:
             self._add("op", "%")
         elif name == "|":
             self._add("op", "|")
+        elif name in ("lbrack", "rbrack"):
+            self._add("op", "[" if name == "lbrack" else "]")
         elif name in "#_":
             raise ParseError(f"\\{name} is no mathematics")
         else:
@@ -202,6 +222,8 @@ class Lexer:
             self._add("command", _CONSTANTS[low])
         elif low in FUNCTIONS and not self._is_time(word):
             self._add("command", low)
+        elif (power2 := self._unit_power(word)) is not None:
+            self._add("unit", power2)
         elif self._may_be_unit(word) and units.known(word):
             self._add("unit", word)
         elif self._may_be_unit(word) and (power := _POWER.match(f"{low}{self._text[self._pos :][:64]}")) is not None:
@@ -219,16 +241,25 @@ class Lexer:
     def _joint(self, word: str) -> None:
         self._add("command" if word == "or" else "op", _WORDS[word])
 
+    def _unit_power(self, word: str) -> str | None:
+        """Take the power of a unit that is written behind it: 5 m2."""
+        match = _UNIT_POWER.match(self._text, self._pos)
+        behind = self.tokens[-1].kind if self.tokens else ""
+        if match is None or behind not in ("number", "unit") or not units.known(word + match.group()):
+            return None
+        self._pos = match.end()
+        return word + match.group()
+
     def _is_time(self, word: str) -> bool:
-        """Whether min or sec is a minute or a second, and no function: nothing that it could apply to follows."""
+        """Whether min, sec or deg is a unit, and no function: nothing that it could apply to follows."""
         rest = self._text[self._pos :]
         ends = not rest.strip(" .$}") or rest.startswith(",") or _PER.match(rest) is not None
-        return word in ("min", "sec") and ends and self._may_be_unit(word)
+        return word in ("min", "sec", "deg") and ends and self._may_be_unit(word)
 
     def _may_be_unit(self, word: str) -> bool:
         """Whether a word stands where a unit does: behind a value. A single letter must end the answer (5 m)."""
         if not self.tokens or not (
-            self.tokens[-1].kind in ("number", "unit") or self.tokens[-1].text in (")", "}", "/")
+            self.tokens[-1].kind in ("number", "unit") or self.tokens[-1].text in (")", "}", "/", "pi")
         ):
             return False
         if len(word) > 1 or [t.kind for t in self.tokens[-2:]] == ["unit", "op"]:  # km, and the h of km/h
@@ -241,7 +272,7 @@ class Lexer:
         while self._pos < len(self._text) and depth:
             depth += {"{": 1, "}": -1}.get(self._text[self._pos], 0)
             self._pos += 1
-        inside = self._text[start : self._pos - (depth == 0)].strip(" ~.")
+        inside = self._text[start : self._pos - (depth == 0)].replace("$", "").strip(" ~.")
         inside = inside.removesuffix(" and")
         word = inside.lower().strip(" .,()")
         if not inside:
@@ -250,8 +281,13 @@ class Lexer:
             self._joint(word)
         elif word in FUNCTIONS:
             self._add("command", word)
+        elif len(several := _units_in(inside)) > 1:  # m/s, of which \text{m/s}^2 raises the s alone
+            for part in several:
+                self._add("op" if part in "*/" else "unit", part)
         elif units.known(inside):
             self._add("unit", inside)
+        elif inside.startswith("\\frac"):  # \mathrm{\frac{m}{s}}
+            self._pos, self._text = 0, inside + self._text[self._pos :]
         elif len(inside) == 1 and inside.isalpha():
             self._add("name", inside)
         elif re.fullmatch(r"[\d.,\s()\[\]/%:=<>+*-]*\d[\d.,\s()\[\]/%:=<>+*-]*(?:[a-zA-Z]{1,12}\.?)?", inside):
@@ -300,7 +336,7 @@ class Lexer:
             if abs(exponent) > MAX_DIGITS:
                 raise ParseError(f"the exponent {exponent} is too large")
             value *= Fraction(10) ** exponent
-        self._add("number", text, value)
+        self._add("number", f"{whole}.{decimals}" if decimals else text, value)
 
     def _groups(self) -> str:
         """Read groups of three digits with their separators, as far as every group has three."""
@@ -351,3 +387,12 @@ class Lexer:
         if block is None:
             raise ParseError("a decimal goes on in a way that is not said")
         return value + Fraction(int(block[1]), (10 ** len(block[1]) - 1) * 10**decimals)
+
+
+def _units_in(text: str) -> list[str]:
+    """Return the units of ``m/s`` and ``N m`` with the signs between them, or nothing where it is something else."""
+    if len(text) > 64 or " per " in text:
+        return []
+    parts = re.split(r"\s*([/·*])\s*|\s+", text)
+    found = [part or "*" for part in parts]
+    return found if all(units.known(part) for part in found[::2]) else []

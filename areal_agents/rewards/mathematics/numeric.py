@@ -59,12 +59,17 @@ def _usual(a: Any, b: Any, at: list[dict[Any, Any]]) -> list[dict[Any, Any]]:
 
 def _whole(a: Any, b: Any, at: list[dict[Any, Any]]) -> list[dict[Any, Any]]:
     """Take whole numbers for the n of (-1)^n, which has no real value elsewhere."""
-    signs = [p for x in (a, b) for p in x.atoms(sympy.Pow) if p.base.is_negative or p.base == sympy.I]
+    signs = [p for x in (a, b) for p in x.atoms(sympy.Pow) if _negative(p.base) or p.base == sympy.I]
     names = sorted(set().union(*(p.exp.free_symbols for p in signs)), key=str)
     return [
         point | {name: 2 * random.Random(f"{i} {name}").randint(1, 20) + (i >> j) % 2 for j, name in enumerate(names)}
         for i, point in enumerate(at)
     ]
+
+
+def _negative(base: Any) -> bool:
+    """Say whether a base is negative. Of a large number SymPy's assumptions would ask whether it is prime."""
+    return bool(base.p < 0 if base.is_Rational else base.is_negative)
 
 
 def _positive(expression: Any, point: dict[Any, Any]) -> bool:

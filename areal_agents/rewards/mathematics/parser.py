@@ -27,6 +27,7 @@ from areal_agents.rewards.mathematics.combine import (
     together,
 )
 from areal_agents.rewards.mathematics.errors import ParseError
+from areal_agents.rewards.mathematics.intervals import open_intervals
 from areal_agents.rewards.mathematics.lexer import Commas, Lexer, Token
 from areal_agents.rewards.mathematics.notation import OVER, RELATIONS, SEPARATORS, SETS, TIMES
 
@@ -36,7 +37,7 @@ def parse(text: str, commas: Commas = "thousands") -> t.Node:
 
     Raises ParseError where it is none that the grammar reads.
     """
-    return _Parser(Lexer(text, commas).tokens).answer()
+    return _Parser(open_intervals(Lexer(text, commas).tokens)).answer()
 
 
 class _Parser(AtomReader):
@@ -169,8 +170,9 @@ class _Parser(AtomReader):
             if both is not None:
                 return both
         before = self._tokens[self._at - 1]
-        if token.kind == "number" and not (_is_power(left) and (before.text == "}" or before.kind == "name")):
-            raise ParseError(f"{token.text!r} stands behind a value")  # but 2^{3}3^{2} and 2^n 3^m are products
+        ended = before.text == "!" or (_is_power(left) and (before.text == "}" or before.kind == "name"))
+        if token.kind == "number" and not ended:
+            raise ParseError(f"{token.text!r} stands behind a value")  # but 2^{3}3^{2}, 2^n 3^m, 3!7! are products
         if token.kind == "text":
             self._at += 1
             return counted(left, token.text)

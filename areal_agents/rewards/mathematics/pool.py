@@ -1,7 +1,7 @@
 """Verifier processes that all episodes of a host share, and that a deadline ends.
 
     verify() ─▶ cache? ─▶ bounded queue ─▶ a thread for each worker process ─▶ reply
-                                              └─ deadline passed, or process gone: killed and replaced
+                                              └─ deadline passed, or process gone: killed, and another is forked
 
 SymPy cannot be interrupted inside one process: a signal reaches the main thread alone, and a thread cannot be killed.
 So each answer is verified in a process of its own kind, with bounded memory. A worker that is killed by somebody else
@@ -20,8 +20,7 @@ import json
 import os
 import queue
 import select
-import subprocess
-import sys
+import socket
 import threading
 import time
 from collections import OrderedDict
@@ -31,16 +30,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import areal_agents
 from areal_agents.errors import ConfigError, InfraError
 from areal_agents.rewards.mathematics.extract import SLOTS, Slot
+from areal_agents.rewards.mathematics.fork_server import Forked, ForkServer
 from areal_agents.rewards.mathematics.options import Options
 from areal_agents.rewards.mathematics.verdict import VERSION, MathVerdict, Status
 
 MAX_TEXT = 1 << 16
 """Characters at the end of a model's text that are looked at. The answer stands there."""
 _CACHED = 1 << 14
-_START_SECONDS = 120.0
 _CLOSED = MathVerdict("infra_error", "the verifier was closed")
 
 
@@ -65,9 +63,10 @@ class MathPool:
         self.replaced = 0
         """Workers that were killed or lost."""
         self._room = threading.BoundedSemaphore(waiting)
+        self._server = ForkServer()
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(self.workers):
-            self._idle.put(_Worker())
+            self._idle.put(_Worker(self._server))
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="verifier")
         self._cache: OrderedDict[tuple[Any, ...], MathVerdict] = OrderedDict()
         self._lock = threading.Lock()
@@ -128,6 +127,7 @@ class MathPool:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._idle.get_nowait().end()
+        self._server.close()
 
     def _verified(self, key: tuple[Any, ...]) -> MathVerdict:
         """Ask a worker, and another one where the first is lost."""
@@ -160,27 +160,34 @@ class _Lost(Exception):
 
 
 class _Worker:
-    """One process, started again when it is asked after its end. One thread uses it at a time."""
+    """One process, replaced when it is asked after its end. One thread uses it at a time."""
 
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, server: ForkServer) -> None:
+        self._server = server
+        self._forked: Forked | None = None
         self._read = b""
+
+    @property
+    def pid(self) -> int | None:
+        return self._forked.pid if self._forked else None
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, str] | None:
         """Return the reply, or None where there is none in time: the process is then killed.
 
         Raises _Lost where it ended or somebody stopped it, InfraError where none can be started.
         """
-        process = self._process if self._process is not None and self._process.poll() is None else self._start()
+        if self._forked is not None and _is_readable(self._forked.socket, 0):  # it says nothing unasked, but its end
+            self.end()
+        if self._forked is None:
+            self._forked = self._server.fork()
         end = time.monotonic() + seconds
         try:
-            sent = _sent(process, json.dumps(request).encode() + b"\n", end)
-            line = self._line(process, end - time.monotonic()) if sent else None
-        except (BrokenPipeError, EOFError) as error:
+            line = self._exchanged(self._forked.socket, json.dumps(request).encode() + b"\n", end)
+        except (OSError, EOFError) as error:
             self.end()
             raise _Lost from error
         if line is None:
-            stopped = _is_stopped(process)
+            stopped = _is_stopped(self._forked.pid)
             self.end()
             if stopped:
                 raise _Lost
@@ -189,60 +196,22 @@ class _Worker:
         return reply
 
     def end(self) -> None:
-        process, self._process, self._read = self._process, None, b""
-        if process is not None:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(BrokenPipeError):
-                        pipe.close()
+        forked, self._forked, self._read = self._forked, None, b""
+        if forked is not None:
+            self._server.end(forked)
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        """Start a process, and another one where somebody killed the first before it was ready."""
-        for _ in range(2):
-            process, killed = self._started()
-            if process is not None:
-                return process
-            if not killed:
-                break
-        raise InfraError("the mathematics verifier's process did not start: its message stands on stderr")
-
-    def _started(self) -> tuple[subprocess.Popen[bytes] | None, bool]:
-        """Return the process that is ready, or None and whether a signal ended it."""
-        self.end()
-        root = str(Path(areal_agents.__file__).parent.parent)
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "areal_agents.rewards.mathematics.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is the run's
-        )
+    def _exchanged(self, worker: socket.socket, request: bytes, end: float) -> bytes | None:
+        """Write a request and read one line, or None after ``end``. Raises EOFError where the process has ended."""
         try:
-            ready = self._line(self._process, _START_SECONDS)
-            slow = ready is None
-        except EOFError:
-            ready, slow = None, False
-            self._process.wait()
-        if ready is not None:
-            return self._process, False
-        process = self._process
-        self.end()
-        return None, process.returncode < 0 and not slow
-
-    def _line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
-        """Read one line within ``seconds``. Raises EOFError where the process has ended."""
-        assert process.stdout is not None
-        end = time.monotonic() + seconds
-        poller = select.poll()
-        poller.register(process.stdout, select.POLLIN)
+            worker.settimeout(max(1e-3, end - time.monotonic()))
+            worker.sendall(request)  # a socket holds less than a long answer
+        except TimeoutError:
+            return None
         while b"\n" not in self._read:
             left = end - time.monotonic()
-            if left <= 0 or not poller.poll(left * 1000):
+            if left <= 0 or not _is_readable(worker, left):
                 return None
-            chunk = os.read(process.stdout.fileno(), 1 << 16)
+            chunk = worker.recv(1 << 16)
             if not chunk:
                 raise EOFError
             self._read += chunk
@@ -250,26 +219,16 @@ class _Worker:
         return line
 
 
-def _sent(process: subprocess.Popen[bytes], request: bytes, end: float) -> bool:
-    """Write a request, and say whether it was taken in time: a pipe holds less than a long answer."""
-    assert process.stdin is not None
-    pipe = process.stdin.fileno()
-    os.set_blocking(pipe, False)
+def _is_readable(worker: socket.socket, seconds: float) -> bool:
     poller = select.poll()
-    poller.register(pipe, select.POLLOUT)
-    while request:
-        left = end - time.monotonic()
-        if left <= 0 or not poller.poll(left * 1000):
-            return False
-        with contextlib.suppress(BlockingIOError):
-            request = request[os.write(pipe, request) :]
-    return True
+    poller.register(worker, select.POLLIN)
+    return bool(poller.poll(seconds * 1000))
 
 
-def _is_stopped(process: subprocess.Popen[bytes]) -> bool:
+def _is_stopped(pid: int) -> bool:
     """Say whether a signal stopped a process (SIGSTOP), so that its silence is not the answer's fault."""
     try:
-        status = Path(f"/proc/{process.pid}/stat").read_text()
+        status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
     return status.rpartition(")")[2].split()[0] in ("T", "t")

@@ -11,7 +11,8 @@ from areal_agents.reward import Episode, Verdict
 from areal_agents.rewards.mathematics.extract import REWARD_SLOTS, Slot
 from areal_agents.rewards.mathematics.options import Options
 from areal_agents.rewards.mathematics.pool import MathPool, shared_pool
-from areal_agents.types import AssistantMessage, Task
+from areal_agents.rewards.submitted import submitted
+from areal_agents.types import Task
 
 
 class math:
@@ -24,15 +25,16 @@ class math:
     """
 
     def __init__(
-        self, *, slot: Slot = "boxed", key: str = "answer", tool: str = "answer", choices_key: str = "",
-        pool: MathPool | None = None, **options: Any,
+        self, *, slot: Slot = "boxed", key: str = "answer", tool: str = "answer", argument: str = "",
+        choices_key: str = "", pool: MathPool | None = None, **options: Any,
     ) -> None:  # fmt: skip
         """Choose the slot and what counts as equal.
 
         Args:
             slot: where the answer stands: ``boxed``, ``final_line``, or ``tool``, the last call of an answer tool.
             key: of the gold answer in the task's payload.
-            tool: the answer tool's name. The first text of its arguments is the answer.
+            tool: the answer tool's name.
+            argument: the name of its argument that is the answer. Empty is its only text or number.
             choices_key: of a question's choices in the payload, as ``Options.choices`` has them. Empty: it has none.
             pool: the verifier's processes. None shares those of this host.
             options: fields of ``Options``, such as ``precision=2``.
@@ -46,12 +48,17 @@ class math:
             self._options = Options.of(options)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self._slot, self._key, self._tool, self._choices, self._pool = slot, key, tool, choices_key, pool
+        if argument and slot != "tool":
+            raise ConfigError(f"argument = {argument!r} is one of a tool, and the slot is {slot!r}")
+        self._slot, self._key, self._choices, self._pool = slot, key, choices_key, pool
+        self._tool, self._argument = tool, argument
         self.__name__ = f"math({slot})"
 
     async def __call__(self, episode: Episode) -> Verdict:
         gold = self.gold(episode.task)
-        text = self._called(episode) if self._slot == "tool" else episode.answer
+        text = episode.answer
+        if self._slot == "tool":
+            text = submitted(episode, self._tool, self._argument, (str, int, float))
         if text is None:
             return Verdict(0.0, {self.__name__: 0.0})
         pool = self._pool or shared_pool()
@@ -89,14 +96,6 @@ class math:
             return replace(self._options, choices=task.payload[self._choices])
         except (KeyError, ValueError) as error:
             raise TaskError(f"task {task.id!r} has no choices in payload[{self._choices!r}]: {error}") from error
-
-    def _called(self, episode: Episode) -> str | None:
-        for message in reversed(episode.messages):
-            if isinstance(message, AssistantMessage):
-                for call in reversed(message.tool_calls):
-                    if call.name == self._tool and call.status == "ok":
-                        return next((str(v) for v in call.arguments.values() if isinstance(v, str | int | float)), None)
-        return None
 
 
 def boxed_math(key: str = "answer", **options: Any) -> math:

@@ -16,21 +16,40 @@ _NAMED = {
 _OPEN = {"<", ">", "!="}
 
 
+MAX_PARTS = 64
+"""Elements, intervals and comparisons of one set."""
+
+
 def as_set(node: t.Node) -> Any:
     """Return the set that a node is.
 
-    Raises ParseError where it is none.
+    Raises ParseError where it is none, or has more than ``MAX_PARTS``.
     """
+    if _parts(node) > MAX_PARTS:
+        raise ParseError(f"a set of more than {MAX_PARTS} parts is compared as it is written")
+    return _set(node)
+
+
+def _parts(node: t.Node) -> int:
+    match node:
+        case t.SetOp(_, items) | t.Row("" | "{", items, _):
+            return sum(map(_parts, items))
+        case t.Relation(operands, _):
+            return len(operands) - 1
+    return 1
+
+
+def _set(node: t.Node) -> Any:
     match node:
         case t.SetOp(operator, (left, right)):
-            a, b = as_set(left), as_set(right)
+            a, b = _set(left), _set(right)
             return {"cup": a.union, "cap": a.intersect, "setminus": lambda x: a - x}[operator](b)
         case t.Row("{", items, "}"):
             return sympy.FiniteSet(*map(_real, items))
         case t.Row("(" | "[" as opened, (low, high), closed):
             return _interval(_real(low), _real(high), opened == "(", closed == ")")
         case t.Row("", items, ""):
-            parts = [as_set(item) for item in items]
+            parts = [_set(item) for item in items]
             both = sympy.S.Reals.intersect(sympy.Intersection(*parts))
             return sympy.Union(*parts) if both.is_empty else both  # x < 1, x > 2 says or
         case t.Constant(name) if name in _NAMED:
@@ -54,7 +73,7 @@ def _interval(low: Any, high: Any, left_open: bool, right_open: bool) -> Any:
 def _solutions(operands: tuple[t.Node, ...], operators: tuple[str, ...]) -> Any:
     """Solve a chain of comparisons that is linear in its one variable."""
     if operators == ("in",):
-        return as_set(operands[1])
+        return _set(operands[1])
     found: Any = sympy.S.Reals
     for left, operator, right in zip(operands, operators, operands[1:], strict=False):
         if operator not in ("<", ">", "<=", ">=", "!=", "="):

@@ -57,6 +57,19 @@ class TokenReader:
         self._depth -= 1
         return found
 
+    def _takes_letter_o(self) -> bool:
+        """Take an o or {o}, which is a degree sign above a number."""
+        braces = int(self._is("{"))
+        found = [x.text for x in self._tokens[self._at : self._at + 1 + 2 * braces]]
+        if found != ["{", "o", "}"][1 - braces : 2 + braces]:
+            return False
+        self._at += len(found)
+        return True
+
+    def _ends_value(self, ahead: int) -> bool:
+        token = self._tokens[self._at + ahead]
+        return token.kind == "end" or token.text in (",", ".", ")", "]", "}", ";")
+
     def _starts_atom(self) -> bool:
         token = self._now
         if token.kind in ("number", "name", "text", "unit"):

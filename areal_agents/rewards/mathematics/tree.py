@@ -144,6 +144,11 @@ def children(node: Node) -> tuple[Node, ...]:
     return ()
 
 
+def symbols_in(node: Node) -> bool:
+    """Say whether a variable or a word stands in a tree."""
+    return isinstance(node, Symbol | Words) or any(map(symbols_in, children(node)))
+
+
 def rebuilt(node: Node, parts: tuple[Node, ...]) -> Node:
     """Return the node with other parts, as many as ``children`` gave."""
     match node:

@@ -45,18 +45,40 @@ _BASE = {
           year__yr=31557600, ms="0.001"),
     **_of("mass", g__gram=1, kg__kilogram=1000, mg="0.001", lb__pound="453.59237", oz__ounce="28.349523125",
           ton=1000000),
-    **_of("volume", L__l__liter__litre="0.001", ml__mL="0.000001", gal__gallon="0.003785411784"),
     **_of("money", dollar__USD=1, cent="0.01"),
     **_of("euro", euro__EUR=1), **_of("sterling", GBP=1), **_of("rupee", rupee__Rs=1), **_of("yen", yen=1),
     **_of("temperature", K__kelvin=1), **_of("celsius", celsius=1), **_of("fahrenheit", fahrenheit=1),
-    **_of("energy", J__joule=1, kJ=1000), **_of("power", W__watt=1, kW=1000),
-    **_of("force", N__newton=1), **_of("pressure", Pa=1, kPa=1000), **_of("voltage", V__volt=1),
-    **_of("current", A__amp__ampere=1), **_of("resistance", ohm=1), **_of("frequency", Hz=1),
-    **_of("angle", degree=1), **_of("count", unit__item__people__person__way__student__point__digit__coin__piece=1),
+    **_of("current", A__amp__ampere=1), **_of("substance", mol__mole=1),
+    **_of("angle", degree__deg=1), **_of("radian", rad__radian=1),
+    **_of("count", unit__item__people__person__way__student__point__digit__coin__piece=1),
 }  # fmt: skip
 _BASE["mph"] = _BASE["mile"].times(_BASE["hour"], -1)
 _BASE["kmh"] = _BASE["kmph"] = _BASE["km"].times(_BASE["hour"], -1)
-_BASE["cc"] = _BASE["cm"].times(Unit(()), 1).times(_BASE["cm"], 2)
+
+
+def _derived(names: str, factor: str, *parts: tuple[str, int]) -> None:
+    """Define a unit as a product of powers of others."""
+    unit = Unit((), Fraction(factor))
+    for name, power in parts:
+        unit = unit.times(_BASE[name], power)
+    _BASE.update(dict.fromkeys(names.split(), unit))
+
+
+_derived("cc ml mL milliliter millilitre", "1", ("cm", 3))
+_derived("L l liter litre", "0.001", ("m", 3))
+_derived("gal gallon", "3.785411784", ("L", 1))
+_derived("N newton", "1", ("kg", 1), ("m", 1), ("s", -2))
+_derived("J joule", "1", ("N", 1), ("m", 1))
+_derived("W watt", "1", ("J", 1), ("s", -1))
+_derived("Pa pascal", "1", ("N", 1), ("m", -2))
+_derived("V volt", "1", ("W", 1), ("A", -1))
+_derived("ohm", "1", ("V", 1), ("A", -1))
+_derived("Hz hertz", "1", ("s", -1))
+_derived("kWh", "3600000", ("J", 1))
+for _unit, _prefixes in {"J": "kMG", "W": "kMG", "N": "k", "Pa": "kMh", "V": "k", "Hz": "kMG"}.items():
+    for _prefix in _prefixes:
+        _derived(_prefix + _unit, {"h": "100", "k": "1000", "M": "1000000", "G": "1000000000"}[_prefix], (_unit, 1))
+RADIAN, DEGREE = _BASE["rad"], _BASE["degree"]
 _SIGNS = {"$": "dollar", "€": "EUR", "£": "GBP", "¥": "yen"}
 _PREFIX = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 

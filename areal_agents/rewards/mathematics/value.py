@@ -16,6 +16,7 @@ from sympy.core.evalf import PrecisionExhausted  # type: ignore[import-untyped]
 from areal_agents.rewards.mathematics import tree as t
 from areal_agents.rewards.mathematics.canonical import written
 from areal_agents.rewards.mathematics.errors import ParseError, TooLarge
+from areal_agents.rewards.mathematics.units import RADIAN
 
 MAX_BITS = 1 << 18
 """Of one exact number."""
@@ -75,6 +76,8 @@ def _value(node: t.Node) -> sympy.Expr:
                 return value(inner) / 100
             if unit.dimension == (("angle", 1),):
                 return value(inner) * sympy.pi / 180
+            if unit == RADIAN:
+                return value(inner)
             return value(inner) * sympy.Symbol(f"unit {unit.dimension} {unit.factor}")
     raise ParseError(f"{written(node)[:80]} is no single value")
 
@@ -107,6 +110,8 @@ def power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
 
 def _odd_root(base: sympy.Expr, exponent: sympy.Rational) -> sympy.Expr:
     """Take the real root, as schools do: the cube root of -8 is -2, and of SymPy's it is a complex number."""
+    if base.is_Rational:  # SymPy's assumptions would ask whether it is prime
+        return sympy.Pow(base, exponent) if base.p >= 0 else (-1) ** int(exponent.p) * sympy.Pow(-base, exponent)
     if base.is_nonnegative or (base.is_number and not base.is_extended_real):
         return sympy.Pow(base, exponent)
     if base.is_negative:
@@ -140,12 +145,12 @@ def _applied(name: str, args: tuple[t.Node, ...]) -> sympy.Expr:
             raise TooLarge("a binomial coefficient is too large")
         return sympy.binomial(n, k)
     if name == "log" and len(args) == 2:
-        below = sympy.log(value(args[1]))
+        below = _log(value(args[1]))
         if below == 0:
             raise ParseError("a logarithm has base 1")
-        return sympy.log(value(args[0])) / below
+        return _log(value(args[0])) / below
     if name == "lg":
-        return sympy.log(value(args[0])) / sympy.log(10)
+        return _log(value(args[0])) / sympy.log(10)
     if name == "cis":
         angle = value(args[0])
         return sympy.cos(angle) + sympy.I * sympy.sin(angle)
@@ -163,12 +168,17 @@ def _applied(name: str, args: tuple[t.Node, ...]) -> sympy.Expr:
             raise ParseError(f"{name} takes one value, not {len(found)}")
         if len(found) > MAX_ARGUMENTS:
             raise TooLarge(f"{name} of more than {MAX_ARGUMENTS} values")
-        if name == "log" and found[0].is_Rational and bits(found[0]) > MAX_FACTORED:
-            return sympy.log(found[0], evaluate=False)
+        if name == "log":
+            return _log(found[0])
         return _FUNCTIONS[name](*found)
     if name in ("sum", "prod", "int", "lim", "index", "det", "dim", "deg"):
         raise TooLarge(f"{name} is compared as it is written")
     return sympy.Symbol(written(t.Apply(name, args)))  # f(x): a name
+
+
+def _log(number: sympy.Expr) -> sympy.Expr:
+    """Take the natural logarithm. Of a large number SymPy would look for factors."""
+    return sympy.log(number, evaluate=not (number.is_Rational and bits(number) > MAX_FACTORED))
 
 
 def _factorial(n: sympy.Expr) -> sympy.Expr:

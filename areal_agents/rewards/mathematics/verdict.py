@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-VERSION = "2"
+VERSION = "3"
 """Of the verifier: verdicts of another version are not this one's."""
 
 Status = Literal["ok", "wrong", "no_answer", "parse_error", "timeout", "gold_error", "infra_error"]

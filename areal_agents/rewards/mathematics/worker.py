@@ -1,37 +1,86 @@
-"""A process that verifies answers until its standard input ends.
+"""The process that forks the verifier's workers, and what a worker does until its socket ends.
 
-One JSON line in, {gold, pred, slot, options, seconds}, without ``pred`` to look at a gold
-answer; one out, {status, detail}. Its memory is bounded, and so is the
-processor time of each answer: it ends by itself where its parent can no longer kill it.
+One JSON line in, {gold, pred, slot, options, seconds}, without ``pred`` to look at a gold answer; one out,
+{status, detail}. A worker's memory is bounded, and so is the processor time of each answer: it ends by itself where
+nobody can kill it any more.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
-import sys
+import signal
+import socket
+import traceback
 from math import ceil
 from typing import Any
+
+from areal_agents.rewards.mathematics.fork_server import FORK, NUMBER, READY, number
+from areal_agents.utils.parent import end_with_parent
 
 MEMORY = 1 << 30
 """Bytes of address space."""
 
 
 def main() -> None:
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # a library that prints must not break a reply
+    control = socket.socket(fileno=os.dup(0))
+    os.dup2(2, 1)  # a library that prints
     from areal_agents.rewards.mathematics.verify import verify
 
     verify("x+1", r"\sqrt{2}")  # imports and first uses are not the first answer's
+    gc.freeze()  # a collection in a worker would copy what it shares with the others
+    control.sendall(number(READY))
+    workers: set[int] = set()
+    while True:
+        message, passed, _, _ = socket.recv_fds(control, NUMBER, 1, socket.MSG_WAITALL)
+        if len(message) < NUMBER:  # the host is gone
+            return
+        asked = int.from_bytes(message, "big", signed=True)
+        if asked == FORK:
+            reply = _fork(passed[0], control)
+            workers |= {reply} if reply > 0 else set()
+        else:
+            reply = 0
+            if asked in workers:
+                workers.remove(asked)
+                os.kill(asked, signal.SIGKILL)
+                os.waitpid(asked, 0)
+        control.sendall(number(reply))
+
+
+def _fork(worker_socket: int, control: socket.socket) -> int:
+    """Return the number of a new worker, or the system's error below zero."""
+    server = os.getpid()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        pid = -(error.errno or 1)
+    if pid == 0:
+        try:
+            control.close()
+            end_with_parent()
+            if os.getppid() == server:  # else it ended before this process asked to end with it
+                _work(socket.socket(fileno=worker_socket))
+        except BaseException:  # noqa: BLE001  a forked process must not go on as its parent
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(worker_socket)
+    return pid
+
+
+def _work(asked: socket.socket) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    _reply(out, {"status": "ready", "detail": ""})
-    for line in sys.stdin:
-        request = json.loads(line)
-        spent = resource.getrusage(resource.RUSAGE_SELF)
-        limit = ceil(spent.ru_utime + spent.ru_stime + 2 * request["seconds"]) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-        _reply(out, answer(request))
+    with asked.makefile("rw", encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            request = json.loads(line)
+            spent = resource.getrusage(resource.RUSAGE_SELF)
+            limit = ceil(spent.ru_utime + spent.ru_stime + 2 * request["seconds"]) + 1
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+            lines.write(json.dumps(answer(request)) + "\n")
+            lines.flush()
 
 
 def answer(request: dict[str, Any]) -> dict[str, str]:
@@ -48,11 +97,6 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
     except RecursionError:
         return {"status": "parse_error", "detail": "it nests too deep"}
     return {"status": found.status, "detail": found.detail}
-
-
-def _reply(out: Any, row: dict[str, str]) -> None:
-    out.write(json.dumps(row) + "\n")
-    out.flush()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import transformers
 
 from areal_agents.chat.format import ChatFormat
 from areal_agents.chat.toolcalls import parse_text
+from areal_agents.cli.main import main
 from areal_agents.engine import Sampling
 from areal_agents.engines.openai.client import OpenAIChat
 from areal_agents.engines.openai.messages import request_messages, request_tools
@@ -209,6 +210,22 @@ def test_sampled_tool_calls_are_those_that_training_would_read(server: Process) 
     asyncio.run(asyncio.wait_for(talk(), 120))
 
 
+def test_a_message_that_may_hold_no_call_ends_where_one_would_begin(server: Process) -> None:
+    """The model was never told of a tool, and writes calls all the same: it knows nothing else."""
+    body: Json = {"model": "tiny", "messages": [{"role": "user", "content": ASKED}], "max_tokens": 60}
+    tools = [{"type": "function", "function": {"name": "noop", "parameters": {"type": "object"}}}]
+
+    def said(**more: Any) -> list[Json]:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            asked = ({**body, "seed": seed, **more} for seed in range(8))
+            return [client.post("/v1/chat/completions", json=ask).json()["choices"][0] for ask in asked]
+
+    free, bound = said(), said(tools=tools, tool_choice="none")
+    assert "<tool_call>" in "".join(c["message"]["content"] for c in free)
+    assert sum(c["stop_reason"] == "<tool_call>" and c["finish_reason"] == "stop" for c in bound) >= 1
+    assert "<tool_call>" not in "".join(c["message"]["content"] or "" for c in bound)
+
+
 def test_a_panel_of_judges_of_which_this_one_answers(server: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is down, one silent, one talks nonsense. This random model is held to the line, which is all that it says."""
     monkeypatch.setattr("areal_agents.rewards.judges.panel.draw_tag", lambda texts: "0123abcd")
@@ -277,6 +294,13 @@ def mapped(pid: int) -> list[str]:
     """Files that a process maps, one a line; deleted ones are not there any more."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return [line for line in lines if line.count("/") and not line.endswith("(deleted)")]
+
+
+def test_an_argument_that_vllm_refuses_is_one_sentence(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--model", str(model), "--port", "0", "--vllm-args=--max-num-seqss 4"]) == 2
+    err = capfd.readouterr().err
+    assert "error: --vllm-args: unrecognized arguments: --max-num-seqss; did you mean --max-num-seqs?" in err
+    assert err.count("\n") < 10, err
 
 
 def test_the_servers_processes_end_with_a_command_that_is_killed(model: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 import areal_agents
 from areal_agents.chat.format import ChatFormat
+from areal_agents.chat.tool_formats import FORMATS
 from areal_agents.cli.main import main
 from areal_agents.engines.process_group_reaper import members
 from areal_agents.engines.vllm.cpu_build import CPU_WORKER
@@ -26,12 +27,14 @@ from areal_agents.engines.vllm.server import (
     Serving,
     arguments,
     base_url,
+    calls_begin,
     environment,
     free_port,
     serve,
     usage_text,
     write_files,
 )
+from areal_agents.engines.vllm.server_process import NoCalls, sentence, without_calls
 from areal_agents.errors import ConfigError
 from tests.processes import until, wait_gone
 from tests.tiny_tokenizer import CHATML, SWITCH, tiny
@@ -43,12 +46,13 @@ def serving(**changes: Any) -> Serving:
 
 def test_the_command_line_and_its_files(tmp_path: Path) -> None:
     line = arguments(serving(precision="fp32", arguments=("--max-num-seqs", "4")), tmp_path, cpu=True)
-    assert line[:4] == ["-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"]
+    assert line[:2] == ["-m", "areal_agents.engines.vllm.server_process"]
     given = dict(itertools.pairwise(line))
     assert (given["--host"], given["--port"], given["--dtype"]) == ("127.0.0.1", "8000", "float32")
     assert (given["--served-model-name"], given["--tool-call-parser"]) == ("runs/demo/model", "hermes")
     assert "--enforce-eager" in line
     assert "--exclude-tools-when-tool-choice-none" in line
+    assert given["--middleware"] == f"{NoCalls.__module__}.{NoCalls.__name__}"
     assert given["--worker-cls"] == CPU_WORKER
     assert line[-2:] == ["--max-num-seqs", "4"]
     assert "--enforce-eager" not in arguments(serving(), tmp_path, cpu=False)
@@ -166,6 +170,80 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     for moved in ("--port 9", "--host=::", "--ssl-keyfile f", "--uds s"):
         assert main(["serve", "--model", "x", f"--vllm-args=--max-num-seqs 4 {moved}"]) == 2
         assert "use serve's own --host and --port" in capsys.readouterr().err
+
+
+def test_what_needs_no_model_is_refused_before_one_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert main(["serve", "--model", "/nowhere/model", "--port", port]) == 1
+    assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
+    assert main(["serve", "--model", "/nowhere/model", "--port", "0", "--api-key-env", "AREAL_NO_SUCH_KEY"]) == 1
+    assert "variable AREAL_NO_SUCH_KEY is not set" in capsys.readouterr().err
+
+
+BEGINS: dict[str, list[Any]] = {"stop": ["<tool_call>"], "stop_token_ids": [7]}
+
+
+@pytest.mark.parametrize(
+    ("request_", "stop", "ids"),
+    [
+        ({"tool_choice": "none"}, ["<tool_call>"], [7]),
+        ({"tool_choice": "none", "stop": "x"}, ["x", "<tool_call>"], [7]),
+        ({"tool_choice": "none", "stop": ["x"], "stop_token_ids": [7, 8]}, ["x", "<tool_call>"], [7, 8]),
+        ({"tool_choice": "none", "stop": None, "include_stop_str_in_output": True}, ["<tool_call>"], [7]),
+    ],
+)
+def test_a_request_without_calls_ends_at_what_begins_one(request_: dict[str, Any], stop: Any, ids: Any) -> None:
+    found = json.loads(without_calls(json.dumps(request_).encode(), BEGINS))
+    assert found == {"tool_choice": "none", "stop": stop, "stop_token_ids": ids, "include_stop_str_in_output": False}
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"tool_choice": "auto"}', b'{"a": 1}', b"[1]", b"{bad", b"\xff", b'{"tool_choice": "none", "stop": 5}']
+)
+def test_any_other_request_reaches_vllm_as_it_came(body: bytes) -> None:
+    assert without_calls(body, BEGINS) == body
+
+
+def test_a_request_in_pieces_reaches_vllm_as_one_with_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AREAL_SERVE_CALLS_BEGIN", json.dumps(BEGINS))
+    pieces = [{"type": "http.request", "body": part, "more_body": more}
+              for part, more in ((b'{"tool_choice"', True), (b': "none"}', False))]  # fmt: skip
+    seen: list[Any] = []
+
+    async def receive() -> Any:
+        return pieces.pop(0) if pieces else {"type": "http.disconnect"}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend([dict(scope["headers"]), await receive(), await receive()])
+
+    async def send(message: Any) -> None:
+        raise AssertionError("nothing is sent here")
+
+    scope = {"type": "http", "path": "/v1/chat/completions", "headers": [(b"content-length", b"24"), (b"a", b"b")]}
+    asyncio.run(NoCalls(app)(scope, receive, send))
+    headers, body, after = seen
+    assert headers == {b"a": b"b", b"content-length": str(len(body["body"])).encode()}
+    assert (json.loads(body["body"])["stop"], after) == (["<tool_call>"], {"type": "http.disconnect"})
+
+
+def test_what_begins_a_call_is_ended_at_by_text_and_by_control_token() -> None:
+    fmt = ChatFormat(tiny(CHATML))
+    assert json.loads(calls_begin(fmt)) == {"stop": ["<tool_call>"], "stop_token_ids": []}
+    fmt.tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>"]})
+    found = json.loads(calls_begin(ChatFormat(fmt.tokenizer)))
+    assert found == {"stop": ["<tool_call>"], "stop_token_ids": [len(fmt.tokenizer) - 1]}
+    for form in FORMATS.values():
+        for text in form.openers if form.begins_calls_alone is None else form.begins_calls_alone:
+            assert len(text) > 5, f"{form.name}: {text!r} may stand in any text"
+
+
+def test_a_misspelt_argument_is_one_sentence() -> None:
+    options = ["--max-num-seqs", "--max-model-len"]
+    told = "unrecognized arguments: --max-num-seqss"
+    assert sentence(told, options) == f"{told}; did you mean --max-num-seqs?"
+    assert sentence("unrecognized arguments: --bogus 3", options) == "unrecognized arguments: --bogus 3"
+    assert sentence("argument --seed: invalid int value", options) == "argument --seed: invalid int value"
 
 
 def test_the_module_imports_neither_vllm_nor_torch_early() -> None:

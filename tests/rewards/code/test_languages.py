@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from areal_agents import sandboxes
-from areal_agents.errors import SandboxUnavailable
+from areal_agents.errors import SandboxUnavailable, TaskError
 from areal_agents.reward import Episode, Verdict, judge
 from areal_agents.rewards.code import languages
 from areal_agents.rewards.code.judge import run_tests
@@ -157,7 +157,7 @@ def test_checkers(runner: asyncio.Runner, backend: SandboxBackend) -> None:
         return output == "8\n"
 
     def hangs(given: str, expected: str, output: str) -> bool:
-        asyncio.run(asyncio.sleep(3600))
+        asyncio.run(asyncio.sleep(3600 * (output == "8\n")))
         return True
 
     eight, word = "```\nprint(8)\n```", "```\nprint('x')\n```"
@@ -167,8 +167,11 @@ def test_checkers(runner: asyncio.Runner, backend: SandboxBackend) -> None:
     assert (odd.score, odd.status, odd.components["checker_error"]) == (0.0, "unverifiable", 1.0)
     late = code(sandbox=backend, seconds=20.0, checker=hangs, checker_seconds=0.3)
     assert scored(runner, late, eight, tests=ONE).status == "unverifiable"
-    unsure = code(sandbox=backend, seconds=20.0, checker=lambda given, expected, output: None)
+    unsure = code(sandbox=backend, seconds=20.0, checker=lambda given, expected, output: None if "8" in output else 0)
     assert scored(runner, unsure, eight, tests=ONE).status == "unverifiable"
+    broken = code(sandbox=backend, seconds=20.0, checker=lambda given, expected, output: expected[9] in output)
+    with pytest.raises(TaskError, match=r"its checker raised IndexError.*, whatever the output is"):
+        scored(runner, broken, eight, tests=ONE)
 
 
 def test_a_checker_of_values(runner: asyncio.Runner, backend: SandboxBackend) -> None:

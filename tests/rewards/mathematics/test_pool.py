@@ -34,7 +34,7 @@ def pids(pool: MathPool) -> list[int]:
     workers = [pool._idle.get() for _ in range(pool.workers)]
     for worker in workers:
         pool._idle.put(worker)
-    return [w._process.pid for w in workers if w._process is not None]
+    return [w.pid for w in workers if w.pid is not None]
 
 
 def test_answers_at_once_come_back_in_order(pool: MathPool) -> None:
@@ -94,6 +94,51 @@ def test_a_slow_answer_is_ended_and_the_next_one_is_verified() -> None:
             assert (await pool.verify("2", "2")).status == "ok"
             assert not wait_gone(before, 60)
             assert pool.replaced == 1
+        finally:
+            pool.close()
+
+    asyncio.run(work())
+
+
+def server(pool: MathPool) -> int:
+    assert pool._server._process is not None
+    return pool._server._process.pid
+
+
+def test_a_worker_in_place_of_one_that_was_ended_is_forked_and_imports_nothing() -> None:
+    async def work() -> None:
+        pool = MathPool(2, deadline=60.0)
+        try:
+            await asyncio.gather(*(pool.verify(str(i), f"{i}.0") for i in range(4)))
+            forks, before = server(pool), pids(pool)
+            pool.deadline = 0.05
+            late = await asyncio.gather(*(pool.verify(f"{SLOW}+{i}", SLOW) for i in (1, 2)))
+            assert [v.status for v in late] == ["timeout", "timeout"]
+            pool.deadline = 60.0
+            assert (await pool.verify("2", "2")).status == "ok"
+            assert server(pool) == forks
+            assert {child.pid for child in psutil.Process(forks).children()} == set(pids(pool)) - set(before)
+        finally:
+            pool.close()
+        assert not wait_gone([forks], 60)
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_server_that_is_lost_costs_nothing(kill: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_agents.rewards.mathematics.fork_server._REPLY_SECONDS", 1.0)
+
+    async def work() -> None:
+        pool = MathPool(1, deadline=60.0)
+        try:
+            assert (await pool.verify("1", "1")).status == "ok"
+            first, workers = server(pool), pids(pool)
+            os.kill(first, kill)
+            os.kill(workers[0], signal.SIGKILL)  # so that the server is asked for another
+            assert (await pool.verify("x+1", "1+x")).status == "ok"
+            assert server(pool) != first
+            assert not wait_gone([first, *workers], 60)
         finally:
             pool.close()
 
@@ -170,7 +215,7 @@ from areal_agents.rewards.mathematics.extract import Slot
 from areal_agents.rewards.mathematics.pool import MathPool
 pool = MathPool(1, deadline=60.0)
 asyncio.run(pool.verify("1", "1"))
-print(pool._idle.get()._process.pid, flush=True)
+print(pool._idle.get().pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run(

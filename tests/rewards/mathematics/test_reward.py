@@ -11,6 +11,7 @@ import pytest
 from areal_agents.errors import ConfigError, TaskError
 from areal_agents.reward import Episode, Verdict, judge
 from areal_agents.rewards import boxed_math, math
+from areal_agents.tool import ToolResult
 from areal_agents.types import AssistantMessage, Task, Text, ToolCall, user
 
 
@@ -44,6 +45,23 @@ def test_other_slots() -> None:
     broken = ToolCall("d", "answer", {}, "", "invalid_json", None)
     assert scored(math(slot="tool"), "no", calls=(call, broken)).score == 1.0
     assert scored(math(slot="tool"), "1/2").score == 0.0
+
+
+def test_the_argument_of_the_answer_tool_is_named_or_the_only_one() -> None:
+    two = ToolCall("c", "answer", {"reason": "half of 1", "value": 0.5, "sure": True}, "", "ok", None)
+    named = math(slot="tool", argument="value")
+    assert scored(named, "", calls=(two,)).score == 1.0
+    assert scored(math(slot="tool", argument="reason"), "", calls=(two,)).score == 0.0
+    assert scored(math(slot="tool", argument="other"), "", calls=(two,)).score == 0.0
+    assert scored(math(slot="tool"), "", calls=(two,)).score == 0.0  # the tool has not taken it
+    taken = replace(episode("", calls=(two,)), tool_results=(ToolResult("ok"),))
+    with pytest.raises(ConfigError, match=r"the tool 'answer' took several arguments .* \(reason, value\): name it"):
+        asyncio.run(judge(math(slot="tool"), taken))
+    assert asyncio.run(judge(named, taken)).score == 1.0
+    made_up = replace(taken, tool_results=(ToolResult("no argument 'reason'", "error"),))
+    assert asyncio.run(judge(math(slot="tool"), made_up)).score == 0.0
+    with pytest.raises(ConfigError, match="argument = 'x' is one of a tool, and the slot is 'boxed'"):
+        math(argument="x")
 
 
 @pytest.mark.parametrize("gold", [None, [], True, {"a": 1}, ["1", None]])

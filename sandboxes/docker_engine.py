@@ -1,0 +1,209 @@
+"""The Docker engine as the backend uses it: the SDK on threads of its own, with errors that say what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import ssl
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from areal_agents.errors import ConfigError, SandboxError, SandboxUnavailable
+from areal_agents.sandboxes.docker_stream import Address
+
+LABEL: Final = "areal-agents.sandbox"
+OWNER: Final = "areal-agents.owner"
+TIMEOUT: Final = 60
+"""Seconds for an answer of the engine."""
+WORKERS: Final = 8
+
+START: Final = (
+    "Start it (systemctl start docker), say where it listens (DOCKER_HOST, with DOCKER_TLS_VERIFY and DOCKER_CERT_PATH "
+    "for a remote one), or take another sandbox: bubblewrap needs no engine."
+)
+
+
+class Engine:
+    """A client of one engine."""
+
+    def __init__(self, host: str) -> None:
+        """Take the engine at ``host``; "" means what the environment says (DOCKER_HOST), as for docker itself."""
+        self._host = host
+        self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="areal-docker")
+        self._client: Any = None
+        self._connecting = asyncio.Lock()
+        self.address = Address("")
+        self.info: dict[str, Any] = {}
+
+    async def connect(self) -> None:
+        """Connect once. Raises SandboxUnavailable where the SDK or the engine is missing."""
+        async with self._connecting:
+            if self._client is None:
+                await self._connect()
+
+    async def _connect(self) -> None:
+        try:
+            import docker
+        except ImportError as error:
+            raise SandboxUnavailable(
+                "docker", "the Docker SDK is missing", "Install it: pip install 'areal-agents[docker]'."
+            ) from error
+        given = docker.utils.kwargs_from_env()
+        url = self._host or given.get("base_url") or "unix:///var/run/docker.sock"
+        tls = given.get("tls") if url == given.get("base_url") else None
+        self.address = Address(url, _context(tls) if tls else None)
+        try:
+            # The SDK leaks a socket that does not connect.
+            async with asyncio.timeout(TIMEOUT):
+                _, writer = await self.address.connect()
+            writer.close()
+        except (OSError, ConfigError) as error:
+            raise SandboxUnavailable("docker", f"no engine answers at {url}: {error}", START) from error
+        try:
+            self._client = await self._threaded(
+                docker.APIClient, base_url=url, tls=tls or False, timeout=TIMEOUT, version="auto"
+            )
+            self.info = await self._threaded(self._client.info)
+        except Exception as error:
+            self._client = None
+            if not isinstance(error, _kinds()):
+                raise
+            raise SandboxUnavailable("docker", f"no engine answers at {url}: {_said(error)}", START) from error
+
+    @property
+    def version(self) -> str:
+        return str(self._client.api_version)
+
+    async def _threaded(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    async def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the SDK's ``APIClient``.
+
+        Raises SandboxError, whose cause is the SDK's error.
+        """
+        await self.connect()
+        try:
+            return await self._threaded(getattr(self._client, name), *args, **kwargs)
+        except _kinds() as error:
+            raise SandboxError(f"the docker engine: {name}: {_said(error)}") from error
+
+    def host_config(self, **settings: Any) -> dict[str, Any]:
+        """Make what the SDK calls a host configuration."""
+        made: dict[str, Any] = self._client.create_host_config(**settings)
+        return made
+
+    async def image(self, name: str) -> dict[str, Any] | None:
+        """Describe an image, or return None where the engine has none of that name."""
+        import docker
+
+        try:
+            found: dict[str, Any] = await self.call("inspect_image", name)
+        except SandboxError as error:
+            if isinstance(error.__cause__, docker.errors.NotFound):
+                return None
+            raise
+        return found
+
+    async def pull(self, name: str) -> dict[str, Any]:
+        """Pull an image, with progress on standard error. Raises SandboxUnavailable."""
+        try:
+            await self._threaded(self._pull, name)
+        except _kinds() as error:
+            remedy = f"Pull, build or load it first: docker pull {name}."
+            raise SandboxUnavailable("docker", f"image {name!r} cannot be had: {_said(error)}", remedy) from error
+        found = await self.image(name)
+        if found is None:
+            raise SandboxUnavailable("docker", f"image {name!r} is not there after its pull", f"docker pull {name}")
+        return found
+
+    def _pull(self, name: str) -> None:
+        import docker
+
+        layers: dict[str, tuple[int, int]] = {}
+        shown = time.monotonic()
+        repository, tag = docker.utils.parse_repository_tag(name)
+        for row in self._client.pull(repository, tag=tag or "latest", stream=True, decode=True):
+            if "error" in row:
+                raise docker.errors.APIError(str(row["error"]))
+            detail = row.get("progressDetail") or {}
+            if row.get("id") and detail.get("total"):
+                layers[row["id"]] = (int(detail.get("current", 0)), int(detail["total"]))
+            if layers and time.monotonic() > shown + 2:
+                shown = time.monotonic()
+                done, whole = (sum(sizes) >> 20 for sizes in zip(*layers.values(), strict=True))
+                print(f"docker: pulling {name}: {done} of {whole} MB", file=sys.stderr, flush=True)
+
+    async def reap(self) -> int:
+        """Remove containers whose run on this machine is no more, and return how many."""
+        import docker
+
+        rows = await self.call("containers", all=True, filters={"label": LABEL})
+        count = 0
+        for row in rows:
+            if orphaned(row["Labels"].get(OWNER, "")):
+                try:
+                    await self.call("remove_container", row["Id"], force=True, v=True)
+                    count += 1
+                except SandboxError as error:  # another run may reap at the same time
+                    if not isinstance(error.__cause__, docker.errors.APIError):
+                        raise
+        return count
+
+    def close(self) -> None:
+        """Close the connections. What is under way ends first."""
+        self._threads.shutdown(wait=True)
+        if self._client is not None:
+            self._client.close()
+
+
+def owner() -> str:
+    """Name this process so that another one on this machine can tell whether it still runs."""
+    return f"{_machine()} {os.getpid()} {_started(os.getpid())}"
+
+
+def orphaned(label: str) -> bool:
+    """Say whether a container's owner ran on this machine and does no more."""
+    machine, _, process = label.rpartition(" ")[0].rpartition(" ")
+    started = label.rpartition(" ")[2]
+    return machine == _machine() and process.isdigit() and _started(int(process)) != started
+
+
+def _machine() -> str:
+    """Name this boot of this machine, and the pid namespace: pids of another one say nothing here."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def _started(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _kinds() -> tuple[type[Exception], ...]:
+    import docker
+    import requests
+
+    return (docker.errors.DockerException, requests.exceptions.RequestException, OSError)
+
+
+def _said(error: Exception) -> str:
+    """Return what went wrong, without the addresses that the SDK puts around it."""
+    explanation = getattr(error, "explanation", None)
+    return str(explanation or error)[:600]
+
+
+def _context(tls: Any) -> ssl.SSLContext:
+    """Make the TLS settings of an attached stream from the SDK's."""
+    context = ssl.create_default_context(cafile=tls.ca_cert or None)
+    if not tls.verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if tls.cert:
+        context.load_cert_chain(*tls.cert)
+    return context

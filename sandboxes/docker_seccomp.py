@@ -1,0 +1,39 @@
+"""The seccomp filter of ``seccomp.py`` in the form that an engine takes: docker's JSON profile."""
+
+from __future__ import annotations
+
+import errno
+import json
+from typing import Any
+
+from areal_agents.sandboxes import seccomp
+
+_ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "amd64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
+
+
+def profile(architecture: str) -> str:
+    """Return the profile for an engine's architecture. Calls of another one kill the thread."""
+    rules = [_rule([*seccomp.DENIED], errno.EPERM), _rule(["clone3"], errno.ENOSYS)]
+    rules += [_rule(["clone"], errno.EPERM, _masked(0, flag, flag)) for flag in seccomp.CLONE_NAMESPACES]
+    rules += [_rule(["ioctl"], errno.EPERM, _masked(1, 0xFFFFFFFF, r)) for r in (seccomp.TIOCSTI, seccomp.TIOCLINUX)]
+    rules.append(_rule(["prlimit64"], errno.EPERM, _argument(0, "NE", 0), _argument(2, "NE", 0)))
+    highest = max(seccomp.ALLOWED_SOCKETS)
+    for name in ("socket", "socketpair"):
+        rules.append(_rule([name], errno.EAFNOSUPPORT, _argument(0, "GT", highest)))
+        for family in sorted(set(range(highest)) - set(seccomp.ALLOWED_SOCKETS)):
+            rules.append(_rule([name], errno.EAFNOSUPPORT, _argument(0, "EQ", family)))
+    known = _ARCHITECTURES.get(architecture)
+    native = {"architectures": [known]} if known else {}
+    return json.dumps({"defaultAction": "SCMP_ACT_ALLOW", **native, "syscalls": rules})
+
+
+def _rule(names: list[str], error: int, *arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": error, "args": list(arguments)}
+
+
+def _argument(index: int, comparison: str, value: int) -> dict[str, Any]:
+    return {"index": index, "value": value, "op": f"SCMP_CMP_{comparison}"}
+
+
+def _masked(index: int, mask: int, value: int) -> dict[str, Any]:
+    return {"index": index, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}

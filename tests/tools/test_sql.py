@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import pickle
+import sqlite3
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from areal_agents.errors import ConfigError, TaskError
+from areal_agents.tool import ToolResult
+from areal_agents.tools import sql_inside
+from areal_agents.tools.sql import sql_tool
+from areal_agents.types import Task
+from tests.tools.sessions import call, play
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100,000 orders of 1,000 customers, in a file whose name must be quoted."""
+    path = tmp_path_factory.mktemp("sql") / "a shop #1?100%.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE customers (id INTEGER PRIMARY KEY, name TEXT)")
+        connection.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, customer INTEGER, cents INTEGER, note BLOB)")
+        connection.executemany("INSERT INTO customers VALUES (?, ?)", ((n, f"name {n}") for n in range(1000)))
+        connection.executemany("INSERT INTO orders VALUES (?, ?, ?, NULL)", ((n, n % 1000, n) for n in range(100_000)))
+        connection.execute("UPDATE customers SET name = ? WHERE id = 7", ("a|b\nc",))
+        connection.execute("UPDATE orders SET note = ? WHERE id = 1", (b"\xff\x00",))
+    connection.close()
+    return path
+
+
+def ask(shop: Path, *queries: str, **options: bool | int | float) -> list[ToolResult]:
+    return play((sql_tool(shop, **options),), *(call("sql", query=q) for q in queries))  # type: ignore[arg-type]
+
+
+def test_queries_are_answered_with_tables(shop: Path) -> None:
+    total, joined, odd, none, many = ask(
+        shop,
+        "SELECT count(*), sum(cents) AS total FROM orders;",
+        "WITH t AS (SELECT customer, sum(cents) AS s FROM orders GROUP BY 1) "
+        "SELECT name, s FROM t JOIN customers c ON c.id = t.customer ORDER BY s DESC LIMIT 2",
+        "SELECT c.name, o.note, NULL FROM customers c, orders o WHERE c.id = 7 AND o.id = 1",
+        "SELECT * FROM customers WHERE 0",
+        "SELECT id FROM orders",
+    )
+    assert total.text == "count(*) | total\n100000 | 4999950000\n(1 row)"
+    # customer c has the orders c, c + 1000, …: 100 c + 1000 (0 + … + 99) = 100 c + 4950000
+    assert joined.text == "name | s\nname 999 | 5049900\nname 998 | 5049800\n(2 rows)"
+    assert odd.text == "name | note | NULL\na\\|b\\nc | (a blob of 2 bytes) | NULL\n(1 row)"
+    assert none.text == "id | name\n(0 rows)"
+    assert many.text.splitlines()[1] == "0"
+    assert many.text.splitlines()[50:] == ["49", "(50 rows; there are more: use LIMIT and OFFSET, or count them)"]
+
+
+WRITES = [
+    "INSERT INTO customers VALUES (5000, 'x')", "UPDATE customers SET name = 'x'", "DELETE FROM orders",
+    "DROP TABLE orders", "CREATE TABLE t (a)", "CREATE TEMP TABLE t (a)", "ALTER TABLE orders RENAME TO o",
+    "CREATE INDEX i ON orders (cents)",
+    "BEGIN IMMEDIATE",
+]  # fmt: skip
+NEVER = [
+    "ATTACH '/etc/passwd' AS p", "ATTACH ':memory:' AS m", "DETACH main", "VACUUM INTO '/tmp/areal-stolen'", "VACUUM",
+    "PRAGMA journal_mode = WAL", "PRAGMA query_only = OFF", "PRAGMA writable_schema = ON", "PRAGMA temp_store = MEMORY",
+    "PRAGMA temp_store_directory = '/tmp'", "PRAGMA hard_heap_limit = 1", "PRAGMA wal_checkpoint",
+    "SELECT load_extension('/tmp/x.so')", "SELECT fts3_tokenizer('simple')", "SELECT readfile('/etc/passwd')",
+    "SELECT writefile('/tmp/areal-x', 'y')", "CREATE VIRTUAL TABLE v USING fts5(a)",
+    "SELECT * FROM pragma_user_version(3)",
+    "INSERT INTO sqlite_master VALUES ('table', 'x', 'x', 1, 'x')",
+]  # fmt: skip
+
+
+def test_nothing_is_written_and_nothing_else_is_opened(shop: Path) -> None:
+    before = shop.read_bytes()
+    results = ask(shop, *WRITES, *NEVER)
+    assert [(q, r.status) for q, r in zip(WRITES + NEVER, results, strict=True) if r.status != "error"] == []
+    assert "not allowed; the database is read-only" in results[0].text
+    assert results[len(WRITES)].text == "error: ATTACH, DETACH and VACUUM is not allowed; the database is read-only"
+    assert shop.read_bytes() == before
+    assert not Path("/tmp/areal-stolen").exists()
+
+
+def test_a_pragma_that_tells_is_allowed(shop: Path) -> None:
+    told, master = ask(shop, "PRAGMA table_info(customers)", "SELECT name FROM sqlite_master ORDER BY 1")
+    assert told.text.splitlines()[1] == "0 | id | INTEGER | 0 | NULL | 1"
+    assert master.text == "name\ncustomers\norders\n(2 rows)"
+
+
+ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
+HOARDS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT randomblob(1000000) FROM c ORDER BY 1"
+
+
+def test_queries_without_an_end_are_stopped(shop: Path) -> None:
+    start = time.monotonic()
+    endless, cross, hoards, after = ask(
+        shop, ENDLESS, "SELECT count(*) FROM orders a, orders b, orders c", HOARDS, "SELECT 1", seconds=0.5
+    )
+    assert endless == cross == ToolResult("error: stopped after 0.5 s", "timeout")
+    assert hoards.status in ("timeout", "error")
+    assert after.text == "1\n1\n(1 row)"
+    assert time.monotonic() - start < 120
+
+
+def test_one_step_that_takes_forever_is_stopped_too(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # SQLite looks at no handler inside one function.
+    monkeypatch.setattr("areal_agents.tools.sql.GRACE_S", 1.0)
+    slow = "SELECT instr(hex(zeroblob(3500000)), hex(zeroblob(1700000)) || '1')"
+    (result,) = ask(shop, slow, seconds=0.5)
+    assert result == ToolResult("error: stopped after 0.5 s", "timeout")
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("", "done"),
+        ("-- only a comment", "done"),
+        ("SELEC 1", 'error: near "SELEC": syntax error'),
+        ("SELECT missing", "error: no such column: missing"),
+        ("SELECT 1; SELECT 2", "error: You can only execute one statement at a time."),
+        ("SELECT ?", "error: Incorrect number of bindings supplied"),
+        ("SELECT 1\0", "error: "),
+        ("SELECT '\ud800'", "error: the query is no text for SQLite"),
+        ("SELECT " + "(" * 900 + "1" + ")" * 900, "error: "),
+        ("SELECT " + "1+" * 9000 + "1", "error: Expression tree is too large"),
+        ("SELECT 1 -- " + "x" * 20_000, "error: the query has 20012 characters"),
+        ("SELECT zeroblob(1000000000)", "error: string or blob too big"),
+        ("SELECT hex(randomblob(8000000))", "error: string or blob too big"),
+        ("SELECT CAST(x'ff' AS TEXT)", "CAST(x'ff' AS TEXT)\n\ufffd\n"),
+        ("SELECT abs(-9223372036854775808)", "error: integer overflow"),
+    ],
+)
+def test_what_is_no_query_is_told(shop: Path, query: str, says: str) -> None:
+    (result,) = ask(shop, query)
+    assert result.text.startswith(says)
+    assert len(result.text) < 500
+
+
+def test_writes_go_to_a_copy_of_the_episode(shop: Path) -> None:
+    before, temporary = shop.read_bytes(), set(Path(tempfile.gettempdir()).glob("areal-agents-sql-*"))
+    first = ask(
+        shop, "DELETE FROM orders WHERE id >= 10", "SELECT count(*) FROM orders", "CREATE TABLE t (a)",
+        "INSERT INTO t VALUES (1), (2)", "SELECT sum(a) FROM t", *NEVER, writable=True,
+    )  # fmt: skip
+    assert [r.text for r in first[:5]] == [
+        "done; 99990 rows changed", "count(*)\n10\n(1 row)", "done", "done; 2 rows changed", "sum(a)\n3\n(1 row)"
+    ]  # fmt: skip
+    assert [(q, r.text) for q, r in zip(NEVER, first[5:], strict=True) if r.status != "error"] == []
+    (second,) = ask(shop, "SELECT count(*) FROM orders", writable=True)
+    assert second.text == "count(*)\n100000\n(1 row)"
+    assert shop.read_bytes() == before
+    assert set(Path(tempfile.gettempdir()).glob("areal-agents-sql-*")) == temporary
+
+
+def test_a_database_a_task(shop: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small.sqlite"
+    with sqlite3.connect(small) as connection:
+        connection.execute("CREATE TABLE only (a)")
+    connection.close()
+    spec = sql_tool(tmp_path / "{db}.sqlite")
+    env = SimpleNamespace(task=Task.make("t", split="test", seed=0, payload={"db": "small"}), state=None)
+    (result,) = play((spec,), call("sql", query="SELECT name FROM sqlite_master"), env=env)
+    assert result.text == "name\nonly\n(1 row)"
+    env.task = Task.make("t", split="test", seed=0, payload={"db": "gone"})
+    with pytest.raises(TaskError, match="cannot read"):
+        play((spec,), call("sql", query="SELECT 1"), env=env)
+    env.task = Task.make("t", split="test", seed=0, payload={})
+    with pytest.raises(TaskError, match="does not fit"):
+        play((spec,), call("sql", query="SELECT 1"), env=env)
+
+
+def test_what_is_no_database_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello, this is no database")
+    with pytest.raises(ConfigError, match="no SQLite database"):
+        sql_tool(tmp_path / "text")
+    with pytest.raises(ConfigError, match="No such file"):
+        sql_tool(tmp_path / "gone")
+    with pytest.raises(ValueError, match="positive"):
+        sql_tool(tmp_path / "text", max_rows=0)
+
+
+def test_the_tool_pickles(shop: Path) -> None:
+    spec = pickle.loads(pickle.dumps(sql_tool(shop, name="query", max_rows=1)))
+    (result,) = play((spec,), call("query", query="SELECT id FROM orders"))
+    assert result.text.splitlines()[:2] == ["id", "0"]
+    assert result.text.startswith("id\n0\n(1 row; there are more")
+
+
+PIECES = st.sampled_from(
+    ["SELECT", "*", "FROM", "orders", "customers", "WHERE", "id", "=", "1", "(", ")", ";", "'", '"', "UNION", "ATTACH",
+     "DELETE", "DROP TABLE", "PRAGMA", "INTO", "VALUES", "--", "/*", "\0", "é", "\ud800", "WITH RECURSIVE", "AS", ","]
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=40) | st.lists(PIECES, max_size=12).map(" ".join))
+def test_any_query_is_answered_and_changes_nothing(shop: Path, query: str) -> None:
+    size, when = shop.stat().st_size, shop.stat().st_mtime_ns
+    request = {"path": str(shop), "query": query, "writable": False, "rows": 3, "seconds": 0.2}
+    said = sql_inside.run(request)
+    assert list(said) in (["text"], ["error"], ["timeout"])
+    assert (shop.stat().st_size, shop.stat().st_mtime_ns) == (size, when)
