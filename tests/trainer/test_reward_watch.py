@@ -56,6 +56,7 @@ def test_a_component_that_rises_while_correctness_falls_is_told_once() -> None:
         ([0.5, 0.5, 0.75, 0.75], [0.0, 0.0, 1.0, 1.0]),  # both rise: it learns
         ([0.5, 0.5, 0.25, 0.25], [1.0, 1.0, 0.0, 0.0]),  # both fall
         ([0.5, 0.5, 0.25, 0.25], [1.0, 1.0, 1.04, 1.04]),  # by less than a twentieth
+        ([0.5, 0.5, 0.25, 0.25], [-1.0, -1.0, -0.96, -0.96]),  # also of a punishment
         ([0.5, 0.5, 0.49, 0.49], [0.0, 0.0, 1.0, 1.0]),  # by less than 0.02
         ([0.5, 0.1, 0.4, 0.0], [0.0, 0.0, 1.0, 1.0]),  # 0.3 to 0.2 ± 0.28: noise
         ([0.5, 0.25, 0.25], [0.0, 1.0, 1.0]),  # the window is not full
@@ -88,6 +89,15 @@ def test_a_sign_is_told_again_after_it_was_away() -> None:
     calm = ([0.25] * 4, [1.0] * 4)
     series = {"correct": [*hack[0], *calm[0], *hack[0]], "brief": [*hack[1], *calm[1], *hack[1]]}
     assert [step for step, _ in told(series)] == [4, 12]
+
+
+@pytest.mark.parametrize(("away", "again"), [(1, False), (2, True), (3, True)])
+def test_half_a_window_without_a_sign_is_away(away: int, again: bool) -> None:
+    seen, sign = watch(4), {"a": Suspicion("component_rises", {}, "a")}
+    assert len(seen._onsets(sign)) == 1
+    for _ in range(away):
+        assert seen._onsets({}) == []
+    assert bool(seen._onsets(sign)) == again
 
 
 def test_without_a_known_correctness_no_component_is_compared() -> None:

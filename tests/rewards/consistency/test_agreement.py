@@ -165,6 +165,12 @@ def test_beside_an_own_reward_the_votes_part_alone_is_scaled() -> None:
     assert float(found[0]) == pytest.approx(1 - 0.25 / 3 + 0.4 - 0.8 / 3)
 
 
+@pytest.mark.parametrize("answers", [("5 m", "5"), ("5", "5 m")])
+def test_equality_does_not_depend_on_the_order_of_two_answers(pool: MathPool, answers: tuple[str, str]) -> None:
+    """As a gold answer, a number with a unit equals the number alone, or the other way round: one is enough."""
+    assert scores(agreement("answer", equal="math", pool=pool), answers) == [1.0, 1.0]
+
+
 def test_the_same_text_agrees_also_where_mathematics_cannot_read_it(pool: MathPool) -> None:
     assert scores(agreement("answer", equal="math", pool=pool), [r"\frac{", r"\frac{", "3"]) == [0.5, 0.5, 0.0]
     assert asyncio.run(pool.verify(r"\frac{", r"\frac{")).status == "ok"  # as the verifier has it

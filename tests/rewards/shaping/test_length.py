@@ -72,6 +72,12 @@ def test_kimi_is_a_group_reward() -> None:
     assert asyncio.run(reward([])) == []
 
 
+def test_a_score_that_is_1_but_for_rounding_is_right() -> None:
+    group = [episode(say("1", tokens=10)), episode(say("2", tokens=30))]
+    assert sum([0.1] * 10) < 1.0
+    assert [v.score for v in asyncio.run(kimi_length(lambda e: sum([0.1] * 10))(group))] == [0.5, -0.5]
+
+
 def test_what_kimi_asks_for_right_answers_keeps_its_time_its_checks_and_its_doubts() -> None:
     held = asyncio.Event()
 
