@@ -61,6 +61,8 @@ class EnvSpec:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     declared_splits: tuple[str, ...] | None = None
     description: str = ""
+    difficulty: float | None = None
+    """The difficulty of ``tasks`` where none is named. None is the environment's default."""
 
     def env_class(self) -> type[AgentEnv]:
         """Import the class.
@@ -116,6 +118,7 @@ class EnvSpec:
             raise RegistryError(
                 f"{self.id} has no split {split!r}{_hint(split, self.splits)}; its splits are {', '.join(self.splits)}"
             )
+        difficulty = self.difficulty if difficulty is None else difficulty
         if difficulty is not None and not 0.0 <= difficulty <= 1.0:
             raise ConfigError(f"difficulty {difficulty} of {self.id} must lie in [0, 1]")
         return tasks_of(self.env_class(), self.id, split, difficulty, self.kwargs)

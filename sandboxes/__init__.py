@@ -29,6 +29,8 @@ _BACKENDS: Final = {
     "unsafe_local": "areal_agents.sandboxes.unsafe_local:UnsafeLocalBackend",
 }
 
+_TEXTS: Final = (str, "str", "str | Sequence[str]")
+
 GROUP: Final = "areal_agents.sandboxes"
 """Entry points of this group are backends of installed packages."""
 
@@ -56,7 +58,11 @@ def get(name: str) -> SandboxBackend:
     if plain in _BACKENDS:
         require_linux(plain)
         factory = getattr(importlib.import_module(module_name), attribute)
-        return cast(SandboxBackend, factory(**_options(plain, query, factory)))
+        options = _options(plain, query, factory)
+        try:
+            return cast(SandboxBackend, factory(**options))
+        except ValueError as error:
+            raise RegistryError(f"sandbox backend {name!r}: {error}") from error
     return _foreign(plain, query, module_name, attribute)
 
 
@@ -89,7 +95,7 @@ def _foreign(name: str, query: str, module: str, attribute: str) -> SandboxBacke
 
 def _options(name: str, query: str, factory: Callable[..., object]) -> dict[str, str]:
     """Read ``key=value&key=value``: the constructor's keywords that are texts."""
-    known = [p.name for p in inspect.signature(factory).parameters.values() if p.annotation in (str, "str")]
+    known = [p.name for p in inspect.signature(factory).parameters.values() if p.annotation in _TEXTS]
     options: dict[str, str] = {}
     for part in filter(None, query.split("&")):
         key, _, value = part.partition("=")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import socket
 import subprocess
@@ -113,7 +114,9 @@ print(json.dumps([own, found, attempt(os.kill, pid, 0), attempt(os.kill, os.getp
     with _host_process(mark) as host:
         tried(mark in Path(f"/proc/{host.pid}/cmdline").read_text(), "the host's own process is not there")
         async with subject.session(SPEC) as sandbox:
-            own, found, signalled, self_signalled = await value(sandbox, code, mark, str(host.pid))
+            # A Python of its own (-S): a fork of an imported one has the command line of that one.
+            told = await sandbox.exec(["python3", "-I", "-S", "-c", code, mark, str(host.pid)], timeout=30)
+            own, found, signalled, self_signalled = json.loads(told.stdout or b"[0, [], 0, 1]")
         tried(own == 1 and self_signalled == 0, (own, self_signalled))
         held(not found and signalled, f"found as {found}, signal 0: {signalled}")
         held(host.poll() is None, "the host's process is gone")

@@ -16,13 +16,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
 from areal_agents.errors import ArealError, SandboxError, SandboxUnavailable
 from areal_agents.sandbox import ProbeReport, Sandbox, SandboxSpec
 from areal_agents.sandboxes import interpreter, launch, memory, probes, seccomp
+from areal_agents.sandboxes.packages import ensure, requirements
 from areal_agents.sandboxes.sandbox_process import Holder
 from areal_agents.sandboxes.session import BubblewrapSession
 from areal_agents.sandboxes.zygote import Zygote, obstacle
@@ -41,7 +42,14 @@ class BubblewrapBackend:
 
     name = "bubblewrap"
 
-    def __init__(self, *, pool: int = 2, python: str = interpreter.SYSTEM, preload: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        pool: int = 2,
+        python: str = interpreter.SYSTEM,
+        preload: str = "",
+        packages: str | Sequence[str] = "",
+    ) -> None:
         """Check the settings, and start nothing yet.
 
         Args:
@@ -49,16 +57,23 @@ class BubblewrapBackend:
                 reused.
             python: what ``python3`` is inside: the folder of an environment with packages (venv, uv, conda), which is
                 mounted read-only, or an interpreter.
+            packages: requirements for an environment of its own, built before the first session and kept for the next
+                run: ``numpy,pandas>=2,<3``, or a list. In place of ``python``.
             preload: modules that Python programs find imported, with commas between them: ``numpy,sympy``.
 
         Raises:
-            ValueError: for a negative ``pool``, or a module's name that is none.
+            ValueError: for a negative ``pool``, a module's name or a requirement that is none, or packages for a
+                ``python`` that has its own.
         """
         if pool < 0:
             raise ValueError(f"pool must be 0 or more, got {pool}.")
         modules = tuple(name.strip() for name in preload.split(",")) if preload else ()
-        if wrong := next((name for name in modules if not all(map(str.isidentifier, name.split(".")))), None):
-            raise ValueError(f"preload has {wrong!r}, which is no module's name.")
+        for module in modules:
+            if not all(map(str.isidentifier, module.split("."))):
+                raise ValueError(f"preload has {module!r}, which is no module's name.")
+        self._packages = requirements(packages) if packages else ()
+        if packages and python != interpreter.SYSTEM:
+            raise ValueError("packages make an environment of their own: leave python out, or install into it.")
         self._pool, self._python, self._preload = pool, python, modules
         self._zygote: Zygote | None = None
         self._forks, self._refused = False, ""
@@ -77,8 +92,11 @@ class BubblewrapBackend:
         return (await self._proved())[0]
 
     async def _proved(self) -> tuple[ProbeReport, memory.MemoryBound]:
-        key = (os.geteuid(), self._python, self._preload)
         async with self._probing:
+            if self._packages:
+                self._python = str(await asyncio.to_thread(ensure, self._packages))
+                self._packages = ()
+            key = (os.geteuid(), self._python, self._preload)
             if key not in _reports:
                 _reports[key] = *await self._prove(), self._forks
             report, bound, self._forks = _reports[key]

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import os
 import re
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from areal_agents.errors import ConfigError, SandboxError, SandboxUnavailable
 from areal_agents.sandbox import ProbeReport, Sandbox, SandboxSpec
 from areal_agents.sandboxes import interpreter, launch, memory, probes
 from areal_agents.sandboxes.container import Container
-from areal_agents.sandboxes.docker_engine import LABEL, OWNER, Engine, owner
+from areal_agents.sandboxes.docker_engine import BACKEND, LABEL, OWNER, Engine, owner
 from areal_agents.sandboxes.docker_image import IMAGE
 from areal_agents.sandboxes.docker_seccomp import profile
 from areal_agents.sandboxes.docker_stream import Stream
@@ -123,6 +124,11 @@ class DockerBackend:
         self._images: dict[str, asyncio.Task[_Image]] = {}
         self._sessions: set[DockerSession] = set()
         self._proving: asyncio.Task[ProbeReport] | None = None
+        self._own = uuid.uuid4().hex[:16]
+        self._known: set[str] = set()
+        """Names of containers that are in use."""
+        self._left = False
+        """Whether there may be others of this backend."""
 
     async def probe(self) -> ProbeReport:
         """Remove what dead runs left, run real code inside, and check what holds it.
@@ -199,6 +205,7 @@ class DockerBackend:
         if self._proving is not None:
             await asyncio.wait((self._proving,))
         await asyncio.gather(self._pool.aclose(), *(session.close() for session in tuple(self._sessions)))
+        await self._clean()
         await asyncio.to_thread(self._engine.close)
 
     async def _look(self, name: str) -> _Image:
@@ -245,11 +252,11 @@ class DockerBackend:
         number = next(_uids)
         mapped = any("userns" in option or "rootless" in option for option in self._engine.info["SecurityOptions"])
         uid = 10_000 + number % 50_000 if mapped else 1_000_000 + number % 1_000_000_000
-        made = await self._engine.call("create_container", image.name, **self._settings(spec, image, uid))
-        ident = str(made["Id"])
+        ident = f"areal-agents-{self._own}-{number}"
 
         async def remove() -> None:
-            await self._engine.call("remove_container", ident, force=True, v=True)
+            self._known.discard(ident)
+            await self._remove(ident)
 
         async def oom() -> bool:
             try:
@@ -257,7 +264,9 @@ class DockerBackend:
             except SandboxError:
                 return False  # the engine is gone too: the container is lost, for whatever reason
 
+        self._known.add(ident)
         try:
+            await self._engine.call("create_container", image.name, name=ident, **self._settings(spec, image, uid))
             stream = await Stream.attach(self._engine.address, self._engine.version, ident)
             program = source()
             stream.send(len(program).to_bytes(4, "big") + program)
@@ -271,7 +280,26 @@ class DockerBackend:
         except BaseException:
             await container.close()
             raise
+        await self._clean()
         return container
+
+    async def _remove(self, ident: str) -> None:
+        """Remove a container, or remember that one is left where the engine does not do it now."""
+        try:
+            await self._engine.remove(ident)
+        except SandboxError:
+            self._left = True
+
+    async def _clean(self) -> None:
+        """Remove what is left of an engine that went away meanwhile, and of answers that never came."""
+        if self._left:
+            self._left = False
+            try:
+                mine = await self._engine.named(BACKEND, self._own)
+            except SandboxError:
+                self._left = True
+            else:
+                await asyncio.gather(*map(self._remove, set(mine) - self._known))
 
     def _settings(self, spec: SandboxSpec, image: _Image, uid: int) -> dict[str, Any]:
         """Return what the SDK's ``create_container`` is told."""
@@ -312,7 +340,7 @@ class DockerBackend:
             "host_config": config,
             "hostname": "sandbox",
             "healthcheck": {"test": ["NONE"]},
-            "labels": {LABEL: "1", OWNER: owner()},
+            "labels": {LABEL: "1", OWNER: owner(), BACKEND: self._own},
         }
 
 

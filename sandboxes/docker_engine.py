@@ -17,6 +17,7 @@ from areal_agents.sandboxes.docker_stream import Address
 
 LABEL: Final = "areal-agents.sandbox"
 OWNER: Final = "areal-agents.owner"
+BACKEND: Final = "areal-agents.backend"
 TIMEOUT: Final = 60
 """Seconds for an answer of the engine."""
 WORKERS: Final = 8
@@ -82,7 +83,7 @@ class Engine:
         call = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
-    async def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    async def call(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the SDK's ``APIClient``.
 
         Raises SandboxError, whose cause is the SDK's error.
@@ -139,21 +140,30 @@ class Engine:
                 done, whole = (sum(sizes) >> 20 for sizes in zip(*layers.values(), strict=True))
                 print(f"docker: pulling {name}: {done} of {whole} MB", file=sys.stderr, flush=True)
 
-    async def reap(self) -> int:
-        """Remove containers whose run on this machine is no more, and return how many."""
+    async def remove(self, ident: str) -> None:
+        """Remove a container in whatever state it is. It may be gone. Raises SandboxError."""
         import docker
 
+        try:
+            await self.call("remove_container", ident, force=True, v=True)
+        except SandboxError as error:
+            # 409: its removal is under way already.
+            gone = isinstance(error.__cause__, docker.errors.APIError) and error.__cause__.status_code in (404, 409)
+            if not gone:
+                raise
+
+    async def named(self, label: str, value: str) -> list[str]:
+        """Return the names of the containers with a label."""
+        rows = await self.call("containers", all=True, filters={"label": f"{label}={value}"})
+        return [name.lstrip("/") for row in rows for name in row["Names"] or [row["Id"]]]
+
+    async def reap(self) -> int:
+        """Remove containers whose run on this machine is no more, and return how many."""
         rows = await self.call("containers", all=True, filters={"label": LABEL})
-        count = 0
-        for row in rows:
-            if orphaned(row["Labels"].get(OWNER, "")):
-                try:
-                    await self.call("remove_container", row["Id"], force=True, v=True)
-                    count += 1
-                except SandboxError as error:  # another run may reap at the same time
-                    if not isinstance(error.__cause__, docker.errors.APIError):
-                        raise
-        return count
+        doomed = [row["Id"] for row in rows if orphaned(row["Labels"].get(OWNER, ""))]
+        for ident in doomed:
+            await self.remove(ident)
+        return len(doomed)
 
     def close(self) -> None:
         """Close the connections. What is under way ends first."""

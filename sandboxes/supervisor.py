@@ -71,6 +71,7 @@ def child(request: dict[str, Any], fds: list[int], gate: socket.socket) -> int:
     process_gate.set_limits(limits)
     os.chdir("/work")
     if "warm" in request and (program := warm_python.program(request["argv"])) is not None:
+        os.closerange(3, 4)  # the socket to this function's caller, which a new program would not have either
         os.environ.clear()
         os.environ.update(request["env"])
         return warm_python.run(program)

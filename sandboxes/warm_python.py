@@ -92,7 +92,7 @@ def run(told: Program) -> int:
         code = code or after
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:
+            if stream is not None and not stream.closed:
                 stream.flush()
         except (OSError, ValueError):
             code = code or 120
@@ -126,17 +126,17 @@ def _execute(told: Program, scope: dict[str, Any]) -> None:
     elif told.source == "-":
         code = compile(sys.stdin.buffer.read(), "<stdin>", "exec", dont_inherit=True)
     else:
+        where = os.path.join(os.getcwd(), told.source)
         try:
-            with open(told.source, "rb") as file:
+            with open(where, "rb") as file:
                 source = file.read()
         except OSError as error:
-            where = os.path.join(os.getcwd(), told.source)
             os.write(
-                2, f"{sys.executable}: can't open file {where!r}: [Errno {error.errno}] {error.strerror}\n".encode()
+                2, f"{told.original[0]}: can't open file {where!r}: [Errno {error.errno}] {error.strerror}\n".encode()
             )
             raise SystemExit(2) from None
-        scope["__file__"] = told.source
-        code = compile(source, told.source, "exec", dont_inherit=True)
+        scope["__file__"] = where
+        code = compile(source, where, "exec", dont_inherit=True)
     exec(code, scope)
 
 

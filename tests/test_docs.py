@@ -288,6 +288,8 @@ def _check(command: Command, w: Workshop) -> list[str] | None:
     parsed, _ = _parse(list(command.words[1:]))
     if parsed.sandbox or parsed.all or any(needs_sandbox(id) for id in parsed.env):
         return None
+    rows = ({"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(40))
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return replaced(list(command.words[1:]), tokenizer=str(w.model))
 
 

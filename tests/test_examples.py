@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from areal_agents import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOP = ROOT / "examples" / "rl_loop.py"
@@ -30,3 +35,60 @@ def test_the_loop_to_read_first_learns(tmp_path: Path) -> None:
     assert len(rewards) == len(done.stdout.splitlines()) == 25
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.8
     assert not list(tmp_path.iterdir())
+
+
+def adventure() -> Any:
+    """The module ``examples/adventure.py``, as ``areal-agents check adventure:Keep`` finds it."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        return importlib.import_module("adventure")
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+
+
+def played(task: Task, texts: Iterable[str]) -> tuple[float, str, dict[str, Any]]:
+    """What a game earned, the last text and the last info."""
+    env = adventure().Keep(sandbox=None)
+    shown, _ = env.reset(seed=0, options={"task": task})
+    earned, info = 0.0, {}
+    for text in texts:
+        shown, reward, terminated, truncated, info = env.step(text)
+        earned += float(reward)
+    env.close()
+    assert terminated or truncated
+    return earned, shown[-1].text if shown else "", info
+
+
+@pytest.mark.parametrize("difficulty", [None, 0.5, 1.0])
+def test_the_adventure_can_be_won_on_each_level(difficulty: float | None) -> None:
+    game = adventure().Keep
+    splits = {split: game.tasks(split, difficulty=difficulty) for split in ("train", "test")}
+    assert {split: len({t.content_hash for t in tasks}) for split, tasks in splits.items()} == {
+        "train": 128,
+        "test": 32,
+    }
+    assert not {t.content_hash for t in splits["train"]} & {t.content_hash for t in splits["test"]}
+    rooms = {None: 3, 0.5: 5, 1.0: 7}[difficulty]
+    for task in splits["test"]:
+        earned, text, info = played(task, game.expert(task))
+        assert (text, info["stop_reason"], info["components"]["won"]) == ("You are out, with the crown.", "answer", 1.0)
+        seen = round(info["components"]["rooms_seen"] * rooms)
+        assert earned == pytest.approx(1 + 2 * 0.05 + 0.01 * (seen - 1))
+
+
+def test_the_adventure_is_lost_in_the_dark_and_keeps_the_vault_shut() -> None:
+    module = adventure()
+    world = {
+        "doors": {"gate": {"east": "hall"}, "hall": {"west": "gate", "north": "vault"}, "vault": {"south": "hall"}},
+        "things": {"gate": [], "hall": ["key"], "vault": ["crown"]}, "lamp": 3,
+    }  # fmt: skip
+    task = Task.make("by-hand", split="test", seed=0, payload=world)
+    go = [module.call("go", way=way) for way in ("west", "east", "north", "west", "east")]
+    assert played(task, go) == (
+        pytest.approx(0.01), "Your lamp goes out. You are lost.",
+        {"tool_results": [{"name": "go", "status": "ok", "truncated": False}], "stop_reason": "answer",
+         "components": {"won": 0.0, "rooms_seen": pytest.approx(2 / 3)}},
+    )  # fmt: skip
+    assert task.payload["things"]["hall"] == ["key"]
+    earned, *_, info = played(task, [go[1], module.call("take", thing="key"), module.call("unlock"), "I rest."])
+    assert (earned, info["components"]["won"]) == (pytest.approx(0.06), 0.0)

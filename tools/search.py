@@ -23,6 +23,8 @@ MAX_TERM_CHARS: Final = 64
 MAX_QUERY_CHARS: Final = 10_000
 SECONDS: Final = 10.0
 """Of one search."""
+MAX_RANKED: Final = 20_000
+"""Documents that one search ranks, about: with rarer words in a query, its commonest ones are left out."""
 SNIPPET_WORDS: Final = 32
 _COMMON: Final = (
     "a an and are as at be but by did do does for from had has have he her his how i if in into is it "
@@ -84,18 +86,25 @@ class Index:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._idle: list[sqlite3.Connection] = []
+        self._counts: dict[str, int] = {}
 
     def search(self, query: str, top: int, snippet_words: int = SNIPPET_WORDS) -> str:
         """Return the best documents as a text for the model. Raises ToolError."""
         terms = terms_of(query)
         if not terms:
             raise ToolError("error: the query has no word")
-        match = " OR ".join(f'"{term}"' for term in terms)  # a term has no quotes in it
-        rows = self._ask(
-            "SELECT d.id, d.title, snippet(words, 1, '', '', ' … ', ?) FROM words JOIN documents d ON d.number = "
-            "words.rowid WHERE words MATCH ? ORDER BY bm25(words, 2.0, 1.0), words.rowid LIMIT ?",
-            (snippet_words, match, top),
-        )
+        match = " OR ".join(f'"{term}"' for term in self._rarest(terms))  # a term has no quotes in it
+        # Snippets are made of the best ones alone: in one statement they would be made of each that matches.
+        best = self._ask("SELECT rowid FROM words WHERE words MATCH ? ORDER BY rank LIMIT ?", (match, top))
+        rows = [
+            row
+            for (number,) in best
+            for row in self._ask(
+                "SELECT d.id, d.title, snippet(words, 1, '', '', ' … ', ?) FROM words JOIN documents d "
+                "ON d.number = words.rowid WHERE words MATCH ? AND words.rowid = ?",
+                (snippet_words, match, number),
+            )
+        ]
         if not rows:
             return "(no document has any of these words)"
         lines = []
@@ -103,6 +112,22 @@ class Index:
             lines.append(f"{place}. [{name}] {' '.join(title.split())}".rstrip())
             lines.append("   " + " ".join(snippet.split())[: snippet_words * 40])
         return "\n".join(lines)
+
+    def _rarest(self, terms: list[str]) -> list[str]:
+        """Return the terms of a query, the rarest first, until their documents are as many as one search ranks."""
+        for term in terms:
+            if term not in self._counts:
+                if len(self._counts) > 100_000:
+                    self._counts.clear()
+                counted = "SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ? LIMIT ?)"
+                self._counts[term] = self._ask(counted, (f'"{term}"', MAX_RANKED))[0][0]
+        kept: list[str] = []
+        left = MAX_RANKED
+        for term in sorted(terms, key=lambda t: self._counts[t]):
+            if self._counts[term] and (self._counts[term] <= left or not kept):
+                kept.append(term)
+                left -= self._counts[term]
+        return kept or terms[:1]
 
     def document(self, name: str) -> str:
         """Return a document's title and text. Raises ToolError where there is none."""

@@ -25,7 +25,7 @@ from areal_agents.models import cache_dir
 
 WORDS: Final = "porter unicode61 remove_diacritics 2"
 """English stems of words. For languages without spaces between words: ``trigram``."""
-_FORMAT: Final = "1"
+_FORMAT: Final = "2"
 _HEADER: Final = b"SQLite format 3\0"
 _BATCH: Final = 1000
 
@@ -117,6 +117,7 @@ def _build(path: Path, source: Path, files: list[Path], tokenizer: str, advance:
             raise ConfigError(f"the search corpus {str(source)!r} has no document")
         connection.execute("INSERT INTO words (words) VALUES ('rebuild')")
         connection.execute("INSERT INTO words (words) VALUES ('optimize')")
+        connection.execute("INSERT INTO words (words, rank) VALUES ('rank', 'bm25(2.0, 1.0)')")  # a title counts twice
         connection.execute("COMMIT")
         advance(0)
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -29,6 +29,9 @@ from areal_agents.cli.verify import Verify
 from areal_agents.errors import ArealError, CheckpointError, ConfigError, Interrupted
 from areal_agents.tracking.console import plain
 from areal_agents.utils.system import require_linux
+
+if TYPE_CHECKING:
+    from areal_agents.settings.config import EnvConfig
 
 
 @dataclass
@@ -141,6 +144,8 @@ class Check:
     """Environment ids or module:Class."""
     all: bool = False
     """Check every registered environment."""
+    difficulty: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Difficulty of the tasks that are played, from 0 to 1; the environment's default where none is given."""
     tokenizer: str = "smollm2"
     """Model whose tokenizer the prefix-exact token check uses; ``none`` skips that check."""
     model: str = ""
@@ -168,20 +173,22 @@ class Check:
                 raise UsageError("--sandbox checks a sandbox alone: leave the environment and --model out")
             return check_sandbox(self.sandbox, json=self.json)
         if self.model:
-            if overrides:
-                raise UsageError(f"--model checks a model: leave out {overrides[0]}")
-            return self._check_model(options)
+            return self._check_model(options, overrides)
         from areal_agents import registry
         from areal_agents.conformance.check import check
 
         ids = [*self.env, *(s.id for s in registry.specs() if self.all and s.id not in self.env)]
         if not ids:
             raise UsageError("name an environment (`areal-agents envs` lists them), or use --all")
-        kwargs = self._kwargs(ids, overrides)
         tokenizer = None if self.tokenizer.lower() == "none" else self.tokenizer
+        env = self._settings(overrides)
+        if env.kwargs and len(ids) > 1:
+            raise UsageError("--env.kwargs is of one environment: check them one by one")
+        for id in ids if env.kwargs else ():
+            registry.spec(id).require_arguments(env.kwargs)
         reports = []
         for id in ids:
-            reports.append(check(id, tokenizer=tokenizer, chat=options, kwargs=kwargs))
+            reports.append(check(id, tokenizer=tokenizer, chat=options, kwargs=env.kwargs, difficulty=env.difficulty))
             if not self.json:
                 print(reports[-1], flush=True)
         if self.json:
@@ -189,22 +196,23 @@ class Check:
             write_json(rows[0] if len(rows) == 1 and not self.all else rows, None)
         return 0 if all(r.passed for r in reports) else 1
 
-    def _kwargs(self, ids: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
-        """Read the environment's arguments.
+    def _settings(self, overrides: Sequence[str]) -> EnvConfig:
+        """Read ``--env.kwargs`` and ``--env.difficulty``, the only settings that a check takes."""
+        from areal_agents.settings.loading import load, override_keys
 
-        Raises UsageError where it is not one that takes them, RegistryError where it does not take these.
-        """
-        if not overrides:
-            return {}
-        if len(ids) != 1:
-            raise UsageError(f"{overrides[0]} is an argument of one environment: check that alone")
-        from areal_agents import registry, settings
+        for key, flag in override_keys(overrides, short={}):
+            if key not in ("env.kwargs", "env.difficulty") and not key.startswith("env.kwargs."):
+                raise UsageError(f"of the settings, check takes --env.kwargs and --env.difficulty, not {flag}")
+        env = load(None, overrides).env
+        if self.difficulty is None:
+            return env
+        if env.difficulty not in (None, self.difficulty):
+            raise UsageError(f"--difficulty {self.difficulty} and --env.difficulty {env.difficulty}: give one")
+        return env.model_copy(update={"difficulty": self.difficulty})
 
-        kwargs = settings.load(None, overrides).env.kwargs
-        registry.spec(ids[0]).require_arguments(kwargs)
-        return kwargs
-
-    def _check_model(self, options: ChatOptions) -> int:
+    def _check_model(self, options: ChatOptions, overrides: Sequence[str]) -> int:
+        if overrides or self.difficulty is not None:
+            raise UsageError("--model checks a model: --env.kwargs and --difficulty are of an environment")
         if self.env or self.all:
             raise UsageError("--model checks a model and plays nothing: for environments use --tokenizer")
         from areal_agents.conformance.model_report import check_model

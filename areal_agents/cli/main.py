@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tyro
 
@@ -99,7 +99,11 @@ def _of_the_disk(error: OSError) -> str | None:
 def _parse(args: list[str]) -> tuple[Any, list[str]]:
     """Return the command, and the settings given on the command line of ``train``, ``demo``, ``eval`` or ``check``."""
     overrides: list[str] = []
-    if args[:1] in (["train"], ["demo"], ["eval"]):
+    if args[:1] == ["check"]:
+        from areal_agents.settings.loading import split_overrides
+
+        args, overrides = split_overrides(args, keep=[a for a in args if not a.startswith("--env.")])
+    elif args[:1] in (["train"], ["demo"], ["eval"]):
         from areal_agents.settings import evaluation
         from areal_agents.settings.describe import help_text
         from areal_agents.settings.loading import split_overrides
@@ -113,17 +117,18 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
             except SystemExit:  # tyro ends the process after its help, and the settings' help belongs below it
                 print(evaluation.help_text() if evaluates else help_text())
                 raise
-    elif args[:1] == ["check"]:
-        from areal_agents.settings.loading import normal_key, split_overrides
-
-        others = [a for a in args if not f"{normal_key(a).partition('=')[0]}.".startswith("__env.kwargs.")]
-        args, overrides = split_overrides(args, keep=others)
     return _tyro(args or ["--help"]), overrides
 
 
 def _tyro(args: list[str]) -> Any:
     markers = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
-    return tyro.cli(Command, prog="areal-agents", description=DESCRIPTION, args=args, config=markers)
+    try:
+        return tyro.cli(Command, prog="areal-agents", description=DESCRIPTION, args=args, config=markers)
+    except SystemExit as error:
+        names = {get_args(kind)[0].__name__.lower() for kind in get_args(Command)}
+        if error.code not in (0, None) and args[0] in names:
+            print(f"what it takes: areal-agents {args[0]} --help", file=sys.stderr)  # tyro names the whole program's
+        raise
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

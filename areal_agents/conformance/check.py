@@ -13,7 +13,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,6 +96,7 @@ def check(
     chat: ChatOptions | None = None,
     timeout: float = 60.0,
     kwargs: Mapping[str, Any] | None = None,
+    difficulty: float | None = None,
     report: Callable[[CheckResult], None] | None = None,
 ) -> CheckReport:
     """Run every check on one environment.
@@ -106,13 +107,14 @@ def check(
         chat: how the token check makes prompts. None leaves it to the chat template.
         timeout: seconds for one call into the environment. One check gets ten times as much.
         kwargs: keyword arguments of the environment, over the registered ones.
+        difficulty: of the tasks that are played, in [0, 1]. None is the environment's default.
         report: is called with each result as it is found.
 
     Raises:
         RegistryError: the environment cannot be found. Nothing else is raised.
     """
-    spec = registry.spec(env_id)
-    subject = Subject(spec.with_kwargs(kwargs or {}), timeout, tokenizer, chat or ChatOptions())
+    spec = replace(registry.spec(env_id).with_kwargs(kwargs or {}), difficulty=difficulty)
+    subject = Subject(spec, timeout, tokenizer, chat or ChatOptions())
     found: queue.SimpleQueue[CheckResult] = queue.SimpleQueue()
     abandoned = threading.Event()
     worker = threading.Thread(target=_run_all, args=(subject, found, abandoned), name="areal-agents-check", daemon=True)

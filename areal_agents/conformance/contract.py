@@ -250,6 +250,7 @@ def _in_two_processes(subject: Subject) -> list[dict[str, Any]]:
                 "id": spec.id,
                 "entry_point": spec.entry_point,
                 "kwargs": base64.b64encode(pickle.dumps(dict(spec.kwargs))).decode(),
+                "difficulty": spec.difficulty,
                 "path": sys.path,
                 "splits": list(spec.splits),
                 "tasks": PROCESS_TASKS,

@@ -227,7 +227,8 @@ def _main() -> None:
     """Write tasks and traces of the requested environment to the requested file, as a child process."""
     request = json.load(sys.stdin)
     sys.path[:] = request["path"]
-    spec = EnvSpec(request["id"], request["entry_point"], pickle.loads(base64.b64decode(request["kwargs"])))
+    kwargs = pickle.loads(base64.b64decode(request["kwargs"]))
+    spec = EnvSpec(request["id"], request["entry_point"], kwargs, difficulty=request["difficulty"])
     answer: dict[str, Any] = {"tasks": {}, "traces": []}
     for split in request["splits"]:
         tasks = spec.tasks(split)

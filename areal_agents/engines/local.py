@@ -20,8 +20,10 @@ from areal_agents.engines.pool.replica import SupervisedSettings
 from areal_agents.engines.pool.supervised import SupervisedEngine
 from areal_agents.engines.pool.supervision import Restartable
 from areal_agents.engines.spec import EngineSpec, process_seed
+from areal_agents.engines.vllm.cpu_build import require_deterministic
 from areal_agents.errors import ConfigError
 from areal_agents.settings.config import EngineConfig
+from areal_agents.utils.packages import require_package
 from areal_agents.utils.precision import Format
 from areal_agents.utils.system import available_cores
 
@@ -55,6 +57,15 @@ def engine_spec(
     options |= {argument: getattr(engine, setting) for setting, argument in kind.own.items()}
     options |= kind.prepare(model, max_context)
     return EngineSpec(engine.kind, str(model.absolute()), options)
+
+
+def require_startable(engine: EngineConfig) -> None:
+    """Raise ConfigError for what keeps engines from starting on this machine, whatever the model."""
+    if engine.kind == "vllm":
+        require_package("vllm", "engine.kind = 'vllm'", "set engine.kind = 'transformers'")
+        if engine.deterministic:
+            require_deterministic()
+    engine_threads(engine)
 
 
 def engine_threads(engine: EngineConfig) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from areal_agents import registry
 from areal_agents.chat_model import remote_name
+from areal_agents.engines.local import require_startable
 from areal_agents.errors import ArealError, ConfigError, Interrupted
 from areal_agents.evaluation.attempts import FINISH_SECONDS, is_judged, run_attempts, saved_rows
 from areal_agents.evaluation.held_out import Sample, as_begun, held_out
@@ -51,7 +52,6 @@ from areal_agents.tracking.tracker import Tracker
 from areal_agents.tracking.trajectories import Record
 from areal_agents.types import Task, Trajectory
 from areal_agents.utils.files import save_whole
-from areal_agents.utils.packages import require_package
 from areal_agents.utils.signals import Stop, stop_on_signals
 from areal_agents.utils.system import require_linux
 
@@ -168,8 +168,7 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
         )
     if server is None:
         require_linux(f"an engine for {config.model.path}")
-        if config.engine.kind == "vllm":
-            require_package("vllm", "engine.kind = 'vllm'", "set engine.kind = 'transformers'")
+        require_startable(config.engine)
     bad = dict[str, str]()
     spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
     spec.require_arguments({})

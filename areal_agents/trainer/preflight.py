@@ -12,6 +12,7 @@ from areal_agents.algorithms.advantages import Estimator, refuse_biased
 from areal_agents.algorithms.objective import PolicyObjective
 from areal_agents.chat_model import refuse_training, remote_name
 from areal_agents.engine import Sampling
+from areal_agents.engines.local import require_startable, threads_of
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.held_out import held_out
 from areal_agents.registry import EnvSpec
@@ -31,7 +32,7 @@ def require_runnable(config: TrainConfig) -> None:
     if remote_name(config.model.path) is not None:
         refuse_training(config.model.path)
     require_linux("training")
-    _require_packages(config)
+    _require_parts(config)
     spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
     spec.require_arguments({})
     _require_tasks(spec, config)
@@ -47,11 +48,12 @@ def require_runnable(config: TrainConfig) -> None:
         resolve_device(config.learner.device)
 
 
-def _require_packages(config: TrainConfig) -> None:
+def _require_parts(config: TrainConfig) -> None:
     if config.cluster.backend == "ray":  # its engines' packages are needed on their nodes, which say so
         require_package("ray", "cluster.backend = 'ray'", "set cluster.backend = 'local'")
-    elif config.engine.kind == "vllm":
-        require_package("vllm", "engine.kind = 'vllm'", "set engine.kind = 'transformers'")
+    else:
+        require_startable(config.engine)
+        threads_of("learner.threads", config.learner.threads)
     if config.track.tensorboard:
         require_package("tensorboard", "track.tensorboard", "set track.tensorboard = false")
     if config.track.wandb:

@@ -42,6 +42,8 @@ class Stop:
         self.signal: signal.Signals | None = None
         self.forced = False
         self.at_once = False
+        self.waiting = False
+        """Whether ``race`` runs what a stop ends at once, so that there is no step to finish."""
         self.farewell: Callable[[], str] = lambda: f"stopped by {self.name}"
         """Says what is printed where the process must end without cleaning up."""
 
@@ -88,12 +90,14 @@ class Stop:
             raise StopRequested
         task = asyncio.create_task(work)
         waiter = asyncio.create_task(self._event.wait())
+        self.waiting = True
         try:
             await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():  # asked first: a result that came together with the stop is not thrown away
                 return task.result()
             raise StopRequested
         finally:
+            self.waiting = False
             waiter.cancel()
             unheard(task)  # it may end with an error in the moment in which the caller is cancelled
             if not task.done():
@@ -126,7 +130,8 @@ def stop_on_signals(message: Callable[[str], None], *, doing: str = "finishing t
     def on_signal(number: signal.Signals) -> None:
         if not stop.requested:
             stop.request(number)
-            message(f"{number.name}: stopping" if stop.at_once else f"{number.name}: {doing}. Once more stops at once")
+            what = "saving what is done" if stop.waiting else doing
+            message(f"{number.name}: stopping" if stop.at_once else f"{number.name}: {what}. Once more stops at once")
             if stop.at_once:
                 task.cancel()
         elif not stop.forced:

@@ -86,10 +86,13 @@ def test_eval_json_alone_on_standard_output(
         (["check"], "error: name an environment"),
         (
             ["check", "a/B-v0", "a/C-v0", "--env.kwargs.n", "3"],
-            "error: --env.kwargs.n is an argument of one environment",
+            "error: --env.kwargs is of one environment: check them one by one",
         ),
-        (["check", "--all", "--env.kwargs.n=3"], "error: --env.kwargs.n=3 is an argument of one environment"),
-        (["check", "--model", "m", "--env.kwargs.n", "3"], "error: --model checks a model: leave out --env.kwargs.n"),
+        (["check", "--all", "--env.kwargs.n=3"], "error: --env.kwargs is of one environment: check them one by one"),
+        (
+            ["check", "--model", "m", "--env.kwargs.n", "3"],
+            "error: --model checks a model: --env.kwargs and --difficulty are of",
+        ),
     ],
 )
 def test_usage_errors_are_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +108,6 @@ def test_usage_errors_are_2(argv: list[str], message: str, capsys: pytest.Captur
         ["train", "a", "b"],
         ["model"],
         ["eval", "x", "--modl", "m"],
-        ["check", "a/B-v0", "--env.sandbox", "none"],
     ],
 )
 def test_parser_errors_are_2(argv: list[str]) -> None:
@@ -182,8 +184,8 @@ def test_check_reports_and_sets_the_exit_code(
     from areal_agents.chat.options import ChatOptions
     from areal_agents.conformance.check import CheckReport, CheckResult
 
-    def check(env_id: str, *, tokenizer: str | None, chat: ChatOptions, kwargs: dict[str, Any]) -> CheckReport:
-        given.append(kwargs)
+    def check(env_id: str, *, tokenizer: str | None, chat: ChatOptions, **of_the_environment: Any) -> CheckReport:
+        given.append(of_the_environment["kwargs"])
         status: Any = "passed" if env_id == "a/Good-v0" else "failed"
         return CheckReport(env_id, (CheckResult("seeds", status, f"tokenizer {tokenizer}"),))
 
@@ -203,7 +205,41 @@ def test_check_reports_and_sets_the_exit_code(
     assert main(["check", "--env.kwargs", "{path = 'q.jsonl'}", "areal/Questions-v0"]) == 1
     assert given[5] == {"path": "q.jsonl"}
     assert main(["check", "--env.kwargs.test-path", "q.jsonl", "areal/Questions-v0"]) == 1
+    assert given[6] == {"test_path": "q.jsonl"}
+    assert main(["check", "--env.kwargs", "{test-path = 'q.jsonl'}", "areal/Questions-v0"]) == 1
     assert "'test-path'; write test_path for test-path" in capsys.readouterr().err
+
+
+def test_check_takes_arguments_and_level_of_an_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import areal_agents.conformance.check as module
+    from areal_agents.conformance.check import CheckReport
+
+    asked: list[tuple[Any, Any]] = []
+
+    def check(env_id: str, *, kwargs: Any, difficulty: Any, **rest: Any) -> CheckReport:
+        asked.append((kwargs, difficulty))
+        return CheckReport(env_id, ())
+
+    monkeypatch.setattr(module, "check", check)
+    mine = ["check", "areal/Questions-v0"]
+    assert main([*mine, "--env.kwargs.test-path", "", "--env.kwargs", '{"path": "a"}', "--difficulty", "1"]) == 0
+    assert main([*mine, "--env.difficulty", "0.5"]) == 0
+    assert asked == [({"test_path": "", "path": "a"}, 1.0), ({}, 0.5)]
+    for words, code, says in (
+        ([*mine, "--env.kwargs.pai", "1"], 1, "Questions does not take env.kwargs as they are: got an unexpected"),
+        ([*mine, "--env.split", "x"], 2, "check takes --env.kwargs and --env.difficulty, not --env.split"),
+        ([*mine, "--env.difficulty", "0", "--difficulty", "1"], 2, "--difficulty 1.0 and --env.difficulty 0.0: give"),
+        ([*mine, "areal/Arithmetic-v0", "--env.kwargs.path", "a"], 2, "--env.kwargs is of one environment"),
+        (["check", "--model", "smollm2", "--difficulty", "1"], 2, "--difficulty are of an environment"),
+    ):
+        assert main(words) == code
+        assert says in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*mine, "--level", "1"])
+    assert capsys.readouterr().err.endswith("what it takes: areal-agents check --help\n")
+    assert len(asked) == 2
 
 
 def test_a_closed_pipe_is_quiet() -> None:

@@ -17,6 +17,7 @@ from areal_agents.conformance import reward_audit
 from areal_agents.conformance.check import CHECKS, CheckReport, CheckResult, check
 from areal_agents.conformance.contract import Subject
 from areal_agents.conformance.scripted_episode import difference, plain, spoil, trace_difference
+from areal_agents.env import Expert
 from areal_agents.errors import RegistryError
 from areal_agents.reward import Episode, WeightedSum
 from areal_agents.rewards.shaping import overlong
@@ -257,3 +258,28 @@ def test_bad_experts_are_counted() -> None:
         "2 of 4 expert episodes earn less than 1 (0.1 on task test-1, 0.1 on task test-3): the reward or expert() is "
         "wrong"
     )
+
+
+class Steep(checked_envs.Stateful):
+    """Its expert wins on the default level alone."""
+
+    @classmethod
+    def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
+        first = (0 if split == "test" else 100) + (1000 if difficulty == 1 else 0)
+        return [Task.make(f"{split}-{n}", split=split, seed=n, payload={"n": n}) for n in range(first, first + 8)]
+
+    @classmethod
+    def expert(cls, task: Task) -> Expert | None:
+        return super().expert(task) if task.payload["n"] < 1000 else _gives_up()
+
+
+def _gives_up() -> Expert:
+    yield "Too hard."
+
+
+def test_a_level_is_checked_by_its_difficulty() -> None:
+    hard = by_name(check("tests.conformance.test_check:Steep", tokenizer=None, difficulty=1))
+    assert hard["seeds"].status == "passed"  # the other processes play the same level
+    assert hard["reward"].detail.startswith("4 of 4 expert episodes earn less than 1 (0 on task test-1000, 0 on task")
+    outside = by_name(check("tests.conformance.test_check:Steep", tokenizer=None, difficulty=2))["contract"]
+    assert outside.detail == "difficulty 2 of tests.conformance.test_check:Steep must lie in [0, 1]"

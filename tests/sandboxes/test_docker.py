@@ -21,7 +21,7 @@ import pytest
 from areal_agents import sandboxes
 from areal_agents.cli.main import main
 from areal_agents.errors import ConfigError, SandboxError, SandboxUnavailable
-from areal_agents.sandbox import SandboxSpec
+from areal_agents.sandbox import SandboxSpec, open_console
 from areal_agents.sandboxes import docker_backend, docker_engine, docker_image
 from areal_agents.sandboxes.docker_backend import DockerBackend
 from areal_agents.sandboxes.subject import SPEC, run, value
@@ -171,7 +171,7 @@ def test_limits_reach_the_engine(engine: Any) -> None:
 
 _HOST = """
 import asyncio, sys
-from areal_agents.sandbox import SandboxSpec
+from areal_agents.sandbox import SandboxSpec, open_console
 from areal_agents.sandboxes.docker_backend import DockerBackend
 
 async def main():
@@ -310,3 +310,35 @@ def test_settings_are_checked() -> None:
             sandboxes.get(f"docker?cpus={cpus}")
     with pytest.raises(ValueError, match="pool must be"):
         DockerBackend(pool=-1)
+
+
+def test_consoles_live_in_a_container(engine: Any) -> None:
+    async def calls(backend: DockerBackend) -> None:
+        async with backend.session(SandboxSpec()) as sandbox:
+            python, shell = await open_console(sandbox, "python"), await open_console(sandbox, "shell")
+            assert (await python.call("x = 20", timeout=60)).status == "ok"
+            assert (await shell.call("cd /tmp; y=3", timeout=60)).status == "ok"
+            assert (await python.call("while True: pass", timeout=0.5)).status == "timeout"
+            assert (await python.call("x + 1", timeout=60)).output == b"21\n"
+            assert (await shell.call("echo $y; pwd", timeout=60)).output == b"3\n/tmp\n"
+            await python.close()
+            await shell.close()
+            assert (await run(sandbox, "print(1)")).stdout == b"1\n"
+
+    play(calls)
+
+
+def test_what_the_engine_did_not_remove_is_removed_later(engine: Any) -> None:
+    async def calls(backend: DockerBackend) -> None:
+        async with backend.session(SPEC) as sandbox:
+            await run(sandbox, "")
+            labels = {docker_engine.LABEL: "1", docker_engine.BACKEND: backend._own}
+            engine.containers.create(docker_image.IMAGE, ["/bin/true"], labels=labels)
+            backend._left = True  # as after a removal that the engine, going away, did not do
+            async with backend.session(SPEC) as second:
+                await run(second, "")
+                assert len(containers(engine)) == 2  # of the two sessions
+            assert (await run(sandbox, "print(1)")).stdout == b"1\n"
+
+    play(calls)
+    assert containers(engine) == []

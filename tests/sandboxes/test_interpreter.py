@@ -254,7 +254,9 @@ def test_the_system_python_needs_no_mounts(tmp_path: Path) -> None:
 def test_options_are_read_from_the_name() -> None:
     assert sandboxes.get("areal_agents.sandboxes.unsafe_local:UnsafeLocalBackend?python=/x=1")._python == "/x=1"  # type: ignore[attr-defined]
     for name in ("bubblewrap?pythn=/x", "bubblewrap?pool=3", "unsafe_local?python=", "bubblewrap?python=/x&python=/y"):
-        with pytest.raises(RegistryError, match=r"is no option. Write \w+\?KEY=VALUE, with python as the key"):
+        with pytest.raises(
+            RegistryError, match=r"is no option. Write \w+\?KEY=VALUE, with python( or \w+)* as the key"
+        ):
             sandboxes.get(name)
     with pytest.raises(RegistryError, match="Did you mean 'bubblewrap'"):
         sandboxes.get("bubblewarp?python=/x")

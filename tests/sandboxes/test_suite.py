@@ -52,6 +52,16 @@ def test_bubblewrap(name: str, as_this_user: dict[str, Finding]) -> None:
     fail_unless_good(as_this_user[name])
 
 
+@pytest.fixture(scope="session")
+def from_a_zygote(bwrap: None) -> dict[str, Finding]:
+    return check("bubblewrap?preload=json,decimal")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bubblewrap_from_a_zygote(name: str, from_a_zygote: dict[str, Finding]) -> None:
+    fail_unless_good(from_a_zygote[name])
+
+
 def _as_nobody(folder: Path, python: str, *args: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [shutil.which("runuser") or "runuser", "-u", "nobody", "--", python, "-W", "error", *args]

@@ -98,6 +98,16 @@ def test_terms_are_bounded_and_common_words_are_left_out() -> None:
     assert terms_of("?!") == []
 
 
+def test_the_commonest_words_are_left_out_where_too_many_documents_have_them(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("areal_agents.tools.search.MAX_RANKED", 2)
+    index = Index(open_index(corpus))
+    assert index._rarest(["capital", "coffee", "zebra"]) == ["coffee"]  # 2, 1 and 0 documents
+    assert index._rarest(["capital"]) == ["capital"]
+    assert index.search("coffee capital", 5).startswith("1. [cafe]")
+
+
 @pytest.mark.parametrize("top", [0, 21, -1, 10**30, "many"])
 def test_the_number_of_results_is_checked(corpus: Path, top: object) -> None:
     (result,) = play(search_tools(corpus), call("search", query="Paris", top=top))

@@ -97,7 +97,7 @@ def config(tmp_path: Path, env: str, steps: int, **sections: Any) -> TrainConfig
         "engine": {"precision": "fp32", "max_batch": 16},
         "rollout": {"groups": 2, "group_size": 8, "concurrency": 16, "max_turn_tokens": 4},
         "learner": {"precision": "fp32", "lr": 1e-3},
-        "eval": {"n": 4},
+        "eval": {"n": 4, "task_seed": None},
         "checkpoint": {"every": 4},
         "track": {"tensorboard": False},
     }

@@ -67,7 +67,7 @@ def config(tmp_path: Path, **sections: Any) -> TrainConfig:
         "engine": {"precision": "fp32", "max_batch": 1},
         "rollout": {"groups": 1, "group_size": 2, "concurrency": 2, "max_turn_tokens": 4},
         "learner": {"precision": "fp32", "lr": 1e-3},
-        "eval": {"n": N, "temperature": 1.0, "baseline": True, "every": 1},
+        "eval": {"n": N, "task_seed": None, "temperature": 1.0, "baseline": True, "every": 1},
         "checkpoint": {"every": 2},
         "track": {"tensorboard": False},
     }

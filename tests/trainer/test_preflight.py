@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from areal_agents.cli.main import main
+
 HIDE = """
 import importlib.abc, importlib.util, sys
 class Hidden(importlib.abc.MetaPathFinder):
@@ -65,4 +67,27 @@ def test_a_missing_package_is_one_sentence_before_anything_is_made(
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, f"error: {said}\n")
+    assert not out.exists()
+
+
+VLLM = ["--engine.kind", "vllm", "--engine.deterministic", "true"]
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "said"),
+    [
+        ("train", ["--engine.threads", "4096"], "engine.threads = 4096 exceeds the"),
+        ("train", ["--learner.threads", "4096"], "learner.threads = 4096 exceeds the"),
+        ("train", VLLM, "engine.kind = 'vllm' needs"),  # vLLM, or a GPU
+        ("eval", ["--engine.threads", "4096"], "engine.threads = 4096 exceeds the"),
+        ("eval", VLLM, "engine.kind = 'vllm' needs"),
+    ],
+)
+def test_what_this_machine_cannot_start_is_said_before_the_model_is_looked_for(
+    command: str, settings: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    given = ["--env.id", "areal/Arithmetic-v0", "--model.path", str(tmp_path / "none"), "--out", str(out)]
+    assert main([command, *given, *settings]) == 1
+    assert said in capsys.readouterr().err
     assert not out.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import pty
@@ -12,7 +13,7 @@ import sys
 
 import pytest
 
-from areal_agents.utils.signals import Stop, StopRequested
+from areal_agents.utils.signals import Stop, StopRequested, stop_on_signals
 
 
 def test_after_a_stop_nothing_begins() -> None:
@@ -143,3 +144,30 @@ def test_what_does_not_end_by_itself_still_says_how_to_go_on_and_gives_the_curso
     finally:
         os.close(ours)
         os.close(its)
+
+
+@pytest.mark.parametrize(
+    ("racing", "at_once", "said"),
+    [
+        (False, False, "SIGINT: finishing the step. Once more stops at once"),
+        (True, False, "SIGINT: saving what is done. Once more stops at once"),
+        (True, True, "SIGINT: stopping"),
+    ],
+)
+def test_a_step_is_finished_only_where_there_is_one(racing: bool, at_once: bool, said: str) -> None:
+    """An evaluation and a wait for a batch end at once, and no line promises that something is finished."""
+    told: list[str] = []
+
+    async def work() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.Event().wait(), 0.5 if not racing else 60)
+
+    async def main() -> None:
+        with stop_on_signals(told.append, doing="finishing the step") as stop:
+            stop.at_once = at_once
+            with contextlib.suppress(StopRequested, asyncio.CancelledError):
+                await (stop.race(work()) if racing else work())
+
+    asyncio.run(main())
+    assert told == [said]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 
+from areal_agents.errors import ConfigError
+
 CPU_WORKER = "areal_agents.engines.vllm.cpu_worker.CPUWorker"
 """The ``worker_cls``, a worker that seeded requests do not end."""
 IN_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -22,3 +24,12 @@ def is_cpu_build() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def require_deterministic() -> None:
+    """Raise ConfigError where the installed vLLM has no deterministic mode."""
+    if is_cpu_build():
+        raise ConfigError(
+            "engine.deterministic with engine.kind = 'vllm' needs a GPU: vLLM's batch-invariant kernels are for GPUs "
+            "alone. Use engine.kind = 'transformers', or set it to false"
+        )

@@ -43,7 +43,7 @@ from pathlib import Path
 
 from areal_agents.engines import protocol as p
 from areal_agents.engines.process import EngineProcess, environment, require_positive
-from areal_agents.engines.vllm.cpu_build import is_cpu_build
+from areal_agents.engines.vllm.cpu_build import is_cpu_build, require_deterministic
 from areal_agents.errors import ConfigError
 from areal_agents.utils.packages import require_package
 from areal_agents.utils.precision import Precision, number_format
@@ -144,11 +144,8 @@ def _require_sound(settings: p.VLLMSettings, threads: int, *, deterministic: boo
     if not 0 < share <= 1:
         raise ConfigError(f"engine gpu_memory_utilization must be in (0, 1], got {share:g}")
     require_package("vllm", "the vllm engine")
-    if deterministic and is_cpu_build():
-        raise ConfigError(
-            "engine.deterministic with engine.kind = 'vllm' needs a GPU: vLLM's batch-invariant kernels are for GPUs "
-            "alone. Use engine.kind = 'transformers', or set it to false"
-        )
+    if deterministic:
+        require_deterministic()
 
 
 def _environment(
