@@ -30,7 +30,7 @@ from areal_agents.rollout.group_judge import group_rubric_of
 from areal_agents.rollout.rebuilt import answer_reader, rebuilt, spoken_answer
 from areal_agents.tracking.trajectories import Record, read_shard
 from areal_agents.types import Trajectory
-from areal_agents.utils.exits import guarded_tasks, no_exit
+from areal_agents.utils.exits import guarded_tasks
 from areal_agents.utils.foreign import find_foreign
 
 ReadAnswer = Callable[[Record], str]
@@ -294,8 +294,8 @@ class _Scorer:
 
     async def _score(self, job: Job) -> None:
         try:
-            with no_exit():
-                scored = await self._scored([record for _, record in job])
+            # A task of its own, which the author's code may cancel.
+            scored = await asyncio.create_task(self._scored([record for _, record in job]))
         except (Exception, asyncio.CancelledError) as error:  # the author's own code, which may cancel itself
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():

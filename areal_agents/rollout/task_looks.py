@@ -116,6 +116,7 @@ class _Looking:
         """What each of those that look at once does, in words."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._main: asyncio.Task[None] | None = None
+        self._over = False
 
     async def done(self, tell: Callable[[str], None]) -> None:
         """Look, and wait for the end of it."""
@@ -137,6 +138,7 @@ class _Looking:
                     tell(f"looking at the tasks of {self._where}: {len(self.found)} of {len(self._order)}{some}")
         finally:
             if not ended.done() and self._loop is not None and self._main is not None:
+                self._over = True
                 with contextlib.suppress(RuntimeError):  # it has just ended
                     self._loop.call_soon_threadsafe(self._main.cancel)
 
@@ -179,10 +181,13 @@ class _Looking:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors.exceptions[0].__cause__
 
+    def _is_over(self) -> bool:
+        return self._over or time.monotonic() > self._start + self._seconds
+
     async def _look_on(self, places: Iterator[int]) -> None:
         me = asyncio.current_task()
         for i in places:
-            if time.monotonic() > self._start + self._seconds:  # a check that never waits cannot be given up
+            if self._is_over():  # a check that never waits cannot be given up
                 return
             self._move()
             self._doing[me] = f"the making of {task_name(i)}"
@@ -194,13 +199,17 @@ class _Looking:
             for check in self._checks:
                 name = getattr(check, "__qualname__", None) or f"{type(check).__qualname__}.__call__"
                 self._doing[me] = f"{name}, the check of task {task.id!r},"
-                problem = problem or await _problem(task, check, name)
+                try:
+                    problem = problem or await _problem(task, check, name, self._is_over)
+                except InfraError:  # the others are cancelled
+                    self._over = True
+                    raise
             self.found[i] = (task.id, problem) if problem else None
         self._doing.pop(me, None)
 
 
-async def _problem(task: Task, check: TaskCheck, name: str) -> str:
-    """Return why the task cannot be scored, or an empty text."""
+async def _problem(task: Task, check: TaskCheck, name: str, over: Callable[[], bool]) -> str:
+    """Return why the task cannot be scored, or an empty text. ``over`` says whether the look is ended."""
     try:
         with no_exit():
             waiting = check(task)
@@ -213,7 +222,9 @@ async def _problem(task: Task, check: TaskCheck, name: str) -> str:
     except (Exception, asyncio.CancelledError) as error:  # the author's own code, which may cancel itself
         looker = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and looker is not None and looker.cancelling():
-            raise  # ours: the time is over
+            if over():
+                raise
+            looker.uncancel()  # the check has cancelled the task that it runs in
         return f"{name} raised {described(error)}"
     return ""
 

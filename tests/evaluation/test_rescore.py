@@ -260,6 +260,18 @@ def test_a_reward_that_ends_programs_fails_on_its_episode_alone(
     assert ": 4 episodes" in captured.out
 
 
+def test_a_reward_that_cancels_the_task_it_runs_in_fails_on_each_episode(small: Path) -> None:
+    async def cancels(episode: Episode) -> float:
+        current = asyncio.current_task()
+        assert current is not None
+        current.cancel()
+        await asyncio.sleep(0)
+        return 1.0
+
+    done = asyncio.run(rescore(SavedRun.open(small).shards("train"), cancels, concurrency=2))
+    assert (len(done.failures), len(done.episodes)) == (6, 6)
+
+
 def test_the_metrics_say_of_the_new_verdicts_status_alone() -> None:
     old = replace(record(0, 0, 1.0).trajectory, metrics={"unverifiable": 1.0, "env_seconds": 2.0})
     assert dict(with_verdict(old, Verdict(1.0)).metrics) == {"env_seconds": 2.0}

@@ -113,6 +113,18 @@ def test_whatever_a_check_raises_is_its_tasks_and_ends_no_look(raised: BaseExcep
     assert all(re.search(reason, why) for why in found.bad.values())
 
 
+def test_a_check_that_cancels_the_task_it_runs_in_ends_no_look() -> None:
+    class Cancels:
+        async def require_scorable(self, task: Task) -> None:
+            current = asyncio.current_task()
+            assert current is not None
+            current.cancel()
+            await asyncio.sleep(0)
+
+    found = look([task(i) for i in range(40)], Cancels())
+    assert (found.seen, len(found.bad)) == (40, 40)
+
+
 def test_a_task_of_asyncio_that_a_check_leaves_behind_ends_no_look() -> None:
     class Leaves:
         require_scorable = staticmethod(leaves_later)
