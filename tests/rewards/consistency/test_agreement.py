@@ -167,7 +167,6 @@ def test_beside_an_own_reward_the_votes_part_alone_is_scaled() -> None:
 
 @pytest.mark.parametrize("answers", [("5 m", "5"), ("5", "5 m")])
 def test_equality_does_not_depend_on_the_order_of_two_answers(pool: MathPool, answers: tuple[str, str]) -> None:
-    """As a gold answer, a number with a unit equals the number alone, or the other way round: one is enough."""
     assert scores(agreement("answer", equal="math", pool=pool), answers) == [1.0, 1.0]
 
 
