@@ -7,6 +7,8 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,7 @@ from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.trainer.loop import train
 from areal_agents.trainer.reward_watch import RewardWatch, SameAnswers, Suspicion, component_means, same_answers
+from areal_agents.trainer.run import Run
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Text, ToolCall, Trajectory, Turn
 from tests.letters_env import share_of_letters
 from tests.tiny_models import tiny_chat_model
@@ -216,6 +219,28 @@ class Hackable(ToolEnv):
 
     def prompt(self, task: Task) -> str:
         return str(task.payload["word"])
+
+
+@pytest.mark.parametrize(
+    ("components", "says"),
+    [
+        (["correct", "form"], None),
+        (["math(boxed)"], ""),  # one alone has nothing to be compared with
+        (["won", "rooms"], "set track.watch_correct to one of rooms, won"),
+    ],
+)
+def test_an_unknown_correctness_is_told_once_where_there_is_something_to_compare(
+    components: list[str], says: str | None
+) -> None:
+    events: list[str] = []
+    lines: list[str] = []
+    tracker = SimpleNamespace(event=lambda kind, **facts: events.append(kind), message=lines.append)
+    run: Any = SimpleNamespace(reward_watch=watch(), tracker=tracker)
+    for step in (1, 2):
+        Run.look_at_rewards(run, step, {f"component/{name}": 0.5 for name in components}, [])
+    assert events == ([] if says is None else ["correctness_unknown"])
+    assert len(lines) == bool(says)
+    assert all(line.endswith(says or "") for line in lines)
 
 
 @pytest.mark.slow
