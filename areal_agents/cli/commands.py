@@ -185,7 +185,7 @@ class Check:
         tokenizer = None if self.tokenizer.lower() == "none" else self.tokenizer
         env = self._settings(overrides)
         if env.kwargs and len(ids) > 1:
-            raise UsageError("--env.kwargs is of one environment: check them one by one")
+            raise UsageError(f"{overrides[0]} is an argument of one environment: check that alone")
         for id in ids if env.kwargs else ():
             registry.spec(id).require_arguments(env.kwargs)
         reports = []
