@@ -230,7 +230,7 @@ def test_check_takes_arguments_and_level_of_an_environment(
         ([*mine, "--env.kwargs.pai", "1"], 1, "Questions does not take env.kwargs as they are: got an unexpected"),
         ([*mine, "--env.split", "x"], 2, "check takes --env.kwargs and --env.difficulty, not --env.split"),
         ([*mine, "--env.difficulty", "0", "--difficulty", "1"], 2, "--difficulty 1.0 and --env.difficulty 0.0: give"),
-        ([*mine, "areal/Arithmetic-v0", "--env.kwargs.path", "a"], 2, "--env.kwargs.path is an argument of one environment"),
+        ([*mine, "areal/Arithmetic-v0", "--env.kwargs.path", "a"], 2, ".path is an argument of one environment"),
         (["check", "--model", "smollm2", "--difficulty", "1"], 2, "leave out --difficulty"),
     ):
         assert main(words) == code
