@@ -57,7 +57,7 @@ def test_an_end_of_a_turn_is_no_unit_that_repeats() -> None:
 
 
 def test_a_call_that_was_not_run_failed_where_it_could_not_be_read() -> None:
-    calls = say("", call("f", "invalid_json"), call("f"))
+    calls = say("", call("f", "unclosed"), call("f"))
     assert tool_cost(per_failed=0.5)(episode(calls)).score == -0.5
 
 
