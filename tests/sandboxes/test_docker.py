@@ -18,14 +18,17 @@ from typing import Any
 
 import pytest
 
+import areal_agents
 from areal_agents import sandboxes
 from areal_agents.cli.main import main
+from areal_agents.envs.arithmetic import Arithmetic
 from areal_agents.errors import ConfigError, RegistryError, SandboxError, SandboxUnavailable
 from areal_agents.sandbox import SandboxSpec, open_console
 from areal_agents.sandboxes import docker_backend, docker_engine, docker_image
 from areal_agents.sandboxes.docker_backend import DockerBackend
 from areal_agents.sandboxes.subject import SPEC, run, value
 from areal_agents.sandboxes.suite import Finding
+from tests.envs.test_arithmetic import InSession, demonstrate
 from tests.sandboxes.test_backends import ROOT, need
 from tests.sandboxes.test_suite import NAMES, check, fail_unless_good
 
@@ -171,6 +174,7 @@ def test_limits_reach_the_engine(engine: Any) -> None:
 
 _HOST = """
 import asyncio, sys
+from areal_agents.envs.arithmetic import Arithmetic
 from areal_agents.sandbox import SandboxSpec, open_console
 from areal_agents.sandboxes.docker_backend import DockerBackend
 
@@ -342,3 +346,11 @@ def test_what_the_engine_did_not_remove_is_removed_later(engine: Any) -> None:
 
     play(calls)
     assert containers(engine) == []
+
+
+@pytest.mark.parametrize("make", [Arithmetic, InSession])
+def test_the_demos_task_pays_what_it_pays_in_bubblewrap(engine: Any, make: type[Arithmetic]) -> None:
+    for task in areal_agents.spec("areal/Arithmetic-v0").tasks("test")[:3]:
+        wanted = demonstrate(task, sandboxes.get("bubblewrap"))
+        assert wanted[1] == 1.0
+        assert demonstrate(task, sandboxes.get("docker"), make) == wanted
