@@ -45,7 +45,7 @@ class Mortal:
     @asynccontextmanager
     async def _session(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
         async with self._inner.session(spec) as sandbox:
-            yield _Mortal(sandbox)  # type: ignore[misc]  # what it lacks is the inner one's
+            yield _Mortal(sandbox)
 
 
 class _Mortal:

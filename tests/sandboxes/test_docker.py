@@ -28,9 +28,15 @@ from areal_agents.sandboxes import docker_backend, docker_engine, docker_image
 from areal_agents.sandboxes.docker_backend import DockerBackend
 from areal_agents.sandboxes.subject import SPEC, run, value
 from areal_agents.sandboxes.suite import Finding
+from areal_agents.tools.bash import bash
+from areal_agents.tools.files import FILE_TOOLS
+from areal_agents.tools.python import python
 from tests.envs.test_arithmetic import InSession, demonstrate
 from tests.sandboxes.test_backends import ROOT, need
 from tests.sandboxes.test_suite import NAMES, check, fail_unless_good
+from tests.tools.sessions import call
+from tests.tools.sessions import play as play_tools
+from tests.tools.test_files import TRAPS
 
 pytestmark = pytest.mark.docker
 
@@ -354,3 +360,23 @@ def test_the_demos_task_pays_what_it_pays_in_bubblewrap(engine: Any, make: type[
         wanted = demonstrate(task, sandboxes.get("bubblewrap"))
         assert wanted[1] == 1.0
         assert demonstrate(task, sandboxes.get("docker"), make) == wanted
+
+
+def test_tools_answer_as_they_do_in_bubblewrap(engine: Any) -> None:
+    tools = (*FILE_TOOLS, python, bash)
+    asked = [
+        call("python", code=TRAPS),
+        call("write_file", path="src/a.txt", content="one\ntwo\n"),
+        call("edit_file", path="src/a.txt", old="two", new="three"),
+        call("read_file", path="src/a.txt"),
+        *(call("read_file", path=path) for path in ("link", "etc/passwd", "pipe", "zero", "sparse", "loop", "up/x")),
+        call("write_file", path="etc/new", content="x"),
+        call("write_file", path="twin", content="x"),
+        call("list_files", depth=3),
+        call("bash", command="cat real src/a.txt; cd src; export X=1"),
+        call("bash", command="pwd; echo $X"),
+    ]
+    found = play_tools(tools, *asked, backend="docker")
+    assert found == play_tools(tools, *asked, backend="bubblewrap")
+    assert [r.text for r in (found[3], found[-1])] == ["1\tone\n2\tthree", "/work/src\n1"]
+    assert [r.status for r in found[4:12]] == ["error"] * 8
