@@ -20,7 +20,8 @@ __all__ = ["bwrap"]
 
 
 def example() -> str:
-    (block,) = (b for b in doc_blocks.blocks("docs/sandboxes.md") if b.language == "python")
+    blocks = doc_blocks.blocks("docs/sandboxes.md")
+    (block,) = (b for b in blocks if b.language == "python" and "class LoggedBackend" in b.text)
     return block.text
 
 
@@ -40,6 +41,10 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_example_is_short() -> None:
     assert 30 < len(example().splitlines()) <= 60
+
+
+def test_the_page_counts_the_attacks() -> None:
+    assert f" {len(ATTACKS)} attacks on this machine" in doc_blocks.PAGES["docs/sandboxes.md"]
 
 
 @pytest.mark.usefixtures("bwrap")
