@@ -242,7 +242,7 @@ def test_any_arguments_are_answered(wanted: list[tuple[str, dict[str, Any]]]) ->
 
 def test_no_name_of_an_argument_is_matched_with_a_servers_pattern() -> None:
     r"""``^(\w+\s?)*$`` takes twice as long with each letter."""
-    slow = {"patternProperties": {r"^(\w+\s?)*$": {}}}
+    slow: dict[str, Any] = {"patternProperties": {r"^(\w+\s?)*$": {}}}
     for schema in (
         {**slow, "additionalProperties": False},
         {"properties": {}, "allOf": [slow], "unevaluatedProperties": False},
