@@ -53,9 +53,10 @@ def clustered_interval(successes: Sequence[int], attempts: Sequence[int]) -> tup
     """Return the 95 % interval of a success rate whose attempts are clustered by task.
 
     Wilson's score interval at the effective sample size N / deff, where deff = Var_cluster / Var_binomial is the
-    design effect of the ratio estimator Σs/Σa (Kish 1965; Dean and Pagano 2015). The interval is never narrower than N
-    independent attempts would give, and never wider than one attempt a task. With one attempt a task it is Wilson's own
-    interval.
+    design effect of the ratio estimator Σs/Σa (Kish 1965; Dean and Pagano 2015). Of few tasks that is a guess: the size
+    shrinks by (z / t)², t having tasks - 1 degrees of freedom (Korn and Graubard 1998). The interval is never narrower
+    than N independent attempts would give, and never wider than one attempt a task. With one attempt a task it is
+    Wilson's own interval.
 
     Args:
         successes: how many attempts at each task succeeded.
@@ -73,7 +74,9 @@ def clustered_interval(successes: Sequence[int], attempts: Sequence[int]) -> tup
     if m > 1 and 0.0 < rate < 1.0:
         cluster = m / (m - 1) * sum((s - rate * a) ** 2 for s, a in pairs) / total**2
         binomial = rate * (1 - rate) / total
-        effective = min(max(total * binomial / cluster, m), total) if cluster > 0 else float(total)
+        independent = min(total * binomial / cluster, total) if cluster > 0 else float(total)
+        if independent > m:
+            effective = max(independent * (_Z95 / student_t_quantile(0.975, m - 1)) ** 2, m)
     z2 = _Z95 * _Z95
     centre = (rate + z2 / (2 * effective)) / (1 + z2 / effective)
     half = _Z95 / (1 + z2 / effective) * math.sqrt(rate * (1 - rate) / effective + z2 / (4 * effective**2))

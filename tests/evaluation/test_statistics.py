@@ -67,6 +67,18 @@ def test_identical_attempts_count_once() -> None:
     assert four == pytest.approx(once, abs=0.02)
 
 
+def test_few_tasks_do_not_tell_how_alike_their_attempts_are() -> None:
+    """Two tasks that happen to agree, of tasks whose rates are all different, once gave 8 + 8 independent attempts."""
+    # t has one degree of freedom, 12.71: 16 (1.96 / 12.71)² is less than one attempt a task, which is what there is.
+    assert clustered_interval([4, 4], [8, 8]) == pytest.approx((0.0945, 0.9055), abs=1e-4)  # Wilson of 1 of 2
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(1000):  # rates are uniform; 0.81 of the intervals held their mean without t
+        wins = rng.binomial(8, rng.random(3))
+        low, high = clustered_interval(wins.tolist(), [8] * 3)
+        held += low <= 0.5 <= high
+    assert held >= 930
+
+
 def test_a_perfect_score_keeps_an_interval() -> None:
     low, high = clustered_interval([1] * 20, [1] * 20)
     assert high == 1.0
