@@ -29,7 +29,7 @@ import gymnasium
 
 from areal_agents.errors import ArealError, EnvError
 from areal_agents.group_reward import GroupRewardLike
-from areal_agents.reward import TaskCheck
+from areal_agents.reward import TaskCheck, task_checks
 from areal_agents.spaces import ChatSpace, TextSpace
 from areal_agents.tool import ToolSpec, class_tools
 from areal_agents.types import AssistantMessage, Info, Observation, StopReason, Task
@@ -151,9 +151,10 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     def task_checks(cls) -> Sequence[TaskCheck]:
         """Return functions that raise TaskError for a task that cannot be scored, whatever is answered.
 
-        A run looks at its tasks with them before the first episode. ``ToolEnv`` has those of its rubric.
+        A run looks at its tasks with them before the first episode. These are those of the group's reward, and
+        ``ToolEnv`` has those of its rubric besides.
         """
-        return ()
+        return () if cls.group_rubric is None else task_checks(cls.group_rubric)
 
     # What an author calls
 

@@ -58,7 +58,8 @@ class Declaration:
     leave_one_out: bool = False
     """Whether its verdicts are sums of pairwise votes of the *other* episodes, symmetric ones (see ``agreement``).
 
-    A leave-one-out baseline then only scales the gradient, by (n − 2)/(n − 1), in groups of n.
+    A leave-one-out baseline then only scales the gradient of a turn that all n episodes of the group have, by
+    (n − 2)/(n − 1). Where m others have it, their votes count (1 − 1/m), and those of shorter episodes in full.
     """
     seconds: float = 0.0
     """How long a call may take by its nature, beside ``env.step_timeout``."""

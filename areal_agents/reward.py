@@ -141,7 +141,7 @@ def checked(value: object, episode: Episode, label: str) -> Verdict:
     return Verdict(score, components, checked, value.status)
 
 
-def task_checks(reward: RewardLike) -> tuple[TaskCheck, ...]:
+def task_checks(reward: object) -> tuple[TaskCheck, ...]:
     """Return the ``require_scorable`` of a reward, or of those that it is made of (``inner_rewards``, ``__wrapped__``).
 
     A run looks at its tasks with them before the first episode. Empty where a reward has none.
@@ -149,8 +149,8 @@ def task_checks(reward: RewardLike) -> tuple[TaskCheck, ...]:
     own: TaskCheck | None = getattr(reward, "require_scorable", None)
     if own is not None:
         return (own,)
-    inner: Iterable[RewardLike] = getattr(reward, "inner_rewards", ())
-    wrapped: RewardLike | None = getattr(reward, "__wrapped__", None)
+    inner: Iterable[object] = getattr(reward, "inner_rewards", ())
+    wrapped: object = getattr(reward, "__wrapped__", None)
     parts = [*inner, *(() if wrapped is None else (wrapped,))]
     return tuple(check for part in parts for check in task_checks(part))
 

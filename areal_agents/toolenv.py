@@ -134,7 +134,7 @@ class ToolEnv(AgentEnv):
     @classmethod
     def task_checks(cls) -> Sequence[TaskCheck]:
         rubric: RewardLike | None = getattr(cls, "rubric", None)
-        return () if rubric is None else task_checks(rubric)
+        return (*(() if rubric is None else task_checks(rubric)), *super().task_checks())
 
     # What an author's tools call
 

@@ -21,20 +21,7 @@ from typing import Any, Literal
 
 from areal_agents import Episode, Message, Task, ToolEnv, ToolError, Verdict, tool
 
-ROOMS = (
-    "hall",
-    "kitchen",
-    "cellar",
-    "tower",
-    "chapel",
-    "attic",
-    "stable",
-    "library",
-    "pantry",
-    "study",
-    "well",
-    "crypt",
-)
+ROOMS = ("hall", "kitchen", "cellar", "tower", "chapel", "attic", "stable", "library", "pantry", "study", "crypt")
 SIZES = {"train": 128, "test": 32}
 BACK = {"north": "south", "south": "north", "east": "west", "west": "east"}
 Way = Literal["north", "south", "east", "west"]
@@ -151,7 +138,7 @@ def call(name: str, **arguments: str) -> str:
 
 @cache
 def keeps(split: str, count: int) -> tuple[Task, ...]:
-    """Return the first keeps of ``count`` rooms that belong to a split. Their content decides, so no keep is in both."""
+    """Return the first keeps of ``count`` rooms of a split. Their content decides, so no keep is in both splits."""
     found: dict[str, Task] = {}
     for seed in itertools.count():
         task = Task.make(f"{split}-{count}-{seed}", split=split, seed=seed, payload=keep(seed, count))
@@ -163,7 +150,7 @@ def keeps(split: str, count: int) -> tuple[Task, ...]:
 
 
 def keep(seed: int, count: int) -> dict[str, Any]:
-    """Draw a tree of rooms with the vault at a leaf, and a lamp that lasts for the shortest game and four moves more."""
+    """Draw a tree of rooms with the vault at a leaf, and a lamp for the shortest game and four moves more."""
     rng = random.Random(f"{seed} {count}")
     rooms = ["gate", *rng.sample(ROOMS, count - 2), "vault"]
     doors: dict[str, dict[str, str]] = {room: {} for room in rooms}
@@ -182,15 +169,14 @@ def winning(doors: Doors, things: Mapping[str, Sequence[str]]) -> list[tuple[str
     """Return the calls of the shortest game."""
     key = next(room for room, here in things.items() if "key" in here)
     door = next(iter(doors["vault"].values()))
-    walks = [[("go", {"way": w}) for w in path(doors, *ends)] for ends in (("gate", key), (key, door), (door, "vault"))]
-    home = [("go", {"way": w}) for w in path(doors, "vault", "gate")]
-    first, second, third = walks
-    take_key, unlock, take_crown = (
-        ("take", {"thing": "key"}),
-        ("unlock", dict[str, str]()),
-        ("take", {"thing": "crown"}),
-    )
-    return [*first, take_key, *second, unlock, *third, take_crown, *home]
+    calls: list[tuple[str, dict[str, str]]] = []
+    for start, goal, deed in (
+        ("gate", key, ("take", {"thing": "key"})),
+        (key, door, ("unlock", {})),
+        (door, "vault", ("take", {"thing": "crown"})),
+    ):
+        calls += [*(("go", {"way": way}) for way in path(doors, start, goal)), deed]
+    return calls + [("go", {"way": way}) for way in path(doors, "vault", "gate")]
 
 
 def path(doors: Doors, start: str, goal: str) -> list[str]:

@@ -120,7 +120,7 @@ def refuse_biased(choice: Choice, declared: Declaration, reward: str) -> None:
     """Raise ConfigError where a group reward would be part of the very baseline that must not depend on the episode.
 
     A reward that reads the group's other episodes lets their rewards depend on this one's actions, and so the baseline
-    too. Leave-one-out votes only scale the gradient (``Declaration.leave_one_out``).
+    too. Leave-one-out votes only scale the gradient of turns that all have (``Declaration.leave_one_out``).
 
     Args:
         choice: the estimator.
@@ -205,8 +205,9 @@ def turn_return(
     std.
 
     Bias: none for γ = 1. The baseline of (i, k) depends on the other trajectories alone, which are independent of i's
-    actions given the task. γ < 1 trades bias for variance. Centring *rewards* per turn and then summing would be biased
-    when the policy chooses when to stop.
+    actions given the task. Leave-one-out votes of a group reward are an exception where episodes differ in length
+    (``Declaration.leave_one_out``). γ < 1 trades bias for variance. Centring *rewards* per turn and then summing would
+    be biased when the policy chooses when to stop.
 
     Returns one float32 tensor [K_i] per episode. Raises ValueError for an empty group or γ outside [0, 1].
     """

@@ -21,7 +21,7 @@ from areal_agents.errors import ArealError
 
 if TYPE_CHECKING:
     from areal_agents.engine import ChatModel
-    from areal_agents.evaluation.rescore import Outcome
+    from areal_agents.evaluation.rescore import AnyReward, Outcome
     from areal_agents.evaluation.saved_run import SavedRun
 
 
@@ -73,7 +73,7 @@ class Rescore:
         reward = load_reward(self.reward)
         outcome = self._score(run, run.shards(self.kind, first=first, last=last), reward)
         failures = [{"episode": f.episode, "error": f.error} for f in outcome.failures]
-        report = {"run": str(run.out), "kind": self.kind, "failures": failures} | self._compare(run, outcome)
+        report = {"run": str(run.out), "kind": self.kind, "failures": failures} | self._compare(run, outcome, reward)
         if self.json is not None and str(self.json) != "-":
             write_json(report, self.json)
         if outcome.failures:
@@ -82,7 +82,7 @@ class Rescore:
             print(failure_text(outcome), file=sys.stderr)
         return report, 1 if outcome.failures else 0
 
-    def _score(self, run: SavedRun, paths: list[Path], reward: object) -> Outcome:
+    def _score(self, run: SavedRun, paths: list[Path], reward: AnyReward) -> Outcome:
         from areal_agents.errors import RegistryError
         from areal_agents.evaluation.progress import Progress
         from areal_agents.evaluation.rescore import answer_of, plain_answer, rescore
@@ -100,7 +100,7 @@ class Rescore:
         outcome = asyncio.run(
             rescore(
                 paths,
-                reward,  # type: ignore[arg-type]  # load_reward's
+                reward,
                 answer=answer,
                 models=models,
                 concurrency=self.concurrency,
@@ -113,13 +113,15 @@ class Rescore:
             print(f"{len(outcome.records)} episodes with their new rewards: {self.out}")
         return outcome
 
-    def _compare(self, run: SavedRun, outcome: Outcome) -> dict[str, object]:
+    def _compare(self, run: SavedRun, outcome: Outcome, reward: AnyReward) -> dict[str, object]:
+        from areal_agents.evaluation.rescore import group_reward_among
         from areal_agents.evaluation.reward_shift import compare
 
         if len(outcome.failures) == len(outcome.episodes):
             return {"reward": self.reward, "scored": 0, "failed": len(outcome.failures), "skipped": outcome.skipped}
         algorithm = run.algorithm if self.kind == "train" else None
-        shift = compare(outcome, reward=self.reward, algorithm=algorithm, pass_at=self.pass_at)
+        group = group_reward_among(reward)
+        shift = compare(outcome, reward=self.reward, algorithm=algorithm, pass_at=self.pass_at, group=group)
         print(shift.table())
         return shift.to_json()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from areal_agents.conformance.contract import Subject, Unaudited
-from areal_agents.conformance.scripted_episode import ScriptedEpisode, repeat, script_for
+from areal_agents.conformance.scripted_episode import MAX_TURNS, ScriptedEpisode, repeat, script_for
 from areal_agents.env import Expert
 from areal_agents.errors import CheckError
 from areal_agents.rollout.group_judge import group_reward_of
@@ -26,6 +26,8 @@ TASKS_WITH_CHANCE = 256
 """More, where chance is not 0: the mean of few tasks is noise."""
 GOLD_TASKS = 16
 EXPERT_TASKS = 4
+EXPERT_TURNS = 1000
+"""Turns of an expert's episode: a long game ends by its own rules."""
 NAMED = 3
 """Tasks that are named where gold answers or experts earn too little. All are counted."""
 BLOCKED_SECONDS = 0.1
@@ -135,8 +137,8 @@ async def _mean(subject: Subject, tasks: Sequence[Task], policy: ScriptOf) -> fl
     return total / len(tasks)
 
 
-async def _play(subject: Subject, task: Task, seed: int, script: Script) -> float:
-    episode = ScriptedEpisode(subject.spec.make, task, seed, script, subject.timeout)
+async def _play(subject: Subject, task: Task, seed: int, script: Script, max_turns: int = MAX_TURNS) -> float:
+    episode = ScriptedEpisode(subject.spec.make, task, seed, script, subject.timeout, max_turns)
     await episode.play()
     subject.note_calls(episode)
     return episode.total
@@ -154,7 +156,9 @@ async def _skilled(subject: Subject, tasks: Sequence[Task], gold: Sequence[str |
     if golden:
         scored.append(_all_full(earned, "gold answers", "gold()"))
     experts = [(i, task) for i, task in enumerate(tasks[:EXPERT_TASKS]) if spec.expert(task) is not None]
-    earned = [(task, await _play(subject, task, i, script_for(spec, task, "main"))) for i, task in experts]
+    earned = [
+        (task, await _play(subject, task, i, script_for(spec, task, "main"), EXPERT_TURNS)) for i, task in experts
+    ]
     if experts:
         scored.append(_all_full(earned, "expert episodes", "expert()"))
     return scored

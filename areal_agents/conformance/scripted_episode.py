@@ -38,6 +38,7 @@ from areal_agents.utils.short_text import described, short
 T = TypeVar("T")
 ScriptName = Literal["main", "clumsy"]
 MAX_TURNS = 12
+"""Turns of an episode, where no more are asked for: enough to compare episodes, and an end of scripts without one."""
 CLUMSY = (
     '<tool_call>{"name": "no_such_tool", "arguments": {}}</tool_call><tool_call>{"name": </tool_call>',
     "<tool_call>{",
@@ -103,7 +104,10 @@ class ScriptedEpisode(EpisodeDriver):
     ``trace`` has one entry a call. ``returned`` holds the very objects that the calls returned.
     """
 
-    def __init__(self, make: Callable[[], AgentEnv], task: Task, seed: int, script: Script, timeout: float) -> None:
+    def __init__(
+        self, make: Callable[[], AgentEnv], task: Task, seed: int, script: Script, timeout: float,
+        max_turns: int = MAX_TURNS,
+    ) -> None:  # fmt: skip
         try:
             with no_exit():
                 self.env = make()
@@ -115,7 +119,7 @@ class ScriptedEpisode(EpisodeDriver):
         self.trace: list[Any] = []
         self.returned: list[Any] = []
         super().__init__(
-            lambda: self.env, task, self.script, OwnLoop(), task.id, seed, timeout, MAX_TURNS, self._record
+            lambda: self.env, task, self.script, OwnLoop(), task.id, seed, timeout, max_turns, self._record
         )
 
     def _record(self, call: Call, result: object) -> None:

@@ -108,7 +108,8 @@ class _Groups:
             return
         found = {place: t for place in places if (t := self._played[place]) is not None}
         judged: tuple[Trajectory, ...] | None = None
-        if found:
+        # An attempt whose siblings were all lost has nobody to be compared with: it has no score, and is no zero.
+        if len(found) >= (2 if self._runner.group_judge.named.declared.reads_others else 1):
             group, seeds = f"{self._label}/{index}", [attempt_seed(self._seed, j) for _, j in found]
             with contextlib.suppress(TaskError):  # the runner has left the task out, and said so
                 task = self._tasks[index]

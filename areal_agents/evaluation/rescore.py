@@ -25,10 +25,12 @@ from areal_agents.errors import ArealError, ConfigError, RegistryError
 from areal_agents.evaluation.saved_run import SavedRun
 from areal_agents.group_reward import GroupRewardLike, declaration, is_group_reward, judge_group, with_group_verdict
 from areal_agents.reward import PAID, Episode, RewardLike, Verdict, judge
+from areal_agents.rollout.env_results import VERDICT_METRICS, status_metrics
 from areal_agents.rollout.group_judge import group_rubric_of
 from areal_agents.rollout.rebuilt import answer_reader, rebuilt, spoken_answer
 from areal_agents.tracking.trajectories import Record, read_shard
 from areal_agents.types import Trajectory
+from areal_agents.utils.exits import guarded_tasks
 from areal_agents.utils.foreign import find_foreign
 
 ReadAnswer = Callable[[Record], str]
@@ -130,6 +132,11 @@ def load_reward(name: str) -> AnyReward:
     return cast("AnyReward", found)
 
 
+def group_reward_among(reward: AnyReward) -> GroupRewardLike | None:
+    """Return the group reward of what ``load_reward`` returned, or None."""
+    return _whole(reward).group
+
+
 def _whole(reward: AnyReward) -> RunReward:
     if isinstance(reward, RunReward):
         return reward
@@ -172,7 +179,7 @@ def episode_of(record: Record, answer: ReadAnswer = plain_answer) -> Episode:
 def with_verdict(trajectory: Trajectory, verdict: Verdict) -> Trajectory:
     """Return ``trajectory`` as if ``verdict`` had been its rubric's.
 
-    What tools paid for a turn stays.
+    What tools paid for a turn stays. Metrics say of the new verdict's status alone.
     """
     last = len(trajectory.turns) - 1
     rewards = verdict.turn_rewards or (*(0.0 for _ in range(last)), verdict.score)
@@ -187,7 +194,8 @@ def with_verdict(trajectory: Trajectory, verdict: Verdict) -> Trajectory:
         )
         for k, turn in enumerate(trajectory.turns)
     )
-    return replace(trajectory, turns=turns)
+    kept = {name: x for name, x in trajectory.metrics.items() if name not in VERDICT_METRICS.values()}
+    return replace(trajectory, turns=turns, metrics=kept | status_metrics(verdict))
 
 
 async def rescore(
@@ -221,9 +229,10 @@ async def rescore(
     scorer.models = models or {}
     jobs = _jobs(paths, whole_groups=whole.group is not None)
     try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(scorer.work(jobs))
+        with guarded_tasks():
+            async with asyncio.TaskGroup() as group:
+                for _ in range(concurrency):
+                    group.create_task(scorer.work(jobs))
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from errors.exceptions[0].__cause__  # the first one; the rest were cancelled
     order = sorted(scorer.episodes)
@@ -285,7 +294,8 @@ class _Scorer:
 
     async def _score(self, job: Job) -> None:
         try:
-            scored = await self._scored([record for _, record in job])
+            # A task of its own, which the author's code may cancel.
+            scored = await asyncio.create_task(self._scored([record for _, record in job]))
         except (Exception, asyncio.CancelledError) as error:  # the author's own code, which may cancel itself
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
@@ -314,6 +324,8 @@ class _Scorer:
             adds = declaration(group, "the group reward").adds
             found = await judge_group(group, episodes)
             trajectories = [with_group_verdict(t, v, adds=adds) for t, v in zip(trajectories, found, strict=True)]
+            pairs = zip(trajectories, found, strict=True)
+            trajectories = [replace(t, metrics={**t.metrics, **status_metrics(v)}) for t, v in pairs]
             statuses = [s if v.status == "ok" else v.status for v, s in zip(found, statuses, strict=True)]
         return list(zip(trajectories, statuses, strict=True))
 

@@ -16,12 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_agents.algorithms.advantages import EpisodeRewards, Estimator
+from areal_agents.algorithms.advantages import EpisodeRewards, Estimator, refuse_biased
+from areal_agents.errors import ConfigError
 from areal_agents.evaluation.rescore import Outcome, Rescored
 from areal_agents.evaluation.saved_run import columns
 from areal_agents.evaluation.statistics import spearman
+from areal_agents.group_reward import GroupRewardLike, declaration
+from areal_agents.reward import name_of
 from areal_agents.settings.config import AlgorithmConfig
 from areal_agents.tracking.console import plain
+from areal_agents.utils.short_text import text_of
 from areal_agents.utils.tolerance import all_same, rounding_of
 
 WORST = 10
@@ -103,6 +107,8 @@ class RewardShift:
     """Worst first, which is the largest change of the pass rate."""
     advantages: AdvantageShift | None
     """None where the run did not train on these episodes."""
+    refused: str = ""
+    """Why a training of these settings refuses the new reward, where it does."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -112,6 +118,8 @@ class RewardShift:
         parts = [self._head(), self._passes()]
         if self.advantages is not None:
             parts.append(_advantage_table(self.advantages))
+        if self.refused:
+            parts.append(f"a training refuses it: {self.refused}")
         return plain("\n\n".join(parts))
 
     def _head(self) -> str:
@@ -139,8 +147,9 @@ class RewardShift:
 
 
 def compare(
-    outcome: Outcome, *, reward: str, algorithm: AlgorithmConfig | None = None, pass_at: float = 1.0
-) -> RewardShift:
+    outcome: Outcome, *, reward: str, algorithm: AlgorithmConfig | None = None, pass_at: float = 1.0,
+    group: GroupRewardLike | None = None,
+) -> RewardShift:  # fmt: skip
     """Compare an outcome's new rewards with its old ones.
 
     Args:
@@ -148,6 +157,7 @@ def compare(
         reward: the new reward's name, for the report.
         algorithm: whose advantages to compute again. None leaves them out.
         pass_at: the reward from which on an episode passes.
+        group: the group reward among the new ones, if any.
 
     Raises:
         ValueError: no episode has a new reward.
@@ -177,7 +187,17 @@ def compare(
         tasks_flipped=len(flips) / len({e.task for e in scored}),
         flips=tuple(flips),
         advantages=None if algorithm is None else advantage_shift(outcome.episodes, algorithm),
+        refused="" if algorithm is None or group is None else refusal(group, algorithm),
     )
+
+
+def refusal(group: GroupRewardLike, algorithm: AlgorithmConfig) -> str:
+    """Return why a training with ``algorithm`` refuses the group reward, or an empty text."""
+    try:
+        refuse_biased(algorithm.advantage, declaration(group, "the group reward"), name_of(group))
+    except ConfigError as error:
+        return text_of(error)
+    return ""
 
 
 def advantage_shift(episodes: Sequence[Rescored], algorithm: AlgorithmConfig) -> AdvantageShift:

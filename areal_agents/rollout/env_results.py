@@ -17,6 +17,7 @@ import numpy as np
 
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError, RewardError
+from areal_agents.reward import Verdict
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Image, Message, Observation, Role, StopReason, Text, ToolOutcome
 from areal_agents.utils.real_number import finite
@@ -31,6 +32,11 @@ RETURNS: Mapping[Call, tuple[str, ...]] = {
 """What the calls return, in order. What ``aclose`` returns is not looked at."""
 VERDICT_METRICS = {"unverifiable": "unverifiable", "timeout": "verdict_timeout"}
 """Metrics of an episode by ``info["verdict_status"]``."""
+
+
+def status_metrics(verdict: Verdict) -> dict[str, float]:
+    """Return what an episode's metrics say of a verdict's status: nothing where it is ``ok``."""
+    return {} if verdict.status == "ok" else {VERDICT_METRICS[verdict.status]: 1.0}
 
 
 @dataclass(frozen=True, slots=True)

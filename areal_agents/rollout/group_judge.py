@@ -20,7 +20,7 @@ from areal_agents.registry import EnvSpec
 from areal_agents.reward import Verdict, name_of
 from areal_agents.rollout.env_faults import located, raised, says_whose
 from areal_agents.rollout.env_host import EnvHost, HostLost
-from areal_agents.rollout.env_results import VERDICT_METRICS
+from areal_agents.rollout.env_results import status_metrics
 from areal_agents.rollout.player import EventSink, env_maker, no_events
 from areal_agents.rollout.rebuilt import SeededAnswer, answer_reader, rebuilt
 from areal_agents.served_model import models_of
@@ -77,6 +77,15 @@ def require_attempts(found: NamedGroupReward | None, k: int) -> None:
         raise ConfigError(
             f"eval.k = {k}: the environment's group reward {found.name!r} compares a task's attempts with each other: "
             "set eval.k to 2 or more, and eval.temperature above 0"
+        )
+
+
+def require_votes(found: NamedGroupReward | None, group_size: int) -> None:
+    """Raise ConfigError where leave-one-out votes could never differ within a group."""
+    if found is not None and found.declared.leave_one_out and group_size < 3:
+        raise ConfigError(
+            f"rollout.group_size = {group_size}: in a group of two, the leave-one-out votes of {found.name!r} are the "
+            "same for both episodes, so that they have no gradient: set rollout.group_size to 3 or more"
         )
 
 
@@ -170,9 +179,7 @@ class GroupJudge:
 
     def _with_verdict(self, trajectory: Trajectory, verdict: Verdict) -> Trajectory:
         scored = with_group_verdict(trajectory, verdict, adds=self.named.declared.adds)
-        if verdict.status == "ok":
-            return scored
-        return replace(scored, metrics={**scored.metrics, VERDICT_METRICS[verdict.status]: 1.0})
+        return replace(scored, metrics={**scored.metrics, **status_metrics(verdict)})
 
     def _new_host(self) -> EnvHost:
         return EnvHost(None if self._event is no_events else self._event)

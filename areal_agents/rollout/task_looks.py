@@ -28,7 +28,7 @@ from areal_agents.reward import TaskCheck
 from areal_agents.rollout.task_faults import reasons
 from areal_agents.rollout.tasks import FEWEST_BAD, task_at, task_name
 from areal_agents.types import Task
-from areal_agents.utils.exits import no_exit
+from areal_agents.utils.exits import guard_tasks, no_exit
 from areal_agents.utils.short_text import described, text_of
 
 MOST = 2000
@@ -47,13 +47,15 @@ class Look:
     seen: int = 0
     bad: Mapping[str, str] = field(default_factory=dict)
     """Ids of tasks that no answer could score, each with the reason."""
+    namesakes: int = 0
+    """How many more such tasks there are under the same ids."""
 
     def __str__(self) -> str:
         return f"{self.seen} of {self.total}" if self.seen < self.total else f"{self.total}"
 
     def require_enough(self, split: str, *, max_bad: float) -> None:
         """Raise TaskError where more than ``max_bad`` of the tasks seen are bad and at least 8, or all are."""
-        bad = len(self.bad)
+        bad = len(self.bad) + self.namesakes
         if bad and (bad == self.seen or (bad >= FEWEST_BAD and bad > max_bad * self.seen)):
             raise TaskError(
                 f"{bad} of the {self.seen} tasks of {split} that were looked at cannot be scored, more than "
@@ -96,7 +98,8 @@ async def look_at(
     looking = _Looking(tasks, checks, order, where, seconds)
     await looking.done(tell)
     named = [row for _, row in sorted(looking.found.items()) if row is not None]
-    return Look(len(tasks), len(looking.found), dict(named))
+    bad = dict(named)
+    return Look(len(tasks), len(looking.found), bad, len(named) - len(bad))
 
 
 class _Looking:
@@ -113,6 +116,7 @@ class _Looking:
         """What each of those that look at once does, in words."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._main: asyncio.Task[None] | None = None
+        self._over = False
 
     async def done(self, tell: Callable[[str], None]) -> None:
         """Look, and wait for the end of it."""
@@ -134,6 +138,7 @@ class _Looking:
                     tell(f"looking at the tasks of {self._where}: {len(self.found)} of {len(self._order)}{some}")
         finally:
             if not ended.done() and self._loop is not None and self._main is not None:
+                self._over = True
                 with contextlib.suppress(RuntimeError):  # it has just ended
                     self._loop.call_soon_threadsafe(self._main.cancel)
 
@@ -165,6 +170,7 @@ class _Looking:
 
     async def _look(self) -> None:
         self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
+        guard_tasks(self._loop)
         try:
             async with asyncio.timeout(self._seconds), asyncio.TaskGroup() as group:
                 places = iter(self._order)
@@ -175,10 +181,13 @@ class _Looking:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors.exceptions[0].__cause__
 
+    def _is_over(self) -> bool:
+        return self._over or time.monotonic() > self._start + self._seconds
+
     async def _look_on(self, places: Iterator[int]) -> None:
         me = asyncio.current_task()
         for i in places:
-            if time.monotonic() > self._start + self._seconds:  # a check that never waits cannot be given up
+            if self._is_over():  # a check that never waits cannot be given up
                 return
             self._move()
             self._doing[me] = f"the making of {task_name(i)}"
@@ -190,13 +199,17 @@ class _Looking:
             for check in self._checks:
                 name = getattr(check, "__qualname__", None) or f"{type(check).__qualname__}.__call__"
                 self._doing[me] = f"{name}, the check of task {task.id!r},"
-                problem = problem or await _problem(task, check, name)
+                try:
+                    problem = problem or await _problem(task, check, name, self._is_over)
+                except InfraError:  # the others are cancelled
+                    self._over = True
+                    raise
             self.found[i] = (task.id, problem) if problem else None
         self._doing.pop(me, None)
 
 
-async def _problem(task: Task, check: TaskCheck, name: str) -> str:
-    """Return why the task cannot be scored, or an empty text."""
+async def _problem(task: Task, check: TaskCheck, name: str, over: Callable[[], bool]) -> str:
+    """Return why the task cannot be scored, or an empty text. ``over`` says whether the look is ended."""
     try:
         with no_exit():
             waiting = check(task)
@@ -205,8 +218,13 @@ async def _problem(task: Task, check: TaskCheck, name: str) -> str:
     except InfraError:
         raise
     except TaskError as error:
-        return text_of(error)
-    except Exception as error:  # noqa: BLE001  the author's own code
+        return text_of(error) or f"{name} raised TaskError without a reason"
+    except (Exception, asyncio.CancelledError) as error:  # the author's own code, which may cancel itself
+        looker = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and looker is not None and looker.cancelling():
+            if over():
+                raise
+            looker.uncancel()  # the check has cancelled the task that it runs in
         return f"{name} raised {described(error)}"
     return ""
 

@@ -300,7 +300,7 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
     n = len(episodes)
     calls = [calls_of(t) for t in episodes]
     ages = [version - v for t in episodes for turn in t.turns for v in turn.completion.versions]
-    rewards = [t.reward for t in episodes]
+    rewards, alike = [t.reward for t in episodes], same_answers(groups)
     means = [sum(t.reward for t in g.trajectories) / len(g.trajectories) for g in groups]
     return {
         "reward": sum(rewards) / n,
@@ -315,7 +315,8 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
         "episodes": float(n),
         "generate_seconds": sum(t.metrics.get("generate_seconds", 0.0) for t in episodes) / n,
         "env_seconds": sum(t.metrics.get("env_seconds", 0.0) for t in episodes) / n,
-        "same_answer_share": same_answers(groups).share,
+        "same_answer_share": alike.share,
+        "same_answer_tasks": float(alike.tasks),
         **{name: float(count) for name, count in count_oddities(episodes).items()},
         **component_means(episodes),
     }  # fmt: skip

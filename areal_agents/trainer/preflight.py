@@ -16,7 +16,8 @@ from areal_agents.engines.local import require_startable, threads_of
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.held_out import held_out
 from areal_agents.registry import EnvSpec
-from areal_agents.rollout.group_judge import group_reward_of, require_attempts
+from areal_agents.reward import task_checks
+from areal_agents.rollout.group_judge import group_reward_of, require_attempts, require_votes
 from areal_agents.rollout.script import expert_of
 from areal_agents.rollout.task_looks import Look, look_at
 from areal_agents.settings.config import TrainConfig
@@ -39,6 +40,7 @@ def require_runnable(config: TrainConfig) -> None:
     Estimator(a.advantage)
     if (judge := group_reward_of(spec, r.group_reward)) is not None:
         refuse_biased(a.advantage, judge.declared, judge.name)
+        require_votes(judge, r.group_size)
     require_attempts(group_reward_of(spec), config.eval.k)
     PolicyObjective(loss=a.loss, correction=a.correction, aggregation=a.aggregation)
     Sampling(r.max_turn_tokens, r.temperature).require_trainable()
@@ -91,7 +93,9 @@ async def look_at_tasks(config: TrainConfig) -> Looks:
     checks = spec.env_class().task_checks()
     tasks = spec.tasks(config.env.split, difficulty=config.env.difficulty)
     where = f"{spec.id}:{config.env.split}"
-    train = await look_at(tasks, checks, where=where, seed=config.seed)
+    group = group_reward_of(spec, config.rollout.group_reward) if config.rollout.group_reward else None
+    besides = () if group is None else task_checks(group.reward)
+    train = await look_at(tasks, [*checks, *besides], where=where, seed=config.seed)
     train.require_enough(where, max_bad=config.rollout.max_bad_tasks)
     tell = lambda name, reason: None  # noqa: E731  the evaluation itself tells
     chosen, _ = held_out(spec, e, difficulty=config.env.difficulty, tell=tell)

@@ -119,11 +119,12 @@ class RewardWatch:
         while len(self._rows) > self.window:
             self._rows.popleft()
         found = {PREFIX + s.facts["component"]: s for s in self._rising(step)}
-        share = metrics.get("same_answer_share", 0.0) if alike is None else alike.share
-        many = alike is None or alike.tasks >= _TASKS
-        self._alike = self._alike + 1 if many and share > self.same_answers else 0
-        if self._alike >= _STEPS:  # without the groups it was told when they were there
-            found["same answers"] = _told_alike(step, alike or SameAnswers(share, "", 0, 0.0))
+        if alike is None:  # rows of earlier versions do not say how many tasks there were
+            tasks = int(metrics.get("same_answer_tasks", _TASKS))
+            alike = SameAnswers(metrics.get("same_answer_share", 0.0), "", tasks, 0.0)
+        self._alike = self._alike + 1 if alike.tasks >= _TASKS and alike.share > self.same_answers else 0
+        if self._alike >= _STEPS:
+            found["same answers"] = _told_alike(step, alike)
         return self._onsets(found)
 
     def knows_correct(self, metrics: Mapping[str, float]) -> bool:

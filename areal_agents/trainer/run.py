@@ -241,10 +241,10 @@ class Run:
         if not watch.knows_correct(metrics):
             others = sorted(name.removeprefix(PREFIX) for name in metrics if name.startswith(PREFIX))
             self.tracker.event("correctness_unknown", step=step, looked_for=watch.correct, components=others)
-            if others:
+            if len(others) > 1:  # one alone has nothing to be compared with
                 self.tracker.message(
-                    f"the reward has no component {watch.correct!r}, so none can be compared with correctness: "
-                    f"track.watch_correct names one of {', '.join(others)}"
+                    f"the reward has no component {watch.correct!r}, so the watch cannot tell whether another rises "
+                    f"while right answers fall: set track.watch_correct to one of {', '.join(others)}"
                 )
         for found in watch.look(step, metrics, same_answers(groups)):
             self.tracker.event("reward_hack_suspected", step=step, sign=found.sign, **found.facts, look_at=found.text)

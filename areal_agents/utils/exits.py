@@ -37,6 +37,18 @@ def guard_tasks(loop: asyncio.AbstractEventLoop) -> None:
     loop.set_task_factory(_guarded_task)
 
 
+@contextmanager
+def guarded_tasks() -> Iterator[None]:
+    """Let every task that the running loop gets meanwhile run under ``no_exit``."""
+    loop = asyncio.get_running_loop()
+    before = loop.get_task_factory()
+    guard_tasks(loop)
+    try:
+        yield
+    finally:
+        loop.set_task_factory(before)
+
+
 def _guarded_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
     return asyncio.Task(_Guarded(coroutine), loop=loop, **options)
 

@@ -283,3 +283,24 @@ def test_a_level_is_checked_by_its_difficulty() -> None:
     assert hard["reward"].detail.startswith("4 of 4 expert episodes earn less than 1 (0 on task test-1000, 0 on task")
     outside = by_name(check("tests.conformance.test_check:Steep", tokenizer=None, difficulty=2))["contract"]
     assert outside.detail == "difficulty 2 of tests.conformance.test_check:Steep must lie in [0, 1]"
+
+
+class Long(Steep):
+    """A game of sixteen turns."""
+
+    max_turns = 20
+
+    @classmethod
+    def expert(cls, task: Task) -> Expert | None:
+        return _patient()
+
+
+def _patient() -> Expert:
+    for _ in range(15):
+        yield '<tool_call>{"name": "rest", "arguments": {}}</tool_call>'
+    yield '<tool_call>{"name": "pay", "arguments": {}}</tool_call>'
+
+
+def test_a_long_game_is_played_to_its_end_by_the_audit() -> None:
+    subject = Subject(registry.spec("tests.conformance.test_check:Long"), 60.0, None)
+    assert asyncio.run(reward_audit.reward(subject)).startswith("4 expert episodes earn 1; empty 0.00")

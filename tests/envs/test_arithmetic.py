@@ -16,6 +16,7 @@ import areal_agents
 from areal_agents.chat.toolcalls import parse_text
 from areal_agents.envs.arithmetic import Arithmetic, split_of
 from areal_agents.registry import Audit
+from areal_agents.tools.python_repl import python_repl
 from areal_agents.types import Task, content_hash
 from tests.conftest import require
 from tests.fake_sandbox import ScriptedBackend
@@ -144,11 +145,17 @@ def test_the_gold_answer_earns_all_and_guesses_nothing() -> None:
             assert score(task, text) == 0.0, text
 
 
-def demonstrate(task: Task, sandbox: Any) -> tuple[list[str], float]:
+class InSession(Arithmetic):
+    """The same task with a Python that lives across turns."""
+
+    tools = (python_repl,)
+
+
+def demonstrate(task: Task, sandbox: Any, make: type[Arithmetic] = Arithmetic) -> tuple[list[str], float]:
     """The expert's texts and the reward they earn."""
 
     async def main() -> tuple[list[str], float]:
-        env = Arithmetic(sandbox=sandbox)
+        env = make(sandbox=sandbox)
         expert = areal_agents.spec(ID).expert(task)
         assert expert is not None
         await env.areset(options={"task": task})
@@ -186,6 +193,17 @@ def test_the_expert_earns_all_in_the_real_sandbox() -> None:
         for task in areal_agents.spec(ID).tasks("train", difficulty=difficulty)[:8]:
             texts, total = demonstrate(task, sandboxes.get("bubblewrap"))
             assert total == 1.0, texts
+
+
+def test_a_zygote_and_a_session_pay_what_a_call_in_bubblewrap_pays() -> None:
+    require("bwrap")
+    from areal_agents import sandboxes
+
+    for task in areal_agents.spec(ID).tasks("test")[:3]:
+        wanted = demonstrate(task, sandboxes.get("bubblewrap"))
+        assert wanted[1] == 1.0
+        assert demonstrate(task, sandboxes.get("bubblewrap?preload=math")) == wanted
+        assert demonstrate(task, sandboxes.get("bubblewrap"), InSession) == wanted
 
 
 def test_the_facade_plays_an_episode_in_the_real_sandbox() -> None:

@@ -58,11 +58,15 @@ class MixedRanked(Mixed):
 Rows = list[tuple[Task, list[Trajectory | None]]]
 
 
+def away(k: int) -> None:
+    raise InfraError("the engine is away")
+
+
 def attempts(
-    reward: Any, *, k: int = 2, saved: dict[Place, Trajectory] | None = None
+    reward: Any, *, k: int = 2, saved: dict[Place, Trajectory] | None = None, lost: bool = False
 ) -> tuple[Rows, EpisodeRunner, Script]:
     async def play() -> tuple[Rows, EpisodeRunner, Script]:
-        script = Script()
+        script = Script(on_step=away if lost else lambda k: None)
         judge = GroupJudge(NamedGroupReward(reward, declaration(reward, "it"), "it"), spoken_answer, timeout=60.0)
         player = LocalPlayer(lambda: ScriptedEnv(script), lambda task: ScriptedPolicy(SAY), LIMITS)
         runner = EpisodeRunner(player, FailureBudget(window=32, share=1.0), max_retries=1, group_judge=judge)
@@ -98,6 +102,16 @@ def test_a_task_that_cannot_be_judged_has_no_score_and_is_no_zero() -> None:
     assert rewards(rows) == [[None, None], [None, None], [1.0, 1.0]]
     assert list(runner.left_out) == ["task-1"]
     assert runner.budget.kinds == {"InfraError": 2}
+
+
+def test_an_attempt_that_lost_its_siblings_has_no_score_where_attempts_are_compared() -> None:
+    played, _, _ = attempts(bonus)
+    own = {(i, j): with_own(t) for i, (_, tries) in enumerate(played) for j, t in enumerate(tries) if t is not None}
+    assert rewards(attempts(places, k=2, saved=own)[0]) == [[0.0, 1.0]] * 3  # nothing is left to play
+    assert rewards(attempts(places, k=3, saved=own, lost=True)[0]) == [[0.0, 1.0, None]] * 3
+    alone = {place: t for place, t in own.items() if place[1] == 0}
+    assert rewards(attempts(places, k=2, saved=alone, lost=True)[0]) == [[None, None]] * 3
+    assert rewards(attempts(bonus, k=2, saved=alone, lost=True)[0]) == [[11.0, None]] * 3
 
 
 def test_a_later_sitting_judges_what_an_earlier_one_played() -> None:
@@ -175,6 +189,24 @@ def test_a_group_that_the_reward_fails_on_is_counted_and_no_zero(
     assert main(["rescore", str(small), "--reward", f"{HERE}:places", "--out", str(small.parent / "new.parquet")]) == 0
     assert [r.trajectory.reward for r in read_shard(small.parent / "new.parquet")] == [2.0, 0.0, 0.0, 1.0, 1.0]
     assert content(small) == before
+
+
+def test_a_group_reward_that_training_refuses_is_told(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rescore", str(small), "--reward", f"{HERE}:places"]) == 0
+    out = capsys.readouterr().out
+    assert "a training refuses it: algorithm.advantage.kind = 'turn_return' compares an episode with the others" in out
+    assert main(["rescore", str(small), "--reward", f"{HERE}:bonus"]) == 0
+    assert "refuses" not in capsys.readouterr().out
+
+
+def test_a_doubtful_verdict_of_the_group_stands_in_the_metrics(small: Path) -> None:
+    @group_reward(reads_others=True)
+    def doubtful(episodes: Sequence[Episode]) -> list[Verdict]:
+        return [Verdict(0.0, status="unverifiable") for _ in episodes]
+
+    done = asyncio.run(rescore(SavedRun.open(small).shards("train"), doubtful, keep=True))
+    assert [e.status for e in done.episodes] == ["unverifiable"] * 5
+    assert [r.trajectory.metrics.get("unverifiable") for r in done.records] == [1.0] * 5
 
 
 def test_replay_compares_what_the_episode_itself_earned(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from areal_agents.chat.toolcalls import parse_text
 from areal_agents.cli.main import main
 from areal_agents.errors import ArealError, ConfigError
-from areal_agents.evaluation.rescore import answer_of, episode_of, load_reward, rescore
+from areal_agents.evaluation.rescore import answer_of, episode_of, load_reward, rescore, with_verdict
 from areal_agents.evaluation.saved_run import SavedRun
 from areal_agents.reward import Episode, Gate, Verdict, WeightedSum
 from areal_agents.rollout.rebuilt import as_sampled
@@ -46,6 +46,17 @@ def not_finite(episode: Episode) -> float:
 def per_turn(episode: Episode) -> Verdict:
     turns = tuple(float(k + 1) for k in range(episode.turns))
     return Verdict(sum(turns), {"a": 1.0}, turn_rewards=turns)
+
+
+async def leaves_on_t0(episode: Episode) -> float:
+    async def leave() -> None:
+        raise SystemExit(0)
+
+    if episode.task.id == "t0":
+        raise SystemExit(0)
+    asyncio.get_running_loop().create_task(leave()).add_done_callback(lambda done: done.exception())
+    await asyncio.sleep(0)
+    return 1.0
 
 
 class Slow:
@@ -237,6 +248,35 @@ def test_a_failing_reward_is_counted_shown_and_never_a_zero(
     assert "first, on episode g0/0:" in err
     assert 'raise KeyError(f"no key' in err  # the traceback reaches the author's line
     assert "\x1b" not in err
+
+
+def test_a_reward_that_ends_programs_fails_on_its_episode_alone(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["rescore", str(small), "--reward", "tests.evaluation.test_rescore:leaves_on_t0"]) == 1
+    captured = capsys.readouterr()
+    assert "the reward failed on 2 of 6 episodes: 2 × RuntimeError" in captured.err
+    assert "it called sys.exit(0)" in captured.err
+    assert ": 4 episodes" in captured.out
+
+
+def test_a_reward_that_cancels_the_task_it_runs_in_fails_on_each_episode(small: Path) -> None:
+    async def cancels(episode: Episode) -> float:
+        current = asyncio.current_task()
+        assert current is not None
+        current.cancel()
+        await asyncio.sleep(0)
+        return 1.0
+
+    done = asyncio.run(rescore(SavedRun.open(small).shards("train"), cancels, concurrency=2))
+    assert (len(done.failures), len(done.episodes)) == (6, 6)
+
+
+def test_the_metrics_say_of_the_new_verdicts_status_alone() -> None:
+    old = replace(record(0, 0, 1.0).trajectory, metrics={"unverifiable": 1.0, "env_seconds": 2.0})
+    assert dict(with_verdict(old, Verdict(1.0)).metrics) == {"env_seconds": 2.0}
+    late = with_verdict(old, Verdict(0.0, status="timeout"))
+    assert dict(late.metrics) == {"env_seconds": 2.0, "verdict_timeout": 1.0}
 
 
 def test_a_reward_that_fails_everywhere(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,7 +116,7 @@ def reasoning_beside_a_call(place: Place) -> None:
         return completion(r"\boxed{1007}", reasoning_content="The tool has said it.")
 
     with chat_server(thinks) as server:
-        place.eval("Sums", {"model": "openai:m", "url": server.url, "n": 1})
+        place.eval("Sums", {"model": "openai:m", "url": server.url, "n": 1, "eval.task_seed": "none"})
     (episode,) = place.episodes("eval")
     assert "I had better add them." in repr(episode.turns[0])
     assert "The tool has said it." in repr(episode.turns[1])

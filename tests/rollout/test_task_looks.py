@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -82,6 +83,65 @@ def test_a_task_that_cannot_be_made_and_a_check_that_breaks_are_found() -> None:
     assert "no row" in found.bad["task 1 of the split"]
     assert "require_scorable raised LookupError: nothing" in found.bad["t2"]
     assert len(found.bad) == 2
+
+
+async def leaves_later(task: Task) -> None:
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    asyncio.get_running_loop().create_task(leave()).add_done_callback(lambda done: done.exception())
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        (TaskError(), "require_scorable raised TaskError without a reason"),
+        (asyncio.CancelledError(), "require_scorable raised CancelledError"),
+        (SystemExit(3), r"it called sys.exit\(3\)"),
+        (TimeoutError("mine"), "raised TimeoutError: mine"),
+    ],
+)
+def test_whatever_a_check_raises_is_its_tasks_and_ends_no_look(raised: BaseException, reason: str) -> None:
+    class Picky:
+        def require_scorable(self, task: Task) -> None:
+            if task.seed % 2:
+                raise raised
+
+    found = look([task(i) for i in range(100)], Picky())  # more bad ones than are looked at at once
+    assert (found.seen, len(found.bad)) == (100, 50)
+    assert all(re.search(reason, why) for why in found.bad.values())
+
+
+def test_a_check_that_cancels_the_task_it_runs_in_ends_no_look() -> None:
+    class Cancels:
+        async def require_scorable(self, task: Task) -> None:
+            current = asyncio.current_task()
+            assert current is not None
+            current.cancel()
+            await asyncio.sleep(0)
+
+    found = look([task(i) for i in range(40)], Cancels())
+    assert (found.seen, len(found.bad)) == (40, 40)
+
+
+def test_a_task_of_asyncio_that_a_check_leaves_behind_ends_no_look() -> None:
+    class Leaves:
+        require_scorable = staticmethod(leaves_later)
+
+    assert look([task(i) for i in range(40)], Leaves()) == Look(40, 40, {})
+
+
+def test_bad_tasks_of_one_id_are_each_counted() -> None:
+    class Bad:
+        def require_scorable(self, task: Task) -> None:
+            raise TaskError("no gold")
+
+    same = [Task.make("same", split="train", seed=i, payload={"i": i}) for i in range(10)]
+    found = look(same, Bad())
+    assert (found.seen, dict(found.bad), found.namesakes) == (10, {"same": "no gold"}, 9)
+    with pytest.raises(TaskError, match="10 of the 10 tasks of e:train"):
+        found.require_enough("e:train", max_bad=0.5)
 
 
 def test_time_bounds_the_look_and_a_lost_verifier_is_told() -> None:

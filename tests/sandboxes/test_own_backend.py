@@ -20,7 +20,8 @@ __all__ = ["bwrap"]
 
 
 def example() -> str:
-    (block,) = (b for b in doc_blocks.blocks("docs/sandboxes.md") if b.language == "python")
+    blocks = doc_blocks.blocks("docs/sandboxes.md")
+    (block,) = (b for b in blocks if b.language == "python" and "class LoggedBackend" in b.text)
     return block.text
 
 

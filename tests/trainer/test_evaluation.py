@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -16,6 +17,7 @@ from areal_agents.errors import Interrupted, TaskError
 from areal_agents.evaluation.compare import load
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.trajectories import read_records
+from areal_agents.trainer import evaluation as room
 from areal_agents.trainer.loop import train
 from areal_agents.types import Info, Observation, Task
 from areal_agents.utils.signals import Stop
@@ -179,3 +181,19 @@ def test_past_a_share_of_bad_held_out_tasks_a_training_stops_and_goes_on(tmp_pat
         }  # fmt: skip
     finally:
         Watched.bad = frozenset()
+
+
+@pytest.mark.parametrize(("word", "kept"), [("one", 1), ("two", 0)])
+def test_attempts_at_a_task_whose_content_changed_are_played_again(
+    word: str, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, now = (Task.make("test-0", split="test", seed=0, payload={"word": w}) for w in ("one", word))
+    told: list[str] = []
+    monkeypatch.setattr(room, "read_episodes", lambda *where: ({(0, 0): SimpleNamespace(task=before)}, 3.0, None))
+    tracker = SimpleNamespace(event=lambda kind, **row: told.append(f"{kind} {row['episodes']}"), message=told.append)
+    run: Any = SimpleNamespace(config=SimpleNamespace(out=Path(), eval=SimpleNamespace(k=1)), tracker=tracker)
+    journal: Any = SimpleNamespace(empty=lambda: told.append("emptied"))
+    found, seconds = room._earlier(run, journal, [now], label="before", step=0)
+    assert (len(found), seconds) == (kept, 3.0 * kept)
+    assert told[0] == f"evaluation_resumed {kept}"
+    assert ("emptied" in told) is (kept == 0)

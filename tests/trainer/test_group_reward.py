@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 
-from areal_agents.errors import ConfigError
+from areal_agents.errors import ConfigError, TaskError
 from areal_agents.evaluation.evaluate import evaluate
 from areal_agents.evaluation.rescore import load_reward, rescore
 from areal_agents.evaluation.saved_run import SavedRun
 from areal_agents.group_reward import group_reward
 from areal_agents.reward import Episode, Verdict
 from areal_agents.rewards import agreement, majority
+from areal_agents.rewards.shaping import kimi_length
 from areal_agents.settings.config import EnvConfig, TrainConfig
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.trainer.loop import train
-from areal_agents.trainer.preflight import require_runnable
-from areal_agents.types import AssistantMessage
+from areal_agents.trainer.preflight import look_at_tasks, require_runnable
+from areal_agents.types import AssistantMessage, Task
 from tests.letters_env import Letters, share_of_letters
 from tests.tiny_models import tiny_chat_model
 
@@ -96,6 +97,15 @@ def test_a_reward_that_would_be_its_own_baseline_is_refused_before_anything_star
     return None
 
 
+@pytest.mark.parametrize("kind", ["grpo", "turn_return"])
+def test_votes_in_groups_of_two_have_no_gradient_and_are_refused(kind: str) -> None:
+    voted = {"group_reward": f"{HERE}:votes", "group_size": 2}
+    with pytest.raises(ConfigError, match=r"rollout.group_size = 2: .* leave-one-out votes of 'agreement'.*3 or more"):
+        require_runnable(of(algorithm={"advantage": kind}, rollout=voted))
+    require_runnable(of(algorithm={"advantage": kind}, rollout=voted | {"group_size": 3}))
+    require_runnable(of(algorithm={"advantage": kind}, rollout=voted | {"group_reward": f"{HERE}:bonus"}))
+
+
 def test_the_environments_own_group_reward_is_looked_at_too(tmp_path: Path) -> None:
     env = {"id": f"{HERE}:Ranked"}
     with pytest.raises(ConfigError, match="'ranks' reads the other episodes"):
@@ -105,6 +115,56 @@ def test_the_environments_own_group_reward_is_looked_at_too(tmp_path: Path) -> N
         require_runnable(of(env=env, eval={"k": 1}))
     with pytest.raises(ConfigError, match=r"eval.k = 1: the environment's group reward 'ranks'"):
         asyncio.run(evaluate(f"{HERE}:Ranked", model=tmp_path, n=1, out=tmp_path / "out"))
+
+
+class Solved:
+    """Whether an answer has few letters; it finds the held-out tasks good and every odd training task bad."""
+
+    def __call__(self, episode: Episode) -> bool:
+        return share_of_letters(episode.answer or "") < 0.5
+
+    def require_scorable(self, task: Task) -> None:
+        if task.split == "train" and task.seed % 2:
+            raise TaskError("odd")
+
+
+solved = Solved()
+shorter = kimi_length(solved, weight=0.5)
+
+
+def test_the_tasks_are_looked_at_for_what_a_group_reward_asks_too() -> None:
+    looks = asyncio.run(look_at_tasks(of(rollout={"group_reward": f"{HERE}:shorter", "max_bad_tasks": 1.0})))
+    assert looks.train.bad
+    assert set(looks.train.bad.values()) == {"odd"}
+    assert not looks.held_out.bad
+    assert [*Shorter.task_checks()] == [solved.require_scorable]
+
+
+class Shorter(Letters):
+    group_rubric = shorter
+
+
+@pytest.mark.slow
+def test_kimis_lengths_are_added_in_the_loop(tmp_path: Path) -> None:
+    """λ = 0.5 − (tokens − fewest) / (most − fewest) of what was sampled, half of it, beside the own reward."""
+    config = of(
+        out=tmp_path / "run", model={"path": str(tiny_chat_model(tmp_path / "model"))}, steps=1,
+        rollout={"group_reward": f"{HERE}:shorter", "max_bad_tasks": 1.0, "max_turn_tokens": 24},
+    )  # fmt: skip
+    asyncio.run(train(config, console=False))
+    episodes = [r.trajectory for r in read_records(tmp_path / "run", kind="train")]
+    assert len(episodes) == 8
+    assert not [t for t in episodes if "unverifiable" in t.metrics]
+    for name in {t.group for t in episodes}:
+        group = [t for t in episodes if t.group == name]
+        tokens = [sum(len(turn.completion.ids) for turn in t.turns) for t in group]
+        few, many = min(tokens), max(tokens)
+        for t, n in zip(group, tokens, strict=True):
+            own = sum(turn.own[0] for turn in t.turns)
+            factor = 0.5 - (n - few) / (many - few) if many > few else 0.0
+            answered = t.stop_reason == "answer" and not t.truncated
+            right = share_of_letters(t.turns[-1].message.spoken if answered else "") < 0.5
+            assert t.reward - own == pytest.approx(0.5 * (factor if right else min(0.0, factor)))
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,7 @@ from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.trainer.loop import train
 from areal_agents.trainer.reward_watch import RewardWatch, SameAnswers, Suspicion, component_means, same_answers
+from areal_agents.trainer.run import Run
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Text, ToolCall, Trajectory, Turn
 from tests.letters_env import share_of_letters
 from tests.tiny_models import tiny_chat_model
@@ -56,6 +59,7 @@ def test_a_component_that_rises_while_correctness_falls_is_told_once() -> None:
         ([0.5, 0.5, 0.75, 0.75], [0.0, 0.0, 1.0, 1.0]),  # both rise: it learns
         ([0.5, 0.5, 0.25, 0.25], [1.0, 1.0, 0.0, 0.0]),  # both fall
         ([0.5, 0.5, 0.25, 0.25], [1.0, 1.0, 1.04, 1.04]),  # by less than a twentieth
+        ([0.5, 0.5, 0.25, 0.25], [-1.0, -1.0, -0.96, -0.96]),  # also of a punishment
         ([0.5, 0.5, 0.49, 0.49], [0.0, 0.0, 1.0, 1.0]),  # by less than 0.02
         ([0.5, 0.1, 0.4, 0.0], [0.0, 0.0, 1.0, 1.0]),  # 0.3 to 0.2 ± 0.28: noise
         ([0.5, 0.25, 0.25], [0.0, 1.0, 1.0]),  # the window is not full
@@ -88,6 +92,15 @@ def test_a_sign_is_told_again_after_it_was_away() -> None:
     calm = ([0.25] * 4, [1.0] * 4)
     series = {"correct": [*hack[0], *calm[0], *hack[0]], "brief": [*hack[1], *calm[1], *hack[1]]}
     assert [step for step, _ in told(series)] == [4, 12]
+
+
+@pytest.mark.parametrize(("away", "again"), [(1, False), (2, True), (3, True)])
+def test_half_a_window_without_a_sign_is_away(away: int, again: bool) -> None:
+    seen, sign = watch(4), {"a": Suspicion("component_rises", {}, "a")}
+    assert len(seen._onsets(sign)) == 1
+    for _ in range(away):
+        assert seen._onsets({}) == []
+    assert bool(seen._onsets(sign)) == again
 
 
 def test_without_a_known_correctness_no_component_is_compared() -> None:
@@ -151,6 +164,17 @@ def test_a_resumed_watch_tells_nothing_twice() -> None:
     assert resumed.look(5, rows[-1], SameAnswers(0.9, "yes", 10, 1.0)) == []
 
 
+@pytest.mark.parametrize(("tasks", "live"), [(3, [4, 5, 6]), (4, []), (None, [])])
+def test_a_resumed_watch_counts_the_steps_that_it_would_have_counted(tasks: int | None, live: list[int]) -> None:
+    """After two small batches the sign needs three large ones, whether or not the run was resumed in between."""
+    row = {"same_answer_share": 1.0} | ({} if tasks is None else {"same_answer_tasks": float(tasks)})
+    resumed = watch()
+    for step in (1, 2, 3):
+        assert len(resumed.look(step, row)) == (step == 3 and tasks != 3)
+    found = [step for step in (4, 5, 6) if resumed.look(step, {}, SameAnswers(1.0, "yes", 4, 1.0))]
+    assert found == live[-1:]  # told at the third large batch, or before the resume
+
+
 def test_components_are_means_over_the_episodes_that_have_them() -> None:
     task = Task.make("t", split="train", seed=0, payload={})
     turn = trajectory(task, "a", 1.0).turns[0]
@@ -195,6 +219,28 @@ class Hackable(ToolEnv):
 
     def prompt(self, task: Task) -> str:
         return str(task.payload["word"])
+
+
+@pytest.mark.parametrize(
+    ("components", "says"),
+    [
+        (["correct", "form"], None),
+        (["math(boxed)"], ""),  # one alone has nothing to be compared with
+        (["won", "rooms"], "set track.watch_correct to one of rooms, won"),
+    ],
+)
+def test_an_unknown_correctness_is_told_once_where_there_is_something_to_compare(
+    components: list[str], says: str | None
+) -> None:
+    events: list[str] = []
+    lines: list[str] = []
+    tracker = SimpleNamespace(event=lambda kind, **facts: events.append(kind), message=lines.append)
+    run: Any = SimpleNamespace(reward_watch=watch(), tracker=tracker)
+    for step in (1, 2):
+        Run.look_at_rewards(run, step, {f"component/{name}": 0.5 for name in components}, [])
+    assert events == ([] if says is None else ["correctness_unknown"])
+    assert len(lines) == bool(says)
+    assert all(line.endswith(says or "") for line in lines)
 
 
 @pytest.mark.slow

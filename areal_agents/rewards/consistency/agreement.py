@@ -42,7 +42,7 @@ class _Answers:
         return a == b or (a, b) in self._equal or (b, a) in self._equal
 
     def status(self, i: int) -> VerdictStatus:
-        """Return ``timeout`` where an answer could not be compared in time."""
+        """Return ``timeout`` where an answer could not be compared in time: its share lacks that vote."""
         return "timeout" if self.texts[i] in self._late else "ok"
 
 
@@ -140,11 +140,17 @@ class agreement(_Comparing):
         group_rubric = agreement(equal="math", adds=True, weight=0.2)
 
     Soft self-consistency (2203.11171 votes so at decoding) with leave-one-out votes: no episode votes for itself. An
-    episode without an answer has 0, and equals no other. A group of one has 0: there is nobody to agree with.
+    episode without an answer has 0, and equals no other. The same text is always equal, also where mathematics cannot
+    read it, as the verifier has it. A group of one has 0: there is nobody to agree with.
 
     With a leave-one-out baseline b_i = mean of R_j over j ≠ i, and e symmetric, R_i stands in b_i with the factor
     1/(n − 1), and the rest of b_i does not depend on episode i. So R_i − b_i is (n − 2)/(n − 1) · R_i minus a baseline
-    without i: the gradient keeps its direction. In groups of two it is 0.
+    without i: the gradient keeps its direction, and what is added to it (``adds``) its full size. In groups of two the
+    votes have no gradient, and training refuses them.
+
+    ``turn_return`` takes the baseline of a turn from the m others that have this turn. Of these each vote then counts
+    (1 − 1/m), and of shorter episodes in full: with episodes of different lengths it is biased. ``grpo`` compares whole
+    episodes, and its factor without ``normalize`` is always (n − 2)/n.
     """
 
     leave_one_out = True

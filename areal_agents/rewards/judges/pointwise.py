@@ -82,7 +82,8 @@ class pointwise:
         Raises:
             ConfigError: no criterion, or a scale or field that is none.
         """
-        low, high = scale
+        given: object = scale
+        low, high = given if isinstance(given, tuple | list) and len(given) == 2 else (None, None)
         if not (type(low) is int and type(high) is int and low < high):
             raise ConfigError(f"scale = {scale}: give two whole numbers, the lower one first")
         self.panel, self._view = panel, view_of(shown)

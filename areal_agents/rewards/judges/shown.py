@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from areal_agents.errors import ConfigError, TaskError
+from areal_agents.errors import ConfigError, RewardError, TaskError
 from areal_agents.reward import Episode
 from areal_agents.rewards.judges.slot import MAX_CHARS, Content, content, sealed
 from areal_agents.types import AssistantMessage, without_reasoning
@@ -79,7 +79,10 @@ class View:
 
     def said(self, episode: Episode) -> Content | None:
         """Return the answer without thoughts, or None where there is none."""
-        text = episode.answer if self.answer is None else self.answer(episode)
+        text: object = episode.answer if self.answer is None else self.answer(episode)
+        if not isinstance(text, str | None):
+            who = f"task {cut(episode.task.id, 120)!r}"
+            raise RewardError(f"{who}: answer returned {short(text)}, which is no text nor None")
         found = self.content(without_reasoning(text)) if text else None
         return found if found and found.text.strip() else None
 
@@ -112,7 +115,10 @@ def last_line(reply: str, word: str, tag: str) -> str:
 def _selected(episode: Episode, select: str | Callable[[Episode], str]) -> str:
     who = f"task {cut(episode.task.id, 120)!r}"
     if not isinstance(select, str):
-        return select(episode)
+        text: object = select(episode)
+        if not isinstance(text, str):
+            raise RewardError(f"{who}: {short(select)} returned {short(text)}, which is no text for judges")
+        return text
     value = episode.task.payload.get(select)
     if not isinstance(value, str | int | float) or isinstance(value, bool) or not str(value).strip():
         raise TaskError(f"{who}: payload[{select!r}] = {short(value)} is no text for judges")

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from areal_agents.errors import ConfigError, ModelError, TemplateError
+from areal_agents.errors import ConfigError, ModelError, RewardError, TemplateError
 from areal_agents.reward import Episode, Verdict
 from areal_agents.rewards.learned.server import ModelServer, WorkerSettings, shared_server
 from areal_agents.types import AssistantMessage, without_reasoning
+from areal_agents.utils.short_text import cut, short
 
 Transform = Literal["raw", "sigmoid", "softmax"]
 TooLong = Literal["worst", "cut"]
@@ -78,7 +79,7 @@ class reward_model:
         turns = self._messages(episode) if self._messages else asked_and_answered(episode)
         if turns is None:
             return Verdict(self._worst, {self.__name__: self._worst, "no_answer": 1.0})
-        rows = [{"role": role, "content": text} for role, text in turns]
+        rows = _rows(turns, episode)
         server = self._server or shared_server(self._settings)
         found = await asyncio.wrap_future(server.submit(rows))
         if "error" in found:
@@ -90,6 +91,20 @@ class reward_model:
         score = _transformed(found["logits"], found["index"], self._transform)
         components = {self.__name__: score, "tokens_left_out": float(found["left_out"])}
         return Verdict(score, components)
+
+
+def _rows(turns: object, episode: Episode) -> list[dict[str, str]]:
+    """Return what the worker is sent. Raises RewardError for what are no roles and texts."""
+    pairs = [*turns] if isinstance(turns, list | tuple) else []
+    if not pairs or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in pairs
+    ):
+        raise RewardError(
+            f"task {cut(episode.task.id, 120)!r}: messages returned {short(turns)}: return a list with a role and a "
+            "text of each message, or None"
+        )
+    return [{"role": role, "content": text} for role, text in pairs]
 
 
 def asked_and_answered(episode: Episode) -> Turns | None:

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import areal_agents
 from areal_agents.errors import ConfigError, InfraError, ModelError
+from areal_agents.utils.short_text import described
 
 _MAX_LOST = 3
 """Processes that one conversation may end before it is given up."""
@@ -143,7 +144,16 @@ class ModelServer:
                     ended = True
                     break
                 jobs.append(more)
-            self._serve([job for job in jobs if job.future.set_running_or_notify_cancel()])
+            running = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+            try:
+                self._serve(running)
+            except Exception as error:  # noqa: BLE001  a boundary: this thread serves every other call too
+                self._end()  # what else the worker wrote would be taken for the next reply
+                failed = InfraError(f"the reward model gave no score: {described(error)}")
+                failed.__cause__ = error
+                for job in running:
+                    if not job.future.done():
+                        job.future.set_exception(failed)
             if ended:
                 return
 

@@ -7,10 +7,12 @@ with the status ``unverifiable``, which is counted.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from areal_agents.errors import ConfigError
-from areal_agents.reward import Episode, RewardLike, Verdict, judge
+from areal_agents.reward import Episode, RewardLike, Verdict, judge, judging_seconds
 from areal_agents.rewards.shaping.turns import Unit, lengths_of, number, of_episode, of_turns, require_unit, whole
 from areal_agents.utils.tolerance import reaches
 
@@ -91,7 +93,7 @@ class kimi_length:
         group_rubric = kimi_length(boxed_number(), weight=0.2)
 
     It is a group reward. It is added to what the episodes earned, and each verdict depends on the others, so it is part
-    of the baseline that it is compared with.
+    of the baseline that it is compared with. Where ``correct`` cannot say what is right, its status is the verdict's.
     """
 
     __name__ = "kimi_length"
@@ -113,7 +115,8 @@ class kimi_length:
             ConfigError: an option is out of range.
         """
         require_unit(unit, _UNITS)
-        self.correct, self.unit = correct, unit
+        self.correct, self.inner_rewards, self.unit = correct, (correct,), unit
+        self.seconds = judging_seconds(correct)
         self.weight, self.threshold = number(weight, "weight"), number(threshold, "threshold")
 
     async def __call__(self, episodes: Sequence[Episode]) -> Sequence[Verdict]:
@@ -122,6 +125,17 @@ class kimi_length:
         lengths = [lengths_of(e, self.unit) for e in episodes]
         if any(n is None for n in lengths):  # one unknown length leaves nothing to compare the others with
             return [Verdict(0.0, {self.__name__: 0.0}, status="unverifiable") for _ in episodes]
-        right = [reaches((await judge(self.correct, e, name="correct")).score, self.threshold) for e in episodes]
+        found = await self._judged(episodes)
         totals = [float(sum(n or ())) for n in lengths]
-        return [of_episode(self.__name__, self.weight * x) for x in kimi_length_rewards(totals, right)]
+        shaped = kimi_length_rewards(totals, [reaches(v.score, self.threshold) for v in found])
+        verdicts = [of_episode(self.__name__, self.weight * x) for x in shaped]
+        return [replace(mine, status=v.status) for mine, v in zip(verdicts, found, strict=True)]
+
+    async def _judged(self, episodes: Sequence[Episode]) -> list[Verdict]:
+        """Ask which answers are right, all at once: a group has no more time than the slowest needs."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(judge(self.correct, e, name="correct")) for e in episodes]
+        except ExceptionGroup as errors:  # the rest were cancelled
+            raise errors.exceptions[0] from errors.exceptions[0].__cause__
+        return [task.result() for task in tasks]

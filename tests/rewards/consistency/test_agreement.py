@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from areal_agents.algorithms.advantages import EpisodeRewards, turn_return
+from areal_agents.algorithms.advantages import EpisodeRewards, grpo, turn_return
 from areal_agents.errors import ConfigError, InfraError, RewardError
 from areal_agents.group_reward import declaration, judge_group
 from areal_agents.reward import Episode, Verdict
@@ -138,6 +138,41 @@ def test_leave_one_out_votes_only_scale_the_gradient(n: int) -> None:
     for others in itertools.product("ab", repeat=n - 1):
         (r_a, a_a), (r_b, a_b) = of_first(("a", *others)), of_first(("b", *others))
         assert a_a - a_b == pytest.approx((n - 2) / (n - 1) * (r_a - r_b), abs=1e-6)
+
+
+def test_votes_of_shorter_episodes_count_in_full_in_the_baseline_of_a_late_turn() -> None:
+    """Episode 0 has two turns, 1 has two, 2 has one. At turn 1 the baseline is episode 1's, and m = 1."""
+
+    def of_first(answers: tuple[str, ...]) -> list[float]:
+        shares = [v.score for v in judged(agreement("answer"), answers)]
+        group = [EpisodeRewards((0.0, shares[0])), EpisodeRewards((0.0, shares[1])), EpisodeRewards((shares[2],))]
+        return [float(a) for a in turn_return(group)[0]]
+
+    alone, with_long, with_short = of_first(("c", "a", "b")), of_first(("a", "a", "b")), of_first(("b", "a", "b"))
+    assert alone == [0.0, 0.0]
+    assert with_long == [0.25, 0.0]  # 1/2 · (1 − 1/2), 1/2 · (1 − 1/1)
+    assert with_short == [0.25, 0.5]  # 1/2 · (1 − 1/2), 1/2
+    whole = [[EpisodeRewards((v.score,)) for v in judged(agreement("answer"), a)] for a in (("a", "a", "b"), "cab")]
+    moved = float(grpo(whole[0], normalize=False)[0]) - float(grpo(whole[1], normalize=False)[0])
+    assert moved == pytest.approx((3 - 2) / 3 * 0.5)
+
+
+def test_beside_an_own_reward_the_votes_part_alone_is_scaled() -> None:
+    own = (1.0, 0.0, 0.0, 0.25)
+    votes = [v.score for v in judged(agreement("answer", adds=True, weight=0.6), ("a", "a", "b", "a"))]
+    found = turn_return([EpisodeRewards((x + y,)) for x, y in zip(own, votes, strict=True)])
+    # own: 1 − 0.25/3; votes: 0.6 · 2/3 less the mean of 0.4, 0 and 0.4
+    assert float(found[0]) == pytest.approx(1 - 0.25 / 3 + 0.4 - 0.8 / 3)
+
+
+@pytest.mark.parametrize("answers", [("5 m", "5"), ("5", "5 m")])
+def test_equality_does_not_depend_on_the_order_of_two_answers(pool: MathPool, answers: tuple[str, str]) -> None:
+    assert scores(agreement("answer", equal="math", pool=pool), answers) == [1.0, 1.0]
+
+
+def test_the_same_text_agrees_also_where_mathematics_cannot_read_it(pool: MathPool) -> None:
+    assert scores(agreement("answer", equal="math", pool=pool), [r"\frac{", r"\frac{", "3"]) == [0.5, 0.5, 0.0]
+    assert asyncio.run(pool.verify(r"\frac{", r"\frac{")).status == "ok"  # as the verifier has it
 
 
 def test_a_majority_changes_the_baseline_by_no_mere_scale() -> None:

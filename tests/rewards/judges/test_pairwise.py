@@ -44,6 +44,14 @@ def test_both_orders_are_asked_and_a_flip_is_a_tie() -> None:
     assert compared(Panel({"longer": longer}), "13").score == 0.5
 
 
+def test_a_tie_in_one_order_alone_is_a_tie() -> None:
+    def wavers(prompt: str) -> str:
+        return LONGER(prompt) if slot(prompt, "FIRST") == "twelve" else f"BETTER {tag_of(prompt)}: TIE"
+
+    found = compared(Panel({"a": Scripted(wavers)}), "twelve")
+    assert (found.score, found.components["flipped"]) == (0.5, 1.0)
+
+
 @pytest.mark.parametrize(("how", "score"), [("median", 1.0), ("vote", 1.0), ("mean", 2 / 3)])
 def test_judges_are_aggregated(how: Any, score: float) -> None:
     panel = Panel({"a": Scripted(LONGER), "b": Scripted(LONGER), "c": Scripted(SHORTER)}, aggregate=how)

@@ -335,6 +335,8 @@ def test_what_is_refused(judges: Any, settings: dict[str, Any], told: str) -> No
         ({"a": ""}, {}, "criterion 'a'"),
         ({"a": ("x", 0.0)}, {}, "weight of criterion 'a'"),
         ("x", {"scale": (5, 1)}, "scale"),
+        ("x", {"scale": (1, 3, 5)}, "scale"),
+        ("x", {"scale": 5}, "scale"),
         ("x", {"max_chars": 5}, "max_chars = 5"),
         ("x", {"refrence": "r"}, "unknown argument 'refrence'"),
     ],

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from areal_agents.errors import ConfigError
-from areal_agents.reward import Episode, judge
+from areal_agents.group_reward import declaration
+from areal_agents.reward import Episode, Verdict, judge, judging_seconds, task_checks
+from areal_agents.rewards import code
 from areal_agents.rewards.shaping import kimi_length, overlong
 from areal_agents.rewards.shaping.length import kimi_length_rewards, soft_overlong
 from tests.rewards.shaping.episodes import episode, say
@@ -68,6 +70,37 @@ def test_kimi_is_a_group_reward() -> None:
     unknown = asyncio.run(reward([*group, episode("12")]))
     assert [(v.score, v.status) for v in unknown] == [(0.0, "unverifiable")] * 4
     assert asyncio.run(reward([])) == []
+
+
+def test_a_score_that_is_1_but_for_rounding_is_right() -> None:
+    group = [episode(say("1", tokens=10)), episode(say("2", tokens=30))]
+    assert sum([0.1] * 10) < 1.0
+    assert [v.score for v in asyncio.run(kimi_length(lambda e: sum([0.1] * 10))(group))] == [0.5, -0.5]
+
+
+def test_what_kimi_asks_for_right_answers_keeps_its_time_its_checks_and_its_doubts() -> None:
+    held = asyncio.Event()
+
+    async def doubtful(episode: Episode) -> Verdict:
+        """Returns once both episodes are asked about."""
+        if episode.answer == "1":
+            await held.wait()
+        held.set()
+        return Verdict(1.0) if episode.answer == "1" else Verdict(0.0, status="timeout")
+
+    group = [episode(say("1", tokens=10)), episode(say("2", tokens=30))]
+    found = asyncio.run(asyncio.wait_for(kimi_length(doubtful)(group), 60))
+    assert [(v.score, v.status) for v in found] == [(0.5, "ok"), (-0.5, "timeout")]
+    program = code()
+    solved = kimi_length(program)
+    assert declaration(solved, "it").seconds == judging_seconds(program) == 1800.0
+    assert task_checks(solved) == (program.require_scorable,)
+
+    def breaks(episode: Episode) -> float:
+        raise KeyError("gold")
+
+    with pytest.raises(KeyError, match="gold"):
+        asyncio.run(kimi_length(breaks)(group))
 
 
 def test_it_can_be_judged_like_any_reward() -> None:

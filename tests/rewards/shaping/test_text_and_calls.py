@@ -52,6 +52,15 @@ def test_a_turn_repeats_what_an_earlier_one_said() -> None:
     assert found.score == pytest.approx(-2 / 7)
 
 
+def test_an_end_of_a_turn_is_no_unit_that_repeats() -> None:
+    assert repetition(2)(episode("x y", "z y", "z w", "x")).score == 0.0
+
+
+def test_a_call_that_was_not_run_failed_where_it_could_not_be_read() -> None:
+    calls = say("", call("f", "unclosed"), call("f"))
+    assert tool_cost(per_failed=0.5)(episode(calls)).score == -0.5
+
+
 def test_characters_for_scripts_without_spaces() -> None:
     assert repetition(2, unit="characters")(episode("好的好的")).score == -0.5
     assert repetition(2)(episode("好的好的")).score == 0.0
