@@ -79,6 +79,12 @@ def test_few_tasks_do_not_tell_how_alike_their_attempts_are() -> None:
     assert held >= 930
 
 
+def test_the_interval_of_several_attempts_by_hand() -> None:
+    # Five tasks with 3 of 4 and five with 1 of 4: Var_binomial 0.25 / 40, Var_cluster 10/9 · 10 · 1² / 40², so that
+    # N / deff = 40 · 0.9 = 36, times (1.95996 / 2.26216)² = 27.024; Wilson's half width of 13.512 in 27.024 is 0.1764.
+    assert clustered_interval([3] * 5 + [1] * 5, [4] * 10) == pytest.approx((0.3236, 0.6764), abs=1e-4)
+
+
 def test_a_perfect_score_keeps_an_interval() -> None:
     low, high = clustered_interval([1] * 20, [1] * 20)
     assert high == 1.0
