@@ -33,6 +33,7 @@ from areal_agents.sandboxes.session import HeldSession
 from areal_agents.sandboxes.warm_pool import WarmPool
 
 BUILD: Final = "Make it: areal-agents sandbox build docker."
+SPARE_PLACES: Final = 8
 _PYTHON_AT: Final = "/.areal-agents"
 _TRIPLETS: Final = {
     "x86_64": ("x86_64-linux-gnu", "ld-linux-x86-64.so.2"),
@@ -246,8 +247,9 @@ class DockerBackend:
 
     async def _start(self, spec: SandboxSpec) -> Container:
         """Start a container. Raises SandboxError, SandboxUnavailable and ConfigError."""
+        # Programs stop at NPROC, which counts what their uid has, and leave places of the pids cgroup to pid 1: code
+        # that fills all places must not keep it from the next call, as if the sandbox had failed.
         limits = dict(memory.CgroupBound(Path("/"), 1).limits(spec))
-        del limits["NPROC"]  # the pids cgroup counts them
         image = await self._look(spec.image)
         number = next(_uids)
         mapped = any("userns" in option or "rootless" in option for option in self._engine.info["SecurityOptions"])
@@ -320,7 +322,7 @@ class DockerBackend:
             binds=list(image.binds),
             cap_drop=["ALL"],
             security_opt=["no-new-privileges:true", f"seccomp={profile(info['Architecture'])}"],
-            pids_limit=spec.processes + 1,
+            pids_limit=spec.processes + 1 + SPARE_PLACES,
             mem_limit=spec.memory,
             memswap_limit=spec.memory,
             log_config={"Type": "none", "Config": {}},

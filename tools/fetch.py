@@ -111,11 +111,14 @@ class Rules:
         return next((rule for rule in self.hosts if _matches(rule, url)), None)
 
 
+def _has_port(rule: str) -> bool:
+    return not rule.endswith("]") and ":" in rule
+
+
 def _matches(rule: str, url: httpx.URL) -> bool:
-    with_port = re.fullmatch(r"(.*):(\d+)", rule) if not rule.endswith("]") else None
-    host = with_port.group(1) if with_port else rule
+    host, _, port = rule.rpartition(":") if _has_port(rule) else (rule, "", "")
     own = _PORTS[url.scheme]
-    if (url.port or own) != (int(with_port.group(2)) if with_port else own):
+    if (url.port or own) != (int(port) if port else own):
         return False
     name = _name(url)
     if host.startswith("*."):
@@ -136,7 +139,7 @@ def _read(address: str) -> httpx.URL:
         name = _name(url)
     except (httpx.InvalidURL, ValueError, TypeError):
         raise ToolError("error: this is no address; write https://HOST/PATH") from None
-    if url.scheme not in _PORTS or not name:
+    if url.scheme not in _PORTS or not name or url.port == 0:
         raise ToolError("error: this is no address; write https://HOST/PATH")
     if url.userinfo:
         raise ToolError("error: an address with a user name is not allowed")
@@ -196,9 +199,28 @@ async def _open(url: httpx.URL, rule: str, rules: Rules) -> AsyncIterator[httpx.
             return
     if rule.startswith("*."):
         raise ToolError(f"error: {name} {problem}")
+    if other := await _other_scheme(url, rule, rules):
+        raise ToolError(f"error: {name} {problem}; it answers {other}://")
     failed = EnvError(f"fetch: {name} {problem}")
     failed.blame = "outside"
     raise failed
+
+
+async def _other_scheme(url: httpx.URL, rule: str, rules: Rules) -> str:
+    """Return the scheme that a host answers, where the one that the model chose is the wrong one, else ""."""
+    other = "http" if url.scheme == "https" else "https"
+    name, port = _name(url), int(rule.rpartition(":")[2]) if _has_port(rule) else _PORTS[other]
+    for address in (await _addresses(name, port, private=rule in rules.private))[:MAX_TRIES]:
+        async with httpx.AsyncClient(verify=_trusted(), trust_env=False, timeout=3.0) as client:
+            asked = httpx.URL(scheme=other, host=address, port=port, path="/")
+            headers = {**_HEADERS, "Host": url.netloc.decode("ascii")}
+            request = client.build_request("HEAD", asked, headers=headers, extensions={"sni_hostname": name})
+            try:
+                await (await client.send(request, stream=True)).aclose()
+            except httpx.HTTPError:
+                continue
+            return other
+    return ""
 
 
 @cache
@@ -273,4 +295,6 @@ async def _body(response: httpx.Response, limit: int) -> tuple[bytes, bool]:
             raise ToolError("error: the page is packed wrongly") from None
         if len(data) > limit:
             return bytes(data[:limit]), False
+        if unpack is not None and unpack.eof:  # zlib would keep all that follows, in one copy a chunk
+            return bytes(data), not unpack.unused_data
     return bytes(data), True

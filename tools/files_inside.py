@@ -308,8 +308,9 @@ def search(root: int, parts: list[str], request: dict[str, Any]) -> str:
             if is_binary(data[: 1 << 13]):
                 skipped += 1
                 continue
-            for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
-                if finder.search(line) is None:
+            # Lines as `read` numbers them: a form feed ends none.
+            for number, line in enumerate(data.decode("utf-8", "replace").removesuffix("\n").split("\n"), 1):
+                if finder.search(line.removesuffix("\r")) is None:
                     continue
                 row = f"{shown(path)}:{number}: {clip(line.strip().encode(), 200)}"
                 if len(rows) == MAX_MATCHES or used + len(row) > MAX_SHOWN:

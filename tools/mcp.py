@@ -172,7 +172,12 @@ def _checker(name: str, schema: dict[str, Any]) -> Callable[[Mapping[str, Any]],
     except exceptions.SchemaError as error:
         raise ConfigError(f"MCP tool {name!r}: its schema is none: {cut(error.message, 300)}") from error
     # A pattern can take forever on a text that a model chose. The server looks at those itself.
-    validator = validators.extend(base, {"pattern": lambda *_: None})(schema)
+    blind = (
+        "pattern",
+        "patternProperties",
+        *(("additionalProperties", "unevaluatedProperties") * _has_patterns(schema)),
+    )
+    validator = validators.extend(base, dict.fromkeys(blind, lambda *_: None))(schema)
 
     def check(arguments: Mapping[str, Any]) -> str | None:
         wrong = exceptions.best_match(validator.iter_errors(dict(arguments)))
@@ -193,6 +198,13 @@ def _unsendable(arguments: Mapping[str, Any]) -> str | None:
     except (ValueError, RecursionError):
         return "they have a number or a depth that JSON lacks"
     return None
+
+
+def _has_patterns(schema: Any) -> bool:
+    """Say whether names of properties are matched, which further keywords then do too."""
+    if isinstance(schema, dict):
+        return "patternProperties" in schema or any(map(_has_patterns, schema.values()))
+    return isinstance(schema, list) and any(map(_has_patterns, schema))
 
 
 def _leads_out(schema: Any) -> bool:

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import os
 import signal
 import sqlite3
 import sys
@@ -60,10 +59,19 @@ def sql_tool(
 
     async def ask(query: str, payload: Mapping[str, Any], resources: Resources) -> ToolResult:
         path = _database(pattern, payload)
+        kind = TaskError if _by_task(pattern) else EnvError
+        # A sort may need a temporary file as large as the database. A copy grows beyond the database by a bound too.
+        size = path.stat().st_size
         if writable:
-            path = await resources.get(("sql", path), functools.partial(_copy, path))
-        request = {"path": str(path), "query": query, "writable": writable, "rows": max_rows, "seconds": seconds}
-        return await _run(request)
+            try:
+                path = await resources.get(("sql", path), functools.partial(_copy, path))
+            except sqlite3.Error as error:
+                raise kind(f"the sql tool cannot copy {str(path)!r}: {error}") from error
+        limits = {"rows": max_rows, "seconds": seconds, "file_size": size}
+        answer = await _run({"path": str(path), "query": query, "writable": writable, **limits})
+        if isinstance(answer, str):
+            raise kind(f"the sql tool cannot read {str(path)!r}: {answer}")
+        return answer
 
     limits: dict[str, Any] = {"name": name, "timeout": seconds + GRACE_S + 30.0, "max_output_chars": 8000}
     if _by_task(pattern):
@@ -128,13 +136,11 @@ def _back_up(path: Path, copy: Path) -> None:
         source.backup(target)
 
 
-async def _run(request: dict[str, Any]) -> ToolResult:
-    """Run a query in a process of its own."""
+async def _run(request: dict[str, Any]) -> ToolResult | str:
+    """Run a query in a process of its own, and return what it found, or what is wrong with the database."""
     query, seconds = request["query"], request["seconds"]
     if len(query) > MAX_QUERY_CHARS:
         raise ToolError(f"error: the query has {len(query)} characters, more than {MAX_QUERY_CHARS}")
-    # A sort may need a temporary file as large as the database.
-    request = {**request, "file_size": os.stat(request["path"]).st_size}
     program = str(Path(__file__).with_name("sql_inside.py").resolve())
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-I", "-S", "-X", "utf8", program,
@@ -164,13 +170,15 @@ async def _run(request: dict[str, Any]) -> ToolResult:
     return _answer(data, code)
 
 
-def _answer(data: bytes, code: int) -> ToolResult:
+def _answer(data: bytes, code: int) -> ToolResult | str:
     try:
         answer = json.loads(data)
     except ValueError:
         if code < 0:
             raise ToolError(f"error: the query ended its process (signal {-code}): it needs too much") from None
         raise EnvError(f"the sql tool's process failed with exit code {code}") from None
+    if "broken" in answer:
+        return str(answer["broken"])
     if "timeout" in answer:
         return ToolResult(f"error: {answer['timeout']}", "timeout")
     return ToolResult(f"error: {answer['error']}", "error") if "error" in answer else ToolResult(answer["text"])

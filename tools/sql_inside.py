@@ -40,6 +40,7 @@ _PRAGMAS = {
     "database_list", "collation_list", "function_list", "compile_options",
 }  # fmt: skip
 """Pragmas that only tell, whatever their argument."""
+_BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN}
 _FUNCTIONS_REFUSED = {"load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"}
 
 
@@ -133,7 +134,9 @@ def run(request: dict[str, Any]) -> dict[str, str]:
             return {"error": f"{refused[0]} is not allowed" + ("" if writable else "; the database is read-only")}
         if "interrupted" in str(error):
             return {"timeout": f"stopped after {seconds:g} s"}
-        return {"error": str(error)}
+        # What a query changes may break; what it only reads was broken before.
+        broken = not writable and getattr(error, "sqlite_errorcode", 0) & 0xFF in _BROKEN
+        return {"broken" if broken else "error": str(error)}
     except (ValueError, OverflowError) as error:  # a NUL, half a surrogate pair
         return {"error": f"the query is no text for SQLite: {error}"}
     except MemoryError:
@@ -149,7 +152,10 @@ def main() -> None:
         (resource.RLIMIT_FSIZE, request["file_size"] + TEMPORARY),
     ):  # fmt: skip
         hard = resource.getrlimit(which)[1]
-        resource.setrlimit(which, (value, value) if hard == resource.RLIM_INFINITY else (min(value, hard), hard))
+        # At the hard limit of CPU time the kernel sends SIGKILL, at the soft one SIGXCPU, which names the cause.
+        most = value + 1 if which == resource.RLIMIT_CPU else value
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(which, (min(value, most), most))
     json.dump(run(request), sys.stdout)
 
 

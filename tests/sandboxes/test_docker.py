@@ -168,7 +168,7 @@ def test_limits_reach_the_engine(engine: Any) -> None:
             (container,) = containers(engine)
             settings = container.attrs["HostConfig"]
             assert settings["Memory"] == settings["MemorySwap"] == 300 << 20
-            assert (settings["PidsLimit"], settings["NanoCpus"]) == (8, 500_000_000)
+            assert (settings["PidsLimit"], settings["NanoCpus"]) == (8 + docker_backend.SPARE_PLACES, 500_000_000)
             assert (settings["NetworkMode"], settings["ReadonlyRootfs"], settings["CapDrop"]) == ("none", True, ["ALL"])
             assert settings["Privileged"] is False
             assert container.attrs["Config"]["User"].partition(":")[0].isdigit()
@@ -354,6 +354,22 @@ def test_what_the_engine_did_not_remove_is_removed_later(engine: Any) -> None:
 
     play(calls)
     assert containers(engine) == []
+
+
+def test_code_that_takes_every_place_keeps_no_later_call_from_starting(engine: Any) -> None:
+    """Else a policy could end its episode as one that the sandbox lost."""
+
+    async def calls(backend: DockerBackend) -> None:
+        async with backend.session(SandboxSpec(processes=12)) as sandbox:
+            shell = await open_console(sandbox, "shell", background=True)
+            fill = "python3 -I -c 'import os, time\nwhile os.fork(): pass\ntime.sleep(1000)'"
+            done = await shell.call(fill, timeout=60)
+            assert b"BlockingIOError" in done.output
+            assert len(done.left) > 5
+            for _ in range(2):
+                assert (await sandbox.exec(("/bin/true",), timeout=60)).status == "ok"
+
+    play(calls)
 
 
 @pytest.mark.parametrize("make", [Arithmetic, InSession])

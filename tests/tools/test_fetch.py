@@ -383,3 +383,40 @@ def test_any_address_is_answered(url: str) -> None:
     spec = fetch_tool(["nothing.invalid"])
     result = asyncio.run(spec.invoke({"url": url}))
     assert result.status == "error"
+
+
+def test_the_wrong_scheme_is_the_models_doing(port: int) -> None:
+    """A host that its author named and that answers is no reason to play an episode again."""
+    host = f"127.0.0.1:{port}"
+    spec = fetch_tool([host, "127.0.0.1"], private=[host, "127.0.0.1"])
+    http, no_port = play((spec,), call("fetch", url=f"https://{host}/json"), call("fetch", url="http://127.0.0.1:0/"))
+    assert http.status == "error"
+    assert "it answers http://" in http.text
+    assert "no address" in no_port.text
+
+
+def test_what_follows_a_packed_page_is_not_read() -> None:
+    """Zlib keeps it all, which costs memory, and a copy of all of it with each chunk."""
+
+    class Endless(http.server.BaseHTTPRequestHandler):
+        sent = 0
+
+        def log_message(self, *args: object) -> None: ...
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain")
+            self.send_header("Content-Encoding", "gzip")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(gzip.compress(b"packed"))
+                while Endless.sent < 1 << 30:
+                    Endless.sent += self.wfile.write(b"A" * (1 << 16))
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (result,) = get(server.server_port, "/")
+        server.shutdown()
+    assert (result.status, result.truncated) == ("ok", True)
+    assert result.text.startswith("packed\n[")
+    assert Endless.sent < 1 << 26

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -228,3 +229,12 @@ def test_the_program_inside_answers_anything(
     assert len(next(iter(said.values()))) <= 8000
     assert (root / "secret").read_text() == "secret"
     assert sorted(p.name for p in root.iterdir()) == ["in", "secret"]
+
+
+def test_lines_have_the_same_numbers_in_a_search_and_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes("a\x0cb\u2028c\r\nneedle\n".encode())
+    common = {"root": str(tmp_path)}
+    search = {**common, "op": "search", "path": ".", "text": "^needle$|^$", "regex": True, "files": "*"}
+    assert answer(search) == {"text": "a:2: needle"}
+    read = answer({**common, "op": "read", "path": "a", "first": 2, "last": None})
+    assert read["text"].startswith("2\tneedle")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from areal_agents.errors import ConfigError, EnvError
 from areal_agents.tool import ToolResult, ToolSpec
 from areal_agents.tool_dispatch import Dispatcher
-from areal_agents.tools import mcp_connection
+from areal_agents.tools import mcp, mcp_connection
 from areal_agents.tools.mcp import mcp_tools
 from areal_agents.types import ToolCall
 from tests.conftest import require
@@ -238,3 +238,17 @@ def test_any_arguments_are_answered(wanted: list[tuple[str, dict[str, Any]]]) ->
     results = play(drill(only=["add", "echo"]), *calls, call("add", a=1))
     assert {r.status for r in results} <= {"ok", "error", "invalid_arguments"}
     assert results[-1] == ToolResult("2")
+
+
+def test_no_name_of_an_argument_is_matched_with_a_servers_pattern() -> None:
+    r"""``^(\w+\s?)*$`` takes twice as long with each letter."""
+    slow: dict[str, Any] = {"patternProperties": {r"^(\w+\s?)*$": {}}}
+    for schema in (
+        {**slow, "additionalProperties": False},
+        {"properties": {}, "allOf": [slow], "unevaluatedProperties": False},
+    ):
+        check = mcp._checker("t", {"type": "object", "required": ["a"], **schema})
+        assert check({"a": 1, "a" * 60 + "!": 1}) is None
+        assert "required" in str(check({"b": 1}))
+    plain = mcp._checker("t", {"type": "object", "properties": {"a": {}}, "additionalProperties": False})
+    assert "unexpected" in str(plain({"b": 1}))

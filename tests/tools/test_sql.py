@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pickle
 import sqlite3
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal_agents.errors import ConfigError, TaskError
+from areal_agents.errors import ConfigError, EnvError, TaskError
 from areal_agents.tool import ToolResult
 from areal_agents.tools import sql_inside
 from areal_agents.tools.sql import sql_tool
@@ -203,3 +205,43 @@ def test_any_query_is_answered_and_changes_nothing(shop: Path, query: str) -> No
     said = sql_inside.run(request)
     assert list(said) in (["text"], ["error"], ["timeout"])
     assert (shop.stat().st_size, shop.stat().st_mtime_ns) == (size, when)
+
+
+def test_all_queries_of_an_episode_write_within_one_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "small.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE t (z)")
+    connection.close()
+    sizes: list[int] = []
+
+    async def limits(request: dict[str, object]) -> ToolResult:
+        sizes.append(int(str(request["file_size"])))
+        with sqlite3.connect(str(request["path"])) as copy:
+            copy.execute("INSERT INTO t VALUES (zeroblob(100000))")
+        copy.close()
+        return ToolResult("")
+
+    monkeypatch.setattr("areal_agents.tools.sql._run", limits)
+    ask(path, "1", "2", "3", writable=True)
+    assert sizes == [path.stat().st_size] * 3  # and not those of the copy, which grows
+
+
+def test_a_broken_database_is_not_the_models_doing(tmp_path: Path) -> None:
+    path = tmp_path / "broken.sqlite"
+    path.write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
+    for writable in (False, True):
+        with pytest.raises(EnvError, match="broken"):
+            ask(path, "SELECT 1 FROM sqlite_master", writable=writable)
+
+
+def test_cpu_time_ends_a_query_with_the_signal_that_names_it() -> None:
+    program = Path(sql_inside.__file__).read_text().rpartition('if __name__ == "__main__":')[0]
+    program += "run = lambda request: {'text': repr(resource.getrlimit(resource.RLIMIT_CPU))}\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program],
+        input='{"seconds": 1, "file_size": 0}',
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == '{"text": "(3, 4)"}'  # at equal limits the kernel sends SIGKILL
