@@ -7,21 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its __all__
 
 from areal_agents.weights import process_group
 from areal_agents.weights.process_group import _abort, _meet
 
 
 def test_members_go_on_once_all_are_here() -> None:
-    store = dist.HashStore()
+    store = HashStore()
     with ThreadPoolExecutor(3) as pool:
         for done in [pool.submit(_meet, store, rank, 3, 60.0) for rank in (2, 0, 1)]:
             done.result()
 
 
 def test_a_member_that_never_comes_meets_the_deadline() -> None:
-    store = dist.HashStore()
+    store = HashStore()
     store.set("met/1", "")
     with pytest.raises(RuntimeError, match=r"(?i)time"):
         _meet(store, 0, 3, 0.2)
