@@ -23,8 +23,10 @@ _FLIPS = 100_000
 """Random signs, where there are too many sums for all of them: p = 0.05 is then known to ±0.0014."""
 _MOST_SUMS = 500_000_000
 """Most tasks times sums."""
+_MOST_SIGNS = 18
+"""Up to so many differences, all 2^n signs are tried."""
 _DENOMINATOR = 10_000
-"""Largest one that a difference is taken to have."""
+"""Largest one that a float's share of the largest difference is taken to have."""
 
 
 def pass_at_k(n: int, c: int, k: int) -> Fraction:
@@ -51,9 +53,10 @@ def clustered_interval(successes: Sequence[int], attempts: Sequence[int]) -> tup
     """Return the 95 % interval of a success rate whose attempts are clustered by task.
 
     Wilson's score interval at the effective sample size N / deff, where deff = Var_cluster / Var_binomial is the
-    design effect of the ratio estimator Σs/Σa (Kish 1965; Dean and Pagano 2015). The interval is never narrower than N
-    independent attempts would give, and never wider than one attempt a task. With one attempt a task it is Wilson's own
-    interval.
+    design effect of the ratio estimator Σs/Σa (Kish 1965; Dean and Pagano 2015). Of few tasks that is a guess: the size
+    shrinks by (z / t)², t having tasks - 1 degrees of freedom (Korn and Graubard 1998). The interval is never narrower
+    than N independent attempts would give, and never wider than one attempt a task. With one attempt a task it is
+    Wilson's own interval.
 
     Args:
         successes: how many attempts at each task succeeded.
@@ -71,7 +74,9 @@ def clustered_interval(successes: Sequence[int], attempts: Sequence[int]) -> tup
     if m > 1 and 0.0 < rate < 1.0:
         cluster = m / (m - 1) * sum((s - rate * a) ** 2 for s, a in pairs) / total**2
         binomial = rate * (1 - rate) / total
-        effective = min(max(total * binomial / cluster, m), total) if cluster > 0 else float(total)
+        independent = min(total * binomial / cluster, total) if cluster > 0 else float(total)
+        if independent > m:
+            effective = max(independent * (_Z95 / student_t_quantile(0.975, m - 1)) ** 2, m)
     z2 = _Z95 * _Z95
     centre = (rate + z2 / (2 * effective)) / (1 + z2 / effective)
     half = _Z95 / (1 + z2 / effective) * math.sqrt(rate * (1 - rate) / effective + z2 / (4 * effective**2))
@@ -133,16 +138,22 @@ def sign_flip_test(differences: Sequence[float | Fraction]) -> float:
     """Return the two-sided p of the sign-flip permutation test of ``differences``, paired by task.
 
     Under its hypothesis each difference is as likely as its negative: the two sides could be exchanged in any task
-    (Fisher 1935). p is the share of the 2^n signs whose sum is at least as far from 0 as the sum seen. It is exact
-    while the sums have few values, as those of shares of few attempts have, and else estimated from ``_FLIPS`` random
-    signs.
+    (Fisher 1935). p is the share of the 2^n signs whose sum is at least as far from 0 as the sum seen. It is exact for
+    few differences, and for more while their sums have few values, as those of shares of few attempts have. Else it is
+    estimated from ``_FLIPS`` random signs.
     Where all differences are -1, 0 or 1 it is the exact sign test, and with one attempt a task McNemar's (1947).
     """
     kept = [d for d in differences if abs(float(d)) > TOLERANCE]
-    sizes = _as_integers(kept)
-    most = sum(map(abs, sizes))
-    if most * len(sizes) > _MOST_SUMS:
-        return _estimated(np.asarray(kept, dtype=np.float64))
+    if not kept:
+        return 1.0
+    # The test knows no scale, and its rounding must not know one either.
+    largest = max((d if d > 0 else -d for d in kept), key=float)
+    shares: Floats = np.asarray([float(d / largest) for d in kept])
+    if len(kept) <= _MOST_SIGNS:
+        return _over_all_signs(shares)
+    sizes = _as_integers(kept, shares)
+    if sizes is None or (most := sum(map(abs, sizes))) * len(sizes) > _MOST_SUMS:
+        return _estimated(shares)
     seen = abs(sum(sizes))
     chances: Floats = np.ones(1)  # of the sum of those with a plus, from 0 on
     for size in map(abs, sizes):
@@ -154,24 +165,39 @@ def sign_flip_test(differences: Sequence[float | Fraction]) -> float:
     return min(1.0, 2.0 * float(tail))
 
 
-def _estimated(differences: Floats) -> float:
+def _over_all_signs(shares: Floats) -> float:
+    """Return the p of ``sign_flip_test`` by trying all 2^n signs."""
+    sums: Floats = np.zeros(1)
+    for share in shares:
+        sums = np.concatenate([sums + share, sums - share])
+    seen = abs(shares.sum())
+    return int(np.count_nonzero(np.abs(sums) >= seen - rounding_of(seen))) / len(sums)
+
+
+def _estimated(shares: Floats) -> float:
     """Estimate the p of ``sign_flip_test``.
 
     The signs as they are count among the random ones, so that p is never 0.
     """
-    rng, seen, far = np.random.default_rng(0), abs(differences.sum()), 0
+    rng, seen, far = np.random.default_rng(0), abs(shares.sum()), 0
     for _ in range(_FLIPS // 1000):
-        signs = rng.integers(0, 2, size=(1000, len(differences))) * 2.0 - 1.0
-        far += int(np.count_nonzero(np.abs(signs @ differences) >= seen - rounding_of(seen)))
+        signs = rng.integers(0, 2, size=(1000, len(shares))) * 2.0 - 1.0
+        far += int(np.count_nonzero(np.abs(signs @ shares) >= seen - rounding_of(seen)))
     return (1 + far) / (1 + _FLIPS)
 
 
-def _as_integers(values: Sequence[float | Fraction]) -> list[int]:
-    """Return whole numbers in the proportions of ``values``, as small as they can be.
+def _as_integers(values: Sequence[float | Fraction], shares: Floats) -> list[int] | None:
+    """Return whole numbers in the proportions of ``values``, as small as they can be; None where there are none.
 
-    A float is taken as the nearest fraction of a small denominator.
+    A Fraction is taken as it is. A float is taken by its share of the largest value, which must be a fraction of a
+    small denominator up to rounding.
     """
-    fractions = [Fraction(v).limit_denominator(_DENOMINATOR) for v in values]
+    if all(isinstance(v, int | Fraction) for v in values):
+        fractions = [Fraction(v) for v in values]
+    else:
+        fractions = [Fraction(s).limit_denominator(_DENOMINATOR) for s in shares.tolist()]
+        if any(abs(float(f) - s) > TOLERANCE for f, s in zip(fractions, shares, strict=True)):
+            return None
     scale = math.lcm(1, *(f.denominator for f in fractions))
     whole = [int(f * scale) for f in fractions]
     divisor = math.gcd(0, *whole) or 1

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from fractions import Fraction
-from itertools import combinations, product
+from itertools import combinations
 from statistics import NormalDist
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,6 +65,24 @@ def test_identical_attempts_count_once() -> None:
     once = clustered_interval([1] * 6 + [0] * 4, [1] * 10)
     four = clustered_interval([4] * 6 + [0] * 4, [4] * 10)
     assert four == pytest.approx(once, abs=0.02)
+
+
+def test_few_tasks_do_not_tell_how_alike_their_attempts_are() -> None:
+    """Two tasks that happen to agree, of tasks whose rates are all different, once gave 8 + 8 independent attempts."""
+    # t has one degree of freedom, 12.71: 16 (1.96 / 12.71)² is less than one attempt a task, which is what there is.
+    assert clustered_interval([4, 4], [8, 8]) == pytest.approx((0.0945, 0.9055), abs=1e-4)  # Wilson of 1 of 2
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(1000):  # rates are uniform; 0.81 of the intervals held their mean without t
+        wins = rng.binomial(8, rng.random(3))
+        low, high = clustered_interval(wins.tolist(), [8] * 3)
+        held += low <= 0.5 <= high
+    assert held >= 930
+
+
+def test_the_interval_of_several_attempts_by_hand() -> None:
+    # Five tasks with 3 of 4 and five with 1 of 4: Var_binomial 0.25 / 40, Var_cluster 10/9 · 10 · 1² / 40², so that
+    # N / deff = 40 · 0.9 = 36, times (1.95996 / 2.26216)² = 27.024; Wilson's half width of 13.512 in 27.024 is 0.1764.
+    assert clustered_interval([3] * 5 + [1] * 5, [4] * 10) == pytest.approx((0.3236, 0.6764), abs=1e-4)
 
 
 def test_a_perfect_score_keeps_an_interval() -> None:
@@ -126,20 +146,53 @@ def test_the_sign_flip_test_by_hand() -> None:
     assert sign_flip_test([0.3 - 0.2, 0.2 - 0.1, 0.1]) == 2 / 8  # rounding makes no other differences
 
 
+def _share_of_signs(differences: list[Fraction]) -> Fraction:
+    """Return the share of all 2^n signs whose sum is as far from 0, counted sum by sum."""
+    sums = Counter({Fraction(): 1})
+    for d in differences:
+        after: Counter[Fraction] = Counter()
+        for value, count in sums.items():
+            after[value + d] += count
+            after[value - d] += count
+        sums = after
+    far = sum(count for value, count in sums.items() if abs(value) >= abs(sum(differences, Fraction())))
+    return Fraction(far, 2 ** len(differences))
+
+
 def test_the_sign_flip_test_is_the_share_of_all_signs() -> None:
     rng = random.Random(0)
-    for _ in range(40):
-        d = [Fraction(rng.randint(-4, 4), 4) for _ in range(rng.randint(1, 8))]
-        sums = [
-            sum((x * s for x, s in zip(d, signs, strict=True)), Fraction()) for signs in product((1, -1), repeat=len(d))
-        ]
-        assert sign_flip_test(d) == sum(abs(s) >= abs(sum(d, Fraction())) for s in sums) / len(sums)
+    for i in range(60):
+        d = [Fraction(rng.randint(-4, 4), 4) for _ in range(rng.randint(1, 8) if i < 40 else rng.randint(30, 60))]
+        exact = float(_share_of_signs([x for x in d if x]))
+        assert sign_flip_test(d) == pytest.approx(exact, rel=1e-12)
+        # and the same for numbers of another size, which floats round
+        assert sign_flip_test([3e-6 * float(x) for x in d]) == pytest.approx(exact, rel=1e-12)
+        assert sign_flip_test([0.7e6 * float(x) for x in d]) == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [10, 40])
+def test_small_differences_are_not_rounded_away(n: int) -> None:
+    """They are as far from 0 as large ones, and beside a large one they are still there."""
+    assert sign_flip_test([1e-5] * n) == pytest.approx(2 / 2**n)
+    assert sign_flip_test([0.5] + [3e-5] * (n - 1)) == pytest.approx(2 / 2**n, abs=0 if n == 10 else 2e-5)
+
+
+def test_shares_of_many_attempts_are_exact() -> None:
+    """pass@k of many attempts has denominators that are no small ones."""
+    rng = random.Random(1)
+    for n in (12, 24):
+        rates = [pass_at_k(16, rng.randint(0, 16), 8) - pass_at_k(16, rng.randint(0, 12), 8) for _ in range(n)]
+        exact = float(_share_of_signs([x for x in rates if x]))
+        assert sign_flip_test(rates) == pytest.approx(exact, rel=1e-9)
 
 
 def test_the_sign_flip_test_is_estimated_where_the_sums_are_many() -> None:
     rng = random.Random(0)
-    d = [rng.gauss(0.0, 1.0) for _ in range(14)]
-    sums = [sum(x * s for x, s in zip(d, signs, strict=True)) for signs in product((1, -1), repeat=len(d))]
-    exact = sum(abs(s) >= abs(sum(d)) - 1e-9 for s in sums) / len(sums)
-    assert sign_flip_test(d) == pytest.approx(exact, abs=5 * math.sqrt(exact * (1 - exact) / 100_000))
+    d = [rng.gauss(0.0, 1.0) for _ in range(20)]
+    sums = np.zeros(1)
+    for x in d:
+        sums = np.concatenate([sums + x, sums - x])
+    exact = float((np.abs(sums) >= abs(sum(d)) - 1e-9).mean())
+    assert 0 < abs(sign_flip_test(d) - exact) < 5 * math.sqrt(exact * (1 - exact) / 100_000)
+    assert sign_flip_test(d[:12]) == _share_of_signs([Fraction(x) for x in d[:12]])  # few: exact
     assert sign_flip_test([1 + rng.random() for _ in range(60)]) == 1 / 100_001  # never 0
