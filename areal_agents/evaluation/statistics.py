@@ -146,9 +146,8 @@ def sign_flip_test(differences: Sequence[float | Fraction]) -> float:
     kept = [d for d in differences if abs(float(d)) > TOLERANCE]
     if not kept:
         return 1.0
-    # The test knows no scale, and its rounding must not know one either.
-    largest = max((d if d > 0 else -d for d in kept), key=float)
-    shares: Floats = np.asarray([float(d / largest) for d in kept])
+    largest = max(abs(Fraction(d)) for d in kept)  # the test knows no scale, and its rounding must not know one either
+    shares: Floats = np.asarray([float(Fraction(d) / largest) for d in kept])
     if len(kept) <= _MOST_SIGNS:
         return _over_all_signs(shares)
     sizes = _as_integers(kept, shares)
