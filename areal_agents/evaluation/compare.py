@@ -309,17 +309,18 @@ def _of_k(
 
 
 def _pass_interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Return Student's t interval of the mean difference, which lies in [-1, 1].
+    """Return Student's t interval of the mean difference d, which lies in [-1, 1].
 
-    Where all n differences are the same d (or n = 1) there is no variance to estimate. A task that differs has then at
-    most the probability q = 1 - 0.025^(1/n) (Clopper and Pearson 1934, none of n), and could do so by as much as the
-    bounds allow.
+    Of what none of n tasks showed, a task may still have the probability q = 1 - 0.025^(1/n) (Clopper and Pearson
+    1934), and differ then by as much as the bounds allow. Where fewer than ``FEW_FLIPS`` tasks differ their variance
+    says little, or nothing, of that: the interval has at least these bounds.
     """
-    interval = mean_interval(differences)
-    if interval is None:
-        d, q = differences[0], 1.0 - 0.025 ** (1 / len(differences))
-        interval = d - q * (1 + d), d + q * (1 - d)
-    return max(-1.0, interval[0]), min(1.0, interval[1])
+    n, d = len(differences), math.fsum(differences) / len(differences)
+    low, high = mean_interval(differences) or (d, d)
+    if low == high or sum(x != 0 for x in differences) < FEW_FLIPS:
+        q = 1.0 - 0.025 ** (1 / n)
+        low, high = min(low, d - q * (1 + d)), max(high, d + q * (1 - d))
+    return max(-1.0, low), min(1.0, high)
 
 
 def _notes(
@@ -333,7 +334,7 @@ def _notes(
     if len(set(differences)) == 1:
         notes.append("every task has the same difference: the interval of pass@1 is an exact binomial bound")
     elif flips < FEW_FLIPS <= n:
-        notes.append(f"only {flips} tasks differ: the t interval is rough, the test is exact")
+        notes.append(f"only {flips} tasks differ: the interval has the bounds of what none showed; the test is exact")
     low, high = _pass_interval(differences)
     apart = low > 0.0 or high < 0.0
     if apart and p >= LEVEL:
