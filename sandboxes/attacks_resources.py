@@ -86,8 +86,9 @@ async def memory_by_one(subject: Subject) -> str:
 async def memory_by_many(subject: Subject) -> str:
     async with subject.session(SPEC) as sandbox:
         done = await sandbox.exec(["python3", "-I", "-c", probes.HOLD, "8", str(300 << 20)], timeout=60)
-        most = max((int(line) for line in done.stdout.split() if line.isdigit()), default=0)
-        tried(most or done.status == "oom", done)
+        counts = [int(line) for line in done.stdout.split() if line.isdigit()]  # 0: each was refused its share
+        tried(counts or done.status == "oom", done)
+        most = max(counts, default=0)
         held(most <= SPEC.memory, f"{most >> 20} MB held")
         held((done.status == "oom") == (subject.memory_bound != "rlimits"), done)
         await lives(sandbox)

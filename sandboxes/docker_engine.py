@@ -65,9 +65,7 @@ class Engine:
         except (OSError, ConfigError) as error:
             raise SandboxUnavailable("docker", f"no engine answers at {url}: {error}", START) from error
         try:
-            self._client = await self._threaded(
-                docker.APIClient, base_url=url, tls=tls or False, timeout=TIMEOUT, version="auto"
-            )
+            self._client = await self._threaded(_client, url, tls or False)
             self.info = await self._threaded(self._client.info)
         except Exception as error:
             self._client = None
@@ -170,6 +168,22 @@ class Engine:
         self._threads.shutdown(wait=True)
         if self._client is not None:
             self._client.close()
+
+
+def _client(url: str, tls: Any) -> Any:
+    """Make the SDK's client, which talks in the engine's version of the API."""
+    import docker
+
+    client = docker.APIClient(
+        base_url=url, tls=tls, timeout=TIMEOUT, version=docker.constants.DEFAULT_DOCKER_API_VERSION
+    )
+    client.trust_env = False  # REQUESTS_CA_BUNDLE would replace the engine's own authority, and a proxy hide it
+    try:
+        client._version = client.version(api_version=False)["ApiVersion"]
+    except BaseException:
+        client.close()
+        raise
+    return client
 
 
 def owner() -> str:

@@ -22,7 +22,8 @@ MAX_TERMS: Final = 32
 MAX_TERM_CHARS: Final = 64
 MAX_QUERY_CHARS: Final = 10_000
 SECONDS: Final = 10.0
-"""Of one search."""
+"""Of processor time, for one search: a busy machine must not cost the model reward."""
+WALL_S: Final = 120.0
 MAX_RANKED: Final = 20_000
 """Documents that one search ranks, about: with rarer words in a query, its commonest ones are left out."""
 SNIPPET_WORDS: Final = 32
@@ -54,7 +55,7 @@ def search_tools(
         raise ValueError(f"search_tools: snippet_words = {snippet_words} must be from 1 to 64")
     index = Index(open_index(corpus, tokenizer=tokenizer, progress=progress))
 
-    @tool(timeout=SECONDS + 30, parallel=True, max_output_chars=8000)
+    @tool(timeout=WALL_S, parallel=True, max_output_chars=8000)
     async def search(query: str, top: Annotated[int, Field(ge=1, le=20)] = 5) -> str:
         """Search the documents for words, and see the best ones with a snippet of each.
 
@@ -63,7 +64,7 @@ def search_tools(
         """
         return await asyncio.to_thread(index.search, query, top, snippet_words)
 
-    @tool(timeout=SECONDS + 30, parallel=True, max_output_chars=6000)
+    @tool(timeout=WALL_S, parallel=True, max_output_chars=6000)
     async def read_document(id: str) -> str:
         """Read a whole document.
 
@@ -144,7 +145,7 @@ class Index:
             # Nobody changes the file: there are no locks to ask for.
             connection = sqlite3.connect(f"{self.path.as_uri()}?immutable=1", uri=True, check_same_thread=False)
             connection.execute("PRAGMA mmap_size = 1073741824")
-        connection.set_progress_handler(_over(time.monotonic() + SECONDS), 10_000)
+        connection.set_progress_handler(_over(time.thread_time() + SECONDS), 10_000)
         try:
             return connection.execute(statement, values).fetchall()
         except sqlite3.OperationalError as error:
@@ -163,4 +164,4 @@ def terms_of(query: str) -> list[str]:
 
 
 def _over(end: float) -> Callable[[], bool]:
-    return lambda: time.monotonic() > end
+    return lambda: time.thread_time() > end

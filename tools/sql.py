@@ -24,8 +24,8 @@ from areal_agents.errors import ConfigError, EnvError, TaskError
 from areal_agents.tool import ToolError, ToolResult, ToolSpec, made_by, tool
 from areal_agents.tool_resources import Resources
 
-GRACE_S: Final = 10.0
-"""Seconds beyond a query's own that its process gets, on a busy machine."""
+GRACE_S: Final = 60.0
+"""Seconds of wall clock beyond a query's own seconds of the processor, for a busy machine."""
 MAX_ANSWER: Final = 2 << 20
 MAX_QUERY_CHARS: Final = 20_000
 _HEADER: Final = b"SQLite format 3\0"
@@ -45,7 +45,7 @@ def sql_tool(
         database: its file. ``{key}`` stands for what the task's payload has there: a database a task.
         writable: each episode changes a copy, which its end removes.
         max_rows: rows that one answer shows.
-        seconds: of one query.
+        seconds: of processor time, for one query.
         name: what the model calls it.
 
     Raises:

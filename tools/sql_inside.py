@@ -95,7 +95,7 @@ def run(request: dict[str, Any]) -> dict[str, str]:
     """Run one statement."""
     writable, seconds = request["writable"], request["seconds"]
     mode = "rw" if writable else "ro"
-    end = time.monotonic() + seconds
+    end = time.process_time() + seconds  # of the processor: a busy machine must not cost the model reward
     refused: list[str] = []
     try:
         connection = sqlite3.connect(
@@ -115,7 +115,7 @@ def run(request: dict[str, Any]) -> dict[str, str]:
             connection.setlimit(limit, value)
         if not writable:
             connection.execute("PRAGMA query_only = ON")
-        connection.set_progress_handler(lambda: time.monotonic() > end, 10_000)
+        connection.set_progress_handler(lambda: time.process_time() > end, 10_000)
         connection.set_authorizer(authorizer(writable, refused))
         try:
             cursor = connection.execute(request["query"])

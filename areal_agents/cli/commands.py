@@ -173,7 +173,9 @@ class Check:
                 raise UsageError("--sandbox checks a sandbox alone: leave the environment and --model out")
             return check_sandbox(self.sandbox, json=self.json)
         if self.model:
-            return self._check_model(options, overrides)
+            if overrides or self.difficulty is not None:
+                raise UsageError(f"--model checks a model: leave out {[*overrides, '--difficulty'][0]}")
+            return self._check_model(options)
         from areal_agents import registry
         from areal_agents.conformance.check import check
 
@@ -183,7 +185,7 @@ class Check:
         tokenizer = None if self.tokenizer.lower() == "none" else self.tokenizer
         env = self._settings(overrides)
         if env.kwargs and len(ids) > 1:
-            raise UsageError("--env.kwargs is of one environment: check them one by one")
+            raise UsageError(f"{overrides[0]} is an argument of one environment: check that alone")
         for id in ids if env.kwargs else ():
             registry.spec(id).require_arguments(env.kwargs)
         reports = []
@@ -210,9 +212,7 @@ class Check:
             raise UsageError(f"--difficulty {self.difficulty} and --env.difficulty {env.difficulty}: give one")
         return env.model_copy(update={"difficulty": self.difficulty})
 
-    def _check_model(self, options: ChatOptions, overrides: Sequence[str]) -> int:
-        if overrides or self.difficulty is not None:
-            raise UsageError("--model checks a model: --env.kwargs and --difficulty are of an environment")
+    def _check_model(self, options: ChatOptions) -> int:
         if self.env or self.all:
             raise UsageError("--model checks a model and plays nothing: for environments use --tokenizer")
         from areal_agents.conformance.model_report import check_model

@@ -99,11 +99,7 @@ def _of_the_disk(error: OSError) -> str | None:
 def _parse(args: list[str]) -> tuple[Any, list[str]]:
     """Return the command, and the settings given on the command line of ``train``, ``demo``, ``eval`` or ``check``."""
     overrides: list[str] = []
-    if args[:1] == ["check"]:
-        from areal_agents.settings.loading import split_overrides
-
-        args, overrides = split_overrides(args, keep=[a for a in args if not a.startswith("--env.")])
-    elif args[:1] in (["train"], ["demo"], ["eval"]):
+    if args[:1] in (["train"], ["demo"], ["eval"]):
         from areal_agents.settings import evaluation
         from areal_agents.settings.describe import help_text
         from areal_agents.settings.loading import split_overrides
@@ -117,6 +113,10 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
             except SystemExit:  # tyro ends the process after its help, and the settings' help belongs below it
                 print(evaluation.help_text() if evaluates else help_text())
                 raise
+    elif args[:1] == ["check"]:
+        from areal_agents.settings.loading import split_overrides
+
+        args, overrides = split_overrides(args, keep=[a for a in args if not a.startswith("--env.")])
     return _tyro(args or ["--help"]), overrides
 
 

@@ -86,13 +86,10 @@ def test_eval_json_alone_on_standard_output(
         (["check"], "error: name an environment"),
         (
             ["check", "a/B-v0", "a/C-v0", "--env.kwargs.n", "3"],
-            "error: --env.kwargs is of one environment: check them one by one",
+            "error: --env.kwargs.n is an argument of one environment",
         ),
-        (["check", "--all", "--env.kwargs.n=3"], "error: --env.kwargs is of one environment: check them one by one"),
-        (
-            ["check", "--model", "m", "--env.kwargs.n", "3"],
-            "error: --model checks a model: --env.kwargs and --difficulty are of",
-        ),
+        (["check", "--all", "--env.kwargs.n=3"], "error: --env.kwargs.n=3 is an argument of one environment"),
+        (["check", "--model", "m", "--env.kwargs.n", "3"], "error: --model checks a model: leave out --env.kwargs.n"),
     ],
 )
 def test_usage_errors_are_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,8 +181,10 @@ def test_check_reports_and_sets_the_exit_code(
     from areal_agents.chat.options import ChatOptions
     from areal_agents.conformance.check import CheckReport, CheckResult
 
-    def check(env_id: str, *, tokenizer: str | None, chat: ChatOptions, **of_the_environment: Any) -> CheckReport:
-        given.append(of_the_environment["kwargs"])
+    def check(
+        env_id: str, *, tokenizer: str | None, chat: ChatOptions, kwargs: dict[str, Any], difficulty: None
+    ) -> CheckReport:
+        given.append(kwargs)
         status: Any = "passed" if env_id == "a/Good-v0" else "failed"
         return CheckReport(env_id, (CheckResult("seeds", status, f"tokenizer {tokenizer}"),))
 
@@ -206,7 +205,7 @@ def test_check_reports_and_sets_the_exit_code(
     assert given[5] == {"path": "q.jsonl"}
     assert main(["check", "--env.kwargs.test-path", "q.jsonl", "areal/Questions-v0"]) == 1
     assert given[6] == {"test_path": "q.jsonl"}
-    assert main(["check", "--env.kwargs", "{test-path = 'q.jsonl'}", "areal/Questions-v0"]) == 1
+    assert main(["check", "--env.kwargs", '{"test-path": "q.jsonl"}', "areal/Questions-v0"]) == 1
     assert "'test-path'; write test_path for test-path" in capsys.readouterr().err
 
 
@@ -231,8 +230,12 @@ def test_check_takes_arguments_and_level_of_an_environment(
         ([*mine, "--env.kwargs.pai", "1"], 1, "Questions does not take env.kwargs as they are: got an unexpected"),
         ([*mine, "--env.split", "x"], 2, "check takes --env.kwargs and --env.difficulty, not --env.split"),
         ([*mine, "--env.difficulty", "0", "--difficulty", "1"], 2, "--difficulty 1.0 and --env.difficulty 0.0: give"),
-        ([*mine, "areal/Arithmetic-v0", "--env.kwargs.path", "a"], 2, "--env.kwargs is of one environment"),
-        (["check", "--model", "smollm2", "--difficulty", "1"], 2, "--difficulty are of an environment"),
+        (
+            [*mine, "areal/Arithmetic-v0", "--env.kwargs.path", "a"],
+            2,
+            "--env.kwargs.path is an argument of one environment: check",
+        ),
+        (["check", "--model", "smollm2", "--difficulty", "1"], 2, "--model checks a model: leave out --difficulty"),
     ):
         assert main(words) == code
         assert says in capsys.readouterr().err

@@ -118,7 +118,7 @@ def thinking(body: Json) -> Step:
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_servers_thinking_is_kept_and_sent_back_where_asked(tmp_path: Path, asked: bool) -> None:
-    argv = ["eval", ENV, "--model", "openai:m", "--n", "1", "--out", str(tmp_path / "out")]
+    argv = ["eval", ENV, "--model", "openai:m", "--n", "1", "--eval.task_seed", "none", "--out", str(tmp_path / "out")]
     with chat_server(thinking) as server:
         assert main([*argv, "--url", server.url, *(["--send-reasoning"] if asked else [])]) == 0
     (record,) = read_records(tmp_path / "out")

@@ -245,7 +245,7 @@ def test_memory_exhaustion_that_takes_pid_1_is_an_oom() -> None:
 @pytest.mark.usefixtures("bwrap")
 def test_a_reply_that_is_no_frame_ends_the_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     source = launch.supervisor_source().replace(b"FRAME.pack(EXIT, ident, code)", b"b'x' * 100000")
-    monkeypatch.setattr(launch, "supervisor_source", lambda: source)
+    monkeypatch.setattr(launch, "supervisor_source", lambda warm: source)
 
     async def forge() -> None:
         backend = bubblewrap.BubblewrapBackend(pool=0)
@@ -295,16 +295,17 @@ def test_closing_the_backend_ends_open_sessions() -> None:
 
 
 _HOST = """
-import asyncio
+import asyncio, sys
 from areal_agents.sandbox import SandboxSpec
 from areal_agents.sandboxes.bubblewrap import BubblewrapBackend
 
 async def main():
-    backend = BubblewrapBackend(pool=1)
+    backend = BubblewrapBackend(pool=1, preload="".join(sys.argv[1:]))
     async with backend.session(SandboxSpec()) as sandbox:
         process = await sandbox.spawn(["/bin/cat"])
         warm = [await task for task in backend._warm[SandboxSpec()]]
-        print(*(holder.pid for holder in (sandbox._holder, *warm)), flush=True)
+        zygote = [backend._zygote._holder] if backend._zygote else []
+        print(*(holder.pid for holder in (sandbox._holder, *warm, *zygote)), flush=True)
         await asyncio.sleep(600)
 
 asyncio.run(main())
@@ -312,12 +313,13 @@ asyncio.run(main())
 
 
 @pytest.mark.usefixtures("bwrap")
-def test_nothing_outlives_a_killed_host() -> None:
-    with subprocess.Popen([sys.executable, "-c", _HOST], cwd=ROOT, stdout=subprocess.PIPE) as host:
+@pytest.mark.parametrize("preload", [[], ["json"]], ids=["cold", "zygote"])
+def test_nothing_outlives_a_killed_host(preload: list[str]) -> None:
+    with subprocess.Popen([sys.executable, "-c", _HOST, *preload], cwd=ROOT, stdout=subprocess.PIPE) as host:
         assert host.stdout is not None
         inner = [os.pidfd_open(int(pid)) for pid in host.stdout.readline().split()]
         host.kill()
-    assert len(inner) == 2
+    assert len(inner) == 2 + len(preload)
     for descriptor in inner:
         ended, _, _ = select.select([descriptor], [], [], 20)
         os.close(descriptor)

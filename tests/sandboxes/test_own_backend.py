@@ -42,6 +42,10 @@ def test_the_example_is_short() -> None:
     assert 30 < len(example().splitlines()) <= 60
 
 
+def test_the_page_counts_the_attacks() -> None:
+    assert f" {len(ATTACKS)} attacks on this machine" in doc_blocks.PAGES["docs/sandboxes.md"]
+
+
 @pytest.mark.usefixtures("bwrap")
 def test_the_example_passes_the_suite(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What else bubblewrap holds is tested as bubblewrap's: these attacks show that they reach this backend too.

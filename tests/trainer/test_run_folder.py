@@ -12,6 +12,7 @@ import pytest
 
 from areal_agents.cli.main import main
 from areal_agents.errors import ArealError, CheckpointError, ConfigError
+from areal_agents.evaluation.held_out import Sample
 from areal_agents.evaluation.report import EvalReport
 from areal_agents.rollout.buffer import BufferState, Ticket
 from areal_agents.rollout.producer import OpenGroup, RolloutState
@@ -24,7 +25,29 @@ from tests.small_disk import fill, small_disk
 from tests.tiny_models import tiny_chat_model
 
 REPORT = EvalReport(
-    "e", "test", "m", 3, 0.0, 0, 4, 1, 4, 0.5, (0.25, 0.75), 0.5, None, 0.5, 1.0, None, 0.0, 0.0, 0.0, 2.0, 9.0, 1.5
+    "e",
+    "test",
+    "m",
+    3,
+    0.0,
+    0,
+    4,
+    1,
+    4,
+    0.5,
+    (0.25, 0.75),
+    0.5,
+    None,
+    0.5,
+    1.0,
+    None,
+    0.0,
+    0.0,
+    0.0,
+    2.0,
+    9.0,
+    1.5,
+    sample=Sample(4, 9, 0),
 )
 
 
