@@ -91,5 +91,6 @@ def test_two_hundred_episodes_at_once_with_five_percent_of_deaths(tmp_path: Path
     assert Mortal.deaths >= N // 20
     rewards = {record.trajectory.task.id: record.trajectory.reward for record in read_records(tmp_path / "run")}
     assert rewards == {task.id: float(str(task.payload["question"]) not in wrong) for task in tasks[:N]}
-    assert (report.n, report.sandbox_replays) == (N, Mortal.deaths)
+    assert report.n == N
+    assert 0 < report.sandbox_replays <= Mortal.deaths  # an episode whose replay died too was played again
     assert report.infra_rate == 0.0

@@ -17,6 +17,7 @@ import pytest
 
 from areal_agents.engine import TensorEntry, WeightsProbe, WeightsRef
 from areal_agents.engines import process_group_reaper
+from areal_agents.engines.vllm import cpu_build
 from areal_agents.engines.vllm import engine as engine_module
 from areal_agents.engines.vllm.engine import VLLMEngine
 from areal_agents.engines.vllm.worker import engine_args, kv_blocks, kv_bytes
@@ -103,7 +104,7 @@ def test_arguments_of_vllm(tmp_path: Path) -> None:
 
 def test_deterministic_is_vllms_own_mode_on_a_gpu_and_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "vllm")
-    monkeypatch.setattr(engine_module, "is_cpu_build", lambda: True)
+    monkeypatch.setattr(cpu_build, "is_cpu_build", lambda: True)
     with pytest.raises(ConfigError, match=r"engine\.deterministic with engine\.kind = 'vllm' needs a GPU: .* false"):
         asyncio.run(VLLMEngine.start("anything", deterministic=True))
     monkeypatch.setattr(engine_module, "is_cpu_build", lambda: False)

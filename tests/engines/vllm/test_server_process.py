@@ -172,7 +172,11 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
         assert "use serve's own --host and --port" in capsys.readouterr().err
 
 
-def test_what_needs_no_model_is_refused_before_one_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_needs_no_model_is_refused_before_one_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find("json" if name == "vllm" else name))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         assert main(["serve", "--model", "/nowhere/model", "--port", port]) == 1
