@@ -56,8 +56,9 @@ class _Mortal:
         return getattr(self._inner, name)
 
     async def exec(self, *args: Any, **options: Any) -> ExecResult:
-        first = options["stdin"] not in Mortal.codes
-        Mortal.codes.add(options["stdin"])
+        program = options.get("stdin", b"")  # none: a look whether the sandbox lives
+        first = bool(program) and program not in Mortal.codes
+        Mortal.codes |= {program} if first else set()
         if first and len(Mortal.codes) % 20 == 0:  # a call whose sandbox dies twice would be the model's error
             await self._inner.exec(["/bin/true"], timeout=60)  # it is open after its first call
             Mortal.deaths += 1
