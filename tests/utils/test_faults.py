@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from areal_agents.utils.faults import from_outside
+from tests.conftest import require
 
 URL = "http://127.0.0.1/"
 
@@ -21,14 +22,17 @@ def by_urllib(status: int) -> BaseException:
 
 
 def by_httpx(status: int) -> BaseException:
-    httpx = pytest.importorskip("httpx")
+    import httpx
+
     request = httpx.Request("GET", URL)
     error: BaseException = httpx.HTTPStatusError("said", request=request, response=httpx.Response(status))
     return error
 
 
 def by_requests(status: int) -> BaseException:
-    requests = pytest.importorskip("requests")
+    require("module:requests")
+    import requests
+
     response = requests.Response()
     response.status_code = status
     error: BaseException = requests.HTTPError("said", response=response)
@@ -36,7 +40,9 @@ def by_requests(status: int) -> BaseException:
 
 
 def by_aiohttp(status: int) -> BaseException:
-    aiohttp = pytest.importorskip("aiohttp")
+    require("module:aiohttp")
+    import aiohttp
+
     error: BaseException = aiohttp.ClientResponseError(None, (), status=status)
     return error
 
