@@ -2,7 +2,7 @@
 
     host                                        engine                  container (no network, read-only root)
     DockerBackend ─ pool of Containers ── SDK ─▶ create, start, remove
-      DockerSession ─ Container ── one attached connection, frames ───▶ container_init, pid 1 ── forks each program
+      HeldSession ─ Container ── one attached connection, frames ───▶ container_init, pid 1 ── forks each program
 
 A call costs a fork inside and no request of the engine. Images other than the backend's own need no Python: pid 1 has
 its own, on a volume made of that image. Not covered: side channels, and bugs of the kernel and of the runtime.
@@ -11,12 +11,11 @@ its own, on a volume made of that image. Not covered: side channels, and bugs of
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import os
 import re
 import uuid
-from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +28,7 @@ from areal_agents.sandboxes.docker_engine import BACKEND, LABEL, OWNER, Engine, 
 from areal_agents.sandboxes.docker_image import IMAGE
 from areal_agents.sandboxes.docker_seccomp import profile
 from areal_agents.sandboxes.docker_stream import Stream
-from areal_agents.sandboxes.session import HeldSession
+from areal_agents.sandboxes.session import HeldSession, OpenSessions
 from areal_agents.sandboxes.warm_pool import WarmPool
 
 BUILD: Final = "Make it: areal-agents sandbox build docker."
@@ -89,10 +88,6 @@ class _Image:
     volumes: tuple[str, ...]
 
 
-class DockerSession(HeldSession[Container]):
-    """A session in a container."""
-
-
 class DockerBackend:
     """A backend whose sessions are containers.
 
@@ -123,7 +118,7 @@ class DockerBackend:
         self._engine = Engine(host)
         self._pool = WarmPool(pool, self._start)
         self._images: dict[str, asyncio.Task[_Image]] = {}
-        self._sessions: set[DockerSession] = set()
+        self._sessions = OpenSessions()
         self._proving: asyncio.Task[ProbeReport] | None = None
         self._own = uuid.uuid4().hex[:16]
         self._known: set[str] = set()
@@ -158,7 +153,7 @@ class DockerBackend:
         except SandboxError as error:
             raise SandboxUnavailable(self.name, "a container did not start", str(error)) from error
         kind = f"cgroup-v{info.get('CgroupVersion', '1')}"
-        session = DockerSession(probes.SPEC, _given(container))
+        session = HeldSession.of(container, probes.SPEC)
         try:
             python = interpreter.Interpreter("python3")
             report = await probes.run(self.name, session, _Bound(kind), container.uid, python)  # type: ignore[arg-type]
@@ -174,20 +169,13 @@ class DockerBackend:
             notes.append("CPU is not bounded: the engine's kernel has no CFS quota")
         return replace(report, notes=(*report.notes, *notes))
 
-    @contextlib.asynccontextmanager
-    async def session(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+    def session(self, spec: SandboxSpec) -> AbstractAsyncContextManager[Sandbox]:
         """Open a session, whose container is taken at its first call.
 
         The first session of a backend runs the probes. A session's calls raise SandboxUnavailable when a probe fails or
         the image cannot be had, and ConfigError for a spec that cannot be bounded.
         """
-        session = DockerSession(spec, self._acquire)
-        self._sessions.add(session)
-        try:
-            yield session
-        finally:
-            self._sessions.discard(session)
-            await session.close()
+        return self._sessions.opened(HeldSession(spec, self._acquire))
 
     async def _acquire(self, spec: SandboxSpec) -> Container:
         await self.probe()
@@ -205,7 +193,7 @@ class DockerBackend:
         """
         if self._proving is not None:
             await asyncio.wait((self._proving,))
-        await asyncio.gather(self._pool.aclose(), *(session.close() for session in tuple(self._sessions)))
+        await asyncio.gather(self._pool.aclose(), self._sessions.aclose())
         await self._clean()
         await asyncio.to_thread(self._engine.close)
 
@@ -344,10 +332,3 @@ class DockerBackend:
             "healthcheck": {"test": ["NONE"]},
             "labels": {LABEL: "1", OWNER: owner(), BACKEND: self._own},
         }
-
-
-def _given(container: Container) -> Any:
-    async def acquire(spec: SandboxSpec) -> Container:
-        return container
-
-    return acquire
