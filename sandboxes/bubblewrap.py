@@ -117,6 +117,9 @@ class BubblewrapBackend:
         if tools.preload and not self._forks:
             note = f"Each sandbox imports {', '.join(tools.preload)} for itself: {alone or self._refused}"
             report = replace(report, notes=(*report.notes, note))
+        if tools.preload and bound.kind == "rlimits":
+            note = "What is imported counts in each process: there are fewer, or a program has a Python of its own."
+            report = replace(report, notes=(*report.notes, note))
         return report, bound
 
     async def _start_first(self, bound: memory.MemoryBound, alone: str) -> Holder:
