@@ -178,15 +178,16 @@ def main() -> int:
     names = sides("" if no_docker else args.docker, folder)
     settings = {name: getattr(args, name) for name in ("seconds", "rounds", "leak", "concurrency")}
     kept, patience = Kept(args.json, {**settings, "sides": list(names)}), Patience(60 * args.wait)
+    # Leaks first: what they count does not depend on the load, and the machine may be quieter later.
     work: dict[str, Callable[[], Any]] = {}
+    for side, name in names.items():
+        renew = RENEW.get(side, 10)
+        work[f"leaks of {side}"] = lambda name=name, renew=renew: asyncio.run(leak_check(name, args.leak, renew))
     for turn in range(args.rounds):
         for at in args.concurrency:
             work[f"round {turn} at {at}"] = lambda turn=turn, at=at: asyncio.run(
                 one_round(names, folder, turn, at, args.seconds)
             )
-    for side, name in names.items():
-        renew = RENEW.get(side, 10)
-        work[f"leaks of {side}"] = lambda name=name, renew=renew: asyncio.run(leak_check(name, args.leak, renew))
     parts = do_parts(work, kept, patience, args.minutes)
     if parts is None:
         return 2
