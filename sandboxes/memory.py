@@ -24,6 +24,9 @@ SUPERVISOR: Final = 24 << 20
 """What pid 1 of a sandbox and bwrap itself hold, with slack (measured: 12 MB resident)."""
 MIN_ADDRESS_SPACE: Final = 96 << 20
 """Address space that one process gets at least: system Python with a little room."""
+FEW: Final = 4
+ROOMY: Final = 192 << 20
+"""Address space of each where there are more than a few: a Python that imports numpy takes half of it."""
 
 STACK: Final = 2 << 20
 """Stack of each thread unless the program says otherwise, where address space is short."""
@@ -250,12 +253,13 @@ class RlimitBound:
         return {}
 
     def limits(self, spec: SandboxSpec) -> dict[str, int]:
-        """Divide the memory among as many processes as fit.
+        """Divide the memory among a few processes, and among more only where each has ample room.
 
         Before Linux 5.14 NPROC counts every process of the user on the host, so that fewer may start.
         """
         left = _left_by_disk(spec)
-        processes = min(spec.processes, left // MIN_ADDRESS_SPACE)
+        few = min(FEW, left // MIN_ADDRESS_SPACE)
+        processes = min(spec.processes, max(few, left // ROOMY))
         return _limits(spec, processes) | {"AS": left // processes}
 
     def meter(self, name: str, spec: SandboxSpec) -> NoMeter:

@@ -63,6 +63,10 @@ def test_rlimits_keep_the_sum_below_the_bound() -> None:
     # 512 MB - 3 x 64 MB of tmpfs - 24 MB leave 296 MB: three processes of 98.67 MB.
     default = memory.RlimitBound().limits(SandboxSpec())
     assert (default["NPROC"], default["AS"]) == (4, (296 << 20) // 3)
+    # 2048 MB less the same leave 1832 MB: nine of 203.6 MB, not nineteen of 96. 808 MB of 1024 are four of 202 MB.
+    for memory_, places in ((2 << 30, 9), (1 << 30, 4)):
+        limits = memory.RlimitBound().limits(SandboxSpec(memory=memory_))
+        assert (limits["NPROC"], limits["AS"] >> 20) == (places + 1, {9: 203, 4: 202}[places])
     # A program without others beside it: all the 296 MB, and 64 places beside pid 1's for its threads.
     assert memory.alone(SandboxSpec()) == {"AS": 296 << 20, "NPROC": 65, "STACK": 2 << 20}
     for bound in (memory.RlimitBound(), memory.ScopeBound(), memory.CgroupBound(Path("/"), 2)):
