@@ -21,6 +21,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,18 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def while_busy(check: Check, parts: dict[str, Any]) -> Check:
+    """Say what others did meanwhile where a goal of the time at a concurrency, the name's last word, is missed."""
+    at = check.name.rpartition(" ")[2]
+    shares = [
+        p["others_busy_before"] for name, p in parts.items() if name.startswith("round") and name.endswith(f" {at}")
+    ]
+    if check.holds or check.reason or not shares:
+        return check
+    told = ", ".join(f"{share:.0%}" for share in shares)
+    return replace(check, reason=f"others had {told} of the processors before these rounds")
+
+
 def checks(rows: list[dict[str, Any]], leaks: dict[str, Any], concurrencies: list[int], no_docker: str) -> list[Check]:
     """Compare with the goals."""
     found = []
@@ -194,6 +207,7 @@ def main() -> int:
     rows = [row for name, part in parts.items() if name.startswith("round") for row in part["found"]]
     leaks = {side: parts[f"leaks of {side}"]["found"] for side in names}
     lines, found = summary(rows), checks(rows, leaks, args.concurrency, no_docker)
+    found = [while_busy(check, parts) for check in found]
     print(table(lines))
     write(args.json, "sandboxes", rows, found, summary=lines, leaks=leaks, loads=loads(parts), not_measured=no_docker)
     kept.end()

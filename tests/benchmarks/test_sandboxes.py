@@ -117,6 +117,20 @@ def test_docker_that_is_not_there_is_a_goal_missed_with_its_reason() -> None:
     assert [(c.value, c.reason) for c in missed] == [(None, "not measured: no engine answers")]
 
 
+def test_a_goal_that_is_missed_says_what_others_did_meanwhile() -> None:
+    sandboxes, check = module("sandboxes"), module("record").Check
+    parts = {name: {"others_busy_before": share} for name, share in
+             (("round 0 at 2", 0.5), ("round 1 at 2", 0.75), ("round 0 at 32", 0.1), ("leaks of x", 1.0))}  # fmt: skip
+    missed = sandboxes.while_busy(check("zygote/subprocess calls, trivial, at 2", 0.9, ">= 1", False), parts)
+    assert missed.reason == "others had 50%, 75% of the processors before these rounds"
+    for kept in (
+        check("x, at 2", 1.0, ">= 1", True),
+        check("x, at 2", None, "", False, "its own"),
+        check("l", 1, "", False),
+    ):
+        assert sandboxes.while_busy(kept, parts) == kept
+
+
 def test_the_share_of_the_processors_that_was_used() -> None:
     load = module("machine_load")
     # user nice system idle iowait irq softirq steal: 10 + 5 + 5 + 0 used, 60 + 20 idle
