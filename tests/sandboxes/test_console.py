@@ -188,6 +188,33 @@ def test_background_work_goes_on_where_it_may() -> None:
     play("bubblewrap", "shell", scene, background=True)
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_a_shell_that_cannot_fork_keeps_its_state(background: bool) -> None:
+    async def scene(console: Console, sandbox: Sandbox) -> None:
+        assert (await console.call("x=5; cd /tmp", timeout=60)).state == "kept"
+        many = await console.call("for i in {1..200}; do sleep 1000 & done", timeout=2)
+        assert (many.status, many.state, b"fork: retry" in many.output) == ("timeout", "kept", True)
+        assert len(many.left) == 32  # those that are named
+        assert await say(console, "echo $x; pwd") == ("ok", b"5\n/tmp\n")
+        if background:  # there is still no room; the shell itself can make some
+            full = await console.call("ls /; echo never", timeout=1)
+            assert (full.state, b"never" in full.output) == ("kept", False)
+            assert (await console.call("kill -9 %2 %3 %4; wait %2 %3 %4", timeout=60)).state == "kept"
+        assert (await say(console, "y=$(echo $x | cat); set +m; echo $y"))[1].splitlines()[-1] == b"5"
+
+    play("bubblewrap", "shell", scene, background=background)
+
+
+def test_a_shell_outlives_a_fork_bomb() -> None:
+    async def scene(console: Console, sandbox: Sandbox) -> None:
+        assert (await console.call("x=5", timeout=60)).state == "kept"
+        bomb = await console.call("b() { b | b & }; b; while :; do :; done", timeout=2)
+        assert (bomb.status, bomb.state, b"fork: retry" in bomb.output) == ("timeout", "kept", True)
+        assert (await console.call("echo $(echo $x)", timeout=60)).output == b"5\n"
+
+    play("bubblewrap", "shell", scene)
+
+
 def test_threads_stand_still_between_the_calls() -> None:
     async def scene(console: Console, sandbox: Sandbox) -> None:
         count = "import threading, time\nn = 0\ndef f():\n    global n\n    while True: n += 1\n"
