@@ -145,7 +145,7 @@ async def _run(request: dict[str, Any]) -> ToolResult | str:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-I", "-S", "-X", "utf8", program,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-        env={"TMPDIR": tempfile.gettempdir()}, cwd="/", limit=MAX_ANSWER,
+        env={"TMPDIR": tempfile.gettempdir(), "MALLOC_ARENA_MAX": "1"}, cwd="/", limit=MAX_ANSWER,
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
