@@ -156,7 +156,9 @@ else:
         held(b"all" not in done.stdout, "250000 files: their kernel memory is not bounded")
     async with subject.session(spec) as sandbox:
         await lives(sandbox)
-    return f"ended with {done.status}, after {done.stdout.split()[-1].decode()} files or by that errno"
+    if done.stdout.split()[-1] == str(errno.ENOSPC).encode():
+        return f"ENOSPC after {done.stdout.split()[-2].decode()} files or a few more"
+    return f"{done.status} after {done.stdout.split()[-1].decode()} files or a few more: they fill the session's memory"
 
 
 async def endless_output(subject: Subject) -> str:
