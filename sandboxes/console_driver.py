@@ -241,7 +241,8 @@ class Driver:
 
     def interrupt(self) -> None:
         if self.kind == "shell":
-            for pid in self.strays(self.before):  # the shell among them
+            # The shell first, and what reads from others before them: an end of what it reads would end it well.
+            for pid in sorted(self.strays(self.before), key=lambda pid: (pid != self.holder, -pid)):
                 self.signal(pid, signal.SIGINT)
         elif self.runner:
             self.signal(self.runner, signal.SIGINT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import re
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
@@ -92,6 +93,44 @@ def test_a_shell_keeps_its_state(backend: str) -> None:
             await console.call("echo \0", timeout=60)
 
     play(backend, "shell", scene)
+
+
+FIGURE = r"""
+from matplotlib.figure import Figure
+free = Figure()
+free.subplots().plot([1, 2])
+free"""
+
+
+def test_figures_become_pictures() -> None:
+    """In the Python that runs the tests, which has matplotlib."""
+
+    async def scene(console: Console, sandbox: Sandbox) -> None:
+        made: list[int] = []
+
+        async def drawn(code: str, status: str = "ok") -> int:
+            done = await console.call(code, timeout=120)
+            assert done.status == status, done
+            names = re.findall(rb"\[picture: .*/(picture-\d+\.png)\]\n", done.output)
+            for name in names:
+                assert (await sandbox.read_file(name.decode(), 1 << 20)).startswith(b"\x89PNG\r\n")
+            made.append(len(names))
+            return len(names)
+
+        assert await drawn("import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.show()") == 1
+        assert await drawn("fig, ax = plt.subplots(); ax.plot([1]); plt.figure(); fig") == 2
+        assert await drawn("ax.plot([2]); None") == 0
+        assert await drawn("fig") == 1  # it is closed, and shown again
+        assert await drawn(FIGURE) == 1  # of no pyplot
+        assert await drawn("plt.plot([1]); 1 / 0", "error") == 1
+        assert await drawn("plt.get_fignums()") == 0  # what failed left nothing
+        assert await drawn("plt.plot([1]); plt.title('$x^$'); None", "error") == 0
+        assert await drawn("plt.get_fignums()") == 0  # nor does what cannot be drawn
+        assert await drawn("plt.savefig('mine.png'); plt.close('all')") == 0
+        assert await drawn("class P:\n    def _repr_png_(self): return b'\\x89PNG\\r\\n'\nP()") == 1
+        assert made == [1, 2, 0, 1, 1, 1, 0, 0, 0, 0, 1]
+
+    play(f"unsafe_local?python={sys.prefix}", "python", scene)
 
 
 def test_a_call_is_interrupted_and_the_state_is_kept() -> None:
