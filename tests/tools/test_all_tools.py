@@ -99,8 +99,9 @@ class Everything(ToolEnv):
 
 ODD = [
     "", " ", ".", "..", "../../etc/shadow", "/etc/shadow", "~", "a\nb", "a\0b", "\ud800", "\u202e\x1b[2J", "x" * 70_000,
-    "-rf",     "$(id)", "';--", "%s{0}{x}", "1/0", "9**9**9", "exit", "exit()", "import os; os._exit(1)", "NEAR(", '"', "*", "((((",
-    "[a-",     "SELECT 1; SELECT 2", "ATTACH 'x' AS y", "PRAGMA database_list", "http://127.0.0.1/", "http://x.nothing.invalid/",
+    "-rf", "$(id)", "';--", "%s{0}{x}", "1/0", "9**9**9", "exit", "exit()", "import os; os._exit(1)", "NEAR(", '"', "*",
+    "((((", "[a-", "SELECT 1; SELECT 2", "ATTACH 'x' AS y", "PRAGMA database_list", "http://127.0.0.1/",
+    "http://x.nothing.invalid/",
     "http://[::ffff:127.0.0.1]/", "kill -9 $$", "def f(:", "raise BaseException", "a" * 300 + "/b",
 ]  # fmt: skip
 NUMBERS = st.sampled_from([0, 1, -1, 2**31, -(2**63), 10**30])
