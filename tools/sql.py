@@ -159,11 +159,14 @@ async def _run(request: dict[str, Any]) -> ToolResult | str:
             data = b""
             while len(data) < MAX_ANSWER and (chunk := await process.stdout.read(1 << 16)):
                 data += chunk
+            if len(data) < MAX_ANSWER:  # asyncio may lose the exit code of a process that is killed while it ends
+                await process.wait()
     except TimeoutError:
         late = True
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
         code = await process.wait()
     if late or code == -signal.SIGXCPU:  # one step of SQLite took longer than all of the time
         return ToolResult(f"error: stopped after {seconds:g} s", "timeout")

@@ -61,6 +61,13 @@ def test_queries_are_answered_with_tables(shop: Path) -> None:
     assert many.text.splitlines()[50:] == ["49", "(50 rows; there are more: use LIMIT and OFFSET, or count them)"]
 
 
+def test_the_exit_code_of_a_query_is_not_lost(shop: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Asyncio says so in a warning, and that the code was 255."""
+    results = play((sql_tool(shop),), [call("sql", query="SELECT 1") for _ in range(24)])
+    assert {result.text for result in results} == {"1\n1\n(1 row)"}
+    assert caplog.messages == []
+
+
 WRITES = [
     "INSERT INTO customers VALUES (5000, 'x')", "UPDATE customers SET name = 'x'", "DELETE FROM orders",
     "DROP TABLE orders", "CREATE TABLE t (a)", "CREATE TEMP TABLE t (a)", "ALTER TABLE orders RENAME TO o",
