@@ -6,8 +6,7 @@ import asyncio
 import functools
 import os
 import ssl
-import sys
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +20,9 @@ BACKEND: Final = "areal-agents.backend"
 TIMEOUT: Final = 60
 """Seconds for an answer of the engine."""
 WORKERS: Final = 8
+
+_STREAMED: Final = {"pull": {"stream": True}}
+"""What the SDK is told besides, to answer in rows."""
 
 START: Final = (
     "Start it (systemctl start docker), say where it listens (DOCKER_HOST, with DOCKER_TLS_VERIFY and DOCKER_CERT_PATH "
@@ -97,6 +99,19 @@ class Engine:
         made: dict[str, Any] = self._client.create_host_config(**settings)
         return made
 
+    def endpoint_config(self, **settings: Any) -> dict[str, Any]:
+        """Make what the SDK calls an endpoint configuration: a container's place on a network."""
+        made: dict[str, Any] = self._client.create_endpoint_config(**settings)
+        return made
+
+    def ipam_config(self, subnet: str, gateway: str) -> dict[str, Any]:
+        """Make what the SDK calls an IPAM configuration: the addresses of a network."""
+        import docker
+
+        pool = docker.types.IPAMPool(subnet=subnet, gateway=gateway)
+        made: dict[str, Any] = docker.types.IPAMConfig(pool_configs=[pool])
+        return made
+
     async def image(self, name: str) -> dict[str, Any] | None:
         """Describe an image, or return None where the engine has none of that name."""
         import docker
@@ -109,34 +124,37 @@ class Engine:
             raise
         return found
 
-    async def pull(self, name: str) -> dict[str, Any]:
-        """Pull an image, with progress on standard error. Raises SandboxUnavailable."""
-        try:
-            await self._threaded(self._pull, name)
-        except _kinds() as error:
-            remedy = f"Pull, build or load it first: docker pull {name}."
-            raise SandboxUnavailable("docker", f"image {name!r} cannot be had: {_said(error)}", remedy) from error
-        found = await self.image(name)
-        if found is None:
-            raise SandboxUnavailable("docker", f"image {name!r} is not there after its pull", f"docker pull {name}")
-        return found
-
-    def _pull(self, name: str) -> None:
+    def is_missing_image(self, error: SandboxError) -> bool:
+        """Say whether a container was not made because the engine has its image no more."""
         import docker
 
-        layers: dict[str, tuple[int, int]] = {}
-        shown = time.monotonic()
-        repository, tag = docker.utils.parse_repository_tag(name)
-        for row in self._client.pull(repository, tag=tag or "latest", stream=True, decode=True):
-            if "error" in row:
-                raise docker.errors.APIError(str(row["error"]))
-            detail = row.get("progressDetail") or {}
-            if row.get("id") and detail.get("total"):
-                layers[row["id"]] = (int(detail.get("current", 0)), int(detail["total"]))
-            if layers and time.monotonic() > shown + 2:
-                shown = time.monotonic()
-                done, whole = (sum(sizes) >> 20 for sizes in zip(*layers.values(), strict=True))
-                print(f"docker: pulling {name}: {done} of {whole} MB", file=sys.stderr, flush=True)
+        return isinstance(error.__cause__, docker.errors.ImageNotFound)
+
+    async def follow(self, name: str, /, take: Callable[[dict[str, Any]], None], *args: Any, **kwargs: Any) -> None:
+        """Call a method of the SDK that answers in rows, and hand each to ``take`` on a thread.
+
+        Raises SandboxError, also for a row that is an error.
+        """
+        await self.connect()
+
+        def whole() -> None:
+            for row in getattr(self._client, name)(*args, **kwargs, decode=True, **_STREAMED.get(name, {})):
+                if "error" in row:
+                    raise SandboxError(str(row["error"])[:600])
+                take(row)
+
+        try:
+            await self._threaded(whole)
+        except _kinds() as error:
+            raise SandboxError(_said(error)) from error
+
+    async def require_in_registry(self, name: str) -> None:
+        """Raise SandboxUnavailable where the registry of an image does not have it."""
+        try:
+            await self.call("inspect_distribution", name)
+        except SandboxError as error:
+            remedy = f"Pull, build or load it first: docker pull {name}."
+            raise SandboxUnavailable("docker", f"image {name!r} cannot be had: {error}", remedy) from error
 
     async def remove(self, ident: str) -> None:
         """Remove a container in whatever state it is. It may be gone. Raises SandboxError."""
@@ -150,17 +168,33 @@ class Engine:
             if not gone:
                 raise
 
-    async def named(self, label: str, value: str) -> list[str]:
-        """Return the names of the containers with a label."""
-        rows = await self.call("containers", all=True, filters={"label": f"{label}={value}"})
-        return [name.lstrip("/") for row in rows for name in row["Names"] or [row["Id"]]]
+    async def named(self, label: str, value: str) -> tuple[list[str], list[str]]:
+        """Return the names of the containers with a label, and of the networks."""
+        filters = {"label": f"{label}={value}"}
+        rows = await self.call("containers", all=True, filters=filters)
+        networks = await self.call("networks", filters=filters)
+        containers = [name.lstrip("/") for row in rows for name in row["Names"] or [row["Id"]]]
+        return containers, [row["Name"] for row in networks]
+
+    async def remove_network(self, name: str) -> None:
+        """Remove a network on which no container is left. It may be gone. Raises SandboxError."""
+        import docker
+
+        try:
+            await self.call("remove_network", name)
+        except SandboxError as error:
+            if not isinstance(error.__cause__, docker.errors.NotFound):
+                raise
 
     async def reap(self) -> int:
-        """Remove containers whose run on this machine is no more, and return how many."""
+        """Remove containers and networks whose run on this machine is no more, and return how many containers."""
         rows = await self.call("containers", all=True, filters={"label": LABEL})
         doomed = [row["Id"] for row in rows if orphaned(row["Labels"].get(OWNER, ""))]
         for ident in doomed:
             await self.remove(ident)
+        for row in await self.call("networks", filters={"label": LABEL}):
+            if orphaned((row["Labels"] or {}).get(OWNER, "")):
+                await self.remove_network(row["Id"])
         return len(doomed)
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ from areal_agents.cli.main import main
 from areal_agents.envs.arithmetic import Arithmetic
 from areal_agents.errors import ConfigError, RegistryError, SandboxError, SandboxUnavailable
 from areal_agents.sandbox import SandboxSpec, open_console
-from areal_agents.sandboxes import docker_backend, docker_engine, docker_image
+from areal_agents.sandboxes import docker_backend, docker_containers, docker_engine, docker_image
 from areal_agents.sandboxes.docker_backend import DockerBackend
 from areal_agents.sandboxes.subject import SPEC, run, value
 from areal_agents.sandboxes.suite import Finding
@@ -129,7 +129,7 @@ def test_any_image(without_python: str) -> None:
 
 def test_an_image_of_the_backend(without_python: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     async def calls(backend: DockerBackend) -> None:
-        await backend.prepare(without_python)
+        await backend.prepare([SandboxSpec(image=without_python)])
         async with backend.session(SandboxSpec()) as sandbox:
             assert (await sandbox.exec(["cat", "/opt/mark"], timeout=60)).stdout == b"mine\n"
 
@@ -168,7 +168,7 @@ def test_limits_reach_the_engine(engine: Any) -> None:
             (container,) = containers(engine)
             settings = container.attrs["HostConfig"]
             assert settings["Memory"] == settings["MemorySwap"] == 300 << 20
-            assert (settings["PidsLimit"], settings["NanoCpus"]) == (8 + docker_backend.SPARE_PLACES, 500_000_000)
+            assert (settings["PidsLimit"], settings["NanoCpus"]) == (8 + docker_containers.SPARE_PLACES, 500_000_000)
             assert (settings["NetworkMode"], settings["ReadonlyRootfs"], settings["CapDrop"]) == ("none", True, ["ALL"])
             assert settings["Privileged"] is False
             assert container.attrs["Config"]["User"].partition(":")[0].isdigit()
@@ -346,7 +346,7 @@ def test_what_the_engine_did_not_remove_is_removed_later(engine: Any) -> None:
             await run(sandbox, "")
             labels = {docker_engine.LABEL: "1", docker_engine.BACKEND: backend._own}
             engine.containers.create(docker_image.IMAGE, ["/bin/true"], labels=labels)
-            backend._left = True  # as after a removal that the engine, going away, did not do
+            backend._containers.left = True  # as after a removal that the engine, going away, did not do
             async with backend.session(SPEC) as second:
                 await run(second, "")
                 assert len(containers(engine)) == 2  # of the two sessions
