@@ -25,7 +25,7 @@ NO_DNS: Final = "0.0.0.0"
 """A name server that is none. The engine's own, inside a network, would ask the host's for what it does not know."""
 SERVICE_CAPABILITIES: Final = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "NET_BIND_SERVICE", "SETGID", "SETUID")
 """With which the usual images, started as root, prepare their folders and become a plain user."""
-SERVICE_FILES: Final = 65_536
+_NO_CORE: Final = {"Name": "core", "Soft": 0, "Hard": 0}
 _SENT: Final = ("process_gate", "work_files", "supervisor", "container_init")
 _BOOT: Final = """
 import os
@@ -109,6 +109,7 @@ class Containers:
         # Programs stop at NPROC, which counts what their uid has, and leave places of the pids cgroup to pid 1: code
         # that fills all places must not keep it from the next call, as if the sandbox had failed.
         limits = dict(memory.CgroupBound(Path("/"), 1).limits(spec))
+        files = max(spec.open_files, 256)
         ident, number = self.name()
         mapped = any("userns" in option or "rootless" in option for option in self._engine.info["SecurityOptions"])
         uid = 10_000 + number % 50_000 if mapped else 1_000_000 + number % 1_000_000_000
@@ -122,7 +123,7 @@ class Containers:
             security_opt=self._security(profile(self._engine.info["Architecture"])),
             pids_limit=spec.processes + 1 + SPARE_PLACES,
             mem_limit=spec.memory,
-            ulimits=_ulimits(max(spec.open_files, 256)),
+            ulimits=[_NO_CORE, {"Name": "nofile", "Soft": files, "Hard": files}],
             **self._processors(self._cpus),
         )
         settings = self._settings(image, place, config) | {"user": f"{uid}:{uid}", "hostname": "sandbox"}
@@ -141,7 +142,7 @@ class Containers:
             security_opt=self._security(profile(self._engine.info["Architecture"], service=True)),
             pids_limit=service.processes + 1 + SPARE_PLACES,
             mem_limit=service.memory,
-            ulimits=_ulimits(SERVICE_FILES),
+            ulimits=[_NO_CORE],
             **self._processors(service.cpus),
         )
         settings = self._settings(image, place, config)
@@ -266,11 +267,6 @@ class Containers:
 def _scratch(size: int, more: str) -> str:
     """Return the options of a folder in memory."""
     return f"rw,nosuid,nodev,exec,{more},size={size},nr_inodes={max(20_000, size // 1024)}"
-
-
-def _ulimits(files: int) -> list[dict[str, Any]]:
-    core = {"Name": "core", "Soft": 0, "Hard": 0}
-    return [core, {"Name": "nofile", "Soft": files, "Hard": files}]
 
 
 def request(container: Container, argv: Sequence[str], **more: Any) -> dict[str, Any]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +30,14 @@ from areal_agents.tools.bash import bash
 from areal_agents.tools.files import FILE_TOOLS
 from areal_agents.tools.python import python
 from tests.envs.test_arithmetic import InSession, demonstrate
-from tests.sandboxes.test_backends import ROOT, need
+from tests.sandboxes.engines import containers, play
+from tests.sandboxes.test_backends import ROOT
 from tests.sandboxes.test_suite import NAMES, check, fail_unless_good
 from tests.tools.sessions import call
 from tests.tools.sessions import play as play_tools
 from tests.tools.test_files import TRAPS
 
 pytestmark = pytest.mark.docker
-
-
-@pytest.fixture(scope="session")
-def engine() -> Iterator[Any]:
-    """The SDK's client of the engine that the environment names, with the backend's image."""
-    docker = pytest.importorskip("docker") if os.environ.get("CI") != "true" else __import__("docker")
-    try:
-        client = docker.from_env(timeout=60)
-        client.ping()
-    except docker.errors.DockerException as error:
-        need(None, f"a Docker engine: {error}")
-    asyncio.run(docker_image.build())
-    yield client
-    client.close()
-
-
-def containers(engine: Any) -> list[Any]:
-    found: list[Any] = engine.containers.list(all=True, filters={"label": docker_engine.LABEL}, ignore_removed=True)
-    return found
 
 
 @pytest.fixture(scope="session")
@@ -72,23 +52,6 @@ def test_docker(name: str, findings: dict[str, Finding]) -> None:
 
 def test_the_suite_left_no_container(engine: Any, findings: dict[str, Finding]) -> None:
     assert containers(engine) == []
-
-
-def play(calls: Callable[[DockerBackend], Awaitable[None]], **options: Any) -> None:
-    async def whole() -> None:
-        async with opened(**options) as backend:
-            await calls(backend)
-
-    asyncio.run(whole())
-
-
-@contextlib.asynccontextmanager
-async def opened(**options: Any) -> AsyncIterator[DockerBackend]:
-    backend = DockerBackend(**{"pool": 0, **options})
-    try:
-        yield backend
-    finally:
-        await backend.aclose()
 
 
 @pytest.fixture(scope="session")
