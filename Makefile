@@ -172,9 +172,9 @@ endef
 	@$(FUNCTIONS)
 	if [[ -z "$${DOCKER_HOST:-}" ]] && ! PATH=$$PATH:/usr/sbin command -v dockerd >/dev/null; then
 	  if [[ $$(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then fail "there is no Docker engine: install docker.io, or set DOCKER_HOST"; fi
-	  echo "setup: installing docker.io"
+	  echo "setup: installing docker.io, and docker-registry for its tests"
 	  apt-get update -qq
-	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends docker.io >/dev/null
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends docker.io docker-registry >/dev/null
 	fi
 	echo "setup: installing the Docker SDK"
 	pip install -q -e '.[dev,docker]'

@@ -258,7 +258,7 @@ class SandboxBackend(Protocol):
 
 
 @runtime_checkable
-class Preparing(Protocol):
+class Preparing(SandboxBackend, Protocol):
     """A backend that can have what sessions need ready ahead of them."""
 
     async def prepare(self, specs: Iterable[SandboxSpec]) -> None:

@@ -116,7 +116,7 @@ class Container:
             raise SandboxError(f"the sandbox has ended{self._reason}; its files are gone. Open a new session.")
         call = Call(next(self._idents))
         self._calls[call.ident] = call
-        if "env" in request:
+        if "env" in request and "own" not in request:
             request = {**request, "env": {**request["env"], **self._variables}}
         asked = {"request": request, "spawn": spawn, "timeout": timeout, "credit": credit}
         self._send(wire.START, call.ident, json.dumps(asked).encode())

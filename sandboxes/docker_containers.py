@@ -270,5 +270,5 @@ def _scratch(size: int, more: str) -> str:
 
 
 def request(container: Container, argv: Sequence[str], **more: Any) -> dict[str, Any]:
-    """Return what pid 1 is asked to run a program with."""
-    return {"op": "exec", "argv": list(argv), "env": {}, "limits": dict(container.limits), **more}
+    """Return what pid 1 is asked to run a program of ours with, to which no image gives variables."""
+    return {"op": "exec", "argv": list(argv), "env": {}, "limits": dict(container.limits), "own": True, **more}

@@ -95,7 +95,7 @@ class Images:
         Raises SandboxUnavailable with the images that cannot be had.
         """
         wanted = list(dict.fromkeys(names))
-        failed: dict[str, SandboxUnavailable] = {}
+        failed: dict[str, SandboxUnavailable | ConfigError] = {}
         full: list[str] = []
         gate = asyncio.Semaphore(AT_ONCE)
 
@@ -106,7 +106,7 @@ class Images:
                         full.append(name)
                     else:
                         await self.look(name)
-                except SandboxUnavailable as error:
+                except (SandboxUnavailable, ConfigError) as error:
                     failed[name] = error
 
         async with asyncio.TaskGroup() as group:
@@ -115,7 +115,8 @@ class Images:
         if len(failed) == 1:
             raise next(iter(failed.values()))
         if failed:
-            told = "; ".join(error.probe for error in list(failed.values())[:5])
+            first = [failed[name] for name in wanted if name in failed][:5]
+            told = "; ".join(error.probe if isinstance(error, SandboxUnavailable) else str(error) for error in first)
             raise SandboxUnavailable(
                 "docker", f"{len(failed)} of {len(wanted)} images cannot be had: {told}", "Pull or build them first."
             )

@@ -83,7 +83,7 @@ class Side:
         """Say how it ended, with the last of what it printed."""
         code = self._program.exit_code
         how = "was lost" if code is None else f"ended with exit code {code}"
-        return f"its service {self.service.name!r} {how}{self.last_words}"
+        return f"service {self.service.name!r} {how}{self.last_words}"
 
     @property
     def last_words(self) -> str:
@@ -157,7 +157,7 @@ class Services:
             await session.close()
             raise
         for side in sides:
-            side.over.add_done_callback(lambda _, side=side: session.fail(side.fate))  # type: ignore[misc]
+            side.over.add_done_callback(lambda _, side=side: session.fail(f"its {side.fate}"))  # type: ignore[misc]
         return session
 
     async def _side(self, service: Service, image: Image, place: Place, sides: list[Side]) -> None:

@@ -268,7 +268,8 @@ def test_live_output_is_taken_as_it_is_asked_for(engine: Any) -> None:
     [
         ({"host": "unix:///nowhere/sock"}, "no engine answers at unix:///nowhere/sock"),
         ({"host": "tcp://127.0.0.1:9"}, "no engine answers"),
-        ({"runtime": "no-such-runtime"}, "no-such-runtime"),
+        ({"runtime": "no-such-runtime"}, "has no runtime 'no-such-runtime', only .*runc.*daemon.json"),
+        ({"runtime": "runsc"}, "has no runtime 'runsc', only .*runc.*gvisor.dev/docs/user_guide/install"),
     ],
 )
 def test_what_is_refused(options: dict[str, str], message: str, engine: Any) -> None:
