@@ -208,7 +208,7 @@ class DockerBackend:
             await asyncio.wait((self._proving,))
         await asyncio.gather(self._pool.aclose(), *(session.close() for session in tuple(self._sessions)))
         await self._containers.clean()
-        await asyncio.to_thread(self._engine.close)
+        await self._engine.aclose()
 
 
 def _given(container: Container) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from areal_agents.errors import ConfigError, SandboxError, SandboxUnavailable
 from areal_agents.sandboxes.docker_stream import Address
+from areal_agents.sandboxes.docker_tunnel import Tunnel
 
 LABEL: Final = "areal-agents.sandbox"
 OWNER: Final = "areal-agents.owner"
@@ -30,6 +31,9 @@ START: Final = (
 )
 
 
+REACH: Final = "Try it: ssh HOST docker version. It must work with a key and without a question."
+
+
 class Engine:
     """A client of one engine."""
 
@@ -39,6 +43,8 @@ class Engine:
         self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="areal-docker")
         self._client: Any = None
         self._connecting = asyncio.Lock()
+        self._tunnel: Tunnel | None = None
+        self._way = ""
         self.address = Address("")
         self.info: dict[str, Any] = {}
 
@@ -47,6 +53,8 @@ class Engine:
         async with self._connecting:
             if self._client is None:
                 await self._connect()
+            elif self._tunnel is not None and not self._tunnel.alive:
+                await self._dig(self._tunnel)
 
     async def _connect(self) -> None:
         try:
@@ -58,6 +66,10 @@ class Engine:
         given = docker.utils.kwargs_from_env()
         url = self._host or given.get("base_url") or "unix:///var/run/docker.sock"
         tls = given.get("tls") if url == given.get("base_url") else None
+        if url.startswith("ssh://"):
+            self._tunnel, self._way, tls = self._tunnel or Tunnel(url), url, None
+            await self._dig(self._tunnel)
+            url = self._tunnel.url
         self.address = Address(url, _context(tls) if tls else None)
         try:
             # The SDK leaks a socket that does not connect.
@@ -65,7 +77,7 @@ class Engine:
                 _, writer = await self.address.connect()
             writer.close()
         except (OSError, ConfigError) as error:
-            raise SandboxUnavailable("docker", f"no engine answers at {url}: {error}", START) from error
+            raise self._unanswered(url, error) from error
         try:
             self._client = await self._threaded(_client, url, tls or False)
             self.info = await self._threaded(self._client.info)
@@ -73,7 +85,17 @@ class Engine:
             self._client = None
             if not isinstance(error, _kinds()):
                 raise
-            raise SandboxUnavailable("docker", f"no engine answers at {url}: {_said(error)}", START) from error
+            raise self._unanswered(url, error) from error
+
+    async def _dig(self, tunnel: Tunnel) -> None:
+        try:
+            await tunnel.open()
+        except OSError as error:
+            raise SandboxUnavailable("docker", f"no engine is reached at {self._way}: {error}", REACH) from error
+
+    def _unanswered(self, url: str, error: Exception) -> SandboxUnavailable:
+        where, more = (self._way, self._tunnel.said) if self._tunnel is not None else (url, "")
+        return SandboxUnavailable("docker", f"no engine answers at {where}: {more or _said(error)}", START)
 
     @property
     def version(self) -> str:
@@ -197,11 +219,13 @@ class Engine:
                 await self.remove_network(row["Id"])
         return len(doomed)
 
-    def close(self) -> None:
-        """Close the connections. What is under way ends first."""
-        self._threads.shutdown(wait=True)
+    async def aclose(self) -> None:
+        """Close the connections. What is under way ends first. May be called twice."""
+        await asyncio.to_thread(self._threads.shutdown, wait=True)
         if self._client is not None:
             self._client.close()
+        if self._tunnel is not None:
+            await self._tunnel.aclose()
 
 
 def _client(url: str, tls: Any) -> Any:
