@@ -120,8 +120,12 @@ class DockerBackend:
         info = self._engine.info
         self._require_runtime()
         if not info.get("MemoryLimit") or not info.get("PidsLimit"):
+            rootless = any("rootless" in option for option in info["SecurityOptions"])
+            remedy = "A rootless engine needs cgroup v2 and a systemd that delegates: see Docker's rootless mode."
             raise SandboxUnavailable(
-                self.name, "the engine cannot bound memory or processes", "Give it memory and pids cgroups."
+                self.name,
+                "the engine cannot bound memory or processes",
+                remedy if rootless else "Give it memory and pids cgroups.",
             )
         try:
             container = await self._start(replace(probes.SPEC, image=IMAGE))

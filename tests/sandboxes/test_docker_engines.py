@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +18,12 @@ import pytest
 
 from areal_agents.errors import ConfigError, SandboxError, SandboxUnavailable
 from areal_agents.sandbox import SandboxSpec
+from areal_agents.sandboxes import docker_image
 from areal_agents.sandboxes.docker_backend import DockerBackend
 from areal_agents.sandboxes.docker_tunnel import Tunnel
 from areal_agents.sandboxes.subject import run
 from tests.sandboxes.engines import containers, play
+from tests.sandboxes.test_docker_services import ask, web
 
 
 @pytest.fixture
@@ -64,6 +68,7 @@ def ssh_host(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @pytest.mark.docker
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK's, of a socket that is no more
 def test_an_engine_by_ssh(engine: Any, ssh_host: str) -> None:
     async def calls(backend: DockerBackend) -> None:
         async with backend.session(SandboxSpec()) as sandbox:
@@ -101,3 +106,46 @@ def test_an_ssh_host_that_does_not_answer() -> None:
 def test_an_address_that_is_none(url: str) -> None:
     with pytest.raises(ConfigError, match="the engine's address"):
         Tunnel(url)
+
+
+@pytest.fixture
+def mapped_users(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A second engine, with root of its containers mapped to a plain user of the host."""
+    dockerd = shutil.which("dockerd", path=f"{os.environ['PATH']}:/usr/sbin")
+    mappable = os.environ.get("CI") == "true" or "dockremap:" in Path("/etc/subuid").read_text()  # else it adds a user
+    if dockerd is None or os.geteuid() != 0 or not mappable:
+        pytest.skip("needs dockerd, root, and the user dockremap of dockerd --userns-remap=default")
+    room = Path(tempfile.mkdtemp(prefix="areal-docker."))
+    room.chmod(0o711)  # for the mapped root
+    off = [f"--{name}=false" for name in ("iptables", "ip6tables", "ip-forward", "ip-masq")]
+    places = [f"--data-root={room}/data", f"--exec-root={room}/exec", f"--pidfile={room}/pid", f"-H=unix://{room}/sock"]
+    with (room / "log").open("wb") as log:
+        command = [dockerd, "--userns-remap=default", "--bridge=none", *off, *places]
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{room}/sock")
+        for _ in range(600):
+            with socket.socket(socket.AF_UNIX) as client:
+                if client.connect_ex(f"{room}/sock") == 0:
+                    break
+            assert process.poll() is None, (room / "log").read_text()
+            time.sleep(0.1)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+        shutil.rmtree(room, ignore_errors=True)
+
+
+@pytest.mark.docker
+def test_an_engine_with_mapped_users(mapped_users: None) -> None:
+    asyncio.run(docker_image.build())
+
+    async def calls(backend: DockerBackend) -> None:
+        async with backend.session(SandboxSpec(services=(web(),))) as sandbox:
+            assert await ask(sandbox, "import os; print(os.getuid())") == "0\n"
+            outside = int((await ask(sandbox, "print(open('/proc/self/uid_map').read().split()[1])")).strip())
+            assert outside > 0  # root inside is nobody of the host
+        assert "name=userns" in backend._engine.info["SecurityOptions"]
+
+    play(calls)
