@@ -101,9 +101,9 @@ async def _begun(
         lambda: load_examples(config, model) if isinstance(config, SftConfig) else load_pairs(config, model)
     )
     total = config.epochs * math.ceil(len(data.train) / config.batch)
-    if config.warmup_steps >= total > 1:
+    if config.warmup_steps > total:
         raise ConfigError(
-            f"--warmup-steps is {config.warmup_steps}, and the training has {total} steps: set it below {total}"
+            f"--warmup-steps is {config.warmup_steps}, and the training has {total} steps: set it to {total} at most"
         )
     folder.require_room(count_parameters(model), checkpoint=True)
     commit = begin(folder, config, data, resume=resume)
