@@ -158,7 +158,7 @@ class _Finetune:
         except ValidationError as error:
             said = [
                 f"--{str(e['loc'][0]).replace('_', '-')} is {e['input']!r}: it must be "
-                f"{e['msg'].removeprefix('Input should be ').removeprefix('a ')}"
+                f"{e['msg'].removeprefix('Input should be ')}"
                 for e in error.errors()
             ]
             raise UsageError("\n".join(said)) from None

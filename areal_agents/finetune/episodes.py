@@ -43,7 +43,7 @@ def run_examples(path: Path, config: SftConfig, fmt: ChatFormat, limits: Limits)
 
     Raises ConfigError where the run was sampled with another tokenizer, and ArealError where it cannot be read.
     """
-    tally = Tally(str(path))
+    tally = Tally(str(path), "episodes")
     played = list(_played(path, config, fmt, limits, tally, min_reward=config.min_reward, last=config.turns == "last"))
     kept = _distinct(played, tally)
     if config.per_task is not None:
@@ -57,7 +57,7 @@ def run_pairs(path: Path, config: DpoConfig, fmt: ChatFormat, limits: Limits) ->
 
     Raises what ``run_examples`` does.
     """
-    tally = Tally(str(path))
+    tally = Tally(str(path), "groups")
     groups: dict[tuple[int, str], list[_Played]] = {}
     for episode in _played(path, config, fmt, limits, tally):
         groups.setdefault(episode.group, []).append(episode)

@@ -89,6 +89,8 @@ class Tally:
     """The counts of one source: what was found, taken and left out, and why."""
 
     source: str
+    unit: str
+    """What is counted: episodes, groups, lines."""
     found: int = 0
     taken: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
@@ -106,7 +108,7 @@ class Tally:
 
     def lines(self, what: str) -> list[str]:
         """Return the counts as lines for people."""
-        out = [f"{self.source}: {self.taken} {what} of {self.found}"]
+        out = [f"{self.source}: {self.taken} {what} of {self.found} {self.unit}"]
         shown = self.left_out.most_common(_SHOWN)
         out += [f"  left out {n}, the first {self.first[kind]}" for kind, n in shown]
         if len(self.left_out) > _SHOWN:

@@ -38,7 +38,7 @@ _READ = frozenset({*_COLUMNS, "tools", "chat_template_kwargs"})
 
 def file_examples(path: Path, config: SftConfig, fmt: ChatFormat, limits: Limits) -> tuple[list[Example], Tally]:
     """Read the conversations of a file. Raises ConfigError for a file that cannot be read."""
-    tally, found = Tally(str(path)), []
+    tally, found = Tally(str(path), "lines"), []
     for name, row in _lines(path):
         tally.found += 1
         said = guarded(tally, name, partial(_imitated, row, config, fmt, tally), limits)
@@ -50,7 +50,7 @@ def file_examples(path: Path, config: SftConfig, fmt: ChatFormat, limits: Limits
 
 def file_pairs(path: Path, config: DpoConfig, fmt: ChatFormat, limits: Limits) -> tuple[list[Pair], Tally]:
     """Read the pairs of a file. Raises ConfigError for a file that cannot be read."""
-    tally, found = Tally(str(path)), []
+    tally, found = Tally(str(path), "lines"), []
     for name, row in _lines(path):
         tally.found += 1
         try:

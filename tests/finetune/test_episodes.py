@@ -161,7 +161,7 @@ def test_the_tally_says_what_happened(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", [record(f"g0/{i}", turn(c, i / 2)) for i, c in enumerate("abc")])
     _, tally = run_examples(run, sft(run, Path("m"), Path("o"), min_reward=0.5), fmt(), LIMITS)
     assert tally.lines("examples") == [
-        f"{run}: 2 examples of 3",
+        f"{run}: 2 examples of 3 episodes",
         f"  left out 1, the first {run} step 1, g0/0: its reward is below --min-reward 0.5",
     ]
     assert np.sum(list(tally.left_out.values())) == 1

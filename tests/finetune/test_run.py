@@ -46,7 +46,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def stopped_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The process gets a SIGINT when that many steps are done."""
+    """The process gets a SIGINT when that many steps are done. It may hear of it one step later."""
     usual = FinetuneLearner._stepped
 
     def stepped(self: FinetuneLearner, *args: Any) -> dict[str, float]:
@@ -134,7 +134,7 @@ def test_going_on_is_as_if_never_stopped(
         data, make = jsonl(tmp_path / "d.jsonl", *rows), dpo  # type: ignore[assignment]
     same = {"epochs": 4, "batch": 2, "holdout": 0.3, "lr": 1e-3, "schedule": "cosine", "warmup_steps": 2, "threads": 1}
     whole = done(make(data, model, tmp_path / "whole", **same))
-    said = rf"step 3 is saved.*\n  areal-agents {method} --out"
+    said = rf"step [34] is saved.*\n  areal-agents {method} --out"
     with stopped_after(3, monkeypatch), pytest.raises(Interrupted, match=said):
         done(make(data, model, tmp_path / "parts", **same))
     parts = done(make(data, model, tmp_path / "parts", **same, save_every=1), resume=True)
