@@ -25,72 +25,80 @@ from areal_agents.utils.system import require_linux
 if TYPE_CHECKING:
     from areal_agents.finetune.config import DpoConfig, SftConfig
 
-_OTHERS = ("data", "resume", "steps", "template_variables")
+Schedule = Literal["constant", "linear", "cosine"]  # as learner/optim.py's, which imports torch
+_OTHERS = ("data", "resume", "steps", "template_variables", "no_tensorboard")
 """Fields that are no settings of their name."""
+
+
+def _arg(metavar: str, default: str) -> Any:
+    """Return how the help shows a setting: its value's form, and what it is where none is given."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
 @dataclass
 class _Finetune:
     data: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FILE.jsonl")] = ()
     """Folders of runs, whose saved episodes are taken, and JSONL files in the usual chat format."""
-    model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    model: Annotated[str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(required)")] = None
     """The model to start from: ``smollm2``, a local folder, or a hub id."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="OUT", help_behavior_hint="(required)")] = None
     """The folder of all that is left behind; the trained model is in OUT/model."""
     resume: bool = False
     """Go on with the training in --out, from its last checkpoint; its settings need not be given again."""
-    kind: str | None = None
+    kind: Annotated[str | None, _arg("STR", "the first of train, eval, …")] = None
     """Of runs: which episodes, ``train``, ``demonstration``, …; ``eval`` in an evaluation's folder."""
-    steps: Annotated[str | None, tyro.conf.arg(metavar="A:B")] = None
+    steps: Annotated[str | None, _arg("A:B", "all")] = None
     """Of runs: only the steps A to B, both included; either may be left out."""
-    epochs: int | None = None
-    """Passes over the data; 1."""
-    batch: int | None = None
-    """Episodes, conversations or pairs an optimizer step; 8."""
-    lr: float | None = None
-    """Peak learning rate of AdamW; 2e-5, of dpo 1e-6."""
-    schedule: Literal["constant", "linear", "cosine"] | None = None
-    """Course of the learning rate after the warm-up, down to 0 where it falls; constant."""
-    warmup_steps: int | None = None
-    """Steps over which the learning rate rises from 0; 0."""
-    weight_decay: float | None = None
-    """Decoupled weight decay; 0."""
-    grad_clip: float | None = None
-    """Largest gradient norm; 1."""
-    seed: int | None = None
-    """Seeds the order of the data, what is held out, and the choice between equals; 0."""
-    holdout: float | None = None
-    """Share of the tasks (of the questions of a file) that is not trained on, and measured; 0."""
-    eval_every: int | None = None
-    """Steps between two measurements of it; 0, at the end of each epoch."""
-    save_every: int | None = None
-    """Steps between checkpoints; 100. 0: only when interrupted and at the end."""
-    max_context: int | None = None
-    """Longest row in tokens; what is longer is left out, and counted; 2048."""
-    history: Literal["auto", "append", "template"] | None = None
+    epochs: Annotated[int | None, _arg("INT", "1")] = None
+    """Passes over the data."""
+    batch: Annotated[int | None, _arg("INT", "8")] = None
+    """Episodes, conversations or pairs an optimizer step."""
+    lr: Annotated[float | None, _arg("FLOAT", "2e-5; of dpo 1e-6")] = None
+    """Peak learning rate of AdamW."""
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine"] | None, _arg("{constant,linear,cosine}", "constant")
+    ] = None
+    """Course of the learning rate after the warm-up, down to 0 where it falls."""
+    warmup_steps: Annotated[int | None, _arg("INT", "0")] = None
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: Annotated[float | None, _arg("FLOAT", "0")] = None
+    """Decoupled weight decay."""
+    grad_clip: Annotated[float | None, _arg("FLOAT", "1")] = None
+    """Largest gradient norm."""
+    seed: Annotated[int | None, _arg("INT", "0")] = None
+    """Seeds the order of the data, what is held out, and the choice between equals."""
+    holdout: Annotated[float | None, _arg("FLOAT", "0")] = None
+    """Share of the tasks (of the questions of a file) that is not trained on, and measured."""
+    eval_every: Annotated[int | None, _arg("INT", "0")] = None
+    """Steps between two measurements of it; 0: at the end of each epoch."""
+    save_every: Annotated[int | None, _arg("INT", "100")] = None
+    """Steps between checkpoints; 0: only when interrupted and at the end."""
+    max_context: Annotated[int | None, _arg("INT", "2048")] = None
+    """Longest row in tokens; what is longer is left out, and counted."""
+    history: Annotated[Literal["auto", "append", "template"] | None, _arg("{auto,append,template}", "auto")] = None
     """Of files: as the setting model.history."""
     template_variables: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """Of files: as the setting model.template_variables, such as ``enable_thinking=false``."""
-    merge_system: bool | None = None
+    merge_system: bool = False
     """Of files: as the setting model.merge_system."""
-    tool_format: ToolFormatName | None = None
+    tool_format: Annotated[ToolFormatName | None, _arg("NAME", "auto")] = None
     """Of files: as the setting model.tool_format."""
-    token_budget: int | None = None
-    """Most tokens in one micro-batch; 1024."""
-    logprob_chunk: int | None = None
-    """Targets whose logits exist at once; 512."""
-    gradient_checkpointing: bool | None = None
+    token_budget: Annotated[int | None, _arg("INT", "1024")] = None
+    """Most tokens in one micro-batch."""
+    logprob_chunk: Annotated[int | None, _arg("INT", "512")] = None
+    """Targets whose logits exist at once."""
+    gradient_checkpointing: bool = False
     """Compute each layer again in the backward pass: less memory, a quarter slower."""
-    precision: Literal["auto", "bf16", "fp32"] | None = None
+    precision: Annotated[Literal["auto", "bf16", "fp32"] | None, _arg("{auto,bf16,fp32}", "auto")] = None
     """Autocast precision; master weights and the optimizer are fp32 always."""
-    threads: int | None = None
-    """Cores; 0, all of them."""
-    device: Literal["auto", "cpu", "cuda"] | None = None
+    threads: Annotated[int | None, _arg("INT", "0")] = None
+    """Cores; 0: all of them."""
+    device: Annotated[Literal["auto", "cpu", "cuda"] | None, _arg("{auto,cpu,cuda}", "auto")] = None
     """Where to compute; ``auto``: on the first GPU, else on the processor."""
-    tensorboard: bool | None = None
-    """Write the metrics for TensorBoard; True."""
-    wandb: str | None = None
-    """Weights & Biases project to log to as well; none."""
+    no_tensorboard: bool = False
+    """Do not write the metrics for TensorBoard."""
+    wandb: Annotated[str | None, _arg("PROJECT", "none")] = None
+    """Weights & Biases project to log to as well."""
 
     def run(self, overrides: Sequence[str]) -> int:
         config = self.settings()
@@ -141,12 +149,12 @@ class _Finetune:
     def _given(self) -> dict[str, Any]:
         """Return the settings that were given."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in _OTHERS]
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None and value is not False}
         if self.steps is not None:
             given["first_step"], given["last_step"] = step_range(self.steps)
         if self.template_variables:
             given["template_variables"] = template_variables(self.template_variables)
-        return given
+        return given | ({"tensorboard": False} if self.no_tensorboard else {})
 
     def _validated(self, given: dict[str, Any]) -> SftConfig | DpoConfig:
         from pydantic import ValidationError
@@ -173,12 +181,12 @@ class Sft(_Finetune):
     tokens alone are learned.
     """
 
-    min_reward: float | None = None
+    min_reward: Annotated[float | None, _arg("FLOAT", "none")] = None
     """Of runs: only episodes whose reward reaches this."""
-    per_task: int | None = None
+    per_task: Annotated[int | None, _arg("INT", "none")] = None
     """Of runs: at most so many episodes of each task, those with the highest rewards."""
-    turns: Literal["all", "last"] | None = None
-    """Which of the assistant's turns train: all of an episode, or its last; all."""
+    turns: Annotated[Literal["all", "last"] | None, _arg("{all,last}", "all")] = None
+    """Which of the assistant's turns train: all of an episode, or its last."""
 
 
 @dataclass
@@ -189,11 +197,11 @@ class Dpo(_Finetune):
     ``rejected``, and their ``prompt`` or one beginning. The reference is the starting model.
     """
 
-    beta: float | None = None
-    """How strongly the policy is held to the starting model; 0.1."""
-    label_smoothing: float | None = None
-    """The assumed share of pairs whose order is wrong; 0."""
-    min_gap: float | None = None
-    """Of runs: the least difference between the rewards of a pair; 0.1."""
-    pairs: int | None = None
-    """Of runs: at most so many pairs a group: best and worst, second best and second worst, …; 1."""
+    beta: Annotated[float | None, _arg("FLOAT", "0.1")] = None
+    """How strongly the policy is held to the starting model."""
+    label_smoothing: Annotated[float | None, _arg("FLOAT", "0")] = None
+    """The assumed share of pairs whose order is wrong."""
+    min_gap: Annotated[float | None, _arg("FLOAT", "0.1")] = None
+    """Of runs: the least difference between the rewards of a pair."""
+    pairs: Annotated[int | None, _arg("INT", "1")] = None
+    """Of runs: at most so many pairs a group: best and worst, second best and second worst, …"""

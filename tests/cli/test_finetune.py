@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
+from areal_agents.cli.finetune import Dpo, Sft
 from areal_agents.cli.main import main
 from areal_agents.finetune.config import DpoConfig, SftConfig
 from areal_agents.finetune.folder import read_settings
@@ -51,6 +53,24 @@ def test_preferences_of_a_run_and_of_a_file(tmp_path: Path, model: Path, capsys:
     assert main(["dpo", "--out", str(out), "--resume"]) == 0
     assert main(["sft", "--out", str(out), "--resume"]) == 2
     assert "holds a dpo training: go on with it by `areal-agents dpo`" in capsys.readouterr().err
+
+
+def test_the_defaults_of_the_help_are_those_of_the_settings() -> None:
+    seen = 0
+    for command, config in ((Sft, SftConfig), (Dpo, DpoConfig)):
+        for name, hint in get_type_hints(command, include_extras=True).items():
+            told = getattr(next(iter(getattr(hint, "__metadata__", ())), None), "help_behavior_hint", None)
+            if told in (None, "(required)") or name in ("kind", "steps"):
+                continue
+            said = str(told).removeprefix("(default: ").removesuffix(")")
+            said = {
+                "none": "None" if name != "wandb" else "",
+                "2e-5; of dpo 1e-6": ("2e-05", "1e-06")[command is Dpo],
+            }.get(said, said)
+            default = config.model_fields[name].default
+            assert said == (f"{default:g}" if isinstance(default, float) else str(default)), name
+            seen += 1
+    assert seen > 40
 
 
 @pytest.mark.parametrize(
