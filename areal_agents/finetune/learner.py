@@ -23,6 +23,7 @@ from areal_agents.algorithms.preference import PreferenceTerms, dpo
 from areal_agents.finetune.examples import Sequences
 from areal_agents.learner.learner import Metrics, TorchLearner
 from areal_agents.learner.optim import learning_rate
+from areal_agents.learner.passes import Objective, Scored
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.utils.memory import peak_mib
 
@@ -39,7 +40,7 @@ class FinetuneLearner(TorchLearner):
 
     async def imitate(self, batch: Sequence[Sequences]) -> Metrics:
         """Take one optimizer step on the mean cross-entropy of all targets of the batch."""
-        return await self._run(lambda: self._imitate(_numbered(batch)))
+        return await self._run(lambda: self._imitate([row for said in batch for row in said.rows]))
 
     async def prefer(
         self, batch: Sequence[Sequences], reference_E: NDArray[np.float64], *, beta: float, label_smoothing: float
@@ -52,46 +53,45 @@ class FinetuneLearner(TorchLearner):
             beta: how strongly the policy is held to the reference.
             label_smoothing: the assumed share of pairs whose order is wrong.
         """
-        rows, reference = _numbered(batch), torch.from_numpy(reference_E)
+        rows, reference = _paired(batch), torch.from_numpy(reference_E)
         return await self._run(lambda: self._prefer(rows, reference, beta, label_smoothing))
 
     async def sums(self, batch: Sequence[Sequences]) -> NDArray[np.float64]:
         """Compute log π of each sequence, the sum over its targets, [E], without a gradient."""
-        rows = _numbered(batch)
-        found = await self._run(lambda: self._logprobs(rows, 1.0)[0])
+        rows = [replace(row, episode=i) for i, said in enumerate(batch) for row in said.rows]
+        found = await self._run(lambda: self._passes.logprobs(rows, 1.0)[0])
         out = np.zeros(len(batch))
         for row, logprobs in zip(rows, found, strict=True):
             out[row.episode] += float(logprobs[row.mask].astype(np.float64).sum())
         return out
 
-    def _imitate(self, rows: list[Row]) -> Metrics:
+    def _imitate(self, rows: Sequence[Row]) -> Metrics:
         start, total = time.perf_counter(), sum(int(r.mask.sum()) for r in rows)
 
-        def objective(logprobs_T: Tensor, tokens: Tokens) -> Tensor:
-            loss_T = losses.cross_entropy(logprobs_T)
+        def imitation(scored: Scored, tokens: Tokens) -> Tensor:
+            loss_T = losses.cross_entropy(scored.logprobs_T)
             return losses.token_mean(loss_T, torch.ones_like(loss_T, dtype=torch.bool), tokens=total)
 
-        loss, forwarded = self._backward(rows, None, 1.0, objective)
+        loss, forwarded = self._passes.backward(rows, None, 1.0, Objective(imitation))
         return self._stepped(rows, start, forwarded) | {"loss": loss}
 
-    def _prefer(self, rows: list[Row], reference_E: Tensor, beta: float, label_smoothing: float) -> Metrics:
-        start = time.perf_counter()
-        found, before = self._logprobs(rows, 1.0)
-        sums_E = torch.zeros_like(reference_E)
-        for row, logprobs in zip(rows, found, strict=True):
-            sums_E[row.episode] += float(logprobs[row.mask].astype(np.float64).sum())
-        sums_E.requires_grad_()
-        terms = preference(sums_E, reference_E, beta=beta, label_smoothing=label_smoothing)
-        terms.loss_P.mean().backward()  # type: ignore[no-untyped-call]
-        assert sums_E.grad is not None
-        grad_E = sums_E.grad.float()
+    def _prefer(self, rows: Sequence[Row], reference_E: Tensor, beta: float, label_smoothing: float) -> Metrics:
+        start, pairs = time.perf_counter(), len(reference_E) // 2
+        seen: list[PreferenceTerms] = []
 
-        def objective(logprobs_T: Tensor, tokens: Tokens) -> Tensor:
-            # Linear in log π, with the loss's own gradient: each token of a sequence has that of the sequence's sum.
-            return (logprobs_T * grad_E[tokens.episodes]).sum()
+        def preferences(scored: Scored, tokens: Tokens) -> Tensor:
+            pair_P, at_T = torch.unique(tokens.episodes, return_inverse=True)
+            sums_E = torch.zeros(2 * len(pair_P), dtype=torch.float64)
+            worse_T = (tokens.advantages < 0).long()
+            sums_E = sums_E.index_add(0, 2 * at_T + worse_T, scored.logprobs_T.double())
+            chosen = torch.stack([2 * pair_P, 2 * pair_P + 1], dim=1).flatten()
+            terms = preference(sums_E, reference_E[chosen], beta=beta, label_smoothing=label_smoothing)
+            seen.append(terms)
+            return terms.loss_P.sum() / pairs
 
-        _, forwarded = self._backward(rows, None, 1.0, objective)
-        return self._stepped(rows, start, before + forwarded) | preference_metrics(terms)
+        _, forwarded = self._passes.backward(rows, None, 1.0, Objective(preferences, scope="episode"))
+        whole = PreferenceTerms(*(torch.cat(column).detach() for column in zip(*seen, strict=True)))
+        return self._stepped(rows, start, forwarded) | preference_metrics(whole)
 
     def _stepped(self, rows: Sequence[Row], start: float, forwarded: int) -> Metrics:
         """Take the optimizer's step, and return what every kind of step measures."""
@@ -132,5 +132,10 @@ def preference_metrics(terms: PreferenceTerms) -> Metrics:
     }
 
 
-def _numbered(batch: Sequence[Sequences]) -> list[Row]:
-    return [replace(row, episode=i) for i, said in enumerate(batch) for row in said.rows]
+def _paired(batch: Sequence[Sequences]) -> list[Row]:
+    """Return the rows of chosen, rejected, chosen, …: a pair is an episode, its better side has advantages of 1."""
+    return [
+        replace(row, episode=i // 2, advantages=np.where(row.mask, 1.0 - 2.0 * (i % 2), 0.0).astype(np.float32))
+        for i, said in enumerate(batch)
+        for row in said.rows
+    ]
