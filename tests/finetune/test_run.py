@@ -24,6 +24,7 @@ from areal_agents.finetune.run import FinetuneResult, batch_of, finetune
 from areal_agents.learner.forward import load_model
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.types import user
+from tests import doc_blocks
 from tests.finetune.world import chat, dpo, jsonl, record, run_folder, sft, turn
 from tests.learner_data import row_logprobs
 from tests.tiny_models import tiny_chat_model
@@ -118,6 +119,8 @@ def test_preferences_are_learned(tmp_path: Path, model: Path) -> None:
     assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert found[0]["margin"] == pytest.approx(0.0, abs=1e-4)
     assert found[-1]["loss"] < 0.2
+    documented = doc_blocks.first_cells(doc_blocks.section("docs/sft.md", "Metrics, stop, go on"))
+    assert sorted(documented) == sorted(found[0].keys() - {"kind", "step", "time"})
     assert (found[-1]["accuracy"], found[-1]["margin"] > 1) == (1.0, True)
     assert set(result.holdout[0][1]) == {"loss", "accuracy", "margin", "reward_chosen", "reward_rejected"}
     assert result.holdout[0][1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
