@@ -22,8 +22,9 @@ from areal_agents.finetune.config import DpoConfig, FinetuneConfig, SftConfig
 from areal_agents.finetune.examples import Example, Limits, Pair, Sequences, Tally, guarded, last_turn
 from areal_agents.finetune.messages import RowRefused
 from areal_agents.finetune.render import trained_rows
+from areal_agents.finetune.served import ServedEpisodes
 from areal_agents.tracking.trajectories import Record, read_shard
-from areal_agents.types import Ids, Image, Trajectory, Turn
+from areal_agents.types import Image, Trajectory, Turn
 from areal_agents.utils.tolerance import reaches
 
 
@@ -33,7 +34,7 @@ class _Played:
 
     task: str
     group: tuple[int, str]
-    prompt: Ids
+    prompt: bytes
     reward: float
     said: Sequences
 
@@ -81,25 +82,29 @@ def _played(
     min_reward: float | None = None, last: bool = False,
 ) -> Iterator[_Played]:  # fmt: skip
     """Yield the episodes that can be trained on, and count the others."""
-    for record in _records(path, config):
+    run = SavedRun.open(path)
+    served = ServedEpisodes(run, fmt)
+    for record in _records(run, config):
         tally.found += 1
         t, name = record.trajectory, f"{path} step {record.step}, {record.trajectory.id}"
         if t.stop_reason == "error" or t.reward != t.reward:
             tally.leave_out(name, "the infrastructure failed, so it has no reward")
         elif min_reward is not None and not reaches(t.reward, min_reward):
             tally.leave_out(name, f"its reward is below --min-reward {min_reward:g}")
-        elif (said := guarded(tally, name, partial(_rows, t, fmt, last=last), limits)) is not None:
-            yield _Played(t.task.id, (record.step, t.group), t.turns[0].prompt_suffix, t.reward, said)
+        elif (said := guarded(tally, name, partial(_rows, t, fmt, served, last=last), limits)) is not None:
+            first = said.rows[0]
+            prompt = first.ids[: int(first.mask.argmax())].tobytes()
+            yield _Played(t.task.id, (record.step, t.group), prompt, t.reward, said)
+    tally.rendered = served.rendered
 
 
-def _records(path: Path, config: FinetuneConfig) -> Iterator[Record]:
-    run = SavedRun.open(path)
+def _records(run: SavedRun, config: FinetuneConfig) -> Iterator[Record]:
     kind = config.kind or kinds_of(run)[0]
     for shard in run.shards(kind, first=config.first_step, last=config.last_step):
         yield from read_shard(shard)
 
 
-def _rows(t: Trajectory, fmt: ChatFormat, *, last: bool) -> list[Row]:
+def _rows(t: Trajectory, fmt: ChatFormat, served: ServedEpisodes, *, last: bool) -> list[Row]:
     """Return the rows of an episode.
 
     Raises RowRefused where it has none, and ConfigError where another tokenizer's tokens are in it.
@@ -107,17 +112,20 @@ def _rows(t: Trajectory, fmt: ChatFormat, *, last: bool) -> list[Row]:
     if not t.turns:
         raise RowRefused("it has no turn")
     for turn in t.turns:
-        if not turn.prompt_suffix and not turn.completion.ids:
-            raise RowRefused("it has no token ids, because a chat server's model played it")
         if any(isinstance(part, Image) for message in turn.observation for part in message.parts):
             raise RowRefused("its prompts have images: the learner reads text alone")
         _require_own_tokens(t, turn, fmt)
-    rows = trained_rows(rows_of(t, [1.0] * len(t.turns), episode=0))
+    played = [bool(turn.prompt_suffix or turn.completion.ids) for turn in t.turns]
+    if any(played) and not all(played):
+        raise RowRefused("some of it has tokens and some has none")
+    rows = trained_rows(rows_of(t, [1.0] * len(played), episode=0)) if all(played) else served.rows(t)
     return last_turn(rows) if last else rows
 
 
 def _require_own_tokens(t: Trajectory, turn: Turn, fmt: ChatFormat) -> None:
     ids = list(turn.completion.ids)
+    if not ids:
+        return
     decode = fmt.tokenizer.backend_tokenizer.decode
     if turn.message.text not in (decode(ids, skip_special_tokens=False), decode(ids[:-1], skip_special_tokens=False)):
         raise ConfigError(

@@ -97,6 +97,8 @@ class Tally:
     """By reason."""
     first: dict[str, str] = field(default_factory=dict)
     """By reason, the first that it struck, with the details."""
+    rendered: int = 0
+    """Episodes without tokens of their own, which the model's chat template rendered."""
     unused: set[str] = field(default_factory=set)
     """Columns and fields that were not read."""
 
@@ -109,6 +111,10 @@ class Tally:
     def lines(self, what: str) -> list[str]:
         """Return the counts as lines for people."""
         out = [f"{self.source}: {self.taken} {what} of {self.found} {self.unit}"]
+        if self.rendered:
+            out.append(
+                f"  {self.rendered} have no tokens (a server's model played them): rendered by the chat template"
+            )
         shown = self.left_out.most_common(_SHOWN)
         out += [f"  left out {n}, the first {self.first[kind]}" for kind, n in shown]
         if len(self.left_out) > _SHOWN:

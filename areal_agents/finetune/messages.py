@@ -38,6 +38,8 @@ class Said:
     """The thinking before it. None where the file says nothing of any."""
     calls: tuple[Call, ...] = ()
     trains: bool = True
+    hermes: bool = False
+    """Its calls stand in ``content`` as Hermes blocks, as saved episodes have them."""
 
 
 Spoken = Message | Said

@@ -106,6 +106,8 @@ def _written(fmt: ChatFormat, said: Said, prompt: Ids, tools: Sequence[ToolSpec]
                 "variable for thinking (--template-variables enable_thinking=true), or leave the reasoning out"
             )
         said = replace(said, reasoning=None)
+    if said.hermes:
+        return fmt.encode_turn(said_text(fmt, said), tools, prompt)
     ids = fmt.encode_said(said_text(fmt, said), prompt)
     if said.calls:
         known = {tool.name for tool in tools}

@@ -38,10 +38,10 @@ STEPS = ("train", "sft", "dpo")
 def summary(values: Mapping[str, float], kind: str) -> str:
     """Write out the numbers that are worth a line.
 
-    They are those of ``SHOWN`` and ``NOTED`` for training, of ``FINETUNED`` for a step of fine-tuning, and all of them
+    They are those of ``SHOWN`` and ``NOTED`` for training, of ``FINETUNED`` for fine-tuning, and all of them
     otherwise.
     """
-    if kind in STEPS[1:]:
+    if kind in (*STEPS[1:], "holdout"):
         return "  ".join(text.format(values[name]) for name, text in FINETUNED if name in values)
     if kind == "train":
         shown = [text.format(values[name]) for name, text in SHOWN if name in values]

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from areal_agents.chat.format import ChatFormat
+from areal_agents.chat.toolcalls import parse_text
 from areal_agents.errors import ArealError, ConfigError
 from areal_agents.finetune.episodes import run_examples, run_pairs
 from areal_agents.finetune.examples import Limits
-from areal_agents.types import Completion, Image, Message
+from areal_agents.types import Completion, Image, Message, Text, Turn, user
+from tests.chat_families import family_tokenizer
 from tests.finetune.world import dpo, fmt, record, run_folder, sft, targets, turn
 
 LIMITS = Limits(256, 1000)
@@ -29,7 +32,7 @@ def chosen(folder: Path, **changes: Any) -> tuple[list[str], dict[str, int]]:
 
 
 WORDS = (
-    "--min-reward", "--per-task", "same tokens", "infrastructure", "--max-context", "no turn", "chat server", "images",
+    "--min-reward", "--per-task", "same tokens", "infrastructure", "--max-context", "no turn", "images",
     "vocabulary",
 )  # fmt: skip
 
@@ -102,18 +105,16 @@ def test_a_cut_turn_has_no_end_to_learn(tmp_path: Path) -> None:
 
 
 def test_what_cannot_train_is_counted(tmp_path: Path) -> None:
-    nothing = Completion((), (), (), "stop")
     image = Message("user", (Image("x.png"),))
     rows = [
         record("g0/0", turn("a")),
         record("g0/1", turn("b"), stop="error"),
         record("g0/2"),
         record("g0/3", turn("fox " * 400)),
-        record("g0/4", replace(turn("c"), prompt_suffix=(), completion=nothing)),
         record("g0/5", replace(turn("d"), observation=(image,))),
         record("g0/6", replace(turn("e"), prompt_suffix=(5, 1000))),
     ]
-    counts = dict.fromkeys(("infrastructure", "no turn", "--max-context", "chat server", "images", "vocabulary"), 1)
+    counts = dict.fromkeys(("infrastructure", "no turn", "--max-context", "images", "vocabulary"), 1)
     assert chosen(run_folder(tmp_path / "run", rows)) == (["a"], counts)
 
 
@@ -122,6 +123,44 @@ def test_another_tokenizers_tokens_are_refused(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", [record("g0/0", foreign)])
     with pytest.raises(ConfigError, match=r"g0/0 was sampled with another tokenizer.*Give --model the run's own model"):
         chosen(run)
+
+
+def served(text: str, asked: Message, **message: Any) -> Turn:
+    """A turn of a chat server's model: a message, and no tokens."""
+    return replace(
+        turn("x"), prompt_suffix=(), completion=Completion((), (), (), "stop"), observation=(asked,),
+        message=replace(parse_text(text), **message),
+    )  # fmt: skip
+
+
+def test_a_servers_episodes_are_rendered_with_the_environments_tools(
+    tmp_path: Path, smollm2: Path, shared_data: Path
+) -> None:
+    call = '<tool_call>{"name": "echo", "arguments": {"text": "a"}}</tool_call>'
+    result = Message("tool", (Text("aaaa"),), "call_0", "echo")
+    first = served(f"I call.{call}", user("go"), reasoning="why")
+    rows = [
+        record("g0/0", first, served("done", result), kind="eval"),
+        record("g0/1", first, served("cut", result, finish="length"), kind="eval"),
+        record("g0/2", replace(turn("x"), completion=Completion((), (), (), "stop")), first, kind="eval"),
+        record("g0/3", served(call, user("go"), tool_calls=(replace(first.message.tool_calls[0], format="glm"),)),
+               kind="eval"),
+    ]  # fmt: skip
+    run = run_folder(tmp_path / "run", rows, env="tests.saved_runs:Mixed")
+    form = ChatFormat(family_tokenizer(smollm2, shared_data / "chat_templates", "qwen3_5_think"), history="append")
+    found, tally = run_examples(run, sft(run, Path("m"), Path("o")), form, Limits(2000, 100_000))
+    assert (tally.taken, tally.rendered) == (2, 2)
+    assert [word for reason in tally.left_out for word in ("has tokens and", "format glm") if word in reason] == [
+        "has tokens and", "format glm",
+    ]  # fmt: skip
+    (row,) = found[0].said.rows
+    whole = form.tokenizer.decode(row.ids)
+    assert '"name": "echo"' in whole
+    said = "I call.<tool_call>\n<function=echo>\n<parameter=text>\na\n</parameter>\n</function>\n</tool_call><|im_end|>"
+    assert form.tokenizer.decode(row.ids[row.mask]) == f"why\n</think>\n\n{said}\n</think>\n\ndone<|im_end|>"
+    assert form.tokenizer.decode(found[1].said.rows[0].ids[found[1].said.rows[0].mask]) == f"why\n</think>\n\n{said}"
+    with pytest.raises(ConfigError, match=r"its environment, which has the tools, cannot be made"):
+        chosen(run_folder(tmp_path / "other", [record("g0/0", first)], env="nowhere:Env"))
 
 
 def pairs(folder: Path, **changes: Any) -> tuple[list[tuple[str, str]], dict[str, int]]:

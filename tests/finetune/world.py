@@ -42,8 +42,8 @@ def record(
     return Record(kind, step, Trajectory(id, made, group, turns, True, False, stop))
 
 
-def run_folder(out: Path, records: Sequence[Record], model: Path | str = "smollm2") -> Path:
-    config = TrainConfig.model_validate({"out": out, "env": {"id": "x:Y"}, "model": {"path": str(model)}})
+def run_folder(out: Path, records: Sequence[Record], *, env: str = "x:Y") -> Path:
+    config = TrainConfig.model_validate({"out": out, "env": {"id": env}})
     save(out, config, records)
     return out
 
