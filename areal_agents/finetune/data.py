@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic
@@ -14,6 +14,8 @@ from areal_agents.finetune.config import DpoConfig, SftConfig
 from areal_agents.finetune.episodes import run_examples, run_pairs
 from areal_agents.finetune.examples import Example, ItemT, Limits, Pair, Tally, fingerprint, split_holdout
 from areal_agents.finetune.files import file_examples, file_pairs
+
+Seen = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class Data(Generic[ItemT]):
         return [*lines, f"training on {len(self.train)} {what}, {tokens} tokens{held}"]
 
 
-def load_examples(config: SftConfig, model: Path) -> Data[Example]:
-    """Load what is imitated. Raises ConfigError where nothing is left."""
-    fmt, limits = _format(config, model)
+def load_examples(config: SftConfig, model: Path, *, seen: Seen = lambda: None) -> Data[Example]:
+    """Load what is imitated. ``seen`` is called for each line or episode. Raises ConfigError where nothing is left."""
+    fmt, limits = _format(config, model, seen)
     found = [
         (run_examples if path.is_dir() else file_examples)(path, config, fmt, limits)
         for path in map(_existing, config.data)
@@ -44,9 +46,9 @@ def load_examples(config: SftConfig, model: Path) -> Data[Example]:
     return _data([item for items, _ in found for item in items], [tally for _, tally in found], config)
 
 
-def load_pairs(config: DpoConfig, model: Path) -> Data[Pair]:
-    """Load the pairs of a preference training. Raises ConfigError where nothing is left."""
-    fmt, limits = _format(config, model)
+def load_pairs(config: DpoConfig, model: Path, *, seen: Seen = lambda: None) -> Data[Pair]:
+    """Load the pairs of a preference training, as ``load_examples`` loads what is imitated."""
+    fmt, limits = _format(config, model, seen)
     found = [
         (run_pairs if path.is_dir() else file_pairs)(path, config, fmt, limits) for path in map(_existing, config.data)
     ]
@@ -69,7 +71,7 @@ def _existing(name: str) -> Path:
     return path
 
 
-def _format(config: SftConfig | DpoConfig, model: Path) -> tuple[ChatFormat, Limits]:
+def _format(config: SftConfig | DpoConfig, model: Path, seen: Seen) -> tuple[ChatFormat, Limits]:
     try:
         sizes = json.loads((model / "config.json").read_text(encoding="utf-8"))
         inner = sizes.get("text_config") or sizes
@@ -83,4 +85,4 @@ def _format(config: SftConfig | DpoConfig, model: Path) -> tuple[ChatFormat, Lim
             f"--max-context is {config.max_context}, and {model} takes {positions} tokens at most: set --max-context "
             f"{positions} or less"
         )
-    return ChatFormat.load(model, config.chat), Limits(config.max_context, vocabulary)
+    return ChatFormat.load(model, config.chat), Limits(config.max_context, vocabulary, seen)

@@ -85,7 +85,7 @@ def _played(
     run = SavedRun.open(path)
     served = ServedEpisodes(run, fmt)
     for record in _records(run, config):
-        tally.found += 1
+        tally.count(limits)
         t, name = record.trajectory, f"{path} step {record.step}, {record.trajectory.id}"
         if t.stop_reason == "error" or t.reward != t.reward:
             tally.leave_out(name, "the infrastructure failed, so it has no reward")

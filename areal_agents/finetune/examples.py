@@ -102,6 +102,11 @@ class Tally:
     unused: set[str] = field(default_factory=set)
     """Columns and fields that were not read."""
 
+    def count(self, limits: Limits) -> None:
+        """Count something that is read."""
+        self.found += 1
+        limits.seen()
+
     def leave_out(self, name: str, reason: str) -> None:
         """Count something that is not trained on. Reasons that differ in numbers alone are one."""
         kind = _NUMBER.sub("N", reason)
@@ -134,6 +139,8 @@ class Limits:
 
     max_context: int
     vocabulary: int
+    seen: Callable[[], None] = lambda: None
+    """Is called for each line or episode that is read."""
 
 
 def require_fitting(rows: Sequence[Row], limits: Limits) -> None:

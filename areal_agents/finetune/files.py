@@ -40,7 +40,7 @@ def file_examples(path: Path, config: SftConfig, fmt: ChatFormat, limits: Limits
     """Read the conversations of a file. Raises ConfigError for a file that cannot be read."""
     tally, found = Tally(str(path), "lines"), []
     for name, row in _lines(path):
-        tally.found += 1
+        tally.count(limits)
         said = guarded(tally, name, partial(_imitated, row, config, fmt, tally), limits)
         if said is not None:
             found.append(Example(_prompt_of(path, said.rows), said))
@@ -52,7 +52,7 @@ def file_pairs(path: Path, config: DpoConfig, fmt: ChatFormat, limits: Limits) -
     """Read the pairs of a file. Raises ConfigError for a file that cannot be read."""
     tally, found = Tally(str(path), "lines"), []
     for name, row in _lines(path):
-        tally.found += 1
+        tally.count(limits)
         try:
             sides, tools = _sides(row), read_tools(row.get("tools"))
             _note_unused(row, tally)
@@ -77,7 +77,7 @@ def file_pairs(path: Path, config: DpoConfig, fmt: ChatFormat, limits: Limits) -
 
 def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue

@@ -71,7 +71,7 @@ def begin(folder: RunFolder, config: SftConfig | DpoConfig, data: Data[ItemT], *
     if row.get("fingerprint") != data.fingerprint:
         raise ConfigError(
             f"the data of {out} is no longer what it was begun with ({', '.join(config.data)}): put it back, or choose "
-            "another --out"
+            "another --out. Of a run that still goes on, choose --steps"
         )
     commit = folder.read_commit() or Commit()
     folder.clean(commit)

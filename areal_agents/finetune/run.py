@@ -38,6 +38,8 @@ from areal_agents.utils.signals import Stop, StopRequested, stop_on_signals
 
 _AT_ONCE = 32
 """Examples whose log-probabilities are computed between two looks at the signals."""
+_SHOW_EVERY = 5.0
+"""Seconds."""
 HOLDOUT = "holdout"
 """The kind of a held-out measurement in metrics.jsonl."""
 
@@ -97,8 +99,13 @@ async def _begun(
     config: SftConfig | DpoConfig, folder: RunFolder, stop: Stop, watch: Stopwatch, *, resume: bool, console: bool
 ) -> FinetuneResult:
     model = resolve(config.model)
+    seen = _Reading(stop, show=console)
     data: Data[Any] = await asyncio.to_thread(
-        lambda: load_examples(config, model) if isinstance(config, SftConfig) else load_pairs(config, model)
+        lambda: (
+            load_examples(config, model, seen=seen)
+            if isinstance(config, SftConfig)
+            else load_pairs(config, model, seen=seen)
+        )
     )
     total = config.epochs * math.ceil(len(data.train) / config.batch)
     if config.warmup_steps > total:
@@ -113,6 +120,22 @@ async def _begun(
     rows = read_metrics(config.out, kind=HOLDOUT) if data.holdout else []
     measured = tuple((row["step"], {k: v for k, v in row.items() if k not in ("kind", "step", "time")}) for row in rows)
     return FinetuneResult(config.out, config.out / "model", total, measured, watch.seconds)
+
+
+class _Reading:
+    """A count of what is read, shown now and then. A stop ends the reading."""
+
+    def __init__(self, stop: Stop, *, show: bool) -> None:
+        self._stop, self._show, self._watch = stop, show, Stopwatch()
+        self._count, self._last = 0, 0.0
+
+    def __call__(self) -> None:
+        if self._stop.requested:
+            raise StopRequested
+        self._count += 1
+        if self._show and self._watch.seconds - self._last >= _SHOW_EVERY:
+            self._last = self._watch.seconds
+            print(f"reading: {self._count} lines and episodes", flush=True)
 
 
 @contextlib.asynccontextmanager
