@@ -20,6 +20,8 @@ from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, Choice
 from areal_agents.algorithms.scope import Scope, scope_of, widest
 from areal_agents.errors import ConfigError
 
+Aggregation = Literal["token", "episode", "sequence", "constant"]
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -108,7 +110,8 @@ class PolicyObjective:
         *,
         loss: Choice,
         correction: Choice,
-        aggregation: Literal["token", "episode"],
+        aggregation: Aggregation,
+        constant: int | None = None,
         max_staleness: int | None = None,
     ) -> None:
         """Look the two functions up.
@@ -116,7 +119,8 @@ class PolicyObjective:
         Args:
             loss: of ``registry.LOSSES``.
             correction: of ``registry.CORRECTIONS``.
-            aggregation: mean over all sampled tokens, or over episodes of the mean over their tokens.
+            aggregation: how tokens add up (``losses`` has a function for each).
+            constant: what ``constant`` divides an episode's sum by.
             max_staleness: older tokens are masked; None: none is.
 
         Raises:
@@ -127,7 +131,7 @@ class PolicyObjective:
         self._takes = LOSSES.takes(loss), CORRECTIONS.takes(correction)
         functions = LOSSES.function(loss.kind), CORRECTIONS.function(correction.kind)
         self.scope: Scope = widest(*(scope_of(f, where) for f, where in zip(functions, self._names, strict=True)))
-        self._aggregation, self._max_staleness = aggregation, max_staleness
+        self._aggregation, self._constant, self._max_staleness = aggregation, constant, max_staleness
         trial_T = torch.tensor([-0.5, -1.0])
         tokens = Tokens(
             ids=torch.tensor([1, 2]), behaviour=trial_T - 0.1, advantages=torch.tensor([1.0, -1.0]),
@@ -214,15 +218,23 @@ class PolicyObjective:
             logprobs_T.detach(), tokens.behaviour, sampled_T, kept_T, terms.clipped_T, tokens.turns, tokens.versions,
             version=version, episode_tokens_T=counts.tokens_E[tokens.episodes],
         )  # fmt: skip
+        return self._sum(loss_T, sampled_T, tokens, counts)
+
+    def _sum(self, loss_T: Tensor, sampled_T: Tensor, tokens: Tokens, counts: Denominators) -> Tensor:
+        """Add the losses of some tokens up, each as the aggregation weighs it."""
+        episodes = counts.episodes
         match self._aggregation:
             case "token":
                 return losses.token_mean(loss_T, sampled_T, tokens=counts.tokens)
             case "episode":
-                return losses.episode_mean(
-                    loss_T, sampled_T, tokens.episodes, counts.tokens_E, episodes=counts.episodes
-                )
-            case other:
-                raise ValueError(f"aggregation must be 'token' or 'episode', got {other!r}")
+                return losses.episode_mean(loss_T, sampled_T, tokens.episodes, counts.tokens_E, episodes=episodes)
+            case "sequence":
+                return losses.sequence_mean(loss_T, sampled_T, episodes=episodes)
+            case "constant" if self._constant is not None:
+                return losses.constant_mean(loss_T, sampled_T, episodes=episodes, constant=self._constant)
+        raise ValueError(
+            f"aggregation = {self._aggregation!r} with constant = {self._constant}: unknown, or no constant"
+        )
 
 
 def _require_tokens(where: str, name: str, value: object, like_T: Tensor, *, boolean: bool = False) -> None:

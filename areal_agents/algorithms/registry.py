@@ -225,7 +225,16 @@ LOSSES = Registry(
     "algorithm.loss",
     "policy loss",
     group="areal_agents.losses",
-    builtin={"ppo": "areal_agents.algorithms.losses:ppo"},
+    builtin={
+        "ppo": "areal_agents.algorithms.losses:ppo",
+        "gspo": "areal_agents.algorithms.sequence_losses:gspo",
+        "gspo_token": "areal_agents.algorithms.sequence_losses:gspo_token",
+        "cispo": "areal_agents.algorithms.losses:cispo",
+        "sapo": "areal_agents.algorithms.losses:sapo",
+        "gmpo": "areal_agents.algorithms.sequence_losses:gmpo",
+        "dppo_tv": "areal_agents.algorithms.losses:dppo_tv",
+        "reinforce": "areal_agents.algorithms.losses:reinforce",
+    },
     given=("logprobs_T", "old_logprobs_T", "advantages_T", "behaviour_T", "episodes_T", "turns_T"),
     required=("logprobs_T",),
 )

@@ -117,7 +117,7 @@ class TorchLearner:
         self.total_steps, self.seed, self.max_staleness = total_steps, seed, max_staleness
         self._policy = PolicyObjective(
             loss=algorithm.loss, correction=algorithm.correction, aggregation=algorithm.aggregation,
-            max_staleness=max_staleness,
+            constant=algorithm.constant, max_staleness=max_staleness,
         )  # fmt: skip
         self._version, self._threads, self.publish_dtype = 0, threads, publish_dtype
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")

@@ -202,8 +202,11 @@ class AlgorithmConfig(Section):
     """The policy loss of a token."""
     correction: Annotated[Choice, *_chosen(CORRECTIONS)] = Choice("bypass")
     """``bypass``: the ratio is taken to the sampler. ``decoupled``: to a proximal policy, weighted by p/μ."""
-    aggregation: Literal["token", "episode"] = "token"
-    """Mean over all sampled tokens, or over episodes of the mean over their tokens."""
+    aggregation: Literal["token", "episode", "sequence", "constant"] = "token"
+    """Mean over all sampled tokens; or over episodes of the mean over their tokens (``episode``), of the sum over them
+    (``sequence``), or of that sum by ``constant`` (Dr. GRPO)."""
+    constant: int | None = Field(default=None, ge=1)
+    """What ``aggregation = "constant"`` divides an episode's sum by, for example the most tokens that it may sample."""
 
 
 class LearnerConfig(Section):

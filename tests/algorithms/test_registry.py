@@ -168,7 +168,7 @@ def test_the_list_of_algorithms() -> None:
     assert one.startswith("[algorithm.advantage]\n  grpo\n  Compare each episode")
     assert "2402.03300" in one
     assert "turn_return" not in one
-    with pytest.raises(ConfigError, match="there is no algorithm 'gae': there are turn_return, grpo, ppo, bypass"):
+    with pytest.raises(ConfigError, match=r"there is no algorithm 'gae': there are turn_return, grpo, .*ppo, .*bypass"):
         algorithms_text("gae")
 
 
