@@ -9,6 +9,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,8 +39,8 @@ def require_same_gradient(
     # p as after an optimizer step, so that π/p is not 1.
     proximal = None
     if policy.needs_proximal:
-        rng = torch.Generator().manual_seed(1)
-        proximal = [r.logprobs + 0.2 * torch.randn(len(r), generator=rng).numpy() for r in rows]
+        rng = np.random.default_rng(1)
+        proximal = [r.logprobs + 0.2 * rng.standard_normal(len(r), np.float32) for r in rows]
 
     def value(logprobs_T: torch.Tensor, tokens: Tokens, stats: OffPolicyStats) -> torch.Tensor:
         return policy(logprobs_T, tokens, counts, stats, version=batch.version)
