@@ -190,6 +190,7 @@ class PolicyObjective:
         stats: offpolicy.OffPolicyStats,
         *,
         version: int,
+        extra_T: Tensor | None = None,
     ) -> Tensor:
         """Return these tokens' part of the minibatch's loss, a scalar.
 
@@ -201,6 +202,7 @@ class PolicyObjective:
             counts: what the sum is divided by.
             stats: is told of every token.
             version: the learner's.
+            extra_T: what other terms add to the loss of each token that is not masked, float [T]. None: nothing.
 
         Raises:
             ValueError: what the loss and the correction raise.
@@ -209,6 +211,8 @@ class PolicyObjective:
         # A masked token adds nothing, whatever weight it was given, and no weight carries a gradient.
         weight_T = torch.where(corrected.kept_T, corrected.weight_T.detach(), 0.0)
         kept_T, loss_T = corrected.kept_T, terms.loss_T * weight_T
+        if extra_T is not None:
+            loss_T = loss_T + torch.where(kept_T, extra_T, 0.0)
         if self._max_staleness is not None:
             young_T = offpolicy.age_mask(tokens.versions, version=version, max_staleness=self._max_staleness)
             kept_T, loss_T = kept_T & young_T, torch.where(young_T, loss_T, 0.0)
@@ -246,7 +250,7 @@ def _require_tokens(where: str, name: str, value: object, like_T: Tensor, *, boo
     raise ConfigError(f"{where} returned {name} = {what}: expected {kind}, one a token, {list(like_T.shape)}")
 
 
-def live_rows(batch: Batch, *, max_staleness: int | None, scope: Scope) -> list[int]:
+def live_rows(batch: Batch, *, max_staleness: int | None, scope: Scope, always: bool = False) -> list[int]:
     """Find the rows that must go through the model: all that can change the gradient.
 
     Where a loss sees whole episodes, a row without a gradient of its own may weigh another row's tokens.
@@ -255,10 +259,17 @@ def live_rows(batch: Batch, *, max_staleness: int | None, scope: Scope) -> list[
         batch: rows with advantages.
         max_staleness: tokens older than so many versions have no gradient. None is any age.
         scope: what the objective sees at once.
+        always: a token has a gradient whatever its advantage is, as a KL term and an entropy bonus give it.
 
     Returns:
         Indices of rows, ascending.
     """
+    if always:
+        oldest = np.inf if max_staleness is None else max_staleness
+        young = [bool((batch.version - r.versions[r.mask] <= oldest).any()) for r in batch.rows]
+        if scope == "token":
+            return [i for i, y in enumerate(young) if y]
+        return list(range(len(batch.rows))) if any(young) else []
     has = [i for i, r in enumerate(batch.rows) if has_gradient(r, version=batch.version, max_staleness=max_staleness)]
     match scope:
         case "token":

@@ -39,6 +39,7 @@ from areal_agents.algorithms.objective import (
     split_episodes,
 )
 from areal_agents.algorithms.offpolicy import OffPolicyStats
+from areal_agents.algorithms.regularizers import Regularizers, RegularizerStats
 from areal_agents.engine import Transport, WeightsRef
 from areal_agents.errors import CheckpointError, ModelError
 from areal_agents.learner.checkpoint import read_weights, write_model, write_state
@@ -46,6 +47,7 @@ from areal_agents.learner.forward import Decoder, load_model
 from areal_agents.learner.optim import adamw, learning_rate
 from areal_agents.learner.passes import Logprobs, Objective, Passes, Scored
 from areal_agents.learner.probe import probe, probe_ids
+from areal_agents.learner.reference import COLUMN, KlToReference
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.utils.files import atomic_folder, unwritable
 from areal_agents.utils.memory import peak_mib
@@ -125,6 +127,9 @@ class TorchLearner:
         self._model = self._decoder.model
         self._passes = Passes(
             self._decoder, token_budget=learner.token_budget, chunk=learner.logprob_chunk, before_pack=self._use_threads
+        )
+        self._kl = KlToReference(
+            algorithm.kl, self._decoder, token_budget=learner.token_budget, chunk=learner.logprob_chunk
         )
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = self._new_optimizer(learner.lr)
@@ -231,14 +236,19 @@ class TorchLearner:
         check_batch(batch, self._version)
         self._warm = None
         c, version = self.config, self._version
-        live = live_rows(batch, max_staleness=self.max_staleness, scope=self._policy.scope)
+        live = live_rows(
+            batch, max_staleness=self.max_staleness, scope=self._policy.scope, always=self._regularizers.any
+        )
         proximal: dict[int, NDArray[np.float32]] = {}
         forwarded = 0
         if self._policy.needs_proximal:
             found, forwarded = self._passes.logprobs([batch.rows[i] for i in live], batch.temperature)
             proximal = dict(zip(live, found, strict=True))
+        stats, terms = OffPolicyStats(), RegularizerStats()
+        batch, more = self._kl.with_column(batch, live)
+        forwarded += more
         lr = learning_rate(version, peak=c.lr, total=self.total_steps, warmup=c.warmup_steps, schedule=c.schedule)
-        stats, loss, norms, skipped, empty = OffPolicyStats(), 0.0, [], 0, 0
+        loss, norms, skipped, empty = 0.0, [], 0, 0
         parts = split_episodes(batch.episodes, c.minibatches, seed=self.seed, version=version)
         for part in parts:
             inside = set(part.tolist())
@@ -250,12 +260,14 @@ class TorchLearner:
                 empty += 1
                 continue
             chosen, old = [batch.rows[i] for i in rows], [proximal[i] for i in rows] if proximal else None
-            value, tokens = self._passes.backward(chosen, old, batch.temperature, self._objective(counts, stats))
+            value, tokens = self._passes.backward(chosen, old, batch.temperature, self._objective(counts, stats, terms))
             norm = self._apply(self._optimizer, lr)
             loss, forwarded = loss + value / len(parts), forwarded + tokens
             skipped, empty = skipped + (norm is None), empty + (norm == 0.0)
             norms += [] if norm is None else [norm]
         self._version += 1
+        beside = terms.result()
+        beside |= self._kl.end_step(self._version, beside.get("kl_reference"), episodes=batch.episodes)
         seconds = time.perf_counter() - start
         return {
             "loss": loss,
@@ -269,14 +281,24 @@ class TorchLearner:
             "tokens_per_second": forwarded / seconds,
             "memory_peak_mb": peak_mib(),
             **{f"off_policy/{name}": value for name, value in stats.result().items()},
+            **beside,
         }
 
-    def _objective(self, counts: Denominators, stats: OffPolicyStats) -> Objective:
-        version = self._version
-        return Objective(
-            lambda scored, tokens: self._policy(scored.logprobs_T, tokens, counts, stats, version=version),
-            scope=self._policy.scope,
-        )
+    @property
+    def _regularizers(self) -> Regularizers:
+        a = self.algorithm
+        return Regularizers(self._kl.coef, a.kl.estimator, a.entropy)
+
+    def _objective(self, counts: Denominators, stats: OffPolicyStats, terms: RegularizerStats) -> Objective:
+        version, beside = self._version, self._regularizers
+
+        def value(scored: Scored, tokens: Tokens) -> Tensor:
+            logprobs_T, extra_T = scored.logprobs_T, None
+            if beside.any:
+                extra_T = beside(logprobs_T, scored.entropy_T, tokens.behaviour, tokens.columns.get(COLUMN), terms)
+            return self._policy(logprobs_T, tokens, counts, stats, version=version, extra_T=extra_T)
+
+        return Objective(value, scope=self._policy.scope, entropy=bool(beside.entropy))
 
     def _sft_step(self, rows: tuple[Row, ...], lr: float) -> Metrics:
         start = time.perf_counter()
@@ -292,6 +314,7 @@ class TorchLearner:
 
         loss, forwarded = self._passes.backward(rows, None, 1.0, Objective(imitation))
         norm = self._apply(self._warm, lr)
+        self._kl.moved = True  # training begins elsewhere than in ``source``
         return {
             "loss": loss,
             "grad_norm": 0.0 if norm is None else norm,
@@ -320,7 +343,9 @@ class TorchLearner:
                 write_model(folder, self.tensors(), source=self.source, dtype=dtype)
                 if state:
                     optimizer = self._optimizer.state_dict()
-                    write_state(folder / STATE, {"version": self._version, "seed": self.seed, "optimizer": optimizer})
+                    self._kl.save(folder)
+                    own = {"version": self._version, "seed": self.seed, "optimizer": optimizer}
+                    write_state(folder / STATE, {**own, **self._kl.state()})
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(str(unwritable(path, error))) from error
 
@@ -328,6 +353,7 @@ class TorchLearner:
         if not (path / STATE).is_file():
             raise ModelError(f"{path} holds no {STATE}: it is no checkpoint of this learner")
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        self._kl.load(path, state)
         read_weights(path, self.tensors())
         self._optimizer.load_state_dict(state["optimizer"])
         self._version, self.seed, self._warm = int(state["version"]), int(state["seed"]), None

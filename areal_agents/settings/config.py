@@ -195,6 +195,33 @@ def _chosen(registry: Registry) -> tuple[Any, ...]:
     return BeforeValidator(registry.read), PlainSerializer(registry.table)
 
 
+class KlConfig(Section):
+    coef: float = Field(default=0.0, ge=0.0)
+    """Weight of the KL divergence to a reference policy, a token; 0: none, and no reference is held in memory."""
+    estimator: Literal["k1", "k2", "k3", "k3_unbiased"] = "k3_unbiased"
+    """``k3_unbiased`` has the divergence's own gradient, off policy too. ``k3`` is GRPO's. ``k2``: right on policy."""
+    target: Positive | None = None
+    """Divergence to keep to, nats a token: ``coef`` is then adapted after every step. none: it stays."""
+    horizon: Count = 10_000
+    """Episodes over which an adapted ``coef`` may change by a fifth."""
+    refresh: int = Field(default=0, ge=0)
+    """Take the policy as the new reference after every so many steps; 0: the policy that training began with."""
+
+    @model_validator(mode="after")
+    def _check(self) -> KlConfig:
+        if self.coef and self.estimator == "k1":
+            raise ValueError(
+                "algorithm.kl.estimator = 'k1' in the loss has a gradient of 0 on average, so it keeps nothing near "
+                "the reference: use 'k3_unbiased', 'k3' or 'k2'"
+            )
+        if not self.coef and (self.target is not None or self.refresh):
+            raise ValueError(
+                "algorithm.kl.target and algorithm.kl.refresh do nothing while algorithm.kl.coef is 0: set coef, such "
+                "as 0.001"
+            )
+        return self
+
+
 class AlgorithmConfig(Section):
     advantage: Annotated[Choice, *_chosen(ADVANTAGES)] = Choice("turn_return")
     """How rewards become advantages."""
@@ -207,6 +234,9 @@ class AlgorithmConfig(Section):
     (``sequence``), or of that sum by ``constant`` (Dr. GRPO)."""
     constant: int | None = Field(default=None, ge=1)
     """What ``aggregation = "constant"`` divides an episode's sum by, for example the most tokens that it may sample."""
+    entropy: float = Field(default=0.0, ge=0.0)
+    """Weight of an entropy bonus, a token, nats; 0: none."""
+    kl: KlConfig = KlConfig()
 
 
 class LearnerConfig(Section):
