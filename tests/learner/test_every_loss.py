@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from areal_agents.algorithms.objective import Aggregation, Denominators, PolicyObjective, Tokens
-from areal_agents.algorithms.offpolicy import OffPolicyStats
-from areal_agents.algorithms.registry import LOSSES, Choice
+from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
+from areal_agents.algorithms.registry import LOSSES, MASKS, Choice
 from areal_agents.learner.passes import Objective, Passes
 from tests.learner.test_learner import learner
 from tests.learner.test_passes import gradient
@@ -26,10 +26,10 @@ TEMPERATURE = 0.7
 
 
 def require_same_gradient(
-    tmp_path: Path, policy: PolicyObjective, *, shared: bool, budget: int, chunk: int = 7
+    tmp_path: Path, policy: PolicyObjective, *, shared: bool, budget: int, chunk: int = 7, seed: int = 0
 ) -> dict[str, float]:
     model = tiny_model()
-    batch = make_batch(model, noise=0.4, version=3, versions=(0, 1, 2, 3))
+    batch = make_batch(model, noise=0.4, version=3, versions=(0, 1, 2, 3), seed=seed)
     rows = batch.rows
     made = learner(model, tmp_path / "m")
     if not shared:
@@ -82,3 +82,32 @@ def test_each_aggregation_has_the_undivided_gradient(tmp_path: Path, aggregation
     kind: Aggregation = aggregation
     policy = PolicyObjective(loss=Choice("ppo"), correction=Choice("bypass"), aggregation=kind, constant=40)
     require_same_gradient(tmp_path, policy, shared=True, budget=40)
+
+
+CORRECTIONS_WITH = [
+    ("decoupled", {"scope": "token", "truncate": 1.1}),
+    ("decoupled", {"scope": "trajectory", "truncate": 1.5}),
+    ("log_linear", {"scope": "turn"}),
+    ("importance", {"scope": "trajectory"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), CORRECTIONS_WITH)
+def test_each_correction_has_the_undivided_gradient(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    loss = "reinforce" if kind == "importance" else "ppo"
+    policy = PolicyObjective(loss=Choice(loss), correction=Choice(kind, options), aggregation="token")
+    assert policy.scope == ("token" if options["scope"] == "token" else "episode")
+    found = require_same_gradient(tmp_path, policy, shared=True, budget=40)
+    assert found["weight_mean"] != 1.0
+
+
+@pytest.mark.parametrize("mask", [m for m in MASKS.builtin() if m != "none"])
+def test_each_mask_has_the_undivided_gradient(tmp_path: Path, mask: str) -> None:
+    wide, bad = {"bounds": (0.4, 2.0)}, {"delta": 1e-3, "scope": "turn"}
+    options: dict[str, dict[str, Any]] = {"geometric": wide, "trust_region": wide, "opsm": bad}
+    chosen = Choice(mask, options.get(mask, {}))
+    policy = PolicyObjective(loss=Choice("ppo"), correction=Choice("bypass"), mask=chosen, aggregation="token")
+    assert policy.scope == ("minibatch" if mask == "m2po" else "episode")
+    found = require_same_gradient(tmp_path, policy, shared=True, budget=300, seed=int(mask == "opsm"))
+    assert 0.0 < found["masked_share/by_mask"] < 1.0
+    assert "masked_share/by_age" not in found
