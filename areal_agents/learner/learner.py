@@ -38,7 +38,7 @@ from areal_agents.algorithms.objective import (
     live_rows,
     split_episodes,
 )
-from areal_agents.algorithms.offpolicy import OffPolicyStats
+from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
 from areal_agents.algorithms.regularizers import Regularizers, RegularizerStats
 from areal_agents.engine import Transport, WeightsRef
 from areal_agents.errors import CheckpointError, ModelError
@@ -119,7 +119,7 @@ class TorchLearner:
         self.total_steps, self.seed, self.max_staleness = total_steps, seed, max_staleness
         self._policy = PolicyObjective(
             loss=algorithm.loss, correction=algorithm.correction, aggregation=algorithm.aggregation,
-            max_staleness=max_staleness,
+            mask=algorithm.mask, constant=algorithm.constant, max_staleness=max_staleness,
         )  # fmt: skip
         self._version, self._threads, self.publish_dtype = 0, threads, publish_dtype
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")

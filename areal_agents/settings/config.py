@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from areal_agents.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, Choice, Registry
+from areal_agents.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, MASKS, Choice, Registry
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
 
@@ -229,8 +229,13 @@ class AlgorithmConfig(Section):
     """The policy loss of a token."""
     correction: Annotated[Choice, *_chosen(CORRECTIONS)] = Choice("bypass")
     """``bypass``: the ratio is taken to the sampler. ``decoupled``: to a proximal policy, weighted by p/μ."""
-    aggregation: Literal["token", "episode"] = "token"
-    """Mean over all sampled tokens, or over episodes of the mean over their tokens."""
+    mask: Annotated[Choice, *_chosen(MASKS)] = Choice("none")
+    """What takes the gradient from tokens, turns or episodes far off the policy, beside the correction's mask."""
+    aggregation: Literal["token", "episode", "sequence", "constant"] = "token"
+    """Mean over all sampled tokens; or over episodes of the mean over their tokens (``episode``), of the sum over them
+    (``sequence``), or of that sum by ``constant`` (Dr. GRPO)."""
+    constant: int | None = Field(default=None, ge=1)
+    """What ``aggregation = "constant"`` divides an episode's sum by, for example the most tokens that it may sample."""
     entropy: float = Field(default=0.0, ge=0.0)
     """Weight of an entropy bonus, a token, nats; 0: none."""
     kl: KlConfig = KlConfig()
