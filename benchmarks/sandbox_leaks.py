@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from sandbox_sides import SPEC, call_in
 
 from areal_agents import sandboxes
 from areal_agents.sandbox import SandboxBackend
+from areal_agents.sandboxes import memory
 
 WORKERS = 8
 SUBREAPER = 36
@@ -44,13 +46,22 @@ def descendants() -> set[int]:
 
 
 def idle_cgroups() -> set[str]:
-    """Return cgroups of sandboxes in which nothing runs: one that is being made or removed is none for long."""
+    """Return cgroups of this process's sandboxes in which nothing runs.
+
+    One that is being made or removed is none for long. Names with a slot's number are whoever's holds the slot: of
+    those, the ones where this process makes its own.
+    """
+    own = re.compile(rf"areal-agents-(u{os.getpid()}-)?[0-9]+")
+    bound = memory.detect()
+    parent = bound.parent if isinstance(bound, memory.CgroupBound) else None
+    if parent is None:
+        return set()
     found: set[str] | None = None
     for _ in range(3):
         empty = set()
-        for folder in Path("/sys/fs/cgroup").glob("**/areal-agents-*"):
+        for folder in parent.iterdir():
             with contextlib.suppress(OSError):
-                if not (folder / "cgroup.procs").read_text().strip():
+                if own.fullmatch(folder.name) and not (folder / "cgroup.procs").read_text().strip():
                     empty.add(str(folder))
         found = empty if found is None else found & empty
         time.sleep(0.1)
@@ -71,9 +82,9 @@ def containers() -> int:
 
 
 def mounts() -> list[str]:
-    """Return what is mounted where, but for what a Docker engine on this machine makes of its own meanwhile."""
-    lines = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines() if "docker" not in line)
-    return [f"{words[0]} {words[4]}" for words in lines]
+    """Return what is mounted where, but for what Docker engines on this machine make of their own meanwhile."""
+    lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [f"{words[0]} {words[4]}" for words in lines if not re.search("docker|/overlay2/|/netns/", words[4])]
 
 
 def left_behind(*, docker: bool) -> dict[str, Any]:

@@ -162,7 +162,11 @@ def checks(rows: list[dict[str, Any]], leaks: dict[str, Any], concurrencies: lis
         kept = all(value <= (MORE_MIB if "memory" in name else 0) for name, value in more.items())
         goal = f"no more of any, and at most {MORE_MIB} MiB"
         name = f"{side}: left after {seen['calls']} calls in {seen['sessions']} sessions"
-        found.append(Check(name, more, goal, kept))
+        new = sorted(
+            {*seen["after"].get("mounts", ()), *seen["after"].get("cgroups", ())}
+            - {*seen["before"].get("mounts", ()), *seen["before"].get("cgroups", ())}
+        )
+        found.append(Check(name, more, goal, kept, f"new: {', '.join(new)}" if new else ""))
     return found
 
 

@@ -102,6 +102,8 @@ class BubblewrapBackend:
         tools = self._find_tools()
         seccomp.program()
         bound = await asyncio.to_thread(memory.detect)
+        if isinstance(bound, memory.CgroupBound):
+            await asyncio.to_thread(bound.reap)
         alone = obstacle(tools, bound)
         try:
             holder = await self._start_first(bound, alone)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import time
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ MIN_ADDRESS_SPACE: Final = 96 << 20
 FEW: Final = 4
 ROOMY: Final = 192 << 20
 """Address space of each where there are more than a few: a Python that imports numpy takes half of it."""
+
+RECENT: Final = 60.0
+"""Seconds within which a sandbox fills the cgroup that it has made."""
+_OF_A_HOST: Final = re.compile(r"areal-agents-u([0-9]+)-[0-9]+")
 
 STACK: Final = 2 << 20
 """Stack of each thread unless the program says otherwise, where address space is short."""
@@ -168,6 +173,19 @@ class CgroupBound:
         except OSError as error:
             raise SandboxError(f"cannot create the cgroup {meter.folder}: {error}") from error
         return meter
+
+    def reap(self) -> None:
+        """Remove the cgroups that killed hosts left: what was in them died with its host, and nobody takes their names.
+
+        Those of slots are left to the next holder of the slot.
+        """
+        for folder in self.parent.iterdir():
+            host = _OF_A_HOST.fullmatch(folder.name)
+            if host is not None and not Path("/proc", host[1]).exists():
+                with contextlib.suppress(OSError):  # another host removes it too, or it is not empty yet
+                    # A host whose pid this namespace does not know may have made it just now, and fill it next.
+                    if time.time() - folder.stat().st_mtime > RECENT:
+                        folder.rmdir()
 
 
 class NoMeter:
