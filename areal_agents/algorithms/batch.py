@@ -34,7 +34,8 @@ class Row:
     """Index of the episode inside the batch."""
     columns: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     """What else a loss may read of each token, by name, [T] where mask, else 0: ``reference`` (log π of a reference
-    policy), ``values`` (V before the token when the batch was made), ``returns`` (what V is fitted to)."""
+    policy), ``values`` (V before the token when the batch was made), ``returns`` (what V is fitted to), ``fitted`` (1
+    where it is)."""
 
     def __len__(self) -> int:
         return len(self.ids)
