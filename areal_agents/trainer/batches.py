@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from areal_agents.algorithms.batch import Batch, Row, rows_of
+from areal_agents.algorithms.batch import Batch, Row, rows_of, tail_row
 from areal_agents.algorithms.critic_targets import Entries, target_columns, whitened
 from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.estimator import Estimator, entries
@@ -95,11 +95,14 @@ def _view(trajectory: Trajectory, values: EpisodeValues | None) -> EpisodeView:
 
 
 async def _read_values(learner: Valuer, episodes: Sequence[Trajectory], temperature: float) -> list[EpisodeValues]:
-    """Ask the critic for V before each sampled token."""
-    rows = [row for i, t in enumerate(episodes) for row in rows_of(t, [0.0] * len(t.turns), episode=i)]
+    """Ask the critic for V before each sampled token, and after the last turn of episodes that a limit cut."""
+    rows: list[Row] = []
+    for i, t in enumerate(episodes):
+        tail = tail_row(t, episode=i)
+        rows += [*rows_of(t, [0.0] * len(t.turns), episode=i), *([] if tail is None else [tail])]
     found = await learner.values(Batch(tuple(rows), len(episodes), learner.version, temperature))
-    turns: list[list[tuple[float, ...]]] = [[() for _ in t.turns] for t in episodes]
+    turns: list[list[tuple[float, ...]]] = [[() for _ in t.turns] + [(0.0,)] for t in episodes]  # the tail is last
     for row, values in zip(rows, found, strict=True):
         for k in sorted(set(row.turns[row.mask].tolist())):
             turns[row.episode][k] = tuple(values[row.turns == k].tolist())
-    return [EpisodeValues(tuple(t)) for t in turns]
+    return [EpisodeValues(tuple(of_turns), tail) for *of_turns, (tail,) in turns]
