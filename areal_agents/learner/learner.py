@@ -6,7 +6,7 @@
 
 All work runs in the learner's one worker thread. So the event loop goes on, and a cancelled caller leaves its step
 running to the end. Each call waits for the calls before it. ``publish`` also waits for one of two buffers, which is
-free again when an earlier ``publish`` context closes. Not covered: several processes or GPUs, LoRA, critics, a KL term.
+free again when an earlier ``publish`` context closes. Not covered: several processes or GPUs, LoRA, a KL term.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ from areal_agents.algorithms.objective import (
 from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
 from areal_agents.algorithms.regularizers import Regularizers, RegularizerStats
 from areal_agents.engine import Transport, WeightsRef
-from areal_agents.errors import CheckpointError, ModelError
+from areal_agents.errors import CheckpointError, ConfigError, ModelError
 from areal_agents.learner.checkpoint import read_weights, write_model, write_state
+from areal_agents.learner.critic import Critic, Values
 from areal_agents.learner.forward import Decoder, load_model
 from areal_agents.learner.optim import adamw, learning_rate
 from areal_agents.learner.passes import Logprobs, Objective, Passes, Scored
@@ -70,7 +71,11 @@ class Learner(Protocol):
 
     async def step(self, batch: Batch) -> Metrics: ...
     async def logprobs(self, batch: Batch) -> Logprobs:
-        """Compute log π under the current weights, for KL terms and critics. ``step`` needs no call of it."""
+        """Compute log π under the current weights, for KL terms. ``step`` needs no call of it."""
+        ...
+
+    async def values(self, batch: Batch) -> Values:
+        """Compute the critic's V before each sampled token. Raises ConfigError where there is no critic."""
         ...
 
     def publish(self) -> AbstractAsyncContextManager[WeightsRef]:
@@ -134,6 +139,7 @@ class TorchLearner:
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = self._new_optimizer(learner.lr)
         self._warm: torch.optim.AdamW | None = None
+        self._critic = self._executor.submit(self._new_critic).result()
         buffers = weights_buffers(
             transport, self.tensors(), publish_dtype, weights_dir=weights_dir, host=weights_host, receivers=receivers
         )
@@ -156,7 +162,7 @@ class TorchLearner:
             skipped, minibatches_empty: steps left out for a gradient that is not finite, and for one that is 0.
             tokens (sampled), rows, rows_skipped, episodes, over_age_share: of the batch.
             tokens_forward, tokens_per_second: through the model, shared prefixes once.
-            seconds, memory_peak_mb (of the process), and ``OffPolicyStats`` under ``off_policy/``.
+            seconds, memory_peak_mb (of the process), ``OffPolicyStats`` (``off_policy/``), ``Critic``'s (``critic/``).
         Rows with advantages of 0 alone or over-age tokens alone are skipped. They count in the denominators and in
         rows_skipped, and are missing from ``off_policy/``.
         Raises ValueError for a batch of another version, without episodes, or with a sampled token without context.
@@ -166,6 +172,12 @@ class TorchLearner:
     async def logprobs(self, batch: Batch) -> Logprobs:
         """Compute log π of every sampled token at the batch's temperature, under the current weights."""
         return await self._run(lambda: self._passes.logprobs(batch.rows, batch.temperature)[0])
+
+    async def values(self, batch: Batch) -> Values:
+        """Compute the critic's V before each sampled token. Raises ConfigError where there is no critic."""
+        if (critic := self._critic) is None:
+            raise ConfigError("there is no critic to ask for values: set algorithm.critic.kind = 'trunk' or 'own'")
+        return await self._run(lambda: critic.values(batch.rows))
 
     async def sft_step(self, rows: Sequence[Row], *, lr: float) -> Metrics:
         """Take one optimizer step on the mean cross-entropy of the masked tokens (the warm start).
@@ -208,6 +220,8 @@ class TorchLearner:
             return job()
         finally:  # of one that raised, out of memory perhaps: gradients are as large as the weights
             self._model.zero_grad(set_to_none=True)
+            if self._critic is not None:
+                self._critic.zero_grad()
 
     def _use_threads(self) -> None:
         # OpenMP counts threads per calling thread: it has to be said here. A CPU's backward runs in this thread too.
@@ -223,6 +237,12 @@ class TorchLearner:
             decoder.checkpoint_layers()
         return decoder
 
+    def _new_critic(self) -> Critic | None:
+        config = self.algorithm.critic
+        if config.kind == "none":
+            return None
+        return Critic(config, self.config, self._decoder, self.source, before_pack=self._use_threads)
+
     def _new_optimizer(self, lr: float) -> torch.optim.AdamW:
         c = self.config
         return adamw(self._model, lr=lr, weight_decay=c.weight_decay, betas=c.betas, eps=c.eps)
@@ -235,10 +255,11 @@ class TorchLearner:
         start = time.perf_counter()
         check_batch(batch, self._version)
         self._warm = None
-        c, version = self.config, self._version
-        live = live_rows(
-            batch, max_staleness=self.max_staleness, scope=self._policy.scope, always=self._regularizers.any
-        )
+        c, version, critic = self.config, self._version, self._critic
+        alone = critic is not None and critic.alone(version)
+        live = self._live(batch)
+        if critic is not None:
+            critic.start(batch)
         proximal: dict[int, NDArray[np.float32]] = {}
         forwarded = 0
         if self._policy.needs_proximal:
@@ -253,15 +274,18 @@ class TorchLearner:
         for part in parts:
             inside = set(part.tolist())
             rows = [i for i in live if batch.rows[i].episode in inside]
-            counts = Denominators.of(
-                [r for r in batch.rows if r.episode in inside], total_episodes=batch.episodes, episodes=len(part)
-            )
+            every = [r for r in batch.rows if r.episode in inside]
+            counts = Denominators.of(every, total_episodes=batch.episodes, episodes=len(part))
+            if critic is not None:
+                forwarded += critic.minibatch(every, inside=critic.shares and bool(rows))
             if not rows:  # no signal: AdamW would move by its momentum alone, as it would for a gradient of 0
-                empty += 1
+                empty += not alone
                 continue
             chosen, old = [batch.rows[i] for i in rows], [proximal[i] for i in rows] if proximal else None
             value, tokens = self._passes.backward(chosen, old, batch.temperature, self._objective(counts, stats, terms))
             norm = self._apply(self._optimizer, lr)
+            if critic is not None and critic.shares:
+                critic.apply()
             loss, forwarded = loss + value / len(parts), forwarded + tokens
             skipped, empty = skipped + (norm is None), empty + (norm == 0.0)
             norms += [] if norm is None else [norm]
@@ -282,7 +306,18 @@ class TorchLearner:
             "memory_peak_mb": peak_mib(),
             **{f"off_policy/{name}": value for name, value in stats.result().items()},
             **beside,
+            **({} if critic is None else critic.metrics()),
         }
+
+    def _live(self, batch: Batch) -> list[int]:
+        """Return the rows that go through the policy: none while the critic alone learns, all where it learns there."""
+        if self._critic is not None and self._critic.alone(self._version):
+            return []
+        if self._critic is not None and self._critic.shares:
+            return list(range(len(batch.rows)))
+        return live_rows(
+            batch, max_staleness=self.max_staleness, scope=self._policy.scope, always=self._regularizers.any
+        )
 
     @property
     def _regularizers(self) -> Regularizers:
@@ -290,7 +325,7 @@ class TorchLearner:
         return Regularizers(self._kl.coef, a.kl.estimator, a.entropy)
 
     def _objective(self, counts: Denominators, stats: OffPolicyStats, terms: RegularizerStats) -> Objective:
-        version, beside = self._version, self._regularizers
+        version, beside, critic = self._version, self._regularizers, self._critic
 
         def value(scored: Scored, tokens: Tokens) -> Tensor:
             logprobs_T, extra_T = scored.logprobs_T, None
@@ -298,7 +333,12 @@ class TorchLearner:
                 extra_T = beside(logprobs_T, scored.entropy_T, tokens.behaviour, tokens.columns.get(COLUMN), terms)
             return self._policy(logprobs_T, tokens, counts, stats, version=version, extra_T=extra_T)
 
-        return Objective(value, scope=self._policy.scope, entropy=bool(beside.entropy))
+        return Objective(
+            value,
+            scope=self._policy.scope,
+            entropy=bool(beside.entropy),
+            beside=critic.beside if critic is not None and critic.shares else None,
+        )
 
     def _sft_step(self, rows: tuple[Row, ...], lr: float) -> Metrics:
         start = time.perf_counter()
@@ -344,7 +384,8 @@ class TorchLearner:
                 if state:
                     optimizer = self._optimizer.state_dict()
                     self._kl.save(folder)
-                    own = {"version": self._version, "seed": self.seed, "optimizer": optimizer}
+                    critic = {} if self._critic is None else {"critic": self._critic.state()}
+                    own = {"version": self._version, "seed": self.seed, "optimizer": optimizer, **critic}
                     write_state(folder / STATE, {**own, **self._kl.state()})
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(str(unwritable(path, error))) from error
@@ -356,4 +397,6 @@ class TorchLearner:
         self._kl.load(path, state)
         read_weights(path, self.tensors())
         self._optimizer.load_state_dict(state["optimizer"])
+        if self._critic is not None:
+            self._critic.load(state.get("critic"), version=int(state["version"]))
         self._version, self.seed, self._warm = int(state["version"]), int(state["seed"]), None
