@@ -19,6 +19,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
+MAX_SERVED_RANK = 512
+"""The largest rank of adapters that vLLM serves."""
+
 
 class Section(BaseModel):
     """The base of every group of settings, which is frozen and knows no other keys than its own."""
@@ -206,9 +209,40 @@ class AlgorithmConfig(Section):
     """Mean over all sampled tokens, or over episodes of the mean over their tokens."""
 
 
+class LoraConfig(Section):
+    rank: int = Field(default=0, ge=0)
+    """Rank of the adapters that train in the place of the weights (docs/lora.md); 0: every weight trains."""
+    alpha: Positive = 32.0
+    """What adapters add counts alpha/rank times, so that a learning rate fits every rank."""
+    targets: tuple[str, ...] = ()
+    """Linear layers with an adapter, by the end of their names (``["q_proj", "v_proj"]``); none: all but the head."""
+    publish: Literal["auto", "merged", "adapter"] = "auto"
+    """What engines get: weights with the adapters in them, or the adapters alone (vLLM). ``auto``: adapters to vLLM up
+    to rank 512, else merged weights."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraConfig:
+        given = [name for name in ("alpha", "targets", "publish") if name in self.model_fields_set]
+        changed = [n for n in given if getattr(self, n) != type(self).model_fields[n].default]
+        if not self.rank and changed:
+            raise ValueError(
+                f"learner.lora.{changed[0]} = {getattr(self, changed[0])!r} is of adapters, and learner.lora.rank = 0 "
+                "trains every weight: set a rank, or leave it out"
+            )
+        if not all(self.targets):
+            raise ValueError("learner.lora.targets has an empty name: name linear layers, such as 'q_proj'")
+        if self.publish == "adapter" and self.rank > MAX_SERVED_RANK:
+            raise ValueError(
+                f"learner.lora.rank = {self.rank} is more than the {MAX_SERVED_RANK} that vLLM serves adapters of: "
+                "lower it, or set learner.lora.publish = 'merged'"
+            )
+        return self
+
+
 class LearnerConfig(Section):
     lr: Positive = 5e-6
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; with adapters about ten times that of all weights."""
+    lora: LoraConfig = LoraConfig()
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Decoupled weight decay; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -336,9 +370,22 @@ class TrainConfig(Section):
             )
         if on_ray and self.learner.device == "cuda" and not c.learner_gpus:
             raise ValueError("learner.device = 'cuda' on Ray needs cluster.learner_gpus, which is 0: set it to 1")
+        if self.learner.lora.publish == "adapter" and self.engine.kind != "vllm":
+            raise ValueError(
+                f"learner.lora.publish = 'adapter' needs engine.kind = 'vllm', and it is {self.engine.kind!r}, which "
+                "serves merged weights: leave it out"
+            )
         if self.rollout.max_turn_tokens >= self.model.max_context:
             raise ValueError(
                 f"rollout.max_turn_tokens = {self.rollout.max_turn_tokens} must be under model.max_context = "
                 f"{self.model.max_context}"
             )
         return self
+
+    @property
+    def publishes_adapters(self) -> bool:
+        """Whether the engines get adapters, and not whole weights."""
+        lora = self.learner.lora
+        if lora.publish == "auto":
+            return self.engine.kind == "vllm" and 0 < lora.rank <= MAX_SERVED_RANK
+        return lora.publish == "adapter"

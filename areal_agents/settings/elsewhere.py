@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 
 _KL = "there is no KL penalty yet: nothing pulls the policy back to a reference model (docs/limits.md)"
-_LORA = "there is no LoRA yet: every weight trains (docs/limits.md)"
+_DROPOUT = "there is no dropout: the policy that trains must be the one that sampled (docs/lora.md)"
 _CRITIC = "there is no critic yet: advantages compare the episodes of a group (docs/limits.md)"
 _ENTROPY = "there is no entropy bonus yet (docs/limits.md)"
 _SHARD = "there is no sharding of the learner over GPUs yet: it computes on one device (docs/limits.md)"
@@ -23,8 +23,10 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     _KL: ("kl", "kl_coef", "kl_coeff", "kl_beta", "beta", "init_kl_coef", "kl_loss_coef", "use_kl_loss", "kl_penalty",
           "use_kl_in_reward", "kl_loss_type", "kl_ctrl", "kl_target", "target_kl", "kl_estimator", "kl_weight",
           "ref_model", "ref_update_steps", "sync_ref_model", "ref_path", "reference_model"),
-    _LORA: ("lora", "lora_r", "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "use_peft", "peft_config",
-            "lora_target_modules"),
+    "this is learner.lora.rank here (docs/lora.md)": ("lora", "lora_r", "lora_rank", "use_peft", "peft_config"),
+    "this is learner.lora.alpha here": ("lora_alpha",),
+    "this is learner.lora.targets here": ("target_modules", "lora_target_modules"),
+    _DROPOUT: ("lora_dropout",),
     _CRITIC: ("critic", "critic_lr", "critic_learning_rate", "value_loss_coef", "vf_coef", "cliprange_value", "lam",
               "gae_lambda", "lambd", "critic_warmup", "critic_pretrain", "whiten_rewards"),
     _ENTROPY: ("entropy", "entropy_coef", "entropy_coeff", "ent_coef", "entropy_loss_coef"),

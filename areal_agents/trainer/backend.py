@@ -127,6 +127,7 @@ def learner_settings(config: TrainConfig, transport: Transport, *, threads: int)
         "total_steps": config.steps,
         "seed": config.seed,
         "publish_dtype": engine_dtype(config),
+        "publish_adapters": config.publishes_adapters,
         "max_staleness": config.rollout.staleness if config.rollout.on_exceed == "mask" else None,
         "threads": threads,
         "transport": transport,
