@@ -45,6 +45,8 @@ class Correction(NamedTuple):
     """float [T], detached; multiplies the loss; 0 where masked."""
     kept_T: Tensor
     """bool [T], False where masked."""
+    old_T: Tensor | None = None
+    """float [T], log of the policy that the loss takes its ratio to. None: p where the correction takes it, else μ."""
 
 
 def _around_one(bounds: tuple[float, float]) -> tuple[float, float]:

@@ -41,7 +41,15 @@ class Registry:
     """The algorithms that one setting chooses from."""
 
     def __init__(
-        self, key: str, what: str, *, group: str, builtin: Mapping[str, str], given: tuple[str, ...], all_given: bool
+        self,
+        key: str,
+        what: str,
+        *,
+        group: str,
+        builtin: Mapping[str, str],
+        given: tuple[str, ...],
+        required: tuple[str, ...] = (),
+        one: bool = False,
     ) -> None:
         """Declare a registry.
 
@@ -50,11 +58,12 @@ class Registry:
             what: what one algorithm of it is, for messages.
             group: entry points of this group are found by their names.
             builtin: ``module:function`` by name.
-            given: the positional arguments that the trainer passes, by name.
-            all_given: an algorithm takes all of them; else it takes those that it names.
+            given: the positional arguments that the trainer can pass, by name; an algorithm takes those that it names.
+            required: those of them that every algorithm takes.
+            one: whether an algorithm takes exactly one of them.
         """
         self.key, self.what, self.group = key, what, group
-        self.given, self._all_given = given, all_given
+        self.given, self._required, self._one = given, required, one
         self._builtin = dict(builtin)
 
     def names(self) -> list[str]:
@@ -71,7 +80,7 @@ class Registry:
         """
         where = f"{self.key}.kind = {kind!r}"
         found = load_function(*self._place(kind), where)
-        require_signature(found, where, key=self.key, given=self.given, all_given=self._all_given)
+        require_signature(found, where, key=self.key, given=self.given, required=self._required, one=self._one)
         return found
 
     def parameters(self, kind: str) -> type[Parameters]:
@@ -207,18 +216,18 @@ ADVANTAGES = Registry(
         "turn_return": "areal_agents.algorithms.advantages:turn_return",
         "grpo": "areal_agents.algorithms.advantages:grpo",
     },
-    given=("group",),
-    all_given=True,
+    given=("group", "groups"),
+    one=True,
 )
-"""From a group's rewards to advantages: ``advantages.py``."""
+"""From the episodes of a group (or of all groups of a batch) to advantages: ``advantages.py``."""
 
 LOSSES = Registry(
     "algorithm.loss",
     "policy loss",
     group="areal_agents.losses",
     builtin={"ppo": "areal_agents.algorithms.losses:ppo"},
-    given=("logprobs_T", "old_logprobs_T", "advantages_T"),
-    all_given=True,
+    given=("logprobs_T", "old_logprobs_T", "advantages_T", "behaviour_T", "episodes_T", "turns_T"),
+    required=("logprobs_T",),
 )
 """From log-probabilities and advantages to a loss a token: ``losses.py``."""
 
@@ -230,8 +239,7 @@ CORRECTIONS = Registry(
         "bypass": "areal_agents.algorithms.offpolicy:bypass",
         "decoupled": "areal_agents.algorithms.offpolicy:decoupled",
     },
-    given=("logprobs_T", "behaviour_T", "proximal_T"),
-    all_given=False,
+    given=("logprobs_T", "behaviour_T", "proximal_T", "advantages_T", "ages_T", "episodes_T", "turns_T"),
 )
 """From distances between policies to a weight a token: ``offpolicy.py``. One that takes ``proximal_T`` costs a forward
 pass without gradient a batch, and the loss then takes its ratio to that policy instead of to the sampler."""

@@ -33,7 +33,8 @@ from areal_agents.cluster.remote_errors import Failure
 from areal_agents.cluster.watched_actor import ActorLost, ActorSilent, WatchedActor, process_here
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import ArealError, ConfigError, EngineError, LearnerLost
-from areal_agents.learner.learner import Logprobs, Metrics, TorchLearner
+from areal_agents.learner.learner import Metrics, TorchLearner
+from areal_agents.learner.passes import Logprobs
 from areal_agents.utils.closing import AsyncClosing
 
 Method = Literal["step", "logprobs", "sft_step", "save", "load", "export"]

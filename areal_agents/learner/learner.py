@@ -34,19 +34,20 @@ from areal_agents.algorithms.objective import (
     Tokens,
     batch_counts,
     check_batch,
-    has_gradient,
-    sources,
+    live_rows,
     split_episodes,
 )
 from areal_agents.algorithms.offpolicy import OffPolicyStats
+from areal_agents.algorithms.regularizers import Regularizers, RegularizerStats
 from areal_agents.engine import Transport, WeightsRef
 from areal_agents.errors import ModelError
-from areal_agents.learner.forward import Decoder, Scores
+from areal_agents.learner.forward import Decoder
 from areal_agents.learner.lora import Lora
 from areal_agents.learner.optim import adamw, learning_rate
-from areal_agents.learner.packing import pack_rows
+from areal_agents.learner.passes import Logprobs, Objective, Passes, Scored
 from areal_agents.learner.probe import probe, probe_ids
-from areal_agents.learner.trained import Trained, export_model, load_checkpoint, load_trained, save_checkpoint
+from areal_agents.learner.reference import COLUMN, KlToReference
+from areal_agents.learner.trained import Trained, export_model, load_trained, read_checkpoint, save_checkpoint
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.utils.memory import peak_mib
 from areal_agents.utils.precision import resolve_device, resolve_precision
@@ -54,10 +55,7 @@ from areal_agents.weights.publisher import Publisher
 from areal_agents.weights.transports import WeightsBuffer, weights_buffers
 
 Metrics = dict[str, float]
-Logprobs = list[NDArray[np.float32]]
-"""For each row, [T]: log π where the row's mask is True, else 0."""
 T = TypeVar("T")
-Objective = Callable[[Tensor, Tokens], Tensor]
 
 
 class Learner(Protocol):
@@ -127,6 +125,12 @@ class TorchLearner:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
         self._decoder, self._trained = self._executor.submit(self._load, publish_adapters).result()
         self._model = self._decoder.model
+        self._passes = Passes(
+            self._decoder, token_budget=learner.token_budget, chunk=learner.logprob_chunk, before_pack=self._use_threads
+        )
+        self._kl = KlToReference(
+            algorithm.kl, self._decoder, token_budget=learner.token_budget, chunk=learner.logprob_chunk
+        )
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = self._new_optimizer(learner.lr)
         self._warm: torch.optim.AdamW | None = None
@@ -174,7 +178,7 @@ class TorchLearner:
 
     async def logprobs(self, batch: Batch) -> Logprobs:
         """Compute log π of every sampled token at the batch's temperature, under the current weights."""
-        return await self._run(lambda: self._logprobs(batch.rows, batch.temperature)[0])
+        return await self._run(lambda: self._passes.logprobs(batch.rows, batch.temperature)[0])
 
     async def base_logprobs(self, batch: Batch) -> Logprobs:
         """Compute ``logprobs`` under the base model, which adapters leave as it was.
@@ -186,7 +190,7 @@ class TorchLearner:
 
         def job() -> Logprobs:
             with lora.disabled():
-                return self._logprobs(batch.rows, batch.temperature)[0]
+                return self._passes.logprobs(batch.rows, batch.temperature)[0]
 
         return await self._run(job)
 
@@ -270,16 +274,19 @@ class TorchLearner:
         check_batch(batch, self._version)
         self._warm = None
         c, version = self.config, self._version
-        live = [
-            i for i, r in enumerate(batch.rows) if has_gradient(r, version=version, max_staleness=self.max_staleness)
-        ]
+        live = live_rows(
+            batch, max_staleness=self.max_staleness, scope=self._policy.scope, always=self._regularizers.any
+        )
         proximal: dict[int, NDArray[np.float32]] = {}
         forwarded = 0
         if self._policy.needs_proximal:
-            found, forwarded = self._logprobs([batch.rows[i] for i in live], batch.temperature)
+            found, forwarded = self._passes.logprobs([batch.rows[i] for i in live], batch.temperature)
             proximal = dict(zip(live, found, strict=True))
+        stats, terms = OffPolicyStats(), RegularizerStats()
+        batch, more = self._kl.with_column(batch, live)
+        forwarded += more
         lr = learning_rate(version, peak=c.lr, total=self.total_steps, warmup=c.warmup_steps, schedule=c.schedule)
-        stats, loss, norms, skipped, empty = OffPolicyStats(), 0.0, [], 0, 0
+        loss, norms, skipped, empty = 0.0, [], 0, 0
         parts = split_episodes(batch.episodes, c.minibatches, seed=self.seed, version=version)
         for part in parts:
             inside = set(part.tolist())
@@ -291,12 +298,14 @@ class TorchLearner:
                 empty += 1
                 continue
             chosen, old = [batch.rows[i] for i in rows], [proximal[i] for i in rows] if proximal else None
-            value, tokens = self._backward(chosen, old, batch.temperature, self._objective(counts, stats))
+            value, tokens = self._passes.backward(chosen, old, batch.temperature, self._objective(counts, stats, terms))
             norm = self._apply(self._optimizer, lr)
             loss, forwarded = loss + value / len(parts), forwarded + tokens
             skipped, empty = skipped + (norm is None), empty + (norm == 0.0)
             norms += [] if norm is None else [norm]
         self._version += 1
+        beside = terms.result()
+        beside |= self._kl.end_step(self._version, beside.get("kl_reference"), episodes=batch.episodes)
         seconds = time.perf_counter() - start
         return {
             "loss": loss,
@@ -310,11 +319,24 @@ class TorchLearner:
             "tokens_per_second": forwarded / seconds,
             "memory_peak_mb": peak_mib(),
             **{f"off_policy/{name}": value for name, value in stats.result().items()},
+            **beside,
         }
 
-    def _objective(self, counts: Denominators, stats: OffPolicyStats) -> Objective:
-        version = self._version
-        return lambda logprobs_T, tokens: self._policy(logprobs_T, tokens, counts, stats, version=version)
+    @property
+    def _regularizers(self) -> Regularizers:
+        a = self.algorithm
+        return Regularizers(self._kl.coef, a.kl.estimator, a.entropy)
+
+    def _objective(self, counts: Denominators, stats: OffPolicyStats, terms: RegularizerStats) -> Objective:
+        version, beside = self._version, self._regularizers
+
+        def value(scored: Scored, tokens: Tokens) -> Tensor:
+            logprobs_T, extra_T = scored.logprobs_T, None
+            if beside.any:
+                extra_T = beside(logprobs_T, scored.entropy_T, tokens.behaviour, tokens.columns.get(COLUMN), terms)
+            return self._policy(logprobs_T, tokens, counts, stats, version=version, extra_T=extra_T)
+
+        return Objective(value, scope=self._policy.scope, entropy=bool(beside.entropy))
 
     def _sft_step(self, rows: tuple[Row, ...], lr: float) -> Metrics:
         start = time.perf_counter()
@@ -324,12 +346,13 @@ class TorchLearner:
         if self._warm is None:
             self._warm = self._new_optimizer(lr)
 
-        def objective(logprobs_T: Tensor, tokens: Tokens) -> Tensor:
-            loss_T = losses.cross_entropy(logprobs_T)
+        def imitation(scored: Scored, tokens: Tokens) -> Tensor:
+            loss_T = losses.cross_entropy(scored.logprobs_T)
             return losses.token_mean(loss_T, torch.ones_like(loss_T, dtype=torch.bool), tokens=total)
 
-        loss, forwarded = self._backward(rows, None, 1.0, objective)
+        loss, forwarded = self._passes.backward(rows, None, 1.0, Objective(imitation))
         norm = self._apply(self._warm, lr)
+        self._kl.moved = True  # training begins elsewhere than in ``source``
         return {
             "loss": loss,
             "grad_norm": 0.0 if norm is None else norm,
@@ -342,40 +365,6 @@ class TorchLearner:
             "memory_peak_mb": peak_mib(),
         }
 
-    def _backward(
-        self,
-        rows: Sequence[Row],
-        proximal: Sequence[NDArray[np.float32]] | None,
-        temperature: float,
-        objective: Objective,
-    ) -> tuple[float, int]:
-        """Add the gradient of ``objective`` over ``rows``, and return its value and the tokens that went through."""
-        loss, d = 0.0, self._decoder
-        packs = pack_rows([r.ids for r in rows], token_budget=self.config.token_budget, shared=d.shared)
-        # One autocast for all packs: it casts each weight once. It must end before the weights change.
-        with d.autocast():
-            weight = d.head.weight.detach().to(d.dtype)
-            for pack in packs:
-                self._use_threads()
-                chosen = [rows[i] for i in pack.rows]
-                tokens = Tokens.of(chosen, None if proximal is None else [proximal[i] for i in pack.rows])
-                states = d.hidden(pack).index_select(0, sources(chosen, pack.at).to(d.device))
-                ids = tokens.ids.to(d.device)
-                grad = torch.empty_like(states)  # filled by chunks: the logits of all tokens would be too large
-                for part in _chunks(len(tokens), self.config.logprob_chunk):
-                    scores = Scores(states[part], d.head, ids[part], temperature, d.dtype, weight)
-                    logprobs_T = scores.logprobs_T.cpu().requires_grad_()  # [T] numbers: the objective is no GPU's work
-                    with d.autocast(False):
-                        value = objective(logprobs_T, tokens[part])
-                        value.backward()  # type: ignore[no-untyped-call]
-                    assert logprobs_T.grad is not None
-                    grad[part] = scores.backward(logprobs_T.grad.to(d.device))
-                    loss += float(value.detach())
-                    del scores  # before the next chunk's logits
-                with d.autocast(False):
-                    states.backward(grad)  # type: ignore[no-untyped-call]
-        return loss, sum(p.tokens for p in packs)
-
     def _apply(self, optimizer: torch.optim.AdamW, lr: float) -> float | None:
         """Clip, step unless they are 0, and free the gradients. Return their norm, or None where it is not finite."""
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.grad_clip))
@@ -386,37 +375,11 @@ class TorchLearner:
         optimizer.zero_grad(set_to_none=True)
         return norm if math.isfinite(norm) else None
 
-    @torch.no_grad()
-    def _logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[Logprobs, int]:
-        d = self._decoder
-        out: Logprobs = [np.zeros(len(r), np.float32) for r in rows]
-        packs = pack_rows([r.ids for r in rows], token_budget=self.config.token_budget, shared=d.shared)
-        with d.autocast():  # its own context: weights cast without a graph must not serve a later backward
-            weight = d.head.weight.to(d.dtype)
-            for pack in packs:
-                self._use_threads()
-                chosen = [rows[i] for i in pack.rows]
-                states = d.hidden(pack).index_select(0, sources(chosen, pack.at).to(d.device))
-                ids = torch.from_numpy(np.concatenate([r.ids[r.mask] for r in chosen])).to(d.device)
-                parts = [
-                    Scores(states[p], d.head, ids[p], temperature, d.dtype, weight).logprobs_T
-                    for p in _chunks(len(ids), self.config.logprob_chunk)
-                ]
-                flat = torch.cat(parts).cpu().numpy() if parts else np.zeros(0, np.float32)
-                ends = np.cumsum([int(r.mask.sum()) for r in chosen])
-                for i, values in zip(pack.rows, np.split(flat, ends[:-1]), strict=True):
-                    out[i][rows[i].mask] = values
-        return out, sum(p.tokens for p in packs)
-
     def _write(self, path: Path) -> None:
-        state = {"version": self._version, "seed": self.seed, "optimizer": self._optimizer.state_dict()}
-        save_checkpoint(path, self._trained, state, source=self.source)
+        own = {"version": self._version, "seed": self.seed, "optimizer": self._optimizer.state_dict()}
+        save_checkpoint(path, self._trained, {**own, **self._kl.state()}, source=self.source, also=self._kl.save)
 
     def _read(self, path: Path) -> None:
-        state = load_checkpoint(path, self._trained)
+        state = read_checkpoint(path, self._trained, first=self._kl.load)
         self._optimizer.load_state_dict(state["optimizer"])
         self._version, self.seed, self._warm = int(state["version"]), int(state["seed"]), None
-
-
-def _chunks(n: int, size: int) -> list[slice]:
-    return [slice(s, min(s + size, n)) for s in range(0, n, size)]

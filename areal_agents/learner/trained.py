@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,26 +135,46 @@ def export_model(path: Path, trained: Trained, *, source: Path, dtype: torch.dty
         trained.export(folder, source=source, dtype=dtype)
 
 
-def save_checkpoint(path: Path, trained: Trained, state: Mapping[str, object], *, source: Path) -> None:
+def save_checkpoint(
+    path: Path, trained: Trained, state: Mapping[str, object], *, source: Path, also: Callable[[Path], None]
+) -> None:
     """Write what trains and ``state``, atomically.
 
-    Raises CheckpointError where the disk refuses.
+    Args:
+        path: the checkpoint's folder.
+        trained: the weights.
+        state: what else there is, as ``torch.save`` takes it.
+        source: the model's folder.
+        also: writes more into the folder.
+
+    Raises:
+        CheckpointError: the disk refuses.
     """
     with _written(path) as folder:
         trained.write(folder, source=source)
+        also(folder)
         write_state(folder / STATE, {**state, "base": trained.base()})
 
 
-def load_checkpoint(path: Path, trained: Trained) -> dict[str, Any]:
+def read_checkpoint(
+    path: Path, trained: Trained, *, first: Callable[[Path, Mapping[str, Any]], None]
+) -> dict[str, Any]:
     """Go on with what ``save_checkpoint`` wrote, and return its state.
 
-    Raises ModelError where it is absent or of another model.
+    Args:
+        path: the checkpoint's folder.
+        trained: the weights that are read into.
+        first: is called with folder and state before the weights change.
+
+    Raises:
+        ModelError: the checkpoint is absent, or of another model.
     """
     if not (path / STATE).is_file():
         raise ModelError(f"{path} holds no {STATE}: it is no checkpoint of this learner")
     state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
     if trained.base() and state.get("base") and state["base"] != trained.base():
         raise ModelError(f"{path} holds adapters of another base model: the weights in model.path have changed")
+    first(path, state)
     trained.read(path)
     return state
 

@@ -9,24 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from areal_agents.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, Choice, Registry
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
-
-MAX_SERVED_RANK = 512
-"""The largest rank of adapters that vLLM serves."""
-
-
-class Section(BaseModel):
-    """The base of every group of settings, which is frozen and knows no other keys than its own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+from areal_agents.settings.lora import MAX_SERVED_RANK as MAX_SERVED_RANK
+from areal_agents.settings.lora import LoraConfig as LoraConfig
+from areal_agents.settings.section import Count as Count
+from areal_agents.settings.section import Fraction, Positive
+from areal_agents.settings.section import Section as Section
 
 
 class ModelConfig(Section):
@@ -198,6 +190,33 @@ def _chosen(registry: Registry) -> tuple[Any, ...]:
     return BeforeValidator(registry.read), PlainSerializer(registry.table)
 
 
+class KlConfig(Section):
+    coef: float = Field(default=0.0, ge=0.0)
+    """Weight of the KL divergence to a reference policy, a token; 0: none, and no reference is held in memory."""
+    estimator: Literal["k1", "k2", "k3", "k3_unbiased"] = "k3_unbiased"
+    """``k3_unbiased`` has the divergence's own gradient, off policy too. ``k3`` is GRPO's. ``k2``: right on policy."""
+    target: Positive | None = None
+    """Divergence to keep to, nats a token: ``coef`` is then adapted after every step. none: it stays."""
+    horizon: Count = 10_000
+    """Episodes over which an adapted ``coef`` may change by a fifth."""
+    refresh: int = Field(default=0, ge=0)
+    """Take the policy as the new reference after every so many steps; 0: the policy that training began with."""
+
+    @model_validator(mode="after")
+    def _check(self) -> KlConfig:
+        if self.coef and self.estimator == "k1":
+            raise ValueError(
+                "algorithm.kl.estimator = 'k1' in the loss has a gradient of 0 on average, so it keeps nothing near "
+                "the reference: use 'k3_unbiased', 'k3' or 'k2'"
+            )
+        if not self.coef and (self.target is not None or self.refresh):
+            raise ValueError(
+                "algorithm.kl.target and algorithm.kl.refresh do nothing while algorithm.kl.coef is 0: set coef, such "
+                "as 0.001"
+            )
+        return self
+
+
 class AlgorithmConfig(Section):
     advantage: Annotated[Choice, *_chosen(ADVANTAGES)] = Choice("turn_return")
     """How rewards become advantages."""
@@ -207,36 +226,9 @@ class AlgorithmConfig(Section):
     """``bypass``: the ratio is taken to the sampler. ``decoupled``: to a proximal policy, weighted by p/μ."""
     aggregation: Literal["token", "episode"] = "token"
     """Mean over all sampled tokens, or over episodes of the mean over their tokens."""
-
-
-class LoraConfig(Section):
-    rank: int = Field(default=0, ge=0)
-    """Rank of the adapters that train in the place of the weights (docs/lora.md); 0: every weight trains."""
-    alpha: Positive = 32.0
-    """What adapters add counts alpha/rank times, so that a learning rate fits every rank."""
-    targets: tuple[str, ...] = ()
-    """Linear layers with an adapter, by the end of their names (``["q_proj", "v_proj"]``); none: all but the head."""
-    publish: Literal["auto", "merged", "adapter"] = "auto"
-    """What engines get: weights with the adapters in them, or the adapters alone (vLLM). ``auto``: adapters to vLLM up
-    to rank 512, else merged weights."""
-
-    @model_validator(mode="after")
-    def _check(self) -> LoraConfig:
-        given = [name for name in ("alpha", "targets", "publish") if name in self.model_fields_set]
-        changed = [n for n in given if getattr(self, n) != type(self).model_fields[n].default]
-        if not self.rank and changed:
-            raise ValueError(
-                f"learner.lora.{changed[0]} = {getattr(self, changed[0])!r} is of adapters, and learner.lora.rank = 0 "
-                "trains every weight: set a rank, or leave it out"
-            )
-        if not all(self.targets):
-            raise ValueError("learner.lora.targets has an empty name: name linear layers, such as 'q_proj'")
-        if self.publish == "adapter" and self.rank > MAX_SERVED_RANK:
-            raise ValueError(
-                f"learner.lora.rank = {self.rank} is more than the {MAX_SERVED_RANK} that vLLM serves adapters of: "
-                "lower it, or set learner.lora.publish = 'merged'"
-            )
-        return self
+    entropy: float = Field(default=0.0, ge=0.0)
+    """Weight of an entropy bonus, a token, nats; 0: none."""
+    kl: KlConfig = KlConfig()
 
 
 class LearnerConfig(Section):

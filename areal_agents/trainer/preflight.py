@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from areal_agents import registry
-from areal_agents.algorithms.advantages import Estimator, refuse_biased
+from areal_agents.algorithms.estimator import Estimator, refuse_biased
 from areal_agents.algorithms.objective import PolicyObjective
 from areal_agents.chat_model import refuse_training, remote_name
 from areal_agents.engine import Sampling

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from areal_agents import settings
 from areal_agents.algorithms import advantages, losses, offpolicy
-from areal_agents.algorithms.advantages import EpisodeRewards, Estimator
+from areal_agents.algorithms.episode_view import EpisodeView
+from areal_agents.algorithms.estimator import Estimator, per_turn
 from areal_agents.algorithms.objective import Denominators, PolicyObjective, Tokens
 from areal_agents.algorithms.offpolicy import OffPolicyStats
 from areal_agents.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, REGISTRIES, Choice
@@ -150,8 +152,8 @@ def test_a_package_brings_its_own() -> None:
         "--algorithm.loss", "linear", "--algorithm.correction", "both",
     ]).algorithm  # fmt: skip
     assert c.advantage == Choice("last_turn", {"scale": 2.0, "shift": 0.5})
-    found = Estimator(c.advantage)([EpisodeRewards((1.0, 3.0)), EpisodeRewards((1.0,))])
-    assert [t.tolist() for t in found] == [[0.0, 6.5], [2.5]]
+    found = Estimator(c.advantage)([EpisodeView((1.0, 3.0)), EpisodeView((1.0,))])
+    assert [per_turn(a) for a in found] == [[0.0, 6.5], [2.5]]
     assert CORRECTIONS.takes(c.correction) == ("proximal_T", "logprobs_T")
     assert "--algorithm.advantage.shift  (a number)" in algorithms_text()
     assert "disk on fire" in algorithms_text()
@@ -177,7 +179,7 @@ def test_the_list_of_algorithms() -> None:
         ("last_turn", "algorithm.advantage.shift is missing: this algorithm has no default for it"),
         ("burning", "acme_broken:f cannot be imported: OSError: disk on fire"),
         ("untyped", "its parameter 'gamma' needs a type hint"),
-        ("misnamed", r"takes \(rewards\): an algorithm of algorithm.advantage takes \(group\)"),
+        ("misnamed", r"takes \(rewards\): an algorithm of algorithm.advantage takes one of \(group, groups\)"),
     ],
 )
 def test_a_packages_mistakes_are_told_when_the_settings_are_read(kind: str, message: str) -> None:
@@ -250,7 +252,9 @@ def with_gradient(group): return [torch.zeros(len(e.rewards_K), dtype=torch.floa
 def pair(logprobs_T, old_logprobs_T, advantages_T): return -logprobs_T, advantages_T > 9
 def scalar(logprobs_T, old_logprobs_T, advantages_T): return LossTerms(-logprobs_T.mean(), advantages_T > 9)
 def cut_off(logprobs_T, old_logprobs_T, advantages_T): return LossTerms(-logprobs_T.detach(), advantages_T > 9)
-def turned(old_logprobs_T, logprobs_T, advantages_T): ...
+def no_policy(old_logprobs_T, advantages_T): ...
+def both(group, groups): ...
+def blind(logprobs_T, episodes_T): return LossTerms(-logprobs_T, episodes_T > 9)
 
 def attached(logprobs_T, behaviour_T): return Correction(torch.exp(logprobs_T - behaviour_T), behaviour_T < 9)
 def one_weight(behaviour_T): return Correction(torch.ones(1), behaviour_T < 9)
@@ -283,7 +287,8 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("advantage", "by_position", "is an argument by position alone"),
         ("advantage", "part", "is partial part: an algorithm is a Python function"),
         ("advantage", "Mode", "an algorithm is a Python function"),
-        ("loss", "turned", r"takes \(logprobs_T, old_logprobs_T, advantages_T\)"),
+        ("advantage", "both", r"takes \(group, groups\): .* takes one of \(group, groups\)"),
+        ("loss", "no_policy", r"takes \(old_logprobs_T, advantages_T\): .* \(logprobs_T always\)"),
     ],
 )
 def test_what_a_signature_shows_is_refused_when_the_settings_are_read(key: str, name: str, message: str) -> None:
@@ -294,7 +299,7 @@ def test_what_a_signature_shows_is_refused_when_the_settings_are_read(key: str, 
 @pytest.mark.usefixtures("foreign")
 def test_a_hint_that_is_not_needed_may_be_unknown() -> None:
     choice = settings.load(None, ["--algorithm.advantage=foreign_algo:late_hint"]).algorithm.advantage
-    assert [a.tolist() for a in Estimator(choice)([EpisodeRewards((1.0,))])] == [[0.0]]
+    assert [per_turn(a) for a in Estimator(choice)([EpisodeView((1.0,))])] == [[0.0]]
 
 
 @pytest.mark.usefixtures("foreign")
@@ -313,7 +318,8 @@ def test_an_estimator_that_returns_something_else_is_refused_on_its_trial(name: 
 
 @pytest.mark.usefixtures("foreign")
 def test_advantages_become_plain_float32() -> None:
-    (found,) = Estimator(Choice("foreign_algo:with_gradient"))([EpisodeRewards((1.0,))])
+    (found,) = Estimator(Choice("foreign_algo:with_gradient"))([EpisodeView((1.0,))])
+    assert isinstance(found, Tensor)
     assert (found.dtype, found.requires_grad) == (torch.float32, False)
 
 
@@ -328,6 +334,7 @@ def objective(loss: str = "ppo", correction: str = "bypass") -> PolicyObjective:
         ({"loss": "foreign_algo:pair"}, "returned tuple: expected LossTerms"),
         ({"loss": "foreign_algo:scalar"}, r"returned loss_T = a tensor \[\] of torch.float32: expected numbers"),
         ({"loss": "foreign_algo:cut_off"}, "without a gradient: nothing would be learned"),
+        ({"loss": "foreign_algo:blind"}, r'declare it with @sees\("episode"\)'),
         ({"correction": "foreign_algo:one_weight"}, r"returned weight_T = a tensor \[1\]"),
     ],
 )
@@ -414,5 +421,5 @@ def test_an_entry_point_may_name_a_method(tmp_path: Path) -> None:
     code = "import torch\nclass A:\n  @staticmethod\n  def f(group):\n"
     code += "    return [torch.ones(len(e.rewards_K)) for e in group]"
     install(tmp_path, "acme_method", code, {"areal_agents.advantages": "method = acme_method:A.f\n"})
-    (found,) = Estimator(Choice("method"))([EpisodeRewards((1.0, 2.0))])
-    assert found.tolist() == [1.0, 1.0]
+    (found,) = Estimator(Choice("method"))([EpisodeView((1.0, 2.0))])
+    assert per_turn(found) == [1.0, 1.0]

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from areal_agents.algorithms.batch import Batch
 from areal_agents.errors import ConfigError, ModelError
 from areal_agents.learner.learner import TorchLearner
-from areal_agents.settings.config import AlgorithmConfig, LearnerConfig, LoraConfig
+from areal_agents.learner.reference import AdapterReference
+from areal_agents.settings.config import AlgorithmConfig, KlConfig, LearnerConfig, LoraConfig
 from areal_agents.weights.shared_memory import AttachedWeights
 from tests.learner_data import make_batch, naive_loss, row_logprobs
 from tests.tiny_models import forward_logprobs, save_tiny, tiny_model
@@ -37,11 +38,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def learner(model: Any, folder: Path, config: LearnerConfig = SMOOTH, **kwargs: Any) -> TorchLearner:
+def learner(
+    model: Any, folder: Path, config: LearnerConfig = SMOOTH, algorithm: AlgorithmConfig | None = None, **kwargs: Any
+) -> TorchLearner:
     if not folder.exists():
         save_tiny(folder, model)
     options: dict[str, Any] = {"total_steps": 10, "publish_dtype": torch.float32, "threads": 1} | kwargs
-    return TorchLearner(folder, learner=config, algorithm=AlgorithmConfig(), **options)
+    return TorchLearner(folder, learner=config, algorithm=algorithm or AlgorithmConfig(), **options)
 
 
 def changed(config: LearnerConfig = SMOOTH, **changes: Any) -> LearnerConfig:
@@ -172,6 +175,48 @@ def test_the_base_serves_as_reference_and_the_adapters_train_on(tmp_path: Path) 
     full = learner(model, tmp_path / "m", changed(lora=LoraConfig()))
     with pytest.raises(ModelError, match="trains every weight"):
         run(full, lambda it: it.base_logprobs(batch))
+
+
+def test_the_kl_terms_reference_is_a_copy_of_the_adapters_alone(tmp_path: Path) -> None:
+    """Of those after the warm start; a checkpoint holds it, and the policy is as if nobody had asked."""
+    model = tiny_model()
+    batches = [replace(make_batch(model, seed=v), version=v) for v in range(3)]
+    kl = AlgorithmConfig(kl=KlConfig(coef=0.3))
+
+    async def first(it: TorchLearner) -> Any:
+        assert (
+            every(batches[0], it._kl.logprobs(batches[0])[0]).tolist()
+            == every(batches[0], await it.base_logprobs(batches[0])).tolist()
+        )
+        it._kl._made = None  # as if nobody had asked yet
+        await it.sft_step(batches[0].rows, lr=0.05)
+        begun = await it.logprobs(batches[0])
+        await it.step(batches[0])
+        await it.save(tmp_path / "saved")
+        then = await it.logprobs(batches[1])
+        asked = it._kl.logprobs(batches[0])[0]
+        assert np.array_equal(every(batches[1], await it.logprobs(batches[1])), every(batches[1], then))
+        now = await it.logprobs(replace(batches[0], version=1))
+        return begun, asked, now, await it.step(batches[1])
+
+    async def second(it: TorchLearner) -> Any:
+        await it.load(tmp_path / "saved")
+        return it._kl.logprobs(batches[0])[0], await it.step(batches[1])
+
+    made = learner(model, tmp_path / "m", algorithm=kl)
+    begun, asked, now, stepped = run(made, first)
+    assert np.array_equal(every(batches[0], asked), every(batches[0], begun))
+    assert np.abs(every(batches[0], asked) - every(batches[0], now)).max() > 1e-3
+    assert made.lora is not None
+    reference = made._kl._reference
+    assert isinstance(reference, AdapterReference)
+    assert sum(t.numel() for t in reference._copies.values()) == 12 * (144 + 160 + 144 + 384)
+    again = learner(model, tmp_path / "m", algorithm=kl)
+    resumed, same = run(again, second)
+    assert np.array_equal(every(batches[0], resumed), every(batches[0], begun))
+    for name in ("loss", "grad_norm", "kl_reference"):
+        assert same[name] == pytest.approx(stepped[name], abs=1e-7)
+    assert stepped["kl_reference"] != 0
 
 
 def test_nothing_but_adapters_has_gradients_and_moments(tmp_path: Path) -> None:
