@@ -25,6 +25,7 @@ from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
 from areal_agents.settings.critic import CriticConfig
 from areal_agents.settings.kl import KlConfig
+from areal_agents.settings.lora import MAX_SERVED_RANK, LoraConfig
 from areal_agents.settings.section import Count, Fraction, Positive, Section
 
 
@@ -236,7 +237,8 @@ class AlgorithmConfig(Section):
 
 class LearnerConfig(Section):
     lr: Positive = 5e-6
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; with adapters about ten times that of all weights."""
+    lora: LoraConfig = LoraConfig()
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Decoupled weight decay; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -368,9 +370,22 @@ class TrainConfig(Section):
             raise ValueError(
                 f"algorithm.critic.warmup_steps = {warmup} of steps = {self.steps}: the policy would never move"
             )
+        if self.learner.lora.publish == "adapter" and self.engine.kind != "vllm":
+            raise ValueError(
+                f"learner.lora.publish = 'adapter' needs engine.kind = 'vllm', and it is {self.engine.kind!r}, which "
+                "serves merged weights: leave it out"
+            )
         if self.rollout.max_turn_tokens >= self.model.max_context:
             raise ValueError(
                 f"rollout.max_turn_tokens = {self.rollout.max_turn_tokens} must be under model.max_context = "
                 f"{self.model.max_context}"
             )
         return self
+
+    @property
+    def publishes_adapters(self) -> bool:
+        """Whether the engines get adapters, and not whole weights."""
+        lora = self.learner.lora
+        if lora.publish == "auto":
+            return self.engine.kind == "vllm" and 0 < lora.rank <= MAX_SERVED_RANK
+        return lora.publish == "adapter"
