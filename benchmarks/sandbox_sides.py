@@ -92,7 +92,9 @@ async def in_sessions(backend: SandboxBackend, code: str, concurrency: int) -> A
 
 @contextlib.asynccontextmanager
 async def session_each(backend: SandboxBackend, code: str, concurrency: int) -> AsyncIterator[Call]:
-    """Calls with a session of its own for each."""
+    """Calls with a session of its own for each, when the backend has had one: a zygote has imported what it imports."""
+    async with backend.session(SPEC) as sandbox:
+        await call_in(sandbox, "trivial")
 
     async def call() -> None:
         async with backend.session(SPEC) as sandbox:
