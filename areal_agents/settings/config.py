@@ -6,6 +6,7 @@ Loading (TOML, overrides, "did you mean") lives in ``settings/loading.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,9 +24,11 @@ from areal_agents.algorithms.registry import (
 )
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
+from areal_agents.errors import ConfigError
 from areal_agents.settings.critic import CriticConfig
 from areal_agents.settings.kl import KlConfig
 from areal_agents.settings.lora import MAX_SERVED_RANK, LoraConfig
+from areal_agents.settings.presets import expand
 from areal_agents.settings.section import Count, Fraction, Positive, Section
 
 
@@ -344,6 +347,14 @@ class TrainConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, data: Any) -> Any:
+        try:
+            return expand(data) if isinstance(data, Mapping) else data
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
