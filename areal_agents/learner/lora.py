@@ -25,7 +25,7 @@ from areal_agents.engine import WeightsKind
 from areal_agents.errors import ModelError
 from areal_agents.learner.checkpoint import write_model
 from areal_agents.learner.other_weights import NONE, Merges
-from areal_agents.settings.config import LoraConfig
+from areal_agents.settings.lora import LoraConfig
 from areal_agents.weights.publisher import master_weights
 
 ADAPTER = "adapter"

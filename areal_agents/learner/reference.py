@@ -22,7 +22,7 @@ from areal_agents.algorithms.regularizers import adapted
 from areal_agents.errors import ConfigError, ModelError
 from areal_agents.learner.forward import Decoder
 from areal_agents.learner.passes import Logprobs, Passes
-from areal_agents.settings.config import KlConfig
+from areal_agents.settings.kl import KlConfig
 
 COLUMN = "reference"
 """The name of log π of the reference policy among a row's columns."""

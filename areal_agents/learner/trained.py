@@ -18,7 +18,7 @@ from areal_agents.learner.checkpoint import is_bf16, read_weights, write_model, 
 from areal_agents.learner.forward import load_model
 from areal_agents.learner.lora import Lora
 from areal_agents.learner.other_weights import NONE, Merges
-from areal_agents.settings.config import LoraConfig
+from areal_agents.settings.lora import LoraConfig
 from areal_agents.utils.files import atomic_folder, unwritable
 from areal_agents.weights.publisher import master_weights
 
@@ -126,7 +126,7 @@ def load_trained(
     return model, Lora(model, model.base_model, lora, seed=seed, publish_adapters=publish_adapters)
 
 
-def export_model(path: Path, trained: Trained, *, source: Path, dtype: torch.dtype) -> None:
+def export_model(path: Path, trained: Trained, source: Path, dtype: torch.dtype) -> None:
     """Write a transformers folder atomically.
 
     Raises CheckpointError where the disk refuses.

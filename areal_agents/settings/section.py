@@ -1,4 +1,4 @@
-"""What groups of settings are made of."""
+"""The base of every group of settings, and the types that many settings have."""
 
 from __future__ import annotations
 

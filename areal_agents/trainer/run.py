@@ -84,9 +84,10 @@ def _require_room(config: TrainConfig, folder: RunFolder, model: Path, commit: C
     """Raise ConfigError where the disk has no room for the checkpoint and the model that the run will end with."""
     done = commit.step >= config.steps and commit.checkpoint is not None
     parameters, rank = count_parameters(model), config.learner.lora.rank
-    folder.require_room(
-        parameters, trained=min(parameters, count_adapters(model, rank)) if rank else parameters, checkpoint=not done
-    )
+    trained = min(parameters, count_adapters(model, rank)) if rank else parameters
+    if config.algorithm.critic.kind == "own":
+        trained += parameters
+    folder.require_room(parameters, trained=trained, checkpoint=not done)
 
 
 _BACKENDS = {"local": "areal_agents.trainer.local:open_local", "ray": "areal_agents.cluster.backend:open_ray"}

@@ -18,7 +18,8 @@ from areal_agents.algorithms.batch import Batch
 from areal_agents.errors import ConfigError
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.learner.reference import REFERENCE, Reference
-from areal_agents.settings.config import AlgorithmConfig, KlConfig
+from areal_agents.settings.config import AlgorithmConfig
+from areal_agents.settings.kl import KlConfig
 from tests.learner.test_learner import SMOOTH, largest_difference, learner, run, smooth_adamw
 from tests.learner.test_passes import entropy_of
 from tests.learner_data import make_batch, naive_loss, row_logprobs

@@ -50,7 +50,7 @@ from areal_agents.engines import protocol as p
 from areal_agents.engines.process import EngineProcess, environment, require_positive
 from areal_agents.engines.vllm.cpu_build import is_cpu_build, require_deterministic
 from areal_agents.errors import ConfigError
-from areal_agents.settings.config import MAX_SERVED_RANK
+from areal_agents.settings.lora import MAX_SERVED_RANK
 from areal_agents.utils.packages import require_package
 from areal_agents.utils.precision import Precision, number_format
 

@@ -16,7 +16,8 @@ import torch
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import EngineError
 from areal_agents.learner.learner import TorchLearner
-from areal_agents.settings.config import AlgorithmConfig, LearnerConfig, LoraConfig
+from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
+from areal_agents.settings.lora import LoraConfig
 from areal_agents.weights.shared_memory import SharedWeights
 from tests.engine_update_suite import LOADING, UPDATES
 from tests.engines.vllm.serving import BLOCK
