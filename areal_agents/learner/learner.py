@@ -40,7 +40,7 @@ from areal_agents.algorithms.objective import (
 from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
 from areal_agents.algorithms.regularizers import Regularizers, RegularizerStats
 from areal_agents.engine import Transport, WeightsRef
-from areal_agents.errors import ConfigError, ModelError
+from areal_agents.errors import ConfigError
 from areal_agents.learner.critic import Critic, Values
 from areal_agents.learner.forward import Decoder
 from areal_agents.learner.lora import Lora
@@ -181,131 +181,6 @@ class TorchLearner:
 
     async def values(self, batch: Batch) -> Values:
         """Compute the critic's V before each sampled token. Raises ConfigError where there is no critic."""
-        ...
-
-    def publish(self) -> AbstractAsyncContextManager[WeightsRef]:
-        """Hand out the current weights, by a reference that is valid until the context closes."""
-        ...
-
-    async def save(self, path: Path) -> None: ...
-    async def load(self, path: Path) -> None: ...
-
-
-class TorchLearner:
-    """The ``Learner`` of one process, which trains a transformers causal language model with PPO.
-
-    Master weights, gradients and AdamW's moments are fp32. ``learner.precision`` is the format of matrix products.
-    """
-
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        learner: LearnerConfig,
-        algorithm: AlgorithmConfig,
-        total_steps: int,
-        seed: int = 0,
-        publish_dtype: torch.dtype = torch.bfloat16,
-        publish_adapters: bool = False,
-        max_staleness: int | None = None,
-        threads: int | None = None,
-        transport: Transport = "shm",
-        weights_dir: Path | None = None,
-        weights_host: str = "127.0.0.1",
-        receivers: Callable[[], int] | None = None,
-    ) -> None:
-        """Load a local model folder.
-
-        Args:
-            total_steps: batches of the whole run, for the schedule.
-            publish_adapters: engines get the adapters of ``learner.lora`` alone, and not weights with them inside.
-            max_staleness: tokens older than so many versions get no gradient (``on_exceed = "mask"``). None is any age.
-            threads: cores to compute with. None leaves PyTorch's choice.
-            transport: how ``publish`` reaches engines. ``weights_buffers`` explains the three that follow.
-        Raises:
-            ModelError: the folder is no causal language model that this learner can train, or not with these adapters.
-            ConfigError: the transport cannot be had here.
-        """
-        self.source = Path(model)
-        self.config, self.algorithm = learner, algorithm
-        self.total_steps, self.seed, self.max_staleness = total_steps, seed, max_staleness
-        self._policy = PolicyObjective(
-            loss=algorithm.loss, correction=algorithm.correction, aggregation=algorithm.aggregation,
-            mask=algorithm.mask, constant=algorithm.constant, max_staleness=max_staleness,
-        )  # fmt: skip
-        self._version, self._threads, self.publish_dtype = 0, threads, publish_dtype
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
-        self._decoder, self._trained = self._executor.submit(self._load, publish_adapters).result()
-        self._model = self._decoder.model
-        self._passes = Passes(
-            self._decoder, token_budget=learner.token_budget, chunk=learner.logprob_chunk, before_pack=self._use_threads
-        )
-        self._kl = KlToReference(
-            algorithm.kl, self._decoder, token_budget=learner.token_budget, chunk=learner.logprob_chunk
-        )
-        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
-        self._optimizer = self._new_optimizer(learner.lr)
-        self._warm: torch.optim.AdamW | None = None
-        self._critic = self._executor.submit(self._new_critic).result()
-        buffers = weights_buffers(
-            transport,
-            self._trained.published(),
-            publish_dtype,
-            weights_dir=weights_dir,
-            host=weights_host,
-            receivers=receivers,
-        )  # fmt: skip
-        self._publisher = Publisher(buffers, self._run)
-        self._probe_ids = probe_ids(int(self._model.config.vocab_size), seed)
-
-    @property
-    def version(self) -> int:
-        return self._version
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Return the fp32 weights by state-dict name, tied ones under their first name alone, adapters merged in."""
-        return self._trained.tensors()
-
-    @property
-    def lora(self) -> Lora | None:
-        """The adapters, which can be disabled to ask the base model. None where every weight trains."""
-        return self._trained if isinstance(self._trained, Lora) else None
-
-    async def step(self, batch: Batch) -> Metrics:
-        """Take one optimizer step a minibatch, or none where its gradient is 0 or not finite.
-
-        Returns:
-            loss, grad_norm (before clipping): means over minibatches. lr: the same for all of them.
-            skipped, minibatches_empty: steps left out for a gradient that is not finite, and for one that is 0.
-            tokens (sampled), rows, rows_skipped, episodes, over_age_share: of the batch.
-            tokens_forward, tokens_per_second: through the model, shared prefixes once.
-            seconds, memory_peak_mb (of the process), ``OffPolicyStats`` (``off_policy/``), ``Critic``'s (``critic/``).
-        Rows with advantages of 0 alone or over-age tokens alone are skipped. They count in the denominators and in
-        rows_skipped, and are missing from ``off_policy/``.
-        Raises ValueError for a batch of another version, without episodes, or with a sampled token without context.
-        """
-        return await self._run(lambda: self._step(batch))
-
-    async def logprobs(self, batch: Batch) -> Logprobs:
-        """Compute log π of every sampled token at the batch's temperature, under the current weights."""
-        return await self._run(lambda: self._passes.logprobs(batch.rows, batch.temperature)[0])
-
-    async def base_logprobs(self, batch: Batch) -> Logprobs:
-        """Compute ``logprobs`` under the base model, which adapters leave as it was.
-
-        Raises ModelError where every weight trains, so that no base model is kept.
-        """
-        if (lora := self.lora) is None:
-            raise ModelError("learner.lora.rank = 0 trains every weight, so this learner holds no base model")
-
-        def job() -> Logprobs:
-            with lora.disabled():
-                return self._passes.logprobs(batch.rows, batch.temperature)[0]
-
-        return await self._run(job)
-
-    async def values(self, batch: Batch) -> Values:
-        """Compute the critic's V before each sampled token. Raises ConfigError where there is no critic."""
         if (critic := self._critic) is None:
             raise ConfigError("there is no critic to ask for values: set algorithm.critic.kind = 'trunk' or 'own'")
         return await self._run(lambda: critic.values(batch.rows))
@@ -326,8 +201,8 @@ class TorchLearner:
         return self._publisher.publish(self._fill)
 
     async def export(self, path: Path) -> None:
-        """Write a transformers folder in ``publish_dtype``, atomically. Adapters are merged, and beside in ``adapter``."""
-        await self._run(lambda: export_model(path, self._trained, source=self.source, dtype=self.publish_dtype))
+        """Write a transformers folder in ``publish_dtype``, atomically. It has adapters merged, and in ``adapter``."""
+        await self._run(lambda: export_model(path, self._trained, self.source, self.publish_dtype))
 
     async def save(self, path: Path) -> None:
         """Write a checkpoint atomically: a transformers or peft folder in fp32 plus optimizer, version and seed."""
