@@ -366,14 +366,14 @@ class TrainConfig(Section):
             )
         if on_ray and self.learner.device == "cuda" and not c.learner_gpus:
             raise ValueError("learner.device = 'cuda' on Ray needs cluster.learner_gpus, which is 0: set it to 1")
+        if (warmup := self.algorithm.critic.warmup_steps) >= self.steps:
+            raise ValueError(
+                f"algorithm.critic.warmup_steps = {warmup} of steps = {self.steps}: the policy would never move"
+            )
         if self.learner.lora.publish == "adapter" and self.engine.kind != "vllm":
             raise ValueError(
                 f"learner.lora.publish = 'adapter' needs engine.kind = 'vllm', and it is {self.engine.kind!r}, which "
                 "serves merged weights: leave it out"
-            )
-        if (warmup := self.algorithm.critic.warmup_steps) >= self.steps:
-            raise ValueError(
-                f"algorithm.critic.warmup_steps = {warmup} of steps = {self.steps}: the policy would never move"
             )
         if self.rollout.max_turn_tokens >= self.model.max_context:
             raise ValueError(

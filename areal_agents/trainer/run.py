@@ -85,9 +85,8 @@ def _require_room(config: TrainConfig, folder: RunFolder, model: Path, commit: C
     done = commit.step >= config.steps and commit.checkpoint is not None
     parameters, rank = count_parameters(model), config.learner.lora.rank
     trained = min(parameters, count_adapters(model, rank)) if rank else parameters
-    if config.algorithm.critic.kind == "own":
-        trained += parameters
-    folder.require_room(parameters, trained=trained, checkpoint=not done)
+    critic = parameters if config.algorithm.critic.kind == "own" else 0
+    folder.require_room(parameters, trained=trained + critic, checkpoint=not done)
 
 
 _BACKENDS = {"local": "areal_agents.trainer.local:open_local", "ray": "areal_agents.cluster.backend:open_ray"}
