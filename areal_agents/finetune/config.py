@@ -9,7 +9,8 @@ from pydantic import Field
 
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.learner.optim import Schedule
-from areal_agents.settings.config import Count, LearnerConfig, Positive, Section
+from areal_agents.settings.config import LearnerConfig
+from areal_agents.settings.section import Count, Positive, Section
 
 Turns = Literal["all", "last"]
 
