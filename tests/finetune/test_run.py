@@ -178,6 +178,7 @@ def test_what_is_refused(tmp_path: Path, model: Path) -> None:
         (sft(data, model, out, max_context=513), "--max-context is 513.*takes 512 tokens at most"),
         (sft(data, model, out, holdout=0.99), "--holdout is 0.99, and the data has 5 tasks: nothing would be left"),
         (sft(data, model, out, warmup_steps=9), "--warmup-steps is 9, and the training has 1 steps"),
+        (sft(data, model, out, threads=9999), "--threads = 9999 exceeds the .* cores of this process"),
         (dpo(data, model, out), "it has no chosen and no rejected.*areal-agents sft"),
     ]
     for config, said in many:
