@@ -272,5 +272,7 @@ MASKS = Registry(
 )
 """From the distance between the current policy and the sampler to what is kept, bool [T]: ``masks.py``."""
 
+NO_MASK = Choice("none")
+
 REGISTRIES = {r.key: r for r in (ADVANTAGES, LOSSES, CORRECTIONS, MASKS)}
 """By the setting that chooses."""

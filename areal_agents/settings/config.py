@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
+from areal_agents.algorithms.combinations import Combination
 from areal_agents.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, MASKS, Choice, Registry
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
@@ -371,6 +372,14 @@ class TrainConfig(Section):
             )
         if on_ray and self.learner.device == "cuda" and not c.learner_gpus:
             raise ValueError("learner.device = 'cuda' on Ray needs cluster.learner_gpus, which is 0: set it to 1")
+        a = self.algorithm
+        combination = Combination(
+            loss=a.loss, correction=a.correction, mask=a.mask, aggregation=a.aggregation, constant=a.constant,
+            minibatches=self.learner.minibatches, staleness=self.rollout.staleness,
+            episode_tokens=self.rollout.episode_tokens,
+        )  # fmt: skip
+        if problems := combination.problems():
+            raise ValueError("; ".join(problems))
         if self.rollout.max_turn_tokens >= self.model.max_context:
             raise ValueError(
                 f"rollout.max_turn_tokens = {self.rollout.max_turn_tokens} must be under model.max_context = "
