@@ -216,6 +216,9 @@ ADVANTAGES = Registry(
     builtin={
         "turn_return": "areal_agents.algorithms.advantages:turn_return",
         "grpo": "areal_agents.algorithms.advantages:grpo",
+        "gae": "areal_agents.algorithms.value_advantages:gae",
+        "turn_gae": "areal_agents.algorithms.value_advantages:turn_gae",
+        "bilevel_gae": "areal_agents.algorithms.value_advantages:bilevel_gae",
     },
     given=("group", "groups"),
     one=True,
@@ -273,6 +276,19 @@ MASKS = Registry(
 """From the distance between the current policy and the sampler to what is kept, bool [T]: ``masks.py``."""
 
 NO_MASK = Choice("none")
+READ_VALUES = ("gae", "turn_gae", "bilevel_gae")
+"""The advantage estimators of ours that read a critic's values."""
+
+
+def needs_critic(kind: str) -> bool:
+    """Say whether the advantage estimator ``kind`` reads a critic's values.
+
+    Ours are not imported for it. Raises ConfigError where another one cannot be.
+    """
+    if kind in ADVANTAGES.builtin():
+        return kind in READ_VALUES
+    return bool(getattr(ADVANTAGES.function(kind), "reads_values", False))
+
 
 REGISTRIES = {r.key: r for r in (ADVANTAGES, LOSSES, CORRECTIONS, MASKS)}
 """By the setting that chooses."""

@@ -9,22 +9,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from areal_agents.algorithms.combinations import Combination
-from areal_agents.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, MASKS, Choice, Registry
+from areal_agents.algorithms.registry import (
+    ADVANTAGES,
+    CORRECTIONS,
+    LOSSES,
+    MASKS,
+    READ_VALUES,
+    Choice,
+    Registry,
+    needs_critic,
+)
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """The base of every group of settings, which is frozen and knows no other keys than its own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+from areal_agents.settings.critic import CriticConfig
+from areal_agents.settings.kl import KlConfig
+from areal_agents.settings.lora import MAX_SERVED_RANK, LoraConfig
+from areal_agents.settings.section import Count, Fraction, Positive, Section
 
 
 class ModelConfig(Section):
@@ -196,33 +199,6 @@ def _chosen(registry: Registry) -> tuple[Any, ...]:
     return BeforeValidator(registry.read), PlainSerializer(registry.table)
 
 
-class KlConfig(Section):
-    coef: float = Field(default=0.0, ge=0.0)
-    """Weight of the KL divergence to a reference policy, a token; 0: none, and no reference is held in memory."""
-    estimator: Literal["k1", "k2", "k3", "k3_unbiased"] = "k3_unbiased"
-    """``k3_unbiased`` has the divergence's own gradient, off policy too. ``k3`` is GRPO's. ``k2``: right on policy."""
-    target: Positive | None = None
-    """Divergence to keep to, nats a token: ``coef`` is then adapted after every step. none: it stays."""
-    horizon: Count = 10_000
-    """Episodes over which an adapted ``coef`` may change by a fifth."""
-    refresh: int = Field(default=0, ge=0)
-    """Take the policy as the new reference after every so many steps; 0: the policy that training began with."""
-
-    @model_validator(mode="after")
-    def _check(self) -> KlConfig:
-        if self.coef and self.estimator == "k1":
-            raise ValueError(
-                "algorithm.kl.estimator = 'k1' in the loss has a gradient of 0 on average, so it keeps nothing near "
-                "the reference: use 'k3_unbiased', 'k3' or 'k2'"
-            )
-        if not self.coef and (self.target is not None or self.refresh):
-            raise ValueError(
-                "algorithm.kl.target and algorithm.kl.refresh do nothing while algorithm.kl.coef is 0: set coef, such "
-                "as 0.001"
-            )
-        return self
-
-
 class AlgorithmConfig(Section):
     advantage: Annotated[Choice, *_chosen(ADVANTAGES)] = Choice("turn_return")
     """How rewards become advantages."""
@@ -240,11 +216,30 @@ class AlgorithmConfig(Section):
     entropy: float = Field(default=0.0, ge=0.0)
     """Weight of an entropy bonus, a token, nats; 0: none."""
     kl: KlConfig = KlConfig()
+    critic: CriticConfig = CriticConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> AlgorithmConfig:
+        chosen, critic = f"algorithm.advantage.kind = {self.advantage.kind!r}", self.critic.kind
+        reads = needs_critic(self.advantage.kind)
+        if reads and critic == "none":
+            raise ValueError(
+                f"{chosen} reads a critic's values: set algorithm.critic.kind = 'trunk' (a head on the policy's own "
+                "layers) or 'own' (a second model), or choose an advantage that compares episodes, as 'turn_return'"
+            )
+        if critic != "none" and not reads:
+            readers = ", ".join(map(repr, READ_VALUES))
+            raise ValueError(
+                f"algorithm.critic.kind = {critic!r} trains a critic that {chosen} never asks: set "
+                f"algorithm.advantage.kind to one of {readers}, or algorithm.critic.kind = 'none'"
+            )
+        return self
 
 
 class LearnerConfig(Section):
     lr: Positive = 5e-6
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; with adapters about ten times that of all weights."""
+    lora: LoraConfig = LoraConfig()
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Decoupled weight decay; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -380,9 +375,26 @@ class TrainConfig(Section):
         )  # fmt: skip
         if problems := combination.problems():
             raise ValueError("; ".join(problems))
+        if (warmup := self.algorithm.critic.warmup_steps) >= self.steps:
+            raise ValueError(
+                f"algorithm.critic.warmup_steps = {warmup} of steps = {self.steps}: the policy would never move"
+            )
+        if self.learner.lora.publish == "adapter" and self.engine.kind != "vllm":
+            raise ValueError(
+                f"learner.lora.publish = 'adapter' needs engine.kind = 'vllm', and it is {self.engine.kind!r}, which "
+                "serves merged weights: leave it out"
+            )
         if self.rollout.max_turn_tokens >= self.model.max_context:
             raise ValueError(
                 f"rollout.max_turn_tokens = {self.rollout.max_turn_tokens} must be under model.max_context = "
                 f"{self.model.max_context}"
             )
         return self
+
+    @property
+    def publishes_adapters(self) -> bool:
+        """Whether the engines get adapters, and not whole weights."""
+        lora = self.learner.lora
+        if lora.publish == "auto":
+            return self.engine.kind == "vllm" and 0 < lora.rank <= MAX_SERVED_RANK
+        return lora.publish == "adapter"

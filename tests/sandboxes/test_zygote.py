@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import json
 import os
@@ -187,3 +188,30 @@ def test_where_sandboxes_are_not_forked() -> None:
 def test_which_programs_are_forked(argv: list[str], expected: tuple[object, ...] | None) -> None:
     program = warm_python.program(argv)
     assert (program and tuple(program)[:5]) == expected, json.dumps(argv)
+
+
+def test_files_without_content_are_bounded_in_number() -> None:
+    """Their memory is the kernel's: without a bound of their own they end as a session that has no memory left."""
+    code = """
+import os
+for folder in ("/work", "/tmp", "/dev/shm"):
+    try:
+        for number in range(100_000):
+            os.mknod(f"{folder}/{number}")
+    except OSError as error:
+        print(folder, number, error.errno)
+"""
+
+    async def scene(backend: BubblewrapBackend) -> None:
+        async with backend.session(SandboxSpec(disk=4 << 20)) as sandbox:
+            done = await python(sandbox, code)
+            assert done.status == "ok", done
+            for line, folder in zip(done.stdout.decode().splitlines(), ("/work", "/tmp", "/dev/shm"), strict=True):
+                seen, number, error = line.split()
+                assert (seen, int(error)) == (folder, errno.ENOSPC)
+                assert 19_900 < int(number) <= 20_000
+        async with backend.session(SandboxSpec(disk=64 << 20)) as sandbox:
+            many = await python(sandbox, "import os; s = os.statvfs('/work'); print(s.f_files)")
+            assert many.stdout == b"65536\n"
+
+    play(scene)
