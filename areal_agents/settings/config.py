@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
+from areal_agents.algorithms.combinations import Combination
 from areal_agents.algorithms.registry import (
     ADVANTAGES,
     CORRECTIONS,
@@ -377,6 +378,14 @@ class TrainConfig(Section):
             )
         if on_ray and self.learner.device == "cuda" and not c.learner_gpus:
             raise ValueError("learner.device = 'cuda' on Ray needs cluster.learner_gpus, which is 0: set it to 1")
+        a = self.algorithm
+        combination = Combination(
+            loss=a.loss, correction=a.correction, mask=a.mask, aggregation=a.aggregation, constant=a.constant,
+            minibatches=self.learner.minibatches, staleness=self.rollout.staleness,
+            episode_tokens=self.rollout.episode_tokens,
+        )  # fmt: skip
+        if problems := combination.problems():
+            raise ValueError("; ".join(problems))
         if (warmup := self.algorithm.critic.warmup_steps) >= self.steps:
             raise ValueError(
                 f"algorithm.critic.warmup_steps = {warmup} of steps = {self.steps}: the policy would never move"
