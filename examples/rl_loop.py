@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from areal_agents import AgentEnv, AssistantMessage, Task
-from areal_agents.algorithms.advantages import EpisodeRewards, turn_return
+from areal_agents.algorithms.advantages import turn_return
 from areal_agents.algorithms.batch import Row, rows_of
+from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.losses import ppo, token_mean
 from areal_agents.chat.conversation import Conversation
 from areal_agents.chat.format import ChatFormat
@@ -97,7 +98,7 @@ async def train(folder: Path, lr: float) -> None:
             rows, rewards = list[Row](), list[float]()
             for task in random.Random(step).sample(tasks, B):
                 group_G = await asyncio.gather(*(play(Letters(), task, next(numbers), engine, fmt) for _ in range(G)))
-                rewards_G = [EpisodeRewards(tuple(turn.reward for turn in episode.turns)) for episode in group_G]
+                rewards_G = [EpisodeView(tuple(turn.reward for turn in episode.turns)) for episode in group_G]
                 for episode, advantages_K in zip(group_G, turn_return(rewards_G), strict=True):
                     rows += rows_of(episode, advantages_K.tolist(), episode=len(rewards))
                     rewards.append(episode.reward)

@@ -69,7 +69,7 @@ def child(request: dict[str, Any], fds: list[int], gate: socket.socket) -> int:
     if "AS" not in limits:  # threads reserve as much address space each
         process_gate.deepen_stack()
     process_gate.set_limits(limits)
-    os.chdir("/work")
+    os.chdir(request.get("folder", "/work"))
     if "warm" in request and (program := warm_python.program(request["argv"])) is not None:
         os.closerange(3, 4)  # the socket to this function's caller, which a new program would not have either
         os.environ.clear()

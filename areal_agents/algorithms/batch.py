@@ -7,14 +7,14 @@ over the episode, never over its rows (T6).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from areal_agents.errors import ConfigError
-from areal_agents.types import Trajectory
+from areal_agents.types import AssistantMessage, Completion, Trajectory, Turn
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Row:
     advantages: NDArray[np.float32]  # [T], where mask, else 0
     episode: int
     """Index of the episode inside the batch."""
+    columns: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """What else a loss may read of each token, by name, [T] where mask, else 0: ``reference`` (log π of a reference
+    policy), ``values`` (V before the token when the batch was made), ``returns`` (what V is fitted to), ``fitted`` (1
+    where it is)."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,18 +72,25 @@ def _paths(trajectory: Trajectory) -> list[list[int]]:
     return paths
 
 
-def rows_of(trajectory: Trajectory, advantages: Sequence[float], *, episode: int) -> list[Row]:
+def rows_of(
+    trajectory: Trajectory,
+    advantages: Sequence[float | Sequence[float]],
+    *,
+    episode: int,
+    columns: Mapping[str, Sequence[Sequence[float]]] | None = None,
+) -> list[Row]:
     """Cut one episode into training rows.
 
     A turn that several paths share trains in the first of them. A path on which nothing trains gives no row.
 
     Args:
         trajectory: the episode.
-        advantages: one number a turn, given to each of the turn's sampled tokens.
+        advantages: an entry a turn: one number for all of the turn's sampled tokens, or one for each of them.
         episode: its index inside the batch.
+        columns: further numbers of each sampled token, [T_k] a turn, by name (``Row.columns``).
 
     Raises:
-        ValueError: where ``advantages`` does not have one entry a turn, or a turn's parent is no earlier turn.
+        ValueError: where ``advantages`` or a column does not fit the turns, or a turn's parent is no earlier turn.
         ConfigError: for a turn without token ids (a chat server's model played it).
     """
     if len(advantages) != len(trajectory.turns):
@@ -90,17 +101,55 @@ def rows_of(trajectory: Trajectory, advantages: Sequence[float], *, episode: int
                 f"episode {trajectory.id} cannot be trained on: its turn {k} has neither token ids nor "
                 "log-probabilities (T1, T3), because a chat model played it; play it with an engine"
             )
+    columns = columns or {}
+    _require_fit(trajectory, advantages, columns)
     trained: set[int] = set()
     rows: list[Row] = []
     for path in _paths(trajectory):
-        row = _row(trajectory, path, set(path) - trained, advantages, episode)
+        row = _row(trajectory, path, set(path) - trained, advantages, episode, columns)
         trained.update(path)
         if row.mask.any():
             rows.append(row)
     return rows
 
 
-def _row(trajectory: Trajectory, path: list[int], fresh: set[int], advantages: Sequence[float], episode: int) -> Row:
+def tail_row(trajectory: Trajectory, *, episode: int) -> Row | None:
+    """Return a row in which a critic's value after the last turn can be read, or None where there is none to read.
+
+    It is the prompt that the next turn would have had, and one token more that stands for what was never sampled. That
+    token is the only one of its mask, of a turn behind the last: V before it is V after the episode's last turn.
+    """
+    tail, n = trajectory.tail, len(trajectory.turns)
+    if tail is None or trajectory.terminated:
+        return None
+    never = Turn(tail.ids, Completion((0,), (0.0,), (0,), "stop"), AssistantMessage(()), parent=tail.parent)
+    longer = replace(trajectory, turns=(*trajectory.turns, never))
+    path = next(path for path in _paths(longer) if path[-1] == n)
+    return _row(longer, path, {n}, [0.0] * (n + 1), episode, {})
+
+
+def _require_fit(
+    trajectory: Trajectory,
+    advantages: Sequence[float | Sequence[float]],
+    columns: Mapping[str, Sequence[Sequence[float]]],
+) -> None:
+    for k, turn in enumerate(trajectory.turns):
+        n, advantage = len(turn.completion.ids), advantages[k]
+        if not isinstance(advantage, float | int) and len(advantage) != n:
+            raise ValueError(f"{len(advantage)} advantages for the {n} tokens of turn {k} of {trajectory.id}")
+        for name, values in columns.items():
+            if len(values) != len(trajectory.turns) or len(values[k]) != n:
+                raise ValueError(f"column {name!r} does not fit the {n} tokens of turn {k} of {trajectory.id}")
+
+
+def _row(
+    trajectory: Trajectory,
+    path: list[int],
+    fresh: set[int],
+    advantages: Sequence[float | Sequence[float]],
+    episode: int,
+    columns: Mapping[str, Sequence[Sequence[float]]],
+) -> Row:
     """Lay one path out as a row, in which the turns in ``fresh`` train."""
     length = sum(len(trajectory.turns[k].prompt_suffix) + len(trajectory.turns[k].completion.ids) for k in path)
     row = Row(
@@ -111,6 +160,7 @@ def _row(trajectory: Trajectory, path: list[int], fresh: set[int], advantages: S
         turns=np.full(length, -1, np.int64),
         advantages=np.zeros(length, np.float32),
         episode=episode,
+        columns={name: np.zeros(length, np.float32) for name in columns},
     )
     start = 0
     for k in path:
@@ -125,5 +175,7 @@ def _row(trajectory: Trajectory, path: list[int], fresh: set[int], advantages: S
             row.versions[sampled:stop] = turn.completion.versions
             row.turns[sampled:stop] = k
             row.advantages[sampled:stop] = advantages[k]
+            for name, values in columns.items():
+                row.columns[name][sampled:stop] = values[k]
         start = stop
     return row

@@ -5,6 +5,7 @@ They know ours, those of installed packages, and ``module:function``.
     algorithm.advantage    ADVANTAGES     a group's rewards ─▶ advantages, one tensor [K] an episode
     algorithm.loss         LOSSES         log π, log of the old policy, advantages ─▶ LossTerms, [T]
     algorithm.correction   CORRECTIONS    any of log π, log μ, log p ─▶ Correction, [T]
+    algorithm.mask         MASKS          log π, log μ ─▶ what is kept, [T]
 
 An algorithm is one function. Its keyword-only arguments are its parameters: their names, types and defaults are the
 settings' names, types and defaults. A package makes its own known by an entry point of the registry's group:
@@ -41,7 +42,15 @@ class Registry:
     """The algorithms that one setting chooses from."""
 
     def __init__(
-        self, key: str, what: str, *, group: str, builtin: Mapping[str, str], given: tuple[str, ...], all_given: bool
+        self,
+        key: str,
+        what: str,
+        *,
+        group: str,
+        builtin: Mapping[str, str],
+        given: tuple[str, ...],
+        required: tuple[str, ...] = (),
+        one: bool = False,
     ) -> None:
         """Declare a registry.
 
@@ -50,11 +59,12 @@ class Registry:
             what: what one algorithm of it is, for messages.
             group: entry points of this group are found by their names.
             builtin: ``module:function`` by name.
-            given: the positional arguments that the trainer passes, by name.
-            all_given: an algorithm takes all of them; else it takes those that it names.
+            given: the positional arguments that the trainer can pass, by name; an algorithm takes those that it names.
+            required: those of them that every algorithm takes.
+            one: whether an algorithm takes exactly one of them.
         """
         self.key, self.what, self.group = key, what, group
-        self.given, self._all_given = given, all_given
+        self.given, self._required, self._one = given, required, one
         self._builtin = dict(builtin)
 
     def names(self) -> list[str]:
@@ -71,7 +81,7 @@ class Registry:
         """
         where = f"{self.key}.kind = {kind!r}"
         found = load_function(*self._place(kind), where)
-        require_signature(found, where, key=self.key, given=self.given, all_given=self._all_given)
+        require_signature(found, where, key=self.key, given=self.given, required=self._required, one=self._one)
         return found
 
     def parameters(self, kind: str) -> type[Parameters]:
@@ -206,19 +216,31 @@ ADVANTAGES = Registry(
     builtin={
         "turn_return": "areal_agents.algorithms.advantages:turn_return",
         "grpo": "areal_agents.algorithms.advantages:grpo",
+        "gae": "areal_agents.algorithms.value_advantages:gae",
+        "turn_gae": "areal_agents.algorithms.value_advantages:turn_gae",
+        "bilevel_gae": "areal_agents.algorithms.value_advantages:bilevel_gae",
     },
-    given=("group",),
-    all_given=True,
+    given=("group", "groups"),
+    one=True,
 )
-"""From a group's rewards to advantages: ``advantages.py``."""
+"""From the episodes of a group (or of all groups of a batch) to advantages: ``advantages.py``."""
 
 LOSSES = Registry(
     "algorithm.loss",
     "policy loss",
     group="areal_agents.losses",
-    builtin={"ppo": "areal_agents.algorithms.losses:ppo"},
-    given=("logprobs_T", "old_logprobs_T", "advantages_T"),
-    all_given=True,
+    builtin={
+        "ppo": "areal_agents.algorithms.losses:ppo",
+        "gspo": "areal_agents.algorithms.sequence_losses:gspo",
+        "gspo_token": "areal_agents.algorithms.sequence_losses:gspo_token",
+        "cispo": "areal_agents.algorithms.losses:cispo",
+        "sapo": "areal_agents.algorithms.losses:sapo",
+        "gmpo": "areal_agents.algorithms.sequence_losses:gmpo",
+        "dppo_tv": "areal_agents.algorithms.losses:dppo_tv",
+        "reinforce": "areal_agents.algorithms.losses:reinforce",
+    },
+    given=("logprobs_T", "old_logprobs_T", "advantages_T", "behaviour_T", "episodes_T", "turns_T"),
+    required=("logprobs_T",),
 )
 """From log-probabilities and advantages to a loss a token: ``losses.py``."""
 
@@ -229,12 +251,43 @@ CORRECTIONS = Registry(
     builtin={
         "bypass": "areal_agents.algorithms.offpolicy:bypass",
         "decoupled": "areal_agents.algorithms.offpolicy:decoupled",
+        "log_linear": "areal_agents.algorithms.offpolicy:log_linear",
+        "importance": "areal_agents.algorithms.offpolicy:importance",
     },
-    given=("logprobs_T", "behaviour_T", "proximal_T"),
-    all_given=False,
+    given=("logprobs_T", "behaviour_T", "proximal_T", "advantages_T", "ages_T", "episodes_T", "turns_T"),
 )
 """From distances between policies to a weight a token: ``offpolicy.py``. One that takes ``proximal_T`` costs a forward
 pass without gradient a batch, and the loss then takes its ratio to that policy instead of to the sampler."""
 
-REGISTRIES = {r.key: r for r in (ADVANTAGES, LOSSES, CORRECTIONS)}
+MASKS = Registry(
+    "algorithm.mask",
+    "off-policy mask",
+    group="areal_agents.masks",
+    builtin={
+        "none": "areal_agents.algorithms.masks:none",
+        "sequence": "areal_agents.algorithms.masks:sequence",
+        "geometric": "areal_agents.algorithms.masks:geometric",
+        "trust_region": "areal_agents.algorithms.masks:trust_region",
+        "m2po": "areal_agents.algorithms.masks:m2po",
+        "opsm": "areal_agents.algorithms.masks:opsm",
+    },
+    given=("logprobs_T", "behaviour_T", "advantages_T", "ages_T", "episodes_T", "turns_T"),
+)
+"""From the distance between the current policy and the sampler to what is kept, bool [T]: ``masks.py``."""
+
+READ_VALUES = ("gae", "turn_gae", "bilevel_gae")
+"""The advantage estimators of ours that read a critic's values."""
+
+
+def needs_critic(kind: str) -> bool:
+    """Say whether the advantage estimator ``kind`` reads a critic's values.
+
+    Ours are not imported for it. Raises ConfigError where another one cannot be.
+    """
+    if kind in ADVANTAGES.builtin():
+        return kind in READ_VALUES
+    return bool(getattr(ADVANTAGES.function(kind), "reads_values", False))
+
+
+REGISTRIES = {r.key: r for r in (ADVANTAGES, LOSSES, CORRECTIONS, MASKS)}
 """By the setting that chooses."""

@@ -54,7 +54,13 @@ def positional(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def require_signature(
-    function: Callable[..., Any], where: str, *, key: str, given: tuple[str, ...], all_given: bool
+    function: Callable[..., Any],
+    where: str,
+    *,
+    key: str,
+    given: tuple[str, ...],
+    required: tuple[str, ...] = (),
+    one: bool = False,
 ) -> None:
     """Raise ConfigError unless the trainer can call ``function``.
 
@@ -62,16 +68,18 @@ def require_signature(
         function: the algorithm.
         where: begins the message.
         key: the setting that chooses it.
-        given: the arguments that the trainer passes, by name.
-        all_given: the function takes all of them in this order; else it takes at least one.
+        given: the arguments that the trainer can pass, by name. It passes those that the function names.
+        required: those of them that the function must take.
+        one: the function takes exactly one of them.
     """
     takes = positional(function)
-    fits = takes == given if all_given else bool(takes) and set(takes) <= set(given)
+    fits = bool(takes) and set(required) <= set(takes) <= set(given) and (not one or len(takes) == 1)
     if not fits:
-        how = "takes" if all_given else "takes some of"
+        how = "takes one of" if one else "takes some of"
+        needed = f" ({', '.join(required)} always)" if required else ""
         raise ConfigError(
-            f"{where} takes ({', '.join(takes)}): an algorithm of {key} {how} ({', '.join(given)}), and its own "
-            "parameters by keyword, after a *"
+            f"{where} takes ({', '.join(takes)}): an algorithm of {key} {how} ({', '.join(given)}){needed}, and "
+            "its own parameters by keyword, after a *"
         )
     for p in inspect.signature(function).parameters.values():
         if p.kind not in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD):

@@ -19,6 +19,7 @@ import tyro
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.cli.common import UsageError, template_variables, write_json
 from areal_agents.cli.eval import Eval
+from areal_agents.cli.finetune import Dpo, Sft
 from areal_agents.cli.plot import Plot
 from areal_agents.cli.resize import Resize
 from areal_agents.cli.sandbox import Sandbox, check_sandbox
@@ -282,6 +283,8 @@ class Model:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Sft, tyro.conf.subcommand("sft")]
+    | Annotated[Dpo, tyro.conf.subcommand("dpo")]
     | Annotated[Resize, tyro.conf.subcommand("resize")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]

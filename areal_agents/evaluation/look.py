@@ -88,13 +88,14 @@ def advantages_of(run: SavedRun, record: Record) -> tuple[list[float] | None, st
         return None, ""
     path = next(p for p in run.shards("train", first=record.step, last=record.step))
     rewards = {id: rewards for id, rewards in group_rewards(path, t.group).items() if rewards}
-    from areal_agents.algorithms.advantages import EpisodeRewards, Estimator  # torch: a second, for training runs alone
+    from areal_agents.algorithms.episode_view import EpisodeView  # torch: a second, for training runs alone
+    from areal_agents.algorithms.estimator import Estimator, per_turn
 
     try:
-        group = Estimator(run.algorithm.advantage)([EpisodeRewards(r) for r in rewards.values()])
+        group = Estimator(run.algorithm.advantage)([EpisodeView(r) for r in rewards.values()])
     except (ArealError, ValueError) as error:  # a group of one, or a package of the run that is not here
         return None, f"advantages cannot be computed again: {error}"
-    return [float(a) for a in group[list(rewards).index(t.id)]], ""
+    return per_turn(group[list(rewards).index(t.id)]), ""
 
 
 def steps_text(run: SavedRun, kind: str) -> str:

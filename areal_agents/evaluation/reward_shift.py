@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_agents.algorithms.advantages import EpisodeRewards, Estimator, refuse_biased
+from areal_agents.algorithms.episode_view import EpisodeView
+from areal_agents.algorithms.estimator import Estimator, per_turn, refuse_biased
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.rescore import Outcome, Rescored
 from areal_agents.evaluation.saved_run import columns
@@ -243,8 +244,8 @@ def _changed_tokens(tokens_K: NDArray[np.int64], old_K: NDArray[np.int8], new_K:
 
 def _signs(rewards: Sequence[tuple[float, ...]], estimator: Estimator) -> list[NDArray[np.int8]]:
     """Return the signs of the advantages that training would compute: −1, 0 or 1 a turn."""
-    advantages = estimator([EpisodeRewards(r) for r in rewards])
-    return [np.sign(a.numpy()).astype(np.int8) for a in advantages]
+    advantages = estimator([EpisodeView(r) for r in rewards])
+    return [np.sign(per_turn(a)).astype(np.int8) for a in advantages]
 
 
 def _flips(scored: Sequence[Rescored], limit: float) -> list[TaskFlip]:

@@ -168,7 +168,7 @@ class Scores:
     @torch.no_grad()
     def __init__(
         self, hidden: Tensor, head: nn.Linear, targets: Tensor, temperature: float, dtype: torch.dtype,
-        weight: Tensor | None = None,
+        weight: Tensor | None = None, *, entropy: bool = False,
     ) -> None:  # fmt: skip
         """Compute the log-probabilities ``logprobs_T`` [T].
 
@@ -179,6 +179,7 @@ class Scores:
             temperature: that logits are divided by.
             dtype: what the product h · Wᵀ is computed in.
             weight: the head's weight already cast to ``dtype``. None casts it here.
+            entropy: compute ``entropy_T`` [T] too, −Σ_j p_j log p_j. Else it is None.
         """
         self.hidden = hidden.detach().to(dtype)
         self.head, self.targets, self.temperature = head, targets[:, None], temperature
@@ -196,16 +197,27 @@ class Scores:
         self.normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
         self.logits = logits
         self.logprobs_T = (logits.gather(1, self.targets) - self.normaliser)[:, 0]
+        self.entropy_T: Tensor | None = None
+        if entropy:
+            shifted = logits - self.normaliser
+            self.entropy_T = -(shifted.exp() * shifted).sum(-1)
 
     @torch.no_grad()
-    def backward(self, grad_T: Tensor) -> Tensor:
+    def backward(self, grad_T: Tensor, entropy_grad_T: Tensor | None = None) -> Tensor:
         """Add to the head's gradients, and return the gradient of ``hidden``, [T, D].
 
-        ``grad_T`` is the gradient of ``logprobs_T``, [T]. Uses up the object.
-        dL/dlogit_j = g/temperature · (1[j = target] − softmax_j).
+        ``grad_T`` is the gradient of ``logprobs_T``, ``entropy_grad_T`` that of ``entropy_T`` H, both [T]. Uses up the
+        object. dL/dlogit_j = g/temperature · (1[j = target] − p_j) − e/temperature · p_j · (log p_j + H).
         """
         g = (grad_T / self.temperature)[:, None]
-        grad = self.logits.sub_(self.normaliser).exp_().mul_(-g).scatter_add_(1, self.targets, g)
+        logs = self.logits.sub_(self.normaliser)
+        if entropy_grad_T is None:
+            grad = logs.exp_().mul_(-g)
+        else:
+            assert self.entropy_T is not None
+            e = (entropy_grad_T / self.temperature)[:, None]
+            grad = logs.exp().mul_(-g - e * (logs + self.entropy_T[:, None]))
+        grad.scatter_add_(1, self.targets, g)
         if self.head.bias is not None:
             _accumulate(self.head.bias, grad.sum(0))
         grad = grad.to(self.weight.dtype)

@@ -6,7 +6,7 @@
 
 All work runs in the learner's one worker thread. So the event loop goes on, and a cancelled caller leaves its step
 running to the end. Each call waits for the calls before it. ``publish`` also waits for one of two buffers, which is
-free again when an earlier ``publish`` context closes. Not covered: several processes or GPUs, LoRA, critics, a KL term.
+free again when an earlier ``publish`` context closes. Not covered: several processes or GPUs, LoRA, a KL term.
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ from areal_agents.algorithms.objective import (
     Tokens,
     batch_counts,
     check_batch,
-    has_gradient,
-    sources,
+    live_rows,
     split_episodes,
 )
-from areal_agents.algorithms.offpolicy import OffPolicyStats
+from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
+from areal_agents.algorithms.regularizers import Regularizers, RegularizerStats
 from areal_agents.engine import Transport, WeightsRef
-from areal_agents.errors import CheckpointError, ModelError
+from areal_agents.errors import CheckpointError, ConfigError, ModelError
 from areal_agents.learner.checkpoint import read_weights, write_model, write_state
-from areal_agents.learner.forward import Decoder, Scores, load_model
+from areal_agents.learner.critic import Critic, Values
+from areal_agents.learner.forward import Decoder, load_model
 from areal_agents.learner.optim import adamw, learning_rate
-from areal_agents.learner.packing import pack_rows
+from areal_agents.learner.passes import Logprobs, Objective, Passes, Scored
 from areal_agents.learner.probe import probe, probe_ids
+from areal_agents.learner.reference import COLUMN, KlToReference
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.utils.files import atomic_folder, unwritable
 from areal_agents.utils.memory import peak_mib
@@ -55,10 +57,7 @@ from areal_agents.weights.publisher import Publisher, master_weights
 from areal_agents.weights.transports import WeightsBuffer, weights_buffers
 
 Metrics = dict[str, float]
-Logprobs = list[NDArray[np.float32]]
-"""For each row, [T]: log π where the row's mask is True, else 0."""
 T = TypeVar("T")
-Objective = Callable[[Tensor, Tokens], Tensor]
 STATE = "learner.pt"
 
 
@@ -72,7 +71,11 @@ class Learner(Protocol):
 
     async def step(self, batch: Batch) -> Metrics: ...
     async def logprobs(self, batch: Batch) -> Logprobs:
-        """Compute log π under the current weights, for KL terms and critics. ``step`` needs no call of it."""
+        """Compute log π under the current weights, for KL terms. ``step`` needs no call of it."""
+        ...
+
+    async def values(self, batch: Batch) -> Values:
+        """Compute the critic's V before each sampled token. Raises ConfigError where there is no critic."""
         ...
 
     def publish(self) -> AbstractAsyncContextManager[WeightsRef]:
@@ -121,15 +124,22 @@ class TorchLearner:
         self.total_steps, self.seed, self.max_staleness = total_steps, seed, max_staleness
         self._policy = PolicyObjective(
             loss=algorithm.loss, correction=algorithm.correction, aggregation=algorithm.aggregation,
-            max_staleness=max_staleness,
+            mask=algorithm.mask, constant=algorithm.constant, max_staleness=max_staleness,
         )  # fmt: skip
         self._version, self._threads, self.publish_dtype = 0, threads, publish_dtype
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
         self._decoder = self._executor.submit(self._load).result()
         self._model = self._decoder.model
+        self._passes = Passes(
+            self._decoder, token_budget=learner.token_budget, chunk=learner.logprob_chunk, before_pack=self._use_threads
+        )
+        self._kl = KlToReference(
+            algorithm.kl, self._decoder, token_budget=learner.token_budget, chunk=learner.logprob_chunk
+        )
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = self._new_optimizer(learner.lr)
         self._warm: torch.optim.AdamW | None = None
+        self._critic = self._executor.submit(self._new_critic).result()
         buffers = weights_buffers(
             transport, self.tensors(), publish_dtype, weights_dir=weights_dir, host=weights_host, receivers=receivers
         )
@@ -152,7 +162,7 @@ class TorchLearner:
             skipped, minibatches_empty: steps left out for a gradient that is not finite, and for one that is 0.
             tokens (sampled), rows, rows_skipped, episodes, over_age_share: of the batch.
             tokens_forward, tokens_per_second: through the model, shared prefixes once.
-            seconds, memory_peak_mb (of the process), and ``OffPolicyStats`` under ``off_policy/``.
+            seconds, memory_peak_mb (of the process), ``OffPolicyStats`` (``off_policy/``), ``Critic``'s (``critic/``).
         Rows with advantages of 0 alone or over-age tokens alone are skipped. They count in the denominators and in
         rows_skipped, and are missing from ``off_policy/``.
         Raises ValueError for a batch of another version, without episodes, or with a sampled token without context.
@@ -161,7 +171,13 @@ class TorchLearner:
 
     async def logprobs(self, batch: Batch) -> Logprobs:
         """Compute log π of every sampled token at the batch's temperature, under the current weights."""
-        return await self._run(lambda: self._logprobs(batch.rows, batch.temperature)[0])
+        return await self._run(lambda: self._passes.logprobs(batch.rows, batch.temperature)[0])
+
+    async def values(self, batch: Batch) -> Values:
+        """Compute the critic's V before each sampled token. Raises ConfigError where there is no critic."""
+        if (critic := self._critic) is None:
+            raise ConfigError("there is no critic to ask for values: set algorithm.critic.kind = 'trunk' or 'own'")
+        return await self._run(lambda: critic.values(batch.rows))
 
     async def sft_step(self, rows: Sequence[Row], *, lr: float) -> Metrics:
         """Take one optimizer step on the mean cross-entropy of the masked tokens (the warm start).
@@ -204,6 +220,8 @@ class TorchLearner:
             return job()
         finally:  # of one that raised, out of memory perhaps: gradients are as large as the weights
             self._model.zero_grad(set_to_none=True)
+            if self._critic is not None:
+                self._critic.zero_grad()
 
     def _use_threads(self) -> None:
         # OpenMP counts threads per calling thread: it has to be said here. A CPU's backward runs in this thread too.
@@ -219,6 +237,12 @@ class TorchLearner:
             decoder.checkpoint_layers()
         return decoder
 
+    def _new_critic(self) -> Critic | None:
+        config = self.algorithm.critic
+        if config.kind == "none":
+            return None
+        return Critic(config, self.config, self._decoder, self.source, before_pack=self._use_threads)
+
     def _new_optimizer(self, lr: float) -> torch.optim.AdamW:
         c = self.config
         return adamw(self._model, lr=lr, weight_decay=c.weight_decay, betas=c.betas, eps=c.eps)
@@ -231,34 +255,43 @@ class TorchLearner:
         start = time.perf_counter()
         check_batch(batch, self._version)
         self._warm = None
-        c, version = self.config, self._version
-        live = [
-            i for i, r in enumerate(batch.rows) if has_gradient(r, version=version, max_staleness=self.max_staleness)
-        ]
+        c, version, critic = self.config, self._version, self._critic
+        alone = critic is not None and critic.alone(version)
+        live = self._live(batch)
+        if critic is not None:
+            critic.start(batch)
         proximal: dict[int, NDArray[np.float32]] = {}
         forwarded = 0
         if self._policy.needs_proximal:
-            found, forwarded = self._logprobs([batch.rows[i] for i in live], batch.temperature)
+            found, forwarded = self._passes.logprobs([batch.rows[i] for i in live], batch.temperature)
             proximal = dict(zip(live, found, strict=True))
+        stats, terms = OffPolicyStats(), RegularizerStats()
+        batch, more = self._kl.with_column(batch, live)
+        forwarded += more
         lr = learning_rate(version, peak=c.lr, total=self.total_steps, warmup=c.warmup_steps, schedule=c.schedule)
-        stats, loss, norms, skipped, empty = OffPolicyStats(), 0.0, [], 0, 0
+        loss, norms, skipped, empty = 0.0, [], 0, 0
         parts = split_episodes(batch.episodes, c.minibatches, seed=self.seed, version=version)
         for part in parts:
             inside = set(part.tolist())
             rows = [i for i in live if batch.rows[i].episode in inside]
-            counts = Denominators.of(
-                [r for r in batch.rows if r.episode in inside], total_episodes=batch.episodes, episodes=len(part)
-            )
+            every = [r for r in batch.rows if r.episode in inside]
+            counts = Denominators.of(every, total_episodes=batch.episodes, episodes=len(part))
+            if critic is not None:
+                forwarded += critic.minibatch(every, inside=critic.shares and bool(rows))
             if not rows:  # no signal: AdamW would move by its momentum alone, as it would for a gradient of 0
-                empty += 1
+                empty += not alone
                 continue
             chosen, old = [batch.rows[i] for i in rows], [proximal[i] for i in rows] if proximal else None
-            value, tokens = self._backward(chosen, old, batch.temperature, self._objective(counts, stats))
+            value, tokens = self._passes.backward(chosen, old, batch.temperature, self._objective(counts, stats, terms))
             norm = self._apply(self._optimizer, lr)
+            if critic is not None and critic.shares:
+                critic.apply()
             loss, forwarded = loss + value / len(parts), forwarded + tokens
             skipped, empty = skipped + (norm is None), empty + (norm == 0.0)
             norms += [] if norm is None else [norm]
         self._version += 1
+        beside = terms.result()
+        beside |= self._kl.end_step(self._version, beside.get("kl_reference"), episodes=batch.episodes)
         seconds = time.perf_counter() - start
         return {
             "loss": loss,
@@ -272,11 +305,40 @@ class TorchLearner:
             "tokens_per_second": forwarded / seconds,
             "memory_peak_mb": peak_mib(),
             **{f"off_policy/{name}": value for name, value in stats.result().items()},
+            **beside,
+            **({} if critic is None else critic.metrics()),
         }
 
-    def _objective(self, counts: Denominators, stats: OffPolicyStats) -> Objective:
-        version = self._version
-        return lambda logprobs_T, tokens: self._policy(logprobs_T, tokens, counts, stats, version=version)
+    def _live(self, batch: Batch) -> list[int]:
+        """Return the rows that go through the policy: none while the critic alone learns, all where it learns there."""
+        if self._critic is not None and self._critic.alone(self._version):
+            return []
+        if self._critic is not None and self._critic.shares:
+            return list(range(len(batch.rows)))
+        return live_rows(
+            batch, max_staleness=self.max_staleness, scope=self._policy.scope, always=self._regularizers.any
+        )
+
+    @property
+    def _regularizers(self) -> Regularizers:
+        a = self.algorithm
+        return Regularizers(self._kl.coef, a.kl.estimator, a.entropy)
+
+    def _objective(self, counts: Denominators, stats: OffPolicyStats, terms: RegularizerStats) -> Objective:
+        version, beside, critic = self._version, self._regularizers, self._critic
+
+        def value(scored: Scored, tokens: Tokens) -> Tensor:
+            logprobs_T, extra_T = scored.logprobs_T, None
+            if beside.any:
+                extra_T = beside(logprobs_T, scored.entropy_T, tokens.behaviour, tokens.columns.get(COLUMN), terms)
+            return self._policy(logprobs_T, tokens, counts, stats, version=version, extra_T=extra_T)
+
+        return Objective(
+            value,
+            scope=self._policy.scope,
+            entropy=bool(beside.entropy),
+            beside=critic.beside if critic is not None and critic.shares else None,
+        )
 
     def _sft_step(self, rows: tuple[Row, ...], lr: float) -> Metrics:
         start = time.perf_counter()
@@ -286,12 +348,13 @@ class TorchLearner:
         if self._warm is None:
             self._warm = self._new_optimizer(lr)
 
-        def objective(logprobs_T: Tensor, tokens: Tokens) -> Tensor:
-            loss_T = losses.cross_entropy(logprobs_T)
+        def imitation(scored: Scored, tokens: Tokens) -> Tensor:
+            loss_T = losses.cross_entropy(scored.logprobs_T)
             return losses.token_mean(loss_T, torch.ones_like(loss_T, dtype=torch.bool), tokens=total)
 
-        loss, forwarded = self._backward(rows, None, 1.0, objective)
+        loss, forwarded = self._passes.backward(rows, None, 1.0, Objective(imitation))
         norm = self._apply(self._warm, lr)
+        self._kl.moved = True  # training begins elsewhere than in ``source``
         return {
             "loss": loss,
             "grad_norm": 0.0 if norm is None else norm,
@@ -304,40 +367,6 @@ class TorchLearner:
             "memory_peak_mb": peak_mib(),
         }
 
-    def _backward(
-        self,
-        rows: Sequence[Row],
-        proximal: Sequence[NDArray[np.float32]] | None,
-        temperature: float,
-        objective: Objective,
-    ) -> tuple[float, int]:
-        """Add the gradient of ``objective`` over ``rows``, and return its value and the tokens that went through."""
-        loss, d = 0.0, self._decoder
-        packs = pack_rows([r.ids for r in rows], token_budget=self.config.token_budget, shared=d.shared)
-        # One autocast for all packs: it casts each weight once. It must end before the weights change.
-        with d.autocast():
-            weight = d.head.weight.detach().to(d.dtype)
-            for pack in packs:
-                self._use_threads()
-                chosen = [rows[i] for i in pack.rows]
-                tokens = Tokens.of(chosen, None if proximal is None else [proximal[i] for i in pack.rows])
-                states = d.hidden(pack).index_select(0, sources(chosen, pack.at).to(d.device))
-                ids = tokens.ids.to(d.device)
-                grad = torch.empty_like(states)  # filled by chunks: the logits of all tokens would be too large
-                for part in _chunks(len(tokens), self.config.logprob_chunk):
-                    scores = Scores(states[part], d.head, ids[part], temperature, d.dtype, weight)
-                    logprobs_T = scores.logprobs_T.cpu().requires_grad_()  # [T] numbers: the objective is no GPU's work
-                    with d.autocast(False):
-                        value = objective(logprobs_T, tokens[part])
-                        value.backward()  # type: ignore[no-untyped-call]
-                    assert logprobs_T.grad is not None
-                    grad[part] = scores.backward(logprobs_T.grad.to(d.device))
-                    loss += float(value.detach())
-                    del scores  # before the next chunk's logits
-                with d.autocast(False):
-                    states.backward(grad)  # type: ignore[no-untyped-call]
-        return loss, sum(p.tokens for p in packs)
-
     def _apply(self, optimizer: torch.optim.AdamW, lr: float) -> float | None:
         """Clip, step unless they are 0, and free the gradients. Return their norm, or None where it is not finite."""
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.grad_clip))
@@ -348,35 +377,16 @@ class TorchLearner:
         optimizer.zero_grad(set_to_none=True)
         return norm if math.isfinite(norm) else None
 
-    @torch.no_grad()
-    def _logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[Logprobs, int]:
-        d = self._decoder
-        out: Logprobs = [np.zeros(len(r), np.float32) for r in rows]
-        packs = pack_rows([r.ids for r in rows], token_budget=self.config.token_budget, shared=d.shared)
-        with d.autocast():  # its own context: weights cast without a graph must not serve a later backward
-            weight = d.head.weight.to(d.dtype)
-            for pack in packs:
-                self._use_threads()
-                chosen = [rows[i] for i in pack.rows]
-                states = d.hidden(pack).index_select(0, sources(chosen, pack.at).to(d.device))
-                ids = torch.from_numpy(np.concatenate([r.ids[r.mask] for r in chosen])).to(d.device)
-                parts = [
-                    Scores(states[p], d.head, ids[p], temperature, d.dtype, weight).logprobs_T
-                    for p in _chunks(len(ids), self.config.logprob_chunk)
-                ]
-                flat = torch.cat(parts).cpu().numpy() if parts else np.zeros(0, np.float32)
-                ends = np.cumsum([int(r.mask.sum()) for r in chosen])
-                for i, values in zip(pack.rows, np.split(flat, ends[:-1]), strict=True):
-                    out[i][rows[i].mask] = values
-        return out, sum(p.tokens for p in packs)
-
     def _write(self, path: Path, dtype: torch.dtype, *, state: bool) -> None:
         try:
             with atomic_folder(path) as folder:
                 write_model(folder, self.tensors(), source=self.source, dtype=dtype)
                 if state:
                     optimizer = self._optimizer.state_dict()
-                    write_state(folder / STATE, {"version": self._version, "seed": self.seed, "optimizer": optimizer})
+                    self._kl.save(folder)
+                    critic = {} if self._critic is None else {"critic": self._critic.state()}
+                    own = {"version": self._version, "seed": self.seed, "optimizer": optimizer, **critic}
+                    write_state(folder / STATE, {**own, **self._kl.state()})
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(str(unwritable(path, error))) from error
 
@@ -384,10 +394,9 @@ class TorchLearner:
         if not (path / STATE).is_file():
             raise ModelError(f"{path} holds no {STATE}: it is no checkpoint of this learner")
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        self._kl.load(path, state)
         read_weights(path, self.tensors())
         self._optimizer.load_state_dict(state["optimizer"])
+        if self._critic is not None:
+            self._critic.load(state.get("critic"), version=int(state["version"]))
         self._version, self.seed, self._warm = int(state["version"]), int(state["seed"]), None
-
-
-def _chunks(n: int, size: int) -> list[slice]:
-    return [slice(s, min(s + size, n)) for s in range(0, n, size)]

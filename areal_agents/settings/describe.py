@@ -21,7 +21,8 @@ from pydantic.fields import FieldInfo
 
 from areal_agents.algorithms.registry import REGISTRIES, Choice, Registry
 from areal_agents.errors import ConfigError
-from areal_agents.settings.config import Section, TrainConfig
+from areal_agents.settings.config import TrainConfig
+from areal_agents.settings.section import Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,7 @@ def nearest(key: str, *, without: Callable[[str], object] = lambda key: None) ->
         owned = {k.rpartition(".")[2]: k for k in reversed(_parameter_keys()) if not without(k)}
         if found := difflib.get_close_matches(name, owned, n=3, cutoff=0.8):
             return [owned[n] for n in found]
-    same = [s.key for s in there.values() if s.name == name]
+    same = sorted((s.key for s in there.values() if s.name == name), key=lambda k: k.count("."))
     if same:
         if section and section not in sections():  # a misspelt section: the nearest path is the likeliest
             same.sort(key=lambda k: -difflib.SequenceMatcher(None, k, key).ratio())

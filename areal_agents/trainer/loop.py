@@ -19,8 +19,6 @@ from functools import partial
 from pathlib import Path
 
 from areal_agents import settings
-from areal_agents.algorithms.advantages import Estimator
-from areal_agents.algorithms.batch import Batch, Row, rows_of
 from areal_agents.errors import Interrupted, LearnerLost
 from areal_agents.evaluation.endings import count_oddities
 from areal_agents.evaluation.held_out import as_begun
@@ -29,7 +27,8 @@ from areal_agents.evaluation.report import EvalReport, calls_of, compare_table
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.tasks import TaskStream
-from areal_agents.settings.config import AlgorithmConfig, TrainConfig
+from areal_agents.settings.config import TrainConfig
+from areal_agents.trainer.batches import batch_for
 from areal_agents.trainer.evaluation import log_kept
 from areal_agents.trainer.preflight import Looks, look_at_tasks, require_runnable
 from areal_agents.trainer.resize import answering
@@ -250,7 +249,7 @@ async def _evaluate_if_due(run: Run, step: int) -> None:
 
 async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, watch: Stopwatch) -> None:
     waited = watch.seconds
-    batch = batch_of(groups, run.config.algorithm, run.learner.version, run.config.rollout.temperature)
+    batch = await batch_for(run.learner, groups, run.config.algorithm, temperature=run.config.rollout.temperature)
     metrics = dict(await run.learner.step(batch))
     update = await run.publish()
     run.renew_weights()
@@ -270,25 +269,6 @@ async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, wa
     run.tracker.trajectories.write([t for g in groups for t in g.trajectories], step=step, kind="train")
     run.tracker.log(step, metrics)
     run.look_at_rewards(step, metrics, groups)
-
-
-def batch_of(groups: list[Group], algorithm: AlgorithmConfig, version: int, temperature: float) -> Batch:
-    """Turn groups into training rows, with advantages that are estimated per group, one number a turn.
-
-    Args:
-        groups: the finished groups of one batch.
-        algorithm: the advantage estimator is taken from it.
-        version: the learner's.
-        temperature: that the episodes were sampled at.
-    """
-    rows: list[Row] = []
-    episode, estimator = 0, Estimator(algorithm.advantage)
-    for group in groups:
-        advantages = estimator.of(group)
-        for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
-            rows += rows_of(trajectory, advantage.tolist(), episode=episode)
-            episode += 1
-    return Batch(tuple(rows), episode, version, temperature)
 
 
 def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from areal_agents import registry
-from areal_agents.algorithms.advantages import Estimator, refuse_biased
+from areal_agents.algorithms.estimator import Estimator, refuse_biased
 from areal_agents.algorithms.objective import PolicyObjective
 from areal_agents.chat_model import refuse_training, remote_name
 from areal_agents.engine import Sampling
@@ -42,7 +42,7 @@ def require_runnable(config: TrainConfig) -> None:
         refuse_biased(a.advantage, judge.declared, judge.name)
         require_votes(judge, r.group_size)
     require_attempts(group_reward_of(spec), config.eval.k)
-    PolicyObjective(loss=a.loss, correction=a.correction, aggregation=a.aggregation)
+    PolicyObjective(loss=a.loss, correction=a.correction, mask=a.mask, aggregation=a.aggregation, constant=a.constant)
     Sampling(r.max_turn_tokens, r.temperature).require_trainable()
     if config.cluster.backend == "local":  # on a cluster the learner's node decides
         resolve_device(config.learner.device)

@@ -83,7 +83,8 @@ async def open_run(
 def _require_room(config: TrainConfig, folder: RunFolder, model: Path, commit: Commit) -> None:
     """Raise ConfigError where the disk has no room for the checkpoint and the model that the run will end with."""
     done = commit.step >= config.steps and commit.checkpoint is not None
-    folder.require_room(count_parameters(model), checkpoint=not done)
+    models = 2 if config.algorithm.critic.kind == "own" else 1
+    folder.require_room(count_parameters(model), checkpoint=not done, models=models)
 
 
 _BACKENDS = {"local": "areal_agents.trainer.local:open_local", "ray": "areal_agents.cluster.backend:open_ray"}

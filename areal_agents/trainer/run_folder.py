@@ -144,12 +144,13 @@ class RunFolder:
             ) from error
         return self
 
-    def require_room(self, parameters: int, *, checkpoint: bool) -> None:
+    def require_room(self, parameters: int, *, checkpoint: bool, models: int = 1) -> None:
         """Raise ConfigError where the disk has no room for what the run will write for certain.
 
-        That is the trained model, and a checkpoint of all ``parameters`` where ``checkpoint`` is true.
+        That is the trained model, and a checkpoint of all ``parameters`` of so many ``models`` where ``checkpoint`` is
+        true.
         """
-        self.checkpoint_bytes = parameters * _CHECKPOINT_BYTES
+        self.checkpoint_bytes = models * parameters * _CHECKPOINT_BYTES
         need = parameters * _MODEL_BYTES + (self.checkpoint_bytes if checkpoint else 0)
         if (free := shutil.disk_usage(self.out).free) < need:
             what = "a checkpoint and the trained model" if checkpoint else "the trained model"

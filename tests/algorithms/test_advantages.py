@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from areal_agents.algorithms.advantages import EpisodeRewards, grpo, turn_return
-from areal_agents.algorithms.advantages import Estimator as ChosenEstimator
+from areal_agents.algorithms.advantages import grpo, turn_return
+from areal_agents.algorithms.episode_view import EpisodeView
+from areal_agents.algorithms.estimator import Advantages, per_turn
+from areal_agents.algorithms.estimator import Estimator as ChosenEstimator
 from areal_agents.algorithms.registry import Choice
 from areal_agents.errors import RewardError
 
@@ -22,33 +24,33 @@ Rewards = Sequence[tuple[float, ...]]
 Estimator = Callable[[Rewards], list[list[float]]]
 
 
-def episodes(rewards: Rewards) -> list[EpisodeRewards]:
-    return [EpisodeRewards(r) for r in rewards]
+def episodes(rewards: Rewards) -> list[EpisodeView]:
+    return [EpisodeView(r) for r in rewards]
 
 
-def lists(tensors: Sequence[Tensor]) -> list[list[float]]:
-    return [[float(x) for x in t] for t in tensors]
+def lists(advantages: Sequence[Advantages]) -> list[list[float]]:
+    return [per_turn(a) for a in advantages]
 
 
 def nearly(expected: Sequence[Sequence[float]], tolerance: float = 1e-5) -> object:
     return [pytest.approx(list(e), abs=tolerance, rel=tolerance) for e in expected]
 
 
-# --- EpisodeRewards -------------------------------------------------------------------------------------------------
+# --- EpisodeView -------------------------------------------------------------------------------------------------
 
 
 def test_an_episode_needs_a_turn_and_finite_rewards() -> None:
     with pytest.raises(ValueError, match="without a turn"):
-        EpisodeRewards(())
+        EpisodeView(())
     for bad in (math.nan, math.inf, -math.inf):
         with pytest.raises(RewardError, match="turn 1"):
-            EpisodeRewards((0.0, bad))
+            EpisodeView((0.0, bad))
 
 
 def test_a_reward_that_is_too_large_to_compare_is_refused_and_named() -> None:
     for bad in (1e300, -1e300, 1.1e30):
         with pytest.raises(RewardError, match=r"turn 1 is -?1(\.1)?e\+\d+: rewards may be up to 1e\+30 in size"):
-            EpisodeRewards((0.0, bad))
+            EpisodeView((0.0, bad))
     # At the limit every estimator is still right: R = ±1e30, mean 0, std = sqrt(2) 1e30.
     group = episodes([(1e30,), (-1e30,)])
     assert lists(grpo(group)) == nearly([[math.sqrt(0.5)], [-math.sqrt(0.5)]])
@@ -309,14 +311,14 @@ EQUAL: list[Rewards] = [
 @pytest.mark.parametrize("rewards", EQUAL)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_equal_returns_give_exactly_zero(rewards: Rewards, normalize: bool) -> None:
-    assert all(x == 0.0 for a in grpo(episodes(rewards), normalize=normalize) for x in a.tolist())
+    assert all(x == 0.0 for a in grpo(episodes(rewards), normalize=normalize) for x in per_turn(a))
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.7])
 @pytest.mark.parametrize("one", [(0.7,), (0.1, 0.2, 0.7), (0.95, 0.0), (0.3, 0.3, 0.3, 0.1)])
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_equal_returns_from_a_turn_on_give_exactly_zero(one: tuple[float, ...], size: int, gamma: float) -> None:
-    assert all(x == 0.0 for a in turn_return(episodes([one] * size), gamma=gamma) for x in a.tolist())
+    assert all(x == 0.0 for a in turn_return(episodes([one] * size), gamma=gamma) for x in per_turn(a))
 
 
 def test_turns_with_equal_returns_give_zero_beside_turns_that_differ() -> None:
@@ -335,17 +337,17 @@ def test_small_differences_are_no_rounding() -> None:
     assert lists(grpo(episodes([(0.5,), (0.5 + 1e-6,)]), normalize=False)) == nearly([[-5e-7], [5e-7]], 1e-9)
 
 
-def in_float32(group: Sequence[EpisodeRewards]) -> list[Tensor]:
+def in_float32(group: Sequence[EpisodeView]) -> list[Tensor]:
     returns_G = torch.tensor([sum(e.rewards_K) for e in group])
     advantages_G = (returns_G - returns_G.mean()) / (returns_G.std() + 1e-8)
     return [a.expand(len(e.rewards_K)) for a, e in zip(advantages_G, group, strict=True)]
 
 
-def uncentred(group: Sequence[EpisodeRewards]) -> list[Tensor]:
+def uncentred(group: Sequence[EpisodeView]) -> list[Tensor]:
     return [torch.tensor(e.rewards_K) for e in group]
 
 
-def below_one(group: Sequence[EpisodeRewards]) -> list[Tensor]:
+def below_one(group: Sequence[EpisodeView]) -> list[Tensor]:
     return [(1.0 - torch.tensor(e.rewards_K)).clamp(min=0.0) for e in group]
 
 
@@ -355,7 +357,7 @@ def chosen(function: Callable[..., list[Tensor]]) -> ChosenEstimator:
 
 @pytest.mark.parametrize("rewards", EQUAL)
 def test_an_estimator_of_an_author_gives_exactly_zero_too(rewards: Rewards) -> None:
-    assert all(x == 0.0 for a in chosen(in_float32)(episodes(rewards)) for x in a.tolist())
+    assert all(x == 0.0 for a in chosen(in_float32)(episodes(rewards)) for x in per_turn(a))
 
 
 def test_the_case_of_an_author_can_fail() -> None:

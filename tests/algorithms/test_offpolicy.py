@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from areal_agents.algorithms.losses import ppo
-from areal_agents.algorithms.offpolicy import OffPolicyStats, age_mask, bypass, decoupled, log_ratio
+from areal_agents.algorithms.offpolicy import age_mask, bypass, decoupled, log_ratio
+from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
 
 ICEPOP = (0.5, 5.0)
 
@@ -47,13 +48,13 @@ def test_log_ratio_is_bounded_and_loses_its_gradient_past_the_bound() -> None:
 def test_bypass_by_hand() -> None:
     # u = 0.4 and 6 lie outside [0.5, 5]; the weight of the others is 1, not u.
     logprobs_T, behaviour_T = pair([0.4, 0.6, 1.0, 4.9, 6.0])
-    weight_T, kept_T = bypass(logprobs_T, behaviour_T, token_mask=ICEPOP)
+    weight_T, kept_T, _ = bypass(logprobs_T, behaviour_T, token_mask=ICEPOP)
     assert weight_T.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
     assert kept_T.tolist() == [False, True, True, True, False]
 
 
 def test_bypass_without_a_mask_keeps_everything() -> None:
-    weight_T, kept_T = bypass(*pair([1e-6, 1.0, 1e6]), token_mask=None)
+    weight_T, kept_T, _ = bypass(*pair([1e-6, 1.0, 1e6]), token_mask=None)
     assert weight_T.tolist() == [1.0, 1.0, 1.0]
     assert kept_T.tolist() == [True, True, True]
 
@@ -72,19 +73,19 @@ def test_the_bounds_themselves_are_kept() -> None:
 def test_decoupled_by_hand() -> None:
     # ρ = 0.4 masked, 0.6 and 1.5 as they are, 4 truncated to 2, 6 masked.
     proximal_T, behaviour_T = pair([0.4, 0.6, 1.5, 4.0, 6.0])
-    weight_T, kept_T = decoupled(proximal_T, behaviour_T, truncate=2.0, token_mask=ICEPOP)
+    weight_T, kept_T, _ = decoupled(proximal_T, behaviour_T, truncate=2.0, token_mask=ICEPOP)
     assert weight_T.tolist() == pytest.approx([0.0, 0.6, 1.5, 2.0, 0.0])
     assert kept_T.tolist() == [False, True, True, True, False]
 
 
 def test_decoupled_without_truncation_or_mask_is_the_ratio() -> None:
-    weight_T, kept_T = decoupled(*pair([0.1, 1.0, 30.0]), truncate=None, token_mask=None)
+    weight_T, kept_T, _ = decoupled(*pair([0.1, 1.0, 30.0]), truncate=None, token_mask=None)
     assert weight_T.tolist() == pytest.approx([0.1, 1.0, 30.0])
     assert kept_T.tolist() == [True, True, True]
 
 
 def test_truncation_alone_masks_nothing() -> None:
-    weight_T, kept_T = decoupled(*pair([0.1, 30.0]), truncate=2.0, token_mask=None)
+    weight_T, kept_T, _ = decoupled(*pair([0.1, 30.0]), truncate=2.0, token_mask=None)
     assert weight_T.tolist() == pytest.approx([0.1, 2.0])
     assert kept_T.tolist() == [True, True]
 
@@ -122,7 +123,7 @@ def test_a_masked_token_has_no_gradient() -> None:
 
 def test_extreme_log_probabilities_stay_finite() -> None:
     a_T, b_T = torch.tensor([0.0, -500.0, -math.inf, -1.0]), torch.tensor([-500.0, 0.0, -1.0, -1.0])
-    weight_T, kept_T = decoupled(a_T, b_T, truncate=None, token_mask=None)
+    weight_T, kept_T, _ = decoupled(a_T, b_T, truncate=None, token_mask=None)
     assert weight_T.tolist() == pytest.approx([math.exp(20), math.exp(-20), math.exp(-20), 1.0], rel=1e-5)
     assert decoupled(a_T, b_T, truncate=2.0, token_mask=ICEPOP).weight_T.tolist() == [0.0, 0.0, 0.0, 1.0]
     assert bypass(a_T, b_T, token_mask=ICEPOP).weight_T.tolist() == [0.0, 0.0, 0.0, 1.0]
@@ -156,7 +157,7 @@ def test_corrections_equal_the_loop(
     ratios = [math.exp(max(-20.0, min(20.0, x))) for x in logs]
     kept = [token_mask is None or token_mask[0] <= r <= token_mask[1] for r in ratios]
     weights = [(r if truncate is None else min(r, truncate)) if k else 0.0 for r, k in zip(ratios, kept, strict=True)]
-    weight_T, kept_T = decoupled(a_T, b_T, truncate=truncate, token_mask=token_mask)
+    weight_T, kept_T, _ = decoupled(a_T, b_T, truncate=truncate, token_mask=token_mask)
     assert kept_T.tolist() == kept
     assert weight_T.tolist() == pytest.approx(weights)
     assert bypass(a_T, b_T, token_mask=token_mask).weight_T.tolist() == [float(k) for k in kept]

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from areal_agents import settings
 from areal_agents.algorithms import advantages, losses, offpolicy
-from areal_agents.algorithms.advantages import EpisodeRewards, Estimator
+from areal_agents.algorithms.episode_view import EpisodeView
+from areal_agents.algorithms.estimator import Estimator, per_turn
 from areal_agents.algorithms.objective import Denominators, PolicyObjective, Tokens
-from areal_agents.algorithms.offpolicy import OffPolicyStats
+from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
 from areal_agents.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, REGISTRIES, Choice
 from areal_agents.errors import ConfigError
 from areal_agents.settings.config import AlgorithmConfig
@@ -74,15 +76,15 @@ def install(folder: Path, name: str, code: str, groups: dict[str, str]) -> None:
 
 
 def test_ours() -> None:
-    assert ADVANTAGES.names() == ["turn_return", "grpo"]
+    assert ADVANTAGES.names()[:2] == ["turn_return", "grpo"]
     assert ADVANTAGES.function("grpo") is advantages.grpo
     assert ADVANTAGES.options(Choice("turn_return")) == {"gamma": 1.0}
     assert LOSSES.function("ppo") is losses.ppo
     assert LOSSES.options(Choice("ppo")) == {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}
     assert CORRECTIONS.function("bypass") is offpolicy.bypass
     assert CORRECTIONS.takes(Choice("bypass")) == ("logprobs_T", "behaviour_T")
-    assert CORRECTIONS.takes(Choice("decoupled")) == ("proximal_T", "behaviour_T")
-    assert CORRECTIONS.options(Choice("decoupled")) == {"truncate": None, "token_mask": (0.5, 5.0)}
+    assert CORRECTIONS.takes(Choice("decoupled")) == ("proximal_T", "behaviour_T", "episodes_T", "turns_T")
+    assert CORRECTIONS.options(Choice("decoupled")) == {"scope": "token", "truncate": None, "token_mask": (0.5, 5.0)}
 
 
 def test_every_parameter_of_ours_is_explained_and_has_a_default() -> None:
@@ -119,8 +121,8 @@ def test_a_name_takes_the_place_of_the_whole_table_and_a_kind_does_not(tmp_path:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--algorithm.advantage", "gae"], r"algorithm.advantage.kind = 'gae': no such advantage estimator; there are "
-         r"turn_return, grpo .* \(--algorithm.advantage\)"),
+        (["--algorithm.advantage", "otb"], r"algorithm.advantage.kind = 'otb': no such advantage estimator; there are "
+         r"turn_return, grpo.* \(--algorithm.advantage\)"),
         (["--algorithm.advantage=gropo"], r"did you mean 'grpo'\? \(or give module:function\)"),
         (["--algorithm.advantage.gama", "1"], r"gama is no parameter of algorithm.advantage.kind = 'turn_return', "
          r"which has gamma: did you mean gamma\?"),
@@ -144,14 +146,15 @@ def test_refused_when_the_settings_are_read(overrides: list[str], message: str) 
 
 @pytest.mark.usefixtures("package")
 def test_a_package_brings_its_own() -> None:
-    assert ADVANTAGES.names() == ["turn_return", "grpo", "burning", "last_turn", "long", "misnamed", "untyped"]
+    theirs = ["burning", "last_turn", "long", "misnamed", "untyped"]
+    assert ADVANTAGES.names() == [*ADVANTAGES.builtin(), *theirs]
     c = settings.load(None, [
         "--algorithm.advantage", "last_turn", "--algorithm.advantage.shift", "0.5", "--algorithm.advantage.scale", "2",
         "--algorithm.loss", "linear", "--algorithm.correction", "both",
     ]).algorithm  # fmt: skip
     assert c.advantage == Choice("last_turn", {"scale": 2.0, "shift": 0.5})
-    found = Estimator(c.advantage)([EpisodeRewards((1.0, 3.0)), EpisodeRewards((1.0,))])
-    assert [t.tolist() for t in found] == [[0.0, 6.5], [2.5]]
+    found = Estimator(c.advantage)([EpisodeView((1.0, 3.0)), EpisodeView((1.0,))])
+    assert [per_turn(a) for a in found] == [[0.0, 6.5], [2.5]]
     assert CORRECTIONS.takes(c.correction) == ("proximal_T", "logprobs_T")
     assert "--algorithm.advantage.shift  (a number)" in algorithms_text()
     assert "disk on fire" in algorithms_text()
@@ -166,8 +169,8 @@ def test_the_list_of_algorithms() -> None:
     assert one.startswith("[algorithm.advantage]\n  grpo\n  Compare each episode")
     assert "2402.03300" in one
     assert "turn_return" not in one
-    with pytest.raises(ConfigError, match="there is no algorithm 'gae': there are turn_return, grpo, ppo, bypass"):
-        algorithms_text("gae")
+    with pytest.raises(ConfigError, match=r"there is no algorithm 'otb': there are turn_return, grpo, .*ppo, .*bypass"):
+        algorithms_text("otb")
 
 
 @pytest.mark.usefixtures("package")
@@ -177,7 +180,7 @@ def test_the_list_of_algorithms() -> None:
         ("last_turn", "algorithm.advantage.shift is missing: this algorithm has no default for it"),
         ("burning", "acme_broken:f cannot be imported: OSError: disk on fire"),
         ("untyped", "its parameter 'gamma' needs a type hint"),
-        ("misnamed", r"takes \(rewards\): an algorithm of algorithm.advantage takes \(group\)"),
+        ("misnamed", r"takes \(rewards\): an algorithm of algorithm.advantage takes one of \(group, groups\)"),
     ],
 )
 def test_a_packages_mistakes_are_told_when_the_settings_are_read(kind: str, message: str) -> None:
@@ -250,7 +253,9 @@ def with_gradient(group): return [torch.zeros(len(e.rewards_K), dtype=torch.floa
 def pair(logprobs_T, old_logprobs_T, advantages_T): return -logprobs_T, advantages_T > 9
 def scalar(logprobs_T, old_logprobs_T, advantages_T): return LossTerms(-logprobs_T.mean(), advantages_T > 9)
 def cut_off(logprobs_T, old_logprobs_T, advantages_T): return LossTerms(-logprobs_T.detach(), advantages_T > 9)
-def turned(old_logprobs_T, logprobs_T, advantages_T): ...
+def no_policy(old_logprobs_T, advantages_T): ...
+def both(group, groups): ...
+def blind(logprobs_T, episodes_T): return LossTerms(-logprobs_T, episodes_T > 9)
 
 def attached(logprobs_T, behaviour_T): return Correction(torch.exp(logprobs_T - behaviour_T), behaviour_T < 9)
 def one_weight(behaviour_T): return Correction(torch.ones(1), behaviour_T < 9)
@@ -283,7 +288,8 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("advantage", "by_position", "is an argument by position alone"),
         ("advantage", "part", "is partial part: an algorithm is a Python function"),
         ("advantage", "Mode", "an algorithm is a Python function"),
-        ("loss", "turned", r"takes \(logprobs_T, old_logprobs_T, advantages_T\)"),
+        ("advantage", "both", r"takes \(group, groups\): .* takes one of \(group, groups\)"),
+        ("loss", "no_policy", r"takes \(old_logprobs_T, advantages_T\): .* \(logprobs_T always\)"),
     ],
 )
 def test_what_a_signature_shows_is_refused_when_the_settings_are_read(key: str, name: str, message: str) -> None:
@@ -294,7 +300,7 @@ def test_what_a_signature_shows_is_refused_when_the_settings_are_read(key: str, 
 @pytest.mark.usefixtures("foreign")
 def test_a_hint_that_is_not_needed_may_be_unknown() -> None:
     choice = settings.load(None, ["--algorithm.advantage=foreign_algo:late_hint"]).algorithm.advantage
-    assert [a.tolist() for a in Estimator(choice)([EpisodeRewards((1.0,))])] == [[0.0]]
+    assert [per_turn(a) for a in Estimator(choice)([EpisodeView((1.0,))])] == [[0.0]]
 
 
 @pytest.mark.usefixtures("foreign")
@@ -313,7 +319,8 @@ def test_an_estimator_that_returns_something_else_is_refused_on_its_trial(name: 
 
 @pytest.mark.usefixtures("foreign")
 def test_advantages_become_plain_float32() -> None:
-    (found,) = Estimator(Choice("foreign_algo:with_gradient"))([EpisodeRewards((1.0,))])
+    (found,) = Estimator(Choice("foreign_algo:with_gradient"))([EpisodeView((1.0,))])
+    assert isinstance(found, Tensor)
     assert (found.dtype, found.requires_grad) == (torch.float32, False)
 
 
@@ -328,6 +335,7 @@ def objective(loss: str = "ppo", correction: str = "bypass") -> PolicyObjective:
         ({"loss": "foreign_algo:pair"}, "returned tuple: expected LossTerms"),
         ({"loss": "foreign_algo:scalar"}, r"returned loss_T = a tensor \[\] of torch.float32: expected numbers"),
         ({"loss": "foreign_algo:cut_off"}, "without a gradient: nothing would be learned"),
+        ({"loss": "foreign_algo:blind"}, r'declare it with @sees\("episode"\)'),
         ({"correction": "foreign_algo:one_weight"}, r"returned weight_T = a tensor \[1\]"),
     ],
 )
@@ -371,7 +379,7 @@ def test_python_reads_what_it_writes() -> None:
     made = AlgorithmConfig(advantage=Choice("grpo", {"normalize": False}), correction=Choice("decoupled"))
     table = made.model_dump()
     assert table["advantage"] == {"kind": "grpo", "normalize": False}
-    assert table["correction"] == {"kind": "decoupled", "truncate": None, "token_mask": (0.5, 5.0)}
+    assert table["correction"] == {"kind": "decoupled", "scope": "token", "truncate": None, "token_mask": (0.5, 5.0)}
     assert AlgorithmConfig.model_validate(table) == made
     assert AlgorithmConfig.model_validate_json(made.model_dump_json()) == made
     for wrong in ({"gamma": 1.0}, {"kind": 3}):
@@ -414,5 +422,5 @@ def test_an_entry_point_may_name_a_method(tmp_path: Path) -> None:
     code = "import torch\nclass A:\n  @staticmethod\n  def f(group):\n"
     code += "    return [torch.ones(len(e.rewards_K)) for e in group]"
     install(tmp_path, "acme_method", code, {"areal_agents.advantages": "method = acme_method:A.f\n"})
-    (found,) = Estimator(Choice("method"))([EpisodeRewards((1.0, 2.0))])
-    assert found.tolist() == [1.0, 1.0]
+    (found,) = Estimator(Choice("method"))([EpisodeView((1.0, 2.0))])
+    assert per_turn(found) == [1.0, 1.0]

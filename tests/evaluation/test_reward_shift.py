@@ -12,7 +12,7 @@ from areal_agents.evaluation.rescore import Outcome, Rescored
 from areal_agents.evaluation.reward_shift import SignChanges, advantage_shift, compare
 from areal_agents.evaluation.statistics import spearman
 from areal_agents.settings.config import AlgorithmConfig
-from areal_agents.trainer.loop import batch_of
+from areal_agents.trainer.batches import batch_of
 from areal_agents.types import Group
 from tests.saved_runs import TASKS, record
 

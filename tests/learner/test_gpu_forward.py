@@ -22,6 +22,7 @@ from areal_agents.learner import tree_attention as room
 from areal_agents.learner.forward import Decoder
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.learner.packing import Pack, Segment, pack_rows
+from areal_agents.learner.passes import Objective
 from areal_agents.learner.probe import probe
 from areal_agents.learner.tree_attention import Tree, tree_attention
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
@@ -249,7 +250,9 @@ def test_a_step_has_its_tensors_on_one_device(
         move(made._decoder)
         parameters = made._parameters = list(made._model.parameters())
         optimizer = made._new_optimizer(1e-3)
-        _, forwarded = made._backward(batch.rows, None, 0.7, lambda logprobs_T, tokens: logprobs_T.sum())
+        _, forwarded = made._passes.backward(
+            batch.rows, None, 0.7, Objective(lambda scored, tokens: scored.logprobs_T.sum())
+        )
         assert forwarded > 0
         head = made._decoder.head.weight.grad
         assert head is not None

@@ -39,10 +39,9 @@ def test_no_name_stands_twice_and_none_is_ours() -> None:
 @pytest.mark.parametrize(
     ("flag", "hint"),
     [
-        ("--algorithm.kl", "there is no KL penalty yet"),
-        ("--beta", "there is no KL penalty yet"),
-        ("--algorithm.kl_ctrl.kl_coef", "there is no KL penalty yet"),
-        ("--algorithm.loss.beta", "there is no KL penalty yet"),
+        ("--beta", "has the weight algorithm.kl.coef here"),
+        ("--algorithm.kl_ctrl.kl_coef", "has the weight algorithm.kl.coef here"),
+        ("--algorithm.loss.beta", "has the weight algorithm.kl.coef here"),
         ("--algorithm.loss.epsilon", "this is algorithm.loss.clip_low and algorithm.loss.clip_high here"),
         ("--epsilon-high", "this is algorithm.loss.clip_high here"),
         ("--lora-r", "there is no LoRA yet"),

@@ -16,7 +16,8 @@ from areal_agents.rollout.demonstrations import demonstration_rows, require_all
 from areal_agents.settings.config import AlgorithmConfig, EngineConfig, TrainConfig
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import read_records
-from areal_agents.trainer.loop import batch_of, rollout_metrics, train
+from areal_agents.trainer.batches import batch_of
+from areal_agents.trainer.loop import rollout_metrics, train
 from areal_agents.trainer.resume import refuse_taken
 from areal_agents.trainer.run_folder import RunFolder
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn

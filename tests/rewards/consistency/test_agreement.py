@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from areal_agents.algorithms.advantages import EpisodeRewards, grpo, turn_return
+from areal_agents.algorithms.advantages import grpo, turn_return
+from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.errors import ConfigError, InfraError, RewardError
 from areal_agents.group_reward import declaration, judge_group
 from areal_agents.reward import Episode, Verdict
@@ -133,7 +134,7 @@ def test_leave_one_out_votes_only_scale_the_gradient(n: int) -> None:
 
     def of_first(answers: tuple[str, ...]) -> tuple[float, float]:
         rewards = [v.score for v in judged(agreement("answer"), answers)]
-        return rewards[0], float(turn_return([EpisodeRewards((r,)) for r in rewards])[0])
+        return rewards[0], float(turn_return([EpisodeView((r,)) for r in rewards])[0])
 
     for others in itertools.product("ab", repeat=n - 1):
         (r_a, a_a), (r_b, a_b) = of_first(("a", *others)), of_first(("b", *others))
@@ -145,14 +146,14 @@ def test_votes_of_shorter_episodes_count_in_full_in_the_baseline_of_a_late_turn(
 
     def of_first(answers: tuple[str, ...]) -> list[float]:
         shares = [v.score for v in judged(agreement("answer"), answers)]
-        group = [EpisodeRewards((0.0, shares[0])), EpisodeRewards((0.0, shares[1])), EpisodeRewards((shares[2],))]
+        group = [EpisodeView((0.0, shares[0])), EpisodeView((0.0, shares[1])), EpisodeView((shares[2],))]
         return [float(a) for a in turn_return(group)[0]]
 
     alone, with_long, with_short = of_first(("c", "a", "b")), of_first(("a", "a", "b")), of_first(("b", "a", "b"))
     assert alone == [0.0, 0.0]
     assert with_long == [0.25, 0.0]  # 1/2 · (1 − 1/2), 1/2 · (1 − 1/1)
     assert with_short == [0.25, 0.5]  # 1/2 · (1 − 1/2), 1/2
-    whole = [[EpisodeRewards((v.score,)) for v in judged(agreement("answer"), a)] for a in (("a", "a", "b"), "cab")]
+    whole = [[EpisodeView((v.score,)) for v in judged(agreement("answer"), a)] for a in (("a", "a", "b"), "cab")]
     moved = float(grpo(whole[0], normalize=False)[0]) - float(grpo(whole[1], normalize=False)[0])
     assert moved == pytest.approx((3 - 2) / 3 * 0.5)
 
@@ -160,7 +161,7 @@ def test_votes_of_shorter_episodes_count_in_full_in_the_baseline_of_a_late_turn(
 def test_beside_an_own_reward_the_votes_part_alone_is_scaled() -> None:
     own = (1.0, 0.0, 0.0, 0.25)
     votes = [v.score for v in judged(agreement("answer", adds=True, weight=0.6), ("a", "a", "b", "a"))]
-    found = turn_return([EpisodeRewards((x + y,)) for x, y in zip(own, votes, strict=True)])
+    found = turn_return([EpisodeView((x + y,)) for x, y in zip(own, votes, strict=True)])
     # own: 1 − 0.25/3; votes: 0.6 · 2/3 less the mean of 0.4, 0 and 0.4
     assert float(found[0]) == pytest.approx(1 - 0.25 / 3 + 0.4 - 0.8 / 3)
 
@@ -181,7 +182,7 @@ def test_a_majority_changes_the_baseline_by_no_mere_scale() -> None:
 
     def of_first(*answers: str) -> tuple[float, float]:
         rewards = [v.score for v in judged(majority("answer"), answers)]
-        return rewards[0], float(turn_return([EpisodeRewards((r,)) for r in rewards])[0])
+        return rewards[0], float(turn_return([EpisodeView((r,)) for r in rewards])[0])
 
     assert (of_first("a", "a", "b"), of_first("c", "a", "b")) == ((1.0, 0.5), (0.0, 0.0))
     assert (of_first("a", "a", "a"), of_first("c", "a", "a")) == ((1.0, 0.0), (0.0, -1.0))
