@@ -54,6 +54,22 @@ def reads_values(function: F) -> F:
     return function
 
 
+def reads_state_keys(function: F) -> F:
+    """Declare that an estimator compares turns by ``state_keys_K``, which the environment must give."""
+    function.reads_state_keys = True  # type: ignore[attr-defined]
+    return function
+
+
+def needs_more_than(parameter: str) -> Callable[[F], F]:
+    """Make a decorator that declares that a group must have more episodes than the estimator's ``parameter``."""
+
+    def declare(function: F) -> F:
+        function.more_than = parameter  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
 def per_turn(advantages: Advantages) -> list[float]:
     """Return one number a turn: where there is one a token, their mean, and 0 for a turn without tokens."""
     if isinstance(advantages, Tensor):
@@ -82,6 +98,8 @@ class Estimator:
         function = ADVANTAGES.function(choice.kind)
         self.baseline: Baseline | None = getattr(function, "baseline", None)
         self.reads_values: bool = getattr(function, "reads_values", False)
+        self.reads_state_keys: bool = getattr(function, "reads_state_keys", False)
+        self._more_than: str | None = getattr(function, "more_than", None)
         tried: Group = (EpisodeView((0.0, 1.0)), EpisodeView((0.5,), terminated=False, stop_reason="max_turns"))
         if self.reads_values:
             tried = tuple(replace(e, values_K=tuple((0.25,) for _ in e.rewards_K)) for e in tried)
@@ -96,6 +114,15 @@ class Estimator:
         """
         (found,) = self.of_batch([group])
         return found
+
+    def require_size(self, group_size: int) -> None:
+        """Raise ConfigError where groups of ``rollout.group_size`` are too small for the estimator."""
+        name = self._more_than
+        if name is not None and group_size <= (least := ADVANTAGES.options(self.choice)[name]):
+            raise ConfigError(
+                f"algorithm.advantage.{name} = {least} of {self.choice.kind!r} needs more episodes a group than that, "
+                f"and rollout.group_size = {group_size}: raise it, or lower {name}"
+            )
 
     def of_batch(self, groups: Sequence[Group]) -> list[list[Advantages]]:
         """Return the advantages of each group's episodes.
