@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from areal_agents.algorithms.batch import Batch, Row, rows_of
 from areal_agents.algorithms.estimator import Estimator, entries
+from areal_agents.algorithms.refinement import refined
 from areal_agents.settings.config import AlgorithmConfig
-from areal_agents.trainer.credit import refined, require_state_keys, views_of
+from areal_agents.trainer.credit import require_state_keys, views_of
 from areal_agents.types import Group
 
 
@@ -30,7 +31,8 @@ def batch_of(groups: Sequence[Group], algorithm: AlgorithmConfig, version: int, 
     episode, estimator = 0, Estimator(algorithm.advantage)
     require_state_keys(groups, estimator)
     views = [views_of(group) for group in groups]
-    for group, advantages in zip(groups, refined(estimator.of_batch(views), views, algorithm), strict=True):
+    found = refined(estimator.of_batch(views), views, overlong=algorithm.overlong, normalize=algorithm.normalize)
+    for group, advantages in zip(groups, found, strict=True):
         for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
             rows += rows_of(trajectory, entries(advantage), episode=episode)
             episode += 1

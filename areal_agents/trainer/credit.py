@@ -1,6 +1,6 @@
 """The credit that the episodes of a batch get, from their estimator to the numbers that train.
 
-groups ─▶ views ─▶ estimator ─▶ episodes that a limit cut lose theirs (``overlong``) ─▶ ``normalize``
+groups ─▶ views ─▶ estimator ─▶ refinement (``algorithms/refinement.py``) ─▶ rows
 
 What a group's own rewards say of its signal decides whether dynamic sampling replaces it.
 """
@@ -10,12 +10,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
-
 from areal_agents.algorithms.episode_view import EpisodeView
-from areal_agents.algorithms.estimator import Advantages, Estimator
-from areal_agents.algorithms.normalization import batch_normalized
+from areal_agents.algorithms.estimator import Estimator, tensors_of
+from areal_agents.algorithms.refinement import refined
 from areal_agents.algorithms.turn_credit import anchor_sizes
 from areal_agents.errors import ConfigError
 from areal_agents.settings.config import AlgorithmConfig
@@ -28,39 +25,17 @@ def views_of(group: Group) -> list[EpisodeView]:
     return [EpisodeView.of(t, greedy_return=greedy) for t in group.trajectories]
 
 
-def refined(
-    found: Sequence[Sequence[Advantages]], groups: Sequence[Sequence[EpisodeView]], algorithm: AlgorithmConfig
-) -> list[list[Advantages]]:
-    """Make the advantages that train of those that an estimator found.
-
-    Args:
-        found: the estimator's, an episode's in each group.
-        groups: the views that it saw.
-        algorithm: ``overlong`` and ``normalize`` are taken from it.
-    """
-    trains = [[algorithm.overlong == "keep" or e.terminated for e in group] for group in groups]
-    kept = [
-        [a if yes else _zero(a) for a, yes in zip(advantages, row, strict=True)]
-        for advantages, row in zip(found, trains, strict=True)
-    ]
-    if algorithm.normalize == "none":
-        return kept
-    flat = [a for group in kept for a in group]
-    views, train = [e for group in groups for e in group], [yes for row in trains for yes in row]
-    normal = iter(batch_normalized(flat, [e.tokens_K for e in views], train))
-    return [[next(normal) for _ in group] for group in kept]
-
-
 def signal_of(algorithm: AlgorithmConfig) -> Callable[[Group], bool]:
     """Return the judge of whether a finished group would train anything by itself.
 
     It would where the estimator, called on the group alone, gives a number that is not 0 to an episode that trains.
     """
-    estimator, raw = Estimator(algorithm.advantage), algorithm.model_copy(update={"normalize": "none"})
+    estimator = Estimator(algorithm.advantage)
 
     def has_signal(group: Group) -> bool:
         views = views_of(group)
-        return any(bool(t.any()) for a in refined([estimator(views)], [views], raw)[0] for t in _tensors(a))
+        (found,) = refined([estimator(views)], [views], overlong=algorithm.overlong, normalize="none")
+        return any(bool(t.any()) for a in found for t in tensors_of(a))
 
     return has_signal
 
@@ -107,13 +82,3 @@ def credit_metrics(groups: Sequence[Group], algorithm: AlgorithmConfig) -> dict[
 
 def _episodes(groups: Sequence[Group]) -> list[Trajectory]:
     return [t for g in groups for t in g.trajectories]
-
-
-def _tensors(advantages: Advantages) -> tuple[Tensor, ...]:
-    return (advantages,) if isinstance(advantages, Tensor) else advantages
-
-
-def _zero(advantages: Advantages) -> Advantages:
-    if isinstance(advantages, Tensor):
-        return torch.zeros_like(advantages)
-    return tuple(torch.zeros_like(t) for t in advantages)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal_agents.algorithms.normalization import batch_normalized
+from areal_agents.algorithms.refinement import batch_normalized
 from areal_agents.algorithms.registry import Choice
 from areal_agents.errors import ConfigError, RewardError
 from areal_agents.settings.config import AlgorithmConfig, TrainConfig

@@ -1,15 +1,51 @@
-"""The normalisation of a batch's advantages, after any estimator."""
+"""What follows any estimator: cut episodes may lose their advantages, and a batch's may be normalised.
+
+advantages of a batch ─▶ overlong ─▶ normalize ─▶ what trains
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from areal_agents.algorithms.estimator import Advantages
+from areal_agents.algorithms.episode_view import EpisodeView
+from areal_agents.algorithms.estimator import Advantages, mapped
 
 STD_EPS = 1e-8
+
+Overlong = Literal["keep", "mask"]
+Normalize = Literal["none", "batch"]
+
+
+def refined(
+    found: Sequence[Sequence[Advantages]],
+    groups: Sequence[Sequence[EpisodeView]],
+    *,
+    overlong: Overlong,
+    normalize: Normalize,
+) -> list[list[Advantages]]:
+    """Make the advantages that train of those that an estimator found.
+
+    Args:
+        found: the estimator's, an episode's in each group.
+        groups: the views that it saw.
+        overlong: ``mask`` gives an episode that a limit cut advantage 0, after it was part of its group's baseline.
+        normalize: ``batch`` is ``batch_normalized`` over the episodes that are left.
+    """
+    trains = [[overlong == "keep" or e.terminated for e in group] for group in groups]
+    kept = [
+        [a if yes else mapped(torch.zeros_like, a) for a, yes in zip(advantages, row, strict=True)]
+        for advantages, row in zip(found, trains, strict=True)
+    ]
+    if normalize == "none":
+        return kept
+    flat = [a for group in kept for a in group]
+    tokens, train = [e.tokens_K for group in groups for e in group], [yes for row in trains for yes in row]
+    normal = iter(batch_normalized(flat, tokens, train))
+    return [[next(normal) for _ in group] for group in kept]
 
 
 def batch_normalized(
@@ -50,7 +86,4 @@ def batch_normalized(
     def normal(t: Tensor) -> Tensor:
         return ((t.double() - mean) * scale).float()
 
-    return [
-        a if not yes else normal(a) if isinstance(a, Tensor) else tuple(map(normal, a))
-        for a, yes in zip(advantages, trains, strict=True)
-    ]
+    return [mapped(normal, a) if yes else a for a, yes in zip(advantages, trains, strict=True)]
