@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from areal_agents import AgentEnv, AssistantMessage, Task
-from areal_agents.algorithms.advantages import turn_return
 from areal_agents.algorithms.batch import Row, rows_of
 from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.losses import ppo, token_mean
+from areal_agents.algorithms.turn_credit import turn_return
 from areal_agents.chat.conversation import Conversation
 from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Engine, Sampling
