@@ -20,6 +20,7 @@ from areal_agents.sandbox import Probe, ProbeReport
 from areal_agents.sandboxes import suite
 from areal_agents.sandboxes.attacks import ATTACKS
 from areal_agents.sandboxes.conformance import CONFORMANCE
+from areal_agents.sandboxes.subject import NotContained, NotTried, held, tried
 from areal_agents.sandboxes.suite import Finding
 from tests.sandboxes.test_backends import ROOT, bwrap, need
 
@@ -169,3 +170,12 @@ def test_what_a_report_says() -> None:
         assert not bad.passed
         assert bad.to_json()["attacks"][0]["status"] == status
         assert "FAILED, 0 of 1" in bad.summary()
+
+
+def test_what_was_seen_is_told_without_quotes_and_control_characters() -> None:
+    with pytest.raises(NotContained) as text:
+        held(False, "8 files of\x1b[2J the host's /tmp")
+    assert str(text.value) == "8 files of\\x1b[2J the host's /tmp"
+    with pytest.raises(NotTried) as other:
+        tried([], {"a": "b" * 1000})
+    assert str(other.value) == "the attack did not run: {'a': '" + "b" * 593
