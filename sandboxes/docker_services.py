@@ -14,6 +14,8 @@ import contextlib
 import ipaddress
 import json
 import random
+import sys
+from pathlib import Path
 from typing import Any, Final
 
 from areal_agents.errors import SandboxError, SandboxUnavailable
@@ -34,6 +36,10 @@ _OPTIONS: Final = {
     "com.docker.network.bridge.inhibit_ipv4": "true",  # the host has no address on it
     "com.docker.network.bridge.enable_ip_masquerade": "false",
 }
+_HEARS: Final = (
+    "docker: programs on the engine's host that listen on all its addresses may get datagrams of sessions with "
+    "services, which get no answer. To prevent it, there: sysctl -w net.ipv4.conf.default.rp_filter=1"
+)
 
 _CONNECT: Final = """
 import socket, sys, time
@@ -127,6 +133,8 @@ class Services:
         """Use the backend's containers and images."""
         self._engine, self._containers, self._images = engine, containers, images
         self._proved = False
+        self._deaf = True
+        """Whether the engine's host is known to drop what comes from the networks."""
 
     async def session(self, spec: SandboxSpec, image: Image) -> Container:
         """Start the services of a session, and then its own container, with which all of them end.
@@ -190,7 +198,7 @@ class Services:
             gateway = network.network_address + 1
             self._containers.known.add(name)
             try:
-                await self._engine.call(
+                made = await self._engine.call(
                     "create_network",
                     name,
                     driver="bridge",
@@ -207,6 +215,9 @@ class Services:
                 await asyncio.shield(asyncio.ensure_future(self._containers.remove_network(name)))
                 raise
             else:
+                if self._deaf and not _deafen(made["Id"]):
+                    self._deaf = False
+                    print(_HEARS, file=sys.stderr, flush=True)
                 return name, gateway
         raise AssertionError("the last attempt returns or raises")
 
@@ -226,6 +237,22 @@ class Services:
                 "The engine ignores com.docker.network.bridge.inhibit_ipv4, or is no Docker engine: take another one.",
             )
         self._proved = True
+
+
+def _deafen(network: str) -> bool:
+    """Have this machine drop all that comes from a network. Returns False where it may not, or has it not.
+
+    It has no address on it, and yet takes what is sent to a multicast or broadcast address, or past all routes to an
+    address of its own: unless it checks where that comes from.
+    """
+    here = Path("/proc/sys/net/ipv4/conf")
+    one = here / f"br-{network[:12]}" / "rp_filter"
+    try:
+        if one.read_text().strip() == "0" == (here / "all" / "rp_filter").read_text().strip():
+            one.write_text("1")
+    except OSError:
+        return False
+    return True
 
 
 async def _code(container: Container, asked: dict[str, Any]) -> int | None:

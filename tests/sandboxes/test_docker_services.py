@@ -65,6 +65,18 @@ def ask(server):
             return int.from_bytes(s.recv(512)[6:8], "big")
         except OSError as error:
             return str(error)
+def shout(server):
+    sent = 0
+    past_routes = [(1, socket.SO_BINDTODEVICE, b"eth0"), (1, socket.SO_DONTROUTE, 1)]
+    for options in ([], [(1, socket.SO_BROADCAST, 1)], past_routes):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            try:
+                for option in options:
+                    s.setsockopt(*option)
+                sent += s.sendto(b"leak", (server, 53))
+            except OSError:
+                pass
+    return sent
 def abstract(name):
     with socket.socket(socket.AF_UNIX) as s:
         try:
@@ -77,7 +89,9 @@ def all(wanted, name, servers):
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         tcp = [pool.submit(attempt, *one) for one in wanted]
         dns = [pool.submit(ask, one) for one in servers]
-        return {"tcp": [t.result() for t in tcp], "dns": [d.result() for d in dns], "abstract": abstract(name)}
+        shouted = sum(map(shout, [*servers, "224.0.0.1", "255.255.255.255"]))
+        answers = {"tcp": [t.result() for t in tcp], "dns": [d.result() for d in dns], "abstract": abstract(name)}
+        return {**answers, "shouted": shouted}
 """
 
 READY = "python3 -c 'import socket; socket.create_connection((\"127.0.0.1\", 8000))'"
@@ -171,6 +185,7 @@ def test_a_session_and_its_services_reach_each_other_and_nothing_else(engine: An
                 ):
                     assert len(told["tcp"]) == len(places)
                     assert "connected" not in (*told["tcp"], told["abstract"]), told
+                    assert told["shouted"] >= 4 * (3 + len(servers))
                     assert all(answer == 0 or isinstance(answer, str) for answer in told["dns"]), told
                 assert sorted(seen) == ["dns", "tcp"]  # our own two alone
 
