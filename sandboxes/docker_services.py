@@ -76,6 +76,8 @@ class Side:
         self.service, self.container = service, container
         self._program, self._base = program, base
         self._said = bytearray()
+        self._seen = ""
+        """How its ``ready`` program ended last."""
         self.over = asyncio.ensure_future(self._read())
         """Done when the program has ended."""
 
@@ -93,7 +95,7 @@ class Side:
 
     @property
     def last_words(self) -> str:
-        said = self._said.decode("utf-8", "replace").strip()[-600:]
+        said = _shown(self._said)
         return f" (it printed: {said})" if said else ""
 
     async def started(self, session: Container, python: tuple[str, ...], address: str) -> None:
@@ -107,7 +109,7 @@ class Side:
                 await waiting
         except TimeoutError as error:
             what = f"{self.service.name!r} did not start within {self.service.start_seconds:g} s"
-            raise SandboxError(f"service {what}{self.last_words}") from error
+            raise SandboxError(f"service {what}{self._seen}{self.last_words}") from error
         finally:
             waiting.cancel()
             await asyncio.wait((waiting,))
@@ -115,10 +117,14 @@ class Side:
     async def _serves(self, session: Container, python: tuple[str, ...], address: str) -> None:
         if self.service.port:
             argv = [*python, "-I", "-S", "-c", _CONNECT, address, str(self.service.port)]
-            if await _code(session, request(session, argv)) != 0:
+            if (await _ended(session, request(session, argv)))[0] != 0:
                 raise SandboxError(f"the port of service {self.service.name!r} was not tried: the session ended")
         look = {**self._base, "argv": list(self.service.ready)}
-        while self.service.ready and await _code(self.container, look) != 0:  # noqa: ASYNC110  it sets no event here
+        while self.service.ready:
+            code, said = await _ended(self.container, look)
+            if code == 0:
+                break
+            self._seen = f", and {self.service.ready[0]!r} ended with {code}" + (f": {_shown(said)}" if said else "")
             await asyncio.sleep(PAUSE)
 
     async def close(self) -> None:
@@ -255,15 +261,22 @@ def _deafen(network: str) -> bool:
     return True
 
 
-async def _code(container: Container, asked: dict[str, Any]) -> int | None:
-    """Run a program beside others, whatever it prints, and return its exit code; None where the container was lost."""
+async def _ended(container: Container, asked: dict[str, Any]) -> tuple[int | None, bytes]:
+    """Run a program beside others, and return its exit code, None where the container was lost, and its last words."""
     process = await container.spawn(asked, stdin=False)
+    said = b""
     try:
         while not process.ended:
-            await process.recv(1 << 16, timeout=_FOR_EVER)
-        return process.exit_code
+            said = (said + await process.recv(1 << 16, timeout=_FOR_EVER))[-_TAIL:]
+        return process.exit_code, said
     finally:
         await process.kill()
+
+
+def _shown(said: bytes | bytearray) -> str:
+    """Return the last of what code inside printed, on which no terminal acts."""
+    text = said.decode("utf-8", "replace").strip()[-600:]
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 async def _all(awaitables: Any) -> None:

@@ -294,7 +294,9 @@ def test_the_end_of_a_service_is_the_sandboxs_failure(engine: Any) -> None:
         ({"command": ("sh", "-c", "echo no licence; exit 4")}, SandboxError, "exit code 4 .*no licence.*before it had"),
         ({"command": ("no-such-program",)}, SandboxError, "exit code 127 .*no-such-program"),
         ({"port": 9, "start_seconds": 1}, SandboxError, "'web' did not start within 1 s .*about to serve"),
-        ({"ready": ("false",), "start_seconds": 1}, SandboxError, "'web' did not start within 1 s"),
+        ({"ready": ("false",), "start_seconds": 1}, SandboxError, "within 1 s, and 'false' ended with 1 "),
+        ({"ready": ("no-ready",), "start_seconds": 2}, SandboxError, "'no-ready' ended with 127: .*No such file"),
+        ({"command": ("printf", r"\033]0;owned\007")}, SandboxError, r"it printed: \\x1b\]0;owned\\x07\), before"),
         ({"image": "areal-test/none:1"}, SandboxUnavailable, "image 'areal-test/none:1' cannot be had"),
     ],
 )
