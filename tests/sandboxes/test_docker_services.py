@@ -226,7 +226,8 @@ def test_a_service_is_what_its_image_says(engine: Any, tmp_path: Path) -> None:
     show = "pwd; id -u; echo $WHO $HOME; echo x > /data/sub/x && echo y > /run/y && echo z > /opt/new/z && echo wrote; "
     show += "echo w > /data/no || exec python3 -m http.server 8000"
     lines = [f"FROM {IMAGE}", "RUN mkdir -p /data/sub && echo app:x:1234:77::/home/app:/bin/sh >> /etc/passwd"]
-    lines += ["USER app", "WORKDIR /data", "VOLUME /data/sub", "ENV WHO=me", f"CMD {json.dumps(['sh', '-c', show])}"]
+    lines += ["RUN mv /etc/passwd /usr/users && ln -s ../opt/users /etc/passwd && ln -s /usr/users /opt/users"]
+    lines += ["USER app", "WORKDIR /data", "VOLUME /data/sub/", "ENV WHO=me", f"CMD {json.dumps(['sh', '-c', show])}"]
     (tmp_path / "Dockerfile").write_text("\n".join(lines))
     engine.images.build(path=str(tmp_path), tag="areal-test-app:1", rm=True)
 
