@@ -198,7 +198,12 @@ def test_a_service_is_contained(engine: Any) -> None:
     async def calls(backend: DockerBackend) -> None:
         service = web(memory=128 << 20, disk=8 << 20, processes=24, cpus=0.5, writable=("/srv/data",), start_seconds=60)
         async with backend.session(SandboxSpec(services=(service,))) as sandbox:
-            assert "Read-only" in await ask(sandbox, "open('/usr/x', 'w')")
+            for path in ("/usr/x", "/dev/x", "/sys/fs/cgroup/x", "/proc/sys/kernel/core_pattern"):
+                assert "Read-only" in await ask(sandbox, f"open({path!r}, 'w')"), path
+            masked = (
+                "import os; print([open(p).read() for p in ('/proc/keys', '/proc/timer_list') if os.path.exists(p)])"
+            )
+            assert set(json.loads((await ask(sandbox, masked)).replace("'", '"'))) <= {""}
             assert await ask(sandbox, "open('/srv/data/x', 'w').write('x'); print(1)") == "1\n"
             assert "No space left" in await ask(sandbox, "open('/srv/data/y', 'wb').write(bytes(9 << 20))")
             assert int(await ask(sandbox, FORKS)) <= 32
