@@ -275,6 +275,7 @@ MASKS = Registry(
 )
 """From the distance between the current policy and the sampler to what is kept, bool [T]: ``masks.py``."""
 
+NO_MASK = Choice("none")
 READ_VALUES = ("gae", "turn_gae", "bilevel_gae")
 """The advantage estimators of ours that read a critic's values."""
 

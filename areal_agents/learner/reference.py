@@ -1,7 +1,8 @@
 """The reference policy that a KL term compares with: a frozen copy of the policy, taken when training begins.
 
 It is the policy after the warm start, if there was one. ``algorithm.kl.refresh`` takes a new copy now and then. A
-checkpoint holds the copy where it is not simply the model that the learner was made of.
+checkpoint holds the copy where it is not simply the model that the learner was made of. Where adapters train, it is a
+copy of the adapters alone, over the same frozen weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from areal_agents.algorithms.batch import Batch
+from areal_agents.algorithms.batch import Batch, Row
 from areal_agents.algorithms.regularizers import adapted
 from areal_agents.errors import ConfigError, ModelError
 from areal_agents.learner.forward import Decoder
@@ -53,7 +54,11 @@ class Reference:
         for module in self._decoder.model.modules():
             if isinstance(module, nn.Linear) and module.weight is not tied:
                 module.to(policy.dtype)
-        self.passes = Passes(self._decoder, token_budget=token_budget, chunk=chunk)
+        self._passes = Passes(self._decoder, token_budget=token_budget, chunk=chunk)
+
+    def logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[Logprobs, int]:
+        """Compute log ref of the rows' sampled tokens, and count the tokens that went through the model."""
+        return self._passes.logprobs(rows, temperature)
 
     @torch.no_grad()
     def refresh(self, policy: Decoder) -> None:
@@ -80,6 +85,53 @@ class Reference:
         self._copy(found)
 
 
+class AdapterReference:
+    """A copy of the adapters alone, where only they train: the frozen weights below them are the policy's own.
+
+    While it computes, the model has the copy in the place of its adapters.
+    """
+
+    def __init__(self, policy: Decoder, *, token_budget: int, chunk: int) -> None:
+        """Take the copy.
+
+        Args:
+            policy: the decoder whose adapters are copied as they are now.
+            token_budget: most tokens of a pack.
+            chunk: sampled positions whose logits exist at once.
+        """
+        self._own = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
+        self._copies = {n: p.detach().clone() for n, p in self._own.items()}
+        self._passes = Passes(policy, token_budget=token_budget, chunk=chunk)
+
+    def logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[Logprobs, int]:
+        """Compute log ref of the rows' sampled tokens, and count the tokens that went through the model."""
+        kept = {name: parameter.data for name, parameter in self._own.items()}
+        try:
+            for name, parameter in self._own.items():
+                parameter.data = self._copies[name]
+            return self._passes.logprobs(rows, temperature)
+        finally:
+            for name, parameter in self._own.items():
+                parameter.data = kept[name]
+
+    def refresh(self, policy: Decoder) -> None:
+        """Take the adapters as they are now."""
+        for name, parameter in self._own.items():
+            self._copies[name].copy_(parameter.detach())
+
+    def save(self, folder: Path) -> None:
+        """Write the copy into a checkpoint's folder."""
+        save_file({n: t.cpu().contiguous() for n, t in self._copies.items()}, folder / REFERENCE)
+
+    def load(self, folder: Path) -> None:
+        """Read the copy of ``save``. Raises ModelError where it is of other adapters."""
+        found = load_file(folder / REFERENCE)
+        if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in self._copies.items()}:
+            raise ModelError(f"{folder / REFERENCE} is of other adapters")
+        for name, copied in self._copies.items():
+            copied.copy_(found[name])
+
+
 class KlToReference:
     """The divergence to a reference policy: its coefficient as it is now, and the policy, once it is needed."""
 
@@ -94,12 +146,12 @@ class KlToReference:
         """
         self.coef = config.coef
         self._config, self._policy, self._limits = config, policy, (token_budget, chunk)
-        self._made: Reference | None = None
+        self._made: Reference | AdapterReference | None = None
         self.moved = False
         """Whether the reference has other weights than the model that the learner was made of."""
 
     @property
-    def _reference(self) -> Reference:
+    def _reference(self) -> Reference | AdapterReference:
         self._take()
         assert self._made is not None
         return self._made
@@ -107,11 +159,12 @@ class KlToReference:
     def _take(self) -> None:
         if self._made is None:
             budget, chunk = self._limits
-            self._made = Reference(self._policy, token_budget=budget, chunk=chunk)
+            adapters = any(not p.requires_grad for p in self._policy.model.parameters())
+            self._made = (AdapterReference if adapters else Reference)(self._policy, token_budget=budget, chunk=chunk)
 
     def logprobs(self, batch: Batch) -> tuple[Logprobs, int]:
         """Compute log ref of every sampled token, and count the tokens that went through the model."""
-        return self._reference.passes.logprobs(batch.rows, batch.temperature)
+        return self._reference.logprobs(batch.rows, batch.temperature)
 
     def with_column(self, batch: Batch, live: Sequence[int]) -> tuple[Batch, int]:
         """Give the rows ``live`` their column of log ref, where there is a KL term, and count its tokens."""

@@ -14,7 +14,7 @@ _KL = (
     "a KL divergence to the policy that training began with has the weight algorithm.kl.coef here, and is estimated as "
     "algorithm.kl.estimator says; the reference follows by algorithm.kl.refresh, the weight by algorithm.kl.target"
 )
-_LORA = "there is no LoRA yet: every weight trains (docs/limits.md)"
+_DROPOUT = "there is no dropout: the policy that trains must be the one that sampled (docs/lora.md)"
 _ENTROPY = "this is algorithm.entropy here"
 _SHARD = "there is no sharding of the learner over GPUs yet: it computes on one device (docs/limits.md)"
 _QUANT = "there is no quantisation yet: engine.precision and learner.precision are bf16 or fp32 (docs/limits.md)"
@@ -25,8 +25,10 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     _KL: ("kl_coef", "kl_coeff", "kl_beta", "beta", "init_kl_coef", "kl_loss_coef", "use_kl_loss", "kl_penalty",
           "use_kl_in_reward", "kl_loss_type", "kl_ctrl", "kl_target", "target_kl", "kl_estimator", "kl_weight",
           "ref_model", "ref_update_steps", "sync_ref_model", "ref_path", "reference_model"),
-    _LORA: ("lora", "lora_r", "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "use_peft", "peft_config",
-            "lora_target_modules"),
+    "this is learner.lora.rank here (docs/lora.md)": ("lora", "lora_r", "lora_rank", "use_peft", "peft_config"),
+    "this is learner.lora.alpha here": ("lora_alpha",),
+    "this is learner.lora.targets here": ("target_modules", "lora_target_modules"),
+    _DROPOUT: ("lora_dropout",),
     "this is algorithm.critic.kind here, and an algorithm.advantage.kind that reads it, such as 'gae'": (
         "use_critic", "value_model", "critic_pretrain", "value_model_path", "critic_model"),
     "this is algorithm.critic.lr here": ("critic_lr", "critic_learning_rate", "value_lr"),

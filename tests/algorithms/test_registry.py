@@ -19,8 +19,8 @@ from areal_agents.algorithms.objective import Denominators, PolicyObjective, Tok
 from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
 from areal_agents.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, REGISTRIES, Choice
 from areal_agents.errors import ConfigError
+from areal_agents.settings.catalogue import algorithms_text
 from areal_agents.settings.config import AlgorithmConfig
-from areal_agents.settings.describe import algorithms_text
 
 PACKAGE = """
 from typing import Annotated

@@ -17,7 +17,7 @@ from areal_agents import settings
 from areal_agents.algorithms.batch import Batch
 from areal_agents.errors import ConfigError
 from areal_agents.learner.learner import TorchLearner
-from areal_agents.learner.reference import REFERENCE
+from areal_agents.learner.reference import REFERENCE, Reference
 from areal_agents.settings.config import AlgorithmConfig
 from areal_agents.settings.kl import KlConfig
 from tests.learner.test_learner import SMOOTH, largest_difference, learner, run, smooth_adamw
@@ -90,7 +90,9 @@ def test_without_the_terms_no_reference_is_made(tmp_path: Path) -> None:
 
 
 def reference_tensors(made: TorchLearner) -> dict[str, Tensor]:
-    return {n: p.clone() for n, p in made._kl._reference._decoder.model.named_parameters()}
+    reference = made._kl._reference
+    assert isinstance(reference, Reference)
+    return {n: p.clone() for n, p in reference._decoder.model.named_parameters()}
 
 
 async def _warm_started(it: TorchLearner, batch: Batch) -> None:
