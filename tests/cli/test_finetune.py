@@ -30,6 +30,7 @@ def test_rejection_fine_tuning_of_a_run(tmp_path: Path, model: Path, capsys: pyt
     said = capsys.readouterr().out
     assert f"{run}: 2 examples of 5 episodes" in said
     assert "left out 2, the first" in said
+    assert "rewards of what is imitated: 0.75 to 1, mean 0.875" in said
     assert f"files: {out}    trained model: {out / 'model'}" in said
     found = read_settings(out)
     assert isinstance(found, SftConfig)
