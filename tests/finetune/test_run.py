@@ -205,10 +205,11 @@ def test_what_is_refused(tmp_path: Path, model: Path) -> None:
         assert not out.exists(), said
 
 
-def test_a_folder_that_holds_a_training(tmp_path: Path, model: Path) -> None:
+def test_a_folder_that_holds_a_training(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = jsonl(tmp_path / "d.jsonl", *(chat(*pair) for pair in TALK))
-    config = sft(data, model, tmp_path / "out", epochs=2)
-    done(config)
+    config = sft(data, model, tmp_path / "out", epochs=5)
+    with stopped_after(1, monkeypatch), pytest.raises(Interrupted):
+        done(config)
     with pytest.raises(ConfigError, match="holds another run: go on with it by --resume"):
         done(config)
     with pytest.raises(ConfigError, match=r"--lr was 2e-05 and is 0.001 now\n.*areal-agents sft --out .* --resume"):
