@@ -41,7 +41,7 @@ def gae(group: Sequence[EpisodeView], *, gamma: Gamma = 1.0, lam: Lambda = 1.0) 
     (λ^n: at 0.95 and 100 tokens 0.006). γ < 1 prefers early rewards. Where a limit cut the episode, V stands for what
     would have come.
 
-    Use it where a turn is long and its tokens differ in worth. Defaults: γ = λ = 1, as long turns need.
+    Use it: where a turn is long and its tokens differ in worth. Defaults: γ = λ = 1, as long turns need.
 
     Returns for each episode one float32 tensor [T_k] a turn. Raises ValueError without values.
     """
@@ -67,7 +67,7 @@ def turn_gae(group: Sequence[EpisodeView], *, gamma: TurnGamma = 0.99, lam: Lamb
     Bias: none for γ = λ = 1 where the task ended, whatever V is. λ < 1 trusts V, γ < 1 prefers early rewards. Both
     count turns, not tokens, so long turns lose nothing.
 
-    Use it for episodes of many turns with rewards, or states, that differ from turn to turn. Defaults: the paper's
+    Use it: for episodes of many turns with rewards, or states, that differ from turn to turn. Defaults: the paper's
     γ = 0.99, λ = 0.9.
 
     Returns one float32 tensor [K_i] an episode. Raises ValueError without values.
@@ -100,7 +100,7 @@ def bilevel_gae(
 
     Bias: none for γ = γ_H = λ = 1 where the task ended, whatever V is. Discounts and λ as in ``gae``.
 
-    Use it as ``gae``, where a discount per turn is wanted beside one per token. Defaults: γ = λ = 1, γ_H = 0.95.
+    Use it: as ``gae``, where a discount per turn is wanted beside one per token. Defaults: γ = λ = 1, γ_H = 0.95.
 
     Returns for each episode one float32 tensor [T_k] a turn. Raises ValueError without values.
     """

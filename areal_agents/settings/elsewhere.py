@@ -48,7 +48,7 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     _CLIP: ("epsilon", "clip_range", "cliprange", "clip_ratio", "eps_clip", "clip_eps", "clip"),
     "this is algorithm.loss.clip_high here": ("epsilon_high", "clip_ratio_high", "eps_clip_high"),
     "this is algorithm.loss.clip_low here": ("epsilon_low", "clip_ratio_low", "eps_clip_low"),
-    "this is algorithm.loss.dual_clip here": ("delta", "clip_ratio_c", "eps_clip_c"),
+    "this is algorithm.loss.dual_clip here": ("clip_ratio_c", "eps_clip_c"),
     "this is algorithm.advantage.kind here": ("adv_estimator", "advantage_estimator"),
     "this is algorithm.advantage.normalize of algorithm.advantage.kind = 'grpo' here": (
         "scale_rewards", "norm_adv_by_std_in_grpo", "normalize_advantages", "normalize_advantage"),
