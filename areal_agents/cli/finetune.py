@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from areal_agents.finetune.config import DpoConfig, SftConfig
 
 Schedule = Literal["constant", "linear", "cosine"]  # as learner/optim.py's, which imports torch
-_OTHERS = ("data", "resume", "steps", "template_variables", "no_tensorboard")
+_OTHERS = ("data", "resume", "steps", "template_variables", "lora_targets", "no_tensorboard")
 """Fields that are no settings of their name."""
 
 
@@ -65,6 +65,12 @@ class _Finetune:
     """Decoupled weight decay."""
     grad_clip: Annotated[float | None, _arg("FLOAT", "1")] = None
     """Largest gradient norm."""
+    lora_rank: Annotated[int | None, _arg("INT", "0")] = None
+    """Rank of adapters that train in the place of the weights (docs/lora.md); 0: every weight trains."""
+    lora_alpha: Annotated[float | None, _arg("FLOAT", "32")] = None
+    """What adapters add counts alpha/rank times."""
+    lora_targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ()
+    """Ends of the names of the layers with an adapter, such as ``q_proj v_proj``; none: all but the head."""
     seed: Annotated[int | None, _arg("INT", "0")] = None
     """Seeds the order of the data, what is held out, and the choice between equals."""
     holdout: Annotated[float | None, _arg("FLOAT", "0")] = None
@@ -154,6 +160,8 @@ class _Finetune:
             given["first_step"], given["last_step"] = step_range(self.steps)
         if self.template_variables:
             given["template_variables"] = template_variables(self.template_variables)
+        if self.lora_targets:
+            given["lora_targets"] = self.lora_targets
         return given | ({"tensorboard": False} if self.no_tensorboard else {})
 
     def _validated(self, given: dict[str, Any]) -> SftConfig | DpoConfig:
@@ -165,7 +173,9 @@ class _Finetune:
             return (SftConfig if self._method == "sft" else DpoConfig).model_validate(given)
         except ValidationError as error:
             said = [
-                f"--{str(e['loc'][0]).replace('_', '-')} is {e['input']!r}: it must be "
+                str(e["ctx"]["error"]).replace("lora_", "--lora-")
+                if not e["loc"]
+                else f"--{str(e['loc'][0]).replace('_', '-')} is {e['input']!r}: it must be "
                 f"{e['msg'].removeprefix('Input should be ')}"
                 for e in error.errors()
             ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.learner.optim import Schedule
 from areal_agents.settings.config import LearnerConfig
+from areal_agents.settings.lora import LoraConfig
 from areal_agents.settings.section import Count, Positive, Section
 
 Turns = Literal["all", "last"]
@@ -41,6 +42,11 @@ class FinetuneConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0.0)
     grad_clip: Positive = 1.0
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of adapters that train in the place of the weights; 0: every weight trains."""
+    lora_alpha: Positive = 32.0
+    lora_targets: tuple[str, ...] = ()
+    """Ends of the names of adapted layers; none: all but the head."""
     seed: int = Field(default=0, ge=0)
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the tasks (of the lines of a file) that is not trained on, and whose loss is measured."""
@@ -66,7 +72,15 @@ class FinetuneConfig(Section):
     def learner(self) -> LearnerConfig:
         """The settings of the learner."""
         names = LearnerConfig.model_fields.keys() & type(self).model_fields.keys()
-        return LearnerConfig(**{name: getattr(self, name) for name in names})
+        lora = LoraConfig(rank=self.lora_rank, alpha=self.lora_alpha, targets=self.lora_targets)
+        return LearnerConfig(lora=lora, **{name: getattr(self, name) for name in names})
+
+    @model_validator(mode="after")
+    def _check(self) -> FinetuneConfig:
+        usual = type(self).model_fields["lora_alpha"].default
+        if not self.lora_rank and (self.lora_targets or self.lora_alpha != usual):
+            raise ValueError("lora_alpha and lora_targets are of adapters: set lora_rank")
+        return self
 
 
 class SftConfig(FinetuneConfig):

@@ -29,7 +29,7 @@ from areal_agents.finetune.data import Data, load_examples, load_pairs
 from areal_agents.finetune.examples import Item, Sequences
 from areal_agents.finetune.folder import begin, how_to_go_on, read_reference, save_reference, write_settings
 from areal_agents.finetune.learner import FinetuneLearner, preference, preference_metrics
-from areal_agents.learner.checkpoint import count_parameters
+from areal_agents.learner.checkpoint import count_adapters, count_parameters
 from areal_agents.learner.learner import Metrics
 from areal_agents.models import resolve
 from areal_agents.tracking.tracker import Tracker, read_metrics
@@ -112,7 +112,9 @@ async def _begun(
         raise ConfigError(
             f"--warmup-steps is {config.warmup_steps}, and the training has {total} steps: set it to {total} at most"
         )
-    folder.require_room(count_parameters(model), checkpoint=True)
+    parameters, rank = count_parameters(model), config.lora_rank
+    trained = min(parameters, count_adapters(model, rank)) if rank else parameters
+    folder.require_room(parameters, trained=trained, checkpoint=True)
     commit = begin(folder, config, data, resume=resume)
     if commit is None or not commit.complete:
         async with _open(config, folder, stop, data, commit, total, console=console) as run:

@@ -82,6 +82,9 @@ def test_the_defaults_of_the_help_are_those_of_the_settings() -> None:
         (["--batch", "-1", "--seed", "-2"], "--seed is -2: it must be greater than or equal to 0"),
         (["--steps", "5:2"], "--steps is '5:2': the last step is before the first"),
         (["--min-reward", "nan"], "--min-reward is nan: it must be a finite number"),
+        (["--lora-alpha", "8"], "--lora-alpha and --lora-targets are of adapters: set --lora-rank"),
+        (["--lora-targets", "q_proj"], "--lora-alpha and --lora-targets are of adapters: set --lora-rank"),
+        (["--lora-rank", "-1"], "--lora-rank is -1: it must be greater than or equal to 0"),
         (["--template-variables", "x"], "--template-variables 'x': write NAME=VALUE"),
     ],
 )

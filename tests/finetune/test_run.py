@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from areal_agents.chat.format import ChatFormat
-from areal_agents.errors import ArealError, CheckpointError, ConfigError, Interrupted
+from areal_agents.errors import ArealError, CheckpointError, ConfigError, Interrupted, ModelError
 from areal_agents.finetune.config import DpoConfig, SftConfig
 from areal_agents.finetune.learner import FinetuneLearner
 from areal_agents.finetune.run import FinetuneResult, batch_of, finetune
@@ -83,6 +83,21 @@ def test_a_model_imitates_what_it_is_shown(tmp_path: Path, model: Path) -> None:
     assert (result.steps, result.holdout, result.table()) == (60, (), "60 steps; nothing was held out")
     settings = json.loads((result.out / "finetune.json").read_text())
     assert (settings["train"], settings["sources"][0]["taken"]) == (3, 3)
+
+
+def test_adapters_learn_it_too(tmp_path: Path, model: Path) -> None:
+    data = jsonl(tmp_path / "d.jsonl", chat(*TALK[0]))
+    result = done(
+        sft(data, model, tmp_path / "out", epochs=30, batch=1, lr=2e-2, lora_rank=4, lora_targets=("up_proj",))
+    )
+    losses = [row["loss"] for row in read_metrics(result.out, kind="sft")]
+    assert losses[-1] < losses[0] - 0.1
+    merged, base = weights(result.model), weights(model)
+    moved = {name for name, tensor in merged.items() if not torch.equal(tensor, base[name].to(tensor.dtype))}
+    assert moved == {f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)}
+    assert (result.model / "adapter" / "adapter_model.safetensors").is_file()
+    with pytest.raises(ModelError, match="'query' names no linear layer"):
+        done(sft(data, model, tmp_path / "other", lora_rank=4, lora_targets=("query",)))
 
 
 def test_the_first_loss_is_that_of_a_plain_forward(tmp_path: Path, model: Path) -> None:
