@@ -17,12 +17,11 @@ from torch import Tensor
 from areal_agents.algorithms import losses, offpolicy
 from areal_agents.algorithms.batch import Batch, Row
 from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
-from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, MASKS, Choice, Registry
+from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, MASKS, NO_MASK, Choice, Registry
 from areal_agents.algorithms.scope import Scope, scope_of, widest
 from areal_agents.errors import ConfigError
 
 Aggregation = Literal["token", "episode", "sequence", "constant"]
-NO_MASK = Choice("none")
 Found = TypeVar("Found")
 
 

@@ -6,11 +6,13 @@ Loading (TOML, overrides, "did you mean") lives in ``settings/loading.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
+from areal_agents.algorithms.combinations import Combination
 from areal_agents.algorithms.registry import (
     ADVANTAGES,
     CORRECTIONS,
@@ -23,9 +25,11 @@ from areal_agents.algorithms.registry import (
 )
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
+from areal_agents.errors import ConfigError
 from areal_agents.settings.critic import CriticConfig
 from areal_agents.settings.kl import KlConfig
 from areal_agents.settings.lora import LoraConfig
+from areal_agents.settings.presets import expand
 from areal_agents.settings.section import Count, Fraction, Positive, Section
 
 
@@ -158,6 +162,11 @@ class RolloutConfig(Section):
     """Most tokens the model may sample in one episode; none: what ``max_turns`` full turns have."""
     max_turns: Count = 16
     """The runner's own limit on turns, beside the environment's."""
+    dynamic_sampling: bool = False
+    """Replace a finished group that would train nothing (all its episodes earned the same, say) by one of another task.
+    Its episodes are played for nothing, and tasks that are always solved, or never, train no more."""
+    max_refills: Count = 24
+    """Most groups that dynamic sampling replaces while one batch is waited for; then it is filled with what comes."""
     group_reward: str = ""
     """``module:name`` of a reward that judges each finished group in training, in place of the environment's
     ``group_rubric``, if it has one. Evaluations keep the environment's own."""
@@ -207,6 +216,12 @@ class AlgorithmConfig(Section):
     """``bypass``: the ratio is taken to the sampler. ``decoupled``: to a proximal policy, weighted by p/μ."""
     mask: Annotated[Choice, *_chosen(MASKS)] = Choice("none")
     """What takes the gradient from tokens, turns or episodes far off the policy, beside the correction's mask."""
+    normalize: Literal["none", "batch"] = "none"
+    """``batch``: the advantages of a batch, after the estimator, are centred and divided by their deviation, each
+    sampled token counted once."""
+    overlong: Literal["keep", "mask"] = "keep"
+    """Episodes that a limit cut: train on them too, or give them advantage 0. In either case their returns stay in the
+    baselines of the others."""
     aggregation: Literal["token", "episode", "sequence", "constant"] = "token"
     """Mean over all sampled tokens; or over episodes of the mean over their tokens (``episode``), of the sum over them
     (``sequence``), or of that sum by ``constant`` (Dr. GRPO)."""
@@ -345,6 +360,14 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, data: Any) -> Any:
+        try:
+            return expand(data) if isinstance(data, Mapping) else data
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         on_ray, c = self.cluster.backend == "ray", self.cluster
@@ -366,6 +389,14 @@ class TrainConfig(Section):
             )
         if on_ray and self.learner.device == "cuda" and not c.learner_gpus:
             raise ValueError("learner.device = 'cuda' on Ray needs cluster.learner_gpus, which is 0: set it to 1")
+        a = self.algorithm
+        combination = Combination(
+            loss=a.loss, correction=a.correction, mask=a.mask, aggregation=a.aggregation, constant=a.constant,
+            minibatches=self.learner.minibatches, staleness=self.rollout.staleness,
+            episode_tokens=self.rollout.episode_tokens,
+        )  # fmt: skip
+        if problems := combination.problems():
+            raise ValueError("; ".join(problems))
         if (warmup := self.algorithm.critic.warmup_steps) >= self.steps:
             raise ValueError(
                 f"algorithm.critic.warmup_steps = {warmup} of steps = {self.steps}: the policy would never move"
