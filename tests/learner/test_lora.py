@@ -402,7 +402,7 @@ def test_the_export_is_a_merged_model_and_a_peft_adapter(tmp_path: Path) -> None
     assert (said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == (4, 8, str(tmp_path / "m"))
     assert said["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert (out / "adapter" / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
-    with pytest.raises(ModelError, match="it is an adapter: name a model that has it merged"):
+    with pytest.raises(ModelError, match="it is an adapter: name the merged model"):
         resolve(str(out / "adapter"))
 
 
