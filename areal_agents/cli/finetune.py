@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from areal_agents.finetune.config import DpoConfig, SftConfig
 
 Schedule = Literal["constant", "linear", "cosine"]  # as learner/optim.py's, which imports torch
-_OTHERS = ("data", "resume", "steps", "template_variables", "lora_targets", "no_tensorboard")
+_OTHERS = ("data", "resume", "steps", "template_variables", "no_tensorboard")
 """Fields that are no settings of their name."""
 
 
@@ -65,12 +65,6 @@ class _Finetune:
     """Decoupled weight decay."""
     grad_clip: Annotated[float | None, _arg("FLOAT", "1")] = None
     """Largest gradient norm."""
-    lora_rank: Annotated[int | None, _arg("INT", "0")] = None
-    """Rank of adapters that train in the place of the weights (docs/lora.md); 0: every weight trains."""
-    lora_alpha: Annotated[float | None, _arg("FLOAT", "32")] = None
-    """What adapters add counts alpha/rank times."""
-    lora_targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ()
-    """Ends of the names of the layers with an adapter, such as ``q_proj v_proj``; none: all but the head."""
     seed: Annotated[int | None, _arg("INT", "0")] = None
     """Seeds the order of the data, what is held out, and the choice between equals."""
     holdout: Annotated[float | None, _arg("FLOAT", "0")] = None
@@ -89,6 +83,12 @@ class _Finetune:
     """Of files: as the setting model.merge_system."""
     tool_format: Annotated[ToolFormatName | None, _arg("NAME", "auto")] = None
     """Of files: as the setting model.tool_format."""
+    lora_rank: Annotated[int | None, _arg("INT", "0")] = None
+    """Rank of adapters that train in the place of the weights; 0: every weight trains."""
+    lora_alpha: Annotated[float | None, _arg("FLOAT", "32")] = None
+    """What adapters add counts alpha/rank times."""
+    lora_targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LAYER")] = ()
+    """Linear layers with an adapter, by the end of their names; none: all but the head."""
     token_budget: Annotated[int | None, _arg("INT", "1024")] = None
     """Most tokens in one micro-batch."""
     logprob_chunk: Annotated[int | None, _arg("INT", "512")] = None
@@ -155,13 +155,14 @@ class _Finetune:
     def _given(self) -> dict[str, Any]:
         """Return the settings that were given."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in _OTHERS]
-        given = {name: value for name in names if (value := getattr(self, name)) is not None and value is not False}
+        given = {name: getattr(self, name) for name in names}
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        if not self.lora_targets:
+            del given["lora_targets"]
         if self.steps is not None:
             given["first_step"], given["last_step"] = step_range(self.steps)
         if self.template_variables:
             given["template_variables"] = template_variables(self.template_variables)
-        if self.lora_targets:
-            given["lora_targets"] = self.lora_targets
         return given | ({"tensorboard": False} if self.no_tensorboard else {})
 
     def _validated(self, given: dict[str, Any]) -> SftConfig | DpoConfig:
@@ -173,7 +174,7 @@ class _Finetune:
             return (SftConfig if self._method == "sft" else DpoConfig).model_validate(given)
         except ValidationError as error:
             said = [
-                str(e["ctx"]["error"]).replace("lora_", "--lora-")
+                str(e["ctx"]["error"])
                 if not e["loc"]
                 else f"--{str(e['loc'][0]).replace('_', '-')} is {e['input']!r}: it must be "
                 f"{e['msg'].removeprefix('Input should be ')}"

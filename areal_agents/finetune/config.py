@@ -42,11 +42,6 @@ class FinetuneConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0.0)
     grad_clip: Positive = 1.0
-    lora_rank: int = Field(default=0, ge=0)
-    """Rank of adapters that train in the place of the weights; 0: every weight trains."""
-    lora_alpha: Positive = 32.0
-    lora_targets: tuple[str, ...] = ()
-    """Ends of the names of adapted layers; none: all but the head."""
     seed: int = Field(default=0, ge=0)
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the tasks (of the lines of a file) that is not trained on, and whose loss is measured."""
@@ -54,6 +49,10 @@ class FinetuneConfig(Section):
     """Steps between two measurements of it; 0: at each epoch's end."""
     save_every: int = Field(default=100, ge=0)
     """Steps between checkpoints; 0: only when interrupted and at the end."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of the adapters that train in the place of the weights; 0: every weight trains."""
+    lora_alpha: Positive = 32.0
+    lora_targets: tuple[str, ...] = ()
     token_budget: Count = 1024
     logprob_chunk: Count = 512
     gradient_checkpointing: bool = False
@@ -62,6 +61,12 @@ class FinetuneConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: bool = True
     wandb: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> FinetuneConfig:
+        if not self.lora_rank and (self.lora_targets or self.lora_alpha != LoraConfig().alpha):
+            raise ValueError("--lora-alpha and --lora-targets are of adapters: set --lora-rank, or leave them out")
+        return self
 
     @property
     def chat(self) -> ChatOptions:
@@ -73,14 +78,7 @@ class FinetuneConfig(Section):
         """The settings of the learner."""
         names = LearnerConfig.model_fields.keys() & type(self).model_fields.keys()
         lora = LoraConfig(rank=self.lora_rank, alpha=self.lora_alpha, targets=self.lora_targets)
-        return LearnerConfig(lora=lora, **{name: getattr(self, name) for name in names})
-
-    @model_validator(mode="after")
-    def _check(self) -> FinetuneConfig:
-        usual = type(self).model_fields["lora_alpha"].default
-        if not self.lora_rank and (self.lora_targets or self.lora_alpha != usual):
-            raise ValueError("lora_alpha and lora_targets are of adapters: set lora_rank")
-        return self
+        return LearnerConfig(**{name: getattr(self, name) for name in names}, lora=lora)
 
 
 class SftConfig(FinetuneConfig):
