@@ -238,9 +238,7 @@ class TorchLearner:
         self._use_threads()
         device = resolve_device(self.config.device)
         dtype = resolve_precision(self.config.precision, gpu=device.type == "cuda")
-        model, trained = load_trained(
-            self.source, device, dtype, self.config.lora, seed=self.seed, publish_adapters=publish_adapters
-        )
+        model, trained = load_trained(self.source, device, dtype, self.config.lora, self.seed, publish_adapters)
         decoder = Decoder(model, dtype)
         if self.config.gradient_checkpointing:
             decoder.checkpoint_layers()

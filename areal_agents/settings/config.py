@@ -28,7 +28,7 @@ from areal_agents.engine_kind import KindName, engine_kind, owner_of
 from areal_agents.errors import ConfigError
 from areal_agents.settings.critic import CriticConfig
 from areal_agents.settings.kl import KlConfig
-from areal_agents.settings.lora import MAX_SERVED_RANK, LoraConfig
+from areal_agents.settings.lora import LoraConfig
 from areal_agents.settings.presets import expand
 from areal_agents.settings.section import Count, Fraction, Positive, Section
 
@@ -412,11 +412,3 @@ class TrainConfig(Section):
                 f"{self.model.max_context}"
             )
         return self
-
-    @property
-    def publishes_adapters(self) -> bool:
-        """Whether the engines get adapters, and not whole weights."""
-        lora = self.learner.lora
-        if lora.publish == "auto":
-            return self.engine.kind == "vllm" and 0 < lora.rank <= MAX_SERVED_RANK
-        return lora.publish == "adapter"
