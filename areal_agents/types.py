@@ -293,6 +293,19 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class Tail:
+    """The prompt that the next turn would have had, where a limit cut the episode: there a critic says what was left.
+
+    None of it was sampled.
+    """
+
+    ids: Ids
+    """As ``Turn.prompt_suffix``."""
+    parent: int | None
+    """As ``Turn.parent``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Trajectory:
     """One finished episode."""
 
@@ -307,6 +320,8 @@ class Trajectory:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Anything worth averaging (tool seconds, retries, …); never used for training."""
     error: str | None = None
+    tail: Tail | None = None
+    """None where the task ended, where no further turn had room, and where no token ids are known."""
 
     @property
     def reward(self) -> float:

@@ -67,9 +67,9 @@ async def play(env: AgentEnv, task: Task, number: int, engine: Engine, fmt: Chat
     while not (terminated or truncated):
         if turns:
             chat.add_observation(observation)
-        prompt, suffix, parent = chat.prompt, chat.suffix, chat.parent
+        suffix, parent = chat.suffix, chat.parent
         sampling = Sampling(MAX_TOKENS, TEMPERATURE, stop_ids=fmt.stop_ids, seed=1000 * number + len(turns))
-        completion = await engine.generate(prompt, sampling, session=str(number), deadline=60.0)
+        completion = await engine.generate(chat.prompt, sampling, session=str(number), deadline=60.0)
         message = chat.add_completion(completion)
         observation, reward, terminated, truncated, _ = await env.astep(message)
         turns.append(Turn(suffix, completion, message, reward, parent=parent))
@@ -90,9 +90,8 @@ def loss_of(model: Any, row: Row, tokens: int) -> torch.Tensor:
 
 async def train(folder: Path, lr: float) -> None:
     fmt, model, tasks = ChatFormat.load(folder), load_model(folder), Letters.tasks("train")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimizer, numbers = torch.optim.AdamW(model.parameters(), lr=lr), itertools.count()
     published = SharedWeights(master_weights(model), torch.float32)
-    numbers = itertools.count()
     async with await TransformersEngine.start(folder, precision="fp32") as engine:
         for step in range(1, STEPS + 1):
             rows, rewards = list[Row](), list[float]()

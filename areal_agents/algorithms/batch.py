@@ -8,13 +8,13 @@ over the episode, never over its rows (T6).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from areal_agents.errors import ConfigError
-from areal_agents.types import Trajectory
+from areal_agents.types import AssistantMessage, Completion, Trajectory, Turn
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Row:
     """Index of the episode inside the batch."""
     columns: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     """What else a loss may read of each token, by name, [T] where mask, else 0: ``reference`` (log π of a reference
-    policy), ``values`` (V before the token when the batch was made), ``returns`` (what V is fitted to)."""
+    policy), ``values`` (V before the token when the batch was made), ``returns`` (what V is fitted to), ``fitted`` (1
+    where it is)."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -110,6 +111,21 @@ def rows_of(
         if row.mask.any():
             rows.append(row)
     return rows
+
+
+def tail_row(trajectory: Trajectory, *, episode: int) -> Row | None:
+    """Return a row in which a critic's value after the last turn can be read, or None where there is none to read.
+
+    It is the prompt that the next turn would have had, and one token more that stands for what was never sampled. That
+    token is the only one of its mask, of a turn behind the last: V before it is V after the episode's last turn.
+    """
+    tail, n = trajectory.tail, len(trajectory.turns)
+    if tail is None or trajectory.terminated:
+        return None
+    never = Turn(tail.ids, Completion((0,), (0.0,), (0,), "stop"), AssistantMessage(()), parent=tail.parent)
+    longer = replace(trajectory, turns=(*trajectory.turns, never))
+    path = next(path for path in _paths(longer) if path[-1] == n)
+    return _row(longer, path, {n}, [0.0] * (n + 1), episode, {})
 
 
 def _require_fit(

@@ -40,6 +40,11 @@ class Conversation:
         return self._messages
 
     @property
+    def waiting(self) -> bool:
+        """Whether the last turn has no observation yet, so that there is no next prompt."""
+        return self._suffix is None
+
+    @property
     def suffix(self) -> Ids:
         """The ids shown since the parent turn's last sampled token.
 

@@ -11,7 +11,7 @@ sees episodes is treated as one that sees the minibatch. All ways give the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
@@ -53,6 +53,8 @@ class Objective:
     """Which tokens it has to be given at once."""
     entropy: bool = False
     """Whether it reads ``entropy_T``."""
+    beside: Callable[[Tensor, Tokens], Tensor | None] | None = None
+    """Is given the hidden states [T, D] before each pack's tokens, and returns what to add to their gradient."""
 
     def differentiate(self, scored: Scored, tokens: Tokens) -> tuple[float, Scored]:
         """Return its value for some tokens, and its gradient to what the model says of them.
@@ -89,6 +91,15 @@ class Passes:
         for row, values, found in zip(rows, out, scored, strict=True):
             values[row.mask] = found.logprobs_T.numpy()
         return out, forwarded
+
+    def states(self, rows: Sequence[Row]) -> Iterator[tuple[Pack, Tensor]]:
+        """Yield each pack of ``rows`` with the hidden states before its sampled tokens, [T, D].
+
+        The caller opens the decoder's autocast around it.
+        """
+        for pack in self._packs(rows):
+            self._before()
+            yield pack, self._states(pack, [rows[i] for i in pack.rows])
 
     def backward(
         self,
@@ -139,6 +150,8 @@ class Passes:
                         to = given.map(itemgetter(part))
                     grad[part] = scores.backward(*to.map(lambda x: x.to(d.device)))
                     del scores  # before the next chunk's logits
+                if objective.beside is not None and (more := objective.beside(states.detach(), tokens)) is not None:
+                    grad += more
                 with d.autocast(False):
                     states.backward(grad)  # type: ignore[no-untyped-call]
         return loss, forwarded + sum(p.tokens for p in packs)

@@ -25,7 +25,18 @@ from areal_agents.rollout.env_faults import located, raised, says_whose
 from areal_agents.rollout.env_results import Call, Returned, read, read_scores_cut, read_seconds, read_tools
 from areal_agents.tool import ToolSpec
 from areal_agents.tool_dispatch import seconds_of
-from areal_agents.types import AssistantMessage, Completion, Ids, Info, Observation, StopReason, Task, Trajectory, Turn
+from areal_agents.types import (
+    AssistantMessage,
+    Completion,
+    Ids,
+    Info,
+    Observation,
+    StopReason,
+    Tail,
+    Task,
+    Trajectory,
+    Turn,
+)
 from areal_agents.utils.exits import no_exit
 from areal_agents.utils.short_text import cut, described, short
 
@@ -101,6 +112,10 @@ class Policy:
         """Answer ``episode.observation``, which is new, or return why the runner must end the episode."""
         raise NotImplementedError
 
+    def tail(self, episode: EpisodeDriver) -> Tail | None:
+        """Return the prompt of the turn that a limit of the runner left out, as far as there is one in tokens."""
+        return None
+
     async def close(self, episode: EpisodeDriver) -> None:
         """Free what the policy holds for the episode.
 
@@ -159,6 +174,8 @@ class EpisodeDriver:
     terminated: bool = field(default=False, init=False)
     truncated: bool = field(default=False, init=False)
     stop_reason: StopReason = field(default="answer", init=False)
+    tail: Tail | None = field(default=None, init=False)
+    """Of the episode that a limit cut, as the policy has it."""
     credited: bool = field(default=False, init=False)
     """Whether the end replaced the rewards of all turns."""
     faults: dict[ArealError, int] = field(default_factory=dict, init=False)
@@ -209,11 +226,13 @@ class EpisodeDriver:
         if not isinstance(said, Said):
             if said not in get_args(StopReason):
                 raise TypeError(f"{type(self.policy).__name__}.say returned {short(said)}: no Said, no stop reason")
-            return await self.finish(said)
-        await self._step(said)
-        if not self.ended and len(self.turns) == self.max_turns:
-            await self.finish("max_turns")
-        return None
+            await self.finish(said)
+        else:
+            await self._step(said)
+            if not self.ended and len(self.turns) == self.max_turns:
+                await self.finish("max_turns")
+        if self.truncated and not self.terminated:
+            self.tail = self.policy.tail(self)
 
     async def _step(self, said: Said) -> None:
         env, shown = self._opened(), self.observation
@@ -285,7 +304,7 @@ class EpisodeDriver:
         """Return the episode as it is now."""
         return Trajectory(
             self.id, self.task, group, tuple(self.turns), self.terminated, self.truncated, self.stop_reason,
-            self.observation, dict(self.metrics),
+            self.observation, dict(self.metrics), tail=self.tail,
         )  # fmt: skip
 
     def count(self, name: str, amount: float = 1.0) -> None:

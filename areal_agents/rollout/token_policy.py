@@ -17,7 +17,7 @@ from areal_agents.errors import EngineError, TaskError, TemplateError
 from areal_agents.rollout.env_faults import refused
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy, Said
 from areal_agents.rollout.seeds import request_seed
-from areal_agents.types import Completion, Prompt, StopReason
+from areal_agents.types import Completion, Prompt, StopReason, Tail
 
 
 class TokenPolicy(Policy):
@@ -57,6 +57,23 @@ class TokenPolicy(Policy):
         cut = self.limits.met(used=used + n, spent=episode.tokens + n) if completion.finish == "length" else None
         message = replace(conversation.add_completion(completion), tokens=n)
         return Said(message, completion, suffix, parent, n, cut)
+
+    def tail(self, episode: EpisodeDriver) -> Tail | None:
+        """Return the prompt that ends with the last observation.
+
+        It is None where it leaves no room to sample, for then nothing more could have been earned. Where the template
+        cannot show it, which it need not after a message that was cut, the metric ``tails_missing`` says so.
+        """
+        assert self._conversation is not None, "an episode that was cut has a turn"
+        try:
+            if self._conversation.waiting:
+                self._conversation.add_observation(episode.observation)
+        except TemplateError:
+            episode.count("tails_missing")
+            return None
+        if len(self._conversation.prompt.ids) >= self.limits.max_context:
+            return None
+        return Tail(self._conversation.suffix, self._conversation.parent)
 
 
 class EnginePolicy(TokenPolicy):

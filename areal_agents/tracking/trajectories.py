@@ -26,6 +26,7 @@ from areal_agents.types import (
     Image,
     Message,
     Part,
+    Tail,
     Task,
     Text,
     ToolCall,
@@ -218,6 +219,7 @@ def _schema() -> Any:
         truncated=pa.bool_(), stop_reason=text, error=text, n_turns=pa.int32(), n_tool_calls=pa.int32(),
         n_valid_tool_calls=pa.int32(), sampled_tokens=pa.int64(), min_version=pa.int32(), max_version=pa.int32(),
         metrics=text, turns=pa.list_(turn), final_observation=pa.list_(message),
+        tail=struct(ids=ids, parent=pa.int32()),
     )  # fmt: skip
     return pa.schema(list(row), metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()})
 
@@ -251,6 +253,7 @@ def row_of(record: Record) -> ParquetRow:
         "metrics": dumps(t.metrics),
         "turns": [_turn_row(turn) for turn in t.turns],
         "final_observation": [_message_row(m) for m in t.final_observation],
+        "tail": None if t.tail is None else {"ids": t.tail.ids, "parent": t.tail.parent},
     }
 
 
@@ -270,6 +273,7 @@ def _record(row: ParquetRow) -> Record:
         final_observation=tuple(_message(m) for m in row["final_observation"]),
         metrics=loads(row["metrics"]),
         error=_exact(row["error"]),
+        tail=None if (tail := row.get("tail")) is None else Tail(tuple(tail["ids"]), tail["parent"]),
     )
     return Record(_exact(row["kind"]), row["step"], trajectory)
 

@@ -28,7 +28,7 @@ from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import TrainConfig
-from areal_agents.trainer.batches import batch_of
+from areal_agents.trainer.batches import batch_for
 from areal_agents.trainer.credit import credit_metrics, signal_of
 from areal_agents.trainer.evaluation import log_kept
 from areal_agents.trainer.preflight import Looks, look_at_tasks, require_runnable
@@ -260,7 +260,7 @@ async def _evaluate_if_due(run: Run, step: int) -> None:
 
 async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, watch: Stopwatch) -> None:
     waited = watch.seconds
-    batch = batch_of(groups, run.config.algorithm, run.learner.version, run.config.rollout.temperature)
+    batch = await batch_for(run.learner, groups, run.config.algorithm, temperature=run.config.rollout.temperature)
     metrics = dict(await run.learner.step(batch))
     update = await run.publish()
     run.renew_weights()

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from areal_agents import settings
 from areal_agents.errors import ArealError, ConfigError
-from areal_agents.settings.config import Count, Section, TrainConfig
+from areal_agents.settings.config import TrainConfig
+from areal_agents.settings.section import Count, Section
 from areal_agents.trainer.control import answer_requests
 from areal_agents.trainer.run import Run
 
