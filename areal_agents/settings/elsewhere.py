@@ -53,6 +53,11 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     "this is algorithm.advantage.normalize of algorithm.advantage.kind = 'grpo' here": (
         "scale_rewards", "norm_adv_by_std_in_grpo", "normalize_advantages", "normalize_advantage"),
     "this is algorithm.advantage.gamma here": ("discount", "discount_factor"),
+    "this is algorithm.normalize here": ("whiten_advantages", "adv_norm", "advantage_norm", "normalize_adv"),
+    "this is algorithm.overlong here": (
+        "mask_truncated_completions", "overlong_filtering", "overlong_filter", "mask_truncated"),
+    "this is rollout.dynamic_sampling here": ("filter_groups", "dynamic_filtering", "dynamic_filter"),
+    "this is rollout.max_refills here": ("max_num_gen_batches",),
     "this is algorithm.loss.kind here": ("loss_type", "policy_loss"),
     "this is algorithm.aggregation here": ("loss_agg_mode", "loss_aggregation"),
     "this is algorithm.correction.truncate of algorithm.correction.kind = 'decoupled' here": (
