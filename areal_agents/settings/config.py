@@ -28,6 +28,7 @@ from areal_agents.settings.critic import CriticConfig
 from areal_agents.settings.kl import KlConfig
 from areal_agents.settings.lora import MAX_SERVED_RANK, LoraConfig
 from areal_agents.settings.section import Count, Fraction, Positive, Section
+from areal_agents.settings.track import TrackConfig
 
 
 class ModelConfig(Section):
@@ -252,6 +253,8 @@ class LearnerConfig(Section):
     """Course of the learning rate after the warm-up, down to 0 at the last step where it falls."""
     grad_clip: Positive = 1.0
     """Largest gradient norm."""
+    ess_step: Literal["token", "turn", "trajectory"] | None = None
+    """Scale the learning rate by √ESS, the effective sample size of π/μ over these as a share (VCPO). none: do not."""
     minibatches: Count = 1
     """Optimizer steps a batch."""
     token_budget: Count = 1024
@@ -303,21 +306,6 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept; older ones are removed once a newer one is complete."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints of every so many steps are kept for good; 0: none."""
-
-
-class TrackConfig(Section):
-    tensorboard: bool = True
-    """Write the metrics for TensorBoard."""
-    wandb: str = ""
-    """Weights & Biases project to log to as well (needs the ``wandb`` extra); empty: none."""
-    watch: bool = True
-    """Tell of signs that a reward is earned without the task (event ``reward_hack_suspected``)."""
-    watch_correct: str = ""
-    """The reward's component that says whether an answer is right; empty: what its ``Gate`` is on, else ``correct``."""
-    watch_window: int = Field(default=20, ge=4, multiple_of=2)
-    """Steps over which a component may rise while correctness falls, before it is told."""
-    watch_same_answers: Fraction = 0.8
-    """More than this share of a batch's tasks answered with the very same text is told; 1: never."""
 
 
 class TrainConfig(Section):
