@@ -248,7 +248,8 @@ class SandboxBackend(Protocol):
     def session(self, spec: SandboxSpec) -> AbstractAsyncContextManager[Sandbox]:
         """Open a session.
 
-        It is lazy: resources are taken at the first call that needs them.
+        It is lazy: resources are taken at the first call that needs them. Raises ConfigError for an image or services
+        where the backend has none (``SandboxSpec.refuse_image``).
         """
         ...
 

@@ -181,7 +181,11 @@ async def daemons(subject: Subject) -> str:
 import os, time
 if os.fork() == 0:
     os.setsid()
-    if os.fork() == 0:
+    try:
+        second = os.fork()
+    except OSError:  # there is no place for a third: the second is the daemon
+        second = 0
+    if second == 0:
         print("daemon", flush=True)
         while True:
             with open("/work/beat", "a") as file:

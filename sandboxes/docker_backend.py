@@ -2,7 +2,7 @@
 
     host                                        engine                  container (no network, read-only root)
     DockerBackend ─ pool of Containers ── SDK ─▶ create, start, remove
-      DockerSession ─ Container ── one attached connection, frames ───▶ container_init, pid 1 ── forks each program
+      HeldSession ─ Container ── one attached connection, frames ───▶ container_init, pid 1 ── forks each program
 
 A call costs a fork inside and no request of the engine. Images other than the backend's own need no Python: pid 1 has
 its own, on a volume made of that image. Not covered: side channels, and bugs of the kernel and of the runtime.
@@ -11,12 +11,12 @@ its own, on a volume made of that image. Not covered: side channels, and bugs of
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from areal_agents.errors import ConfigError, SandboxError, SandboxUnavailable
 from areal_agents.sandbox import ProbeReport, Sandbox, SandboxSpec
@@ -27,7 +27,7 @@ from areal_agents.sandboxes.docker_engine import Engine
 from areal_agents.sandboxes.docker_image import IMAGE
 from areal_agents.sandboxes.docker_images import Image, Images
 from areal_agents.sandboxes.docker_services import Services
-from areal_agents.sandboxes.session import HeldSession
+from areal_agents.sandboxes.session import HeldSession, OpenSessions
 from areal_agents.sandboxes.warm_pool import WarmPool
 
 _RUNTIMES: Final = {
@@ -44,10 +44,6 @@ class _Bound:
     """How the engine bounds memory, for the probes."""
 
     kind: str
-
-
-class DockerSession(HeldSession[Container]):
-    """A session in a container."""
 
 
 class DockerBackend:
@@ -97,7 +93,7 @@ class DockerBackend:
         self._containers = Containers(self._engine, self._own, runtime=runtime, cpus=float(cpus))
         self._services = Services(self._engine, self._containers, self._images)
         self._pool = WarmPool(pool, self._start)
-        self._sessions: set[DockerSession] = set()
+        self._sessions = OpenSessions()
         self._proving: asyncio.Task[ProbeReport] | None = None
 
     async def probe(self) -> ProbeReport:
@@ -132,7 +128,7 @@ class DockerBackend:
         except SandboxError as error:
             raise SandboxUnavailable(self.name, "a container did not start", str(error)) from error
         kind = f"cgroup-v{info.get('CgroupVersion', '1')}"
-        session = DockerSession(probes.SPEC, _given(container))
+        session = HeldSession.of(container, probes.SPEC)
         try:
             python = interpreter.Interpreter("python3")
             report = await probes.run(self.name, session, _Bound(kind), container.uid, python)  # type: ignore[arg-type]
@@ -155,20 +151,13 @@ class DockerBackend:
             problem = f"the engine has no runtime {self._runtime!r}, only {', '.join(sorted(known))}"
             raise SandboxUnavailable(self.name, problem, remedy)
 
-    @contextlib.asynccontextmanager
-    async def session(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+    def session(self, spec: SandboxSpec) -> AbstractAsyncContextManager[Sandbox]:
         """Open a session, whose container is taken at its first call.
 
         The first session of a backend runs the probes. A session's calls raise SandboxUnavailable when a probe fails or
         the image cannot be had, and ConfigError for a spec that cannot be bounded.
         """
-        session = DockerSession(spec, self._acquire)
-        self._sessions.add(session)
-        try:
-            yield session
-        finally:
-            self._sessions.discard(session)
-            await session.close()
+        return self._sessions.opened(HeldSession(spec, self._acquire))
 
     async def _acquire(self, spec: SandboxSpec) -> Container:
         await self.probe()
@@ -210,13 +199,6 @@ class DockerBackend:
         """
         if self._proving is not None:
             await asyncio.wait((self._proving,))
-        await asyncio.gather(self._pool.aclose(), *(session.close() for session in tuple(self._sessions)))
+        await asyncio.gather(self._pool.aclose(), self._sessions.aclose())
         await self._containers.clean()
         await self._engine.aclose()
-
-
-def _given(container: Container) -> Any:
-    async def acquire(spec: SandboxSpec) -> Container:
-        return container
-
-    return acquire

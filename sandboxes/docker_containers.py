@@ -130,14 +130,17 @@ class Containers:
         variables = {name: value for name, value in image.variables.items() if name != "HOME"}
         return await self._start(ident, image, settings, (limits, variables, uid), "main", also)
 
-    async def service(self, service: Service, image: Image, place: Place) -> Container:
-        """Start the container of a service, in which nothing runs yet. Raises SandboxError."""
+    async def service(self, service: Service, image: Image, place: Place, account: tuple[int, int]) -> Container:
+        """Start the container of a service, in which nothing runs yet, and whose folders ``account`` owns.
+
+        Raises SandboxError.
+        """
         ident, _ = self.name()
         folders = ("/tmp", "/run", "/var/tmp", "/dev/shm", *image.volumes, *service.writable)
         config = self._host_config(
             image,
             place,
-            tmpfs=dict.fromkeys(folders, _scratch(service.disk, "mode=1777")),
+            tmpfs=dict.fromkeys(folders, _scratch(service.disk, "mode=1777,uid={},gid={}".format(*account))),
             cap_add=list(SERVICE_CAPABILITIES),
             security_opt=self._security(profile(self._engine.info["Architecture"], service=True)),
             pids_limit=service.processes + 1 + SPARE_PLACES,

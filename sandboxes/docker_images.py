@@ -72,6 +72,7 @@ class Images:
         self._engine = engine
         self._kept = Kept(engine, limit)
         self._known: dict[str, asyncio.Task[Image]] = {}
+        self._accounts: dict[tuple[str, str], tuple[int, int]] = {}
 
     async def look(self, name: str) -> Image:
         """Describe an image, which is pulled or built where the engine has none of that name.
@@ -126,6 +127,27 @@ class Images:
                 "docker?image_cache=… allows. Each is pulled at its first session.",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
+
+    async def account(self, image: Image, user: str) -> tuple[int, int]:
+        """Return the numbers of a user, ``NAME``, ``NAME:GROUP`` or numbers, of an image. Raises SandboxUnavailable."""
+        name, _, group = user.partition(":")
+        if name.isdigit() and (group or "0").isdigit():
+            return int(name), int(group or 0)
+        key = (image.ident, user)
+        if key not in self._accounts:
+            rows = await self._engine.files(image.ident, ("/etc/passwd", "/etc/group"))
+            users, groups = ([line.split(":") for line in text.splitlines() if line.count(":") >= 3] for text in rows)
+            known = {row[0]: (int(row[2]), int(row[3])) for row in users if row[2].isdigit() and row[3].isdigit()}
+            gids = {row[0]: int(row[2]) for row in groups if row[2].isdigit()}
+            uid, gid = (int(name), 0) if name.isdigit() else known.get(name, (-1, -1))
+            if group:
+                gid = int(group) if group.isdigit() else gids.get(group, -1)
+            if min(uid, gid) < 0:
+                raise SandboxUnavailable(
+                    "docker", f"image {image.name!r} has no user {user!r}", "Name one, or numbers."
+                )
+            self._accounts[key] = (uid, gid)
+        return self._accounts[key]
 
     async def _later(self, name: str, wanted: Sequence[str]) -> bool:
         """Say whether an image is left to its first session, for want of room. Its registry must have it."""

@@ -161,7 +161,8 @@ class Services:
         return session
 
     async def _side(self, service: Service, image: Image, place: Place, sides: list[Side]) -> None:
-        container = await self._containers.service(service, image, place)
+        account = await self._images.account(image, service.user or image.user or "0")
+        container = await self._containers.service(service, image, place, account)
         try:
             base = request(
                 container,

@@ -130,6 +130,12 @@ class Supervisor:
             request = json.load(file)
         # A program beside a live one has a share of the memory from the start.
         request["alone"] = mode == RUN and not self.spawned
+        if request["op"] == "exec" and "warm" in request and warm_python.program(request["argv"]) is not None:
+            limits = process_gate.fits(request, process_gate.address_space(os.getpid()))
+            if limits is None:
+                del request["warm"]
+            else:
+                request["limits"] = limits
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import sqlite3
 import stat
@@ -48,11 +49,20 @@ _PRAGMAS = {
 """Pragmas that only tell, whatever their argument, and tell nothing of this machine: no path, say."""
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FULL}
 """What no query that reads can cause: the file is broken, or the machine's disk is full."""
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""What is no character of a line: its ends, what a terminal obeys, and what UTF-8 cannot write."""
 _FUNCTIONS_REFUSED = {"load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"}
 
 
-def authorizer(writable: bool, refused: list[str]) -> Any:
-    """Return SQLite's callback, which adds to ``refused`` what it refuses."""
+def authorizer(writable: bool, virtual: list[str], refused: list[str]) -> Any:
+    """Return SQLite's callback, which adds to ``refused`` what it refuses.
+
+    ``virtual`` are the database's virtual tables. What such a table keeps its data in must not be made up by a query:
+    that is a file of a format whose readers were often wrong.
+    """
+
+    def belongs(name: str | None) -> bool:
+        return name is not None and any((name.lower() + "_").startswith(table + "_") for table in virtual)
 
     def allow(action: int, first: str | None, second: str | None, database: str | None, trigger: str | None) -> int:
         if action == sqlite3.SQLITE_FUNCTION:
@@ -62,6 +72,8 @@ def authorizer(writable: bool, refused: list[str]) -> Any:
             ok, what = (first or "").lower() in _PRAGMAS, f"PRAGMA {first}"
         elif action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):
             ok, what = False, "ATTACH, DETACH and VACUUM"
+        elif action in _WRITES and (belongs(first) or (action != sqlite3.SQLITE_UPDATE and belongs(second))):
+            ok, what = False, "changing a virtual table"
         else:
             ok = action in _READS or (writable and action in _WRITES)
             what = "changing the schema or other tables" if writable else "a statement that writes"
@@ -80,7 +92,8 @@ def cell(value: object) -> str:
         return f"(a blob of {len(value)} bytes)"
     text = str(value)
     text = text if len(text) <= MAX_CELL else f"{text[:MAX_CELL]}… ({len(text)} characters)"
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("|", "\\|")
+    text = text.replace("\\", "\\\\").replace("|", "\\|")
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 def table(cursor: sqlite3.Cursor, max_rows: int) -> str:
@@ -125,9 +138,11 @@ def run(request: dict[str, Any]) -> dict[str, str]:
         if not writable:
             connection.execute("PRAGMA query_only = ON")
         connection.execute("PRAGMA schema_version")
+        virtual = connection.execute("SELECT lower(name) FROM sqlite_master WHERE type = 'table' AND rootpage = 0")
+        names = [name for (name,) in virtual]
         opened = True
         connection.set_progress_handler(lambda: time.process_time() > end, 10_000)
-        connection.set_authorizer(authorizer(writable, refused))
+        connection.set_authorizer(authorizer(writable, names, refused))
         try:
             cursor = connection.execute(request["query"])
             if cursor.description is None:
@@ -140,6 +155,8 @@ def run(request: dict[str, Any]) -> dict[str, str]:
     except sqlite3.Warning as error:  # more than one statement, before Python 3.12
         return {"error": str(error)}
     except (sqlite3.Error, sqlite3.ProgrammingError) as error:
+        if refused and "vtable constructor failed" in str(error):
+            return {"error": f"{str(error).rpartition(': ')[2]} is a virtual table, and these are not allowed"}
         if refused:
             return {"error": f"{refused[0]} is not allowed" + ("" if writable else "; the database is read-only")}
         if "interrupted" in str(error):

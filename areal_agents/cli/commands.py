@@ -7,6 +7,7 @@ that needs them.
 from __future__ import annotations
 
 import asyncio
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -231,10 +232,17 @@ class Algorithms:
     """List the algorithms that a run can choose, with their parameters: ``areal-agents algorithms turn_return``."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
-    """Show one of them whole: formula, source and bias."""
+    """Show one of them whole: formula, source, bias and use; or the settings of a preset."""
+    json: bool = False
+    """Print them as JSON."""
 
     def run(self, overrides: Sequence[str]) -> int:
-        from areal_agents.settings.describe import algorithms_text
+        if self.json:
+            from areal_agents.settings.catalogue import catalogue
+
+            print(json.dumps(catalogue(self.name), indent=2, ensure_ascii=False))
+            return 0
+        from areal_agents.settings.catalogue import algorithms_text
 
         print(algorithms_text(self.name))
         return 0

@@ -23,6 +23,7 @@ from areal_agents.finetune.config import DpoConfig, SftConfig
 from areal_agents.finetune.examples import Example, Limits, Pair, Sequences, Tally, guarded, last_turn
 from areal_agents.finetune.messages import (
     RowRefused,
+    Said,
     Spoken,
     read_messages,
     read_tools,
@@ -132,10 +133,15 @@ def _sides(row: Mapping[str, Any]) -> tuple[list[Spoken], list[Spoken]]:
         prompt, ends = ends[0][:same], [end[same:] for end in ends]
     else:
         prompt = list(spoken_of(row["prompt"], "user"))
+        if all(end[: len(prompt)] == prompt for end in ends):  # many data sets say it twice
+            ends = [end[len(prompt) :] for end in ends]
     if not all(ends):
         raise RowRefused("one of chosen and rejected is empty behind what both begin with: nothing tells them apart")
     before = read_messages(prompt, trains=False) if prompt else []
-    chosen, rejected = ([*before, *read_messages(end)] for end in ends)
+    read = [read_messages(end) for end in ends]
+    if not all(isinstance(end[0], Said) for end in read):
+        raise RowRefused("chosen and rejected do not both begin with an answer to the same prompt")
+    chosen, rejected = ([*before, *end] for end in read)
     return chosen, rejected
 
 

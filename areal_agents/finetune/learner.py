@@ -31,11 +31,11 @@ from areal_agents.utils.memory import peak_mib
 class FinetuneLearner(TorchLearner):
     """A ``TorchLearner`` that imitates sequences, and prefers some to others."""
 
-    def __init__(self, model: Path, *, learner: LearnerConfig, total_steps: int, seed: int) -> None:
-        """Load a local model folder. Raises ModelError where this learner cannot train it."""
+    def __init__(self, model: Path, *, learner: LearnerConfig, total_steps: int, seed: int, threads: int) -> None:
+        """Load a local model folder, to compute on ``threads`` cores. Raises ModelError where it cannot be trained."""
         super().__init__(
             model, learner=learner, algorithm=AlgorithmConfig(), total_steps=total_steps, seed=seed,
-            threads=learner.threads or None,
+            threads=threads,
         )  # fmt: skip
 
     async def imitate(self, batch: Sequence[Sequences]) -> Metrics:

@@ -19,7 +19,7 @@ from areal_agents.chat.thinking import THINK, UNTHINK
 from areal_agents.errors import TemplateError
 from areal_agents.finetune.messages import RowRefused, Said, Spoken
 from areal_agents.tool import ToolSpec
-from areal_agents.types import Completion, Ids, Message, Task, Trajectory, Turn
+from areal_agents.types import Completion, Ids, Message, Task, Text, Trajectory, Turn
 
 _NEAR_END = 16
 """Tokens at a prompt's end in which a closed thought stands."""
@@ -67,7 +67,12 @@ def said_text(fmt: ChatFormat, said: Said) -> str:
 
 def _turns(fmt: ChatFormat, messages: Sequence[Spoken], tools: Sequence[ToolSpec]) -> tuple[list[Turn], list[bool]]:
     """Return the assistant's turns, and which of them train."""
-    opening, rest = _opening(messages)
+    opening, rest = _opening(_greeted(fmt, messages))
+    if not opening:
+        raise RowRefused(
+            "it begins with a message of the assistant, which answers nothing: put a message before it, or give it "
+            "weight 0, which shows it alone"
+        )
     conversation = Conversation(fmt, opening, tools)
     turns: list[Turn] = []
     trains: list[bool] = []
@@ -83,6 +88,13 @@ def _turns(fmt: ChatFormat, messages: Sequence[Spoken], tools: Sequence[ToolSpec
         trains.append(said.trains)
         shown = following
     return turns, trains
+
+
+def _greeted(fmt: ChatFormat, messages: Sequence[Spoken]) -> list[Spoken]:
+    """Return the messages, in which those of the assistant that begin them and do not train are history."""
+    greeting = list(itertools.takewhile(lambda m: isinstance(m, Said) and not m.trains, messages))
+    said = [said_text(fmt, m) for m in greeting if isinstance(m, Said)]
+    return [*(Message("assistant", (Text(text),)) for text in said), *messages[len(greeting) :]]
 
 
 def _opening(messages: Sequence[Spoken]) -> tuple[list[Message], list[tuple[Said, list[Message]]]]:

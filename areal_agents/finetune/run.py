@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from areal_agents.engines.local import threads_of
 from areal_agents.errors import ConfigError, Interrupted
 from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.finetune.config import DpoConfig, SftConfig
@@ -34,6 +35,7 @@ from areal_agents.learner.learner import Metrics
 from areal_agents.models import resolve
 from areal_agents.tracking.tracker import Tracker, read_metrics
 from areal_agents.trainer.run_folder import Commit, RunFolder
+from areal_agents.utils.openmp import warn_where_threads_spin
 from areal_agents.utils.signals import Stop, StopRequested, stop_on_signals
 
 _AT_ONCE = 32
@@ -112,10 +114,11 @@ async def _begun(
         raise ConfigError(
             f"--warmup-steps is {config.warmup_steps}, and the training has {total} steps: set it to {total} at most"
         )
+    threads = threads_of("--threads", config.threads)
     folder.require_room(count_parameters(model), checkpoint=True)
     commit = begin(folder, config, data, resume=resume)
     if commit is None or not commit.complete:
-        async with _open(config, folder, stop, data, commit, total, console=console) as run:
+        async with _open(config, folder, stop, data, commit, total, threads, console=console) as run:
             await run.run()
     rows = read_metrics(config.out, kind=HOLDOUT) if data.holdout else []
     measured = tuple((row["step"], {k: v for k, v in row.items() if k not in ("kind", "step", "time")}) for row in rows)
@@ -140,10 +143,11 @@ class _Reading:
 
 @contextlib.asynccontextmanager
 async def _open(
-    config: SftConfig | DpoConfig, folder: RunFolder, stop: Stop, data: Data[Any], commit: Commit | None, total: int, *,
-    console: bool,
+    config: SftConfig | DpoConfig, folder: RunFolder, stop: Stop, data: Data[Any], commit: Commit | None, total: int,
+    threads: int, *, console: bool,
 ) -> AsyncIterator[_Run]:  # fmt: skip
     model, done = resolve(config.model), commit or Commit()
+    warn_where_threads_spin()
     with Tracker(
         config.out, steps=total, first_step=done.step, tensorboard=config.tensorboard, wandb=config.wandb,
         config=config.model_dump(mode="json"), mark=None if commit is None else commit.mark, console=console,
@@ -151,7 +155,7 @@ async def _open(
         for line in data.lines():
             tracker.message(line)
         learner = await asyncio.to_thread(
-            FinetuneLearner, model, learner=config.learner, total_steps=total, seed=config.seed
+            FinetuneLearner, model, learner=config.learner, total_steps=total, seed=config.seed, threads=threads
         )
         try:
             run = _Run(config, folder, stop, data, learner, tracker, done, total)

@@ -40,7 +40,7 @@ from areal_agents.algorithms.objective import (
 from areal_agents.algorithms.offpolicy_stats import EffectiveSize, OffPolicyStats
 from areal_agents.algorithms.regularizers import Regularizers, RegularizerStats
 from areal_agents.engine import Transport, WeightsRef
-from areal_agents.errors import ConfigError, ModelError
+from areal_agents.errors import ConfigError
 from areal_agents.learner.critic import Critic, Values
 from areal_agents.learner.forward import Decoder
 from areal_agents.learner.lora import Lora
@@ -141,12 +141,8 @@ class TorchLearner:
         self._warm: torch.optim.AdamW | None = None
         self._critic = self._executor.submit(self._new_critic).result()
         buffers = weights_buffers(
-            transport,
-            self._trained.published(),
-            publish_dtype,
-            weights_dir=weights_dir,
-            host=weights_host,
-            receivers=receivers,
+            transport, self._trained.published(), publish_dtype,
+            weights_dir=weights_dir, host=weights_host, receivers=receivers,
         )  # fmt: skip
         self._publisher = Publisher(buffers, self._run)
         self._probe_ids = probe_ids(int(self._model.config.vocab_size), seed)
@@ -156,15 +152,12 @@ class TorchLearner:
         return self._version
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Return the fp32 master weights by state-dict name, tied tensors under their first name alone.
-
-        With adapters in the model each is computed when it is read.
-        """
+        """Return the fp32 weights by state-dict name, tied ones under their first name alone, adapters merged in."""
         return self._trained.tensors()
 
     @property
     def lora(self) -> Lora | None:
-        """The adapters, or None where every weight trains."""
+        """The adapters, which can be disabled to ask the base model. None where every weight trains."""
         return self._trained if isinstance(self._trained, Lora) else None
 
     async def step(self, batch: Batch) -> Metrics:
@@ -192,20 +185,6 @@ class TorchLearner:
             raise ConfigError("there is no critic to ask for values: set algorithm.critic.kind = 'trunk' or 'own'")
         return await self._run(lambda: critic.values(batch.rows))
 
-    async def base_logprobs(self, batch: Batch) -> Logprobs:
-        """Compute ``logprobs`` under the base model, which adapters leave as it was.
-
-        Raises ModelError where every weight trains, so that no base model is kept.
-        """
-        if (lora := self.lora) is None:
-            raise ModelError("learner.lora.rank = 0 trains every weight, so this learner holds no base model")
-
-        def job() -> Logprobs:
-            with lora.disabled():
-                return self._passes.logprobs(batch.rows, batch.temperature)[0]
-
-        return await self._run(job)
-
     async def sft_step(self, rows: Sequence[Row], *, lr: float) -> Metrics:
         """Take one optimizer step on the mean cross-entropy of the masked tokens (the warm start).
 
@@ -222,17 +201,11 @@ class TorchLearner:
         return self._publisher.publish(self._fill)
 
     async def export(self, path: Path) -> None:
-        """Write a transformers folder (weights in ``publish_dtype``, configuration, tokenizer), atomically.
-
-        Adapters are merged into the weights, and lie in its folder ``adapter`` besides.
-        """
-        await self._run(lambda: export_model(path, self._trained, source=self.source, dtype=self.publish_dtype))
+        """Write a transformers folder in ``publish_dtype``, atomically. It has adapters merged, and in ``adapter``."""
+        await self._run(lambda: export_model(path, self._trained, self.source, self.publish_dtype))
 
     async def save(self, path: Path) -> None:
-        """Write a checkpoint atomically: a transformers folder in fp32 plus optimizer, version and seed.
-
-        With adapters it is a peft folder, without the base model.
-        """
+        """Write a checkpoint atomically: a transformers or peft folder in fp32 plus optimizer, version and seed."""
         await self._run(lambda: self._write(path))
 
     async def load(self, path: Path) -> None:

@@ -126,7 +126,7 @@ def load_trained(
     return model, Lora(model, model.base_model, lora, seed=seed, publish_adapters=publish_adapters)
 
 
-def export_model(path: Path, trained: Trained, *, source: Path, dtype: torch.dtype) -> None:
+def export_model(path: Path, trained: Trained, source: Path, dtype: torch.dtype) -> None:
     """Write a transformers folder atomically.
 
     Raises CheckpointError where the disk refuses.

@@ -6,6 +6,7 @@ Loading (TOML, overrides, "did you mean") lives in ``settings/loading.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,9 +25,12 @@ from areal_agents.algorithms.registry import (
 )
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
+from areal_agents.errors import ConfigError
+from areal_agents.settings.cluster import ClusterConfig
 from areal_agents.settings.critic import CriticConfig
 from areal_agents.settings.kl import KlConfig
 from areal_agents.settings.lora import MAX_SERVED_RANK, LoraConfig
+from areal_agents.settings.presets import expand
 from areal_agents.settings.section import Count, Fraction, Positive, Section
 from areal_agents.settings.track import TrackConfig
 
@@ -110,33 +114,6 @@ class EngineConfig(Section):
         return self
 
 
-class ClusterConfig(Section):
-    backend: Literal["local", "ray"] = "local"
-    """``local``: processes of this machine. ``ray``: engines, learner and environments are actors on a Ray cluster."""
-    address: str = ""
-    """Ray: empty starts a private one here, ``auto`` joins the running one, or its address."""
-    rollout_workers: Count = 1
-    """Ray actors that environments and sandboxes run in."""
-    worker_cpus: float = Field(default=1.0, ge=0.0)
-    """Cores reserved for one of them."""
-    worker_resources: dict[str, float] = Field(default_factory=dict)
-    """What else a node must have for one of them, ``{ docker = 1 }`` for example."""
-    engine_cpus: float = Field(default=1.0, ge=0.0)
-    """Cores reserved for one engine."""
-    engine_gpus: float = Field(default=0.0, ge=0.0)
-    """GPUs of one engine; with vLLM, ``engine.tensor_parallel`` of them."""
-    engine_resources: dict[str, float] = Field(default_factory=dict)
-    """What else a node must have for one engine, by the names that nodes declare (``ray start --resources``)."""
-    learner_cpus: float = Field(default=1.0, ge=0.0)
-    """Cores reserved for the learner."""
-    learner_gpus: float = Field(default=0.0, ge=0.0)
-    """GPUs of the learner."""
-    object_store_gib: Positive = 1.0
-    """Most memory that the object store of a Ray started here takes."""
-    learner_restarts: int = Field(default=2, ge=0)
-    """How often a lost learner is replaced; the run then goes on from its last checkpoint."""
-
-
 class RolloutConfig(Section):
     mode: Literal["async", "sync"] = "async"
     """``sync`` is the same code with a staleness bound of 0."""
@@ -160,6 +137,11 @@ class RolloutConfig(Section):
     """Most tokens the model may sample in one episode; none: what ``max_turns`` full turns have."""
     max_turns: Count = 16
     """The runner's own limit on turns, beside the environment's."""
+    dynamic_sampling: bool = False
+    """Replace a finished group that would train nothing (all its episodes earned the same, say) by one of another task.
+    Its episodes are played for nothing, and tasks that are always solved, or never, train no more."""
+    max_refills: Count = 24
+    """Most groups that dynamic sampling replaces while one batch is waited for; then it is filled with what comes."""
     group_reward: str = ""
     """``module:name`` of a reward that judges each finished group in training, in place of the environment's
     ``group_rubric``, if it has one. Evaluations keep the environment's own."""
@@ -209,6 +191,12 @@ class AlgorithmConfig(Section):
     """``bypass``: the ratio is taken to the sampler. ``decoupled``: to a proximal policy, weighted by p/μ."""
     mask: Annotated[Choice, *_chosen(MASKS)] = Choice("none")
     """What takes the gradient from tokens, turns or episodes far off the policy, beside the correction's mask."""
+    normalize: Literal["none", "batch"] = "none"
+    """``batch``: the advantages of a batch, after the estimator, are centred and divided by their deviation, each
+    sampled token counted once."""
+    overlong: Literal["keep", "mask"] = "keep"
+    """Episodes that a limit cut: train on them too, or give them advantage 0. In either case their returns stay in the
+    baselines of the others."""
     aggregation: Literal["token", "episode", "sequence", "constant"] = "token"
     """Mean over all sampled tokens; or over episodes of the mean over their tokens (``episode``), of the sum over them
     (``sequence``), or of that sum by ``constant`` (Dr. GRPO)."""
@@ -333,6 +321,14 @@ class TrainConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, data: Any) -> Any:
+        try:
+            return expand(data) if isinstance(data, Mapping) else data
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -44,7 +44,7 @@ def sequences(count: int, *, seed: int = 0) -> list[Sequences]:
 
 def run(folder: Path, model: Any, job: Callable[[FinetuneLearner], Awaitable[T]], config: LearnerConfig = CONFIG) -> T:
     async def go() -> T:
-        made = FinetuneLearner(save_tiny(folder, model), learner=config, total_steps=10, seed=0)
+        made = FinetuneLearner(save_tiny(folder, model), learner=config, total_steps=10, seed=0, threads=1)
         try:
             return await job(made)
         finally:

@@ -172,6 +172,17 @@ def test_two_messages_of_the_assistant_in_a_row() -> None:
     assert masked(fmt, [row]) == ["b<|im_end|>", "c<|im_end|>"]
 
 
+def test_a_greeting_is_shown_or_refused() -> None:
+    fmt = ChatFormat(tiny(CHATML))
+    said = (("assistant", "hi"), ("user", "a"), ("assistant", "b"))
+    talk: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in said]
+    with pytest.raises(RowRefused, match="begins with a message of the assistant"):
+        render(fmt, read_messages(talk))
+    (row,) = render(fmt, read_messages([talk[0] | {"weight": 0}, *talk[1:]]))
+    assert fmt.tokenizer.decode(row.ids).startswith("<|im_start|>assistant\nhi<|im_end|>\n<|im_start|>user\na")
+    assert masked(fmt, [row]) == ["b<|im_end|>"]
+
+
 def test_an_opened_thought_that_the_file_closes_itself() -> None:
     fmt = ChatFormat(tiny(OPENS_THINKING))
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"}]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from areal_agents.chat.format import ChatFormat
 from areal_agents.errors import ArealError, CheckpointError, ConfigError, Interrupted
+from areal_agents.evaluation.curves import first_panel, read_numbers
 from areal_agents.finetune.config import DpoConfig, SftConfig
 from areal_agents.finetune.learner import FinetuneLearner
 from areal_agents.finetune.run import FinetuneResult, batch_of, finetune
@@ -107,6 +108,9 @@ def test_the_held_out_loss_is_measured_and_not_learned(tmp_path: Path, model: Pa
     assert [step for step, _ in result.holdout] == sorted({0, *range(3, steps + 1, 3), steps})
     assert result.table().splitlines()[0] == "step  held-out loss"
     assert read_metrics(result.out, kind="sft")[-1]["loss"] < result.holdout[0][1]["loss"]
+    curve = first_panel(read_numbers([result.out])).curves[0]
+    assert [p.value for p in curve.held_out] == [values["loss"] for _, values in result.holdout]
+    assert [p.value for p in curve.training] == [row["loss"] for row in read_metrics(result.out, kind="sft")]
     again = done(sft(data, model, tmp_path / "other", epochs=4, batch=2, holdout=0.2, lr=3e-3, seed=5))
     assert again.holdout[0] != result.holdout[0]
 
@@ -174,6 +178,7 @@ def test_what_is_refused(tmp_path: Path, model: Path) -> None:
         (sft(data, model, out, max_context=513), "--max-context is 513.*takes 512 tokens at most"),
         (sft(data, model, out, holdout=0.99), "--holdout is 0.99, and the data has 5 tasks: nothing would be left"),
         (sft(data, model, out, warmup_steps=9), "--warmup-steps is 9, and the training has 1 steps"),
+        (sft(data, model, out, threads=9999), "--threads = 9999 exceeds the .* cores of this process"),
         (dpo(data, model, out), "it has no chosen and no rejected.*areal-agents sft"),
     ]
     for config, said in many:

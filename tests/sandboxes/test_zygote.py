@@ -7,10 +7,13 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +23,7 @@ from areal_agents.sandboxes import memory, warm_python
 from areal_agents.sandboxes.bubblewrap import BubblewrapBackend
 from areal_agents.sandboxes.launch import Tools
 from areal_agents.sandboxes.zygote import obstacle
-from tests.sandboxes.test_backends import need
+from tests.sandboxes.test_backends import ROOT, need
 
 SPEC = SandboxSpec(disk=16 << 20)
 MODULES = "json,decimal"
@@ -153,6 +156,30 @@ def test_a_module_that_is_not_there_is_said() -> None:
     for wrong in ("json;", "json,", "a b", "../x"):
         with pytest.raises(ValueError, match="no module"):
             BubblewrapBackend(preload=wrong)
+
+
+COLLAPSED = """
+import re, sys
+from areal_agents.sandboxes import warm_python
+def huge():
+    return int(re.search(r"AnonHugePages:\\s+(\\d+)", open("/proc/self/smaps_rollup").read())[1]) >> 10
+before = huge()
+warm_python.preload(["much"])
+import gc, much
+print(before, huge(), len(much.kept), gc.get_freeze_count() > 1000)
+"""
+
+
+def test_what_was_imported_lies_in_huge_pages_and_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "much.py").write_text("kept = [str(n) * 10 for n in range(200_000)]")  # 20 MB of small objects
+    release = tuple(int(text) for text in re.findall(r"\d+", os.uname().release)[:2])
+    need(release >= (6, 1) and Path("/sys/kernel/mm/transparent_hugepage").exists(), "Linux 6.1 with huge pages")
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", COLLAPSED], env=environment, capture_output=True, text=True, check=True
+    )
+    before, after, kept, frozen = done.stdout.split()
+    assert (int(before) < 2, int(after) >= 8, kept, frozen) == (True, True, "200000", "True"), done.stdout
 
 
 def test_where_sandboxes_are_not_forked() -> None:

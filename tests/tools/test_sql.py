@@ -168,6 +168,41 @@ def test_writes_go_to_a_copy_of_the_episode(shop: Path) -> None:
     assert set(Path(tempfile.gettempdir()).glob("areal-agents-sql-*")) == temporary
 
 
+def test_virtual_tables_are_neither_read_nor_changed(tmp_path: Path) -> None:
+    """Neither are the tables that hold their data, in which a query could plant what breaks their readers."""
+    path = tmp_path / "words.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(
+            "CREATE VIRTUAL TABLE Words USING fts5(x); INSERT INTO Words VALUES ('a b'); CREATE TABLE wordsmith (a);"
+            "CREATE VIRTUAL TABLE box USING rtree(id, low, high); INSERT INTO box VALUES (1, 2, 3)"
+        )
+    connection.close()
+    read = ["SELECT * FROM words WHERE words MATCH 'a'"]
+    changes = [
+        "UPDATE words_data SET block = zeroblob(9)", "DELETE FROM WORDS_IDX", "DROP TABLE words", "DROP TABLE box_node",
+        "INSERT INTO box_node VALUES (9, x'00')", "ALTER TABLE box_node RENAME TO n",
+        "INSERT INTO box VALUES (2, 3, 4)",
+    ]  # fmt: skip
+    plain = ["INSERT INTO wordsmith VALUES (1)", "SELECT count(*) FROM words_data"]
+    trigger = [
+        "CREATE TRIGGER r AFTER INSERT ON wordsmith BEGIN UPDATE words_data SET block = x'00'; END",
+        "INSERT INTO wordsmith VALUES (1)",
+    ]
+    for writable in (False, True):
+        first, *others = ask(path, *read, *changes, *plain, *trigger, writable=writable)
+        assert first.text == "error: Words is a virtual table, and these are not allowed"
+        refused, (inserted, counted, _, fired) = others[: len(changes)], others[len(changes) :]
+        assert {result.status for result in refused} == {"error"}, refused
+        assert all("virtual table" in result.text for result in refused) == writable
+        assert (inserted.status, counted.status, fired.status) == ("ok" if writable else "error", "ok", "error")
+
+
+def test_a_value_is_one_line_without_control_characters(shop: Path) -> None:
+    value = "a\tb\x1b[2J\u2028\x85|\\\u3000\u200dé"
+    (result,) = ask(shop, f"SELECT '{value}' || char(0) AS v")
+    assert result.text == "v\na\\tb\\x1b[2J\\u2028\\x85\\|\\\\\u3000\u200dé\\x00\n(1 row)"
+
+
 def test_a_database_a_task(shop: Path, tmp_path: Path) -> None:
     small = tmp_path / "small.sqlite"
     with sqlite3.connect(small) as connection:
