@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_what_a_meaning_names_exists() -> None:
     known = {*settings(), *_parameter_keys(), "algorithm.advantage.kind", "algorithm.loss.kind",
-             "algorithm.correction.kind"}  # fmt: skip
+             "algorithm.correction.kind", "algorithm.mask.kind"}  # fmt: skip
     sections = "|".join(sorted({key.partition(".")[0] for key in settings() if "." in key}))
     for meaning in elsewhere._MEANINGS:
         named = re.findall(rf"\b(?:{sections})\.\w+(?:\.\w+)?", meaning)
