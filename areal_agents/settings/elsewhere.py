@@ -62,6 +62,11 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     "this is algorithm.aggregation here": ("loss_agg_mode", "loss_aggregation"),
     "this is algorithm.correction.truncate of algorithm.correction.kind = 'decoupled' here": (
         "tis", "tis_imp_ratio_cap", "importance_sampling_cap", "vllm_importance_sampling_cap"),
+    "this is algorithm.correction.kind here": (
+        "use_decoupled_loss", "prox_logp_method", "bypass_mode", "use_rollout_correction", "use_tis"),
+    "this is algorithm.correction.scope here, of 'decoupled', 'log_linear' and 'importance'": (
+        "rollout_is", "importance_sampling_level", "rollout_is_level"),
+    "this is algorithm.mask.kind here": ("rollout_rs", "use_opsm", "m2_threshold", "off_policy_mask_threshold"),
     "this is rollout.group_size here": (
         "num_generations", "n_samples_per_prompt", "rollout.n", "num_samples_per_prompt", "group_size_per_prompt"),
     "this is rollout.groups here, times rollout.group_size episodes each": (
