@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.estimator import Estimator, per_turn, refuse_biased
+from areal_agents.algorithms.registry import needs_critic
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.rescore import Outcome, Rescored
 from areal_agents.evaluation.saved_run import columns
@@ -107,7 +108,9 @@ class RewardShift:
     flips: tuple[TaskFlip, ...]
     """Worst first, which is the largest change of the pass rate."""
     advantages: AdvantageShift | None
-    """None where the run did not train on these episodes."""
+    """None where the run did not train on these episodes, or its advantages cannot be computed again."""
+    advantages_unknown: str = ""
+    """Why they cannot, where they cannot."""
     refused: str = ""
     """Why a training of these settings refuses the new reward, where it does."""
 
@@ -119,6 +122,8 @@ class RewardShift:
         parts = [self._head(), self._passes()]
         if self.advantages is not None:
             parts.append(_advantage_table(self.advantages))
+        if self.advantages_unknown:
+            parts.append(self.advantages_unknown)
         if self.refused:
             parts.append(f"a training refuses it: {self.refused}")
         return plain("\n\n".join(parts))
@@ -169,6 +174,9 @@ def compare(
     old, new = np.array([e.old for e in scored]), np.array([e.new for e in scored])
     limit = pass_at - rounding_of(pass_at)
     flips = _flips(scored, limit)
+    unknown = ""
+    if algorithm is not None and needs_critic(algorithm.advantage.kind):
+        unknown = f"no advantages: {algorithm.advantage.kind} read a critic's values, and no run saves those"
     return RewardShift(
         reward,
         scored=len(scored),
@@ -187,7 +195,8 @@ def compare(
         episodes_flipped=int(((old >= limit) != (new >= limit)).sum()),
         tasks_flipped=len(flips) / len({e.task for e in scored}),
         flips=tuple(flips),
-        advantages=None if algorithm is None else advantage_shift(outcome.episodes, algorithm),
+        advantages=None if algorithm is None or unknown else advantage_shift(outcome.episodes, algorithm),
+        advantages_unknown=unknown,
         refused="" if algorithm is None or group is None else refusal(group, algorithm),
     )
 

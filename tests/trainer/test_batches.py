@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from areal_agents.algorithms.batch import Batch
 from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.registry import Choice
 from areal_agents.algorithms.value_advantages import bilevel_gae, gae, turn_gae
+from areal_agents.errors import ConfigError
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.settings.config import AlgorithmConfig
 from areal_agents.settings.critic import CriticConfig
@@ -127,6 +129,15 @@ def test_whitening_comes_after_the_targets(tmp_path: Path) -> None:
     assert found == pytest.approx((raw - raw.mean()) / raw.std(), abs=1e-5)
     for a, b in zip(plain.rows, white.rows, strict=True):
         assert all(np.array_equal(a.columns[name], b.columns[name]) for name in a.columns)
+
+
+def test_values_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
+    a = algorithm("gae")
+    made = learner(tiny_model(), tmp_path / "m", algorithm=a)
+    with torch.no_grad():
+        critic_of(made).head.bias.fill_(math.inf)
+    with pytest.raises(ConfigError, match=r"no finite numbers any more: .*lower algorithm.critic.lr"):
+        run(made, lambda it: batch_for(it, GROUPS, a, temperature=1.0))
 
 
 def first_value(group: Sequence[EpisodeView]) -> list[torch.Tensor]:
