@@ -78,6 +78,11 @@ class WeightsProbe:
     """[len(ids) - 1]: log-probability of each of ``ids[1:]`` given those before it, at temperature 1, in nats."""
 
 
+WeightsKind = Literal["full", "lora"]
+"""All weights of a model, or LoRA adapters: for a linear layer ``NAME`` of the base model, ``NAME.lora_A.weight``
+[rank, in] and ``NAME.lora_B.weight`` [out, rank], of which its weight is W + B·A."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightsRef:
     """The place of one version of the weights.
@@ -92,6 +97,7 @@ class WeightsRef:
     nbytes: int
     transport: Transport = "shm"
     probe: WeightsProbe | None = None
+    kind: WeightsKind = "full"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,13 @@ failed. Implementations live in ``areal_agents.sandboxes``.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol, runtime_checkable
 
 from areal_agents.errors import ConfigError, SandboxUnavailable
 from areal_agents.utils.system import is_linux
@@ -34,6 +35,8 @@ class ExecResult:
     stderr: bytes
     seconds: float
 
+
+MAX_SERVICES: Final = 8
 
 ConsoleKind = Literal["python", "shell"]
 CallStatus = Literal["ok", "error", "timeout", "interrupted", "output_limit", "ended"]
@@ -58,6 +61,63 @@ class CallResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Service:
+    """A container beside a session: a database, a web app.
+
+    It starts before the session's first call and is discarded with it. The session reaches it by its name, on a network
+    that only this session and its services are on. It has no other network, a read-only root, and the folders that its
+    image declares as volumes, ``writable`` ones, /tmp, /run, /var/tmp and /dev/shm are empty and in memory. Where it
+    ends before its session, the session ends with a SandboxError.
+    """
+
+    name: str
+    """Its host name: small letters, digits and ``-``."""
+    image: str
+    port: int = 0
+    """It has started when this TCP port takes a connection of the session; 0 is not tried."""
+    ready: tuple[str, ...] = ()
+    """It has started when this program, run inside it, ends with 0; empty is not tried."""
+    command: tuple[str, ...] = ()
+    """The program and its arguments, in place of the image's own."""
+    environment: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Variables besides the image's own."""
+    writable: tuple[str, ...] = ()
+    """Folders that it must be able to write to."""
+    user: str = ""
+    """Whom it runs as, a name or numbers; "" is the image's user, which is often root with few capabilities."""
+    memory: int = 512 << 20
+    processes: int = 128
+    cpus: float = 1.0
+    disk: int = 256 << 20
+    """Size of each folder that it may write to. What lies there counts as memory too."""
+    start_seconds: float = 120.0
+    """How long it may take to start."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for what no container can be made of."""
+        object.__setattr__(self, "environment", dict(self.environment))
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", self.name) or self.name in ("localhost", "sandbox"):
+            raise ConfigError(f"service {self.name!r}: its name must be a host name: small letters, digits, '-'.")
+        problem = ""
+        if not self.image:
+            problem = "it has no image"
+        elif not (self.port or self.ready):
+            problem = "say how it is seen that it has started: port=5432, or ready=('pg_isready',)"
+        elif not 0 <= self.port < 1 << 16:
+            problem = f"port {self.port} is none"
+        elif isinstance(self.ready, str) or isinstance(self.command, str) or isinstance(self.writable, str):
+            problem = "ready, command and writable are tuples of texts, not a text"
+        elif bad := [p for p in self.writable if not re.fullmatch(r"(/[^/:,\0]+)+", p) or ".." in p.split("/")]:
+            problem = f"writable {bad[0]!r} is no absolute path of a folder"
+        elif bad := [n for n, v in self.environment.items() if not n or "=" in n or "\0" in n + v]:
+            problem = f"{bad[0]!r} is no name of a variable, or its value has a NUL"
+        elif min(self.memory, self.processes, self.disk, self.start_seconds, self.cpus) <= 0:
+            problem = "its limits must be more than 0"
+        if problem:
+            raise ConfigError(f"service {self.name!r}: {problem}.")
+
+
+@dataclass(frozen=True, slots=True)
 class SandboxSpec:
     """The limits of a session, with sizes in bytes and times in seconds."""
 
@@ -72,11 +132,21 @@ class SandboxSpec:
     open_files: int = 256
     image: str = ""
     """What the session runs in, for backends that have images; "" is the backend's own."""
+    services: tuple[Service, ...] = ()
+    """Containers beside it, for backends that have images."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for services that cannot be told apart."""
+        names = [service.name for service in self.services]
+        if not isinstance(self.services, tuple) or len(set(names)) < len(names) or len(names) > MAX_SERVICES:
+            raise ConfigError(f"services must be a tuple of at most {MAX_SERVICES} with different names: {names}.")
 
     def refuse_image(self, backend: str) -> None:
-        """Raise ConfigError where the spec names an image and ``backend`` has none."""
+        """Raise ConfigError where the spec asks for an image, the session's or a service's: ``backend`` has none."""
         if self.image:
             raise ConfigError(f"sandbox {backend!r} has no images, and image {self.image!r} is asked for: use docker.")
+        for service in self.services:
+            raise ConfigError(f"sandbox {backend!r} has no services, and {service.name!r} is asked for: use docker.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +248,25 @@ class SandboxBackend(Protocol):
     def session(self, spec: SandboxSpec) -> AbstractAsyncContextManager[Sandbox]:
         """Open a session.
 
-        It is lazy: resources are taken at the first call that needs them.
+        It is lazy: resources are taken at the first call that needs them. Raises ConfigError for an image or services
+        where the backend has none (``SandboxSpec.refuse_image``).
         """
         ...
 
     async def aclose(self) -> None:
         """Free pools and helper processes, and end sessions that are still open."""
+        ...
+
+
+@runtime_checkable
+class Preparing(SandboxBackend, Protocol):
+    """A backend that can have what sessions need ready ahead of them."""
+
+    async def prepare(self, specs: Iterable[SandboxSpec]) -> None:
+        """Pull and build images, with progress on standard error.
+
+        Raises SandboxUnavailable and ConfigError where a spec's session could not be opened.
+        """
         ...
 
 

@@ -96,6 +96,10 @@ class Dispatcher:
         self.replays = 0
         """How often a fresh session saved a call in this episode."""
 
+    def use(self, spec: SandboxSpec) -> None:
+        """Open sessions with another spec from now on."""
+        self._sandbox_spec = spec
+
     async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         """Run the calls of one message, and return one result for each, in order.
 

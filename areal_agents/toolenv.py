@@ -110,6 +110,11 @@ class ToolEnv(AgentEnv):
         """Return the first user message."""
         raise NotImplementedError(f"{type(self).__name__} must implement prompt")
 
+    @classmethod
+    def sandbox_of(cls, task: Task) -> SandboxSpec:
+        """Return what the task's session gets: an image of its own, say, or services. By default ``sandbox_spec``."""
+        return cls.sandbox_spec
+
     def new_state(self, task: Task) -> Any:
         """Return what ``state`` is at the start of an episode.
 
@@ -177,6 +182,7 @@ class ToolEnv(AgentEnv):
         await self._dispatcher.aclose()
         self._running = False
         task = self.begin(seed, options)
+        self._dispatcher.use(self.sandbox_of(task))
         try:
             self.state = copy.deepcopy(self.new_state(task))
         except (TypeError, copy.Error) as error:

@@ -26,14 +26,21 @@ class Check:
 
 
 def commit() -> str:
-    """Return the checked-out commit, marked where the tree differs from it, or why it is not known."""
-    git = ["git", "-C", str(ROOT)]
+    """Return the checked-out commit, marked where the tree differs from it, or why it is not known.
+
+    Records are no part of what is measured: one that was written just now makes no difference.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        head, dirty = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError) as error:  # a copy of the tree on a lent machine
         return f"unknown: {error}"
-    return head + ("+changes" if dirty.strip() else "")
+    return head + ("+changes" if dirty else "")
 
 
 def machine() -> dict[str, Any]:
@@ -64,6 +71,10 @@ class Kept:
             if saved["of"] == self._of:
                 self._parts = saved["parts"]
                 print(f"going on with {', '.join(self._parts)} of {self._path}")
+
+    def has(self, name: str) -> bool:
+        """Whether a part is there already."""
+        return name in self._parts
 
     def part(self, name: str, work: Callable[[], Any]) -> Any:
         """What ``work()`` returned, now or before this run was cut."""

@@ -1,6 +1,6 @@
 """The mathematics verifier against math-verify: who errs how often, and how fast.
 
-    python benchmarks/verifier.py [--json benchmarks/results/verifier.json]      # about 3 minutes, and an installation
+    python benchmarks/verifier.py --json benchmarks/results/verifier.json        # about 3 minutes, and an installation
     python benchmarks/verifier.py --quick                                        # some seconds; no other verifier
 
 Both get the same rows: ../shared/data/math_cases.jsonl, by slot, and mutated pairs (rewrites by SymPy that stay equal,
@@ -8,6 +8,7 @@ and changes that do not). A set of hostile answers is for ours alone.
 math-verify lives in a virtual environment of its own (``--venv``, made on the first run). It
 gets the LaTeX and expression targets of its documentation, and runs in one process, as it has no pool of processes.
 Ours runs in its pool of processes, with one and with two workers. A worst case is compared with the deadline.
+A record is made of parts (a verifier on a set), each with the load that others made; a run that is cut goes on.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import sympy
-from measure import Progress, table
+from machine_load import Patience, do_parts, loads
+from measure import table
 from measured_process import Side
-from record import ROOT, Check, write
+from record import ROOT, Check, Kept, write
 
 sys.path.insert(0, str(ROOT))
 from tests.rewards.mathematics.hostile import HOSTILE
@@ -121,6 +124,7 @@ def side_row(name: str, set_name: str, rows: list[dict[str, Any]], found: dict[s
         "verifier": name, "rows": set_name, "n": len(rows), **rates(rows, found["scores"]),
         "per_second": round(len(rows) / found["wall"], 1), "p50_ms": quantile(found["ms"], 0.5),
         "p99_ms": quantile(found["ms"], 0.99), "worst_ms": round(max(found["ms"]), 1),
+        "ms": " ".join(f"{ms:.2f}" for ms in found["ms"]),
     }  # fmt: skip
 
 
@@ -147,30 +151,45 @@ def checks(samples: list[dict[str, Any]]) -> list[Check]:
     return found
 
 
+def parts_of(sets: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """Return what is to be measured: each verifier on each set."""
+    work: dict[str, Callable[[], Any]] = {}
+    for name, rows in sets.items():
+        for workers in (1,) if options.quick else (1, 2):
+            label = f"ours, {workers} worker{'s' * (workers > 1)}"
+            work[f"{label}: {name}"] = lambda label=label, name=name, rows=rows, workers=workers: side_row(
+                label, name, rows, ours(rows, workers)
+            )
+        if not options.quick and name != "hostile":
+            work[f"math-verify: {name}"] = lambda name=name, rows=rows: side_row(
+                "math-verify", name, rows, theirs(rows, options.venv)
+            )
+    return work
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--venv", type=Path, default=Path("/tmp/math-verify-venv"))
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
+    parser.add_argument("--minutes", type=float, default=0.0, help="begin no part later; the next run goes on")
+    parser.add_argument("--wait", type=float, default=0.0, help="minutes to wait for a quiet machine, in all")
     options = parser.parse_args()
     sets = {"pairs": pairs(60 if options.quick else PAIRS), "hostile": hostile()}
     if CASES.exists():
         sets["cases"] = [json.loads(line) for line in CASES.read_text().splitlines()]
     else:
         print(f"{CASES} is not there: mutated pairs alone")
-    progress = Progress(len(sets) if options.quick else 3 * len(sets) - 1)
-    samples: list[dict[str, Any]] = []
-    for name, rows in sets.items():
-        for workers in (1,) if options.quick else (1, 2):
-            label = f"ours, {workers} worker{'s' * (workers > 1)}"
-            samples.append(side_row(label, name, rows, ours(rows, workers)))
-            progress(str(samples[-1]))
-        if not options.quick and name != "hostile":
-            samples.append(side_row("math-verify", name, rows, theirs(rows, options.venv)))
-            progress(str(samples[-1]))
-    print(table(samples))
+    settings = {"rows": {name: len(rows) for name, rows in sets.items()}, "quick": options.quick}
+    kept = Kept(options.json, settings)
+    parts = do_parts(parts_of(sets, options), kept, Patience(60 * options.wait), options.minutes)
+    if parts is None:
+        return 2
+    samples = [part["found"] for part in parts.values()]
+    print(table([{name: value for name, value in row.items() if name != "ms"} for row in samples]))
     found = checks(samples)
-    write(options.json, "verifier", samples, found, deadline=DEADLINE)
+    write(options.json, "verifier", samples, found, deadline=DEADLINE, loads=loads(parts))
+    kept.end()
     return 0 if all(check.holds for check in found) else 1
 
 

@@ -155,7 +155,8 @@ print(json.dumps([connect(socket.AF_INET, own.getsockname()), connect(socket.AF_
     seen = {"loopback": loopback, "abstract": abstract, "8.8.8.8": far, "IPv6": far6, "169.254.169.254": metadata}
     tried(own == [0, 0], f"its own sockets: {own}")
     held(all(seen.values()), seen)
-    return f"errno {seen}; it reaches sockets of its own"
+    refused = ", ".join(f"{place} ({os.strerror(number).lower()})" for place, number in seen.items())
+    return f"none of {refused}; it reaches sockets of its own"
 
 
 async def writes_outside(subject: Subject) -> str:

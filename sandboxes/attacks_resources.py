@@ -145,18 +145,25 @@ for number in range(250_000):
 else:
     print("all")
 """
-    free = os.statvfs("/tmp").f_ffree
-    async with subject.session(spec) as sandbox:
-        done = await run(sandbox, code, timeout=60)
-        taken = free - os.statvfs("/tmp").f_ffree
+    taken = []
+    for _ in range(3):  # others on this machine make files too, and not the same number each time
+        free = os.statvfs("/tmp").f_ffree
+        async with subject.session(spec) as sandbox:
+            done = await run(sandbox, code, timeout=60)
+            taken.append(free - os.statvfs("/tmp").f_ffree)
         tried(done.stdout.startswith(b"0\n10000\n"), done)
-        held(taken < 5_000, f"{taken} inodes of the host's /tmp")
-        if subject.memory_bound == "rlimits":
-            return "not on the host's disk; kernel memory is not bounded by rlimits, as the backend's notes say"
-        held(b"all" not in done.stdout, "250000 files: their kernel memory is not bounded")
+        if taken[-1] < 5_000:
+            break
+    else:
+        held(False, f"{taken} inodes of the host's /tmp")
+    if subject.memory_bound == "rlimits":
+        return "not on the host's disk; kernel memory is not bounded by rlimits, as the backend's notes say"
+    held(b"all" not in done.stdout, "250000 files: their kernel memory is not bounded")
     async with subject.session(spec) as sandbox:
         await lives(sandbox)
-    return f"ended with {done.status}, after {done.stdout.split()[-1].decode()} files or by that errno"
+    if done.stdout.split()[-1] == str(errno.ENOSPC).encode():
+        return f"ENOSPC after {done.stdout.split()[-2].decode()} files or a few more"
+    return f"{done.status} after {done.stdout.split()[-1].decode()} files or a few more: they fill the session's memory"
 
 
 async def endless_output(subject: Subject) -> str:
@@ -174,7 +181,11 @@ async def daemons(subject: Subject) -> str:
 import os, time
 if os.fork() == 0:
     os.setsid()
-    if os.fork() == 0:
+    try:
+        second = os.fork()
+    except OSError:  # there is no place for a third: the second is the daemon
+        second = 0
+    if second == 0:
         print("daemon", flush=True)
         while True:
             with open("/work/beat", "a") as file:
@@ -221,7 +232,7 @@ except (RecursionError, MemoryError):
         tried(done.stdout == b"deep", done)
         held(done.status in ("error", "oom", "timeout"), done)
         await lives(sandbox)
-    return f"more than 1000 frames of C, then {done.status} ({done.exit_code})"
+    return f"more than 1000 frames of C, then {done.status}"
 
 
 def tar_bomb(size: int) -> bytes:

@@ -2,10 +2,10 @@
 
 Namespaces, seccomp, rlimits and a memory bound hold what runs inside.
 
-    host                                          sandbox (own user, pid, net, ipc, uts, cgroup, mount namespaces)
+    host                                     sandbox (own user, pid, net, ipc, uts, cgroup, mount namespaces)
     BubblewrapBackend ─ pool of Holders
-      BubblewrapSession ─ Holder ── control socket ── supervisor, pid 1 ── forks the program of each call
-                             └───── stdin, stdout, stderr pipes ────────────────┘
+      HeldSession ─ Holder ── control socket ── supervisor, pid 1 ── forks the program of each call
+                       └───── stdin, stdout, stderr pipes ────────────────┘
 
 Not covered: side channels, bugs of the kernel itself, the kernel's own memory (inodes, socket buffers) where memory is
 bounded by rlimits, and fairness of CPU time between sessions.
@@ -14,21 +14,19 @@ bounded by rlimits, and fairness of CPU time between sessions.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import Final
 
-from areal_agents.errors import ArealError, SandboxError, SandboxUnavailable
+from areal_agents.errors import SandboxError, SandboxUnavailable
 from areal_agents.sandbox import ProbeReport, Sandbox, SandboxSpec
 from areal_agents.sandboxes import interpreter, launch, memory, probes, seccomp
 from areal_agents.sandboxes.packages import ensure, requirements
 from areal_agents.sandboxes.sandbox_process import Holder
-from areal_agents.sandboxes.session import BubblewrapSession
+from areal_agents.sandboxes.session import HeldSession, OpenSessions
+from areal_agents.sandboxes.warm_pool import WarmPool
 from areal_agents.sandboxes.zygote import Zygote, obstacle
-
-MAX_POOLED_SPECS: Final = 2
 
 _reports: dict[tuple[int, str, tuple[str, ...]], tuple[ProbeReport, memory.MemoryBound, bool]] = {}
 """What this process has proved, by effective uid and settings, and whether sandboxes are forked from a zygote."""
@@ -74,15 +72,13 @@ class BubblewrapBackend:
         self._packages = requirements(packages) if packages else ()
         if packages and python != interpreter.SYSTEM:
             raise ValueError("packages make an environment of their own: leave python out, or install into it.")
-        self._pool, self._python, self._preload = pool, python, modules
+        self._python, self._preload = python, modules
         self._zygote: Zygote | None = None
         self._forks, self._refused = False, ""
         self._tools: launch.Tools | None = None
-        self._warm: dict[SandboxSpec, list[asyncio.Task[Holder]]] = {}
-        self._sessions: set[BubblewrapSession] = set()
+        self._pool = WarmPool(pool, self._start_proved)
+        self._sessions = OpenSessions()
         self._probing = asyncio.Lock()
-        self._discarding: set[asyncio.Task[None]] = set()
-        self._closed = False
 
     async def probe(self) -> ProbeReport:
         """Run real code inside and check what holds it.
@@ -106,12 +102,14 @@ class BubblewrapBackend:
         tools = self._find_tools()
         seccomp.program()
         bound = await asyncio.to_thread(memory.detect)
+        if isinstance(bound, memory.CgroupBound):
+            await asyncio.to_thread(bound.reap)
         alone = obstacle(tools, bound)
         try:
             holder = await self._start_first(bound, alone)
         except SandboxError as error:
             raise SandboxUnavailable(self.name, "a sandbox did not start", str(error)) from error
-        session = BubblewrapSession(probes.SPEC, _given(holder))
+        session = HeldSession.of(holder, probes.SPEC)
         try:
             report = await probes.run(self.name, session, bound, holder.host_uid(), tools.python)
         except SandboxError as error:
@@ -120,6 +118,9 @@ class BubblewrapBackend:
             await holder.close()
         if tools.preload and not self._forks:
             note = f"Each sandbox imports {', '.join(tools.preload)} for itself: {alone or self._refused}"
+            report = replace(report, notes=(*report.notes, note))
+        if tools.preload and bound.kind == "rlimits":
+            note = "What is imported counts in each process: there are fewer, or a program has a Python of its own."
             report = replace(report, notes=(*report.notes, note))
         return report, bound
 
@@ -148,79 +149,24 @@ class BubblewrapBackend:
             self._tools = launch.find_tools(root=os.geteuid() == 0, python=self._python, preload=self._preload)
         return self._tools
 
-    async def _acquire(self, spec: SandboxSpec) -> Holder:
+    async def _start_proved(self, spec: SandboxSpec) -> Holder:
         _, bound = await self._proved()
-        if self._closed:
-            raise SandboxError("the bubblewrap backend is closed. Create a new one.")
-        self._warm[spec] = self._warm.pop(spec, [])  # the last key is the spec used last
-        while tasks := self._warm.get(spec):
-            task = tasks.pop(0)
-            try:
-                holder = await asyncio.shield(task)
-            except asyncio.CancelledError:
-                # The shielded start goes on without its caller, and nobody else would close that sandbox.
-                self._discard_later(task)
-                raise
-            except SandboxError:
-                break  # start one here, so that the error, if it stays, is this caller's
-            self._refill(spec, bound)
-            if holder.alive:
-                return holder
-            await holder.close()
-        holder = await self._start(spec, bound)
-        self._refill(spec, bound)
-        return holder
+        return await self._start(spec, bound)
 
-    def _refill(self, spec: SandboxSpec, bound: memory.MemoryBound) -> None:
-        while len(self._warm) > MAX_POOLED_SPECS:
-            for task in self._warm.pop(next(iter(self._warm))):
-                self._discard_later(task)
-        tasks = self._warm.get(spec)  # None: evicted, or the backend is closed
-        while tasks is not None and len(tasks) < self._pool:
-            tasks.append(asyncio.ensure_future(self._start(spec, bound)))
-
-    def _discard_later(self, task: asyncio.Task[Holder]) -> None:
-        discarding = asyncio.ensure_future(_discard(task))
-        self._discarding.add(discarding)
-        discarding.add_done_callback(self._discarding.discard)
-
-    @contextlib.asynccontextmanager
-    async def session(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+    def session(self, spec: SandboxSpec) -> AbstractAsyncContextManager[Sandbox]:
         """Open a session, whose sandbox is taken at its first call.
 
         The first session of a process runs the probes. A session's calls raise SandboxUnavailable when a probe fails,
         and ConfigError for a spec that cannot be bounded. So does this one for a spec that names an image.
         """
         spec.refuse_image(self.name)
-        session = BubblewrapSession(spec, self._acquire)
-        self._sessions.add(session)
-        try:
-            yield session
-        finally:
-            self._sessions.discard(session)
-            await session.close()
+        return self._sessions.opened(HeldSession(spec, self._pool.take))
 
     async def aclose(self) -> None:
         """End open sessions and the pool.
 
         May be called twice.
         """
-        self._closed = True
-        tasks = [task for warm in self._warm.values() for task in warm]
-        self._warm.clear()
-        sessions = tuple(self._sessions)
-        await asyncio.gather(*map(_discard, tasks), *self._discarding, *(session.close() for session in sessions))
+        await asyncio.gather(self._pool.aclose(), self._sessions.aclose())
         if self._zygote is not None:
             await self._zygote.close()
-
-
-def _given(holder: Holder) -> Callable[[SandboxSpec], Awaitable[Holder]]:
-    async def acquire(spec: SandboxSpec) -> Holder:
-        return holder
-
-    return acquire
-
-
-async def _discard(task: asyncio.Task[Holder]) -> None:
-    with contextlib.suppress(ArealError):
-        await (await task).close()

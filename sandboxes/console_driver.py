@@ -39,6 +39,13 @@ MAX_LEFT, MAX_COMMAND = 32, 200
 SET_DUMPABLE, SET_CHILD_SUBREAPER = 4, 36
 
 SHELL_START = "exec 2>&1; set +H +o history; unset PROMPT_COMMAND MAILCHECK; HISTFILE=\n"
+# Where bash could not fork a background job (254, or 130 when interrupted at that), its next command waits for the job
+# before that one, however long it runs: unless bash has no record of it.
+SHELL_END = (
+    "case $?:${{!-}} in (254:?*|130:?*) builtin eval "
+    "\"{{ builtin disown ${{!}} || :; }} 2>/dev/null; builtin printf 'done {ident} $?' >&9\";; "
+    "(*) builtin printf 'done {ident} %d' \"$?\" >&9;; esac\n"
+)
 
 
 def read_exactly(descriptor: int, size: int) -> bytes:
@@ -177,7 +184,7 @@ class Driver:
         request = REQUEST.pack(ident, len(code)) + code
         if self.kind == "shell":
             # The second line runs also where the first one was interrupted or failed as a whole.
-            text = f"eval {shlex.quote(code.decode())} </dev/null 9>&-\nbuiltin printf 'done {ident} %d' \"$?\" >&9\n"
+            text = f"eval {shlex.quote(code.decode())} </dev/null 9>&-\n{SHELL_END.format(ident=ident)}"
             request = text.encode()
         try:
             self.feed(request)
@@ -234,7 +241,8 @@ class Driver:
 
     def interrupt(self) -> None:
         if self.kind == "shell":
-            for pid in self.strays(self.before):  # the shell among them
+            # The shell first, and what reads from others before them: an end of what it reads would end it well.
+            for pid in sorted(self.strays(self.before), key=lambda pid: (pid != self.holder, -pid)):
                 self.signal(pid, signal.SIGINT)
         elif self.runner:
             self.signal(self.runner, signal.SIGINT)

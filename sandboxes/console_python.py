@@ -124,10 +124,16 @@ def run(ident: int, code: str) -> int:
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], Expr) else None
         program = compile(tree, name, "exec", dont_inherit=True)
         value = compile(Expression(last.value), name, "eval", dont_inherit=True) if last else None
-        exec(program, scope)
-        if value is not None:
-            show(eval(value, scope))
-        pictures()
+        shown, failed = None, 0
+        try:
+            exec(program, scope)
+            if value is not None:
+                shown = eval(value, scope)
+                show(shown)
+        except Exception as error:  # noqa: BLE001  what hostile code drew before is shown too, and not once more
+            say(error)
+            failed = 1
+        pictures(shown)
     except SystemExit as error:
         if error.code not in (None, 0):
             say(error)
@@ -135,7 +141,7 @@ def run(ident: int, code: str) -> int:
     except BaseException as error:  # noqa: BLE001  the outermost frame of hostile code
         say(error)
         return 1
-    return 0
+    return failed
 
 
 def say(error: BaseException) -> None:
@@ -174,16 +180,23 @@ def show(value: object) -> None:
         save(data)
 
 
-def pictures() -> None:
-    """Save the figures that a call has open, and close them."""
+def pictures(shown: object) -> None:
+    """Save the figures that a call has open, and one that it shows, and close them."""
+    module: Any = modules.get("matplotlib.figure")
     pyplot: Any = modules.get("matplotlib.pyplot")
-    if pyplot is None:
+    if module is None:
         return
-    for number in pyplot.get_fignums():
-        sink = Buffer()
-        pyplot.figure(number).savefig(sink, format="png")
-        save(sink.getvalue())
-    pyplot.close("all")
+    try:
+        figures = [pyplot.figure(number) for number in pyplot.get_fignums()] if pyplot is not None else []
+        if isinstance(shown, module.Figure) and not [one for one in figures if one is shown]:
+            figures.append(shown)
+        for figure in figures:
+            sink = Buffer()
+            figure.savefig(sink, format="png")
+            save(sink.getvalue())
+    finally:  # one that cannot be saved would fail every later call
+        if pyplot is not None:
+            pyplot.close("all")
 
 
 def save(data: bytes) -> None:

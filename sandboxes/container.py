@@ -74,6 +74,7 @@ class Container:
         self._ready = Call(0)
         self._reading = asyncio.ensure_future(self._read())
         self._removing: asyncio.Task[None] | None = None
+        self._reason = ""
 
     async def ready(self) -> None:
         """Wait until pid 1 serves. Raises SandboxError."""
@@ -112,10 +113,10 @@ class Container:
 
     def _begin(self, request: dict[str, Any], *, spawn: bool, timeout: float, credit: int) -> Call:
         if not self.alive or self._removing is not None:
-            raise SandboxError("the sandbox has ended; its files are gone. Open a new session.")
+            raise SandboxError(f"the sandbox has ended{self._reason}; its files are gone. Open a new session.")
         call = Call(next(self._idents))
         self._calls[call.ident] = call
-        if "env" in request:
+        if "env" in request and "own" not in request:
             request = {**request, "env": {**request["env"], **self._variables}}
         asked = {"request": request, "spawn": spawn, "timeout": timeout, "credit": credit}
         self._send(wire.START, call.ident, json.dumps(asked).encode())
@@ -171,6 +172,8 @@ class Container:
             told = call.exit.result()
             if told is None or told.get("cause") not in ("exit", "timeout", "output_limit"):
                 self.kill()
+                if self._reason:
+                    raise SandboxError(f"the sandbox ended during the call{self._reason}. Open a new session.")
                 told = {"cause": "lost", "code": None, "oom": await self._oom()}
             cause: Literal["exit", "timeout", "output_limit", "lost"] = told["cause"]
             code = told["code"] if cause == "exit" else None
@@ -190,10 +193,15 @@ class Container:
             if not call.exit.done():
                 self.kill()
 
-    async def spawn(self, request: dict[str, Any]) -> ContainerProcess:
-        """Start a live process, which survives ``run`` and dies with the container."""
+    async def spawn(self, request: dict[str, Any], *, stdin: bool = True) -> ContainerProcess:
+        """Start a live process, which survives ``run`` and dies with the container.
+
+        Without ``stdin`` it reads the end of its input at once.
+        """
         async with self._lock:
             call = self._begin(request, spawn=True, timeout=0.0, credit=WINDOW)
+            if not stdin:
+                self._send(wire.END, call.ident)
         return ContainerProcess(self, call)
 
     async def stop(self, call: Call) -> None:
@@ -211,6 +219,12 @@ class Container:
         self._stream.close()
         if self._removing is None:
             self._removing = asyncio.ensure_future(self._remove())
+
+    def fail(self, reason: str) -> None:
+        """Kill everything inside because of what happened outside of it, which the errors of its calls then say."""
+        if self._removing is None:
+            self._reason = f", because {reason}"
+            self.kill()
 
     async def close(self) -> None:
         """End the container and wait until the engine has removed it.
@@ -238,6 +252,12 @@ class ContainerProcess:
         self._sending, self._receiving = asyncio.Lock(), asyncio.Lock()
         self._killed = False
         self.ended = False
+
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended; None where it has not, or where its container was lost."""
+        told = self._call.exit.result() if self._call.exit.done() else None
+        return told["code"] if told else None
 
     async def send(self, data: bytes) -> None:
         """Write ``data`` to the process's stdin.

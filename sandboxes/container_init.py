@@ -129,6 +129,8 @@ class Init(supervisor.Supervisor):
 
     def begin(self, ident: int, asked: dict[str, Any]) -> None:
         request = {**asked["request"], "alone": False}
+        if "inherit" in request:
+            request["env"] = {n: os.environ[n] for n in request["inherit"] if n in os.environ} | request["env"]
         source, sink = os.pipe()
         out, out_write = os.pipe()
         err, err_write = (-1, out_write) if asked["spawn"] else os.pipe()
@@ -258,6 +260,18 @@ class Init(supervisor.Supervisor):
         os.close(descriptor)
 
 
+class ServiceInit(Init):
+    """The loop of pid 1 beside a service, whose daemons go on when a program that looks at it has ended."""
+
+    def sweep(self) -> None:
+        """Kill nothing."""
+
+
 def main() -> None:
     supervisor.prctl_dumpable(0)
     Init().serve()
+
+
+def serve_service() -> None:
+    supervisor.prctl_dumpable(0)
+    ServiceInit().serve()

@@ -2,7 +2,7 @@
 
     host                                        engine                  container (no network, read-only root)
     DockerBackend ─ pool of Containers ── SDK ─▶ create, start, remove
-      DockerSession ─ Container ── one attached connection, frames ───▶ container_init, pid 1 ── forks each program
+      HeldSession ─ Container ── one attached connection, frames ───▶ container_init, pid 1 ── forks each program
 
 A call costs a fork inside and no request of the engine. Images other than the backend's own need no Python: pid 1 has
 its own, on a volume made of that image. Not covered: side channels, and bugs of the kernel and of the runtime.
@@ -11,63 +11,32 @@ its own, on a volume made of that image. Not covered: side channels, and bugs of
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
-import os
 import re
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from areal_agents.errors import ConfigError, SandboxError, SandboxUnavailable
 from areal_agents.sandbox import ProbeReport, Sandbox, SandboxSpec
-from areal_agents.sandboxes import interpreter, launch, memory, probes
+from areal_agents.sandboxes import interpreter, probes
 from areal_agents.sandboxes.container import Container
-from areal_agents.sandboxes.docker_engine import BACKEND, LABEL, OWNER, Engine, owner
+from areal_agents.sandboxes.docker_containers import Containers
+from areal_agents.sandboxes.docker_engine import Engine
 from areal_agents.sandboxes.docker_image import IMAGE
-from areal_agents.sandboxes.docker_seccomp import profile
-from areal_agents.sandboxes.docker_stream import Stream
-from areal_agents.sandboxes.session import HeldSession
+from areal_agents.sandboxes.docker_images import Image, Images
+from areal_agents.sandboxes.docker_services import Services
+from areal_agents.sandboxes.session import HeldSession, OpenSessions
 from areal_agents.sandboxes.warm_pool import WarmPool
 
-BUILD: Final = "Make it: areal-agents sandbox build docker."
-SPARE_PLACES: Final = 8
-_PYTHON_AT: Final = "/.areal-agents"
-_TRIPLETS: Final = {
-    "x86_64": ("x86_64-linux-gnu", "ld-linux-x86-64.so.2"),
-    "aarch64": ("aarch64-linux-gnu", "ld-linux-aarch64.so.1"),
+_RUNTIMES: Final = {
+    "runsc": "gVisor's: install it (https://gvisor.dev/docs/user_guide/install), then `runsc install`, and restart the "
+    "engine."
 }
-_SENT: Final = ("process_gate", "work_files", "supervisor", "container_init")
-_BOOT: Final = """
-import os
-def take(size):
-    data = b""
-    while len(data) < size:
-        more = os.read(0, size - len(data))
-        if not more:
-            os._exit(0)
-        data += more
-    return data
-exec(take(int.from_bytes(take(4), "big")), {"__name__": "boot"})
-"""
+_UNITS: Final = {"M": 20, "G": 30, "T": 40}
 _reports: dict[tuple[str, ...], ProbeReport] = {}
 """What this process has proved, by engine, address and runtime."""
-_uids = itertools.count(os.getpid() * 64)
-
-
-def source() -> bytes:
-    """Return the program of pid 1 with the modules that it imports."""
-    parts = ["import sys, types"]
-    for name in _SENT:
-        text = Path(__file__).with_name(f"{name}.py").read_text()
-        text = re.sub(r"^from areal_agents\.sandboxes import .*$", "", text, flags=re.MULTILINE)
-        parts.append(f"{name} = types.ModuleType({name!r})")
-        parts.append(f"{name}.__dict__.update({{n: globals()[n] for n in {_SENT!r} if n in globals()}})")
-        parts.append(f"exec({text!r}, {name}.__dict__)")
-    parts.append("container_init.main()")
-    return "\n".join(parts).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,22 +44,6 @@ class _Bound:
     """How the engine bounds memory, for the probes."""
 
     kind: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Image:
-    """What a container needs to know of its image."""
-
-    name: str
-    start: tuple[str, ...]
-    """The Python of pid 1."""
-    binds: tuple[str, ...]
-    path: str
-    volumes: tuple[str, ...]
-
-
-class DockerSession(HeldSession[Container]):
-    """A session in a container."""
 
 
 class DockerBackend:
@@ -101,7 +54,16 @@ class DockerBackend:
 
     name = "docker"
 
-    def __init__(self, *, image: str = "", runtime: str = "", cpus: str = "1", host: str = "", pool: int = 2) -> None:
+    def __init__(
+        self,
+        *,
+        image: str = "",
+        runtime: str = "",
+        cpus: str = "1",
+        host: str = "",
+        image_cache: str = "100G",
+        pool: int = 2,
+    ) -> None:
         """Check the settings, and start nothing yet.
 
         Args:
@@ -109,27 +71,30 @@ class DockerBackend:
             runtime: the engine's runtime, ``runc`` or ``runsc``; "" leaves it to the engine.
             cpus: how many CPUs a session may use, such as ``0.5``.
             host: where the engine listens; "" leaves it to DOCKER_HOST.
-            pool: containers kept started for the next session, for each of the last two specs.
+            image_cache: bytes that images may take that were pulled or built here, such as ``50G``: beyond it those
+                are removed that were used longest ago.
+            pool: containers kept started for the next session, for each of the last two specs, with their services.
 
         Raises:
             ValueError: for a negative ``pool``.
-            ConfigError: for ``cpus`` that are no positive number.
+            ConfigError: for ``cpus`` that are no positive number, and an ``image_cache`` that is no size.
         """
         if pool < 0:
             raise ValueError(f"pool must be 0 or more, got {pool}.")
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", cpus, re.ASCII) or not 0.01 <= float(cpus) <= 1024:
             raise ConfigError(f"docker?cpus={cpus}: write a number such as 0.5 or 2.")
-        self._image, self._runtime, self._cpus = image, runtime, float(cpus)
+        size = re.fullmatch(r"([0-9]{1,9})([MGT])", image_cache, re.ASCII)
+        if size is None:
+            raise ConfigError(f"docker?image_cache={image_cache}: write a size such as 500M, 50G or 1T.")
+        self._image, self._runtime = image, runtime
         self._engine = Engine(host)
-        self._pool = WarmPool(pool, self._start)
-        self._images: dict[str, asyncio.Task[_Image]] = {}
-        self._sessions: set[DockerSession] = set()
-        self._proving: asyncio.Task[ProbeReport] | None = None
         self._own = uuid.uuid4().hex[:16]
-        self._known: set[str] = set()
-        """Names of containers that are in use."""
-        self._left = False
-        """Whether there may be others of this backend."""
+        self._images = Images(self._engine, int(size[1]) << _UNITS[size[2]])
+        self._containers = Containers(self._engine, self._own, runtime=runtime, cpus=float(cpus))
+        self._services = Services(self._engine, self._containers, self._images)
+        self._pool = WarmPool(pool, self._start)
+        self._sessions = OpenSessions()
+        self._proving: asyncio.Task[ProbeReport] | None = None
 
     async def probe(self) -> ProbeReport:
         """Remove what dead runs left, run real code inside, and check what holds it.
@@ -149,16 +114,21 @@ class DockerBackend:
     async def _prove(self) -> ProbeReport:
         reaped = await self._engine.reap()
         info = self._engine.info
+        self._require_runtime()
         if not info.get("MemoryLimit") or not info.get("PidsLimit"):
+            rootless = any("rootless" in option for option in info["SecurityOptions"])
+            remedy = "A rootless engine needs cgroup v2 and a systemd that delegates: see Docker's rootless mode."
             raise SandboxUnavailable(
-                self.name, "the engine cannot bound memory or processes", "Give it memory and pids cgroups."
+                self.name,
+                "the engine cannot bound memory or processes",
+                remedy if rootless else "Give it memory and pids cgroups.",
             )
         try:
             container = await self._start(replace(probes.SPEC, image=IMAGE))
         except SandboxError as error:
             raise SandboxUnavailable(self.name, "a container did not start", str(error)) from error
         kind = f"cgroup-v{info.get('CgroupVersion', '1')}"
-        session = DockerSession(probes.SPEC, _given(container))
+        session = HeldSession.of(container, probes.SPEC)
         try:
             python = interpreter.Interpreter("python3")
             report = await probes.run(self.name, session, _Bound(kind), container.uid, python)  # type: ignore[arg-type]
@@ -174,29 +144,53 @@ class DockerBackend:
             notes.append("CPU is not bounded: the engine's kernel has no CFS quota")
         return replace(report, notes=(*report.notes, *notes))
 
-    @contextlib.asynccontextmanager
-    async def session(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+    def _require_runtime(self) -> None:
+        known = self._engine.info.get("Runtimes") or {}
+        if self._runtime and self._runtime not in known and "." not in self._runtime:  # a shim's name has dots
+            remedy = _RUNTIMES.get(self._runtime, "Install it, name it in the engine's daemon.json, and restart that.")
+            problem = f"the engine has no runtime {self._runtime!r}, only {', '.join(sorted(known))}"
+            raise SandboxUnavailable(self.name, problem, remedy)
+
+    def session(self, spec: SandboxSpec) -> AbstractAsyncContextManager[Sandbox]:
         """Open a session, whose container is taken at its first call.
 
         The first session of a backend runs the probes. A session's calls raise SandboxUnavailable when a probe fails or
         the image cannot be had, and ConfigError for a spec that cannot be bounded.
         """
-        session = DockerSession(spec, self._acquire)
-        self._sessions.add(session)
-        try:
-            yield session
-        finally:
-            self._sessions.discard(session)
-            await session.close()
+        return self._sessions.opened(HeldSession(spec, self._acquire))
 
     async def _acquire(self, spec: SandboxSpec) -> Container:
         await self.probe()
-        return await self._pool.take(replace(spec, image=spec.image or self._image or IMAGE))
+        return await self._pool.take(self._whole(spec))
 
-    async def prepare(self, image: str) -> None:
-        """Have an image ready ahead of its first session: it is pulled where the engine has none of that name."""
+    def _whole(self, spec: SandboxSpec) -> SandboxSpec:
+        return replace(spec, image=spec.image or self._image or IMAGE)
+
+    async def prepare(self, specs: Iterable[SandboxSpec]) -> None:
+        """Have the images of sessions and of their services ready ahead: pulled, or built from their folders.
+
+        Raises SandboxUnavailable with those that cannot be had.
+        """
         await self._engine.connect()
-        await self._look(image)
+        whole = [self._whole(spec) for spec in specs]
+        await self._images.prepare(name for s in whole for name in (s.image, *(x.image for x in s.services)))
+
+    async def _start(self, spec: SandboxSpec) -> Container:
+        """Start what a session needs. Raises SandboxError, SandboxUnavailable and ConfigError."""
+        image = await self._images.look(spec.image)
+        try:
+            return await self._begin(spec, image)
+        except SandboxError as error:
+            if not self._engine.is_missing_image(error):
+                raise
+        for name in (spec.image, *(service.image for service in spec.services)):
+            self._images.forget(name)  # one was removed meanwhile, here or by the user
+        return await self._begin(spec, await self._images.look(spec.image))
+
+    async def _begin(self, spec: SandboxSpec, image: Image) -> Container:
+        if spec.services:
+            return await self._services.session(spec, image)
+        return await self._containers.session(spec, image)
 
     async def aclose(self) -> None:
         """End open sessions and the pool.
@@ -205,149 +199,6 @@ class DockerBackend:
         """
         if self._proving is not None:
             await asyncio.wait((self._proving,))
-        await asyncio.gather(self._pool.aclose(), *(session.close() for session in tuple(self._sessions)))
-        await self._clean()
-        await asyncio.to_thread(self._engine.close)
-
-    async def _look(self, name: str) -> _Image:
-        task = self._images.get(name)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = self._images[name] = asyncio.ensure_future(self._describe(name))
-        return await asyncio.shield(task)
-
-    async def _describe(self, name: str) -> _Image:
-        own = await self._engine.image(IMAGE)
-        if own is None:
-            raise SandboxUnavailable(self.name, f"the engine has no image {IMAGE!r}", BUILD)
-        found = own if name == IMAGE else await self._engine.image(name) or await self._engine.pull(name)
-        config = found.get("Config") or {}
-        variables = dict(entry.partition("=")[::2] for entry in config.get("Env") or [])
-        path = variables.get("PATH") or "/usr/local/bin:/usr/bin:/bin"
-        volumes = tuple(config.get("Volumes") or ())
-        if name == IMAGE:
-            return _Image(name, ("/usr/bin/python3",), (), launch.ENVIRONMENT["PATH"], volumes)
-        if (found["Os"], found["Architecture"]) != (own["Os"], own["Architecture"]):
-            raise SandboxUnavailable(
-                self.name, f"image {name!r} is for {found['Os']} on {found['Architecture']}", "Take another image."
-            )
-        triplet, loader = _TRIPLETS[self._engine.info["Architecture"]]
-        volume = f"areal-agents-python-{own['Id'].removeprefix('sha256:')[:16]}"
-        await self._fill(volume)
-        libraries = f"{_PYTHON_AT}/lib/{triplet}"
-        start = (f"{libraries}/{loader}", "--library-path", libraries, f"{_PYTHON_AT}/bin/python3")
-        return _Image(name, start, (f"{volume}:{_PYTHON_AT}:ro",), path, volumes)
-
-    async def _fill(self, volume: str) -> None:
-        """Make the volume with pid 1's Python: an empty one gets what the image has where it is mounted."""
-        config = self._engine.host_config(binds=[f"{volume}:/usr"])
-        made = await self._engine.call(
-            "create_container", IMAGE, ["/bin/true"], host_config=config, labels={LABEL: "1", OWNER: owner()}
-        )
-        await self._engine.call("remove_container", made["Id"], force=True)
-
-    async def _start(self, spec: SandboxSpec) -> Container:
-        """Start a container. Raises SandboxError, SandboxUnavailable and ConfigError."""
-        # Programs stop at NPROC, which counts what their uid has, and leave places of the pids cgroup to pid 1: code
-        # that fills all places must not keep it from the next call, as if the sandbox had failed.
-        limits = dict(memory.CgroupBound(Path("/"), 1).limits(spec))
-        image = await self._look(spec.image)
-        number = next(_uids)
-        mapped = any("userns" in option or "rootless" in option for option in self._engine.info["SecurityOptions"])
-        uid = 10_000 + number % 50_000 if mapped else 1_000_000 + number % 1_000_000_000
-        ident = f"areal-agents-{self._own}-{number}"
-
-        async def remove() -> None:
-            self._known.discard(ident)
-            await self._remove(ident)
-
-        async def oom() -> bool:
-            try:
-                return bool((await self._engine.call("inspect_container", ident))["State"]["OOMKilled"])
-            except SandboxError:
-                return False  # the engine is gone too: the container is lost, for whatever reason
-
-        self._known.add(ident)
-        try:
-            await self._engine.call("create_container", image.name, name=ident, **self._settings(spec, image, uid))
-            stream = await Stream.attach(self._engine.address, self._engine.version, ident)
-            program = source()
-            stream.send(len(program).to_bytes(4, "big") + program)
-            await self._engine.call("start", ident)
-        except BaseException:
-            await asyncio.shield(asyncio.ensure_future(remove()))
-            raise
-        container = Container(stream, limits, remove, oom, {"PATH": image.path}, uid)
-        try:
-            await container.ready()
-        except BaseException:
-            await container.close()
-            raise
-        await self._clean()
-        return container
-
-    async def _remove(self, ident: str) -> None:
-        """Remove a container, or remember that one is left where the engine does not do it now."""
-        try:
-            await self._engine.remove(ident)
-        except SandboxError:
-            self._left = True
-
-    async def _clean(self) -> None:
-        """Remove what is left of an engine that went away meanwhile, and of answers that never came."""
-        if self._left:
-            self._left = False
-            try:
-                mine = await self._engine.named(BACKEND, self._own)
-            except SandboxError:
-                self._left = True
-            else:
-                await asyncio.gather(*map(self._remove, set(mine) - self._known))
-
-    def _settings(self, spec: SandboxSpec, image: _Image, uid: int) -> dict[str, Any]:
-        """Return what the SDK's ``create_container`` is told."""
-        inodes = max(20_000, spec.disk // 1024)
-        scratch = f"rw,nosuid,nodev,exec,mode=755,size={spec.disk},nr_inodes={inodes},uid={uid},gid={uid}"
-        mounts = dict.fromkeys(("/work", "/tmp", "/dev/shm"), scratch)
-        # Folders that the image declares as volumes would lie on the engine's disk, writable and unbounded.
-        mounts |= {path: "ro,nosuid,nodev,size=4096" for path in image.volumes if path not in mounts}
-        info = self._engine.info
-        given: dict[str, Any] = {"nano_cpus": int(self._cpus * 1e9)} if info.get("CpuCfsQuota") else {}
-        if self._runtime:
-            given["runtime"] = self._runtime
-        config = self._engine.host_config(
-            network_mode="none",
-            ipc_mode="none",
-            read_only=True,
-            tmpfs=mounts,
-            binds=list(image.binds),
-            cap_drop=["ALL"],
-            security_opt=["no-new-privileges:true", f"seccomp={profile(info['Architecture'])}"],
-            pids_limit=spec.processes + 1 + SPARE_PLACES,
-            mem_limit=spec.memory,
-            memswap_limit=spec.memory,
-            log_config={"Type": "none", "Config": {}},
-            ulimits=[
-                {"Name": "core", "Soft": 0, "Hard": 0},
-                {"Name": "nofile", "Soft": max(spec.open_files, 256), "Hard": max(spec.open_files, 256)},
-            ],
-            **given,
-        )
-        return {
-            "command": [*image.start[1:], "-I", "-S", "-c", _BOOT],
-            "entrypoint": [image.start[0]],
-            "user": f"{uid}:{uid}",
-            "working_dir": "/",
-            "stdin_open": True,
-            "network_disabled": True,
-            "host_config": config,
-            "hostname": "sandbox",
-            "healthcheck": {"test": ["NONE"]},
-            "labels": {LABEL: "1", OWNER: owner(), BACKEND: self._own},
-        }
-
-
-def _given(container: Container) -> Any:
-    async def acquire(spec: SandboxSpec) -> Container:
-        return container
-
-    return acquire
+        await asyncio.gather(self._pool.aclose(), self._sessions.aclose())
+        await self._containers.clean()
+        await self._engine.aclose()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import io
 import os
 import ssl
-import sys
-import time
+import tarfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 from areal_agents.errors import ConfigError, SandboxError, SandboxUnavailable
 from areal_agents.sandboxes.docker_stream import Address
+from areal_agents.sandboxes.docker_tunnel import Tunnel
 
 LABEL: Final = "areal-agents.sandbox"
 OWNER: Final = "areal-agents.owner"
@@ -22,10 +24,16 @@ TIMEOUT: Final = 60
 """Seconds for an answer of the engine."""
 WORKERS: Final = 8
 
+_STREAMED: Final = {"pull": {"stream": True}}
+"""What the SDK is told besides, to answer in rows."""
+
 START: Final = (
     "Start it (systemctl start docker), say where it listens (DOCKER_HOST, with DOCKER_TLS_VERIFY and DOCKER_CERT_PATH "
     "for a remote one), or take another sandbox: bubblewrap needs no engine."
 )
+
+
+REACH: Final = "Try it: ssh HOST docker version. It must work with a key and without a question."
 
 
 class Engine:
@@ -37,6 +45,8 @@ class Engine:
         self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="areal-docker")
         self._client: Any = None
         self._connecting = asyncio.Lock()
+        self._tunnel: Tunnel | None = None
+        self._way = ""
         self.address = Address("")
         self.info: dict[str, Any] = {}
 
@@ -45,6 +55,8 @@ class Engine:
         async with self._connecting:
             if self._client is None:
                 await self._connect()
+            elif self._tunnel is not None and not self._tunnel.alive:
+                await self._dig(self._tunnel)
 
     async def _connect(self) -> None:
         try:
@@ -56,6 +68,10 @@ class Engine:
         given = docker.utils.kwargs_from_env()
         url = self._host or given.get("base_url") or "unix:///var/run/docker.sock"
         tls = given.get("tls") if url == given.get("base_url") else None
+        if url.startswith("ssh://"):
+            self._tunnel, self._way, tls = self._tunnel or Tunnel(url), url, None
+            await self._dig(self._tunnel)
+            url = self._tunnel.url
         self.address = Address(url, _context(tls) if tls else None)
         try:
             # The SDK leaks a socket that does not connect.
@@ -63,7 +79,7 @@ class Engine:
                 _, writer = await self.address.connect()
             writer.close()
         except (OSError, ConfigError) as error:
-            raise SandboxUnavailable("docker", f"no engine answers at {url}: {error}", START) from error
+            raise self._unanswered(url, error) from error
         try:
             self._client = await self._threaded(_client, url, tls or False)
             self.info = await self._threaded(self._client.info)
@@ -71,7 +87,17 @@ class Engine:
             self._client = None
             if not isinstance(error, _kinds()):
                 raise
-            raise SandboxUnavailable("docker", f"no engine answers at {url}: {_said(error)}", START) from error
+            raise self._unanswered(url, error) from error
+
+    async def _dig(self, tunnel: Tunnel) -> None:
+        try:
+            await tunnel.open()
+        except OSError as error:
+            raise SandboxUnavailable("docker", f"no engine is reached at {self._way}: {error}", REACH) from error
+
+    def _unanswered(self, url: str, error: Exception) -> SandboxUnavailable:
+        where, more = (self._way, self._tunnel.said) if self._tunnel is not None else (url, "")
+        return SandboxUnavailable("docker", f"no engine answers at {where}: {more or _said(error)}", START)
 
     @property
     def version(self) -> str:
@@ -97,6 +123,19 @@ class Engine:
         made: dict[str, Any] = self._client.create_host_config(**settings)
         return made
 
+    def endpoint_config(self, **settings: Any) -> dict[str, Any]:
+        """Make what the SDK calls an endpoint configuration: a container's place on a network."""
+        made: dict[str, Any] = self._client.create_endpoint_config(**settings)
+        return made
+
+    def ipam_config(self, subnet: str, gateway: str) -> dict[str, Any]:
+        """Make what the SDK calls an IPAM configuration: the addresses of a network."""
+        import docker
+
+        pool = docker.types.IPAMPool(subnet=subnet, gateway=gateway)
+        made: dict[str, Any] = docker.types.IPAMConfig(pool_configs=[pool])
+        return made
+
     async def image(self, name: str) -> dict[str, Any] | None:
         """Describe an image, or return None where the engine has none of that name."""
         import docker
@@ -109,34 +148,59 @@ class Engine:
             raise
         return found
 
-    async def pull(self, name: str) -> dict[str, Any]:
-        """Pull an image, with progress on standard error. Raises SandboxUnavailable."""
-        try:
-            await self._threaded(self._pull, name)
-        except _kinds() as error:
-            remedy = f"Pull, build or load it first: docker pull {name}."
-            raise SandboxUnavailable("docker", f"image {name!r} cannot be had: {_said(error)}", remedy) from error
-        found = await self.image(name)
-        if found is None:
-            raise SandboxUnavailable("docker", f"image {name!r} is not there after its pull", f"docker pull {name}")
-        return found
-
-    def _pull(self, name: str) -> None:
+    async def files(self, image: str, paths: Sequence[str]) -> list[str]:
+        """Return what small text files of an image hold; "" for one that it has not."""
         import docker
 
-        layers: dict[str, tuple[int, int]] = {}
-        shown = time.monotonic()
-        repository, tag = docker.utils.parse_repository_tag(name)
-        for row in self._client.pull(repository, tag=tag or "latest", stream=True, decode=True):
-            if "error" in row:
-                raise docker.errors.APIError(str(row["error"]))
-            detail = row.get("progressDetail") or {}
-            if row.get("id") and detail.get("total"):
-                layers[row["id"]] = (int(detail.get("current", 0)), int(detail["total"]))
-            if layers and time.monotonic() > shown + 2:
-                shown = time.monotonic()
-                done, whole = (sum(sizes) >> 20 for sizes in zip(*layers.values(), strict=True))
-                print(f"docker: pulling {name}: {done} of {whole} MB", file=sys.stderr, flush=True)
+        made = await self.call("create_container", image, ["/x"], labels={LABEL: "1", OWNER: owner()})
+
+        def read(path: str) -> str:
+            try:
+                stream, _ = self._client.get_archive(made["Id"], path)
+                with tarfile.open(fileobj=io.BytesIO(b"".join(stream))) as archive:
+                    file = archive.extractfile(archive.getmembers()[0])
+                    return "" if file is None else file.read(1 << 20).decode("utf-8", "replace")
+            except docker.errors.NotFound:
+                return ""
+
+        try:
+            return [await self._threaded(read, path) for path in paths]
+        except _kinds() as error:
+            raise SandboxError(f"the docker engine: files of {image}: {_said(error)}") from error
+        finally:
+            await self.remove(made["Id"])
+
+    def is_missing_image(self, error: SandboxError) -> bool:
+        """Say whether a container was not made because the engine has its image no more."""
+        import docker
+
+        return isinstance(error.__cause__, docker.errors.ImageNotFound)
+
+    async def follow(self, name: str, /, take: Callable[[dict[str, Any]], None], *args: Any, **kwargs: Any) -> None:
+        """Call a method of the SDK that answers in rows, and hand each to ``take`` on a thread.
+
+        Raises SandboxError, also for a row that is an error.
+        """
+        await self.connect()
+
+        def whole() -> None:
+            for row in getattr(self._client, name)(*args, **kwargs, decode=True, **_STREAMED.get(name, {})):
+                if "error" in row:
+                    raise SandboxError(str(row["error"])[:600])
+                take(row)
+
+        try:
+            await self._threaded(whole)
+        except _kinds() as error:
+            raise SandboxError(_said(error)) from error
+
+    async def require_in_registry(self, name: str) -> None:
+        """Raise SandboxUnavailable where the registry of an image does not have it."""
+        try:
+            await self.call("inspect_distribution", name)
+        except SandboxError as error:
+            remedy = f"Pull, build or load it first: docker pull {name}."
+            raise SandboxUnavailable("docker", f"image {name!r} cannot be had: {error}", remedy) from error
 
     async def remove(self, ident: str) -> None:
         """Remove a container in whatever state it is. It may be gone. Raises SandboxError."""
@@ -150,24 +214,42 @@ class Engine:
             if not gone:
                 raise
 
-    async def named(self, label: str, value: str) -> list[str]:
-        """Return the names of the containers with a label."""
-        rows = await self.call("containers", all=True, filters={"label": f"{label}={value}"})
-        return [name.lstrip("/") for row in rows for name in row["Names"] or [row["Id"]]]
+    async def named(self, label: str, value: str) -> tuple[list[str], list[str]]:
+        """Return the names of the containers with a label, and of the networks."""
+        filters = {"label": f"{label}={value}"}
+        rows = await self.call("containers", all=True, filters=filters)
+        networks = await self.call("networks", filters=filters)
+        containers = [name.lstrip("/") for row in rows for name in row["Names"] or [row["Id"]]]
+        return containers, [row["Name"] for row in networks]
+
+    async def remove_network(self, name: str) -> None:
+        """Remove a network on which no container is left. It may be gone. Raises SandboxError."""
+        import docker
+
+        try:
+            await self.call("remove_network", name)
+        except SandboxError as error:
+            if not isinstance(error.__cause__, docker.errors.NotFound):
+                raise
 
     async def reap(self) -> int:
-        """Remove containers whose run on this machine is no more, and return how many."""
+        """Remove containers and networks whose run on this machine is no more, and return how many containers."""
         rows = await self.call("containers", all=True, filters={"label": LABEL})
         doomed = [row["Id"] for row in rows if orphaned(row["Labels"].get(OWNER, ""))]
         for ident in doomed:
             await self.remove(ident)
+        for row in await self.call("networks", filters={"label": LABEL}):
+            if orphaned((row["Labels"] or {}).get(OWNER, "")):
+                await self.remove_network(row["Id"])
         return len(doomed)
 
-    def close(self) -> None:
-        """Close the connections. What is under way ends first."""
-        self._threads.shutdown(wait=True)
+    async def aclose(self) -> None:
+        """Close the connections. What is under way ends first. May be called twice."""
+        await asyncio.to_thread(self._threads.shutdown, wait=True)
         if self._client is not None:
             self._client.close()
+        if self._tunnel is not None:
+            await self._tunnel.aclose()
 
 
 def _client(url: str, tls: Any) -> Any:

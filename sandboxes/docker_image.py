@@ -69,7 +69,7 @@ async def build(packages: Iterable[str] = (), host: str = "") -> str:
         repository, _, tag = IMAGE.partition(":")
         await engine.call("import_image_from_data", data, repository=repository, tag=tag)
     finally:
-        await asyncio.to_thread(engine.close)
+        await engine.aclose()
     return IMAGE
 
 

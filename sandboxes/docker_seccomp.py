@@ -11,9 +11,17 @@ from areal_agents.sandboxes import seccomp
 _ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "amd64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
 
 
-def profile(architecture: str) -> str:
-    """Return the profile for an engine's architecture. Calls of another one kill the thread."""
-    rules = [_rule([*seccomp.DENIED], errno.EPERM), _rule(["clone3"], errno.ENOSYS)]
+SERVICES_USE = ("memfd_create", "shmget", "shmat", "shmctl", "msgget", "semget", "mq_open", "mbind", "set_mempolicy")
+"""Calls that databases make. What they get counts as the container's memory."""
+
+
+def profile(architecture: str, *, service: bool = False) -> str:
+    """Return the profile for an engine's architecture, and for a service's container where it is for one.
+
+    Calls of another architecture kill the thread.
+    """
+    denied = [name for name in seccomp.DENIED if not (service and name in SERVICES_USE)]
+    rules = [_rule(denied, errno.EPERM), _rule(["clone3"], errno.ENOSYS)]
     rules += [_rule(["clone"], errno.EPERM, _masked(0, flag, flag)) for flag in seccomp.CLONE_NAMESPACES]
     rules += [_rule(["ioctl"], errno.EPERM, _masked(1, 0xFFFFFFFF, r)) for r in (seccomp.TIOCSTI, seccomp.TIOCLINUX)]
     rules.append(_rule(["prlimit64"], errno.EPERM, _argument(0, "NE", 0), _argument(2, "NE", 0)))

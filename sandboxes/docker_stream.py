@@ -30,7 +30,9 @@ class Address:
         if parts.scheme in ("tcp", "http", "https") and parts.hostname:
             default = 2376 if self.tls else 2375
             return await asyncio.open_connection(parts.hostname, parts.port or default, ssl=self.tls)
-        raise ConfigError(f"the engine's address {self.url!r} is none of unix://PATH and tcp://HOST:PORT")
+        raise ConfigError(
+            f"the engine's address {self.url!r} is none of unix://PATH, tcp://HOST:PORT and ssh://USER@HOST"
+        )
 
 
 class Stream:

@@ -19,7 +19,7 @@ from typing import Any
 CLONE = {"x86_64": 56, "aarch64": 220}
 """The number of the system call, by machine."""
 NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
-NO_SUID, NO_DEV, NO_EXEC, RECURSIVE, PRIVATE, BIND = 2, 4, 8, 1 << 14, 1 << 18, 1 << 12
+READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT, RECURSIVE, PRIVATE, BIND = 1, 2, 4, 8, 32, 1 << 14, 1 << 18, 1 << 12
 NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER, DROP_BOUNDING, SET_DUMPABLE, AMBIENT, CLEAR_ALL = 38, 22, 2, 24, 4, 47, 4
 CAPABILITIES_V3 = 0x20080522
 INTERFACE_FLAGS, SET_INTERFACE_FLAGS, UP = 0x8913, 0x8914, 1
@@ -49,7 +49,8 @@ def settle(request: Mapping[str, Any], program: bytes) -> None:
     """Make the process, pid 1 of its namespaces, what pid 1 of a cold sandbox is. Raises OSError.
 
     Args:
-        request: ``disk``, the size of each file system in bytes, and ``mounts``, folders to keep that lie below those.
+        request: ``disk``, the size of each file system in bytes, and what is to be kept below those: ``mounts``,
+            ``links`` with their targets, and ``fixed``, folders on the way that are not to be written.
         program: the seccomp filter, as BPF.
     """
     libc = _libc()
@@ -60,29 +61,38 @@ def settle(request: Mapping[str, Any], program: bytes) -> None:
             file.write(text)
     _checked(libc.prctl(SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
     os.setsid()
-    _mount_all(libc, request["disk"], request["mounts"])
+    _mount_all(libc, request)
     socket.sethostname("sandbox")
     _raise_loopback()
     os.chdir("/work")
     _drop(libc, program)
 
 
-def _mount_all(libc: Any, disk: int, kept: list[str]) -> None:
+def _mount_all(libc: Any, request: Mapping[str, Any]) -> None:
     def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
         texts = [None if text is None else text.encode() for text in (source, target, kind, data)]
         done = libc.mount(texts[0], texts[1], texts[2], ctypes.c_ulong(flags), texts[3])
         _checked(done, f"mount {target}")
 
     mount("none", "/", None, RECURSIVE | PRIVATE)
-    handles = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in kept}
-    plain = NO_SUID | NO_DEV
+    handles = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in request["mounts"]}
+    plain, disk, fixed = NO_SUID | NO_DEV, request["disk"], request["fixed"]
     for path in ("/dev/shm", "/tmp", "/work"):
-        mount("tmpfs", path, "tmpfs", plain, f"size={disk},mode=0755")
+        # Files without content take memory of the kernel: their number is bounded too.
+        mount("tmpfs", path, "tmpfs", plain, f"size={disk},nr_inodes={max(20_000, disk // 1024)},mode=0755")
     mount("devpts", "/dev/pts", "devpts", NO_SUID | NO_EXEC, "newinstance,ptmxmode=0666,mode=620")
+    for path in fixed:
+        os.mkdir(path)
+        mount("tmpfs", path, "tmpfs", plain, "size=4096,mode=0755")
     for path, handle in handles.items():
         os.makedirs(path, exist_ok=True)
         mount(f"/proc/self/fd/{handle}", path, None, BIND | RECURSIVE)
         os.close(handle)
+    for path, target in request["links"]:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.symlink(target, path)
+    for path in fixed:
+        mount("none", path, None, REMOUNT | BIND | READ_ONLY | plain)
     mount("proc", "/proc", "proc", plain | NO_EXEC)
 
 

@@ -11,7 +11,7 @@ import pwd
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from areal_agents.errors import SandboxUnavailable
 
@@ -21,7 +21,7 @@ SYSTEM: Final = next(
 """The host's Python where nothing else is set, below /usr, which a sandbox sees."""
 MAKE: Final = "Make one: python3 -m venv /srv/sandbox-python && /srv/sandbox-python/bin/pip install numpy sympy"
 _OWN_INSIDE: Final = ("/work", "/proc", "/dev", "/sys")
-"""Folders that a sandbox has of its own."""
+"""Folders that a sandbox has of its own, besides /tmp, below which an environment may be mounted."""
 _SYSTEM_FOLDERS: Final = ("/etc", "/root", "/home", "/var", "/run", "/tmp", "/usr", "/opt", "/srv", "/mnt", "/boot")
 _SECRETS: Final = (".ssh", ".gnupg", ".aws", ".kube", ".netrc", ".git-credentials", ".bash_history")
 _MAX_LINKS: Final = 40
@@ -39,6 +39,18 @@ class Interpreter:
     links: tuple[tuple[str, str], ...] = ()
     """Links outside those folders on the way to the program: (path, target)."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def covered(self) -> dict[str, list[Any]]:
+        """What lies below /tmp, of which each sandbox has its own: mounts, links, and the folders on the way.
+
+        Those are ``fixed``, file systems that are not written: else code could rename them, and put a Python of its own
+        in this one's place. What is mounted cannot be renamed.
+        """
+        mounts = [path for path in self.mounts if path.startswith("/tmp/")]
+        links = [link for link in self.links if link[0].startswith("/tmp/")]
+        tops = dict.fromkeys("/".join(path.split("/")[:3]) for path in (*mounts, *(path for path, _ in links)))
+        return {"mounts": mounts, "links": links, "fixed": [path for path in tops if path not in self.mounts]}
 
     @property
     def search_path(self) -> str:
@@ -83,6 +95,11 @@ def find(python: str, backend: str, *, mounted: bool = True) -> Interpreter:
         else:
             notes.append(f"{folder}, which a .pth file of {python} adds (an editable install?), is not seen inside")
     links = tuple(link for link in _links(executable) if not _inside(link[0], mounts))
+    for path, _ in links:
+        _refuse_own(path, _OWN_INSIDE, backend)
+        if os.path.dirname(path) == "/tmp":
+            remedy = f"Make the environment elsewhere. {MAKE}"
+            raise SandboxUnavailable(backend, f"{path} is a link in /tmp, which code in a sandbox may replace", remedy)
     return Interpreter(executable, prefix if home else "", tuple(mounts), links, tuple(notes))
 
 
@@ -144,14 +161,18 @@ def _add(mounts: list[str], folder: str, backend: str) -> None:
     """
     if _inside(folder, mounts):
         return
-    own = next((own for own in _OWN_INSIDE if folder == own or folder.startswith(own + "/")), None)
-    if own:
-        remedy = f"Make the environment elsewhere, not below {own}. {MAKE}"
-        raise SandboxUnavailable(backend, f"{folder} cannot be mounted: the sandbox has its own {own}", remedy)
+    _refuse_own(folder, _OWN_INSIDE, backend)
     if reason := _too_much(folder):
         remedy = f"Use an environment in a folder of its own, whose Python too lies in one. {MAKE}"
         raise SandboxUnavailable(backend, f"{folder} is not mounted into a sandbox: {reason}", remedy)
     mounts.append(folder)
+
+
+def _refuse_own(path: str, own_folders: tuple[str, ...], backend: str) -> None:
+    own = next((own for own in own_folders if path == own or path.startswith(own + "/")), None)
+    if own:
+        remedy = f"Make the environment elsewhere, not below {own}. {MAKE}"
+        raise SandboxUnavailable(backend, f"{path} cannot be seen inside: the sandbox has its own {own}", remedy)
 
 
 def _too_much(folder: str) -> str:

@@ -179,12 +179,17 @@ def command(
     for path, descriptor in files.items():
         mounts += ["--ro-bind-data", str(descriptor), path]
     # After /tmp, which one of them may lie below.
+    fixed = tools.python.covered["fixed"]
+    for path in fixed:
+        mounts += ["--size", "4096", "--tmpfs", path]
     for path in tools.python.mounts:
         mounts += ["--ro-bind", path, path]
     for path, target in tools.python.links:
         mounts += ["--symlink", target, path]
     # Last, because bwrap makes mount points in both: they would be writable, shared and unbounded otherwise.
-    mounts += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/work"]
+    for path in (*fixed, "/dev", "/"):
+        mounts += ["--remount-ro", path]
+    mounts += ["--chdir", "/work"]
     fds = [*([] if filter_fd is None else ["--seccomp", str(filter_fd)]), "--info-fd", str(info)]
     inner = [tools.supervisor, "-I", "-S", "-", str(control)]
     if tools.preload:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import time
 from dataclasses import dataclass
@@ -24,6 +25,13 @@ SUPERVISOR: Final = 24 << 20
 """What pid 1 of a sandbox and bwrap itself hold, with slack (measured: 12 MB resident)."""
 MIN_ADDRESS_SPACE: Final = 96 << 20
 """Address space that one process gets at least: system Python with a little room."""
+FEW: Final = 4
+ROOMY: Final = 192 << 20
+"""Address space of each where there are more than a few: a Python that imports numpy takes half of it."""
+
+RECENT: Final = 60.0
+"""Seconds within which a sandbox fills the cgroup that it has made."""
+_OF_A_HOST: Final = re.compile(r"areal-agents-u([0-9]+)-[0-9]+")
 
 STACK: Final = 2 << 20
 """Stack of each thread unless the program says otherwise, where address space is short."""
@@ -166,6 +174,19 @@ class CgroupBound:
             raise SandboxError(f"cannot create the cgroup {meter.folder}: {error}") from error
         return meter
 
+    def reap(self) -> None:
+        """Remove the cgroups that killed hosts left: what was in them died with its host, and nobody takes their names.
+
+        Those of slots are left to the next holder of the slot.
+        """
+        for folder in self.parent.iterdir():
+            host = _OF_A_HOST.fullmatch(folder.name)
+            if host is not None and not Path("/proc", host[1]).exists():
+                with contextlib.suppress(OSError):  # another host removes it too, or it is not empty yet
+                    # A host whose pid this namespace does not know may have made it just now, and fill it next.
+                    if time.time() - folder.stat().st_mtime > RECENT:
+                        folder.rmdir()
+
 
 class NoMeter:
     """A meter for sessions without a cgroup."""
@@ -250,12 +271,13 @@ class RlimitBound:
         return {}
 
     def limits(self, spec: SandboxSpec) -> dict[str, int]:
-        """Divide the memory among as many processes as fit.
+        """Divide the memory among a few processes, and among more only where each has ample room.
 
         Before Linux 5.14 NPROC counts every process of the user on the host, so that fewer may start.
         """
         left = _left_by_disk(spec)
-        processes = min(spec.processes, left // MIN_ADDRESS_SPACE)
+        few = min(FEW, left // MIN_ADDRESS_SPACE)
+        processes = min(spec.processes, max(few, left // ROOMY))
         return _limits(spec, processes) | {"AS": left // processes}
 
     def meter(self, name: str, spec: SandboxSpec) -> NoMeter:

@@ -249,8 +249,10 @@ async def _memory(backend: str, sandbox: Sandbox, bound: MemoryBound) -> Probe:
         counts = [int(line) for line in result.stdout.split() if line.isdigit()]
         held = max(counts, default=0)
         detail = f"{bound.kind}: status {result.status}, {held >> 20} MB held at most of {SPEC.memory >> 20} MB allowed"
-        # Without a count and without ``oom`` the program did not even start, which proves nothing.
-        tried = result.status == "oom" or (bool(counts) and result.status in ("ok", "error"))
+        # Without a count and without ``oom`` the program did not even start, which proves nothing; but one that may be
+        # no more than one process says so, and holds nothing in others.
+        refused = bound.kind == "rlimits" and result.stdout.startswith(b"fork: ")
+        tried = result.status == "oom" or ((bool(counts) or refused) and result.status in ("ok", "error"))
         if not tried or held > SPEC.memory:
             remedy = (
                 "Run as root with a writable memory cgroup, or with a systemd user session that delegates the memory "

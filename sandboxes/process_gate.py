@@ -37,6 +37,8 @@ NOTE = struct.Struct("=QIIiIQQ40x")
 ANSWER = struct.Struct("=QqiI")
 CONTINUE = 1
 STACK = 256 << 20
+ROOM = 64 << 20
+"""Address space that a fork of an interpreter with imported modules gets beside what those have."""
 PYTHON = re.compile(r"(\S*/)?python[0-9.]*")
 SHELL_PYTHON = re.compile(r"exec (\S*/)?python[0-9.]*( [^|;&]*)?( 2>&1)?")
 """What a shell is told that makes way for Python."""
@@ -166,6 +168,22 @@ class Gates:
                 self.poll.unregister(listener)
                 os.close(listener)
                 del self.gates[listener]
+
+
+def fits(request: Mapping[str, Any], held: int) -> dict[str, int] | None:
+    """Return the limits of a program whose process has ``held`` bytes of address space before it does anything.
+
+    Each process of it has as much, so there is place for fewer. Returns None where it has no room, and must start in an
+    interpreter of its own. Beside a live one all have the same share, or they could hold more together than all.
+    """
+    limits: dict[str, int] = dict(request["limits"])
+    if "AS" not in limits:
+        return limits
+    if "gate" not in request or not request["alone"]:
+        return limits if limits["AS"] >= held + ROOM else None
+    whole = request["gate"]["limits"]["AS"]
+    places = min(limits["NPROC"] - 1, whole // (held + ROOM))
+    return limits | {"AS": whole // places, "NPROC": places + 1} if places else None
 
 
 def address_space(pid: int) -> int:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from areal_agents.errors import SandboxError
 from areal_agents.sandbox import ExecResult, ExecStatus, Process, SandboxSpec
 from areal_agents.sandboxes import launch
-from areal_agents.sandboxes.sandbox_process import Finished, Holder
+from areal_agents.sandboxes.sandbox_process import Finished
 from areal_agents.sandboxes.work_files import BAD_ARCHIVE
 
 FILE_TIMEOUT: Final = 30.0
@@ -68,6 +69,15 @@ class HeldSession(Generic[HeldT]):
         self._opening = asyncio.Lock()
         self._holder: HeldT | None = None
         self._closed = False
+
+    @classmethod
+    def of(cls, held: HeldT, spec: SandboxSpec) -> HeldSession[HeldT]:
+        """Make a session of a sandbox that has been started."""
+
+        async def acquire(spec: SandboxSpec) -> HeldT:
+            return held
+
+        return cls(spec, acquire)
 
     async def _open(self) -> HeldT:
         async with self._opening:
@@ -192,8 +202,32 @@ class HeldSession(Generic[HeldT]):
             await holder.close()
 
 
-class BubblewrapSession(HeldSession[Holder]):
-    """A session in bubblewrap."""
+class Closable(Protocol):
+    async def close(self) -> None: ...
+
+
+SessionT = TypeVar("SessionT", bound=Closable)
+
+
+class OpenSessions:
+    """The sessions of a backend that nobody has closed yet."""
+
+    def __init__(self) -> None:
+        self._open: set[Closable] = set()
+
+    @contextlib.asynccontextmanager
+    async def opened(self, session: SessionT) -> AsyncIterator[SessionT]:
+        """Yield a session, and close it at the end."""
+        self._open.add(session)
+        try:
+            yield session
+        finally:
+            self._open.discard(session)
+            await session.close()
+
+    async def aclose(self) -> None:
+        """Close all that are open. Their own ends may follow."""
+        await asyncio.gather(*(session.close() for session in tuple(self._open)))
 
 
 def _status(finished: Finished) -> ExecStatus:

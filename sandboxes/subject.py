@@ -42,13 +42,18 @@ class NotContained(Exception):
 def tried(control: object, seen: object) -> None:
     """Raise NotTried unless the control holds."""
     if not control:
-        raise NotTried(f"the attack did not run: {seen!r:.600}")
+        raise NotTried(f"the attack did not run: {_shown(seen)}")
 
 
 def held(contained: object, seen: object) -> None:
     """Raise NotContained unless it was held back."""
     if not contained:
-        raise NotContained(f"{seen!r:.600}")
+        raise NotContained(_shown(seen))
+
+
+def _shown(seen: object) -> str:
+    """Write what was seen without its control characters: it may come from inside."""
+    return repr(seen)[1:-1][:600] if isinstance(seen, str) else repr(seen)[:600]
 
 
 async def run(sandbox: Sandbox, code: str, *args: str, stdin: bytes = b"", timeout: float = 30) -> ExecResult:

@@ -172,6 +172,8 @@ class _Bench:
 
 def _last(error: BaseException) -> str:
     """Return the error and the last lines that it went through."""
+    if isinstance(error, TimeoutError) and not str(error):
+        return f"it hangs: no end after {DEADLINE:g} s"
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     where = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
     return f"{type(error).__name__}: {error!s:.600} ({where})"

@@ -69,7 +69,7 @@ def child(request: dict[str, Any], fds: list[int], gate: socket.socket) -> int:
     if "AS" not in limits:  # threads reserve as much address space each
         process_gate.deepen_stack()
     process_gate.set_limits(limits)
-    os.chdir("/work")
+    os.chdir(request.get("folder", "/work"))
     if "warm" in request and (program := warm_python.program(request["argv"])) is not None:
         os.closerange(3, 4)  # the socket to this function's caller, which a new program would not have either
         os.environ.clear()
@@ -130,6 +130,12 @@ class Supervisor:
             request = json.load(file)
         # A program beside a live one has a share of the memory from the start.
         request["alone"] = mode == RUN and not self.spawned
+        if request["op"] == "exec" and "warm" in request and warm_python.program(request["argv"]) is not None:
+            limits = process_gate.fits(request, process_gate.address_space(os.getpid()))
+            if limits is None:
+                del request["warm"]
+            else:
+                request["limits"] = limits
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:

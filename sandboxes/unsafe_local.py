@@ -24,7 +24,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,7 +41,7 @@ from areal_agents.sandbox import (
 )
 from areal_agents.sandboxes import interpreter, launch, pipes, probes, work_files
 from areal_agents.sandboxes.interactive_process import LiveProcess
-from areal_agents.sandboxes.session import inside_work
+from areal_agents.sandboxes.session import OpenSessions, inside_work
 
 _PRLIMIT: Final = "/usr/bin/prlimit"
 STACK: Final = 9 << 20
@@ -58,7 +59,7 @@ class UnsafeLocalBackend:
     def __init__(self, *, python: str = interpreter.SYSTEM) -> None:
         """Take what ``python3`` is for the code: an environment's folder, or an interpreter."""
         self._python = python
-        self._sessions: set[UnsafeLocalSession] = set()
+        self._sessions = OpenSessions()
 
     async def probe(self) -> ProbeReport:
         """Check that the limits can be set and that the Python starts.
@@ -73,26 +74,18 @@ class UnsafeLocalBackend:
         limits = Probe("limits", True, _PRLIMIT)
         return ProbeReport(self.name, (limits, started), "rlimits", ("No isolation of any kind.",))
 
-    @contextlib.asynccontextmanager
-    async def session(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+    def session(self, spec: SandboxSpec) -> AbstractAsyncContextManager[Sandbox]:
         """Open a session with a temporary folder, made at its first call and removed at its end.
 
         Raises ConfigError for a spec that names an image.
         """
         spec.refuse_image(self.name)
         search_path = interpreter.find(self._python, self.name, mounted=False).search_path
-        session = UnsafeLocalSession(spec, search_path)
-        self._sessions.add(session)
-        try:
-            yield session
-        finally:
-            self._sessions.discard(session)
-            await session.close()
+        return self._sessions.opened(UnsafeLocalSession(spec, search_path))
 
     async def aclose(self) -> None:
         """End open sessions."""
-        for session in tuple(self._sessions):
-            await session.close()
+        await self._sessions.aclose()
 
 
 class UnsafeLocalSession:

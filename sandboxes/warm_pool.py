@@ -77,7 +77,9 @@ class WarmPool(Generic[T]):
         self._closed = True
         tasks = [task for warm in self._warm.values() for task in warm]
         self._warm.clear()
-        await asyncio.gather(*map(_close, tasks), *self._discarding)
+        await asyncio.gather(*map(_close, tasks))
+        while self._discarding:  # a caller that is cancelled meanwhile adds to them
+            await asyncio.gather(*self._discarding)
 
 
 async def _close(task: asyncio.Future[T]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import io
@@ -20,6 +21,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+HUGE, COLLAPSE = 2 << 20, 25
 _SHELL = re.compile(r"exec (python3(?: [-\w./]+)*)( 2>&1)?")
 """What a shell is told that makes way for Python: plain words, so that there is nothing for it to expand."""
 
@@ -43,6 +45,22 @@ def preload(names: Sequence[str]) -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
+    _collapse()
+
+
+def _collapse() -> None:
+    """Have the memory of what was imported in pages of 2 MB, where the kernel does that: a fork copies 512 at once.
+
+    Half of the time of a fork with numpy and sympy goes to its page tables otherwise. A kernel before 6.1 refuses.
+    """
+    madvise = ctypes.CDLL(None).madvise
+    with open("/proc/self/maps") as file:
+        regions = [words for line in file if len(words := line.split()) == 5 or words[-1] == "[heap]"]
+    for region, rights, *_ in regions:
+        start, end = (int(text, 16) for text in region.split("-"))
+        start = -(-start // HUGE) * HUGE
+        if rights == "rw-p" and end // HUGE * HUGE > start:
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end // HUGE * HUGE - start), COLLAPSE)
 
 
 def program(argv: Sequence[str]) -> Program | None:

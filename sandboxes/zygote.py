@@ -90,8 +90,7 @@ class ForkedHolder(Holder):
             holder.slot = uids.Slot(zygote.slot.index, zygote.slot.uid, -1)
         fds = Fds()
         try:
-            covered = [path for path in tools.python.mounts if path.startswith("/tmp/")]
-            request: dict[str, Any] = {"disk": spec.disk, "mounts": covered}
+            request: dict[str, Any] = {"disk": spec.disk, **tools.python.covered}
             message, errors = fds.memfd("request", json.dumps(request).encode()), fds.memfd("stderr")
             zygote.send_fork([message, theirs.fileno(), fds.memfd("seccomp", program), errors])
             theirs.close()

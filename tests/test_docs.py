@@ -314,6 +314,20 @@ def _as_it_stands(command: Command, w: Workshop) -> list[str]:
     return list(command.words[1:])
 
 
+def _finetune(command: Command, here: Workshop) -> list[str] | None:
+    """Run with the tiny model on the small run or the page's own rows. What goes on with another one is parsed."""
+    if "--resume" in command.words:
+        return None
+    talk, pair = (json.loads(b.text) for b in BLOCKS if b.page == "docs/sft.md" and b.language == "json")
+    rows = [{**pair, "prompt": f"{i}?", "completion": str(i)} for i in range(9)]
+    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [talk, *rows]))
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [pair, *rows]))
+    small = replaced(list(command.words[1:]), model=str(here.model), out=f"out-{command.line}", max_context="1024")
+    if "--min-reward" in small:
+        small = replaced(small, min_reward="0")
+    return replaced(small, min_gap="0.000001") if small[0] == "dpo" else small
+
+
 def _verify(command: Command, here: Workshop) -> list[str]:
     """The rows that the page shows."""
     row = {"gold": "1/2", "pred": "so \\boxed{0.5}", "slot": "boxed", "options": {"precision": 2}}
@@ -325,7 +339,7 @@ RUN: dict[str, Callable[[Command, Workshop], list[str] | None]] = {
     "train": _train, "demo": _demo, "eval": _eval, "check": _check, "model": _model, "serve": _serve,
     "envs": _as_it_stands, "init": _as_it_stands, "rescore": _as_it_stands, "replay": _as_it_stands, "resize": _resize,
     "show": _as_it_stands, "plot": _as_it_stands, "algorithms": _as_it_stands, "verify": _verify,
-    "sandbox": _sandbox,
+    "sandbox": _sandbox, "sft": _finetune, "dpo": _finetune,
 }  # fmt: skip
 """By subcommand: what is run in a command's place; None: the parser and the settings have seen it, that is all."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from areal_agents import Task
+from tests.conftest import require
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOP = ROOT / "examples" / "rl_loop.py"
@@ -37,13 +38,17 @@ def test_the_loop_to_read_first_learns(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def adventure() -> Any:
-    """The module ``examples/adventure.py``, as ``areal-agents check adventure:Keep`` finds it."""
+def example(name: str) -> Any:
+    """A module of ``examples/``, as ``areal-agents check adventure:Keep`` finds it."""
     sys.path.insert(0, str(ROOT / "examples"))
     try:
-        return importlib.import_module("adventure")
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(ROOT / "examples"))
+
+
+def adventure() -> Any:
+    return example("adventure")
 
 
 def played(task: Task, texts: Iterable[str]) -> tuple[float, str, dict[str, Any]]:
@@ -89,3 +94,39 @@ def test_the_adventure_is_lost_in_the_dark_and_keeps_the_vault_shut() -> None:
     earned, _, info = played(task, [go[1], module.call("take", thing="key"), module.call("unlock"), "I rest."])
     assert earned == pytest.approx(0.06)
     assert info["components"]["won"] == 0.0
+
+
+def test_the_office_pays_for_the_right_sum_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require("bwrap")
+    monkeypatch.setenv("AREAL_AGENTS_CACHE", str(tmp_path))
+    module = example("office")
+    sizes = {split: len(module.Office.tasks(split)) for split in ("train", "test")}
+    assert sizes == {"train": 160, "test": 40}
+    task = module.Office.tasks("test")[0]
+    name, city, orders = module.customer(160)
+    assert (task.payload["customer"], task.payload["city"]) == (name, city)
+    env = module.Office()
+
+    def play(texts: Iterable[str]) -> tuple[list[str], float, bool]:
+        env.reset(seed=0, options={"task": task})
+        shown, earned, ended = [], 0.0, False
+        for text in texts:
+            observation, reward, ended, *_ = env.step(text)
+            shown.append(observation[0].text)
+            earned += float(reward)
+        return shown, earned, ended
+
+    try:
+        shown, earned, ended = play(module.Office.expert(task))
+        assert (earned, ended) == (1.0, True)
+        assert f"{city} | {sum(orders)}" in shown[0]
+        assert f"discount of {module.DISCOUNTS[city]} percent" in shown[2].replace("**", "")
+        undiscounted = [
+            module.call("hand_in", path="../etc/passwd"), module.call("hand_in", path="none.txt"),
+            module.call("write_file", path="a.txt", content=str(sum(orders))), module.call("hand_in", path="a.txt"),
+        ]  # fmt: skip
+        shown, earned, ended = play(undiscounted)
+        assert [text.startswith("error: ") for text in shown] == [True, True, False, False]
+        assert (earned, ended) == (0.0, True)
+    finally:
+        env.close()

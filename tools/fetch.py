@@ -16,7 +16,6 @@ import ipaddress
 import re
 import socket
 import ssl
-import zlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import httpx
 
 from areal_agents.errors import EnvError
 from areal_agents.tool import ToolError, ToolResult, ToolSpec, made_by, tool
+from areal_agents.tools.page_packing import PACKED, Unpacker
 from areal_agents.tools.page_text import decode, text_of_html
 
 MAX_REDIRECTS: Final = 5
@@ -267,34 +267,35 @@ async def _show(response: httpx.Response, url: httpx.URL, rules: Rules) -> ToolR
     found = re.search(r"charset\s*=\s*\"?([\w-]{1,20})", options)
     if media and not _TEXT.fullmatch(media):
         raise ToolError(f"error: the page is {media[:60]}, which is not text")
-    data, whole = await _body(response, rules.max_bytes)
+    data, missing = await _body(response, rules.max_bytes)
     if not media and b"\0" in data[:1024]:
         raise ToolError("error: the page is binary")
     page = decode(data, found.group(1) if found else None)
     if "html" in media or (not media and page.lstrip()[:1] == "<"):
         page = await asyncio.to_thread(text_of_html, page, str(url), links=rules.links)
-    if not whole:
-        page += f"\n[the page is longer than {rules.max_bytes} bytes, and its end was not read]"
+    if missing:
+        page += f"\n[{missing}]"
     if response.is_success:
-        return ToolResult(page or "(an empty page)", truncated=not whole)
+        return ToolResult(page or "(an empty page)", truncated=bool(missing))
     return ToolResult(f"error: HTTP {response.status_code}\n{page[:1000]}".rstrip(), "error")
 
 
-async def _body(response: httpx.Response, limit: int) -> tuple[bytes, bool]:
-    """Read at most ``limit`` bytes, unpacked, and say whether that was all."""
+async def _body(response: httpx.Response, limit: int) -> tuple[bytes, str]:
+    """Read at most ``limit`` bytes, unpacked, and say why that is not all, or ""."""
     coding = response.headers.get("content-encoding", "identity").strip().lower()
-    if coding not in ("identity", "", "gzip", "x-gzip", "deflate"):
+    if coding not in ("identity", "", *PACKED):
         raise ToolError(f"error: the page is packed as {coding[:40]}, which was not asked for")
-    # Packed data grows a thousandfold: it is unpacked up to the limit and no further.
-    unpack = zlib.decompressobj(wbits=47) if coding in ("gzip", "x-gzip", "deflate") else None
-    data = bytearray()
+    unpacker = Unpacker(limit) if coding in PACKED else None
+    data, longer = bytearray(), f"the page is longer than {limit} bytes, and its end was not read"
     async for chunk in response.aiter_raw(1 << 16):
-        try:
-            data += chunk if unpack is None else unpack.decompress(chunk, limit + 1 - len(data))
-        except zlib.error:
-            raise ToolError("error: the page is packed wrongly") from None
+        if unpacker is None:
+            data += chunk
+        else:
+            data += unpacker.take(chunk)
         if len(data) > limit:
-            return bytes(data[:limit]), False
-        if unpack is not None and unpack.eof:  # zlib would keep all that follows, in one copy a chunk
-            return bytes(data), not unpack.unused_data
-    return bytes(data), True
+            return bytes(data[:limit]), longer
+        if unpacker is not None and unpacker.over:
+            return bytes(data), unpacker.over
+    if unpacker is not None and not unpacker.whole:
+        return bytes(data), "the packed page ends in the middle"
+    return bytes(data), ""

@@ -235,10 +235,18 @@ async def _call(settings: Settings, name: str, *, arguments: dict[str, Any], res
         return ToolResult(f"error: stopped after {settings.seconds:g} s", "timeout")
     if isinstance(done, str):
         return ToolResult(f"error: {done}", "error")
-    text, was_cut = cut_middle("\n".join(filter(None, map(_text, done.content))), MAX_KEPT_CHARS)
+    parts = [*map(_text, done.content), *_structured(done)]
+    text, was_cut = cut_middle("\n".join(filter(None, parts)), MAX_KEPT_CHARS)
     if done.is_error:
         return ToolResult(f"error: {text or 'the server says no more'}", "error", was_cut)
     return ToolResult(text or "(no output)", truncated=was_cut)
+
+
+def _structured(done: Any) -> list[str]:
+    """Write a result's structured content, where no text has said it: servers are asked to say it as text too."""
+    if done.structured_content is None or any(part.type == "text" and part.text.strip() for part in done.content):
+        return []
+    return [json.dumps(done.structured_content, ensure_ascii=False)]
 
 
 def _text(part: Any) -> str:

@@ -145,7 +145,7 @@ async def _run(request: dict[str, Any]) -> ToolResult | str:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-I", "-S", "-X", "utf8", program,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-        env={"TMPDIR": tempfile.gettempdir()}, cwd="/", limit=MAX_ANSWER,
+        env={"TMPDIR": tempfile.gettempdir(), "MALLOC_ARENA_MAX": "1"}, cwd="/", limit=MAX_ANSWER,
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
@@ -159,11 +159,14 @@ async def _run(request: dict[str, Any]) -> ToolResult | str:
             data = b""
             while len(data) < MAX_ANSWER and (chunk := await process.stdout.read(1 << 16)):
                 data += chunk
+            if len(data) < MAX_ANSWER:  # asyncio may lose the exit code of a process that is killed while it ends
+                await process.wait()
     except TimeoutError:
         late = True
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
         code = await process.wait()
     if late or code == -signal.SIGXCPU:  # one step of SQLite took longer than all of the time
         return ToolResult(f"error: stopped after {seconds:g} s", "timeout")

@@ -7,17 +7,24 @@ rows and tables of the one database.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 import resource
 import sqlite3
+import stat
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 MEMORY = 1 << 30
 TEMPORARY = 256 << 20
-"""Bytes of a temporary file that a query sorts in."""
+"""Bytes of all temporary files that a query sorts in, beyond those of the database."""
+WATCH_S = 0.01
+"""Seconds between two looks at them."""
 MAX_CELL = 300
 MAX_CHARS = 64 << 10
 MAX_VALUE = 8 << 20
@@ -37,15 +44,25 @@ _WRITES = {
 }  # fmt: skip
 _PRAGMAS = {
     "table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo", "foreign_key_list",
-    "database_list", "collation_list", "function_list", "compile_options",
+    "collation_list", "function_list", "compile_options",
 }  # fmt: skip
-"""Pragmas that only tell, whatever their argument."""
-_BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN}
+"""Pragmas that only tell, whatever their argument, and tell nothing of this machine: no path, say."""
+_BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FULL}
+"""What no query that reads can cause: the file is broken, or the machine's disk is full."""
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""What is no character of a line: its ends, what a terminal obeys, and what UTF-8 cannot write."""
 _FUNCTIONS_REFUSED = {"load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"}
 
 
-def authorizer(writable: bool, refused: list[str]) -> Any:
-    """Return SQLite's callback, which adds to ``refused`` what it refuses."""
+def authorizer(writable: bool, virtual: list[str], refused: list[str]) -> Any:
+    """Return SQLite's callback, which adds to ``refused`` what it refuses.
+
+    ``virtual`` are the database's virtual tables. What such a table keeps its data in must not be made up by a query:
+    that is a file of a format whose readers were often wrong.
+    """
+
+    def belongs(name: str | None) -> bool:
+        return name is not None and any((name.lower() + "_").startswith(table + "_") for table in virtual)
 
     def allow(action: int, first: str | None, second: str | None, database: str | None, trigger: str | None) -> int:
         if action == sqlite3.SQLITE_FUNCTION:
@@ -55,6 +72,8 @@ def authorizer(writable: bool, refused: list[str]) -> Any:
             ok, what = (first or "").lower() in _PRAGMAS, f"PRAGMA {first}"
         elif action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):
             ok, what = False, "ATTACH, DETACH and VACUUM"
+        elif action in _WRITES and (belongs(first) or (action != sqlite3.SQLITE_UPDATE and belongs(second))):
+            ok, what = False, "changing a virtual table"
         else:
             ok = action in _READS or (writable and action in _WRITES)
             what = "changing the schema or other tables" if writable else "a statement that writes"
@@ -73,7 +92,8 @@ def cell(value: object) -> str:
         return f"(a blob of {len(value)} bytes)"
     text = str(value)
     text = text if len(text) <= MAX_CELL else f"{text[:MAX_CELL]}… ({len(text)} characters)"
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("|", "\\|")
+    text = text.replace("\\", "\\\\").replace("|", "\\|")
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 def table(cursor: sqlite3.Cursor, max_rows: int) -> str:
@@ -98,6 +118,7 @@ def run(request: dict[str, Any]) -> dict[str, str]:
     mode = "rw" if writable else "ro"
     end = time.process_time() + seconds  # of the processor: a busy machine must not cost the model reward
     refused: list[str] = []
+    opened = False
     try:
         connection = sqlite3.connect(
             f"{Path(request['path']).as_uri()}?mode={mode}",
@@ -116,8 +137,12 @@ def run(request: dict[str, Any]) -> dict[str, str]:
             connection.setlimit(limit, value)
         if not writable:
             connection.execute("PRAGMA query_only = ON")
+        connection.execute("PRAGMA schema_version")
+        virtual = connection.execute("SELECT lower(name) FROM sqlite_master WHERE type = 'table' AND rootpage = 0")
+        names = [name for (name,) in virtual]
+        opened = True
         connection.set_progress_handler(lambda: time.process_time() > end, 10_000)
-        connection.set_authorizer(authorizer(writable, refused))
+        connection.set_authorizer(authorizer(writable, names, refused))
         try:
             cursor = connection.execute(request["query"])
             if cursor.description is None:
@@ -130,17 +155,53 @@ def run(request: dict[str, Any]) -> dict[str, str]:
     except sqlite3.Warning as error:  # more than one statement, before Python 3.12
         return {"error": str(error)}
     except (sqlite3.Error, sqlite3.ProgrammingError) as error:
+        if refused and "vtable constructor failed" in str(error):
+            return {"error": f"{str(error).rpartition(': ')[2]} is a virtual table, and these are not allowed"}
         if refused:
             return {"error": f"{refused[0]} is not allowed" + ("" if writable else "; the database is read-only")}
         if "interrupted" in str(error):
             return {"timeout": f"stopped after {seconds:g} s"}
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_IOERR and opened:  # of a write: one file alone has reached the limit
+            return {"error": too_large(request)}
         # What a query changes may break; what it only reads was broken before.
-        broken = not writable and getattr(error, "sqlite_errorcode", 0) & 0xFF in _BROKEN
+        broken = not writable and (code in _BROKEN or not opened)
         return {"broken" if broken else "error": str(error)}
     except (ValueError, OverflowError) as error:  # a NUL, half a surrogate pair
         return {"error": f"the query is no text for SQLite: {error}"}
     except MemoryError:
         return {"error": "out of memory"}
+
+
+def temporary_bytes() -> int:
+    """Return the bytes of the temporary files that are open: SQLite opens and unlinks one for each sort."""
+    total = 0
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            seen = os.fstat(int(name))
+            total += seen.st_size if stat.S_ISREG(seen.st_mode) and not seen.st_nlink else 0
+    return total
+
+
+def most_bytes(request: dict[str, Any]) -> int:
+    """Return what a file, and all temporary files together, may have."""
+    return int(request["file_size"]) + TEMPORARY
+
+
+def too_large(request: dict[str, Any]) -> str:
+    return f"the query needs more than {most_bytes(request) >> 20} MiB of disk"
+
+
+def watch(request: dict[str, Any], answering: threading.Lock) -> None:
+    """End this process once its temporary files are too large together: the kernel's limit bounds each alone.
+
+    SQLite asks nobody while it merges what it sorts, so this is a thread.
+    """
+    while True:
+        time.sleep(WATCH_S)
+        if temporary_bytes() > most_bytes(request) and answering.acquire(blocking=False):
+            os.write(1, json.dumps({"error": too_large(request)}).encode())
+            os._exit(0)
 
 
 def main() -> None:
@@ -149,14 +210,18 @@ def main() -> None:
     cpu = int(request["seconds"]) + 2
     for which, value in (
         (resource.RLIMIT_CPU, cpu), (resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, request["file_size"] + TEMPORARY),
+        (resource.RLIMIT_FSIZE, most_bytes(request)),
     ):  # fmt: skip
         hard = resource.getrlimit(which)[1]
         # At the hard limit of CPU time the kernel sends SIGKILL, at the soft one SIGXCPU, which names the cause.
         most = value + 1 if which == resource.RLIMIT_CPU else value
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(which, (min(value, most), most))
-    json.dump(run(request), sys.stdout)
+    answering = threading.Lock()
+    threading.Thread(target=watch, args=(request, answering), daemon=True).start()
+    answer = run(request)
+    answering.acquire()  # held to the end
+    json.dump(answer, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +16,13 @@ from torch import Tensor
 
 from areal_agents.algorithms import losses, offpolicy
 from areal_agents.algorithms.batch import Batch, Row
-from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, Choice
+from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
+from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, MASKS, NO_MASK, Choice, Registry
 from areal_agents.algorithms.scope import Scope, scope_of, widest
 from areal_agents.errors import ConfigError
+
+Aggregation = Literal["token", "episode", "sequence", "constant"]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ class Denominators:
 class PolicyObjective:
     """The objective that the settings choose: a loss a token, weighted by a correction, summed over a minibatch.
 
-        Σ weight · loss(π/old, A)        old = p where the correction takes ``proximal_T``, else μ
+        Σ kept · weight · loss(π/old, A)        old: the correction's, else p where it takes ``proximal_T``, else μ
 
     bypass:     Σ 1[lo ≤ π/μ ≤ hi] · loss(π/μ, A)        decoupled:  Σ min(p/μ, C)·1[lo ≤ p/μ ≤ hi] · loss(π/p, A)
     """
@@ -108,26 +112,30 @@ class PolicyObjective:
         *,
         loss: Choice,
         correction: Choice,
-        aggregation: Literal["token", "episode"],
+        aggregation: Aggregation,
+        mask: Choice = NO_MASK,
+        constant: int | None = None,
         max_staleness: int | None = None,
     ) -> None:
-        """Look the two functions up.
+        """Look the three functions up.
 
         Args:
             loss: of ``registry.LOSSES``.
             correction: of ``registry.CORRECTIONS``.
-            aggregation: mean over all sampled tokens, or over episodes of the mean over their tokens.
+            aggregation: how tokens add up (``losses`` has a function for each).
+            mask: of ``registry.MASKS``.
+            constant: what ``constant`` divides an episode's sum by.
             max_staleness: older tokens are masked; None: none is.
 
         Raises:
             ConfigError: for an unknown name, a wrong parameter, or a function that returns something else on a trial.
         """
-        self._names = f"algorithm.loss.kind = {loss.kind!r}", f"algorithm.correction.kind = {correction.kind!r}"
-        self._loss, self._correction = LOSSES.bound(loss), CORRECTIONS.bound(correction)
-        self._takes = LOSSES.takes(loss), CORRECTIONS.takes(correction)
-        functions = LOSSES.function(loss.kind), CORRECTIONS.function(correction.kind)
-        self.scope: Scope = widest(*(scope_of(f, where) for f, where in zip(functions, self._names, strict=True)))
-        self._aggregation, self._max_staleness = aggregation, max_staleness
+        self._loss = _Chosen(LOSSES, loss)
+        self._correction = _Chosen(CORRECTIONS, correction)
+        self._mask = _Chosen(MASKS, mask)
+        self.scope: Scope = widest(*(f.scope for f in (self._loss, self._correction, self._mask)))
+        self._masks = mask.kind != NO_MASK.kind
+        self._aggregation, self._constant, self._max_staleness = aggregation, constant, max_staleness
         trial_T = torch.tensor([-0.5, -1.0])
         tokens = Tokens(
             ids=torch.tensor([1, 2]), behaviour=trial_T - 0.1, advantages=torch.tensor([1.0, -1.0]),
@@ -139,14 +147,14 @@ class PolicyObjective:
     @property
     def needs_proximal(self) -> bool:
         """Whether log p must be there: it costs a forward pass without gradient a batch."""
-        return "proximal_T" in self._takes[1]
+        return "proximal_T" in self._correction.takes
 
     def _parts(
         self, logprobs_T: Tensor, tokens: Tokens, *, version: int
-    ) -> tuple[offpolicy.Correction, losses.LossTerms]:
-        """Call the correction and the loss, and check what they return: they may be anybody's.
+    ) -> tuple[offpolicy.Correction, Tensor, losses.LossTerms]:
+        """Call the correction, the mask and the loss, and check what they return: they may be anybody's.
 
-        The correction sees log π without its gradient: a weight that carried one would change the objective.
+        Correction and mask see log π without its gradient: a weight that carried one would change the objective.
         """
         columns = {
             "logprobs_T": logprobs_T.detach(),
@@ -157,35 +165,32 @@ class PolicyObjective:
             "episodes_T": tokens.episodes,
             "turns_T": tokens.turns,
         }
-        corrected = self._correction(**{name: columns[name] for name in self._takes[1]})
-        self._require(1, corrected, offpolicy.Correction)
-        _require_tokens(self._names[1], "weight_T", corrected.weight_T, logprobs_T)
-        _require_tokens(self._names[1], "kept_T", corrected.kept_T, logprobs_T, boolean=True)
+        corrected = self._correction(columns, offpolicy.Correction)
+        self._correction.require("weight_T", corrected.weight_T, logprobs_T)
+        self._correction.require("kept_T", corrected.kept_T, logprobs_T, boolean=True)
+        kept_T = self._mask(columns, Tensor)
+        self._mask.require("kept_T", kept_T, logprobs_T, boolean=True)
         old_T = corrected.old_T
         if old_T is None:
             old_T = tokens.proximal if self.needs_proximal else tokens.behaviour
-        _require_tokens(self._names[1], "old_T", old_T, logprobs_T)
+        self._correction.require("old_T", old_T, logprobs_T)
         columns |= {"logprobs_T": logprobs_T, "old_logprobs_T": old_T.detach()}
-        terms = self._loss(**{name: columns[name] for name in self._takes[0]})
-        self._require(0, terms, losses.LossTerms)
-        _require_tokens(self._names[0], "loss_T", terms.loss_T, logprobs_T)
-        _require_tokens(self._names[0], "clipped_T", terms.clipped_T, logprobs_T, boolean=True)
+        terms = self._loss(columns, losses.LossTerms)
+        self._loss.require("loss_T", terms.loss_T, logprobs_T)
+        self._loss.require("clipped_T", terms.clipped_T, logprobs_T, boolean=True)
         if not terms.loss_T.requires_grad:
-            raise ConfigError(f"{self._names[0]} returned a loss_T without a gradient: nothing would be learned")
-        return corrected, terms
-
-    def _require(self, which: int, found: object, expected: type) -> None:
-        if not isinstance(found, expected):
-            raise ConfigError(f"{self._names[which]} returned {type(found).__name__}: expected {expected.__name__}")
+            raise ConfigError(f"{self._loss.where} returned a loss_T without a gradient: nothing would be learned")
+        return corrected, kept_T, terms
 
     def __call__(
         self,
         logprobs_T: Tensor,
         tokens: Tokens,
         counts: Denominators,
-        stats: offpolicy.OffPolicyStats,
+        stats: OffPolicyStats,
         *,
         version: int,
+        extra_T: Tensor | None = None,
     ) -> Tensor:
         """Return these tokens' part of the minibatch's loss, a scalar.
 
@@ -197,44 +202,74 @@ class PolicyObjective:
             counts: what the sum is divided by.
             stats: is told of every token.
             version: the learner's.
+            extra_T: what other terms add to the loss of each token that is not masked, float [T]. None: nothing.
 
         Raises:
-            ValueError: what the loss and the correction raise.
+            ValueError: what the loss, the correction and the mask raise.
         """
-        corrected, terms = self._parts(logprobs_T, tokens, version=version)
-        # A masked token adds nothing, whatever weight it was given, and no weight carries a gradient.
-        weight_T = torch.where(corrected.kept_T, corrected.weight_T.detach(), 0.0)
-        kept_T, loss_T = corrected.kept_T, terms.loss_T * weight_T
+        corrected, unmasked_T, terms = self._parts(logprobs_T, tokens, version=version)
+        kept = {"correction": corrected.kept_T}
+        if self._masks:
+            kept["mask"] = unmasked_T
         if self._max_staleness is not None:
-            young_T = offpolicy.age_mask(tokens.versions, version=version, max_staleness=self._max_staleness)
-            kept_T, loss_T = kept_T & young_T, torch.where(young_T, loss_T, 0.0)
+            kept["age"] = offpolicy.age_mask(tokens.versions, version=version, max_staleness=self._max_staleness)
+        kept_T = torch.stack(list(kept.values())).all(0)
+        # A masked token adds nothing, whatever weight it was given, and no weight carries a gradient.
+        weight_T = torch.where(kept_T, corrected.weight_T.detach(), 0.0)
+        loss_T = torch.where(kept_T, terms.loss_T, 0.0) * weight_T
+        if extra_T is not None:
+            loss_T = loss_T + torch.where(kept_T, extra_T, 0.0)
         # All of them, masked or not: a masked token still counts in the denominator (``losses`` says why).
         sampled_T = torch.ones_like(kept_T)
         stats.add(
             logprobs_T.detach(), tokens.behaviour, sampled_T, kept_T, terms.clipped_T, tokens.turns, tokens.versions,
-            version=version, episode_tokens_T=counts.tokens_E[tokens.episodes],
+            version=version, episode_tokens_T=counts.tokens_E[tokens.episodes], weight_T=weight_T,
+            masked_by={name: ~by_T for name, by_T in kept.items()},
         )  # fmt: skip
+        return self._sum(loss_T, sampled_T, tokens, counts)
+
+    def _sum(self, loss_T: Tensor, sampled_T: Tensor, tokens: Tokens, counts: Denominators) -> Tensor:
+        """Add the losses of some tokens up, each as the aggregation weighs it."""
+        episodes = counts.episodes
         match self._aggregation:
             case "token":
                 return losses.token_mean(loss_T, sampled_T, tokens=counts.tokens)
             case "episode":
-                return losses.episode_mean(
-                    loss_T, sampled_T, tokens.episodes, counts.tokens_E, episodes=counts.episodes
-                )
-            case other:
-                raise ValueError(f"aggregation must be 'token' or 'episode', got {other!r}")
+                return losses.episode_mean(loss_T, sampled_T, tokens.episodes, counts.tokens_E, episodes=episodes)
+            case "sequence":
+                return losses.sequence_mean(loss_T, sampled_T, episodes=episodes)
+            case "constant" if self._constant is not None:
+                return losses.constant_mean(loss_T, sampled_T, episodes=episodes, constant=self._constant)
+        raise ValueError(
+            f"aggregation = {self._aggregation!r} with constant = {self._constant}: unknown, or no constant"
+        )
 
 
-def _require_tokens(where: str, name: str, value: object, like_T: Tensor, *, boolean: bool = False) -> None:
-    """Raise ConfigError unless ``value`` is a tensor [T] of numbers, or of booleans."""
-    if isinstance(value, Tensor) and value.shape == like_T.shape and (value.dtype == torch.bool) == boolean:
-        return
-    what = f"a tensor {list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-    kind = "booleans" if boolean else "numbers"
-    raise ConfigError(f"{where} returned {name} = {what}: expected {kind}, one a token, {list(like_T.shape)}")
+class _Chosen:
+    """A function that the settings choose, called with the columns that it names, and held to what it must return."""
+
+    def __init__(self, registry: Registry, choice: Choice) -> None:
+        self.where = f"{registry.key}.kind = {choice.kind!r}"
+        self.takes = registry.takes(choice)
+        self._function = registry.bound(choice)
+        self.scope = scope_of(registry.function(choice.kind), self.where, registry.options(choice))
+
+    def __call__(self, columns: Mapping[str, Tensor], expected: type[Found]) -> Found:
+        found = self._function(**{name: columns[name] for name in self.takes})
+        if not isinstance(found, expected):
+            raise ConfigError(f"{self.where} returned {type(found).__name__}: expected {expected.__name__}")
+        return found
+
+    def require(self, name: str, value: object, like_T: Tensor, *, boolean: bool = False) -> None:
+        """Raise ConfigError unless ``value`` is a tensor [T] of numbers, or of booleans."""
+        if isinstance(value, Tensor) and value.shape == like_T.shape and (value.dtype == torch.bool) == boolean:
+            return
+        what = f"a tensor {list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        kind = "booleans" if boolean else "numbers"
+        raise ConfigError(f"{self.where} returned {name} = {what}: expected {kind}, one a token, {list(like_T.shape)}")
 
 
-def live_rows(batch: Batch, *, max_staleness: int | None, scope: Scope) -> list[int]:
+def live_rows(batch: Batch, *, max_staleness: int | None, scope: Scope, always: bool = False) -> list[int]:
     """Find the rows that must go through the model: all that can change the gradient.
 
     Where a loss sees whole episodes, a row without a gradient of its own may weigh another row's tokens.
@@ -243,10 +278,17 @@ def live_rows(batch: Batch, *, max_staleness: int | None, scope: Scope) -> list[
         batch: rows with advantages.
         max_staleness: tokens older than so many versions have no gradient. None is any age.
         scope: what the objective sees at once.
+        always: a token has a gradient whatever its advantage is, as a KL term and an entropy bonus give it.
 
     Returns:
         Indices of rows, ascending.
     """
+    if always:
+        oldest = np.inf if max_staleness is None else max_staleness
+        young = [bool((batch.version - r.versions[r.mask] <= oldest).any()) for r in batch.rows]
+        if scope == "token":
+            return [i for i, y in enumerate(young) if y]
+        return list(range(len(batch.rows))) if any(young) else []
     has = [i for i, r in enumerate(batch.rows) if has_gradient(r, version=batch.version, max_staleness=max_staleness)]
     match scope:
         case "token":

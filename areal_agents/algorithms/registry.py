@@ -5,6 +5,7 @@ They know ours, those of installed packages, and ``module:function``.
     algorithm.advantage    ADVANTAGES     a group's rewards ─▶ advantages, one tensor [K] an episode
     algorithm.loss         LOSSES         log π, log of the old policy, advantages ─▶ LossTerms, [T]
     algorithm.correction   CORRECTIONS    any of log π, log μ, log p ─▶ Correction, [T]
+    algorithm.mask         MASKS          log π, log μ ─▶ what is kept, [T]
 
 An algorithm is one function. Its keyword-only arguments are its parameters: their names, types and defaults are the
 settings' names, types and defaults. A package makes its own known by an entry point of the registry's group:
@@ -228,7 +229,16 @@ LOSSES = Registry(
     "algorithm.loss",
     "policy loss",
     group="areal_agents.losses",
-    builtin={"ppo": "areal_agents.algorithms.losses:ppo"},
+    builtin={
+        "ppo": "areal_agents.algorithms.losses:ppo",
+        "gspo": "areal_agents.algorithms.sequence_losses:gspo",
+        "gspo_token": "areal_agents.algorithms.sequence_losses:gspo_token",
+        "cispo": "areal_agents.algorithms.losses:cispo",
+        "sapo": "areal_agents.algorithms.losses:sapo",
+        "gmpo": "areal_agents.algorithms.sequence_losses:gmpo",
+        "dppo_tv": "areal_agents.algorithms.losses:dppo_tv",
+        "reinforce": "areal_agents.algorithms.losses:reinforce",
+    },
     given=("logprobs_T", "old_logprobs_T", "advantages_T", "behaviour_T", "episodes_T", "turns_T"),
     required=("logprobs_T",),
 )
@@ -241,12 +251,31 @@ CORRECTIONS = Registry(
     builtin={
         "bypass": "areal_agents.algorithms.offpolicy:bypass",
         "decoupled": "areal_agents.algorithms.offpolicy:decoupled",
+        "log_linear": "areal_agents.algorithms.offpolicy:log_linear",
+        "importance": "areal_agents.algorithms.offpolicy:importance",
     },
     given=("logprobs_T", "behaviour_T", "proximal_T", "advantages_T", "ages_T", "episodes_T", "turns_T"),
 )
 """From distances between policies to a weight a token: ``offpolicy.py``. One that takes ``proximal_T`` costs a forward
 pass without gradient a batch, and the loss then takes its ratio to that policy instead of to the sampler."""
 
+MASKS = Registry(
+    "algorithm.mask",
+    "off-policy mask",
+    group="areal_agents.masks",
+    builtin={
+        "none": "areal_agents.algorithms.masks:none",
+        "sequence": "areal_agents.algorithms.masks:sequence",
+        "geometric": "areal_agents.algorithms.masks:geometric",
+        "trust_region": "areal_agents.algorithms.masks:trust_region",
+        "m2po": "areal_agents.algorithms.masks:m2po",
+        "opsm": "areal_agents.algorithms.masks:opsm",
+    },
+    given=("logprobs_T", "behaviour_T", "advantages_T", "ages_T", "episodes_T", "turns_T"),
+)
+"""From the distance between the current policy and the sampler to what is kept, bool [T]: ``masks.py``."""
+
+NO_MASK = Choice("none")
 READ_VALUES = ("gae", "turn_gae", "bilevel_gae")
 """The advantage estimators of ours that read a critic's values."""
 
@@ -261,5 +290,5 @@ def needs_critic(kind: str) -> bool:
     return bool(getattr(ADVANTAGES.function(kind), "reads_values", False))
 
 
-REGISTRIES = {r.key: r for r in (ADVANTAGES, LOSSES, CORRECTIONS)}
+REGISTRIES = {r.key: r for r in (ADVANTAGES, LOSSES, CORRECTIONS, MASKS)}
 """By the setting that chooses."""

@@ -7,7 +7,7 @@ wider the scope, the more is computed twice (``learner/passes.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 from areal_agents.algorithms.signature import positional
@@ -19,27 +19,31 @@ F = TypeVar("F", bound=Callable[..., Any])
 _PLACES = {"episodes_T", "turns_T"}
 
 
-def sees(scope: Scope) -> Callable[[F], F]:
-    """Make a decorator that declares the scope of a loss or a correction. Without it, it is ``token``.
+def sees(scope: Scope, *, alone: Mapping[str, Sequence[Any]] | None = None) -> Callable[[F], F]:
+    """Make a decorator that declares the scope of a loss, a correction or a mask. Without it, it is ``token``.
 
     ``episode``: it is called with all sampled tokens of an episode at once, over all its rows, perhaps with those of
-    other episodes. ``minibatch``: with all sampled tokens of a minibatch.
+    other episodes. ``minibatch``: with all sampled tokens of a minibatch. ``alone`` names values of its parameters with
+    which it takes each token alone, and its scope is ``token`` after all.
     """
 
     def declare(function: F) -> F:
-        function.sees = scope  # type: ignore[attr-defined]
+        function.sees, function.alone = scope, alone or {}  # type: ignore[attr-defined]
         return function
 
     return declare
 
 
-def scope_of(function: Callable[..., Any], where: str) -> Scope:
-    """Return the declared scope of ``function``.
+def scope_of(function: Callable[..., Any], where: str, options: Mapping[str, Any] | None = None) -> Scope:
+    """Return the declared scope of ``function`` with the parameters ``options``.
 
     Raises ConfigError, which ``where`` begins, for an unknown scope, and where it takes tokens' places in their
     episodes but is called with some of an episode's tokens only.
     """
     scope: Scope = getattr(function, "sees", "token")
+    alone: Mapping[str, Sequence[Any]] = getattr(function, "alone", {})
+    if any(name in (options or {}) and (options or {})[name] in values for name, values in alone.items()):
+        return "token"
     if scope not in get_args(Scope):
         raise ConfigError(f"{where}: @sees({scope!r}) must be one of {', '.join(map(repr, get_args(Scope)))}")
     if scope == "token" and (places := sorted(_PLACES & set(positional(function)))):

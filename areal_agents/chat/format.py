@@ -241,6 +241,13 @@ class ChatFormat:
         said = rewrite(self._after_thought(text, prompt), self.tool_format, tools)
         return (*self._codec.encode_said(said), self.turn_end)
 
+    def encode_said(self, text: str, prompt: Ids = ()) -> Ids:
+        """Encode an assistant's turn as it stands, of a data set. Calls in it are already in ``tool_format``.
+
+        A thought that ``prompt`` opened is closed first. Returns the content's ids and the turn's end id.
+        """
+        return (*self._codec.encode_said(self._after_thought(text, prompt)), self.turn_end)
+
     def _after_thought(self, text: str, prompt: Ids) -> str:
         """Close the thought that ``prompt`` opened, where ``text`` does not go on with it."""
         if not self.opens_thought(prompt):

@@ -7,6 +7,7 @@ that needs them.
 from __future__ import annotations
 
 import asyncio
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import tyro
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.cli.common import UsageError, template_variables, write_json
 from areal_agents.cli.eval import Eval
+from areal_agents.cli.finetune import Dpo, Sft
 from areal_agents.cli.plot import Plot
 from areal_agents.cli.resize import Resize
 from areal_agents.cli.sandbox import Sandbox, check_sandbox
@@ -230,10 +232,17 @@ class Algorithms:
     """List the algorithms that a run can choose, with their parameters: ``areal-agents algorithms turn_return``."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
-    """Show one of them whole: formula, source and bias."""
+    """Show one of them whole: formula, source, bias and use; or the settings of a preset."""
+    json: bool = False
+    """Print them as JSON."""
 
     def run(self, overrides: Sequence[str]) -> int:
-        from areal_agents.settings.describe import algorithms_text
+        if self.json:
+            from areal_agents.settings.catalogue import catalogue
+
+            print(json.dumps(catalogue(self.name), indent=2, ensure_ascii=False))
+            return 0
+        from areal_agents.settings.catalogue import algorithms_text
 
         print(algorithms_text(self.name))
         return 0
@@ -282,6 +291,8 @@ class Model:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Sft, tyro.conf.subcommand("sft")]
+    | Annotated[Dpo, tyro.conf.subcommand("dpo")]
     | Annotated[Resize, tyro.conf.subcommand("resize")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]

@@ -16,7 +16,7 @@ import tyro
 
 from areal_agents.cli.common import UsageError, json_alone, write_json
 from areal_agents.errors import ArealError
-from areal_agents.sandbox import SandboxSpec, backends
+from areal_agents.sandbox import Preparing, SandboxSpec, backends
 from areal_agents.tracking.console import plain
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
@@ -115,6 +115,32 @@ class SandboxBuild:
 
 
 @dataclass
+class SandboxPrepare:
+    """Pull images ahead, or build them from folders with a Dockerfile: ``sandbox prepare docker python:3.12 ./task``.
+
+    Runs do it by themselves for the images that an environment names. One that cannot be had is an error.
+    """
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    """A sandbox that has images: ``docker``, ``docker?host=tcp://HOST:2376``."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
+    """Names of images, and paths of folders, which begin with a dot or a slash."""
+
+    def run(self, overrides: Sequence[str]) -> int:
+        asyncio.run(self._prepare())
+        return 0
+
+    async def _prepare(self) -> None:
+        backend = backends().get(self.name)
+        try:
+            if not isinstance(backend, Preparing):
+                raise UsageError(f"sandbox {self.name!r} has no images")
+            await backend.prepare([SandboxSpec(image=image) for image in self.images])
+        finally:
+            await backend.aclose()
+
+
+@dataclass
 class SandboxList:
     """List the sandboxes that can be named, each with what its own probes say of it on this machine."""
 
@@ -175,6 +201,7 @@ class Sandbox:
         Annotated[SandboxExec, tyro.conf.subcommand("exec")]
         | Annotated[SandboxList, tyro.conf.subcommand("list")]
         | Annotated[SandboxBuild, tyro.conf.subcommand("build")]
+        | Annotated[SandboxPrepare, tyro.conf.subcommand("prepare")]
     )
 
     def run(self, overrides: Sequence[str]) -> int:

@@ -52,7 +52,7 @@ class Rescore:
     def run(self, overrides: Sequence[str]) -> int:
         if self.concurrency < 1:
             raise UsageError(f"--concurrency is {self.concurrency}: it must be at least 1")
-        first, last = _steps(self.steps)
+        first, last = step_range(self.steps)
         if self.out is not None and self.out.suffix != ".parquet":
             raise UsageError(f"--out is {self.out}: it must be a file whose name ends with .parquet")
         if self.out is not None:
@@ -211,7 +211,7 @@ class Replay:
         return asyncio.run(play())
 
 
-def _steps(text: str) -> tuple[int, int | None]:
+def step_range(text: str) -> tuple[int, int | None]:
     """Return the first and the last step of ``A:B``, ``A:``, ``:B`` or one step.
 
     The last one is None where it is left out. Raises UsageError.

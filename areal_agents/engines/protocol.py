@@ -52,6 +52,10 @@ class VLLMSettings:
     """None means True on a CPU and False elsewhere."""
     gpu_memory_utilization: float
     tensor_parallel_size: int
+    lora_rank: int = 0
+    """Rank of the adapters that updates bring. 0: they bring whole weights."""
+    lora_targets: tuple[str, ...] = ()
+    """The ends of the names of adapted layers. None: every linear layer of the decoder."""
 
 
 AnySettings = Settings | VLLMSettings

@@ -1,6 +1,7 @@
 """The learning curves of runs and evaluations, as their files tell them: the data of ``areal-agents plot``.
 
-RUN/metrics.jsonl     kind train: a value a step; kind eval/LABEL: held-out values, pass@1 with its interval
+RUN/metrics.jsonl     kinds train, sft, dpo: a value a step; kind eval/LABEL: held-out values, pass@1 with its
+                      interval; kind holdout: the held-out loss of a fine-tuning
 RUN/trajectories      the interval of a step's mean reward, over its groups
 FOLDER/report.json    of an evaluation: one value, at no step
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 from areal_agents.errors import ArealError
 from areal_agents.evaluation.statistics import mean_interval
+from areal_agents.tracking.console import STEPS
 from areal_agents.tracking.one_episode import read_summaries
 from areal_agents.tracking.plot import Curve, Panel, Point
 from areal_agents.tracking.tracker import RESERVED, read_metrics
@@ -61,8 +63,8 @@ def _read(out: Path, name: str) -> Numbers:
     try:
         if (out / "metrics.jsonl").is_file():
             rows = read_metrics(out)
-            training = tuple(row for row in rows if row["kind"] == "train")
-            held_out = tuple(row for row in rows if row["kind"].startswith("eval/"))
+            training = tuple(row for row in rows if row["kind"] in STEPS)
+            held_out = tuple(row for row in rows if row["kind"].startswith("eval/") or row["kind"] == "holdout")
             if training or held_out:
                 return Numbers(out, name, training, held_out)
             raise ArealError(f"{out} has no step and no held-out evaluation yet: there is nothing to draw")
@@ -77,7 +79,10 @@ def _read(out: Path, name: str) -> Numbers:
 
 
 def first_panel(runs: Sequence[Numbers]) -> Panel:
-    """Return the mean reward in training, and pass@1 on held-out tasks."""
+    """Return the mean reward in training and pass@1 on held-out tasks; the losses where all are fine-tunings."""
+    known = set().union(*(run.metrics() for run in runs))
+    if not known & {"reward", _PASS} and "loss" in known:
+        return panel(runs, "loss")[0]
     return Panel("reward", "pass@1", tuple(_curve(run, "reward", _PASS) for run in runs))
 
 

@@ -182,7 +182,7 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
         refuse(out)
         earlier = read_earlier(config) if resume else Earlier()
         earlier.require_tasks(tasks, out=out)
-        await prove_sandbox(spec, config.env.sandbox)
+        await prove_sandbox(spec, config.env.sandbox, tasks)
         served, model = Served(before=earlier.served), ""
         if server is not None and name is not None:
             opener, concurrency = on_server(config, spec, name, server, served), server.concurrency

@@ -50,14 +50,35 @@ def count_parameters(folder: Path) -> int:
 
     Of other files it is the least that they can hold, at four bytes a number.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        return sum(file.stat().st_size // 4 for file in folder.glob("*.bin"))
-    count = 0
-    for file in files:
+    if shapes := _shapes(folder):
+        return sum(map(math.prod, shapes))
+    return sum(file.stat().st_size // 4 for file in folder.glob("*.bin"))
+
+
+def count_adapters(folder: Path, rank: int) -> int:
+    """Return the most numbers that adapters of ``rank`` can be for the weights in ``folder``: one for every matrix.
+
+    Without safetensors files it is the number of weights.
+    """
+    shapes = _shapes(folder)
+    return sum(rank * sum(s) for s in shapes if len(s) == 2) if shapes else count_parameters(folder)
+
+
+def _shapes(folder: Path) -> list[list[int]]:
+    shapes: list[list[int]] = []
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return count
+            shapes += [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    return shapes
+
+
+def is_bf16(folder: Path) -> bool:
+    """Say whether the folder's weights are safetensors files with bf16 numbers alone."""
+    formats: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            formats |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    return formats == {"BF16"}
 
 
 def write_state(path: Path, state: Mapping[str, object]) -> None:
@@ -81,7 +102,9 @@ def read_weights(folder: Path, into: Mapping[str, Tensor]) -> None:
     """
     file = folder / WEIGHTS
     if not file.is_file():
-        raise ModelError(f"{folder} holds no {WEIGHTS}: give the folder that the learner saved")
+        adapters = (folder / "adapter_config.json").is_file()
+        hint = "it is of adapters: set learner.lora as it was" if adapters else "give the folder that the learner saved"
+        raise ModelError(f"{folder} holds no {WEIGHTS}: {hint}")
     found = load_file(file)
     wrong = sorted(set(found) ^ set(into)) + sorted(
         n for n in set(found) & set(into) if found[n].shape != into[n].shape

@@ -20,12 +20,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from areal_agents.errors import ModelError
+from areal_agents.learner.other_weights import in_fp32
 from areal_agents.learner.packing import Ints, Pack, pack_rows
 from areal_agents.learner.tree_attention import TREE, Tree
 
 
-def load_model(source: Path, device: torch.device | None = None) -> PreTrainedModel:
-    """Load a local transformers folder as an fp32 model on ``device``.
+def load_model(source: Path, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a local transformers folder as a model on ``device``, with its matrices in ``dtype`` and the rest in fp32.
 
     Raises ModelError where the folder is no such model.
     """
@@ -34,10 +35,16 @@ def load_model(source: Path, device: torch.device | None = None) -> PreTrainedMo
     logging.disable_progress_bar()  # a second's loading; the bar would stand in the middle of the run's own output
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+            source, dtype=dtype, attn_implementation="sdpa", local_files_only=True
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{source} cannot be loaded as a causal language model: {error}") from error
+    if dtype != torch.float32:
+        for parameter in model.parameters():
+            if parameter.ndim < 2:  # norms and biases: few, and they are computed in fp32
+                parameter.data = parameter.data.float()
+        # The states between layers are fp32 then, as those of an fp32 embedding.
+        model.get_input_embeddings().register_forward_hook(_widen)
     model.eval()  # no dropout: π must be the policy that sampled
     loaded: PreTrainedModel = model if device is None else model.to(device)
     return loaded
@@ -66,7 +73,8 @@ class Decoder:
         for module in self.base.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.register_forward_hook(_cast_under_autocast)
-        self._probe()
+        with in_fp32(model):
+            self._probe()
 
     def checkpoint_layers(self) -> None:
         """Keep no layer's activations from now on, so that the backward pass computes them again.
@@ -152,6 +160,10 @@ class Decoder:
         return True
 
 
+def _widen(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.float()
+
+
 def _cast_under_autocast(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     kind = output.device.type
     return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
@@ -218,16 +230,15 @@ class Scores:
             e = (entropy_grad_T / self.temperature)[:, None]
             grad = logs.exp().mul_(-g - e * (logs + self.entropy_T[:, None]))
         grad.scatter_add_(1, self.targets, g)
-        if self.head.bias is not None:
+        if self.head.bias is not None and self.head.bias.requires_grad:
             _accumulate(self.head.bias, grad.sum(0))
         grad = grad.to(self.weight.dtype)
-        _accumulate(self.head.weight, grad.t() @ self.hidden)
+        if self.head.weight.requires_grad:  # a frozen one costs neither the product nor its memory
+            _accumulate(self.head.weight, grad.t() @ self.hidden)
         return grad @ self.weight
 
 
 def _accumulate(parameter: Tensor, grad: Tensor) -> None:
-    if not parameter.requires_grad:
-        return
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     parameter.grad.add_(grad)

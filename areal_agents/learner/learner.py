@@ -6,7 +6,7 @@
 
 All work runs in the learner's one worker thread. So the event loop goes on, and a cancelled caller leaves its step
 running to the end. Each call waits for the calls before it. ``publish`` also waits for one of two buffers, which is
-free again when an earlier ``publish`` context closes. Not covered: several processes or GPUs, LoRA, a KL term.
+free again when an earlier ``publish`` context closes. Not covered: several processes or GPUs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
@@ -24,7 +24,6 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 
 from areal_agents.algorithms import losses
@@ -38,25 +37,26 @@ from areal_agents.algorithms.objective import (
     live_rows,
     split_episodes,
 )
-from areal_agents.algorithms.offpolicy import OffPolicyStats
+from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
+from areal_agents.algorithms.regularizers import Regularizers, RegularizerStats
 from areal_agents.engine import Transport, WeightsRef
-from areal_agents.errors import CheckpointError, ConfigError, ModelError
-from areal_agents.learner.checkpoint import read_weights, write_model, write_state
+from areal_agents.errors import ConfigError
 from areal_agents.learner.critic import Critic, Values
-from areal_agents.learner.forward import Decoder, load_model
+from areal_agents.learner.forward import Decoder
+from areal_agents.learner.lora import Lora
 from areal_agents.learner.optim import adamw, learning_rate
 from areal_agents.learner.passes import Logprobs, Objective, Passes, Scored
 from areal_agents.learner.probe import probe, probe_ids
+from areal_agents.learner.reference import COLUMN, KlToReference
+from areal_agents.learner.trained import Trained, export_model, load_trained, read_checkpoint, save_checkpoint
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
-from areal_agents.utils.files import atomic_folder, unwritable
 from areal_agents.utils.memory import peak_mib
 from areal_agents.utils.precision import resolve_device, resolve_precision
-from areal_agents.weights.publisher import Publisher, master_weights
+from areal_agents.weights.publisher import Publisher
 from areal_agents.weights.transports import WeightsBuffer, weights_buffers
 
 Metrics = dict[str, float]
 T = TypeVar("T")
-STATE = "learner.pt"
 
 
 class Learner(Protocol):
@@ -99,6 +99,7 @@ class TorchLearner:
         total_steps: int,
         seed: int = 0,
         publish_dtype: torch.dtype = torch.bfloat16,
+        publish_adapters: bool = False,
         max_staleness: int | None = None,
         threads: int | None = None,
         transport: Transport = "shm",
@@ -110,11 +111,12 @@ class TorchLearner:
 
         Args:
             total_steps: batches of the whole run, for the schedule.
+            publish_adapters: engines get the adapters of ``learner.lora`` alone, and not weights with them inside.
             max_staleness: tokens older than so many versions get no gradient (``on_exceed = "mask"``). None is any age.
             threads: cores to compute with. None leaves PyTorch's choice.
             transport: how ``publish`` reaches engines. ``weights_buffers`` explains the three that follow.
         Raises:
-            ModelError: the folder is no causal language model that this learner can train.
+            ModelError: the folder is no causal language model that this learner can train, or not with these adapters.
             ConfigError: the transport cannot be had here.
         """
         self.source = Path(model)
@@ -122,22 +124,26 @@ class TorchLearner:
         self.total_steps, self.seed, self.max_staleness = total_steps, seed, max_staleness
         self._policy = PolicyObjective(
             loss=algorithm.loss, correction=algorithm.correction, aggregation=algorithm.aggregation,
-            max_staleness=max_staleness,
+            mask=algorithm.mask, constant=algorithm.constant, max_staleness=max_staleness,
         )  # fmt: skip
         self._version, self._threads, self.publish_dtype = 0, threads, publish_dtype
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
-        self._decoder = self._executor.submit(self._load).result()
+        self._decoder, self._trained = self._executor.submit(self._load, publish_adapters).result()
         self._model = self._decoder.model
         self._passes = Passes(
             self._decoder, token_budget=learner.token_budget, chunk=learner.logprob_chunk, before_pack=self._use_threads
+        )
+        self._kl = KlToReference(
+            algorithm.kl, self._decoder, token_budget=learner.token_budget, chunk=learner.logprob_chunk
         )
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = self._new_optimizer(learner.lr)
         self._warm: torch.optim.AdamW | None = None
         self._critic = self._executor.submit(self._new_critic).result()
         buffers = weights_buffers(
-            transport, self.tensors(), publish_dtype, weights_dir=weights_dir, host=weights_host, receivers=receivers
-        )
+            transport, self._trained.published(), publish_dtype,
+            weights_dir=weights_dir, host=weights_host, receivers=receivers,
+        )  # fmt: skip
         self._publisher = Publisher(buffers, self._run)
         self._probe_ids = probe_ids(int(self._model.config.vocab_size), seed)
 
@@ -145,9 +151,14 @@ class TorchLearner:
     def version(self) -> int:
         return self._version
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the fp32 master weights by state-dict name, tied tensors under their first name alone."""
-        return master_weights(self._model)
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the fp32 weights by state-dict name, tied ones under their first name alone, adapters merged in."""
+        return self._trained.tensors()
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters, which can be disabled to ask the base model. None where every weight trains."""
+        return self._trained if isinstance(self._trained, Lora) else None
 
     async def step(self, batch: Batch) -> Metrics:
         """Take one optimizer step a minibatch, or none where its gradient is 0 or not finite.
@@ -190,12 +201,12 @@ class TorchLearner:
         return self._publisher.publish(self._fill)
 
     async def export(self, path: Path) -> None:
-        """Write a transformers folder (weights in ``publish_dtype``, configuration, tokenizer), atomically."""
-        await self._run(lambda: self._write(path, self.publish_dtype, state=False))
+        """Write a transformers folder in ``publish_dtype``, atomically. It has adapters merged, and in ``adapter``."""
+        await self._run(lambda: export_model(path, self._trained, self.source, self.publish_dtype))
 
     async def save(self, path: Path) -> None:
-        """Write a checkpoint atomically: a transformers folder in fp32 plus optimizer, version and seed."""
-        await self._run(lambda: self._write(path, torch.float32, state=True))
+        """Write a checkpoint atomically: a transformers or peft folder in fp32 plus optimizer, version and seed."""
+        await self._run(lambda: self._write(path))
 
     async def load(self, path: Path) -> None:
         """Go on from a checkpoint of ``save``. Raises ModelError where it is absent or of another model."""
@@ -223,14 +234,17 @@ class TorchLearner:
         if self._threads and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
 
-    def _load(self) -> Decoder:
+    def _load(self, publish_adapters: bool) -> tuple[Decoder, Trained]:
         self._use_threads()
         device = resolve_device(self.config.device)
         dtype = resolve_precision(self.config.precision, gpu=device.type == "cuda")
-        decoder = Decoder(load_model(self.source, device), dtype)
+        model, trained = load_trained(
+            self.source, device, dtype, self.config.lora, seed=self.seed, publish_adapters=publish_adapters
+        )
+        decoder = Decoder(model, dtype)
         if self.config.gradient_checkpointing:
             decoder.checkpoint_layers()
-        return decoder
+        return decoder, trained
 
     def _new_critic(self) -> Critic | None:
         config = self.algorithm.critic
@@ -243,8 +257,10 @@ class TorchLearner:
         return adamw(self._model, lr=lr, weight_decay=c.weight_decay, betas=c.betas, eps=c.eps)
 
     def _fill(self, buffer: WeightsBuffer) -> WeightsRef:
-        found = probe(self._decoder, self._probe_ids, self.publish_dtype)
-        return replace(buffer.fill(self.tensors(), self._version), probe=found)
+        with self._trained.as_published() as merges:
+            found = probe(self._decoder, self._probe_ids, self.publish_dtype, merges)
+        ref = buffer.fill(self._trained.published(), self._version)
+        return replace(ref, probe=found, kind=self._trained.kind)
 
     def _step(self, batch: Batch) -> Metrics:
         start = time.perf_counter()
@@ -260,8 +276,11 @@ class TorchLearner:
         if self._policy.needs_proximal:
             found, forwarded = self._passes.logprobs([batch.rows[i] for i in live], batch.temperature)
             proximal = dict(zip(live, found, strict=True))
+        stats, terms = OffPolicyStats(), RegularizerStats()
+        batch, more = self._kl.with_column(batch, live)
+        forwarded += more
         lr = learning_rate(version, peak=c.lr, total=self.total_steps, warmup=c.warmup_steps, schedule=c.schedule)
-        stats, loss, norms, skipped, empty = OffPolicyStats(), 0.0, [], 0, 0
+        loss, norms, skipped, empty = 0.0, [], 0, 0
         parts = split_episodes(batch.episodes, c.minibatches, seed=self.seed, version=version)
         for part in parts:
             inside = set(part.tolist())
@@ -274,7 +293,7 @@ class TorchLearner:
                 empty += not alone
                 continue
             chosen, old = [batch.rows[i] for i in rows], [proximal[i] for i in rows] if proximal else None
-            value, tokens = self._passes.backward(chosen, old, batch.temperature, self._objective(counts, stats))
+            value, tokens = self._passes.backward(chosen, old, batch.temperature, self._objective(counts, stats, terms))
             norm = self._apply(self._optimizer, lr)
             if critic is not None and critic.shares:
                 critic.apply()
@@ -282,6 +301,8 @@ class TorchLearner:
             skipped, empty = skipped + (norm is None), empty + (norm == 0.0)
             norms += [] if norm is None else [norm]
         self._version += 1
+        beside = terms.result()
+        beside |= self._kl.end_step(self._version, beside.get("kl_reference"), episodes=batch.episodes)
         seconds = time.perf_counter() - start
         return {
             "loss": loss,
@@ -295,6 +316,7 @@ class TorchLearner:
             "tokens_per_second": forwarded / seconds,
             "memory_peak_mb": peak_mib(),
             **{f"off_policy/{name}": value for name, value in stats.result().items()},
+            **beside,
             **({} if critic is None else critic.metrics()),
         }
 
@@ -304,14 +326,29 @@ class TorchLearner:
             return []
         if self._critic is not None and self._critic.shares:
             return list(range(len(batch.rows)))
-        return live_rows(batch, max_staleness=self.max_staleness, scope=self._policy.scope)
+        return live_rows(
+            batch, max_staleness=self.max_staleness, scope=self._policy.scope, always=self._regularizers.any
+        )
 
-    def _objective(self, counts: Denominators, stats: OffPolicyStats) -> Objective:
-        version = self._version
+    @property
+    def _regularizers(self) -> Regularizers:
+        a = self.algorithm
+        return Regularizers(self._kl.coef, a.kl.estimator, a.entropy)
+
+    def _objective(self, counts: Denominators, stats: OffPolicyStats, terms: RegularizerStats) -> Objective:
+        version, beside, critic = self._version, self._regularizers, self._critic
+
+        def value(scored: Scored, tokens: Tokens) -> Tensor:
+            logprobs_T, extra_T = scored.logprobs_T, None
+            if beside.any:
+                extra_T = beside(logprobs_T, scored.entropy_T, tokens.behaviour, tokens.columns.get(COLUMN), terms)
+            return self._policy(logprobs_T, tokens, counts, stats, version=version, extra_T=extra_T)
+
         return Objective(
-            lambda scored, tokens: self._policy(scored.logprobs_T, tokens, counts, stats, version=version),
+            value,
             scope=self._policy.scope,
-            beside=self._critic.beside if self._critic is not None and self._critic.shares else None,
+            entropy=bool(beside.entropy),
+            beside=critic.beside if critic is not None and critic.shares else None,
         )
 
     def _sft_step(self, rows: tuple[Row, ...], lr: float) -> Metrics:
@@ -328,6 +365,7 @@ class TorchLearner:
 
         loss, forwarded = self._passes.backward(rows, None, 1.0, Objective(imitation))
         norm = self._apply(self._warm, lr)
+        self._kl.moved = True  # training begins elsewhere than in ``source``
         return {
             "loss": loss,
             "grad_norm": 0.0 if norm is None else norm,
@@ -350,23 +388,13 @@ class TorchLearner:
         optimizer.zero_grad(set_to_none=True)
         return norm if math.isfinite(norm) else None
 
-    def _write(self, path: Path, dtype: torch.dtype, *, state: bool) -> None:
-        try:
-            with atomic_folder(path) as folder:
-                write_model(folder, self.tensors(), source=self.source, dtype=dtype)
-                if state:
-                    optimizer = self._optimizer.state_dict()
-                    critic = {} if self._critic is None else {"critic": self._critic.state()}
-                    kept = {"version": self._version, "seed": self.seed, "optimizer": optimizer, **critic}
-                    write_state(folder / STATE, kept)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(str(unwritable(path, error))) from error
+    def _write(self, path: Path) -> None:
+        critic = {} if self._critic is None else {"critic": self._critic.state()}
+        own = {"version": self._version, "seed": self.seed, "optimizer": self._optimizer.state_dict(), **critic}
+        save_checkpoint(path, self._trained, {**own, **self._kl.state()}, source=self.source, also=self._kl.save)
 
     def _read(self, path: Path) -> None:
-        if not (path / STATE).is_file():
-            raise ModelError(f"{path} holds no {STATE}: it is no checkpoint of this learner")
-        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        read_weights(path, self.tensors())
+        state = read_checkpoint(path, self._trained, first=self._kl.load)
         self._optimizer.load_state_dict(state["optimizer"])
         if self._critic is not None:
             self._critic.load(state.get("critic"), version=int(state["version"]))

@@ -5,16 +5,13 @@ An engine proves with it that it has loaded these weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from areal_agents.engine import WeightsProbe
 from areal_agents.learner.forward import Decoder
+from areal_agents.learner.other_weights import NONE, Merges, in_fp32, rounded
 from areal_agents.learner.packing import pack_rows
 
 PROBE_TOKENS = 32
@@ -29,50 +26,25 @@ def probe_ids(vocabulary: int, seed: int, n: int = PROBE_TOKENS) -> tuple[int, .
 
 
 @torch.no_grad()
-def probe(decoder: Decoder, ids: tuple[int, ...], dtype: torch.dtype) -> WeightsProbe:
+def probe(decoder: Decoder, ids: tuple[int, ...], dtype: torch.dtype, merges: Merges = NONE) -> WeightsProbe:
     """Compute what the model says to ``ids`` with its weights rounded to ``dtype``, as they are published.
 
     It computes in fp32, whatever the learner's precision. A difference to it is therefore the engine's rounding, or
-    other weights. Each module's weights are rounded while it computes, so only one module is copied at a time. The cost
-    is one forward of ``len(ids)`` tokens and a pass over the weights.
+    other weights. The cost is one forward of ``len(ids)`` tokens and a pass over the weights.
+
+    Args:
+        decoder: the model.
+        ids: the prompt.
+        dtype: the format that the weights are published in.
+        merges: layers that are published with another weight than they have. Their adapters must be disabled.
     """
     row = np.asarray(ids, np.int64)
     (pack,) = pack_rows([row], token_budget=len(ids), shared=decoder.shared)
-    with _rounded(decoder.model, dtype):
+    with in_fp32(decoder.model, dtype, merges):
         hidden = decoder.hidden(pack).reshape(len(ids), -1)
         head = decoder.head
         targets = torch.from_numpy(row[1:]).to(hidden.device)
-        weight = _round(head.weight, dtype)
-        bias = None if head.bias is None else _round(head.bias, dtype)
-        logits = nn.functional.linear(hidden[:-1].float(), weight, bias)
+        bias = None if head.bias is None else rounded(head.bias, dtype)
+        logits = nn.functional.linear(hidden[:-1].float(), rounded(head.weight, dtype), bias)
     logprobs_T = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
     return WeightsProbe(ids, tuple(logprobs_T.tolist()))
-
-
-def _round(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(dtype).to(tensor.dtype)
-
-
-@contextmanager
-def _rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let every module compute with its own parameters rounded to ``dtype`` while the context is open."""
-    kept: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
-
-    def before(module: nn.Module, args: Any) -> None:
-        kept[module] = [(p, p.data) for p in module._parameters.values() if p is not None]
-        for parameter, data in kept[module]:
-            parameter.data = _round(data, dtype)
-
-    def after(module: nn.Module, *args: Any) -> None:
-        for parameter, data in kept.pop(module, []):
-            parameter.data = data
-
-    owners = [m for m in model.modules() if any(p is not None and p.dtype != dtype for p in m._parameters.values())]
-    hooks = [m.register_forward_pre_hook(before) for m in owners] + [m.register_forward_hook(after) for m in owners]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in list(kept):  # where a forward raised: its weights must not stay rounded
-            after(module)

@@ -8,6 +8,7 @@ wherever it is opened.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -26,8 +27,9 @@ from areal_agents.rollout.env_host import EnvHost, HostLost
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy
 from areal_agents.rollout.script import expert_of
 from areal_agents.rollout.token_policy import EnginePolicy
-from areal_agents.sandbox import SandboxBackend, backends
+from areal_agents.sandbox import Preparing, SandboxBackend, SandboxSpec, backends
 from areal_agents.settings.config import TrainConfig
+from areal_agents.toolenv import ToolEnv
 from areal_agents.types import Task, Trajectory, system, user
 from areal_agents.utils.short_text import text_of
 
@@ -37,6 +39,8 @@ EventSink = Callable[..., None]
 _MAX_HOSTS_LOST = 20
 _TOOL_SECONDS = 60.0
 """What the calls of a tool are taken to need that is not known before its environment is made."""
+_TASKS_AHEAD = 20_000
+"""Tasks of a split whose sandboxes are looked at before a run."""
 _MAX_BLOCKED = 2
 """Attempts at one task whose reset may block the thread."""
 
@@ -246,10 +250,13 @@ def env_maker(spec: EnvSpec, *, sandbox: str, kwargs: Mapping[str, Any]) -> Call
     return lambda: spec.make(**given)
 
 
-async def prove_sandbox(spec: EnvSpec, sandbox: str) -> None:
+async def prove_sandbox(spec: EnvSpec, sandbox: str, tasks: Sequence[Task] | None = None) -> None:
     """Probe the sandbox backend before anything slow starts, where a tool of ``spec`` needs one.
 
-    Raises SandboxUnavailable.
+    What the sessions of ``tasks`` need is fetched, built or refused too; None are the environment's own, as many as
+    are looked at ahead.
+
+    Raises SandboxUnavailable, and ConfigError for sessions that the backend has not.
     """
     cls = spec.env_class()
     if "sandbox" not in inspect.signature(cls).parameters or not any(t.needs_sandbox for t in cls.tools):
@@ -257,5 +264,24 @@ async def prove_sandbox(spec: EnvSpec, sandbox: str) -> None:
     backend: SandboxBackend = backends().get(sandbox)
     try:
         await backend.probe()
+        specs = _sessions_of(spec, tasks)
+        if isinstance(backend, Preparing):
+            await backend.prepare(specs)
+        else:
+            for wanted in specs:
+                async with backend.session(wanted):  # opened at its first call: what it refuses by itself is refused
+                    pass
     finally:
         await backend.aclose()
+
+
+def _sessions_of(spec: EnvSpec, tasks: Sequence[Task] | None) -> list[SandboxSpec]:
+    """Return the different sessions that tasks of an environment have, as far as they are known ahead."""
+    cls = spec.env_class()
+    if not issubclass(cls, ToolEnv):
+        return []
+    if cls.sandbox_of.__func__ is ToolEnv.sandbox_of.__func__:  # type: ignore[attr-defined]
+        return [cls.sandbox_spec]
+    if tasks is None:
+        tasks = [task for split in spec.splits for task in itertools.islice(spec.tasks(split), _TASKS_AHEAD)]
+    return list(dict.fromkeys(cls.sandbox_of(task) for task in tasks))

@@ -6,15 +6,18 @@ Loading (TOML, overrides, "did you mean") lives in ``settings/loading.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
+from areal_agents.algorithms.combinations import Combination
 from areal_agents.algorithms.registry import (
     ADVANTAGES,
     CORRECTIONS,
     LOSSES,
+    MASKS,
     READ_VALUES,
     Choice,
     Registry,
@@ -22,7 +25,11 @@ from areal_agents.algorithms.registry import (
 )
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
+from areal_agents.errors import ConfigError
 from areal_agents.settings.critic import CriticConfig
+from areal_agents.settings.kl import KlConfig
+from areal_agents.settings.lora import MAX_SERVED_RANK, LoraConfig
+from areal_agents.settings.presets import expand
 from areal_agents.settings.section import Count, Fraction, Positive, Section
 
 
@@ -202,8 +209,16 @@ class AlgorithmConfig(Section):
     """The policy loss of a token."""
     correction: Annotated[Choice, *_chosen(CORRECTIONS)] = Choice("bypass")
     """``bypass``: the ratio is taken to the sampler. ``decoupled``: to a proximal policy, weighted by p/μ."""
-    aggregation: Literal["token", "episode"] = "token"
-    """Mean over all sampled tokens, or over episodes of the mean over their tokens."""
+    mask: Annotated[Choice, *_chosen(MASKS)] = Choice("none")
+    """What takes the gradient from tokens, turns or episodes far off the policy, beside the correction's mask."""
+    aggregation: Literal["token", "episode", "sequence", "constant"] = "token"
+    """Mean over all sampled tokens; or over episodes of the mean over their tokens (``episode``), of the sum over them
+    (``sequence``), or of that sum by ``constant`` (Dr. GRPO)."""
+    constant: int | None = Field(default=None, ge=1)
+    """What ``aggregation = "constant"`` divides an episode's sum by, for example the most tokens that it may sample."""
+    entropy: float = Field(default=0.0, ge=0.0)
+    """Weight of an entropy bonus, a token, nats; 0: none."""
+    kl: KlConfig = KlConfig()
     critic: CriticConfig = CriticConfig()
 
     @model_validator(mode="after")
@@ -226,7 +241,8 @@ class AlgorithmConfig(Section):
 
 class LearnerConfig(Section):
     lr: Positive = 5e-6
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; with adapters about ten times that of all weights."""
+    lora: LoraConfig = LoraConfig()
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Decoupled weight decay; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -333,6 +349,14 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, data: Any) -> Any:
+        try:
+            return expand(data) if isinstance(data, Mapping) else data
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         on_ray, c = self.cluster.backend == "ray", self.cluster
@@ -354,9 +378,22 @@ class TrainConfig(Section):
             )
         if on_ray and self.learner.device == "cuda" and not c.learner_gpus:
             raise ValueError("learner.device = 'cuda' on Ray needs cluster.learner_gpus, which is 0: set it to 1")
+        a = self.algorithm
+        combination = Combination(
+            loss=a.loss, correction=a.correction, mask=a.mask, aggregation=a.aggregation, constant=a.constant,
+            minibatches=self.learner.minibatches, staleness=self.rollout.staleness,
+            episode_tokens=self.rollout.episode_tokens,
+        )  # fmt: skip
+        if problems := combination.problems():
+            raise ValueError("; ".join(problems))
         if (warmup := self.algorithm.critic.warmup_steps) >= self.steps:
             raise ValueError(
                 f"algorithm.critic.warmup_steps = {warmup} of steps = {self.steps}: the policy would never move"
+            )
+        if self.learner.lora.publish == "adapter" and self.engine.kind != "vllm":
+            raise ValueError(
+                f"learner.lora.publish = 'adapter' needs engine.kind = 'vllm', and it is {self.engine.kind!r}, which "
+                "serves merged weights: leave it out"
             )
         if self.rollout.max_turn_tokens >= self.model.max_context:
             raise ValueError(
@@ -364,3 +401,11 @@ class TrainConfig(Section):
                 f"{self.model.max_context}"
             )
         return self
+
+    @property
+    def publishes_adapters(self) -> bool:
+        """Whether the engines get adapters, and not whole weights."""
+        lora = self.learner.lora
+        if lora.publish == "auto":
+            return self.engine.kind == "vllm" and 0 < lora.rank <= MAX_SERVED_RANK
+        return lora.publish == "adapter"

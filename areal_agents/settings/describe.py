@@ -7,7 +7,6 @@ may have meant. Everything here is read off the pydantic models of ``settings/co
 from __future__ import annotations
 
 import difflib
-import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ import annotated_types as at
 from pydantic.fields import FieldInfo
 
 from areal_agents.algorithms.registry import REGISTRIES, Choice, Registry
-from areal_agents.errors import ConfigError
 from areal_agents.settings.config import TrainConfig
 from areal_agents.settings.section import Section
 
@@ -212,50 +210,24 @@ def help_text(
         shown = [s for n in names if not leave_out((s := settings()[f"{section}.{n}" if section else n]).key)]
         lines += ["", f"[{section}]" if section else "top level"] if shown else []
         for setting in shown:
-            lines += _help_lines(setting, also.get(setting.key, ""), defaults.get(setting.key))
+            lines += help_lines(setting, also.get(setting.key, ""), defaults.get(setting.key))
             if setting.registry is not None:
                 lines.append(f"      Parameters, as --{setting.key}.NAME: see `areal-agents algorithms`.")
     return "\n".join(lines)
 
 
-def _help_lines(setting: Setting, also: str = "", instead: str | None = None) -> list[str]:
+def help_lines(setting: Setting, also: str = "", instead: str | None = None) -> list[str]:
     """Write the help of one setting, as lines.
 
     ``also`` is its other name. ``instead`` is shown in its default's place.
     """
-    default = "" if setting.info.is_required() else f"; default: {instead or _shown_default(setting.default)}"
+    default = "" if setting.info.is_required() else f"; default: {instead or shown_default(setting.default)}"
     first = f"  --{setting.key}{also}  ({setting.expects}{default})"
     return [first, *(f"      {line}" for line in (setting.info.description or "").splitlines())]
 
 
-def algorithms_text(name: str = "") -> str:
-    """Describe every algorithm that can be chosen, or those called ``name`` with their docstrings whole.
-
-    One of a package that cannot be imported is named with its error. Raises ConfigError where none is called ``name``.
-    """
-    lines: list[str] = []
-    for registry in REGISTRIES.values():
-        kinds = [kind for kind in registry.names() if name in ("", kind)]
-        lines += ["", f"[{registry.key}]", *(line for kind in kinds for line in _lines_of(registry, kind, bool(name)))]
-        if not kinds:
-            del lines[-2:]
-    if not lines:
-        known = ", ".join(kind for registry in REGISTRIES.values() for kind in registry.names())
-        raise ConfigError(f"there is no algorithm {name!r}: there are {known}")
-    return "\n".join(lines[1:])
-
-
-def _lines_of(registry: Registry, kind: str, whole: bool) -> list[str]:
-    try:
-        found, text = parameters(registry.key, kind), inspect.getdoc(registry.function(kind)) or ""
-    except ConfigError as error:
-        return [f"  {kind}  {error}"]
-    lines = [f"  {line}" for line in text.splitlines()] if whole else []
-    head = kind if whole else f"{kind:<12} {text.partition(chr(10))[0]}"
-    return [f"  {head}", *lines, *(f"  {line}" for setting in found.values() for line in _help_lines(setting))]
-
-
-def _shown_default(value: Any) -> str:
+def shown_default(value: Any) -> str:
+    """Write a default as help and the catalogue show it."""
     match value:
         case None:
             return "none"

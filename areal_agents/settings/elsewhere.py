@@ -10,20 +10,25 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-_KL = "there is no KL penalty yet: nothing pulls the policy back to a reference model (docs/limits.md)"
-_LORA = "there is no LoRA yet: every weight trains (docs/limits.md)"
-_ENTROPY = "there is no entropy bonus yet (docs/limits.md)"
+_KL = (
+    "a KL divergence to the policy that training began with has the weight algorithm.kl.coef here, and is estimated as "
+    "algorithm.kl.estimator says; the reference follows by algorithm.kl.refresh, the weight by algorithm.kl.target"
+)
+_DROPOUT = "there is no dropout: the policy that trains must be the one that sampled (docs/lora.md)"
+_ENTROPY = "this is algorithm.entropy here"
 _SHARD = "there is no sharding of the learner over GPUs yet: it computes on one device (docs/limits.md)"
 _QUANT = "there is no quantisation yet: engine.precision and learner.precision are bf16 or fp32 (docs/limits.md)"
 _FILTER = "there is no top-k, top-p or repetition penalty: tokens are drawn from the model's own distribution, at {0}"
 _CLIP = "this is algorithm.loss.clip_low and algorithm.loss.clip_high here"
 
 _MEANINGS: dict[str, tuple[str, ...]] = {
-    _KL: ("kl", "kl_coef", "kl_coeff", "kl_beta", "beta", "init_kl_coef", "kl_loss_coef", "use_kl_loss", "kl_penalty",
+    _KL: ("kl_coef", "kl_coeff", "kl_beta", "beta", "init_kl_coef", "kl_loss_coef", "use_kl_loss", "kl_penalty",
           "use_kl_in_reward", "kl_loss_type", "kl_ctrl", "kl_target", "target_kl", "kl_estimator", "kl_weight",
           "ref_model", "ref_update_steps", "sync_ref_model", "ref_path", "reference_model"),
-    _LORA: ("lora", "lora_r", "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "use_peft", "peft_config",
-            "lora_target_modules"),
+    "this is learner.lora.rank here (docs/lora.md)": ("lora", "lora_r", "lora_rank", "use_peft", "peft_config"),
+    "this is learner.lora.alpha here": ("lora_alpha",),
+    "this is learner.lora.targets here": ("target_modules", "lora_target_modules"),
+    _DROPOUT: ("lora_dropout",),
     "this is algorithm.critic.kind here, and an algorithm.advantage.kind that reads it, such as 'gae'": (
         "use_critic", "value_model", "critic_pretrain", "value_model_path", "critic_model"),
     "this is algorithm.critic.lr here": ("critic_lr", "critic_learning_rate", "value_lr"),
@@ -34,7 +39,7 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     "this is algorithm.advantage.lam here, of 'gae', 'turn_gae' and 'bilevel_gae'": ("gae_lambda", "lambd", "gae_lam"),
     "this is algorithm.advantage.turn_gamma of algorithm.advantage.kind = 'bilevel_gae' here": ("high_level_gamma",),
     "rewards are not whitened: algorithm.critic.whiten whitens advantages": ("whiten_rewards",),
-    _ENTROPY: ("entropy", "entropy_coef", "entropy_coeff", "ent_coef", "entropy_loss_coef"),
+    _ENTROPY: ("entropy_coef", "entropy_coeff", "ent_coef", "entropy_loss_coef"),
     _SHARD: ("zero_stage", "deepspeed", "fsdp", "fsdp_config", "fsdp_size", "strategy",
              "ulysses_sequence_parallel_size", "pipeline_parallel", "pipeline_model_parallel_size",
              "context_parallel_size"),

@@ -26,6 +26,7 @@ from areal_agents.settings.choices import choose, override_choice
 from areal_agents.settings.config import TrainConfig
 from areal_agents.settings.describe import either, nearest, sections, settings
 from areal_agents.settings.elsewhere import meaning_of
+from areal_agents.settings.presets import PRESETS, derived, preset, take_preset
 from areal_agents.settings.tables import contradictions, inner_path, setting_of
 from areal_agents.settings.values import Origins, how_to_write, mismatch, none_of, show, value_of
 
@@ -58,6 +59,8 @@ def find(path: Path | str) -> Path:
     raise ConfigError(f"no such configuration: {path}. {hint}")
 
 
+_PRESET = ("algorithm", "algorithm.preset")
+"""The keys that a preset is named by."""
 Without = Callable[[str], str | None]
 """Says of a key, or of a section, why who reads the settings has no use for it. None where there is use."""
 
@@ -89,8 +92,11 @@ def load(
     tree: dict[str, Any] = {}
     origins: Origins = {}
     problems: list[str] = []
+    table: dict[str, Any] = {}
+    origin = ""
     if path is not None:
         file = find(path)
+        origin = str(file)
         try:
             table = tomllib.loads(file.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -100,9 +106,14 @@ def load(
         table, unused = _split(table, without)
         if left_out is not None:
             left_out += sorted(unused)
-        _merge(tree, origins, problems, table, "", str(file))
     said: dict[str, tuple[str, str | None]] = {}
     pairs = list(_pairs(overrides, problems, short))
+    named = [pair for pair in pairs if normal_key(pair[0]) in _PRESET]
+    pairs = [pair for pair in pairs if pair not in named]
+    try:
+        name = _start(tree, origins, problems, table, origin, named)
+    except ConfigError as error:
+        raise failure([*problems, str(error)]) from error
     problems += contradictions(pairs)
     # Of a table, what says all of it comes first, so that no word is lost by the order.
     for key, raw, flag in sorted(pairs, key=lambda pair: len(inner_path(pair[0]))):
@@ -115,13 +126,41 @@ def load(
     for key in REGISTRIES:
         problems += choose(tree, origins, key)
     try:
-        config = TrainConfig.model_validate(tree)
+        config = TrainConfig.model_validate(tree if name is None else derived(name, tree))
     except ValidationError as error:
         problems += [_sentence(e, origins) for e in error.errors()]
         raise failure(problems) from None
     if problems:
         raise failure(problems)
     return config
+
+
+def _start(
+    tree: dict[str, Any],
+    origins: Origins,
+    problems: list[str],
+    table: dict[str, Any],
+    origin: str,
+    named: Sequence[tuple[str, str | None, str]],
+) -> str | None:
+    """Put a file's settings and those of a preset into ``tree``, and return the preset's name.
+
+    A file's own settings come on top of the preset that it names. A preset that an override names takes the place of
+    the file's whole ``[algorithm]``, and of what else it sets. Raises ConfigError for an unknown preset.
+    """
+    name = take_preset(table)
+    if not named:
+        if name is not None:
+            _merge(tree, origins, problems, preset(name).settings, "", f"algorithm = {name!r}, {origin}")
+        _merge(tree, origins, problems, table, "", origin)
+        return name
+    _, name, flag = named[-1]
+    if name is None:
+        raise ConfigError(f"{flag} needs a value: one of {', '.join(PRESETS)}")
+    table.pop("algorithm", None)
+    _merge(tree, origins, problems, table, "", origin)
+    _merge(tree, origins, problems, preset(name).settings, "", f"{flag} {name}")
+    return name
 
 
 def failure(problems: Sequence[str]) -> ConfigError:
@@ -153,13 +192,15 @@ def _merge(
     for name, value in table.items():
         key = prefix + name
         if key in REGISTRIES:
-            tree[name] = dict(value) if isinstance(value, dict) else {"kind": value}
-            origins |= {f"{key}.{n}": origin for n in tree[name]}
+            entries = dict(value) if isinstance(value, Mapping) else {"kind": value}
+            # Parameters alone are those of the kind that a preset chose, if there is one.
+            tree[name] = entries if "kind" in entries else {**tree.get(name, {}), **entries}
+            origins |= {f"{key}.{n}": origin for n in entries}
         elif key in settings():
             tree[name] = none_of(value, settings()[key])
             origins[key] = origin
         elif key in sections():
-            if isinstance(value, dict):
+            if isinstance(value, Mapping):
                 _merge(tree.setdefault(name, {}), origins, problems, value, key + ".", origin)
             else:
                 problems.append(f"{key} = {show(value)} ({origin}): {key} is a section; write [{key}] and its settings")

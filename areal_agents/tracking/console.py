@@ -17,6 +17,13 @@ SHOWN = (
     ("tokens_per_second", "{:.0f} tok/s"),
 )
 """Metrics of kind ``train`` that the display shows where they are logged, with their formats."""
+FINETUNED = (
+    ("loss", "loss {:.4f}"),
+    ("accuracy", "accuracy {:.2f}"),
+    ("margin", "margin {:.3f}"),
+    ("tokens_per_second", "{:.0f} tok/s"),
+)
+"""Those of a fine-tuning."""
 NOTED = (
     ("unverifiable", "unverifiable {:.0f}"),
     ("verdict_timeouts", "verdict timeouts {:.0f}"),
@@ -24,13 +31,18 @@ NOTED = (
     ("withheld", "cut answers unpaid {:.0f}"),
 )
 """Metrics that it shows where they are not 0."""
+STEPS = ("train", "sft", "dpo")
+"""The kinds whose rows are a run's steps."""
 
 
 def summary(values: Mapping[str, float], kind: str) -> str:
     """Write out the numbers that are worth a line.
 
-    They are those of ``SHOWN`` and ``NOTED`` for training, and all of them otherwise.
+    They are those of ``SHOWN`` and ``NOTED`` for training, of ``FINETUNED`` for fine-tuning, and all of them
+    otherwise.
     """
+    if kind in (*STEPS[1:], "holdout"):
+        return "  ".join(text.format(values[name]) for name, text in FINETUNED if name in values)
     if kind == "train":
         shown = [text.format(values[name]) for name, text in SHOWN if name in values]
         return "  ".join(shown + [text.format(values[name]) for name, text in NOTED if values.get(name)])
@@ -59,10 +71,10 @@ def plain_line(step: int, steps: int | None, values: Mapping[str, float], kind: 
         step: the step that has ended.
         steps: the run's length; None where it is not known.
         values: the step's metrics by name.
-        kind: ``train``, or what else was measured.
+        kind: of ``STEPS``, or what else was measured.
         seconds_a_step: for the estimate of the time left.
     """
-    if kind != "train":
+    if kind not in STEPS:
         return f"{kind} at step {step}  {summary(values, kind)}"
     if steps is None:
         return f"step {step}  {summary(values, kind)}"
@@ -119,7 +131,7 @@ class Bar(Silent):
         self._bar.reset(self._task, completed=self._first_step)
 
     def show(self, step: int, values: Mapping[str, float], kind: str) -> None:
-        if kind == "train":
+        if kind in STEPS:
             self._bar.update(self._task, completed=step, numbers=summary(values, kind))
         else:
             self.line(plain_line(step, None, values, kind, 0.0))

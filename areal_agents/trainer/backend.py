@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,10 +95,14 @@ def engines_text(config: TrainConfig) -> str:
 def engine_spec_of(config: TrainConfig, model: Path, *, threads: int) -> EngineSpec:
     """Return how one engine of a run is started."""
     number: Format = "bf16" if engine_dtype(config) == torch.bfloat16 else "fp32"
-    return engine_spec(
+    spec = engine_spec(
         config.engine, model, max_context=config.model.max_context, threads=threads, format=number,
         on_gpu=_on_gpu(config),
     )  # fmt: skip
+    if not config.publishes_adapters:
+        return spec
+    lora = config.learner.lora
+    return replace(spec, options={**spec.options, "lora_rank": lora.rank, "lora_targets": lora.targets})
 
 
 def _on_gpu(config: TrainConfig) -> bool:
@@ -127,6 +131,7 @@ def learner_settings(config: TrainConfig, transport: Transport, *, threads: int)
         "total_steps": config.steps,
         "seed": config.seed,
         "publish_dtype": engine_dtype(config),
+        "publish_adapters": config.publishes_adapters,
         "max_staleness": config.rollout.staleness if config.rollout.on_exceed == "mask" else None,
         "threads": threads,
         "transport": transport,

@@ -42,7 +42,7 @@ def require_runnable(config: TrainConfig) -> None:
         refuse_biased(a.advantage, judge.declared, judge.name)
         require_votes(judge, r.group_size)
     require_attempts(group_reward_of(spec), config.eval.k)
-    PolicyObjective(loss=a.loss, correction=a.correction, aggregation=a.aggregation)
+    PolicyObjective(loss=a.loss, correction=a.correction, mask=a.mask, aggregation=a.aggregation, constant=a.constant)
     Sampling(r.max_turn_tokens, r.temperature).require_trainable()
     if config.cluster.backend == "local":  # on a cluster the learner's node decides
         resolve_device(config.learner.device)

@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "env.sandbox", "env.step_timeout",
     "learner.lr", "learner.warmup_steps", "learner.schedule", "learner.grad_clip", "learner.token_budget",
     "learner.gradient_checkpointing", "learner.logprob_chunk", "learner.threads", "learner.device",
+    "learner.lora.publish",
     "rollout.concurrency", "rollout.max_retries", "rollout.failure_window", "rollout.failure_budget",
     "rollout.max_bad_tasks",
 )  # fmt: skip

@@ -22,7 +22,7 @@ from areal_agents.errors import LearnerLost
 from areal_agents.evaluation.attempts import run_attempts
 from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.evaluation.report import EvalReport
-from areal_agents.learner.checkpoint import count_parameters
+from areal_agents.learner.checkpoint import count_adapters, count_parameters
 from areal_agents.models import resolve
 from areal_agents.reward import correct_part
 from areal_agents.rollout.demonstrations import demonstration_rows, require_all
@@ -83,8 +83,10 @@ async def open_run(
 def _require_room(config: TrainConfig, folder: RunFolder, model: Path, commit: Commit) -> None:
     """Raise ConfigError where the disk has no room for the checkpoint and the model that the run will end with."""
     done = commit.step >= config.steps and commit.checkpoint is not None
-    models = 2 if config.algorithm.critic.kind == "own" else 1
-    folder.require_room(count_parameters(model), checkpoint=not done, models=models)
+    parameters, rank = count_parameters(model), config.learner.lora.rank
+    trained = min(parameters, count_adapters(model, rank)) if rank else parameters
+    critic = parameters if config.algorithm.critic.kind == "own" else 0
+    folder.require_room(parameters, trained=trained + critic, checkpoint=not done)
 
 
 _BACKENDS = {"local": "areal_agents.trainer.local:open_local", "ray": "areal_agents.cluster.backend:open_ray"}

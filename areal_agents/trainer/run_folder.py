@@ -34,7 +34,7 @@ from areal_agents.utils.files import atomic_folder, is_full, room_to_make, size_
 
 COMMIT_VERSION = 1
 _CHECKPOINT_BYTES = 12
-"""Of one parameter: the weight and two moments, in fp32."""
+"""Of one parameter that trains: the weight and two moments, in fp32."""
 _MODEL_BYTES = 2
 """Of one parameter of the trained model, at least."""
 
@@ -144,13 +144,14 @@ class RunFolder:
             ) from error
         return self
 
-    def require_room(self, parameters: int, *, checkpoint: bool, models: int = 1) -> None:
+    def require_room(self, parameters: int, *, trained: int | None = None, checkpoint: bool) -> None:
         """Raise ConfigError where the disk has no room for what the run will write for certain.
 
-        That is the trained model, and a checkpoint of all ``parameters`` of so many ``models`` where ``checkpoint`` is
-        true.
+        That is the model of all ``parameters``, and where ``checkpoint`` is true a checkpoint of those that are
+        ``trained``. None means all.
         """
-        self.checkpoint_bytes = models * parameters * _CHECKPOINT_BYTES
+        trained = parameters if trained is None else trained
+        self.checkpoint_bytes = trained * _CHECKPOINT_BYTES
         need = parameters * _MODEL_BYTES + (self.checkpoint_bytes if checkpoint else 0)
         if (free := shutil.disk_usage(self.out).free) < need:
             what = "a checkpoint and the trained model" if checkpoint else "the trained model"

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from areal_agents.algorithms.losses import ppo
-from areal_agents.algorithms.offpolicy import OffPolicyStats, age_mask, bypass, decoupled, log_ratio
+from areal_agents.algorithms.offpolicy import age_mask, bypass, decoupled, log_ratio
+from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
 
 ICEPOP = (0.5, 5.0)
 

@@ -16,11 +16,11 @@ from areal_agents.algorithms import advantages, losses, offpolicy
 from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.estimator import Estimator, per_turn
 from areal_agents.algorithms.objective import Denominators, PolicyObjective, Tokens
-from areal_agents.algorithms.offpolicy import OffPolicyStats
+from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
 from areal_agents.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, REGISTRIES, Choice
 from areal_agents.errors import ConfigError
+from areal_agents.settings.catalogue import algorithms_text
 from areal_agents.settings.config import AlgorithmConfig
-from areal_agents.settings.describe import algorithms_text
 
 PACKAGE = """
 from typing import Annotated
@@ -83,8 +83,8 @@ def test_ours() -> None:
     assert LOSSES.options(Choice("ppo")) == {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}
     assert CORRECTIONS.function("bypass") is offpolicy.bypass
     assert CORRECTIONS.takes(Choice("bypass")) == ("logprobs_T", "behaviour_T")
-    assert CORRECTIONS.takes(Choice("decoupled")) == ("proximal_T", "behaviour_T")
-    assert CORRECTIONS.options(Choice("decoupled")) == {"truncate": None, "token_mask": (0.5, 5.0)}
+    assert CORRECTIONS.takes(Choice("decoupled")) == ("proximal_T", "behaviour_T", "episodes_T", "turns_T")
+    assert CORRECTIONS.options(Choice("decoupled")) == {"scope": "token", "truncate": None, "token_mask": (0.5, 5.0)}
 
 
 def test_every_parameter_of_ours_is_explained_and_has_a_default() -> None:
@@ -169,7 +169,7 @@ def test_the_list_of_algorithms() -> None:
     assert one.startswith("[algorithm.advantage]\n  grpo\n  Compare each episode")
     assert "2402.03300" in one
     assert "turn_return" not in one
-    with pytest.raises(ConfigError, match=r"there is no algorithm 'otb': there are turn_return, grpo, .*ppo, bypass"):
+    with pytest.raises(ConfigError, match=r"there is no algorithm 'otb': there are turn_return, grpo, .*ppo, .*bypass"):
         algorithms_text("otb")
 
 
@@ -379,7 +379,7 @@ def test_python_reads_what_it_writes() -> None:
     made = AlgorithmConfig(advantage=Choice("grpo", {"normalize": False}), correction=Choice("decoupled"))
     table = made.model_dump()
     assert table["advantage"] == {"kind": "grpo", "normalize": False}
-    assert table["correction"] == {"kind": "decoupled", "truncate": None, "token_mask": (0.5, 5.0)}
+    assert table["correction"] == {"kind": "decoupled", "scope": "token", "truncate": None, "token_mask": (0.5, 5.0)}
     assert AlgorithmConfig.model_validate(table) == made
     assert AlgorithmConfig.model_validate_json(made.model_dump_json()) == made
     for wrong in ({"gamma": 1.0}, {"kind": 3}):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def smooth_adamw(model: Any, c: LearnerConfig = SMOOTH) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=0.0, foreach=False)
 
 
-def largest_difference(a: dict[str, Tensor], model: Any) -> float:
+def largest_difference(a: Mapping[str, Tensor], model: Any) -> float:
     b = model.state_dict()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 

@@ -76,7 +76,7 @@ def test_no_way_out_of_a_step_leaves_a_gradient(tmp_path: Path, fails: str, monk
             if fails == "in the optimizer":
                 monkeypatch.setattr(it._optimizer, "step", broken)
             else:  # the first pack is through: its gradients are there
-                monkeypatch.setattr(it, "_use_threads", broken_call(it._use_threads, 3, broken))
+                monkeypatch.setattr(it._passes, "_before", broken_call(it._passes._before, 2, broken))
             with pytest.raises(RuntimeError, match="out of memory"):
                 await it.step(batch)
         assert without_gradients(it)
@@ -99,7 +99,7 @@ def test_a_warm_start_step_that_fails_leaves_no_gradient(tmp_path: Path, monkeyp
         def broken(*args: Any) -> Any:
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(it, "_use_threads", broken_call(it._use_threads, 3, broken))
+        monkeypatch.setattr(it._passes, "_before", broken_call(it._passes._before, 2, broken))
         with pytest.raises(RuntimeError, match="out of memory"):
             await it.sft_step(rows, lr=1e-3)
         assert without_gradients(it)

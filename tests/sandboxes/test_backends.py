@@ -18,7 +18,7 @@ import areal_agents.sandboxes as sandboxes
 from areal_agents.errors import SandboxError, SandboxUnavailable
 from areal_agents.sandbox import SandboxSpec
 from areal_agents.sandboxes import bubblewrap, launch, memory, probes
-from areal_agents.sandboxes.session import BubblewrapSession
+from areal_agents.sandboxes.session import HeldSession
 from tests import sandbox_suite as suite
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,7 @@ def test_root_never_runs_bwrap_as_root() -> None:
             await asyncio.gather(suite.run(first, ""), suite.run(second, ""))
             found = []
             for session in (first, second):
-                assert isinstance(session, BubblewrapSession)
+                assert isinstance(session, HeldSession)
                 assert session._holder is not None
                 found.append(session._holder.host_uid())
                 assert session._holder._process is not None
@@ -193,7 +193,7 @@ def test_a_dead_sandbox_is_an_error_not_an_output() -> None:
     async def die() -> None:
         backend = bubblewrap.BubblewrapBackend(pool=0)
         async with backend.session(suite.SPEC) as sandbox:
-            assert isinstance(sandbox, BubblewrapSession)
+            assert isinstance(sandbox, HeldSession)
             process = await sandbox.spawn(["/bin/cat"])
             call = asyncio.ensure_future(suite.run(sandbox, "import time; time.sleep(600)", timeout=600))
             await process.send(b"x")
@@ -268,7 +268,7 @@ def test_a_dead_sandbox_leaves_the_pool() -> None:
         backend = bubblewrap.BubblewrapBackend(pool=1)
         async with backend.session(suite.SPEC) as sandbox:
             await suite.run(sandbox, "")
-        (holder,) = await asyncio.gather(*backend._warm[suite.SPEC])
+        (holder,) = await asyncio.gather(*backend._pool._warm[suite.SPEC])
         holder.kill()
         await holder.gone
         async with backend.session(suite.SPEC) as sandbox:
@@ -303,7 +303,7 @@ async def main():
     backend = BubblewrapBackend(pool=1, preload="".join(sys.argv[1:]))
     async with backend.session(SandboxSpec()) as sandbox:
         process = await sandbox.spawn(["/bin/cat"])
-        warm = [await task for task in backend._warm[SandboxSpec()]]
+        warm = [await task for task in backend._pool._warm[SandboxSpec()]]
         zygote = [backend._zygote._holder] if backend._zygote else []
         print(*(holder.pid for holder in (sandbox._holder, *warm, *zygote)), flush=True)
         await asyncio.sleep(600)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import re
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
@@ -92,6 +93,44 @@ def test_a_shell_keeps_its_state(backend: str) -> None:
             await console.call("echo \0", timeout=60)
 
     play(backend, "shell", scene)
+
+
+FIGURE = r"""
+from matplotlib.figure import Figure
+free = Figure()
+free.subplots().plot([1, 2])
+free"""
+
+
+def test_figures_become_pictures() -> None:
+    """In the Python that runs the tests, which has matplotlib."""
+
+    async def scene(console: Console, sandbox: Sandbox) -> None:
+        made: list[int] = []
+
+        async def drawn(code: str, status: str = "ok") -> int:
+            done = await console.call(code, timeout=120)
+            assert done.status == status, done
+            names = re.findall(rb"\[picture: .*/(picture-\d+\.png)\]\n", done.output)
+            for name in names:
+                assert (await sandbox.read_file(name.decode(), 1 << 20)).startswith(b"\x89PNG\r\n")
+            made.append(len(names))
+            return len(names)
+
+        assert await drawn("import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.show()") == 1
+        assert await drawn("fig, ax = plt.subplots(); ax.plot([1]); plt.figure(); fig") == 2
+        assert await drawn("ax.plot([2]); None") == 0
+        assert await drawn("fig") == 1  # it is closed, and shown again
+        assert await drawn(FIGURE) == 1  # of no pyplot
+        assert await drawn("plt.plot([1]); 1 / 0", "error") == 1
+        assert await drawn("plt.get_fignums()") == 0  # what failed left nothing
+        assert await drawn("plt.plot([1]); plt.title('$x^$'); None", "error") == 0
+        assert await drawn("plt.get_fignums()") == 0  # nor does what cannot be drawn
+        assert await drawn("plt.savefig('mine.png'); plt.close('all')") == 0
+        assert await drawn("class P:\n    def _repr_png_(self): return b'\\x89PNG\\r\\n'\nP()") == 1
+        assert made == [1, 2, 0, 1, 1, 1, 0, 0, 0, 0, 1]
+
+    play(f"unsafe_local?python={sys.prefix}", "python", scene)
 
 
 def test_a_call_is_interrupted_and_the_state_is_kept() -> None:
@@ -186,6 +225,33 @@ def test_background_work_goes_on_where_it_may() -> None:
         assert not any("sleep 602" in text for text in late.left)
 
     play("bubblewrap", "shell", scene, background=True)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_shell_that_cannot_fork_keeps_its_state(background: bool) -> None:
+    async def scene(console: Console, sandbox: Sandbox) -> None:
+        assert (await console.call("x=5; cd /tmp", timeout=60)).state == "kept"
+        many = await console.call("for i in {1..200}; do sleep 1000 & done", timeout=2)
+        assert (many.status, many.state, b"fork: retry" in many.output) == ("timeout", "kept", True)
+        assert len(many.left) == 32  # those that are named
+        assert await say(console, "echo $x; pwd") == ("ok", b"5\n/tmp\n")
+        if background:  # there is still no room; the shell itself can make some
+            full = await console.call("ls /; echo never", timeout=1)
+            assert (full.state, b"never" in full.output) == ("kept", False)
+            assert (await console.call("kill -9 %2 %3 %4; wait %2 %3 %4", timeout=60)).state == "kept"
+        assert (await say(console, "y=$(echo $x | cat); set +m; echo $y"))[1].splitlines()[-1] == b"5"
+
+    play("bubblewrap", "shell", scene, background=background)
+
+
+def test_a_shell_outlives_a_fork_bomb() -> None:
+    async def scene(console: Console, sandbox: Sandbox) -> None:
+        assert (await console.call("x=5", timeout=60)).state == "kept"
+        bomb = await console.call("b() { b | b & }; b; while :; do :; done", timeout=2)
+        assert (bomb.status, bomb.state, b"fork: retry" in bomb.output) == ("timeout", "kept", True)
+        assert (await console.call("echo $(echo $x)", timeout=60)).output == b"5\n"
+
+    play("bubblewrap", "shell", scene)
 
 
 def test_threads_stand_still_between_the_calls() -> None:

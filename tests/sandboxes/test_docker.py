@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from areal_agents.cli.main import main
 from areal_agents.envs.arithmetic import Arithmetic
 from areal_agents.errors import ConfigError, RegistryError, SandboxError, SandboxUnavailable
 from areal_agents.sandbox import SandboxSpec, open_console
-from areal_agents.sandboxes import docker_backend, docker_engine, docker_image
+from areal_agents.sandboxes import docker_backend, docker_containers, docker_engine, docker_image
 from areal_agents.sandboxes.docker_backend import DockerBackend
 from areal_agents.sandboxes.subject import SPEC, run, value
 from areal_agents.sandboxes.suite import Finding
@@ -32,32 +30,14 @@ from areal_agents.tools.bash import bash
 from areal_agents.tools.files import FILE_TOOLS
 from areal_agents.tools.python import python
 from tests.envs.test_arithmetic import InSession, demonstrate
-from tests.sandboxes.test_backends import ROOT, need
+from tests.sandboxes.engines import containers, play
+from tests.sandboxes.test_backends import ROOT
 from tests.sandboxes.test_suite import NAMES, check, fail_unless_good
 from tests.tools.sessions import call
 from tests.tools.sessions import play as play_tools
 from tests.tools.test_files import TRAPS
 
 pytestmark = pytest.mark.docker
-
-
-@pytest.fixture(scope="session")
-def engine() -> Iterator[Any]:
-    """The SDK's client of the engine that the environment names, with the backend's image."""
-    docker = pytest.importorskip("docker") if os.environ.get("CI") != "true" else __import__("docker")
-    try:
-        client = docker.from_env(timeout=60)
-        client.ping()
-    except docker.errors.DockerException as error:
-        need(None, f"a Docker engine: {error}")
-    asyncio.run(docker_image.build())
-    yield client
-    client.close()
-
-
-def containers(engine: Any) -> list[Any]:
-    found: list[Any] = engine.containers.list(all=True, filters={"label": docker_engine.LABEL}, ignore_removed=True)
-    return found
 
 
 @pytest.fixture(scope="session")
@@ -72,23 +52,6 @@ def test_docker(name: str, findings: dict[str, Finding]) -> None:
 
 def test_the_suite_left_no_container(engine: Any, findings: dict[str, Finding]) -> None:
     assert containers(engine) == []
-
-
-def play(calls: Callable[[DockerBackend], Awaitable[None]], **options: Any) -> None:
-    async def whole() -> None:
-        async with opened(**options) as backend:
-            await calls(backend)
-
-    asyncio.run(whole())
-
-
-@contextlib.asynccontextmanager
-async def opened(**options: Any) -> AsyncIterator[DockerBackend]:
-    backend = DockerBackend(**{"pool": 0, **options})
-    try:
-        yield backend
-    finally:
-        await backend.aclose()
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +92,7 @@ def test_any_image(without_python: str) -> None:
 
 def test_an_image_of_the_backend(without_python: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     async def calls(backend: DockerBackend) -> None:
-        await backend.prepare(without_python)
+        await backend.prepare([SandboxSpec(image=without_python)])
         async with backend.session(SandboxSpec()) as sandbox:
             assert (await sandbox.exec(["cat", "/opt/mark"], timeout=60)).stdout == b"mine\n"
 
@@ -168,7 +131,7 @@ def test_limits_reach_the_engine(engine: Any) -> None:
             (container,) = containers(engine)
             settings = container.attrs["HostConfig"]
             assert settings["Memory"] == settings["MemorySwap"] == 300 << 20
-            assert (settings["PidsLimit"], settings["NanoCpus"]) == (8 + docker_backend.SPARE_PLACES, 500_000_000)
+            assert (settings["PidsLimit"], settings["NanoCpus"]) == (8 + docker_containers.SPARE_PLACES, 500_000_000)
             assert (settings["NetworkMode"], settings["ReadonlyRootfs"], settings["CapDrop"]) == ("none", True, ["ALL"])
             assert settings["Privileged"] is False
             assert container.attrs["Config"]["User"].partition(":")[0].isdigit()
@@ -305,7 +268,8 @@ def test_live_output_is_taken_as_it_is_asked_for(engine: Any) -> None:
     [
         ({"host": "unix:///nowhere/sock"}, "no engine answers at unix:///nowhere/sock"),
         ({"host": "tcp://127.0.0.1:9"}, "no engine answers"),
-        ({"runtime": "no-such-runtime"}, "no-such-runtime"),
+        ({"runtime": "no-such-runtime"}, "has no runtime 'no-such-runtime', only .*runc.*daemon.json"),
+        ({"runtime": "runsc"}, "has no runtime 'runsc', only .*runc.*gvisor.dev/docs/user_guide/install"),
     ],
 )
 def test_what_is_refused(options: dict[str, str], message: str, engine: Any) -> None:
@@ -346,7 +310,7 @@ def test_what_the_engine_did_not_remove_is_removed_later(engine: Any) -> None:
             await run(sandbox, "")
             labels = {docker_engine.LABEL: "1", docker_engine.BACKEND: backend._own}
             engine.containers.create(docker_image.IMAGE, ["/bin/true"], labels=labels)
-            backend._left = True  # as after a removal that the engine, going away, did not do
+            backend._containers.left = True  # as after a removal that the engine, going away, did not do
             async with backend.session(SPEC) as second:
                 await run(second, "")
                 assert len(containers(engine)) == 2  # of the two sessions

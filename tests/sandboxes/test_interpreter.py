@@ -132,7 +132,30 @@ def test_the_base_may_lie_outside_usr(folder: Path, base: Path) -> None:
     (folder / "links/python3").symlink_to(base / "bin/python3")
     (environment / "bin/python3").unlink()
     (environment / "bin/python3").symlink_to(folder / "links/python3")
-    assert run(f"bubblewrap?python={environment}", "import greeting; print(1)") == [ToolResult("1")]
+    for more in ("", "&preload=json"):
+        assert run(f"bubblewrap?python={environment}{more}", "import greeting; print(1)") == [ToolResult("1")]
+
+
+def test_a_link_that_code_could_replace_is_refused(tmp_path: Path) -> None:
+    link = Path("/tmp", f"areal-agents-{tmp_path.name}")
+    link.symlink_to("/usr/bin/python3")
+    try:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin/python3").symlink_to(link)
+        with pytest.raises(SandboxUnavailable, match=f"{link} is a link in /tmp, which code in a sandbox may replace"):
+            interpreter.find(str(tmp_path), "bubblewrap")
+    finally:
+        link.unlink()
+
+
+def test_what_lies_below_tmp_is_kept_in_folders_that_are_not_written() -> None:
+    links = (("/tmp/c/d/python3", "/usr/bin/python3"), ("/opt/python3", "/usr/bin/python3"))
+    found = interpreter.Interpreter(
+        "/tmp/a/b/bin/python3", mounts=("/tmp/a/b", "/tmp/e", "/tmp/e/f", "/opt/g"), links=links
+    )
+    assert found.covered == {
+        "mounts": ["/tmp/a/b", "/tmp/e", "/tmp/e/f"], "links": [links[0]], "fixed": ["/tmp/a", "/tmp/c"]
+    }  # fmt: skip
 
 
 @pytest.mark.usefixtures("bwrap")

@@ -126,6 +126,11 @@ def test_code_finds_the_packages_and_cannot_change_them(
                 write = await python(sandbox, "import areal_tiny; open(areal_tiny.__file__, 'a').write('answer = 43')")
                 assert b"Read-only file system" in write.stderr or b"Permission denied" in write.stderr
                 assert (await python(sandbox, "open('/tmp/own', 'w'); print('own')")).stdout == b"own\n"
+                # Else it could put a Python of its own in this one's place, for whoever runs python3 here next.
+                top = "/".join(folder.parts[1:3])
+                for code in (f"import os; os.rename('/{top}', '/tmp/moved')", f"open('/{top}/x', 'w')"):
+                    refused = await python(sandbox, code)
+                    assert b"busy" in refused.stderr or b"Read-only file system" in refused.stderr, refused
         finally:
             await backend.aclose()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,11 +64,30 @@ def test_rlimits_keep_the_sum_below_the_bound() -> None:
     # 512 MB - 3 x 64 MB of tmpfs - 24 MB leave 296 MB: three processes of 98.67 MB.
     default = memory.RlimitBound().limits(SandboxSpec())
     assert (default["NPROC"], default["AS"]) == (4, (296 << 20) // 3)
+    # 2048 MB less the same leave 1832 MB: nine of 203.6 MB, not nineteen of 96. 808 MB of 1024 are four of 202 MB.
+    for memory_, places in ((2 << 30, 9), (1 << 30, 4)):
+        limits = memory.RlimitBound().limits(SandboxSpec(memory=memory_))
+        assert (limits["NPROC"], limits["AS"] >> 20) == (places + 1, {9: 203, 4: 202}[places])
     # A program without others beside it: all the 296 MB, and 64 places beside pid 1's for its threads.
     assert memory.alone(SandboxSpec()) == {"AS": 296 << 20, "NPROC": 65, "STACK": 2 << 20}
     for bound in (memory.RlimitBound(), memory.ScopeBound(), memory.CgroupBound(Path("/"), 2)):
         with pytest.raises(ConfigError, match="Set memory to 327155712 or more"):  # 192 + 24 + 96 MB
             bound.limits(SandboxSpec(memory=64 << 20))
+
+
+def test_cgroups_of_dead_hosts_are_removed(tmp_path: Path) -> None:
+    with subprocess.Popen(["/bin/true"]) as ended:
+        dead = ended.pid
+    names = (f"u{dead}-1", f"u{dead}-2", f"u{dead}-3", f"u{os.getpid()}-1", "7", f"u{dead}-1x")
+    for name in names:
+        (tmp_path / f"areal-agents-{name}").mkdir()
+        os.utime(tmp_path / f"areal-agents-{name}", (0, 0))
+    (tmp_path / f"areal-agents-u{dead}-2" / "holds").touch()
+    os.utime(tmp_path / f"areal-agents-u{dead}-2", (0, 0))
+    os.utime(tmp_path / f"areal-agents-u{dead}-3")  # made just now
+    memory.CgroupBound(tmp_path, 1).reap()
+    left = sorted(folder.name for folder in tmp_path.iterdir())
+    assert left == sorted(f"areal-agents-{name}" for name in names[1:])
 
 
 def test_a_cgroup_leaves_address_space_to_threads() -> None:

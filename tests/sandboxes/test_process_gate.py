@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from areal_agents.sandbox import ExecResult, ProbeReport, Sandbox, SandboxSpec
-from areal_agents.sandboxes import bubblewrap, interpreter, memory, probes, process_gate, seccomp
+from areal_agents.sandboxes import bubblewrap, interpreter, launch, memory, probes, process_gate, seccomp
 from tests import sandbox_suite as suite
 from tests.sandboxes.test_backends import bwrap, need
 
@@ -75,7 +75,7 @@ def play(
 ) -> None:
     """Make calls in a default session whose memory is bounded in that way, by default the best one here."""
     if isinstance(bound, _ScopeWithoutSystemd):  # for want of the scope, its memory probe would not hold
-        proved = {(os.geteuid(), interpreter.SYSTEM): (ProbeReport("bubblewrap"), bound)}
+        proved = {(os.geteuid(), interpreter.SYSTEM, ()): (ProbeReport("bubblewrap"), bound, False)}
         monkeypatch.setattr(bubblewrap, "_reports", proved)
     elif bound is not None:
         monkeypatch.setattr(bubblewrap, "_reports", {})
@@ -167,6 +167,55 @@ def test_memory_holds_whatever_a_program_does_first(monkeypatch: pytest.MonkeyPa
 
     gated()
     play(monkeypatch, memory.RlimitBound(), calls)
+
+
+@pytest.mark.parametrize(
+    ("held", "alone", "expected"),
+    [
+        (10, True, {"AS": 100, "NPROC": 4}),  # three of 74 fit in 300; there are no more places than others have
+        (86, True, {"AS": 150, "NPROC": 3}),  # 86 and 64 of room are 150
+        (236, True, {"AS": 300, "NPROC": 2}),
+        (237, True, None),
+        (36, False, {"AS": 100, "NPROC": 4}),
+        (37, False, None),
+    ],
+)
+def test_a_fork_of_an_interpreter_fits_or_is_none(held: int, alone: bool, expected: dict[str, int] | None) -> None:
+    request = {"limits": {"AS": 100 << 20, "NPROC": 4}, "alone": alone, "gate": {"limits": {"AS": 300 << 20}}}
+    found = process_gate.fits(request, held << 20)
+    assert (found and {"AS": found["AS"] >> 20, "NPROC": found["NPROC"]}) == expected
+    del request["gate"]  # of a kernel without one: everything has a share
+    assert (process_gate.fits(request, held << 20) is None) == (held > 36)
+    assert process_gate.fits({"limits": {"CPU": 1}, "alone": True}, held << 40) == {"CPU": 1}
+
+
+@pytest.mark.parametrize("room", [64, 120])
+def test_what_is_imported_counts_in_every_process(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more room to each, in place of modules that take much: there are fewer processes, or new interpreters."""
+    gated()
+    monkeypatch.setattr(bubblewrap, "_reports", {})
+    monkeypatch.setattr(memory, "detect", memory.RlimitBound)
+    source, given = launch.supervisor_source(True), b"ROOM = %d << 20"
+    assert given % 64 in source
+    monkeypatch.setattr(launch, "supervisor_source", lambda warm: source.replace(given % 64, given % room))
+    mark = "import sys\nprint('decimal' in sys.modules)\n"
+
+    async def main() -> None:
+        backend = bubblewrap.BubblewrapBackend(preload="json,decimal", pool=0)
+        async with backend.session(SandboxSpec()) as sandbox:
+            done = await suite.run(sandbox, mark + FORK + LIMITS)
+            shared = SHARED if room == 64 else f"{(296 << 20) // 2} 3"
+            assert text(done).splitlines() == ["True", "0", shared]
+            process = await sandbox.spawn(["/bin/cat"])
+            done = await suite.run(sandbox, mark + LIMITS)
+            assert text(done).splitlines() == [str(room == 64), SHARED]
+            await process.kill()
+            done = await sandbox.exec(["/bin/sh", "-c", "echo a | cat; python3 -I -c 'print(1)'"], timeout=60)
+            assert text(done) == "a\n1"
+        assert any("What is imported" in note for note in (await backend.probe()).notes)
+        await backend.aclose()
+
+    asyncio.run(main())
 
 
 PRLIMIT = """

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from areal_agents.sandbox import Probe, ProbeReport
 from areal_agents.sandboxes import suite
 from areal_agents.sandboxes.attacks import ATTACKS
 from areal_agents.sandboxes.conformance import CONFORMANCE
+from areal_agents.sandboxes.subject import NotContained, NotTried, held, tried
 from areal_agents.sandboxes.suite import Finding
 from tests.sandboxes.test_backends import ROOT, bwrap, need
 
@@ -69,8 +70,8 @@ def _as_nobody(folder: Path, python: str, *args: str) -> subprocess.CompletedPro
 
 
 @pytest.fixture(scope="session")
-def as_plain_user(bwrap: None) -> Iterator[dict[str, Finding]]:
-    """The suite's results as ``nobody``, who reads neither this checkout's folder nor its Python."""
+def plain_users_check(bwrap: None) -> Iterator[Callable[[str], dict[str, Finding]]]:
+    """The suite as ``nobody`` runs it, who reads neither this checkout's folder nor its Python."""
     need(os.geteuid() == 0, "root, to become a plain user")
     need(shutil.which("runuser"), "runuser: apt-get install util-linux")
     pyseccomp = importlib.util.find_spec("pyseccomp")
@@ -99,16 +100,35 @@ def as_plain_user(bwrap: None) -> Iterator[dict[str, Finding]]:
         python = next(usable, None)
         need(python, "a Python 3.11 or later that a plain user can run: apt-get install python3")
         assert python is not None
-        done = _as_nobody(folder, python, "-m", "areal_agents.sandboxes.suite", "bubblewrap")
-        assert done.returncode == 0, done.stderr
-        yield by_name(json.loads(done.stdout))
+
+        def check(name: str) -> dict[str, Finding]:
+            done = _as_nobody(folder, python, "-m", "areal_agents.sandboxes.suite", name)
+            assert done.returncode == 0, done.stderr
+            return by_name(json.loads(done.stdout))
+
+        yield check
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def as_plain_user(plain_users_check: Callable[[str], dict[str, Finding]]) -> dict[str, Finding]:
+    return plain_users_check("bubblewrap")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bubblewrap_as_plain_user(name: str, as_plain_user: dict[str, Finding]) -> None:
     fail_unless_good(as_plain_user[name])
+
+
+@pytest.fixture(scope="session")
+def as_plain_user_from_a_zygote(plain_users_check: Callable[[str], dict[str, Finding]]) -> dict[str, Finding]:
+    return plain_users_check("bubblewrap?preload=json,decimal")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bubblewrap_as_plain_user_from_a_zygote(name: str, as_plain_user_from_a_zygote: dict[str, Finding]) -> None:
+    fail_unless_good(as_plain_user_from_a_zygote[name])
 
 
 @pytest.fixture(scope="session")
@@ -150,3 +170,12 @@ def test_what_a_report_says() -> None:
         assert not bad.passed
         assert bad.to_json()["attacks"][0]["status"] == status
         assert "FAILED, 0 of 1" in bad.summary()
+
+
+def test_what_was_seen_is_told_without_quotes_and_control_characters() -> None:
+    with pytest.raises(NotContained) as text:
+        held(False, "8 files of\x1b[2J the host's /tmp")
+    assert str(text.value) == "8 files of\\x1b[2J the host's /tmp"
+    with pytest.raises(NotTried) as other:
+        tried([], {"a": "b" * 1000})
+    assert str(other.value) == "the attack did not run: {'a': '" + "b" * 593

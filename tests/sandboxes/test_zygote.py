@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +23,7 @@ from areal_agents.sandboxes import memory, warm_python
 from areal_agents.sandboxes.bubblewrap import BubblewrapBackend
 from areal_agents.sandboxes.launch import Tools
 from areal_agents.sandboxes.zygote import obstacle
-from tests.sandboxes.test_backends import need
+from tests.sandboxes.test_backends import ROOT, need
 
 SPEC = SandboxSpec(disk=16 << 20)
 MODULES = "json,decimal"
@@ -154,6 +158,30 @@ def test_a_module_that_is_not_there_is_said() -> None:
             BubblewrapBackend(preload=wrong)
 
 
+COLLAPSED = """
+import re, sys
+from areal_agents.sandboxes import warm_python
+def huge():
+    return int(re.search(r"AnonHugePages:\\s+(\\d+)", open("/proc/self/smaps_rollup").read())[1]) >> 10
+before = huge()
+warm_python.preload(["much"])
+import gc, much
+print(before, huge(), len(much.kept), gc.get_freeze_count() > 1000)
+"""
+
+
+def test_what_was_imported_lies_in_huge_pages_and_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "much.py").write_text("kept = [str(n) * 10 for n in range(200_000)]")  # 20 MB of small objects
+    release = tuple(int(text) for text in re.findall(r"\d+", os.uname().release)[:2])
+    need(release >= (6, 1) and Path("/sys/kernel/mm/transparent_hugepage").exists(), "Linux 6.1 with huge pages")
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", COLLAPSED], env=environment, capture_output=True, text=True, check=True
+    )
+    before, after, kept, frozen = done.stdout.split()
+    assert (int(before) < 2, int(after) >= 8, kept, frozen) == (True, True, "200000", "True"), done.stdout
+
+
 def test_where_sandboxes_are_not_forked() -> None:
     tools = Tools("bwrap", None, preload=("json",))
     assert obstacle(Tools("bwrap", None), memory.RlimitBound()) != ""
@@ -187,3 +215,30 @@ def test_where_sandboxes_are_not_forked() -> None:
 def test_which_programs_are_forked(argv: list[str], expected: tuple[object, ...] | None) -> None:
     program = warm_python.program(argv)
     assert (program and tuple(program)[:5]) == expected, json.dumps(argv)
+
+
+def test_files_without_content_are_bounded_in_number() -> None:
+    """Their memory is the kernel's: without a bound of their own they end as a session that has no memory left."""
+    code = """
+import os
+for folder in ("/work", "/tmp", "/dev/shm"):
+    try:
+        for number in range(100_000):
+            os.mknod(f"{folder}/{number}")
+    except OSError as error:
+        print(folder, number, error.errno)
+"""
+
+    async def scene(backend: BubblewrapBackend) -> None:
+        async with backend.session(SandboxSpec(disk=4 << 20)) as sandbox:
+            done = await python(sandbox, code)
+            assert done.status == "ok", done
+            for line, folder in zip(done.stdout.decode().splitlines(), ("/work", "/tmp", "/dev/shm"), strict=True):
+                seen, number, error = line.split()
+                assert (seen, int(error)) == (folder, errno.ENOSPC)
+                assert 19_900 < int(number) <= 20_000
+        async with backend.session(SandboxSpec(disk=64 << 20)) as sandbox:
+            many = await python(sandbox, "import os; s = os.statvfs('/work'); print(s.f_files)")
+            assert many.stdout == b"65536\n"
+
+    play(scene)

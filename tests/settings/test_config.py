@@ -68,3 +68,43 @@ def test_a_setting_of_another_engine_is_refused(name: str, value: float) -> None
     with pytest.raises(ValidationError, match=message):
         EngineConfig.model_validate({name: value})
     assert getattr(EngineConfig.model_validate({name: value, "kind": "vllm"}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"lora": {"alpha": 8.0}}, r"learner.lora.alpha = 8.0 is of adapters, and learner.lora.rank = 0"),
+        ({"lora": {"targets": ["q_proj"]}}, r"learner.lora.targets = .* is of adapters"),
+        ({"lora": {"publish": "merged"}}, r"learner.lora.publish = 'merged' is of adapters"),
+        ({"lora": {"rank": 4, "targets": ["q_proj", ""]}}, "has an empty name"),
+        ({"lora": {"rank": -1}}, "greater than or equal to 0"),
+        ({"lora": {"rank": 4, "alpha": 0.0}}, "greater than 0"),
+        (
+            {"lora": {"rank": 4, "publish": "adapter"}},
+            r"'adapter' needs engine.kind = 'vllm', and it is 'transformers'",
+        ),
+        ({"lora": {"rank": 513, "publish": "adapter"}}, "more than the 512 that vLLM serves"),
+    ],
+)
+def test_adapters_that_make_no_sense_are_refused(tree: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TrainConfig.model_validate({"learner": tree})
+
+
+@pytest.mark.parametrize(
+    ("engine", "lora", "adapters"),
+    [
+        ("transformers", {"rank": 8}, False),
+        ("vllm", {"rank": 8}, True),
+        ("vllm", {"rank": 512}, True),
+        ("vllm", {"rank": 513}, False),
+        ("vllm", {"rank": 8, "publish": "merged"}, False),
+        ("vllm", {"rank": 8, "publish": "adapter"}, True),
+        ("vllm", {}, False),
+    ],
+)
+def test_vllm_gets_adapters_and_the_other_engine_merged_weights(
+    engine: str, lora: dict[str, object], adapters: bool
+) -> None:
+    config = TrainConfig.model_validate({"engine": {"kind": engine}, "learner": {"lora": lora}})
+    assert config.publishes_adapters is adapters

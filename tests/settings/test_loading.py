@@ -184,7 +184,8 @@ def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
         (["--model.max_context", "100"], "rollout.max_turn_tokens = 160 must be under model.max_context = 100"),
         (
             ["--foo", "1"],
-            "sections: model, env, engine, cluster, rollout, algorithm, learner, warm_start, eval, checkpoint, track;",
+            "sections: model, env, engine, cluster, rollout, algorithm, algorithm.kl, learner, learner.lora, "
+            "warm_start, eval, checkpoint, track;",
         ),
     ],
 )
@@ -272,3 +273,14 @@ def test_dump_round_trips(
     path = tmp_path_factory.getbasetemp() / "dumped.toml"
     path.write_text(dump(config), encoding="utf-8", newline="")
     assert load(path) == config
+
+
+def test_adapters_from_a_file_and_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('[learner.lora]\nrank = 8\ntargets = ["q_proj"]\n')
+    lora = load(file, ["--learner.lora.targets", '["k_proj", "v_proj"]', "--learner.lora.alpha", "16"]).learner.lora
+    assert (lora.rank, lora.alpha, lora.targets) == (8, 16.0, ("k_proj", "v_proj"))
+    with pytest.raises(ConfigError, match=r"learner\.lora is a section"):
+        load(None, ["--learner.lora", "8"])
+    with pytest.raises(ConfigError, match=r"did you mean learner\.lora\.rank"):
+        load(None, ["--learner.lora.ranks", "8"])

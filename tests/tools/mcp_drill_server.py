@@ -29,6 +29,9 @@ TOOLS = [
     describe("refuse", "Answer with an error of the protocol.", {}, []),
     describe("garble", "Answer with what is no result.", {}, []),
     describe("parts", "Answer in parts.", {}, []),
+    describe(
+        "structured", "Answer with what is no text.", {"parts": {"type": "array"}, "fails": {"type": "boolean"}}, []
+    ),
     describe("echo", "Say it again.", {"text": {"type": "string", "pattern": "^(a+)+$|.*"}}, ["text"]),
     describe("secret", "Read a variable of the server's environment.", {"name": {"type": "string"}}, ["name"]),
     describe("odd.name", "Have a name that models cannot write.", {}, []),
@@ -65,6 +68,10 @@ def run(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         image = {"type": "image", "data": "AAAA", "mimeType": "image/png"}
         inner = {"type": "resource", "resource": {"uri": "file:///a", "text": "inside"}}
         return {"content": [{"type": "text", "text": "one"}, image, inner]}
+    if name == "structured":
+        content = arguments.get("parts", [])
+        value = {"city": "Zürich", "degrees": [1, 2.5]}
+        return {"content": content, "structuredContent": value, "isError": arguments.get("fails", False)}
     if name == "echo":
         return text(arguments["text"])
     if name == "secret":

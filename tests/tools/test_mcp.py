@@ -99,6 +99,20 @@ def test_what_a_server_offers_is_checked_called_and_shown() -> None:
     assert set(tools[0].parameters) == {"type", "properties", "required", "additionalProperties"}
 
 
+def test_structured_content_is_shown_where_no_text_says_it() -> None:
+    said, image = {"type": "text", "text": "12 °C"}, {"type": "image", "data": "AAAA", "mimeType": "image/png"}
+    alone, text, blank, picture, failed = play(
+        drill(only=["structured"]), call("structured"), call("structured", parts=[said]),
+        call("structured", parts=[{"type": "text", "text": " "}]), call("structured", parts=[image]),
+        call("structured", fails=True),
+    )  # fmt: skip
+    value = '{"city": "Zürich", "degrees": [1, 2.5]}'
+    assert (alone, text) == (ToolResult(value), ToolResult("12 °C"))
+    assert blank.text.strip() == value
+    assert picture.text == f"(an image of 3 bytes, not shown)\n{value}"
+    assert failed == ToolResult(f"error: {value}", "error")
+
+
 def test_an_answer_that_is_none_is_the_servers() -> None:
     with pytest.raises(EnvError, match="failed: ") as caught:
         play(drill(only=["garble"]), call("garble"))

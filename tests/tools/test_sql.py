@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import json
 import pickle
 import sqlite3
 import subprocess
@@ -59,6 +61,13 @@ def test_queries_are_answered_with_tables(shop: Path) -> None:
     assert many.text.splitlines()[50:] == ["49", "(50 rows; there are more: use LIMIT and OFFSET, or count them)"]
 
 
+def test_the_exit_code_of_a_query_is_not_lost(shop: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Asyncio says so in a warning, and that the code was 255."""
+    results = play((sql_tool(shop),), [call("sql", query="SELECT 1") for _ in range(24)])
+    assert {result.text for result in results} == {"1\n1\n(1 row)"}
+    assert caplog.messages == []
+
+
 WRITES = [
     "INSERT INTO customers VALUES (5000, 'x')", "UPDATE customers SET name = 'x'", "DELETE FROM orders",
     "DROP TABLE orders", "CREATE TABLE t (a)", "CREATE TEMP TABLE t (a)", "ALTER TABLE orders RENAME TO o",
@@ -73,6 +82,8 @@ NEVER = [
     "SELECT writefile('/tmp/areal-x', 'y')", "CREATE VIRTUAL TABLE v USING fts5(a)",
     "SELECT * FROM pragma_user_version(3)",
     "INSERT INTO sqlite_master VALUES ('table', 'x', 'x', 1, 'x')",
+    "PRAGMA database_list", "SELECT file FROM pragma_database_list", "PRAGMA temp_store_directory",  # paths of the host
+    "PRAGMA module_list", "PRAGMA cache_size = 1000000",
 ]  # fmt: skip
 
 
@@ -155,6 +166,41 @@ def test_writes_go_to_a_copy_of_the_episode(shop: Path) -> None:
     assert second.text == "count(*)\n100000\n(1 row)"
     assert shop.read_bytes() == before
     assert set(Path(tempfile.gettempdir()).glob("areal-agents-sql-*")) == temporary
+
+
+def test_virtual_tables_are_neither_read_nor_changed(tmp_path: Path) -> None:
+    """Neither are the tables that hold their data, in which a query could plant what breaks their readers."""
+    path = tmp_path / "words.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(
+            "CREATE VIRTUAL TABLE Words USING fts5(x); INSERT INTO Words VALUES ('a b'); CREATE TABLE wordsmith (a);"
+            "CREATE VIRTUAL TABLE box USING rtree(id, low, high); INSERT INTO box VALUES (1, 2, 3)"
+        )
+    connection.close()
+    read = ["SELECT * FROM words WHERE words MATCH 'a'"]
+    changes = [
+        "UPDATE words_data SET block = zeroblob(9)", "DELETE FROM WORDS_IDX", "DROP TABLE words", "DROP TABLE box_node",
+        "INSERT INTO box_node VALUES (9, x'00')", "ALTER TABLE box_node RENAME TO n",
+        "INSERT INTO box VALUES (2, 3, 4)",
+    ]  # fmt: skip
+    plain = ["INSERT INTO wordsmith VALUES (1)", "SELECT count(*) FROM words_data"]
+    trigger = [
+        "CREATE TRIGGER r AFTER INSERT ON wordsmith BEGIN UPDATE words_data SET block = x'00'; END",
+        "INSERT INTO wordsmith VALUES (1)",
+    ]
+    for writable in (False, True):
+        first, *others = ask(path, *read, *changes, *plain, *trigger, writable=writable)
+        assert first.text == "error: Words is a virtual table, and these are not allowed"
+        refused, (inserted, counted, _, fired) = others[: len(changes)], others[len(changes) :]
+        assert {result.status for result in refused} == {"error"}, refused
+        assert all("virtual table" in result.text for result in refused) == writable
+        assert (inserted.status, counted.status, fired.status) == ("ok" if writable else "error", "ok", "error")
+
+
+def test_a_value_is_one_line_without_control_characters(shop: Path) -> None:
+    value = "a\tb\x1b[2J\u2028\x85|\\\u3000\u200dé"
+    (result,) = ask(shop, f"SELECT '{value}' || char(0) AS v")
+    assert result.text == "v\na\\tb\\x1b[2J\\u2028\\x85\\|\\\\\u3000\u200dé\\x00\n(1 row)"
 
 
 def test_a_database_a_task(shop: Path, tmp_path: Path) -> None:
@@ -245,3 +291,58 @@ def test_cpu_time_ends_a_query_with_the_signal_that_names_it() -> None:
         check=True,
     )
     assert done.stdout == '{"text": "(3, 4)"}'  # at equal limits the kernel sends SIGKILL
+
+
+HOARD = (
+    "(WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 8000) "
+    "SELECT randomblob(1000) FROM c ORDER BY 1 LIMIT -1 OFFSET 1)"
+)
+
+
+def temporary(process: subprocess.Popen[str]) -> list[int]:
+    """The sizes of the temporary files that a process has open."""
+    sizes = []
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{process.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(link.readlink()).endswith("(deleted)"):
+                    sizes.append(link.stat().st_size)
+    return sizes
+
+
+@pytest.mark.parametrize(("sorts", "size"), [(1, 4), (4, 20)], ids=["one file", "the sum"])
+def test_the_temporary_files_of_a_query_are_bounded_together(shop: Path, sorts: int, size: int) -> None:
+    """Each sort needs 8 MB of its own: one is past 4 MiB, and four are past 20 MiB, which none of them reaches."""
+    main = 'if __name__ == "__main__":'
+    program = Path(sql_inside.__file__).read_text().replace(main, f"TEMPORARY = {size << 20}\nWATCH_S = 0\n{main}")
+    query = "SELECT count(*) FROM " + ", ".join(f"{HOARD} AS t{n}" for n in range(sorts))
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process:
+        request = {"path": str(shop), "query": query, "writable": False, "rows": 3, "seconds": 60, "file_size": 0}
+        process.stdin.write(json.dumps(request))
+        process.stdin.close()
+        seen = [0]
+        while process.poll() is None:
+            seen.append(sum(temporary(process)))
+        answer = json.loads(process.stdout.read())
+    assert answer == {"error": f"the query needs more than {size} MiB of disk"}
+    assert max(seen) < (size + 8) << 20
+
+
+def test_a_full_disk_is_not_the_models_doing_where_it_only_reads(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(sqlite3.OperationalError):
+        sqlite_errorcode = sqlite3.SQLITE_FULL
+
+    def table(cursor: sqlite3.Cursor, max_rows: int) -> str:
+        raise Full("database or disk is full")
+
+    monkeypatch.setattr(sql_inside, "table", table)
+    request = {"path": str(shop), "query": "SELECT 1", "writable": False, "rows": 3, "seconds": 5}
+    assert sql_inside.run(request) == {"broken": "database or disk is full"}
+    assert sql_inside.run({**request, "path": str(shop.with_name("gone"))}) == {
+        "broken": "unable to open database file"
+    }

@@ -64,11 +64,14 @@ class Updater(threading.Thread):
 
     def run(self) -> None:
         from areal_agents.engines.cpu.decoder import Weights
+        from areal_agents.errors import EngineError
         from areal_agents.weights.transports import open_weights
 
         while True:
             update = self.updates.get()
             try:
+                if update.ref.kind != "full":
+                    raise EngineError("they are adapters, and this engine serves whole weights: publish merged ones")
                 with open_weights(update.ref) as opened:
                     weights = Weights.build(self._shape, opened.tensors, self._dtype)
                 self._inbox.put(Prepared(update, weights))

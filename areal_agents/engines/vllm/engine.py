@@ -23,6 +23,11 @@ It samples what the transformers engine samples:
   the update. Requests that had sampled nothing yet start again under the new salt.
 * ``kv = "keep"`` keeps salt and cache.
 
+**Adapters.** With ``lora_rank`` an update brings LoRA adapters and not whole weights. Then the model's own weights
+never change, and all requests use one vLLM adapter, which an update replaces in its place between two steps. It is zero
+at first. So requests that run through an update go on with the new adapters, exactly as with whole weights, and all
+that is said here of pauses, KV, labels and proofs holds.
+
 **Proof of version.** Before the load, vLLM's worker computes the checksum of what was read. After it, where
 ``ref.probe`` is set, the probe prompt's log-probabilities are computed anew and compared with the learner's (bounds in
 ``engines.weights_proof``). Completions that end between the resume and the proof are held back until it holds.
@@ -45,6 +50,7 @@ from areal_agents.engines import protocol as p
 from areal_agents.engines.process import EngineProcess, environment, require_positive
 from areal_agents.engines.vllm.cpu_build import is_cpu_build, require_deterministic
 from areal_agents.errors import ConfigError
+from areal_agents.settings.lora import MAX_SERVED_RANK
 from areal_agents.utils.packages import require_package
 from areal_agents.utils.precision import Precision, number_format
 
@@ -79,6 +85,8 @@ class VLLMEngine(EngineProcess):
         enforce_eager: bool | None = None,
         gpu_memory_utilization: float = 0.85,
         tensor_parallel_size: int = 1,
+        lora_rank: int = 0,
+        lora_targets: tuple[str, ...] = (),
     ) -> VLLMEngine:
         """Start a worker that serves ``model`` (a local folder or a hub id) as version 0.
 
@@ -99,6 +107,10 @@ class VLLMEngine(EngineProcess):
             enforce_eager: no compilation. None is True on a CPU.
             gpu_memory_utilization: share of each GPU's memory for weights, work and KV, in (0, 1].
             tensor_parallel_size: ranks that share each layer.
+            lora_rank: updates bring LoRA adapters of this rank, and the model's own weights stay. 0: they bring whole
+                weights.
+            lora_targets: with ``lora_rank``, the ends of the names of adapted layers. None: every linear layer of the
+                decoder.
 
         Raises:
             ConfigError: a setting is out of range, vLLM is not installed, or it has no deterministic mode here.
@@ -107,7 +119,8 @@ class VLLMEngine(EngineProcess):
         """
         settings = p.VLLMSettings(
             str(model), number_format(precision), max_batch, kv_tokens, max_context, seed,
-            block_size, enforce_eager, gpu_memory_utilization, tensor_parallel_size,
+            block_size, enforce_eager, gpu_memory_utilization, tensor_parallel_size, lora_rank,
+            lora_targets,
         )  # fmt: skip
         _require_sound(settings, threads, deterministic=deterministic)
         sockets = Path(tempfile.mkdtemp(prefix="areal-vllm-"))
@@ -138,6 +151,8 @@ def _require_sound(settings: p.VLLMSettings, threads: int, *, deterministic: boo
         max_batch=settings.max_batch, kv_tokens=settings.kv_tokens, max_context=settings.max_context, threads=threads,
         tensor_parallel_size=settings.tensor_parallel_size,
     )  # fmt: skip
+    if not 0 <= settings.lora_rank <= MAX_SERVED_RANK:
+        raise ConfigError(f"engine lora_rank must be in 0..{MAX_SERVED_RANK}, got {settings.lora_rank}")
     if settings.block_size is not None:
         require_positive(block_size=settings.block_size)
     share = settings.gpu_memory_utilization

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     AsyncLLM = Any
     RequestOutput = Any
+    LoRARequest = Any
 
 
 class Requests(ABC):
@@ -27,8 +28,10 @@ class Requests(ABC):
     ``worker.VLLMWorker`` sends the replies, and decides on death.
     """
 
-    def __init__(self, llm: AsyncLLM, queue: Queue) -> None:
+    def __init__(self, llm: AsyncLLM, queue: Queue, adapter: LoRARequest | None = None) -> None:
         self.llm, self.queue = llm, queue
+        self.options: dict[str, Any] = {} if adapter is None else {"lora_request": adapter}
+        """Further arguments of ``llm.generate``."""
         self.version = 0
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self._requests: dict[int, QueuedRequest] = {}
@@ -100,7 +103,7 @@ class Requests(ABC):
         prompt = tokens_input(list(request.ids), cache_salt=request.salt)
         try:
             params = sampling_params(request.sampling, request.max_tokens)
-            async for output in self.llm.generate(prompt, params, name):
+            async for output in self.llm.generate(prompt, params, name, **self.options):
                 last = output
         except (ValueError, VLLMClientError) as error:
             raise EngineError(f"vLLM refused the request: {error}") from error

@@ -185,7 +185,7 @@ class Updates:
         prompt = tokens_input(list(ids), cache_salt=name)
         try:
             async with asyncio.timeout(seconds):
-                async for output in self._server.llm.generate(prompt, asked, name):
+                async for output in self._server.llm.generate(prompt, asked, name, **self._server.options):
                     last = output
         except TimeoutError as error:
             raise EngineError(f"weights v{ref.version}: no answer to the probe in {seconds:.0f} s") from error

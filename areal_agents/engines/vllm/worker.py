@@ -27,6 +27,7 @@ from areal_agents.engines import protocol as p
 from areal_agents.engines.cpu.worker import take_pipes
 from areal_agents.engines.positions import positions_of
 from areal_agents.engines.process_group_reaper import start_guard
+from areal_agents.engines.vllm.adapters import lora_arguments, policy_adapter
 from areal_agents.engines.vllm.cpu_build import CPU_WORKER, IN_CORE
 from areal_agents.engines.vllm.queue import Queue
 from areal_agents.engines.vllm.requests import Requests
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     AsyncLLM = Any
     RequestOutput = Any
+    LoRARequest = Any
 
 _CPU_BLOCK = 32
 _HEALTH_SECONDS = 5.0
@@ -53,8 +55,10 @@ class VLLMWorker(Requests):
     Everything runs on one event loop.
     """
 
-    def __init__(self, llm: AsyncLLM, queue: Queue, precision: str, out: BinaryIO) -> None:
-        super().__init__(llm, queue)
+    def __init__(
+        self, llm: AsyncLLM, queue: Queue, precision: str, out: BinaryIO, adapter: LoRARequest | None = None
+    ) -> None:
+        super().__init__(llm, queue, adapter)
         self.out = out
         self.updates = Updates(self, precision)
         self._pulse: asyncio.Future[bool] | None = None
@@ -182,6 +186,8 @@ def engine_args(settings: p.VLLMSettings, *, cpu: bool) -> tuple[dict[str, Any],
         "disable_log_stats": True,
         "enable_log_requests": False,
     }
+    if settings.lora_rank:
+        arguments |= lora_arguments(settings.lora_rank, settings.lora_targets, config)
     if cpu:
         block = arguments["block_size"] = settings.block_size or _CPU_BLOCK
         blocks = kv_blocks(settings.kv_tokens, max_context, block)
@@ -233,10 +239,10 @@ async def build(settings: p.VLLMSettings, out: BinaryIO) -> VLLMWorker:
     longest = min(max_context, blocks * block)  # a longer conversation would never be admitted
     queue = Queue(settings.max_batch, blocks, block, longest, config.vocab_size)
     async with asyncio.timeout(_CALL_SECONDS):
-        await llm.collective_rpc("areal_prepare")
+        await llm.collective_rpc("areal_prepare", args=(settings.lora_rank,))
         await llm.update_weight_version("0")
         await llm.get_supported_tasks()
-    return VLLMWorker(llm, queue, settings.precision, out)
+    return VLLMWorker(llm, queue, settings.precision, out, policy_adapter() if settings.lora_rank else None)
 
 
 async def run(settings: p.VLLMSettings, commands: BinaryIO, replies: BinaryIO) -> None:

@@ -14,15 +14,23 @@ from __future__ import annotations
 import pickle
 import threading
 import traceback
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from areal_agents.engines.vllm.adapters import (
+    Shapes,
+    adaptable,
+    adapter_misfit,
+    begin_with_zero,
+    replace_adapter,
+)
 from areal_agents.errors import ArealError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from areal_agents.engine import WeightsRef
     from areal_agents.weights.base import OpenWeights
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 class WorkerExtension:
@@ -38,18 +46,25 @@ class WorkerExtension:
 
         def reload_weights(self, weights_iterator: Any) -> None: ...
 
-    def areal_prepare(self) -> int:
+    def areal_prepare(self, lora_rank: int = 0) -> int:
         """Work out what a checkpoint of the served model holds, and return the number of its tensors.
 
-        Call it once.
+        Where updates bring adapters of ``lora_rank``, the first one is zero. Call it once.
         """
-        self._areal_shapes, self._areal_groups = expected(self.vllm_config.model_config.hf_config)
+        shapes, groups = expected(self.vllm_config.model_config.hf_config)
+        if lora_rank:
+            begin_with_zero(self.model_runner.lora_manager)
+            self._areal_misfit = partial(
+                adapter_misfit, shapes=shapes, rank=lora_rank, known=adaptable(self.model_runner.lora_manager)
+            )
+        else:
+            self._areal_misfit = partial(misfit, shapes=shapes, groups=groups)
         self._areal_opening: Opening | None = None
-        return len(self._areal_shapes)
+        return len(shapes)
 
     def areal_open(self, ref: bytes) -> None:
         """Begin to read the pickled ``WeightsRef``, in a thread."""
-        self._areal_opening = Opening(pickle.loads(ref), self._areal_shapes, self._areal_groups, self.device)
+        self._areal_opening = Opening(pickle.loads(ref), self._areal_misfit, self.device)
         self._areal_opening.start()
 
     def areal_opened(self) -> str | None:
@@ -75,6 +90,9 @@ class WorkerExtension:
         assert opening is not None
         assert opening.opened is not None
         with opening.opened as opened, torch.no_grad():
+            if opening.ref.kind == "lora":
+                replace_adapter(self.model_runner.lora_manager, opened.tensors)
+                return
             self.reload_weights(weights_iterator=iter(opened.tensors.items()))
             repack_head(self.model_runner.get_model())
 
@@ -85,12 +103,12 @@ class Opening(threading.Thread):
     ``opened`` and ``error`` are valid once it has ended.
     """
 
-    def __init__(self, ref: WeightsRef, shapes: Shapes, groups: list[set[str]], device: Any) -> None:
+    def __init__(self, ref: WeightsRef, misfit: Callable[[WeightsRef], str], device: Any) -> None:
         super().__init__(name="weights", daemon=True)
         self.ref = ref
         self.opened: OpenWeights | None = None
         self.error = ""
-        self._shapes, self._groups, self._device = shapes, groups, device
+        self._misfit, self._device = misfit, device
 
     def run(self) -> None:
         import torch
@@ -100,7 +118,7 @@ class Opening(threading.Thread):
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # a new thread begins with the first one
-            self.error = misfit(self.ref, self._shapes, self._groups)
+            self.error = self._misfit(self.ref)
             if not self.error:
                 self.opened = open_weights(self.ref, verify=True)
         except ArealError as error:
@@ -131,6 +149,8 @@ def expected(config: Any) -> tuple[Shapes, list[set[str]]]:
 
 def misfit(ref: WeightsRef, shapes: Shapes, groups: list[set[str]]) -> str:
     """Return why ``ref`` is no checkpoint of the model, or an empty text where it is one."""
+    if ref.kind != "full":
+        return "they are adapters, and this engine was started for whole weights"
     given = {entry.name: entry.shape for entry in ref.manifest}
     unknown = sorted(given.keys() - shapes.keys())
     missing = sorted(min(names) for names in groups if names.isdisjoint(given))

@@ -19,6 +19,7 @@ from areal_agents.engine import TensorEntry, WeightsProbe, WeightsRef
 from areal_agents.engines import process_group_reaper
 from areal_agents.engines.vllm import cpu_build
 from areal_agents.engines.vllm import engine as engine_module
+from areal_agents.engines.vllm.adapters import adapter_misfit
 from areal_agents.engines.vllm.engine import VLLMEngine
 from areal_agents.engines.vllm.worker import engine_args, kv_blocks, kv_bytes
 from areal_agents.engines.vllm.worker_extension import expected, misfit
@@ -76,6 +77,29 @@ def test_a_checkpoint_is_complete_or_refused(tied: bool) -> None:
     assert text == "they do not fit the served model: 1 unknown, first x"
 
 
+def test_adapters_fit_the_model_or_are_refused() -> None:
+    shapes, groups = expected(vllm_model("qwen2").config)
+    known = frozenset({"q_proj", "up_proj"})
+    pair = [("lora_A", (4, 128)), ("lora_B", (128, 4))]
+    good = tuple(TensorEntry(f"model.layers.0.self_attn.q_proj.{n}.weight", s, "float32", 0) for n, s in pair)
+
+    def said(*entries: TensorEntry, kind: Any = "lora") -> str:
+        return adapter_misfit(replace(REF, manifest=entries, kind=kind), shapes, 4, known)
+
+    assert said(*good) == ""
+    assert said() == "they hold no adapter"
+    assert "whole weights, and this engine was started for adapters" in said(*good, kind="full")
+    assert "adapters, and this engine was started for whole" in misfit(replace(REF, kind="lora"), shapes, groups)
+    assert said(good[0]).endswith("q_proj has no lora_B")
+    other = replace(good[1], shape=(128, 5))
+    assert said(good[0], other).endswith("lora_B.weight is (128, 5), and must be (128, 4)")
+    foreign = replace_name(good[0], "model.layers.99.self_attn.q_proj.lora_A.weight")
+    assert "has no layer of model.layers.99" in said(*good, foreign)
+    assert "has no layer of model.norm.weight" in said(*good, replace_name(good[0], "model.norm.weight"))
+    unknown = tuple(replace_name(entry, entry.name.replace("q_proj", "o_proj")) for entry in good)
+    assert "vLLM has no adapter for model.layers.0.self_attn.o_proj" in said(*good, *unknown)
+
+
 def replace_name(entry: TensorEntry, name: str) -> TensorEntry:
     return replace(entry, name=name)
 
@@ -100,6 +124,12 @@ def test_arguments_of_vllm(tmp_path: Path) -> None:
     assert (gpu["gpu_memory_utilization"], gpu["tensor_parallel_size"], gpu["enforce_eager"]) == (0.5, 2, False)
     assert "kv_cache_memory_bytes" not in gpu
     assert gpu["block_size"] is None
+    assert not any("lora" in name for name in gpu)
+    adapted, _ = engine_args(replace(settings, lora_rank=17, lora_targets=("layers.0.mlp.up_proj",)), cpu=False)
+    assert (adapted["max_lora_rank"], adapted["lora_target_modules"]) == (32, ["up_proj"])
+    everywhere, _ = engine_args(replace(settings, lora_rank=512), cpu=True)
+    assert "lm_head" not in everywhere["lora_target_modules"]
+    assert len(everywhere["lora_target_modules"]) == 7
 
 
 def test_deterministic_is_vllms_own_mode_on_a_gpu_and_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +153,8 @@ def test_without_vllm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
         asyncio.run(VLLMEngine.start("x", max_batch=0))
     with pytest.raises(ConfigError, match=r"gpu_memory_utilization must be in \(0, 1\], got 1\.5"):
         asyncio.run(VLLMEngine.start("x", gpu_memory_utilization=1.5))
+    with pytest.raises(ConfigError, match=r"lora_rank must be in 0\.\.512, got 513"):
+        asyncio.run(VLLMEngine.start("x", lora_rank=513))
 
 
 _LEADER = """

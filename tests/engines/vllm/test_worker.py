@@ -8,6 +8,7 @@ import pickle
 import random
 import sys
 from dataclasses import replace
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from areal_agents.engines import protocol as p
 from areal_agents.engines.vllm import worker as vllm_worker
 from areal_agents.engines.vllm.queue import Queue, QueuedRequest
 from areal_agents.engines.vllm.worker import VLLMWorker
-from areal_agents.engines.vllm.worker_extension import WorkerExtension
+from areal_agents.engines.vllm.worker_extension import WorkerExtension, misfit
 from areal_agents.errors import EngineError
 
 REF = WeightsRef(3, "", (), "", 0)
@@ -368,7 +369,7 @@ def test_a_probe_without_an_answer_is_the_end_of_the_engine(monkeypatch: pytest.
 def test_a_refusal_stays_until_it_is_forgotten() -> None:
     """With tensor parallelism every rank is asked again for as long as one of them still reads."""
     rank = WorkerExtension()
-    rank._areal_shapes, rank._areal_groups, rank.device = {}, [], torch.device("cpu")
+    rank._areal_misfit, rank.device = partial(misfit, shapes={}, groups=[]), torch.device("cpu")
     rank.areal_open(pickle.dumps(WeightsRef(1, "", (TensorEntry("x", (1,), "float32", 0),), "", 4)))
     assert rank._areal_opening is not None
     rank._areal_opening.join(10)

@@ -1,0 +1,1 @@
+"""Fine-tuning without rollouts: imitation of chosen turns, and preferences between pairs (DPO)."""

@@ -1,0 +1,226 @@
+"""The reference policy that a KL term compares with: a frozen copy of the policy, taken when training begins.
+
+It is the policy after the warm start, if there was one. ``algorithm.kl.refresh`` takes a new copy now and then. A
+checkpoint holds the copy where it is not simply the model that the learner was made of. Where adapters train, it is a
+copy of the adapters alone, over the same frozen weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from areal_agents.algorithms.batch import Batch, Row
+from areal_agents.algorithms.regularizers import adapted
+from areal_agents.errors import ConfigError, ModelError
+from areal_agents.learner.forward import Decoder
+from areal_agents.learner.passes import Logprobs, Passes
+from areal_agents.settings.kl import KlConfig
+
+COLUMN = "reference"
+"""The name of log π of the reference policy among a row's columns."""
+REFERENCE = "reference.safetensors"
+
+
+class Reference:
+    """A frozen copy of a decoder's policy.
+
+    The weights of matrix products are kept in the format that they are computed in, so that the copy gives the very
+    log-probabilities that the policy gave when it was taken.
+    """
+
+    def __init__(self, policy: Decoder, *, token_budget: int, chunk: int) -> None:
+        """Take the copy.
+
+        Args:
+            policy: the decoder that is copied as it is now.
+            token_budget: most tokens of a pack.
+            chunk: sampled positions whose logits exist at once.
+        """
+        self._decoder = copy.copy(policy)
+        self._decoder.model = copy.deepcopy(policy.model).requires_grad_(False)
+        self._decoder.base = self._decoder.model.base_model
+        head = self._decoder.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear), "as the policy's"
+        self._decoder.head = head
+        tied = self._decoder.model.get_input_embeddings().weight
+        for module in self._decoder.model.modules():
+            if isinstance(module, nn.Linear) and module.weight is not tied:
+                module.to(policy.dtype)
+        self._passes = Passes(self._decoder, token_budget=token_budget, chunk=chunk)
+
+    def logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[Logprobs, int]:
+        """Compute log ref of the rows' sampled tokens, and count the tokens that went through the model."""
+        return self._passes.logprobs(rows, temperature)
+
+    @torch.no_grad()
+    def refresh(self, policy: Decoder) -> None:
+        """Take the policy's weights as they are now."""
+        self._copy(dict(policy.model.named_parameters()))
+
+    def _copy(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self._decoder.model.named_parameters():
+            parameter.copy_(tensors[name])
+
+    def save(self, folder: Path) -> None:
+        """Write the weights into a checkpoint's folder."""
+        save_file(
+            {n: p.detach().cpu().contiguous() for n, p in self._decoder.model.named_parameters()}, folder / REFERENCE
+        )
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Read the weights of ``save``. Raises ModelError where they are of another model."""
+        found = load_file(folder / REFERENCE)
+        own = dict(self._decoder.model.named_parameters())
+        if {n: t.shape for n, t in found.items()} != {n: p.shape for n, p in own.items()}:
+            raise ModelError(f"{folder / REFERENCE} is of another model")
+        self._copy(found)
+
+
+class AdapterReference:
+    """A copy of the adapters alone, where only they train: the frozen weights below them are the policy's own.
+
+    While it computes, the model has the copy in the place of its adapters.
+    """
+
+    def __init__(self, policy: Decoder, *, token_budget: int, chunk: int) -> None:
+        """Take the copy.
+
+        Args:
+            policy: the decoder whose adapters are copied as they are now.
+            token_budget: most tokens of a pack.
+            chunk: sampled positions whose logits exist at once.
+        """
+        self._own = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
+        self._copies = {n: p.detach().clone() for n, p in self._own.items()}
+        self._passes = Passes(policy, token_budget=token_budget, chunk=chunk)
+
+    def logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[Logprobs, int]:
+        """Compute log ref of the rows' sampled tokens, and count the tokens that went through the model."""
+        kept = {name: parameter.data for name, parameter in self._own.items()}
+        try:
+            for name, parameter in self._own.items():
+                parameter.data = self._copies[name]
+            return self._passes.logprobs(rows, temperature)
+        finally:
+            for name, parameter in self._own.items():
+                parameter.data = kept[name]
+
+    def refresh(self, policy: Decoder) -> None:
+        """Take the adapters as they are now."""
+        for name, parameter in self._own.items():
+            self._copies[name].copy_(parameter.detach())
+
+    def save(self, folder: Path) -> None:
+        """Write the copy into a checkpoint's folder."""
+        save_file({n: t.cpu().contiguous() for n, t in self._copies.items()}, folder / REFERENCE)
+
+    def load(self, folder: Path) -> None:
+        """Read the copy of ``save``. Raises ModelError where it is of other adapters."""
+        found = load_file(folder / REFERENCE)
+        if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in self._copies.items()}:
+            raise ModelError(f"{folder / REFERENCE} is of other adapters")
+        for name, copied in self._copies.items():
+            copied.copy_(found[name])
+
+
+class KlToReference:
+    """The divergence to a reference policy: its coefficient as it is now, and the policy, once it is needed."""
+
+    def __init__(self, config: KlConfig, policy: Decoder, *, token_budget: int, chunk: int) -> None:
+        """Take the settings. The policy is copied at the first use, since nothing has changed it until then.
+
+        Args:
+            config: the settings.
+            policy: the learner's decoder.
+            token_budget: most tokens of a pack.
+            chunk: sampled positions whose logits exist at once.
+        """
+        self.coef = config.coef
+        self._config, self._policy, self._limits = config, policy, (token_budget, chunk)
+        self._made: Reference | AdapterReference | None = None
+        self.moved = False
+        """Whether the reference has other weights than the model that the learner was made of."""
+
+    @property
+    def _reference(self) -> Reference | AdapterReference:
+        self._take()
+        assert self._made is not None
+        return self._made
+
+    def _take(self) -> None:
+        if self._made is None:
+            budget, chunk = self._limits
+            adapters = any(not p.requires_grad for p in self._policy.model.parameters())
+            self._made = (AdapterReference if adapters else Reference)(self._policy, token_budget=budget, chunk=chunk)
+
+    def logprobs(self, batch: Batch) -> tuple[Logprobs, int]:
+        """Compute log ref of every sampled token, and count the tokens that went through the model."""
+        return self._reference.logprobs(batch.rows, batch.temperature)
+
+    def with_column(self, batch: Batch, live: Sequence[int]) -> tuple[Batch, int]:
+        """Give the rows ``live`` their column of log ref, where there is a KL term, and count its tokens."""
+        if not self.coef:
+            return batch, 0
+        found, forwarded = self.logprobs(replace(batch, rows=tuple(batch.rows[i] for i in live)))
+        rows = list(batch.rows)
+        for i, logprobs in zip(live, found, strict=True):
+            rows[i] = replace(rows[i], columns={**rows[i].columns, COLUMN: logprobs})
+        return replace(batch, rows=tuple(rows)), forwarded
+
+    def end_step(self, version: int, kl: float | None, *, episodes: int) -> dict[str, float]:
+        """Adapt the coefficient, take a new reference where it is due, and return the metrics.
+
+        Args:
+            version: the learner's, after the step.
+            kl: the batch's mean divergence, nats a token. None where no token was seen.
+            episodes: of the batch.
+        """
+        c = self._config
+        if not self.coef:
+            return {}
+        metrics = {"kl_coef": self.coef}
+        if c.target is not None and kl is not None:
+            self.coef = adapted(self.coef, kl, target=c.target, episodes=episodes, horizon=c.horizon)
+        if c.refresh and version % c.refresh == 0:
+            self._reference.refresh(self._policy)
+            self.moved = True
+        return metrics
+
+    def save(self, folder: Path) -> None:
+        """Write the reference into a checkpoint's folder, where it cannot be had from the model's own folder."""
+        if self.coef and self.moved:
+            self._reference.save(folder)
+
+    def state(self) -> dict[str, float | bool]:
+        """Return what a checkpoint holds beside the weights."""
+        return {"kl_coef": self.coef, "reference_moved": self.moved}
+
+    def load(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, before the policy's own weights are read.
+
+        Where the reference never moved it is the model that the learner was made of. Raises ConfigError where it moved
+        and was not kept, because the run had no KL term then.
+        """
+        self.moved = bool(state.get("reference_moved", False))
+        if not self.coef:
+            return
+        if not self.moved:
+            self._take()
+        elif (folder / REFERENCE).is_file():
+            self._reference.load(folder)
+        else:
+            raise ConfigError(
+                f"algorithm.kl.coef = {self.coef:g}: the run had no KL term when {folder} was written, so the policy "
+                "that its training began with, after the warm start, was not kept: leave coef at 0, or begin a new run"
+            )
+        if self._config.target is not None and (coef := float(state.get("kl_coef", 0.0))):
+            self.coef = coef
