@@ -356,6 +356,8 @@ class Group:
     admitted_version: int
     order: int
     """Position in the sequence of admissions."""
+    greedy: Trajectory | None = None
+    """One more episode, sampled at temperature 0, where the estimator compares with it. It trains nothing."""
 
 
 def messages_to_json(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from areal_agents import AgentEnv, AssistantMessage, Task
-from areal_agents.algorithms.advantages import turn_return
 from areal_agents.algorithms.batch import Row, rows_of
 from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.losses import ppo, token_mean
+from areal_agents.algorithms.turn_credit import turn_return
 from areal_agents.chat.conversation import Conversation
 from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Engine, Sampling
@@ -67,9 +67,9 @@ async def play(env: AgentEnv, task: Task, number: int, engine: Engine, fmt: Chat
     while not (terminated or truncated):
         if turns:
             chat.add_observation(observation)
-        prompt, suffix, parent = chat.prompt, chat.suffix, chat.parent
+        suffix, parent = chat.suffix, chat.parent
         sampling = Sampling(MAX_TOKENS, TEMPERATURE, stop_ids=fmt.stop_ids, seed=1000 * number + len(turns))
-        completion = await engine.generate(prompt, sampling, session=str(number), deadline=60.0)
+        completion = await engine.generate(chat.prompt, sampling, session=str(number), deadline=60.0)
         message = chat.add_completion(completion)
         observation, reward, terminated, truncated, _ = await env.astep(message)
         turns.append(Turn(suffix, completion, message, reward, parent=parent))
@@ -90,9 +90,8 @@ def loss_of(model: Any, row: Row, tokens: int) -> torch.Tensor:
 
 async def train(folder: Path, lr: float) -> None:
     fmt, model, tasks = ChatFormat.load(folder), load_model(folder), Letters.tasks("train")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimizer, numbers = torch.optim.AdamW(model.parameters(), lr=lr), itertools.count()
     published = SharedWeights(master_weights(model), torch.float32)
-    numbers = itertools.count()
     async with await TransformersEngine.start(folder, precision="fp32") as engine:
         for step in range(1, STEPS + 1):
             rows, rewards = list[Row](), list[float]()

@@ -1,12 +1,10 @@
-"""What a critic is fitted to, how far it is off, and the advantages that are left for the policy.
+"""What a critic is fitted to, and how far it is off.
 
-V before each token ─▶ advantage estimator ─▶ A ─▶ R = A + V     the target of V, where V was read
-                                                ─▶ whitened A    for the policy
+V before each token ─▶ advantage estimator ─▶ A ─▶ R = A + V, the target of V, where V was read
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,10 +15,6 @@ from areal_agents.algorithms.estimator import Advantages
 
 Columns = dict[str, list[list[float]]]
 """Named numbers of an episode's sampled tokens, [T_k] a turn, as ``rows_of`` takes them."""
-Entries = list[float | list[float]]
-"""Of one episode, for each turn a number, or one for each of its tokens."""
-_SPREAD = 1e-8
-"""A smaller spread of advantages is rounding: they are not divided by it."""
 
 
 def target_columns(advantages: Advantages, values_K: Sequence[Sequence[float]]) -> Columns:
@@ -38,32 +32,6 @@ def target_columns(advantages: Advantages, values_K: Sequence[Sequence[float]]) 
     by_turn = isinstance(advantages, Tensor)
     fitted = [[float(t == 0 or not by_turn) for t in range(len(values))] for values in values_K]
     return {"values": [list(v) for v in values_K], "returns": returns, "fitted": fitted}
-
-
-def whitened(episodes: Sequence[Entries], tokens: Sequence[Sequence[int]]) -> list[Entries]:
-    """Return a batch's advantages with mean 0 and spread 1 over its sampled tokens.
-
-    Each advantage is part of the mean that is taken from it, a bias of the order of one episode in the batch. Where all
-    are the same up to rounding they become 0.
-
-    Args:
-        episodes: the entries of each episode.
-        tokens: the sampled tokens of each turn of each episode.
-    """
-    every = [
-        (a, 1) if isinstance(entry, list) else (entry, n)
-        for entries, lengths in zip(episodes, tokens, strict=True)
-        for entry, n in zip(entries, lengths, strict=True)
-        for a in (entry if isinstance(entry, list) else [entry])
-    ]
-    total = sum(n for _, n in every)
-    mean = math.fsum(a * n for a, n in every) / max(total, 1)
-    spread = math.sqrt(math.fsum((a - mean) ** 2 * n for a, n in every) / max(total, 1))
-    scale = 1.0 / spread if spread > _SPREAD * max(1.0, abs(mean)) else 0.0
-    return [
-        [[(a - mean) * scale for a in e] if isinstance(e, list) else (e - mean) * scale for e in entries]
-        for entries in episodes
-    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,15 @@ class EpisodeView:
         """R, the undiscounted return."""
         return math.fsum(self.rewards_K)
 
+    def turn_returns(self, gamma: float) -> list[float]:
+        """Return G_k = Σ_{j≥k} γ^{j−k} r_j of each turn, [K]. What would follow a cut episode counts as 0."""
+        returns: list[float] = []
+        tail = 0.0
+        for reward in reversed(self.rewards_K):
+            tail = reward + gamma * tail
+            returns.append(tail)
+        return returns[::-1]
+
     @classmethod
     def of(
         cls,

@@ -54,6 +54,22 @@ def reads_values(function: F) -> F:
     return function
 
 
+def reads_state_keys(function: F) -> F:
+    """Declare that an estimator compares turns by ``state_keys_K``, which the environment must give."""
+    function.reads_state_keys = True  # type: ignore[attr-defined]
+    return function
+
+
+def needs_more_than(parameter: str) -> Callable[[F], F]:
+    """Make a decorator that declares that a group must have more episodes than the estimator's ``parameter``."""
+
+    def declare(function: F) -> F:
+        function.more_than = parameter  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
 def per_turn(advantages: Advantages) -> list[float]:
     """Return one number a turn: where there is one a token, their mean, and 0 for a turn without tokens."""
     if isinstance(advantages, Tensor):
@@ -78,10 +94,13 @@ class Estimator:
         """
         self.choice = choice
         self._estimate = ADVANTAGES.bound(choice)
-        self._over_batch = ADVANTAGES.takes(choice) == ("groups",)
+        self.over_batch = ADVANTAGES.takes(choice) == ("groups",)
+        """Whether it looks at a whole batch at once."""
         function = ADVANTAGES.function(choice.kind)
         self.baseline: Baseline | None = getattr(function, "baseline", None)
         self.reads_values: bool = getattr(function, "reads_values", False)
+        self.reads_state_keys: bool = getattr(function, "reads_state_keys", False)
+        self._more_than: str | None = getattr(function, "more_than", None)
         tried: Group = (EpisodeView((0.0, 1.0)), EpisodeView((0.5,), terminated=False, stop_reason="max_turns"))
         if self.reads_values:
             tried = tuple(replace(e, values_K=tuple((0.25,) for _ in e.rewards_K)) for e in tried)
@@ -97,12 +116,21 @@ class Estimator:
         (found,) = self.of_batch([group])
         return found
 
+    def require_size(self, group_size: int) -> None:
+        """Raise ConfigError where groups of ``rollout.group_size`` are too small for the estimator."""
+        name = self._more_than
+        if name is not None and group_size <= (least := ADVANTAGES.options(self.choice)[name]):
+            raise ConfigError(
+                f"algorithm.advantage.{name} = {least} of {self.choice.kind!r} needs more episodes a group than that, "
+                f"and rollout.group_size = {group_size}: raise it, or lower {name}"
+            )
+
     def of_batch(self, groups: Sequence[Group]) -> list[list[Advantages]]:
         """Return the advantages of each group's episodes.
 
         Raises ConfigError where the function returns anything else, or a number that is not finite.
         """
-        if self._over_batch:
+        if self.over_batch:
             every = [e for group in groups for e in group]
             flat = iter(self._snapped(every, lambda view: self._flat(view, [len(g) for g in groups])))
             return [[next(flat) for _ in group] for group in groups]
@@ -126,10 +154,10 @@ class Estimator:
         if equal and _any(advantages):
             plain = _of_few_bits(episodes)
             if not _any(self._checked(plain, estimate(plain))):
-                return [_mapped(torch.zeros_like, a) for a in advantages]
+                return [mapped(torch.zeros_like, a) for a in advantages]
         # of ±1, whatever the rewards, after a normalisation
-        largest = max((float(t.abs().max()) for a in advantages for t in _tensors(a) if t.numel()), default=0.0)
-        return [_mapped(lambda t: snapped(t, episodes, largest), a) for a in advantages]
+        largest = max((float(t.abs().max()) for a in advantages for t in tensors_of(a) if t.numel()), default=0.0)
+        return [mapped(lambda t: snapped(t, episodes, largest), a) for a in advantages]
 
     @property
     def _where(self) -> str:
@@ -157,7 +185,7 @@ class Estimator:
         advantages: list[Advantages] = [
             a.detach().float() if isinstance(a, Tensor) else tuple(t.detach().float() for t in a) for a in found
         ]
-        if not all(bool(torch.isfinite(t).all()) for a in advantages for t in _tensors(a)):
+        if not all(bool(torch.isfinite(t).all()) for a in advantages for t in tensors_of(a)):
             raise ConfigError(f"{self._where} returned an advantage that is not finite, for {list(episodes)}")
         return advantages
 
@@ -198,16 +226,18 @@ def snapped(advantages: Tensor, group: Group, largest: float = math.inf) -> Tens
     return torch.where(advantages.abs() > rounding_of(min(scale, largest)), advantages, 0.0)
 
 
-def _tensors(advantages: Advantages) -> tuple[Tensor, ...]:
+def tensors_of(advantages: Advantages) -> tuple[Tensor, ...]:
+    """Return the tensors that the advantages of an episode are made of."""
     return (advantages,) if isinstance(advantages, Tensor) else advantages
 
 
-def _mapped(function: Callable[[Tensor], Tensor], advantages: Advantages) -> Advantages:
+def mapped(function: Callable[[Tensor], Tensor], advantages: Advantages) -> Advantages:
+    """Return the advantages of an episode with each of their tensors changed by ``function``."""
     return function(advantages) if isinstance(advantages, Tensor) else tuple(map(function, advantages))
 
 
 def _any(advantages: Sequence[Advantages]) -> bool:
-    return any(bool(t.any()) for a in advantages for t in _tensors(a))
+    return any(bool(t.any()) for a in advantages for t in tensors_of(a))
 
 
 def _of_few_bits(group: Group) -> list[EpisodeView]:

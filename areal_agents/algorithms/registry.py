@@ -214,8 +214,19 @@ ADVANTAGES = Registry(
     "advantage estimator",
     group="areal_agents.advantages",
     builtin={
-        "turn_return": "areal_agents.algorithms.advantages:turn_return",
+        "turn_return": "areal_agents.algorithms.turn_credit:turn_return",
         "grpo": "areal_agents.algorithms.advantages:grpo",
+        "dr_grpo": "areal_agents.algorithms.advantages:dr_grpo",
+        "rloo": "areal_agents.algorithms.advantages:rloo",
+        "reinforce_pp": "areal_agents.algorithms.advantages:reinforce_pp",
+        "remax": "areal_agents.algorithms.advantages:remax",
+        "opo": "areal_agents.algorithms.advantages:opo",
+        "pass_at_k": "areal_agents.algorithms.advantages:pass_at_k",
+        "maxrl": "areal_agents.algorithms.advantages:maxrl",
+        "kevin": "areal_agents.algorithms.turn_credit:kevin",
+        "gigpo": "areal_agents.algorithms.turn_credit:gigpo",
+        "mt_grpo": "areal_agents.algorithms.turn_credit:mt_grpo",
+        "grpo_process": "areal_agents.algorithms.turn_credit:grpo_process",
         "gae": "areal_agents.algorithms.value_advantages:gae",
         "turn_gae": "areal_agents.algorithms.value_advantages:turn_gae",
         "bilevel_gae": "areal_agents.algorithms.value_advantages:bilevel_gae",
@@ -223,7 +234,7 @@ ADVANTAGES = Registry(
     given=("group", "groups"),
     one=True,
 )
-"""From the episodes of a group (or of all groups of a batch) to advantages: ``advantages.py``."""
+"""From the episodes of a group (or of all groups of a batch) to advantages: ``advantages.py``, ``turn_credit.py``."""
 
 LOSSES = Registry(
     "algorithm.loss",

@@ -1,20 +1,24 @@
 """The episodes of a saved run that somebody wants to see, and the advantages that they trained with.
 
-    SavedRun ─▶ kind ─▶ listed / worst (no turns are read) ─▶ find ─▶ Record ─▶ advantages_of (the group's rewards)
+    SavedRun ─▶ kind ─▶ listed / worst (no turns are read) ─▶ find ─▶ Record ─▶ advantages_of (a group's, or a step's)
 
-Advantages are computed again from the saved rewards with the run's own estimator, as in ``evaluation/reward_shift.py``.
+Advantages are computed again from what was saved, with the run's own estimator, as in ``evaluation/reward_shift.py``:
+of the whole batch where the estimator or a normalisation looks at it. Those from a critic's values cannot be, because
+no values are saved.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from areal_agents.errors import ArealError
 from areal_agents.evaluation.saved_run import SavedRun
-from areal_agents.tracking.one_episode import Summary, group_rewards, read_episode, read_summaries
+from areal_agents.settings.config import AlgorithmConfig
+from areal_agents.tracking.one_episode import Earned, Summary, read_earned, read_episode, read_summaries
 from areal_agents.tracking.trajectories import Record, shards, step_of
 
 _FIRST = ("train", "eval")
@@ -86,16 +90,41 @@ def advantages_of(run: SavedRun, record: Record) -> tuple[list[float] | None, st
     t = record.trajectory
     if record.kind != "train" or run.algorithm is None or not t.turns:
         return None, ""
-    path = next(p for p in run.shards("train", first=record.step, last=record.step))
-    rewards = {id: rewards for id, rewards in group_rewards(path, t.group).items() if rewards}
-    from areal_agents.algorithms.episode_view import EpisodeView  # torch: a second, for training runs alone
-    from areal_agents.algorithms.estimator import Estimator, per_turn
-
     try:
-        group = Estimator(run.algorithm.advantage)([EpisodeView(r) for r in rewards.values()])
+        return _computed_again(run, run.algorithm, record), ""
     except (ArealError, ValueError) as error:  # a group of one, or a package of the run that is not here
         return None, f"advantages cannot be computed again: {error}"
-    return per_turn(group[list(rewards).index(t.id)]), ""
+
+
+def _computed_again(run: SavedRun, algorithm: AlgorithmConfig, record: Record) -> list[float]:
+    from areal_agents.algorithms.episode_view import EpisodeView
+    from areal_agents.algorithms.estimator import Estimator, per_turn  # torch: a second, for training runs alone
+    from areal_agents.algorithms.refinement import refined
+
+    t, estimator = record.trajectory, Estimator(algorithm.advantage)
+    if estimator.reads_values:
+        raise ArealError(f"{algorithm.advantage.kind!r} reads a critic's values, which are not saved")
+    whole = estimator.over_batch or algorithm.normalize == "batch"
+    path = run.shards("train", first=record.step, last=record.step)[0]
+    groups: dict[str, dict[str, Earned]] = defaultdict(dict)
+    for e in read_earned(path, None if whole else t.group):
+        if e.rewards_K:
+            groups[e.group][e.id] = e
+    greedy: dict[str, float] = {}
+    if estimator.baseline == "greedy":
+        path = run.shards("greedy", first=record.step, last=record.step)[0]
+        greedy = {e.group: math.fsum(e.rewards_K) for e in read_earned(path)}
+    views = [
+        [
+            EpisodeView(
+                e.rewards_K, e.tokens_K, e.state_keys_K, e.terminated, e.stop_reason, greedy_return=greedy.get(e.group)
+            )
+            for e in group.values()
+        ]
+        for group in groups.values()
+    ]
+    found = refined(estimator.of_batch(views), views, overlong=algorithm.overlong, normalize=algorithm.normalize)
+    return per_turn(found[list(groups).index(t.group)][list(groups[t.group]).index(t.id)])
 
 
 def steps_text(run: SavedRun, kind: str) -> str:

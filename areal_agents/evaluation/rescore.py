@@ -29,7 +29,7 @@ from areal_agents.rollout.env_results import VERDICT_METRICS, status_metrics
 from areal_agents.rollout.group_judge import group_rubric_of
 from areal_agents.rollout.rebuilt import answer_reader, rebuilt, spoken_answer
 from areal_agents.tracking.trajectories import Record, read_shard
-from areal_agents.types import Trajectory
+from areal_agents.types import StopReason, Trajectory
 from areal_agents.utils.exits import guarded_tasks
 from areal_agents.utils.foreign import find_foreign
 
@@ -56,6 +56,11 @@ class Rescored:
     """None where the new reward failed."""
     status: str = "ok"
     """The verdict's, or ``failed`` where the new reward failed."""
+    state_keys_K: tuple[str | None, ...] = ()
+    """Of the states that the turns were shown. Empty: none has one."""
+    terminated: bool = True
+    """Whether the task ended. Else a limit cut the episode."""
+    stop_reason: StopReason = "answer"
 
     @property
     def old(self) -> float:
@@ -333,7 +338,10 @@ class _Scorer:
         t = record.trajectory
         tokens = tuple(len(turn.completion.ids) for turn in t.turns)
         old = tuple(turn.reward for turn in t.turns)
-        self.episodes[place] = Rescored(t.id, record.kind, record.step, t.group, t.task.id, tokens, old, new, status)
+        self.episodes[place] = Rescored(
+            t.id, record.kind, record.step, t.group, t.task.id, tokens, old, new, status,
+            tuple(turn.state_key for turn in t.turns), t.terminated, t.stop_reason,
+        )  # fmt: skip
 
 
 def refuse_inside(path: Path, run: SavedRun) -> None:

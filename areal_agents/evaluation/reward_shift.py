@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.estimator import Estimator, per_turn, refuse_biased
-from areal_agents.algorithms.registry import needs_critic
-from areal_agents.errors import ConfigError
+from areal_agents.algorithms.refinement import refined
+from areal_agents.errors import ArealError, ConfigError
 from areal_agents.evaluation.rescore import Outcome, Rescored
 from areal_agents.evaluation.saved_run import columns
 from areal_agents.evaluation.statistics import spearman
@@ -65,7 +65,7 @@ class SignChanges:
 class AdvantageShift:
     """The change of the advantages from the old rewards to the new ones.
 
-    Both are computed again, group by group, with the run's own estimator.
+    Both are computed again with the run's own estimator, step by step: of the same groups, those that are not skipped.
     """
 
     estimator: str
@@ -108,11 +108,11 @@ class RewardShift:
     flips: tuple[TaskFlip, ...]
     """Worst first, which is the largest change of the pass rate."""
     advantages: AdvantageShift | None
-    """None where the run did not train on these episodes, or its advantages cannot be computed again."""
-    advantages_unknown: str = ""
-    """Why they cannot, where they cannot."""
+    """None where the run did not train on these episodes, or where they cannot be computed again."""
     refused: str = ""
     """Why a training of these settings refuses the new reward, where it does."""
+    no_advantages: str = ""
+    """Why the advantages of a training cannot be computed again, where they cannot."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -122,8 +122,8 @@ class RewardShift:
         parts = [self._head(), self._passes()]
         if self.advantages is not None:
             parts.append(_advantage_table(self.advantages))
-        if self.advantages_unknown:
-            parts.append(self.advantages_unknown)
+        if self.no_advantages:
+            parts.append(f"advantages cannot be compared: {self.no_advantages}")
         if self.refused:
             parts.append(f"a training refuses it: {self.refused}")
         return plain("\n\n".join(parts))
@@ -174,9 +174,7 @@ def compare(
     old, new = np.array([e.old for e in scored]), np.array([e.new for e in scored])
     limit = pass_at - rounding_of(pass_at)
     flips = _flips(scored, limit)
-    unknown = ""
-    if algorithm is not None and needs_critic(algorithm.advantage.kind):
-        unknown = f"no advantages: {algorithm.advantage.kind} read a critic's values, and no run saves those"
+    advantages, why = (None, "") if algorithm is None else _advantages(outcome.episodes, algorithm)
     return RewardShift(
         reward,
         scored=len(scored),
@@ -195,9 +193,9 @@ def compare(
         episodes_flipped=int(((old >= limit) != (new >= limit)).sum()),
         tasks_flipped=len(flips) / len({e.task for e in scored}),
         flips=tuple(flips),
-        advantages=None if algorithm is None or unknown else advantage_shift(outcome.episodes, algorithm),
-        advantages_unknown=unknown,
+        advantages=advantages,
         refused="" if algorithm is None or group is None else refusal(group, algorithm),
+        no_advantages=why,
     )
 
 
@@ -210,25 +208,40 @@ def refusal(group: GroupRewardLike, algorithm: AlgorithmConfig) -> str:
     return ""
 
 
+def _advantages(episodes: Sequence[Rescored], algorithm: AlgorithmConfig) -> tuple[AdvantageShift | None, str]:
+    try:
+        return advantage_shift(episodes, algorithm), ""
+    except (ArealError, ValueError) as error:  # a reward that the estimator refuses, for one
+        return None, text_of(error)
+
+
 def advantage_shift(episodes: Sequence[Rescored], algorithm: AlgorithmConfig) -> AdvantageShift:
-    """Compare the signs of the advantages before and after, group by group."""
+    """Compare the signs of the advantages before and after, group by group.
+
+    Raises ArealError where they depend on what no reward says: a critic's values, or greedy episodes, which the new
+    reward did not judge.
+    """
+    estimator = Estimator(algorithm.advantage)
+    if estimator.reads_values or estimator.baseline == "greedy":
+        what = "a critic's values" if estimator.reads_values else "greedy episodes, which are not rescored"
+        raise ArealError(f"{algorithm.advantage.kind!r} compares with {what}")
     groups: dict[tuple[str, str], list[Rescored]] = defaultdict(list)
     for e in episodes:
         groups[e.kind, e.group].append(e)
-    estimator = Estimator(algorithm.advantage)
+    usable = [g for g in groups.values() if len(g) > 1 and all(e.new_K is not None for e in g)]
+    steps: dict[tuple[str, int], list[list[Rescored]]] = defaultdict(list)
+    for group in usable:
+        steps[group[0].kind, group[0].step].append(group)
     tokens: Counter[str] = Counter()
-    signal: Counter[str] = Counter()
-    for group in groups.values():
-        if len(group) < 2 or any(e.new_K is None for e in group):
-            signal["skipped"] += 1
-            continue
-        before = _signs([e.old_K for e in group], estimator)
-        after = _signs([e.new_K or () for e in group], estimator)
-        had, has = any(s.any() for s in before), any(s.any() for s in after)
-        for name, yes in {"old": had, "new": has, "lost": had and not has, "gained": has and not had}.items():
-            signal[name] += int(yes)
-        for e, old_K, new_K in zip(group, before, after, strict=True):
-            tokens.update(_changed_tokens(np.array(e.tokens_K), old_K, new_K))
+    signal = Counter(skipped=len(groups) - len(usable))
+    for step in steps.values():
+        found = (_signs(step, estimator, algorithm, new=new) for new in (False, True))
+        for group, before, after in zip(step, *found, strict=True):
+            had, has = any(s.any() for s in before), any(s.any() for s in after)
+            for name, yes in {"old": had, "new": has, "lost": had and not has, "gained": has and not had}.items():
+                signal[name] += int(yes)
+            for e, old_K, new_K in zip(group, before, after, strict=True):
+                tokens.update(_changed_tokens(np.array(e.tokens_K), old_K, new_K))
     return AdvantageShift(
         algorithm.advantage.kind,
         len(groups),
@@ -251,10 +264,19 @@ def _changed_tokens(tokens_K: NDArray[np.int64], old_K: NDArray[np.int8], new_K:
     }
 
 
-def _signs(rewards: Sequence[tuple[float, ...]], estimator: Estimator) -> list[NDArray[np.int8]]:
-    """Return the signs of the advantages that training would compute: −1, 0 or 1 a turn."""
-    advantages = estimator([EpisodeView(r) for r in rewards])
-    return [np.sign(per_turn(a)).astype(np.int8) for a in advantages]
+def _signs(
+    step: Sequence[Sequence[Rescored]], estimator: Estimator, algorithm: AlgorithmConfig, *, new: bool
+) -> list[list[NDArray[np.int8]]]:
+    """Return the signs of the advantages that training would compute of one step's groups: −1, 0 or 1 a turn."""
+    views = [
+        [
+            EpisodeView((new and e.new_K) or e.old_K, e.tokens_K, e.state_keys_K, e.terminated, e.stop_reason)
+            for e in group
+        ]
+        for group in step
+    ]
+    found = refined(estimator.of_batch(views), views, overlong=algorithm.overlong, normalize=algorithm.normalize)
+    return [[np.sign(per_turn(a)).astype(np.int8) for a in group] for group in found]
 
 
 def _flips(scored: Sequence[Rescored], limit: float) -> list[TaskFlip]:

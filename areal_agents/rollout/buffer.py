@@ -2,7 +2,7 @@
 
     admit ──▶ running ──▶ complete ──▶ buffered ──▶ take (B groups) ──▶ consumed
                  │                                     ▲
-                 └── discard (leaves the count) ───────┘
+                 └── discard, refill (leave the count) ┘
 
 A plain state machine without asyncio, so that its properties can be tested exhaustively; ``producer.py`` and
 ``trainer/loop.py`` wait on it. With v the learner's version (= batches consumed), a the lowest version that every
@@ -23,7 +23,9 @@ j ≥ v, |D_j| ≤ (j − v + 1)·B, that is, all deadlines can still be met.
   groups always satisfy that, so waiting for running groups to finish must end: the learner waits for groups,
   groups wait for the engine and their environment, and neither waits for the learner.
 * With fewer than B alive, consumed + alive < (v + 1)·B ≤ (η + a + 1)·B as soon as a ≥ v − η, so admission is open.
-* A discarded group leaves the count at once; it only makes every D_j smaller.
+* A discarded group leaves the count at once; it only makes every D_j smaller. A group without signal that is refilled
+  (``refill``) leaves in the same way, and the one admitted in its place is younger. Each batch refills at most
+  ``max_refills``, so that waiting ends even where no group has a signal.
 
 Looking at j = v alone is not enough: fast young groups then fill the batches until more than B old ones share
 a deadline (η ≥ 2; ``tests/rollout/test_buffer.py`` holds the counter-example).
@@ -62,6 +64,8 @@ class BufferState:
     dropped: tuple[str, ...]
     running: tuple[Ticket, ...]
     buffered: tuple[Group, ...]
+    refilled: int = 0
+    refilled_now: int = 0
 
 
 class Buffer:
@@ -80,18 +84,20 @@ class Buffer:
         on_exceed: OnExceed = "wait",
         order: Order = "completion",
         total_batches: int | None = None,
+        max_refills: int = 0,
     ) -> None:
         """Start with nothing admitted, at version 0.
 
         Args:
             groups: B, groups a batch.
-            group_size: G, episodes a group.
+            group_size: episodes that a group plays: G, and its greedy one where there is one.
             max_staleness: η, in versions.
             concurrency: most episodes that play at once.
             on_exceed: ``wait`` lets no group grow too old, ``drop`` throws those that did away, ``mask`` leaves them to
                 the learner.
             order: ``completion`` takes the groups that finished first, ``admission`` those that were admitted first.
             total_batches: the run's length; no group is admitted that no batch of it would take. None: no end.
+            max_refills: most finished groups that may be given up between two batches, to be replaced by others.
 
         Raises:
             ConfigError: where no group would ever start.
@@ -103,12 +109,17 @@ class Buffer:
         self.on_exceed = on_exceed
         self.order = order
         self.total_batches = total_batches
+        self.max_refills = max_refills
         self.version = 0
         self.acknowledged = 0
         self.admitted = 0
         self.discarded = 0
         self.dropped: list[str] = []
         """Task ids of the groups that were too old (``drop``)."""
+        self.refilled = 0
+        """Groups given up by ``refill``."""
+        self._refilled_now = 0
+        """Those of them since the last batch."""
         self._running: dict[int, Ticket] = {}
         self._ended: dict[int, int] = {}
         """By running group: episodes that have ended, well or not."""
@@ -136,6 +147,8 @@ class Buffer:
             tuple(self.dropped),
             tuple(self._running.values()),
             tuple(self._buffered),
+            self.refilled,
+            self._refilled_now,
         )
 
     def restore(self, state: BufferState) -> None:
@@ -150,6 +163,7 @@ class Buffer:
         self.admitted, self.discarded, self.dropped = state.admitted, state.discarded, list(state.dropped)
         self._running, self._ended, self._over = {t.order: t for t in state.running}, {}, 0
         self._buffered = list(state.buffered)
+        self.refilled, self._refilled_now = state.refilled, state.refilled_now
 
     @property
     def consumed(self) -> int:
@@ -216,6 +230,22 @@ class Buffer:
         self._over -= self._ended.pop(ticket.order, 0)
         self.discarded += 1
 
+    def can_refill(self) -> bool:
+        """Say whether ``refill`` may give up one more group before the next batch."""
+        return self._refilled_now < self.max_refills
+
+    def refill(self, ticket: Ticket) -> None:
+        """Give up a running group that has finished, so that another one takes its place.
+
+        It leaves the count at once. Raises RuntimeError where ``can_refill`` is False.
+        """
+        if not self.can_refill():
+            raise RuntimeError("refill() while can_refill() is False")
+        self.discard(ticket)
+        self.discarded -= 1
+        self.refilled += 1
+        self._refilled_now += 1
+
     def acknowledge(self, version: int) -> None:
         """Note that every engine serves ``version`` (or a later one) now."""
         if version > self.version:
@@ -240,6 +270,7 @@ class Buffer:
         orders = {g.order for g in chosen}
         self._buffered = [g for g in self._buffered if g.order not in orders]
         self.version += 1
+        self._refilled_now = 0
         # Which groups these are may depend on time. What the learner computes from them, and its rounding, does not.
         return sorted(chosen, key=lambda g: g.order)
 

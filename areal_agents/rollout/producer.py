@@ -2,7 +2,8 @@
 
     TaskStream ─▶ admit (buffer.py) ─▶ G × play (player.py) ─▶ finish_group ─▶ complete ─▶ next_batch ─▶ learner
                      ▲                        │ InfraError: retried; too few left: discarded, task queued once more
-                     └────────────────────────┘ TaskError: the task is left out (task_faults.py)
+                     │                        │ TaskError: the task is left out (task_faults.py)
+                     └────────────────────────┘ no signal, and refills are left (``has_signal``): another task
 
 Waits for / unblocked by: the producer waits for ``Buffer.can_admit`` and is unblocked by completions, discards,
 batches and acknowledgements; ``next_batch`` waits for ``Buffer.take`` and is unblocked by completions. Neither holds
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from areal_agents.errors import TaskError
@@ -23,6 +25,9 @@ from areal_agents.rollout.retries import EpisodeRunner
 from areal_agents.rollout.tasks import StreamState, TaskStream
 from areal_agents.types import Group, Task, Trajectory
 from areal_agents.utils.short_text import text_of
+
+GREEDY = -1
+"""The index of a group's greedy episode among its episodes."""
 
 
 def group_seed(seed: int, order: int) -> int:
@@ -69,15 +74,21 @@ class Rollouts:
         *,
         seed: int,
         event: EventSink = no_events,
+        has_signal: Callable[[Group], bool] | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Take over the buffer and the tasks, and start nothing yet.
 
         Args:
             buffer: says which groups may start, and holds those that have finished.
             tasks: gives each new group its task.
-            runner: plays one episode, retries included; closed by ``close``.
+            runner: plays one episode, retries included; closed by ``close``. Where it has a greedy player, each group
+                has one more episode of it, and counts one more in the buffer's ``group_size``.
             seed: the run's; each group's seed follows from it (``group_seed``).
-            event: told of each group that is discarded.
+            event: told of each group that is discarded or refilled.
+            has_signal: says of a finished group whether it would train anything. One that would not is refilled, as far
+                as the buffer's ``max_refills`` allows. None: every group is kept.
+            say: shows a line to people, where refills are spent for the first time.
         """
         self.buffer = buffer
         self.tasks = tasks
@@ -85,6 +96,8 @@ class Rollouts:
         self.tasks_lost: list[str] = []
         self._seed = seed
         self._event = event
+        self._has_signal, self._say = has_signal, say
+        self._spent = False
         self._changed = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
         self._open: dict[int, OpenGroup] = {}
@@ -187,28 +200,31 @@ class Rollouts:
         self.start()
 
     async def _group(self, open: OpenGroup) -> None:
-        ticket, task, size = open.ticket, open.task, self.buffer.group_size
+        ticket, task, greedy = open.ticket, open.task, self.runner.has_greedy
+        size = self.buffer.group_size - greedy
         group = f"g{ticket.order}"
         seed = group_seed(self._seed, ticket.order)
 
         async def play(index: int) -> None:
-            open.finished[index] = await self.runner.run(task, id=f"{group}/{index}", group=group, seed=seed)
+            id, alone = (f"{group}/greedy", True) if index == GREEDY else (f"{group}/{index}", False)
+            open.finished[index] = await self.runner.run(task, id=id, group=group, seed=seed, greedy=alone)
             self.buffer.episode_ended(ticket)
             self.start()
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                for index in range(size):
+                for index in (*range(size), *([GREEDY] if greedy else [])):
                     if index not in open.finished:
                         tasks.create_task(play(index))
         except ExceptionGroup as errors:  # the rest were cancelled
             for error in errors.exceptions:
                 if not isinstance(error, TaskError):
                     raise error from error.__cause__
-        played = tuple(t for _, t in sorted(open.finished.items()) if t is not None)
+        played = tuple(t for i, t in sorted(open.finished.items()) if t is not None and i != GREEDY)
+        compared = open.finished.get(GREEDY)
         reason, finished = self.runner.settle(task, group=group, played=bool(played)), len(played)
         # Two at least, because advantages compare the episodes of a group.
-        enough = finished >= max(2, math.ceil(size / 2))
+        enough = finished >= max(2, math.ceil(size / 2)) and (compared is not None or not greedy)
         done: tuple[Trajectory, ...] | None = None
         if reason is None and enough:  # until it is judged the group runs, as the bound's proof counts it
             try:
@@ -221,13 +237,33 @@ class Rollouts:
             self.tasks.leave_out(task.id, reason)
             return
         if done is not None:
-            self.buffer.complete(Group(group, task, done, ticket.version, ticket.order))
+            self._finish(ticket, Group(group, task, done, ticket.version, ticket.order, compared))
             return
         self.buffer.discard(ticket)
         again = self.tasks.requeue(task)
         if not again:
             self.tasks_lost.append(task.id)
         self._event("group_discarded", group=group, task=task.id, finished=finished, of=size, requeued=again)
+
+    def _finish(self, ticket: Ticket, group: Group) -> None:
+        """Queue a finished group for its batch, or give it up where it has no signal and may be refilled."""
+        if self._has_signal is None or self._has_signal(group):
+            self.buffer.complete(group)
+            return
+        facts = {"group": group.id, "task": group.task.id, "rewards": [t.reward for t in group.trajectories]}
+        if self.buffer.can_refill():
+            self.buffer.refill(ticket)
+            self._event("group_refilled", **facts)
+        else:
+            self.buffer.complete(group)
+            most = self.buffer.max_refills
+            self._event("refills_spent", **facts, max_refills=most)
+            if not self._spent:
+                self._say(
+                    f"a batch has spent its {most} refills (rollout.max_refills) and takes groups without signal: the "
+                    "tasks are too hard or too easy (metric groups_without_signal)"
+                )
+            self._spent = True
 
     async def close(self) -> None:
         """Cancel what still runs and wait for its end."""

@@ -71,6 +71,7 @@ class EpisodeRunner:
         event: EventSink = no_events,
         say: Callable[[str], None] = lambda line: None,
         group_judge: GroupJudge | None = None,
+        greedy: EpisodePlayer | None = None,
     ) -> None:
         """Take over the player and the judge.
 
@@ -81,9 +82,11 @@ class EpisodeRunner:
             event: told of failed attempts and of tasks that are left out.
             say: shows a line to people.
             group_judge: judges finished groups; closed by ``close``. None where no reward looks at a whole group.
+            greedy: plays the groups' greedy episodes; closed by ``close``. None where no estimator compares with them.
         """
         self.player = player
         self.group_judge = group_judge
+        self._greedy = greedy
         self.budget = budget
         self.left_out: dict[str, str] = {}
         """Tasks that cannot be played or scored, each with the reason."""
@@ -96,7 +99,12 @@ class EpisodeRunner:
         self._say = say
         self._attempts: dict[str, TaskAttempts] = {}
 
-    async def run(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory | None:
+    @property
+    def has_greedy(self) -> bool:
+        """Whether each group has a greedy episode."""
+        return self._greedy is not None
+
+    async def run(self, task: Task, *, id: str, group: str, seed: int, greedy: bool = False) -> Trajectory | None:
         """Play one episode, with as many attempts as it takes and ``max_retries`` allow.
 
         Args:
@@ -104,6 +112,7 @@ class EpisodeRunner:
             id: of the episode. Retry n plays as ``id~n``.
             group: the group that the trajectory belongs to. Once its last episode is over, ``settle`` is due.
             seed: the environment is reset with it at every attempt.
+            greedy: the group's greedy player plays it.
 
         Returns:
             The trajectory, or None after ``max_retries`` retries or a final failure.
@@ -113,11 +122,14 @@ class EpisodeRunner:
             FailureBudgetError: the budget is spent.
         """
         attempts = self._attempts.setdefault(group, TaskAttempts())
+        player = self._greedy if greedy else self.player
+        if player is None:
+            raise ValueError(f"episode {id} is greedy, and this runner has no greedy player")
         attempt = 0
         while attempts.certain is None:
             attempt_id = id if attempt == 0 else f"{id}~{attempt}"
             try:
-                trajectory = await self.player.play(task, id=attempt_id, group=group, seed=seed)
+                trajectory = await player.play(task, id=attempt_id, group=group, seed=seed)
             except TaskError as error:
                 attempts.certain = attempts.certain or error
             except (InfraError, RewardError) as error:
@@ -233,6 +245,8 @@ class EpisodeRunner:
         """Close the player, and the judge."""
         if self.group_judge is not None:
             await self.group_judge.close()
+        if self._greedy is not None:
+            await self._greedy.close()
         await self.player.close()
 
 

@@ -160,6 +160,11 @@ class RolloutConfig(Section):
     """Most tokens the model may sample in one episode; none: what ``max_turns`` full turns have."""
     max_turns: Count = 16
     """The runner's own limit on turns, beside the environment's."""
+    dynamic_sampling: bool = False
+    """Replace a finished group that would train nothing (all its episodes earned the same, say) by one of another task.
+    Its episodes are played for nothing, and tasks that are always solved, or never, train no more."""
+    max_refills: Count = 24
+    """Most groups that dynamic sampling replaces while one batch is waited for; then it is filled with what comes."""
     group_reward: str = ""
     """``module:name`` of a reward that judges each finished group in training, in place of the environment's
     ``group_rubric``, if it has one. Evaluations keep the environment's own."""
@@ -209,6 +214,12 @@ class AlgorithmConfig(Section):
     """``bypass``: the ratio is taken to the sampler. ``decoupled``: to a proximal policy, weighted by p/μ."""
     mask: Annotated[Choice, *_chosen(MASKS)] = Choice("none")
     """What takes the gradient from tokens, turns or episodes far off the policy, beside the correction's mask."""
+    normalize: Literal["none", "batch"] = "none"
+    """``batch``: the advantages of a batch, after the estimator, are centred and divided by their deviation, each
+    sampled token counted once."""
+    overlong: Literal["keep", "mask"] = "keep"
+    """Episodes that a limit cut: train on them too, or give them advantage 0. In either case their returns stay in the
+    baselines of the others."""
     aggregation: Literal["token", "episode", "sequence", "constant"] = "token"
     """Mean over all sampled tokens; or over episodes of the mean over their tokens (``episode``), of the sum over them
     (``sequence``), or of that sum by ``constant`` (Dr. GRPO)."""

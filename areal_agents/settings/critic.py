@@ -23,8 +23,6 @@ class CriticConfig(Section):
     """``trunk``: weight of the value loss in the gradient of the policy's layers; 0: it stops at the head."""
     grad_clip: Positive = 1.0
     """Largest norm of the critic's own gradient."""
-    whiten: bool = True
-    """Shift and scale a batch's advantages to mean 0 and spread 1 over its tokens, once V's targets are made."""
 
     @model_validator(mode="after")
     def _check(self) -> CriticConfig:

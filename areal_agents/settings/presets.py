@@ -68,6 +68,7 @@ PRESETS: Mapping[str, Preset] = {
             "algorithm": {
                 "advantage": {"kind": "gae", "gamma": 1.0, "lam": 0.95},
                 "loss": {"kind": "ppo", "clip_low": 0.2, "clip_high": 0.2},
+                "normalize": "batch",
                 "aggregation": "token",
                 "critic": {"kind": "own"},
             }

@@ -148,6 +148,11 @@ def records_of(file: Any, path: Path, table: Any) -> list[Record]:
     return [_record(row if version != "2" else _from_2(row)) for row in table.to_pylist()]
 
 
+def is_version_2(file: Any) -> bool:
+    """Say whether the open Parquet file is of version 2, whose state keys are those after the turns."""
+    return (file.schema_arrow.metadata or {}).get(_VERSION_KEY) == b"2"
+
+
 def read_lines(path: Path) -> list[tuple[Record, ParquetRow]]:
     """Read the records of a shard that is still lines, each with its row, which may hold more.
 

@@ -1,7 +1,7 @@
 """The way from finished groups to the batch that the learner steps on.
 
-    groups ─▶ (rows ─▶ the critic's values) ─▶ a view of each episode ─▶ estimator ─▶ advantages ─▶ rows
-                                                                              └─▶ (targets of the values)
+groups ─▶ (rows ─▶ the critic's values) ─▶ a view of each episode ─▶ estimator ─▶ refinement ─▶ advantages ─▶ rows
+                                                                          └─▶ (targets of the values)
 
 What is in brackets is for estimators that read a critic.
 """
@@ -9,18 +9,19 @@ What is in brackets is for estimators that read a critic.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from areal_agents.algorithms.batch import Batch, Row, rows_of, tail_row
-from areal_agents.algorithms.critic_targets import Entries, target_columns, whitened
-from areal_agents.algorithms.episode_view import EpisodeView
+from areal_agents.algorithms.critic_targets import target_columns
 from areal_agents.algorithms.estimator import Estimator, entries
+from areal_agents.algorithms.refinement import refined
 from areal_agents.errors import ConfigError
 from areal_agents.learner.critic import Values
 from areal_agents.settings.config import AlgorithmConfig
+from areal_agents.trainer.credit import require_state_keys, views_of
 from areal_agents.types import Group, Trajectory
 
 
@@ -71,30 +72,35 @@ def batch_of(
 
     Args:
         groups: the finished groups of one batch.
-        algorithm: the advantage estimator and the critic's settings are taken from it.
+        algorithm: the advantage estimator and what follows it are taken from it.
         version: the learner's.
         temperature: that the episodes were sampled at.
         values: of each episode of all groups, in order. None without a critic.
+
+    Raises:
+        ConfigError: the estimator returned something else than advantages, or needs what the environment does not give.
     """
     estimator = Estimator(algorithm.advantage)
-    told = iter(values or [])
-    views = [[_view(t, next(told) if values else None) for t in group.trajectories] for group in groups]
-    advantages = [a for group in estimator.of_batch(views) for a in group]
+    require_state_keys(groups, estimator)
+    views = [views_of(group) for group in groups]
+    if values is not None:
+        told = iter(values)
+        views = [
+            [replace(view, values_K=v.values_K, tail_value=v.tail) for view, v in zip(group, told, strict=False)]
+            for group in views
+        ]
+    found = estimator.of_batch(views)
+    columns = None
+    if values is not None:  # V is fitted to what the estimator found, before anything is normalised
+        every = [a for group in found for a in group]
+        columns = [target_columns(a, v.values_K) for a, v in zip(every, values, strict=True)]
+    refinement = refined(found, views, overlong=algorithm.overlong, normalize=algorithm.normalize)
+    advantages = [a for group in refinement for a in group]
     episodes = [t for g in groups for t in g.trajectories]
-    given: list[Entries] = [entries(a) for a in advantages]
-    columns = [target_columns(a, v.values_K) for a, v in zip(advantages, values, strict=True)] if values else None
-    if values and algorithm.critic.whiten:
-        given = whitened(given, [[len(turn.completion.ids) for turn in t.turns] for t in episodes])
     rows: list[Row] = []
     for i, trajectory in enumerate(episodes):
-        rows += rows_of(trajectory, given[i], episode=i, columns=columns[i] if columns else None)
+        rows += rows_of(trajectory, entries(advantages[i]), episode=i, columns=columns[i] if columns else None)
     return Batch(tuple(rows), len(episodes), version, temperature)
-
-
-def _view(trajectory: Trajectory, values: EpisodeValues | None) -> EpisodeView:
-    if values is None:
-        return EpisodeView.of(trajectory)
-    return EpisodeView.of(trajectory, values_K=values.values_K, tail_value=values.tail)
 
 
 async def _read_values(learner: Valuer, episodes: Sequence[Trajectory], temperature: float) -> list[EpisodeValues]:

@@ -29,6 +29,7 @@ from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import TrainConfig
 from areal_agents.trainer.batches import batch_for
+from areal_agents.trainer.credit import credit_metrics, signal_of
 from areal_agents.trainer.evaluation import log_kept
 from areal_agents.trainer.preflight import Looks, look_at_tasks, require_runnable
 from areal_agents.trainer.resize import answering
@@ -191,14 +192,24 @@ async def learn(run: Run) -> None:
     if run.learner.version >= config.steps:
         return
     buffer = Buffer(
-        groups=r.groups, group_size=r.group_size, max_staleness=r.staleness, concurrency=r.concurrency,
-        on_exceed=r.on_exceed, order=r.order, total_batches=config.steps,
+        groups=r.groups, group_size=r.group_size + run.runner.has_greedy, max_staleness=r.staleness,
+        concurrency=r.concurrency, on_exceed=r.on_exceed, order=r.order, total_batches=config.steps,
+        max_refills=r.max_refills if r.dynamic_sampling else 0,
     )  # fmt: skip
     tasks = TaskStream(
         run.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed, max_bad=r.max_bad_tasks,
         left_out=run.left_out, tell=run.runner.leave_out,
     )  # fmt: skip
-    rollouts = Rollouts(buffer, tasks, run.runner, seed=config.seed, event=run.tracker.event)
+    has_signal = signal_of(config.algorithm) if r.dynamic_sampling else None
+    rollouts = Rollouts(
+        buffer,
+        tasks,
+        run.runner,
+        seed=config.seed,
+        event=run.tracker.event,
+        has_signal=has_signal,
+        say=run.tracker.message,
+    )
     try:
         _restore(run, rollouts)
         run.watch_rewards()
@@ -254,19 +265,26 @@ async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, wa
     update = await run.publish()
     run.renew_weights()
     rollouts.acknowledge(run.learner.version)
-    metrics |= rollout_metrics(groups, batch.version) | {
-        "wait_seconds": waited,
-        "step_seconds": watch.seconds,
-        "update_seconds": update,
-        "queue": float(rollouts.buffer.buffered),
-        "running": float(rollouts.buffer.running),
-        "discarded": float(rollouts.buffer.discarded),
-        "dropped": float(len(rollouts.buffer.dropped)),
-        "failed_attempts": float(run.budget.kinds.total()),
-        "tasks_left_out": float(len(rollouts.tasks.left_out)),
-    }
+    metrics |= (
+        rollout_metrics(groups, batch.version)
+        | credit_metrics(groups, run.config.algorithm)
+        | {
+            "wait_seconds": waited,
+            "step_seconds": watch.seconds,
+            "update_seconds": update,
+            "queue": float(rollouts.buffer.buffered),
+            "running": float(rollouts.buffer.running),
+            "discarded": float(rollouts.buffer.discarded),
+            "dropped": float(len(rollouts.buffer.dropped)),
+            "refilled": float(rollouts.buffer.refilled),
+            "failed_attempts": float(run.budget.kinds.total()),
+            "tasks_left_out": float(len(rollouts.tasks.left_out)),
+        }
+    )
     metrics["tokens_per_second"] = metrics["sampled_tokens"] / watch.seconds
     run.tracker.trajectories.write([t for g in groups for t in g.trajectories], step=step, kind="train")
+    if greedy := [g.greedy for g in groups if g.greedy is not None]:
+        run.tracker.trajectories.write(greedy, step=step, kind="greedy")
     run.tracker.log(step, metrics)
     run.look_at_rewards(step, metrics, groups)
 

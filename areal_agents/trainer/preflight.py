@@ -17,7 +17,7 @@ from areal_agents.errors import ConfigError
 from areal_agents.evaluation.held_out import held_out
 from areal_agents.registry import EnvSpec
 from areal_agents.reward import task_checks
-from areal_agents.rollout.group_judge import group_reward_of, require_attempts, require_votes
+from areal_agents.rollout.group_judge import NamedGroupReward, group_reward_of, require_attempts, require_votes
 from areal_agents.rollout.script import expert_of
 from areal_agents.rollout.task_looks import Look, look_at
 from areal_agents.settings.config import TrainConfig
@@ -37,8 +37,9 @@ def require_runnable(config: TrainConfig) -> None:
     spec.require_arguments({})
     _require_tasks(spec, config)
     a, r = config.algorithm, config.rollout
-    Estimator(a.advantage)
-    if (judge := group_reward_of(spec, r.group_reward)) is not None:
+    judge = group_reward_of(spec, r.group_reward)
+    _require_estimator(config, judge)
+    if judge is not None:
         refuse_biased(a.advantage, judge.declared, judge.name)
         require_votes(judge, r.group_size)
     require_attempts(group_reward_of(spec), config.eval.k)
@@ -46,6 +47,29 @@ def require_runnable(config: TrainConfig) -> None:
     Sampling(r.max_turn_tokens, r.temperature).require_trainable()
     if config.cluster.backend == "local":  # on a cluster the learner's node decides
         resolve_device(config.learner.device)
+
+
+def _require_estimator(config: TrainConfig, judge: NamedGroupReward | None) -> None:
+    """Raise ConfigError for an estimator that other settings do not fit."""
+    a, r = config.algorithm, config.rollout
+    estimator, where = Estimator(a.advantage), f"algorithm.advantage.kind = {a.advantage.kind!r}"
+    estimator.require_size(r.group_size)
+    if estimator.baseline == "greedy":
+        if r.concurrency <= r.group_size:
+            raise ConfigError(
+                f"{where} plays one greedy episode beside the rollout.group_size = {r.group_size} of a group, and "
+                f"rollout.concurrency = {r.concurrency} cannot hold them: raise concurrency"
+            )
+        if judge is not None:
+            raise ConfigError(
+                f"{where} compares with a greedy episode, which the group reward {judge.name!r} does not judge: use "
+                "another estimator, or another reward"
+            )
+    if r.dynamic_sampling and estimator.reads_values:
+        raise ConfigError(
+            f"rollout.dynamic_sampling = true replaces groups whose rewards give no signal, but {where} reads a "
+            "critic's values, which give one in every group: leave it out"
+        )
 
 
 def _require_parts(config: TrainConfig) -> None:

@@ -42,6 +42,7 @@ USED_BY: Mapping[str, tuple[User, ...]] = {
     "learner.minibatches": ("a step",),
     "rollout.mode": ("a step",), "rollout.groups": ("a step",), "rollout.group_size": ("a step",),
     "rollout.max_staleness": ("a step",), "rollout.on_exceed": ("a step",), "rollout.order": ("a step",),
+    "rollout.dynamic_sampling": ("a step",), "rollout.max_refills": ("a step",),
     "rollout.temperature": ("a step",), "rollout.group_reward": ("a step",),
     "learner.": ("the checkpoint",), "warm_start.": ("the checkpoint",), "env.split": ("the checkpoint",),
 }  # fmt: skip

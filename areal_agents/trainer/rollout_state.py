@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents.rollout.buffer import BufferState, Ticket
-from areal_agents.rollout.producer import OpenGroup, RolloutState
+from areal_agents.rollout.producer import GREEDY, OpenGroup, RolloutState
 from areal_agents.rollout.tasks import StreamState
 from areal_agents.tracking import exact_json
 from areal_agents.tracking.trajectories import Record, write_shard
@@ -21,7 +21,9 @@ def write_rollouts(folder: Path, state: RolloutState | None) -> None:
     if state is None:
         (folder / "rollouts.json").write_text("null\n")
         return
-    buffered = [(g.order, i, t) for g in state.buffer.buffered for i, t in enumerate(g.trajectories)]
+    groups = state.buffer.buffered
+    buffered = [(g.order, i, t) for g in groups for i, t in enumerate(g.trajectories)]
+    buffered += [(g.order, GREEDY, g.greedy) for g in groups if g.greedy is not None]
     finished = [(g.ticket.order, i, t) for g in state.open for i, t in g.finished.items() if t is not None]
     # The order of the rows says whose they are. ``places`` below names group and index in the same order.
     records = [Record("checkpoint", 0, t) for _, _, t in [*buffered, *finished]]
@@ -31,6 +33,8 @@ def write_rollouts(folder: Path, state: RolloutState | None) -> None:
         "admitted": state.buffer.admitted,
         "discarded": state.buffer.discarded,
         "dropped": state.buffer.dropped,
+        "refilled": state.buffer.refilled,
+        "refilled_now": state.buffer.refilled_now,
         "tasks_lost": state.tasks_lost,
         "places": [(order, index) for order, index, _ in [*buffered, *finished]],
         "buffered": [
@@ -68,9 +72,10 @@ def rollouts_from_json(row: Mapping[str, Any], records: list[Record]) -> Rollout
         Group(
             g["id"],
             _task_of(g["task"]),
-            tuple(t for _, t in sorted(episodes[g["order"]].items()) if t is not None),
+            tuple(t for i, t in sorted(episodes[g["order"]].items()) if t is not None and i != GREEDY),
             g["version"],
             g["order"],
+            episodes[g["order"]].get(GREEDY),
         )
         for g in row["buffered"]
     )
@@ -91,6 +96,8 @@ def rollouts_from_json(row: Mapping[str, Any], records: list[Record]) -> Rollout
             tuple(row["dropped"]),
             tuple(g.ticket for g in open),
             groups,
+            row.get("refilled", 0),  # not there before groups could be refilled
+            row.get("refilled_now", 0),
         ),
         open,
         StreamState(

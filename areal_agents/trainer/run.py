@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from areal_agents import registry
+from areal_agents.algorithms.estimator import Estimator
 from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Sampling
 from areal_agents.errors import LearnerLost
@@ -148,8 +149,11 @@ class Run:
         """A name for the weights that the engine serves, which no others have."""
         self.budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
         self.budget.kinds.update(self.commit.failures)
+        compares = Estimator(self.config.algorithm.advantage).baseline == "greedy"
         self.runner = self.runner_of(
-            self.engine_player(r.temperature), group_reward=group_reward_of(self.spec, r.group_reward)
+            self.engine_player(r.temperature),
+            group_reward=group_reward_of(self.spec, r.group_reward),
+            greedy=self.engine_player(0.0) if compares else None,
         )
         self.left_out: dict[str, str] = {}
         """Training tasks that cannot be scored or that the warm start could not play, each with the reason."""
@@ -300,16 +304,20 @@ class Run:
         """Note that the engine serves other weights now than all before."""
         self.weights = uuid.uuid4().hex
 
-    def runner_of(self, spec: PlayerSpec, *, group_reward: NamedGroupReward | None = None) -> EpisodeRunner:
+    def runner_of(
+        self, spec: PlayerSpec, *, group_reward: NamedGroupReward | None = None, greedy: PlayerSpec | None = None
+    ) -> EpisodeRunner:
         """Make a runner that counts and retries what a new player of ``spec`` plays.
 
-        The player is here or on the cluster's workers. The group reward is asked here.
+        The player is here or on the cluster's workers, and so is that of the greedy episodes. The group reward is asked
+        here.
         """
-        player = (self.backend.players or self._local_player)(spec)
+        make = self.backend.players or self._local_player
         return EpisodeRunner(
-            player, self.budget, max_retries=self.config.rollout.max_retries, event=self.tracker.event,
+            make(spec), self.budget, max_retries=self.config.rollout.max_retries, event=self.tracker.event,
             say=self.tracker.message,
             group_judge=open_judge(group_reward, self.spec, self.config, self.tracker.event),
+            greedy=None if greedy is None else make(greedy),
         )  # fmt: skip
 
     def _local_player(self, spec: PlayerSpec) -> EpisodePlayer:

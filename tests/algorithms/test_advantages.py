@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import product
 
 import pytest
 import torch
@@ -13,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from areal_agents.algorithms.advantages import grpo, turn_return
+from areal_agents.algorithms.advantages import grpo
 from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.estimator import Advantages, per_turn
 from areal_agents.algorithms.estimator import Estimator as ChosenEstimator
 from areal_agents.algorithms.registry import Choice
+from areal_agents.algorithms.turn_credit import turn_return
 from areal_agents.errors import RewardError
+from tests.algorithms.exact import STOP_OR_GO_ON, THREE_TURNS, Estimate, expected_gradient, true_gradient
 
 Rewards = Sequence[tuple[float, ...]]
-Estimator = Callable[[Rewards], list[list[float]]]
 
 
 def episodes(rewards: Rewards) -> list[EpisodeView]:
@@ -184,37 +183,12 @@ def test_the_order_of_a_group_does_not_matter(data: st.DataObject, rewards: Rewa
 # --- bias, by exact enumeration -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One way an episode can go: its probability, its reward a turn, and ∇log π of each turn's choice by that turn's
-    logit (choice − probability for a Bernoulli choice)."""
-
-    probability: float
-    rewards: tuple[float, ...]
-    scores: tuple[float, ...]
+def on_rewards(estimate: Callable[[Rewards], list[list[float]]]) -> Estimate:
+    return lambda group: estimate([e.rewards_K for e in group])
 
 
-def expected_gradient(outcomes: Sequence[Outcome], group_size: int, estimate: Estimator) -> list[float]:
-    """E[(1/G) Σ_i A_{i,k}·score_{i,k}] for each turn's logit, summed over every joint outcome of the group."""
-    gradient = [0.0] * max(len(o.rewards) for o in outcomes)
-    for group in product(outcomes, repeat=group_size):
-        weight = math.prod(o.probability for o in group) / group_size
-        for outcome, advantages in zip(group, estimate([o.rewards for o in group]), strict=True):
-            for k, (a, score) in enumerate(zip(advantages, outcome.scores, strict=True)):
-                gradient[k] += weight * a * score
-    return gradient
-
-
-def true_gradient(outcomes: Sequence[Outcome]) -> list[float]:
-    """∇E[R] by the policy-gradient theorem, over single episodes: E[R·score_k]."""
-    turns = max(len(o.rewards) for o in outcomes)
-    return [
-        sum(o.probability * sum(o.rewards) * o.scores[k] for o in outcomes if len(o.scores) > k) for k in range(turns)
-    ]
-
-
-def package_turn_return(rewards: Rewards) -> list[list[float]]:
-    return lists(turn_return(episodes(rewards)))
+def package_turn_return(group: list[EpisodeView]) -> list[list[float]]:
+    return lists(turn_return(group))
 
 
 def zero_when_alone(rewards: Rewards) -> list[list[float]]:
@@ -242,17 +216,6 @@ def reward_centred(rewards: Rewards) -> list[list[float]]:
     return out
 
 
-# Three turns. Turn 0 goes on with probability 0.5, turn 1 with 0.4, turn 2 is right with 0.5 and then earns 1.
-# So P(alive at turn 2) = 0.2 and J = 0.2 · 0.5. By the logits, p' = p(1 − p):
-#   turn 2: 0.2 · 0.25 = 0.05;  turn 1: 0.5 · (0.4 · 0.6) · 0.5 = 0.06;  turn 0: 0.25 · 0.4 · 0.5 = 0.05.
-THREE_TURNS = [
-    Outcome(0.5, (0.0,), (-0.5,)),
-    Outcome(0.5 * 0.6, (0.0, 0.0), (0.5, -0.4)),
-    Outcome(0.5 * 0.4 * 0.5, (0.0, 0.0, 0.0), (0.5, 0.6, -0.5)),
-    Outcome(0.5 * 0.4 * 0.5, (0.0, 0.0, 1.0), (0.5, 0.6, 0.5)),
-]
-
-
 def test_turn_return_is_unbiased_when_few_trajectories_live() -> None:
     assert true_gradient(THREE_TURNS) == pytest.approx([0.05, 0.06, 0.05])
     assert expected_gradient(THREE_TURNS, 4, package_turn_return) == pytest.approx([0.05, 0.06, 0.05], abs=1e-6)
@@ -260,16 +223,12 @@ def test_turn_return_is_unbiased_when_few_trajectories_live() -> None:
 
 def test_zero_advantage_when_alone_shrinks_late_turns() -> None:
     # Alone at turn 2 with probability 0.8³ = 0.512: 0.05 · (1 − 0.512) = 0.0244.
-    assert expected_gradient(THREE_TURNS, 4, zero_when_alone)[2] == pytest.approx(0.0244, abs=1e-6)
+    assert expected_gradient(THREE_TURNS, 4, on_rewards(zero_when_alone))[2] == pytest.approx(0.0244, abs=1e-6)
 
 
 def test_an_inclusive_mean_shrinks_late_turns() -> None:
     # Factor 1 − E[1/n], n = 1 + Bin(3, 0.2): E[1/n] = (1 − 0.8⁴) / (4 · 0.2) = 0.738; 0.05 · 0.262 = 0.0131.
-    assert expected_gradient(THREE_TURNS, 4, inclusive_mean)[2] == pytest.approx(0.0131, abs=1e-6)
-
-
-# Reward 1 a turn; turn 0 goes on to turn 1 with probability 0.5; turn 1 has no choice. J = 1 + p, dJ/dlogit = 0.25.
-STOP_OR_GO_ON = [Outcome(0.5, (1.0,), (-0.5,)), Outcome(0.5, (1.0, 1.0), (0.5, 0.0))]
+    assert expected_gradient(THREE_TURNS, 4, on_rewards(inclusive_mean))[2] == pytest.approx(0.0131, abs=1e-6)
 
 
 @pytest.mark.parametrize("group_size", [2, 4])
@@ -277,14 +236,14 @@ def test_centring_returns_is_unbiased_and_centring_rewards_is_not(group_size: in
     assert true_gradient(STOP_OR_GO_ON)[0] == pytest.approx(0.25)
     assert expected_gradient(STOP_OR_GO_ON, group_size, package_turn_return)[0] == pytest.approx(0.25, abs=1e-6)
     # Every reward equals the mean reward of its turn, so nothing is left.
-    assert expected_gradient(STOP_OR_GO_ON, group_size, reward_centred)[0] == pytest.approx(0.0, abs=1e-6)
+    assert expected_gradient(STOP_OR_GO_ON, group_size, on_rewards(reward_centred))[0] == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("group_size", [2, 4])
 def test_grpo_without_division_is_scaled_by_its_own_place_in_the_mean(group_size: int) -> None:
     # As its docstring says: (G − 1)/G of the true gradient.
-    def estimate(rewards: Rewards) -> list[list[float]]:
-        return lists(grpo(episodes(rewards), normalize=False))
+    def estimate(group: list[EpisodeView]) -> list[list[float]]:
+        return lists(grpo(group, normalize=False))
 
     expected = [g * (group_size - 1) / group_size for g in (0.05, 0.06, 0.05)]
     assert expected_gradient(THREE_TURNS, group_size, estimate) == pytest.approx(expected, abs=1e-6)

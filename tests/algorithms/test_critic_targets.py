@@ -1,13 +1,11 @@
-"""Hand-worked numbers of what a critic is fitted to, of its loss, and of whitening."""
+"""Hand-worked numbers of what a critic is fitted to, of its loss."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 
-from areal_agents.algorithms.critic_targets import explained_variance, target_columns, value_loss, whitened
+from areal_agents.algorithms.critic_targets import explained_variance, target_columns, value_loss
 
 
 def test_an_advantage_a_token_fits_every_token() -> None:
@@ -51,19 +49,3 @@ def test_explained_variance_by_hand() -> None:
     assert explained_variance(torch.tensor([1.0, 2.0, 3.0]), returns) == pytest.approx(0.75)
     assert explained_variance(torch.zeros(3), torch.full((3,), 0.7)) is None
     assert explained_variance(torch.zeros(0), torch.zeros(0)) is None
-
-
-def test_whitening_counts_tokens() -> None:
-    # A turn of 3 tokens with 1, one of 1 token with −3: mean 0, variance (3 + 9)/4 = 3.
-    assert whitened([[1.0], [-3.0]], [[3], [1]]) == [
-        [pytest.approx(1 / math.sqrt(3))], [pytest.approx(-3 / math.sqrt(3))]
-    ]  # fmt: skip
-    # The same by tokens, beside a turn without any: mean 2, variance 1.
-    assert whitened([[[1.0, 3.0], []], [[3.0, 1.0]]], [[2, 0], [2]]) == [[[-1.0, 1.0], []], [[1.0, -1.0]]]
-
-
-@pytest.mark.parametrize("value", [0.0, 0.7, -1e6])
-def test_whitening_makes_nothing_of_equal_advantages(value: float) -> None:
-    found = whitened([[[value] * 3], [[value + value * 1e-16]]], [[3], [1]])
-    assert found == [[pytest.approx([0.0] * 3, abs=1e-9)], [pytest.approx([0.0], abs=1e-9)]]
-    assert whitened([], []) == []

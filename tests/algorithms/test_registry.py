@@ -75,8 +75,14 @@ def install(folder: Path, name: str, code: str, groups: dict[str, str]) -> None:
     (info / "entry_points.txt").write_text("".join(f"[{group}]\n{lines}" for group, lines in groups.items()))
 
 
+OURS = [
+    "turn_return", "grpo", "dr_grpo", "rloo", "reinforce_pp", "remax", "opo", "pass_at_k", "maxrl", "kevin", "gigpo",
+    "mt_grpo", "grpo_process", "gae", "turn_gae", "bilevel_gae",
+]  # fmt: skip
+
+
 def test_ours() -> None:
-    assert ADVANTAGES.names()[:2] == ["turn_return", "grpo"]
+    assert ADVANTAGES.names() == OURS
     assert ADVANTAGES.function("grpo") is advantages.grpo
     assert ADVANTAGES.options(Choice("turn_return")) == {"gamma": 1.0}
     assert LOSSES.function("ppo") is losses.ppo
@@ -114,7 +120,7 @@ def test_a_name_takes_the_place_of_the_whole_table_and_a_kind_does_not(tmp_path:
     file.write_text('[algorithm.advantage]\nkind = "grpo"\nnormalize = false\n')
     assert settings.load(file).algorithm.advantage == Choice("grpo", {"normalize": False})
     assert settings.load(file, ["--algorithm.advantage", "turn_return"]).algorithm.advantage == Choice("turn_return")
-    with pytest.raises(ConfigError, match="normalize belongs to kind = 'grpo'"):
+    with pytest.raises(ConfigError, match="normalize belongs to kind = 'grpo' or 'kevin' or"):
         settings.load(file, ["--algorithm.advantage.kind", "turn_return"])
 
 
@@ -146,8 +152,7 @@ def test_refused_when_the_settings_are_read(overrides: list[str], message: str) 
 
 @pytest.mark.usefixtures("package")
 def test_a_package_brings_its_own() -> None:
-    theirs = ["burning", "last_turn", "long", "misnamed", "untyped"]
-    assert ADVANTAGES.names() == [*ADVANTAGES.builtin(), *theirs]
+    assert ADVANTAGES.names() == [*OURS, "burning", "last_turn", "long", "misnamed", "untyped"]
     c = settings.load(None, [
         "--algorithm.advantage", "last_turn", "--algorithm.advantage.shift", "0.5", "--algorithm.advantage.scale", "2",
         "--algorithm.loss", "linear", "--algorithm.correction", "both",

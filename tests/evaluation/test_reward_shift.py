@@ -12,7 +12,6 @@ from areal_agents.evaluation.rescore import Outcome, Rescored
 from areal_agents.evaluation.reward_shift import SignChanges, advantage_shift, compare
 from areal_agents.evaluation.statistics import spearman
 from areal_agents.settings.config import AlgorithmConfig
-from areal_agents.settings.critic import CriticConfig
 from areal_agents.trainer.batches import batch_of
 from areal_agents.types import Group
 from tests.saved_runs import TASKS, record
@@ -88,16 +87,6 @@ def test_rounding_is_no_signal() -> None:
     group = [rescored("g", "t0", (0.1,), (100.1,)) for _ in range(10)]
     shift = advantage_shift(group, AlgorithmConfig(advantage=Choice("grpo")))
     assert (shift.signal_old, shift.signal_new) == (0, 0)
-
-
-def test_advantages_of_a_critic_are_left_out_and_the_reason_is_said() -> None:
-    algorithm = AlgorithmConfig(advantage=Choice("gae"), critic=CriticConfig(kind="trunk"))
-    shift = compare(
-        outcome(rescored("a", "t0", (0.0,), (1.0,)), rescored("a", "t0", (1.0,), (0.0,))), reward="r",
-        algorithm=algorithm,
-    )  # fmt: skip
-    assert (shift.scored, shift.advantages) == (2, None)
-    assert "no advantages: gae read a critic's values, and no run saves those" in shift.table()
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,24 @@ def test_a_discarded_group_leaves_the_count_at_once() -> None:
     assert b.discarded == 50
 
 
+def test_refills_are_bounded_for_each_batch_and_leave_the_count_at_once() -> None:
+    b = _buffer(max_staleness=0, groups=1, max_refills=2)
+    for _ in range(2):
+        assert b.can_refill()
+        b.refill(b.admit())
+    last = b.admit()
+    assert not b.can_refill()
+    with pytest.raises(RuntimeError, match="can_refill"):
+        b.refill(last)
+    again = _buffer(max_staleness=0, groups=1, max_refills=2)
+    again.restore(b.state())
+    assert not again.can_refill()  # a resumed run has no more of them
+    b.complete(_group(last, (0,)))
+    assert b.take() is not None
+    assert b.can_refill()
+    assert (b.refilled, b.discarded, b.admitted) == (2, 0, 3)
+
+
 def test_sync_is_a_bound_of_zero() -> None:
     b = _buffer(max_staleness=0)
     first, second = b.admit(), b.admit()
@@ -153,14 +171,16 @@ def test_acknowledging_the_future_is_refused() -> None:
     slots=st.integers(1, 12),
     on_exceed=st.sampled_from(["wait", "mask", "drop"]),
     order=st.sampled_from(["completion", "admission"]),
+    refills=st.integers(0, 3),
 )
 def test_never_stalls_and_never_exceeds_the_bound(
-    data: st.DataObject, groups: int, eta: int, slots: int, on_exceed: OnExceed, order: Order
+    data: st.DataObject, groups: int, eta: int, slots: int, on_exceed: OnExceed, order: Order, refills: int
 ) -> None:
-    """An adversary picks which group finishes, is dropped, is retried, and when engines acknowledge."""
+    """An adversary picks which group finishes, is dropped, refilled or retried, and when engines acknowledge."""
     b = _buffer(
-        groups=groups, max_staleness=eta, concurrency=2 * slots, on_exceed=on_exceed, order=order, total_batches=8
-    )
+        groups=groups, max_staleness=eta, concurrency=2 * slots, on_exceed=on_exceed, order=order, total_batches=8,
+        max_refills=refills,
+    )  # fmt: skip
     running: dict[int, Ticket] = {}
     discards = 0
     for _ in range(600):
@@ -173,7 +193,7 @@ def test_never_stalls_and_never_exceeds_the_bound(
             state = b.state()
             b = _buffer(
                 groups=groups, max_staleness=eta, concurrency=2 * slots, on_exceed=on_exceed, order=order,
-                total_batches=8,
+                total_batches=8, max_refills=refills,
             )  # fmt: skip
             b.restore(state)
             assert dataclasses.replace(b.state(), dropped=state.dropped) == state
@@ -197,7 +217,10 @@ def test_never_stalls_and_never_exceeds_the_bound(
         if discards < 60 and data.draw(st.booleans()):
             discards += 1
             b.discard(ticket)
+        elif b.can_refill() and data.draw(st.booleans()):
+            b.refill(ticket)
         else:
             b.complete(_group(ticket, (data.draw(st.integers(ticket.version, b.acknowledged)),)))
     assert b.version == 8
-    assert b.admitted == b.consumed + b.discarded + len(b.dropped) + b.buffered + b.running
+    assert b.refilled <= refills * 9  # eight batches, and what was played beyond the last one
+    assert b.admitted == b.consumed + b.discarded + b.refilled + len(b.dropped) + b.buffered + b.running

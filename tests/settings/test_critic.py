@@ -35,7 +35,6 @@ PPO = ["--algorithm.advantage", "gae", "--algorithm.critic.kind", "trunk"]
         (["--algorithm.critic.kind", "both"], r"algorithm.critic.kind = 'both' .*'none', 'trunk', 'own'"),
         (["--algorithm.critic.value_clip", "0.2"], r"algorithm.critic.value_clip = 0.2 without a critic: set "
          r"algorithm.critic.kind"),
-        (["--algorithm.critic.whiten", "false"], r"algorithm.critic.whiten = False without a critic"),
         ([*PPO[:3], "own", "--algorithm.critic.coefficient", "0.1"], r"coefficient = 0.1 weighs .*layers of its own"),
         ([*PPO, "--algorithm.critic.warmup_steps", "10"], r"warmup_steps = 10 of steps = 10: the policy would never"),
         ([*PPO, "--algorithm.critic.value_clip", "0"], r"expected a number, more than 0"),

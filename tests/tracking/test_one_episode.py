@@ -13,7 +13,7 @@ import pytest
 from areal_agents.errors import ArealError
 from areal_agents.tracking import row_groups
 from areal_agents.tracking.journal import Journal
-from areal_agents.tracking.one_episode import Summary, group_rewards, read_episode, read_summaries
+from areal_agents.tracking.one_episode import Earned, Summary, read_earned, read_episode, read_summaries
 from areal_agents.tracking.trajectories import Record, write_shard
 from tests.saved_runs import record
 
@@ -24,7 +24,11 @@ ODD = "g\ud800/é"
 def records(monkeypatch: pytest.MonkeyPatch) -> list[Record]:
     monkeypatch.setattr(row_groups, "GROUP_ENDS", 1)
     found = [record(group, i, 0.5, 0.25 * i, task=group) for group in range(4) for i in range(2)]
-    found[5] = replace(found[5], trajectory=replace(found[5].trajectory, id=ODD))
+    first, last = found[5].trajectory.turns
+    turns = (replace(first, state_key="a"), replace(last, state_key=ODD))
+    odd = replace(found[5].trajectory, id=ODD, turns=turns, terminated=False, truncated=True, stop_reason="max_turns")
+    found[5] = replace(found[5], trajectory=odd)
+    found[6] = replace(found[6], trajectory=replace(found[6].trajectory, turns=()))
     return found
 
 
@@ -40,8 +44,11 @@ def test_every_episode_is_found_in_every_kind_of_file(tmp_path: Path, records: l
         assert [read_episode(path, r.trajectory.id) for r in records] == records
         assert read_episode(path, "g9/9") is None
         assert [s.id for s in read_summaries(path)] == [r.trajectory.id for r in records]
-        assert group_rewards(path, "g2") == {"g2/0": (0.5, 0.0), ODD: (0.5, 0.25)}
-        assert group_rewards(path, "g7") == {}
+        assert [(e.id, e.rewards_K, e.tokens_K) for e in read_earned(path, "g2")] == [
+            ("g2/0", (0.5, 0.0), (3, 3)), (ODD, (0.5, 0.25), (3, 3))
+        ]  # fmt: skip
+        assert read_earned(path, "g7") == []
+        assert read_earned(path) == [Earned.of(r.trajectory) for r in records]
     assert read_summaries(new)[3] == Summary("g1/1", "g1", "t1", 1, 0.75, "answer", None, 2, 0, 0, 6)
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from areal_agents.errors import ArealError
 from areal_agents.tracking import exact_json, trajectories
+from areal_agents.tracking.one_episode import Earned, read_earned
 from areal_agents.tracking.trajectories import Record, read_records, read_shard, shard_path, shards, write_shard
 from areal_agents.types import (
     AssistantMessage,
@@ -122,6 +123,7 @@ def test_a_file_of_version_2_is_read_and_its_state_keys_are_those_that_were_show
     assert [turn.state_key for turn in back.trajectory.turns] == [None, "after 0"]
     shown = replace(keyed, turns=(replace(first, state_key=None), replace(last, state_key="after 0")))
     assert back.trajectory == shown
+    assert read_earned(path) == [Earned.of(shown)]
 
 
 def test_what_utf8_and_json_lack_comes_back(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from areal_agents.algorithms.batch import Batch
 from areal_agents.algorithms.episode_view import EpisodeView
+from areal_agents.algorithms.refinement import Normalize
 from areal_agents.algorithms.registry import Choice
 from areal_agents.algorithms.value_advantages import bilevel_gae, gae, turn_gae
 from areal_agents.errors import ConfigError
@@ -72,8 +73,8 @@ def naive_views(model: Any, head: torch.nn.Linear) -> list[EpisodeView]:
     return out
 
 
-def algorithm(kind: str, *, whiten: bool = False, **options: float) -> AlgorithmConfig:
-    return AlgorithmConfig(advantage=Choice(kind, options), critic=CriticConfig(kind="trunk", whiten=whiten))
+def algorithm(kind: str, *, normalize: Normalize = "none", **options: float) -> AlgorithmConfig:
+    return AlgorithmConfig(advantage=Choice(kind, options), critic=CriticConfig(kind="trunk"), normalize=normalize)
 
 
 def per_turn(batch: Batch, name: str = "") -> list[list[list[float]]]:
@@ -121,9 +122,9 @@ def test_a_turn_estimator_fits_the_values_before_the_turns(tmp_path: Path) -> No
             assert returns[i][k][0] == pytest.approx(a + v[0], abs=1e-5)
 
 
-def test_whitening_comes_after_the_targets(tmp_path: Path) -> None:
+def test_normalisation_comes_after_the_targets(tmp_path: Path) -> None:
     plain, _ = made_by(tmp_path / "a", algorithm("gae"))
-    white, _ = made_by(tmp_path / "b", algorithm("gae", whiten=True))
+    white, _ = made_by(tmp_path / "b", algorithm("gae", normalize="batch"))
     raw, found = (np.concatenate([r.advantages[r.mask] for r in batch.rows]) for batch in (plain, white))
     assert found == pytest.approx((raw - raw.mean()) / raw.std(), abs=1e-5)
     for a, b in zip(plain.rows, white.rows, strict=True):

@@ -40,7 +40,7 @@ class Priced(Letters):
 def ppo(tmp_path: Path, *, advantage: Any = "gae", **changes: Any) -> TrainConfig:
     """``changes`` are of the critic's settings, and under ``run`` of the top level."""
     top = {"steps": 20, "env": {"id": f"{__name__}:Priced"}} | changes.pop("run", {})
-    algorithm = {"advantage": advantage, "critic": {"kind": "own", "lr": 3e-3} | changes}
+    algorithm = {"advantage": advantage, "normalize": "batch", "critic": {"kind": "own", "lr": 3e-3} | changes}
     tree = config(tmp_path).model_dump()
     tree["eval"] |= {"n": 2, "baseline": False}
     rollout = tree["rollout"] | top.pop("rollout", {})

@@ -58,7 +58,7 @@ def test_reward_rises_in_sync_mode_with_on_policy_tokens_alone(tmp_path: Path) -
 
 
 PACKAGE = """
-from areal_agents.algorithms.advantages import turn_return
+from areal_agents.algorithms.turn_credit import turn_return
 from areal_agents.algorithms.losses import ppo
 from areal_agents.algorithms.offpolicy import Correction
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from areal_agents.algorithms.advantages import grpo, turn_return
+from areal_agents.algorithms.advantages import grpo
 from areal_agents.algorithms.episode_view import EpisodeView
+from areal_agents.algorithms.turn_credit import turn_return
 from areal_agents.errors import ConfigError, InfraError, RewardError
 from areal_agents.group_reward import declaration, judge_group
 from areal_agents.reward import Episode, Verdict
