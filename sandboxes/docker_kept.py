@@ -38,16 +38,25 @@ class Kept:
         self._engine, self._limit = engine, limit
         self._written: dict[str, float] = {}
 
+    @property
+    def _path(self) -> Path:
+        return folder() / f"{hashlib.sha256(str(self._engine.info['ID']).encode()).hexdigest()[:16]}.json"
+
     async def took(self, name: str, found: dict[str, Any]) -> None:
         """Note an image that was just pulled or built, and remove those beyond the limit that were used longest ago."""
-        with self._rows() as rows:
-            rows[name] = {"id": found["Id"], "size": int(found.get("Size", 0)), "used": time.time()}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._rows() as rows:
+                rows[name] = {"id": found["Id"], "size": int(found.get("Size", 0)), "used": time.time()}
+        except OSError as error:
+            print(f"docker: {name} stays until you remove it: no record can be kept: {error}", file=sys.stderr)
+            return
         self._written[name] = time.monotonic()
         await self._trim(name)
 
     async def used(self, name: str) -> None:
         """Note that an image is used now, where it is one of these."""
-        if time.monotonic() < self._written.get(name, -FRESH) + FRESH:
+        if time.monotonic() < self._written.get(name, -FRESH) + FRESH or not self._path.exists():
             return
         self._written[name] = time.monotonic()
         with self._rows() as rows:
@@ -56,6 +65,8 @@ class Kept:
 
     async def full(self, wanted: Collection[str]) -> bool:
         """Say whether the ``wanted`` ones among these take all that is allowed."""
+        if not self._path.exists():
+            return False
         with self._rows() as rows:
             return bool(sum(row["size"] for name, row in rows.items() if name in wanted) >= self._limit)
 
@@ -86,10 +97,7 @@ class Kept:
     @contextlib.contextmanager
     def _rows(self) -> Iterator[dict[str, Row]]:
         """Hold the file, and write it where a row has changed."""
-        place = folder()
-        place.mkdir(parents=True, exist_ok=True)
-        ident = hashlib.sha256(str(self._engine.info["ID"]).encode()).hexdigest()[:16]
-        path = place / f"{ident}.json"
+        path = self._path
         with path.with_suffix(".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             text = path.read_text() if path.exists() else "{}"

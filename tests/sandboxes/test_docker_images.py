@@ -217,6 +217,21 @@ def test_what_there_is_no_room_for_is_looked_for_and_not_pulled(
     play(calls, image_cache="1M")
 
 
+@pytest.mark.docker
+def test_without_a_record_nothing_is_removed_and_sessions_work(
+    engine: Any, published: list[str], record: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record.write_text("a file, where the folder would be")
+
+    async def calls(backend: DockerBackend) -> None:
+        await works(backend, published[0])
+        await works(backend, published[1])
+        assert [has(engine, name) for name in published] == [True, True, False]
+        assert f"{published[0]} stays until you remove it" in capsys.readouterr().err
+
+    play(calls, image_cache="1M")
+
+
 def test_the_size_of_the_cache_is_checked() -> None:
     for size in ("5", "x", "-1G", "1.5G", "5g"):
         with pytest.raises(RegistryError, match="write a size"):

@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 
-from areal_agents import sandboxes
+from areal_agents import Task, sandboxes
+from areal_agents.chat.toolcalls import parse_text
 from areal_agents.errors import ConfigError
+from areal_agents.registry import EnvSpec
+from areal_agents.reward import boxed_number
+from areal_agents.rollout.player import prove_sandbox
 from areal_agents.sandbox import SandboxSpec
+from areal_agents.toolenv import ToolEnv
+from areal_agents.tools.bash import bash
+from tests.conftest import require
 from tests.sandboxes.test_docker_services import web
 
 
@@ -55,3 +62,47 @@ def test_services_are_told_apart() -> None:
     given["A"] = "2"
     assert kept == SandboxSpec(services=(web(environment={"A": "1"}),))
     assert hash(kept) == hash(SandboxSpec(services=(web(environment={"A": "1"}),)))
+
+
+class Sized(ToolEnv):
+    """Tasks that say how large their /work is."""
+
+    tools = (bash,)
+    rubric = boxed_number()
+
+    @classmethod
+    def tasks(cls, split: str, *, difficulty: float | None = None) -> list[Task]:
+        return [Task.make(str(n), split=split, seed=0, payload={"disk": n << 20, "answer": "1"}) for n in (4, 8)]
+
+    @classmethod
+    def sandbox_of(cls, task: Task) -> SandboxSpec:
+        return SandboxSpec(disk=int(str(task.payload["disk"])))
+
+    def prompt(self, task: Task) -> str:
+        return "?"
+
+
+def test_each_task_has_its_own_session() -> None:
+    require("bwrap")
+
+    async def whole() -> None:
+        env = Sized()
+        try:
+            for task in (*Sized.tasks("train"), Sized.tasks("train")[0]):
+                await env.areset(options={"task": task})
+                text = '<tool_call>{"name": "bash", "arguments": {"command": "df -B1 /work | tail -1"}}</tool_call>'
+                observation, *_ = await env.astep(parse_text(text))
+                assert str(task.payload["disk"]) in str(observation[-1])
+        finally:
+            await env.aclose()
+            await sandboxes.close_shared()
+
+    asyncio.run(whole())
+
+
+def test_what_a_backend_refuses_is_refused_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = EnvSpec("areal-test/Sized-v0", f"{__name__}:Sized")
+    asyncio.run(prove_sandbox(spec, "unsafe_local"))
+    monkeypatch.setattr(Sized, "sandbox_of", classmethod(lambda cls, task: SandboxSpec(services=(web(),))))
+    with pytest.raises(ConfigError, match="has no services, and 'web'"):
+        asyncio.run(prove_sandbox(spec, "unsafe_local"))
