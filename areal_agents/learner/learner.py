@@ -245,10 +245,7 @@ class TorchLearner:
         return decoder, trained
 
     def _new_critic(self) -> Critic | None:
-        config = self.algorithm.critic
-        if config.kind == "none":
-            return None
-        return Critic(config, self.config, self._decoder, self.source, before_pack=self._use_threads)
+        return Critic.of(self.algorithm.critic, self.config, self._decoder, self.source, before_pack=self._use_threads)
 
     def _new_optimizer(self, lr: float) -> torch.optim.AdamW:
         c = self.config
@@ -323,10 +320,8 @@ class TorchLearner:
 
     def _live(self, batch: Batch) -> list[int]:
         """Return the rows that go through the policy: none while the critic alone learns, all where it learns there."""
-        if self._critic is not None and self._critic.alone(self._version):
-            return []
-        if self._critic is not None and self._critic.shares:
-            return list(range(len(batch.rows)))
+        if self._critic is not None and (self._critic.alone(self._version) or self._critic.shares):
+            return [] if self._critic.alone(self._version) else list(range(len(batch.rows)))
         return live_rows(
             batch, max_staleness=self.max_staleness, scope=self._policy.scope, always=self._regularizers.any
         )

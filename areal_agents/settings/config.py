@@ -18,10 +18,8 @@ from areal_agents.algorithms.registry import (
     CORRECTIONS,
     LOSSES,
     MASKS,
-    READ_VALUES,
     Choice,
     Registry,
-    needs_critic,
 )
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
@@ -209,19 +207,7 @@ class AlgorithmConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> AlgorithmConfig:
-        chosen, critic = f"algorithm.advantage.kind = {self.advantage.kind!r}", self.critic.kind
-        reads = needs_critic(self.advantage.kind)
-        if reads and critic == "none":
-            raise ValueError(
-                f"{chosen} reads a critic's values: set algorithm.critic.kind = 'trunk' (a head on the policy's own "
-                "layers) or 'own' (a second model), or choose an advantage that compares episodes, as 'turn_return'"
-            )
-        if critic != "none" and not reads:
-            readers = ", ".join(map(repr, READ_VALUES))
-            raise ValueError(
-                f"algorithm.critic.kind = {critic!r} trains a critic that {chosen} never asks: set "
-                f"algorithm.advantage.kind to one of {readers}, or algorithm.critic.kind = 'none'"
-            )
+        self.critic.require_reader(self.advantage.kind)
         return self
 
 
@@ -359,10 +345,7 @@ class TrainConfig(Section):
         )  # fmt: skip
         if problems := combination.problems():
             raise ValueError("; ".join(problems))
-        if (warmup := self.algorithm.critic.warmup_steps) >= self.steps:
-            raise ValueError(
-                f"algorithm.critic.warmup_steps = {warmup} of steps = {self.steps}: the policy would never move"
-            )
+        a.critic.require_steps(self.steps)
         if self.learner.lora.publish == "adapter" and self.engine.kind != "vllm":
             raise ValueError(
                 f"learner.lora.publish = 'adapter' needs engine.kind = 'vllm', and it is {self.engine.kind!r}, which "

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from areal_agents.algorithms.registry import Choice
 from areal_agents.errors import ConfigError, EngineError, LearnerLost, ModelError
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
+from areal_agents.settings.critic import CriticConfig
 from areal_agents.settings.lora import LoraConfig
 from areal_agents.weights.shared_memory import AttachedWeights
+from tests.learner.test_critic import with_targets
 from tests.learner_data import make_batch
 from tests.processes import wait_gone
 from tests.served import SECONDS
@@ -79,6 +82,27 @@ def test_it_learns_what_a_local_learner_learns(
         assert wait_gone([remote.pid], 60) == []
         with pytest.raises(LearnerLost, match="the learner was closed"):
             await remote.logprobs(batches[0])
+        await local.close()
+
+    session.run(learn())
+
+
+def test_its_critic_says_and_learns_the_same(session: RaySession, model: Path) -> None:
+    torch.set_num_threads(1)
+    algorithm = AlgorithmConfig(advantage=Choice("gae"), critic=CriticConfig(kind="own", lr=0.01, warmup_steps=1))
+    options = SETTINGS | {"algorithm": algorithm}
+
+    async def learn() -> None:
+        local = TorchLearner(model, **options)
+        async with await RemoteLearner.start(model, num_cpus=0, health_interval=0.2, **options) as remote:
+            for version in range(2):
+                batch = with_targets(make_batch(tiny_model(), version=version))
+                here, there = [await learner.values(batch) for learner in (local, remote)]
+                assert all(np.array_equal(x, y) for x, y in zip(here, there, strict=True))
+                assert any(v.any() for v in here) == (version > 0)
+                a, b = [await learner.step(batch) for learner in (local, remote)]
+                assert {k: a[k] for k in a.keys() - TIMINGS} == {k: b[k] for k in b.keys() - TIMINGS}
+                assert a["critic/loss"] > 0
         await local.close()
 
     session.run(learn())
