@@ -35,7 +35,7 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     "this is algorithm.critic.coefficient here, of kind = 'trunk'": ("value_loss_coef", "vf_coef"),
     "this is algorithm.critic.value_clip here": ("cliprange_value", "clip_value", "vf_clip"),
     "this is algorithm.critic.warmup_steps here": ("critic_warmup", "value_pretrain_steps", "num_critic_warmup_steps"),
-    "this is algorithm.normalize = 'batch' here": ("whiten_advantages", "advantage_normalization", "adv_norm"),
+
     "this is algorithm.advantage.lam here, of 'gae', 'turn_gae' and 'bilevel_gae'": ("gae_lambda", "lambd", "gae_lam"),
     "this is algorithm.advantage.turn_gamma of algorithm.advantage.kind = 'bilevel_gae' here": ("high_level_gamma",),
     "rewards are not whitened: algorithm.normalize whitens advantages": ("whiten_rewards",),
@@ -48,15 +48,25 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     _CLIP: ("epsilon", "clip_range", "cliprange", "clip_ratio", "eps_clip", "clip_eps", "clip"),
     "this is algorithm.loss.clip_high here": ("epsilon_high", "clip_ratio_high", "eps_clip_high"),
     "this is algorithm.loss.clip_low here": ("epsilon_low", "clip_ratio_low", "eps_clip_low"),
-    "this is algorithm.loss.dual_clip here": ("delta", "clip_ratio_c", "eps_clip_c"),
+    "this is algorithm.loss.dual_clip here": ("clip_ratio_c", "eps_clip_c"),
     "this is algorithm.advantage.kind here": ("adv_estimator", "advantage_estimator"),
     "this is algorithm.advantage.normalize of algorithm.advantage.kind = 'grpo' here": (
         "scale_rewards", "norm_adv_by_std_in_grpo", "normalize_advantages", "normalize_advantage"),
     "this is algorithm.advantage.gamma here": ("discount", "discount_factor"),
+    "this is algorithm.normalize here": ("whiten_advantages", "adv_norm", "advantage_norm", "normalize_adv"),
+    "this is algorithm.overlong here": (
+        "mask_truncated_completions", "overlong_filtering", "overlong_filter", "mask_truncated"),
+    "this is rollout.dynamic_sampling here": ("filter_groups", "dynamic_filtering", "dynamic_filter"),
+    "this is rollout.max_refills here": ("max_num_gen_batches",),
     "this is algorithm.loss.kind here": ("loss_type", "policy_loss"),
     "this is algorithm.aggregation here": ("loss_agg_mode", "loss_aggregation"),
     "this is algorithm.correction.truncate of algorithm.correction.kind = 'decoupled' here": (
         "tis", "tis_imp_ratio_cap", "importance_sampling_cap", "vllm_importance_sampling_cap"),
+    "this is algorithm.correction.kind here": (
+        "use_decoupled_loss", "prox_logp_method", "bypass_mode", "use_rollout_correction", "use_tis"),
+    "this is algorithm.correction.scope here, of 'decoupled', 'log_linear' and 'importance'": (
+        "rollout_is", "importance_sampling_level", "rollout_is_level"),
+    "this is algorithm.mask.kind here": ("rollout_rs", "use_opsm", "m2_threshold", "off_policy_mask_threshold"),
     "this is rollout.group_size here": (
         "num_generations", "n_samples_per_prompt", "rollout.n", "num_samples_per_prompt", "group_size_per_prompt"),
     "this is rollout.groups here, times rollout.group_size episodes each": (

@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from areal_agents.algorithms.batch import Batch, Row, rows_of, tail_row
 from areal_agents.algorithms.critic_targets import target_columns
 from areal_agents.algorithms.estimator import Estimator, entries
 from areal_agents.algorithms.refinement import refined
+from areal_agents.errors import ConfigError
 from areal_agents.learner.critic import Values
 from areal_agents.settings.config import AlgorithmConfig
 from areal_agents.trainer.credit import require_state_keys, views_of
@@ -107,6 +110,11 @@ async def _read_values(learner: Valuer, episodes: Sequence[Trajectory], temperat
         tail = tail_row(t, episode=i)
         rows += [*rows_of(t, [0.0] * len(t.turns), episode=i), *([] if tail is None else [tail])]
     found = await learner.values(Batch(tuple(rows), len(episodes), learner.version, temperature))
+    if not all(np.isfinite(values).all() for values in found):
+        raise ConfigError(
+            "the critic's values are no finite numbers any more: go on from an earlier checkpoint with a lower "
+            "algorithm.critic.lr"
+        )
     turns: list[list[tuple[float, ...]]] = [[() for _ in t.turns] + [(0.0,)] for t in episodes]  # the tail is last
     for row, values in zip(rows, found, strict=True):
         for k in sorted(set(row.turns[row.mask].tolist())):
