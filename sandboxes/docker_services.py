@@ -91,6 +91,8 @@ class Side:
         """Say how it ended, with the last of what it printed."""
         code = self._program.exit_code
         how = "was lost" if code is None else f"ended with exit code {code}"
+        if self._program.out_of_memory:
+            how += f", because its memory of {self.service.memory >> 20} MiB was full"
         return f"service {self.service.name!r} {how}{self.last_words}"
 
     @property

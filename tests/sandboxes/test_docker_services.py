@@ -99,6 +99,12 @@ HOG = """
 import subprocess, sys
 print(subprocess.run([sys.executable, "-c", "b = bytearray(300 << 20)"]).returncode)
 """
+GREEDY = """
+import contextlib, time, urllib.request
+with contextlib.suppress(OSError):
+    urllib.request.urlopen("http://web:8000", data=b"bytearray(300 << 20)", timeout=600)
+time.sleep(600)
+"""
 FORKS = """
 import os, time
 n = 0
@@ -286,8 +292,11 @@ def test_the_end_of_a_service_is_the_sandboxs_failure(engine: Any) -> None:
         async with backend.session(SandboxSpec(services=(web(),))) as sandbox:
             code = "import threading, os; threading.Timer(0.2, os._exit, [3]).start()"
             assert await ask(sandbox, code) == ""
-            with pytest.raises(SandboxError, match=r"service 'web' ended with exit code 3"):
+            with pytest.raises(SandboxError, match=r"service 'web' ended with exit code 3 \(it"):
                 await run(sandbox, "import time; time.sleep(600)", timeout=600)
+        async with backend.session(SandboxSpec(services=(web(memory=64 << 20),))) as sandbox:
+            with pytest.raises(SandboxError, match="'web' ended with exit code -9, because its memory of 64 MiB was"):
+                await run(sandbox, GREEDY, timeout=600)
 
     play(calls)
     assert (containers(engine), networks(engine)) == ([], [])
