@@ -18,7 +18,7 @@ import pytest
 
 from areal_agents.errors import SandboxError, SandboxUnavailable
 from areal_agents.sandbox import Sandbox, SandboxSpec, Service
-from areal_agents.sandboxes import docker_backend
+from areal_agents.sandboxes import docker_backend, docker_services
 from areal_agents.sandboxes.docker_backend import DockerBackend
 from areal_agents.sandboxes.docker_image import IMAGE
 from areal_agents.sandboxes.subject import run
@@ -197,6 +197,22 @@ def test_a_session_and_its_services_reach_each_other_and_nothing_else(engine: An
 
     play(calls)
     assert (containers(engine), networks(engine)) == ([], [])
+
+
+@pytest.mark.docker
+def test_a_host_that_takes_datagrams_is_told_of_once(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not docker_services._deafen("f" * 64)  # on no machine of ours
+    monkeypatch.setattr(docker_services, "_deafen", lambda network: False)
+
+    async def calls(backend: DockerBackend) -> None:
+        for _ in range(2):
+            async with backend.session(SandboxSpec(services=(web(),))) as sandbox:
+                assert (await run(sandbox, "print(1)")).stdout == b"1\n"
+
+    play(calls)
+    assert capsys.readouterr().err.count("net.ipv4.conf.default.rp_filter=1") == 1
 
 
 @pytest.mark.docker
