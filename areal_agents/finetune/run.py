@@ -31,7 +31,7 @@ from areal_agents.finetune.examples import Item, Sequences
 from areal_agents.finetune.folder import begin, how_to_go_on, read_reference, save_reference, write_settings
 from areal_agents.finetune.learner import FinetuneLearner, preference, preference_metrics
 from areal_agents.learner.checkpoint import count_parameters
-from areal_agents.learner.learner import Metrics
+from areal_agents.learner.contract import Metrics
 from areal_agents.models import resolve
 from areal_agents.tracking.tracker import Tracker, read_metrics
 from areal_agents.trainer.run_folder import Commit, RunFolder

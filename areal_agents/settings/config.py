@@ -31,6 +31,7 @@ from areal_agents.settings.kl import KlConfig
 from areal_agents.settings.lora import MAX_SERVED_RANK, LoraConfig
 from areal_agents.settings.presets import expand
 from areal_agents.settings.section import Count, Fraction, Positive, Section
+from areal_agents.settings.teacher import TeacherConfig
 
 
 class ModelConfig(Section):
@@ -231,6 +232,14 @@ class AlgorithmConfig(Section):
     """Weight of an entropy bonus, a token, nats; 0: none."""
     kl: KlConfig = KlConfig()
     critic: CriticConfig = CriticConfig()
+    teacher: TeacherConfig = TeacherConfig()
+
+    @property
+    def unsaved(self) -> str:
+        """What of the advantages neither a reward says nor a file keeps, empty where there is nothing."""
+        if self.teacher.model:
+            return f"the teacher {self.teacher.model!r}"
+        return "the reference policy of algorithm.kl.place = 'reward'" if self.kl.in_reward else ""
 
     @model_validator(mode="after")
     def _check(self) -> AlgorithmConfig:
@@ -247,6 +256,11 @@ class AlgorithmConfig(Section):
                 f"algorithm.critic.kind = {critic!r} trains a critic that {chosen} never asks: set "
                 f"algorithm.advantage.kind to one of {readers}, or algorithm.critic.kind = 'none'"
             )
+        more = self.teacher.problems(
+            kl_in_reward=self.kl.in_reward, critic=self.critic.kind != "none", normalize=self.normalize
+        )
+        if problems := list(more):
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -397,6 +411,12 @@ class TrainConfig(Section):
         )  # fmt: skip
         if problems := combination.problems():
             raise ValueError("; ".join(problems))
+        a.teacher.require_sampling(temperature=self.rollout.temperature, dynamic_sampling=self.rollout.dynamic_sampling)
+        if self.rollout.dynamic_sampling and a.kl.in_reward:
+            raise ValueError(
+                "rollout.dynamic_sampling = true replaces groups whose rewards give no signal, but with "
+                "algorithm.kl.place = 'reward' what their tokens pay gives every group one: set place = 'loss'"
+            )
         if (warmup := self.algorithm.critic.warmup_steps) >= self.steps:
             raise ValueError(
                 f"algorithm.critic.warmup_steps = {warmup} of steps = {self.steps}: the policy would never move"
