@@ -54,8 +54,7 @@ async def require_teacher(config: TrainConfig) -> None:
                     f"{served.name} has no /tokenize to ask, so whether its tokenizer is the student's is not known: "
                     "name a folder with the teacher's tokenizer in algorithm.teacher.tokenizer, or serve it with vLLM"
                 )
-            setting, folder = "algorithm.teacher.tokenizer", Path(t.tokenizer).expanduser()
-            _require_same(student, folder if folder.is_dir() else _found(t.tokenizer, setting), setting)
+            _require_same_of_server(student, t.tokenizer)
         ids = student.encode(_TEXTS[0], add_special_tokens=False)
         await served.score(client, ids)
 
@@ -122,6 +121,12 @@ def _require_same(student: Any, folder: Path, setting: str) -> None:
             f"{setting}: the tokenizer of {folder} is not the student's: {found}. A teacher scores the student's own "
             "tokens, so both must be of one family with one tokenizer"
         )
+
+
+def _require_same_of_server(student: Any, name: str) -> None:
+    """Compare with the folder that the settings name, which may hold no weights."""
+    setting, folder = "algorithm.teacher.tokenizer", Path(name).expanduser()
+    _require_same(student, folder if folder.is_dir() else _found(name, setting), setting)
 
 
 def _require_context(folder: Path, max_context: int) -> None:

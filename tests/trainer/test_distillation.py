@@ -35,7 +35,7 @@ from tests.trainer.test_learning import config
 
 __all__ = ["one_thread"]  # a fixture
 TASK = Task.make("t", split="train", seed=0, payload={})
-SHOWN = [[(1, 2, 3), (6, 7)], [(1, 2, 3), (6,), (7, 7)], [(5, 6)], [(5, 6)]]
+SHOWN: list[list[Ids]] = [[(1, 2, 3), (6, 7)], [(1, 2, 3), (6,), (7, 7)], [(5, 6)], [(5, 6)]]
 SAID: list[list[Ids]] = [[(4, 5), (8,)], [(9, 10), (11, 12), (13,)], [(20, 21, 22)], [(30,)]]
 REWARDS = [[0.5, 1.0], [0.25, 0.0, -1.0], [1.0], [0.0]]
 
@@ -278,7 +278,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("tree", "why"), REFUSED, ids=[w[:24] for _, w in REFUSED])
 def test_what_cannot_do_what_it_says_is_refused(tree: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        require_runnable(TrainConfig.model_validate({"env": {"id": "tests.letters_env:Letters"}, **tree}))
+        require_runnable(
+            TrainConfig.model_validate({"env": {"id": "tests.letters_env:Letters"}, "eval": {"n": 8}, **tree})
+        )
 
 
 def test_what_may_be_combined() -> None:
@@ -305,7 +307,7 @@ def letters_teacher(folder: Path) -> Path:
         ids = torch.randint(0, len(tokenizer), (8, 24), generator=rng)
         loss = -(torch.log_softmax(model(ids).logits, -1) * target).sum(-1).mean()
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
     model.save_pretrained(folder)
     return folder
@@ -318,6 +320,7 @@ def distilling(tmp_path: Path, *, steps: int, **teacher: Any) -> TrainConfig:
         letters_teacher(folder)
     tree = c.model_dump(mode="json") | {"steps": steps}
     tree["algorithm"] = {"teacher": {"model": str(folder), **teacher}}
+    tree["learner"]["lr"] = 1e-2
     tree["eval"] |= {"baseline": False, "n": 2}
     return TrainConfig.model_validate(tree)
 
@@ -326,18 +329,18 @@ def distilling(tmp_path: Path, *, steps: int, **teacher: Any) -> TrainConfig:
 def test_a_student_learns_from_a_teacher_alone_and_a_run_goes_on(tmp_path: Path) -> None:
     c = distilling(tmp_path, steps=6, rewards=False)
     asyncio.run(train(c, console=False))
-    c = c.model_copy(update={"steps": 12})
+    c = c.model_copy(update={"steps": 13})
     asyncio.run(train(c, resume=True, console=False))
     rows = read_metrics(c.out, kind="train")
-    assert [r["step"] for r in rows] == list(range(1, 13))
+    assert [r["step"] for r in rows] == list(range(1, 14))
     first, last = rows[:3], rows[-3:]
     assert sum(r["teacher_kl"] for r in last) < 0.5 * sum(r["teacher_kl"] for r in first)
-    assert sum(r["reward"] for r in last) - sum(r["reward"] for r in first) > 3 * 0.15
+    assert sum(r["reward"] for r in last) - sum(r["reward"] for r in first) > 3 * 0.2
     assert {"teacher_kl/turn_0", "teacher_kl/turn_1", "teacher_unscored"} <= rows[0].keys()
     assert rows[0]["teacher_unscored"] == 0.0
     assert "groups_without_signal" not in rows[0]
     changed = TrainConfig.model_validate({**c.model_dump(), "algorithm": {}})
-    with pytest.raises(ConfigError, match=r"algorithm\.teacher\.model was .*; step 12 used it"):
+    with pytest.raises(ConfigError, match=r"algorithm\.teacher\.model was .*; step 13 used it"):
         asyncio.run(train(changed, resume=True, console=False))
 
 

@@ -136,7 +136,7 @@ class ServedTeacher:
             try:
                 answer = await client.post(url, json=body)
                 if answer.status_code == 200:
-                    return answer.json()
+                    return self._json(answer)
                 last = f"{answer.status_code} {answer.text[:_SHOWN]}"
                 if answer.status_code in (401, 403):
                     raise ConfigError(f"{self.name} refuses the key: {last} (algorithm.teacher.api_key_env)")
@@ -145,8 +145,12 @@ class ServedTeacher:
                 pause = retry_after(answer.headers.get("retry-after"), now=time.time())
             except httpx.TransportError as error:
                 last = f"{type(error).__name__} {error}".strip()
-            except ValueError as error:
-                raise EngineError(f"{self.name} answered something else than JSON: {error}") from error
             if attempt < self._config.max_retries:
                 await asyncio.sleep(min(pause, 60.0) if pause is not None else backoff.pause(attempt))
         raise EngineError(f"{self.name} failed {self._config.max_retries + 1} times, at last with: {last}")
+
+    def _json(self, answer: httpx.Response) -> Any:
+        try:
+            return answer.json()
+        except ValueError as error:
+            raise EngineError(f"{self.name} answered something else than JSON: {error}") from error
