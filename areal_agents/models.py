@@ -154,7 +154,8 @@ def _complete(folder: Path) -> Path:
     }
     missing = [what for what, patterns in needs.items() if not any(any(folder.glob(p)) for p in patterns)]
     if missing:
-        raise ModelError(f"{folder} is not a model folder: it lacks {', '.join(missing)}")
+        hint = "; it is an adapter: name the merged model" if (folder / "adapter_config.json").is_file() else ""
+        raise ModelError(f"{folder} is not a model folder: it lacks {', '.join(missing)}{hint}")
     return folder
 
 

@@ -63,7 +63,7 @@ CHEAP = (
 )  # fmt: skip
 """Appended to a training that is run: the last word on a setting holds."""
 PRELUDES = {
-    "docs/algorithms.md": "import torch\nfrom areal_agents.algorithms.losses import ppo, token_mean\n"
+    "docs/objective.md": "import torch\nfrom areal_agents.algorithms.losses import ppo, token_mean\n"
     "from areal_agents.algorithms.offpolicy import bypass\n"
     "logprobs_T = torch.full((4,), -1.0, requires_grad=True)\nbehaviour_T = torch.full((4,), -1.1)\n"
     "advantages_T = torch.ones(4)\nmask_T = torch.ones(4, dtype=torch.bool)\nsampled_tokens_of_the_whole_batch = 4\n",

@@ -21,6 +21,7 @@ from areal_agents.cli.commands import Command
 from areal_agents.conformance.check import CHECKS
 from areal_agents.errors import ConfigError
 from areal_agents.settings.describe import parameters
+from areal_agents.settings.describe import sections as setting_sections
 from areal_agents.settings.describe import settings as known_settings
 from areal_agents.settings.evaluation import SHORT
 from areal_agents.tool import tool
@@ -59,7 +60,9 @@ def test_settings_in_the_text_exist_and_take_the_values_given() -> None:
             chosen, _, name = key.rpartition(".")
             kinds = REGISTRIES[chosen].names() if chosen in REGISTRIES else []
             owners = [kind for kind in kinds if name in parameters(chosen, kind)]
-            assert key in known_settings() or owners or (kinds and name == "kind"), f"{page}: {code}"
+            assert key in known_settings() or key in setting_sections() or owners or (kinds and name == "kind"), (
+                f"{page}: {code}"
+            )
             if found[3] and re.fullmatch(r"-?[\d.e-]+|\"[^…]*\"|true|false|\[[\d., ]+\]", found[3]):  # no placeholder
                 partner = [f"--{chosen}", owners[0]] if owners else []
                 settings.load(None, [*partner, f"--{key}", found[3]])

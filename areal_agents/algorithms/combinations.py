@@ -110,8 +110,8 @@ def _young_tokens(c: Combination) -> Iterator[str]:
     if c.correction.kind == "log_linear" and c.staleness < 2 and c.takes_ratio():
         yield (
             "algorithm.correction.kind = 'log_linear' is 'bypass' for tokens of age 0 and 1, and no older ones train "
-            f"(rollout.max_staleness is {c.staleness} here): set rollout.max_staleness to 2 or more, or "
-            "algorithm.correction.kind = 'bypass'"
+            f"(the bound on staleness in force is {c.staleness}): set rollout.max_staleness to 2 or more, with "
+            "rollout.mode = 'async', or algorithm.correction.kind = 'bypass'"
         )
 
 

@@ -9,7 +9,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from areal_agents.algorithms.offpolicy import check_same_shape, log_ratio, no_future
+from areal_agents.algorithms.offpolicy import LOG_RATIO_BOUND, check_same_shape, log_ratio, no_future
+from areal_agents.algorithms.spans import Span
 
 
 @dataclass
@@ -132,6 +133,36 @@ class OffPolicyStats:
         out |= {f"abs_dlogp/turn_{k}": total / count for k, (count, total) in sorted(self._by_turn.items())}
         out |= {f"masked_share/length_{b}_{2 * b - 1}": m / count for b, (count, m) in sorted(self._by_length.items())}
         return out
+
+
+class EffectiveSize:
+    """The effective sample size of a minibatch, as a share of its tokens, turns or trajectories.
+
+    Call ``add`` for each micro-batch: a turn or a trajectory may be spread over several.
+    """
+
+    def __init__(self, scope: Span) -> None:
+        self._scope: Span = scope
+        self._logs: dict[tuple[int, int], float] = {}
+
+    def add(self, logprobs_T: Tensor, behaviour_T: Tensor, episodes_T: Tensor, turns_T: Tensor) -> None:
+        """Add the log ratios π/μ of some tokens to those of their spans. Raises ValueError for unequal shapes."""
+        check_same_shape(logprobs_T=logprobs_T, behaviour_T=behaviour_T, episodes_T=episodes_T, turns_T=turns_T)
+        logs = log_ratio(logprobs_T.detach().double(), behaviour_T.double()).tolist()
+        for log, episode, turn in zip(logs, episodes_T.tolist(), turns_T.tolist(), strict=True):
+            key = {"token": (-1, len(self._logs)), "turn": (episode, turn), "trajectory": (episode, -1)}[self._scope]
+            self._logs[key] = self._logs.get(key, 0.0) + log
+
+    def share(self) -> float:
+        """Return (Σw)² / (N·Σw²) of the N spans' ratios w, in (0, 1]; 1 where none was added.
+
+        A logarithm is bounded to ±LOG_RATIO_BOUND, as everywhere.
+        """
+        if not self._logs:
+            return 1.0
+        w_N = torch.tensor(list(self._logs.values()), dtype=torch.float64)
+        w_N = torch.exp(w_N.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
+        return min(1.0, float(w_N.sum().square() / (len(w_N) * w_N.square().sum())))
 
 
 def _grouped(keys_N: Tensor, values_N: Tensor) -> list[tuple[int, int, float]]:

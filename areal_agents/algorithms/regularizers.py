@@ -1,4 +1,4 @@
-"""The terms beside the policy loss: a KL divergence to a reference policy, and an entropy bonus.
+"""The terms beside the policy loss: a KL divergence to a reference policy, a pull to the sampler, an entropy bonus.
 
 π is the current policy, ref the reference, μ the sampler; l = log π − log ref of a sampled token, u = π/μ.
 
@@ -11,7 +11,10 @@ Sources: Schulman, "Approximating KL divergence" (2020), for k1 to k3; 2402.0330
 2506.09477 and 2510.01555 on which gradients they have; 2512.02556, eq. 7, for k3_unbiased. The gradients of all four
 are enumerated in ``tests/algorithms/test_regularizers.py``.
 
-A token that the correction or its age masks has neither term.
+The pull is τ·(log u)², the regulariser of Kimi K2.5 (2602.02276, τ = 1e-3): its gradient 2τ·log u·∇log π brings each
+sampled token's probability back to what it was sampled with, from above and from below.
+
+A token that the correction, the mask or its age masks has none of these terms.
 """
 
 from __future__ import annotations
@@ -100,7 +103,7 @@ class RegularizerStats:
 class Regularizers:
     """The terms that the settings choose.
 
-    β · kl_estimate − c · H,  a token
+    β · kl_estimate + τ · (log u)² − c · H,  a token
     """
 
     kl: float = 0.0
@@ -108,10 +111,12 @@ class Regularizers:
     estimator: KlEstimator = "k3"
     entropy: float = 0.0
     """c."""
+    sampler: float = 0.0
+    """τ."""
 
     @property
     def any(self) -> bool:
-        return bool(self.kl or self.entropy)
+        return bool(self.kl or self.entropy or self.sampler)
 
     def __call__(
         self,
@@ -136,6 +141,8 @@ class Regularizers:
             total_T = total_T + self.kl * kl_estimate(self.estimator, logprobs_T, reference_T, behaviour_T)
             for name, kind in (("kl_reference", "k1"), ("kl_reference_k3", "k3")):
                 seen[name] = kl_estimate(kind, logprobs_T.detach(), reference_T, behaviour_T)  # type: ignore[arg-type]
+        if self.sampler:
+            total_T = total_T + self.sampler * log_ratio(logprobs_T, behaviour_T.detach()).square()
         if self.entropy:
             assert entropy_T is not None, "an entropy bonus without entropies"
             total_T = total_T - self.entropy * entropy_T

@@ -33,15 +33,17 @@ def gae(group: Sequence[EpisodeView], *, gamma: Gamma = 1.0, lam: Lambda = 1.0) 
 
         δ_t = r_t + γ·V_{t+1} − V_t,    A_t = δ_t + γ·λ·A_{t+1},    t over all sampled tokens of the episode
 
-    GAE (1506.02438) with a token as the step, as PPO on language models has it (1909.08593). r_t is the turn's reward
-    at its last token, else 0.
+    The step is a token, as PPO on language models has it (1909.08593). r_t is the turn's reward at its last token, else
+    0.
+
+    Paper: GAE, 1506.02438.
 
     Bias: none for γ = λ = 1 where the task ended, whatever V is: A_t = G_t − V_t, and V_t does not depend on the token.
     λ < 1 replaces returns by V, so V's errors bias it, and less of a reward that is n tokens away reaches a token
     (λ^n: at 0.95 and 100 tokens 0.006). γ < 1 prefers early rewards. Where a limit cut the episode, V stands for what
     would have come.
 
-    Use it where a turn is long and its tokens differ in worth. Defaults: γ = λ = 1, as long turns need.
+    Use it: where turns are long and their tokens differ in worth. The defaults, γ = λ = 1, are what long turns need.
 
     Returns for each episode one float32 tensor [T_k] a turn. Raises ValueError without values.
     """
@@ -61,14 +63,15 @@ def turn_gae(group: Sequence[EpisodeView], *, gamma: TurnGamma = 0.99, lam: Lamb
 
         δ_k = r_k + γ·V_{k+1} − V_k,    A_k = δ_k + γ·λ·A_{k+1},    V_k read before turn k's first sampled token
 
-    Turn-PPO (2512.17008): the whole turn is the action, and all its tokens get A_k. V is read before the turn: read at
-    its last token it would know the action, and cancel its effect. The critic is fitted at turns' first tokens alone.
+    The whole turn is the action, and all its tokens get A_k. V is read before the turn: read at its last token it would
+    know the action, and cancel its effect. The critic is fitted at turns' first tokens alone.
+
+    Paper: Turn-PPO, 2512.17008, whose γ and λ are the defaults.
 
     Bias: none for γ = λ = 1 where the task ended, whatever V is. λ < 1 trusts V, γ < 1 prefers early rewards. Both
     count turns, not tokens, so long turns lose nothing.
 
-    Use it for episodes of many turns with rewards, or states, that differ from turn to turn. Defaults: the paper's
-    γ = 0.99, λ = 0.9.
+    Use it: for episodes of many turns with rewards, or states, that differ from turn to turn.
 
     Returns one float32 tensor [K_i] an episode. Raises ValueError without values.
     """
@@ -94,13 +97,15 @@ def bilevel_gae(
         turns:   δ_k = r_k + γ_H·V_{k+1,e} − V_{k,e},    A_k = δ_k + γ_H·λ·A_{k+1},    V_{k,e} before k's last token
         tokens:  GAE with γ and λ inside each turn alone, whose last token is paid A_k + V_{k,e}
 
-    Bi-level GAE (2510.16907), γ_H being ``turn_gamma``. The form is that of the code that its authors released (the
-    paper's text and its algorithm differ on it): a turn's last token gets A_k itself, and no token sees past its turn
-    but through that. For γ = γ_H = λ = 1 it is ``gae`` exactly; else the two differ, as one counts turns too.
+    γ_H is ``turn_gamma``. The form is that of the code that its authors released: a turn's last token gets A_k itself,
+    and no token sees past its turn but through that. For γ = γ_H = λ = 1 it is ``gae`` exactly; else the two differ, as
+    one counts turns too.
+
+    Paper: bi-level GAE, 2510.16907.
 
     Bias: none for γ = γ_H = λ = 1 where the task ended, whatever V is. Discounts and λ as in ``gae``.
 
-    Use it as ``gae``, where a discount per turn is wanted beside one per token. Defaults: γ = λ = 1, γ_H = 0.95.
+    Use it: as ``gae``, where a discount per turn is wanted beside one per token.
 
     Returns for each episode one float32 tensor [T_k] a turn. Raises ValueError without values.
     """

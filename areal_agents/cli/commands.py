@@ -7,7 +7,6 @@ that needs them.
 from __future__ import annotations
 
 import asyncio
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -240,7 +239,7 @@ class Algorithms:
         if self.json:
             from areal_agents.settings.catalogue import catalogue
 
-            print(json.dumps(catalogue(self.name), indent=2, ensure_ascii=False))
+            write_json(catalogue(self.name), None)
             return 0
         from areal_agents.settings.catalogue import algorithms_text
 

@@ -83,6 +83,12 @@ class _Finetune:
     """Of files: as the setting model.merge_system."""
     tool_format: Annotated[ToolFormatName | None, _arg("NAME", "auto")] = None
     """Of files: as the setting model.tool_format."""
+    lora_rank: Annotated[int | None, _arg("INT", "0")] = None
+    """Rank of adapters that train in the place of the weights; 0: every weight trains."""
+    lora_alpha: Annotated[float | None, _arg("FLOAT", "32")] = None
+    """What adapters add counts alpha/rank times."""
+    lora_targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LAYER")] = ()
+    """Linear layers with an adapter, by the end of their names; none: all but the head."""
     token_budget: Annotated[int | None, _arg("INT", "1024")] = None
     """Most tokens in one micro-batch."""
     logprob_chunk: Annotated[int | None, _arg("INT", "512")] = None
@@ -149,7 +155,10 @@ class _Finetune:
     def _given(self) -> dict[str, Any]:
         """Return the settings that were given."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in _OTHERS]
-        given = {name: value for name in names if (value := getattr(self, name)) is not None and value is not False}
+        given = {name: getattr(self, name) for name in names}
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        if not self.lora_targets:
+            del given["lora_targets"]
         if self.steps is not None:
             given["first_step"], given["last_step"] = step_range(self.steps)
         if self.template_variables:
@@ -165,7 +174,9 @@ class _Finetune:
             return (SftConfig if self._method == "sft" else DpoConfig).model_validate(given)
         except ValidationError as error:
             said = [
-                f"--{str(e['loc'][0]).replace('_', '-')} is {e['input']!r}: it must be "
+                str(e["ctx"]["error"])
+                if not e["loc"]
+                else f"--{str(e['loc'][0]).replace('_', '-')} is {e['input']!r}: it must be "
                 f"{e['msg'].removeprefix('Input should be ')}"
                 for e in error.errors()
             ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.learner.optim import Schedule
 from areal_agents.settings.config import LearnerConfig
+from areal_agents.settings.lora import LoraConfig
 from areal_agents.settings.section import Count, Positive, Section
 
 Turns = Literal["all", "last"]
@@ -48,6 +49,10 @@ class FinetuneConfig(Section):
     """Steps between two measurements of it; 0: at each epoch's end."""
     save_every: int = Field(default=100, ge=0)
     """Steps between checkpoints; 0: only when interrupted and at the end."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of the adapters that train in the place of the weights; 0: every weight trains."""
+    lora_alpha: Positive = 32.0
+    lora_targets: tuple[str, ...] = ()
     token_budget: Count = 1024
     logprob_chunk: Count = 512
     gradient_checkpointing: bool = False
@@ -56,6 +61,12 @@ class FinetuneConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: bool = True
     wandb: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> FinetuneConfig:
+        if not self.lora_rank and (self.lora_targets or self.lora_alpha != LoraConfig().alpha):
+            raise ValueError("--lora-alpha and --lora-targets are of adapters: set --lora-rank, or leave them out")
+        return self
 
     @property
     def chat(self) -> ChatOptions:
@@ -66,7 +77,8 @@ class FinetuneConfig(Section):
     def learner(self) -> LearnerConfig:
         """The settings of the learner."""
         names = LearnerConfig.model_fields.keys() & type(self).model_fields.keys()
-        return LearnerConfig(**{name: getattr(self, name) for name in names})
+        lora = LoraConfig(rank=self.lora_rank, alpha=self.lora_alpha, targets=self.lora_targets)
+        return LearnerConfig(**{name: getattr(self, name) for name in names}, lora=lora)
 
 
 class SftConfig(FinetuneConfig):

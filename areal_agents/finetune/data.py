@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,10 @@ class Data(Generic[ItemT]):
         """Return what was taken and left out, as lines for people."""
         what = "examples" if all(isinstance(i, Example) for i in self.train) else "pairs"
         lines = [line for tally in self.tallies for line in tally.lines(what)]
+        earned = [r for item in self.train if (r := getattr(item, "reward", None)) is not None]
+        if earned:
+            mean = math.fsum(earned) / len(earned)
+            lines.append(f"rewards of what is imitated: {min(earned):.4g} to {max(earned):.4g}, mean {mean:.4g}")
         tokens = sum(side.tokens for item in self.train for side in item.sides)
         held = f", {len(self.holdout)} held out" if self.holdout else ""
         return [*lines, f"training on {len(self.train)} {what}, {tokens} tokens{held}"]

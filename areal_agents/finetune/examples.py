@@ -64,7 +64,8 @@ class Example:
 
     task: str
     said: Sequences
-    reward: float = 0.0
+    reward: float | None = None
+    """Of a run's episode, what it earned."""
 
     @property
     def sides(self) -> tuple[Sequences, ...]:

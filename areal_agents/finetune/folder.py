@@ -45,14 +45,14 @@ def read_settings(out: Path) -> SftConfig | DpoConfig:
     return found.model_copy(update={"out": out})
 
 
-def begin(folder: RunFolder, config: SftConfig | DpoConfig, data: Data[ItemT], *, resume: bool) -> Commit | None:
+def begin(folder: RunFolder, config: SftConfig | DpoConfig, *, resume: bool) -> Commit | None:
     """Find where the training starts.
 
     Returns:
         The commit to go on from. None for a new one.
 
     Raises:
-        ConfigError: the folder holds something else, or what it holds was begun with other settings or data.
+        ConfigError: the folder holds something else, or what it holds was begun with other settings.
     """
     out, row = folder.out, _read(folder.out) if resume else None
     refuse_evaluation(out)
@@ -68,14 +68,19 @@ def begin(folder: RunFolder, config: SftConfig | DpoConfig, data: Data[ItemT], *
             f"{out} was begun with other settings:\n{lines}\ngo on with the same ones ({how_to_go_on(config)}), or "
             "choose another --out"
         )
-    if row.get("fingerprint") != data.fingerprint:
+    commit = folder.read_commit() or Commit()
+    folder.clean(commit)
+    return commit
+
+
+def require_same_data(out: Path, config: SftConfig | DpoConfig, data: Data[ItemT]) -> None:
+    """Raise ConfigError where a training that goes on would go on with other data than before."""
+    row = _read(out)
+    if row is None or row.get("fingerprint") != data.fingerprint:
         raise ConfigError(
             f"the data of {out} is no longer what it was begun with ({', '.join(config.data)}): put it back, or choose "
             "another --out. Of a run that still goes on, choose --steps"
         )
-    commit = folder.read_commit() or Commit()
-    folder.clean(commit)
-    return commit
 
 
 def write_settings(out: Path, config: SftConfig | DpoConfig, data: Data[ItemT]) -> None:

@@ -9,6 +9,7 @@ mask is True on the assistant's own text and its end token. Where a template rew
 from __future__ import annotations
 
 import itertools
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -121,6 +122,8 @@ def _written(fmt: ChatFormat, said: Said, prompt: Ids, tools: Sequence[ToolSpec]
     if said.hermes:
         return fmt.encode_turn(said_text(fmt, said), tools, prompt)
     ids = fmt.encode_said(said_text(fmt, said), prompt)
+    if said.trains:
+        _require_written(fmt, (said.content.lstrip().removeprefix(THINK), said.reasoning or ""), ids)
     if said.calls:
         known = {tool.name for tool in tools}
         read = [(c.name, dict(c.arguments), c.status) for c in fmt.parse(ids, "stop", prompt, tools).tool_calls]
@@ -132,6 +135,19 @@ def _written(fmt: ChatFormat, said: Said, prompt: Ids, tools: Sequence[ToolSpec]
                 f"{[c[0] for c in said.calls]} became {[(c[0], c[2]) for c in read]}"
             )
     return ids
+
+
+def _require_written(fmt: ChatFormat, texts: Sequence[str], ids: Ids) -> None:
+    """Raise RowRefused where the tokenizer lost some of ``texts``. White space and Unicode's forms may differ."""
+    found = _squeezed(fmt.tokenizer.decode(list(ids)))
+    for text in texts:
+        if (wanted := _squeezed(text)) not in found:
+            lost = next((c for c in wanted if c not in found), wanted[:20])
+            raise RowRefused(f"the model's tokenizer cannot write what the assistant says: {lost!r} is lost")
+
+
+def _squeezed(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 def _episode(turns: Sequence[Turn]) -> Trajectory:

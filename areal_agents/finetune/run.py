@@ -28,12 +28,19 @@ from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.finetune.config import DpoConfig, SftConfig
 from areal_agents.finetune.data import Data, load_examples, load_pairs
 from areal_agents.finetune.examples import Item, Sequences
-from areal_agents.finetune.folder import begin, how_to_go_on, read_reference, save_reference, write_settings
+from areal_agents.finetune.folder import (
+    begin,
+    how_to_go_on,
+    read_reference,
+    require_same_data,
+    save_reference,
+    write_settings,
+)
 from areal_agents.finetune.learner import FinetuneLearner, preference, preference_metrics
-from areal_agents.learner.checkpoint import count_parameters
+from areal_agents.learner.checkpoint import count_adapters, count_parameters
 from areal_agents.learner.contract import Metrics
 from areal_agents.models import resolve
-from areal_agents.tracking.tracker import Tracker, read_metrics
+from areal_agents.tracking.tracker import RESERVED, Tracker, read_metrics
 from areal_agents.trainer.run_folder import Commit, RunFolder
 from areal_agents.utils.openmp import warn_where_threads_spin
 from areal_agents.utils.signals import Stop, StopRequested, stop_on_signals
@@ -100,29 +107,39 @@ async def finetune(config: SftConfig | DpoConfig, *, resume: bool = False, conso
 async def _begun(
     config: SftConfig | DpoConfig, folder: RunFolder, stop: Stop, watch: Stopwatch, *, resume: bool, console: bool
 ) -> FinetuneResult:
-    model = resolve(config.model)
-    seen = _Reading(stop, show=console)
-    data: Data[Any] = await asyncio.to_thread(
-        lambda: (
-            load_examples(config, model, seen=seen)
-            if isinstance(config, SftConfig)
-            else load_pairs(config, model, seen=seen)
-        )
-    )
-    total = config.epochs * math.ceil(len(data.train) / config.batch)
+    commit = begin(folder, config, resume=resume)
+    if commit is None or not commit.complete:
+        model = resolve(config.model)
+        data = await _read(config, model, stop, show=console)
+        if commit is not None:
+            require_same_data(config.out, config, data)
+        total = config.epochs * math.ceil(len(data.train) / config.batch)
+        _require(config, folder, model, total)
+        async with _open(config, folder, stop, data, commit, total, console=console) as run:
+            await run.run()
+    done = folder.read_commit() or Commit()
+    rows = read_metrics(config.out, kind=HOLDOUT)
+    measured = tuple((row["step"], {k: v for k, v in row.items() if k not in RESERVED}) for row in rows)
+    return FinetuneResult(config.out, config.out / "model", done.step, measured, watch.seconds)
+
+
+async def _read(config: SftConfig | DpoConfig, model: Path, stop: Stop, *, show: bool) -> Data[Any]:
+    seen = _Reading(stop, show=show)
+    if isinstance(config, SftConfig):
+        return await asyncio.to_thread(load_examples, config, model, seen=seen)
+    return await asyncio.to_thread(load_pairs, config, model, seen=seen)
+
+
+def _require(config: SftConfig | DpoConfig, folder: RunFolder, model: Path, total: int) -> None:
+    """Raise ConfigError for settings that do not fit the data, this machine or the disk."""
     if config.warmup_steps > total:
         raise ConfigError(
             f"--warmup-steps is {config.warmup_steps}, and the training has {total} steps: set it to {total} at most"
         )
-    threads = threads_of("--threads", config.threads)
-    folder.require_room(count_parameters(model), checkpoint=True)
-    commit = begin(folder, config, data, resume=resume)
-    if commit is None or not commit.complete:
-        async with _open(config, folder, stop, data, commit, total, threads, console=console) as run:
-            await run.run()
-    rows = read_metrics(config.out, kind=HOLDOUT) if data.holdout else []
-    measured = tuple((row["step"], {k: v for k, v in row.items() if k not in ("kind", "step", "time")}) for row in rows)
-    return FinetuneResult(config.out, config.out / "model", total, measured, watch.seconds)
+    threads_of("--threads", config.threads)
+    parameters = count_parameters(model)
+    trained = min(parameters, count_adapters(model, config.lora_rank)) if config.lora_rank else parameters
+    folder.require_room(parameters, trained=trained, checkpoint=True)
 
 
 class _Reading:
@@ -144,7 +161,7 @@ class _Reading:
 @contextlib.asynccontextmanager
 async def _open(
     config: SftConfig | DpoConfig, folder: RunFolder, stop: Stop, data: Data[Any], commit: Commit | None, total: int,
-    threads: int, *, console: bool,
+    *, console: bool,
 ) -> AsyncIterator[_Run]:  # fmt: skip
     model, done = resolve(config.model), commit or Commit()
     warn_where_threads_spin()
@@ -155,7 +172,12 @@ async def _open(
         for line in data.lines():
             tracker.message(line)
         learner = await asyncio.to_thread(
-            FinetuneLearner, model, learner=config.learner, total_steps=total, seed=config.seed, threads=threads
+            FinetuneLearner,
+            model,
+            learner=config.learner,
+            total_steps=total,
+            seed=config.seed,
+            threads=threads_of("--threads", config.threads),
         )
         try:
             run = _Run(config, folder, stop, data, learner, tracker, done, total)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -88,6 +88,14 @@ class Critic:
         )
         self._seen, self._count = _Seen(), 0
         self._targets: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(
+        cls, config: CriticConfig, learner: LearnerConfig, policy: Decoder, source: Path, *,
+        before_pack: Callable[[], None],
+    ) -> Self | None:  # fmt: skip
+        """Make what ``config`` asks for, with the arguments of ``__init__``: None of kind ``none``."""
+        return None if config.kind == "none" else cls(config, learner, policy, source, before_pack=before_pack)
 
     def alone(self, version: int) -> bool:
         """Say whether only the critic learns at ``version``."""

@@ -37,7 +37,7 @@ from areal_agents.algorithms.objective import (
     live_rows,
     split_episodes,
 )
-from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
+from areal_agents.algorithms.offpolicy_stats import EffectiveSize, OffPolicyStats
 from areal_agents.algorithms.regularizers import Regularizers, RegularizerStats
 from areal_agents.engine import Transport, WeightsRef
 from areal_agents.errors import ConfigError
@@ -141,7 +141,7 @@ class TorchLearner:
         """Take one optimizer step a minibatch, or none where its gradient is 0 or not finite.
 
         Returns:
-            loss, grad_norm (before clipping): means over minibatches. lr: the same for all of them.
+            loss, grad_norm (before clipping), lr (that ``ess_step`` scales): means over minibatches.
             skipped, minibatches_empty: steps left out for a gradient that is not finite, and for one that is 0.
             tokens (sampled), rows, rows_skipped, episodes, over_age_share: of the batch.
             tokens_forward, tokens_per_second: through the model, shared prefixes once.
@@ -225,9 +225,7 @@ class TorchLearner:
         self._use_threads()
         device = resolve_device(self.config.device)
         dtype = resolve_precision(self.config.precision, gpu=device.type == "cuda")
-        model, trained = load_trained(
-            self.source, device, dtype, self.config.lora, seed=self.seed, publish_adapters=publish_adapters
-        )
+        model, trained = load_trained(self.source, device, dtype, self.config.lora, self.seed, publish_adapters)
         decoder = Decoder(model, dtype)
         if self.config.gradient_checkpointing:
             decoder.checkpoint_layers()
@@ -244,10 +242,7 @@ class TorchLearner:
         return found[0]
 
     def _new_critic(self) -> Critic | None:
-        config = self.algorithm.critic
-        if config.kind == "none":
-            return None
-        return Critic(config, self.config, self._decoder, self.source, before_pack=self._use_threads)
+        return Critic.of(self.algorithm.critic, self.config, self._decoder, self.source, before_pack=self._use_threads)
 
     def _new_optimizer(self, lr: float) -> torch.optim.AdamW:
         c = self.config
@@ -278,7 +273,7 @@ class TorchLearner:
         batch, more = self._kl.with_column(batch, live)
         forwarded += more
         lr = learning_rate(version, peak=c.lr, total=self.total_steps, warmup=c.warmup_steps, schedule=c.schedule)
-        loss, norms, skipped, empty = 0.0, [], 0, 0
+        loss, norms, scales, skipped, empty = 0.0, [], [], 0, 0
         parts = split_episodes(batch.episodes, c.minibatches, seed=self.seed, version=version)
         for part in parts:
             inside = set(part.tolist())
@@ -291,8 +286,11 @@ class TorchLearner:
                 empty += not alone
                 continue
             chosen, old = [batch.rows[i] for i in rows], [proximal[i] for i in rows] if proximal else None
-            value, tokens = self._passes.backward(chosen, old, batch.temperature, self._objective(counts, stats, terms))
-            norm = self._apply(self._optimizer, lr)
+            size = EffectiveSize(c.ess_step) if c.ess_step is not None else None
+            objective = self._objective(counts, stats, terms, size)
+            value, tokens = self._passes.backward(chosen, old, batch.temperature, objective)
+            scales.append(1.0 if size is None else math.sqrt(size.share()))
+            norm = self._apply(self._optimizer, lr * scales[-1])
             if critic is not None and critic.shares:
                 critic.apply()
             loss, forwarded = loss + value / len(parts), forwarded + tokens
@@ -305,7 +303,7 @@ class TorchLearner:
         return {
             "loss": loss,
             "grad_norm": float(np.mean(norms)) if norms else 0.0,
-            "lr": lr,
+            "lr": lr * float(np.mean(scales or [1.0])),
             "skipped": float(skipped),
             "minibatches_empty": float(empty),
             **batch_counts(batch, live, self.max_staleness),
@@ -320,10 +318,8 @@ class TorchLearner:
 
     def _live(self, batch: Batch) -> list[int]:
         """Return the rows that go through the policy: none while the critic alone learns, all where it learns there."""
-        if self._critic is not None and self._critic.alone(self._version):
-            return []
-        if self._critic is not None and self._critic.shares:
-            return list(range(len(batch.rows)))
+        if self._critic is not None and (self._critic.alone(self._version) or self._critic.shares):
+            return [] if self._critic.alone(self._version) else list(range(len(batch.rows)))
         return live_rows(
             batch, max_staleness=self.max_staleness, scope=self._policy.scope, always=self._regularizers.any
         )
@@ -331,13 +327,17 @@ class TorchLearner:
     @property
     def _regularizers(self) -> Regularizers:
         a = self.algorithm
-        return Regularizers(self._kl.in_loss, a.kl.estimator, a.entropy)
+        return Regularizers(self._kl.in_loss, a.kl.estimator, a.entropy, a.kl.sampler)
 
-    def _objective(self, counts: Denominators, stats: OffPolicyStats, terms: RegularizerStats) -> Objective:
+    def _objective(
+        self, counts: Denominators, stats: OffPolicyStats, terms: RegularizerStats, size: EffectiveSize | None
+    ) -> Objective:
         version, beside, critic = self._version, self._regularizers, self._critic
 
         def value(scored: Scored, tokens: Tokens) -> Tensor:
             logprobs_T, extra_T = scored.logprobs_T, None
+            if size is not None:
+                size.add(logprobs_T, tokens.behaviour, tokens.episodes, tokens.turns)
             if beside.any:
                 extra_T = beside(logprobs_T, scored.entropy_T, tokens.behaviour, tokens.columns.get(COLUMN), terms)
             return self._policy(logprobs_T, tokens, counts, stats, version=version, extra_T=extra_T)

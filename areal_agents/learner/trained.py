@@ -97,7 +97,7 @@ class AllWeights:
 
 
 def load_trained(
-    source: Path, device: torch.device, dtype: torch.dtype, lora: LoraConfig, *, seed: int, publish_adapters: bool
+    source: Path, device: torch.device, dtype: torch.dtype, lora: LoraConfig, seed: int, publish_adapters: bool
 ) -> tuple[PreTrainedModel, Trained]:
     """Load a model folder, and put adapters into it where ``lora`` has a rank.
 

@@ -176,12 +176,12 @@ def _shown(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else shown_default(value)
 
 
-_HEAD = """
-# Algorithms
+_HEAD = """# Algorithms
 
 This page is written by `python -m areal_agents.settings.catalogue`, from the functions' own docstrings. The same with
 every parameter and its default: `areal-agents algorithms [NAME] [--json]`. How they make one number to minimise:
-[The objective](objective.md). One of your own: [Add an algorithm](add-an-algorithm.md).
+[The objective](objective.md); which to take: [Advantages](advantages.md). One of your own:
+[Add an algorithm](add-an-algorithm.md).
 
 Symbols: μ is the policy that sampled a token, p the proximal policy, π the current one; ρ = p/μ, r = π/p (or π/μ where
 there is no p), u = π/μ. Trajectory i of a group of G has K_i turns with rewards r_{i,k}, k from 0; R_i = Σ_k r_{i,k}

@@ -18,20 +18,20 @@ from areal_agents.algorithms.registry import (
     CORRECTIONS,
     LOSSES,
     MASKS,
-    READ_VALUES,
     Choice,
     Registry,
-    needs_critic,
 )
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
 from areal_agents.errors import ConfigError
+from areal_agents.settings.cluster import ClusterConfig
 from areal_agents.settings.critic import CriticConfig
 from areal_agents.settings.kl import KlConfig
-from areal_agents.settings.lora import MAX_SERVED_RANK, LoraConfig
+from areal_agents.settings.lora import LoraConfig
 from areal_agents.settings.presets import expand
 from areal_agents.settings.section import Count, Fraction, Positive, Section
 from areal_agents.settings.teacher import TeacherConfig
+from areal_agents.settings.track import TrackConfig
 
 
 class ModelConfig(Section):
@@ -111,33 +111,6 @@ class EngineConfig(Section):
                     f"{self.kind!r}: set the kind, or leave it out"
                 )
         return self
-
-
-class ClusterConfig(Section):
-    backend: Literal["local", "ray"] = "local"
-    """``local``: processes of this machine. ``ray``: engines, learner and environments are actors on a Ray cluster."""
-    address: str = ""
-    """Ray: empty starts a private one here, ``auto`` joins the running one, or its address."""
-    rollout_workers: Count = 1
-    """Ray actors that environments and sandboxes run in."""
-    worker_cpus: float = Field(default=1.0, ge=0.0)
-    """Cores reserved for one of them."""
-    worker_resources: dict[str, float] = Field(default_factory=dict)
-    """What else a node must have for one of them, ``{ docker = 1 }`` for example."""
-    engine_cpus: float = Field(default=1.0, ge=0.0)
-    """Cores reserved for one engine."""
-    engine_gpus: float = Field(default=0.0, ge=0.0)
-    """GPUs of one engine; with vLLM, ``engine.tensor_parallel`` of them."""
-    engine_resources: dict[str, float] = Field(default_factory=dict)
-    """What else a node must have for one engine, by the names that nodes declare (``ray start --resources``)."""
-    learner_cpus: float = Field(default=1.0, ge=0.0)
-    """Cores reserved for the learner."""
-    learner_gpus: float = Field(default=0.0, ge=0.0)
-    """GPUs of the learner."""
-    object_store_gib: Positive = 1.0
-    """Most memory that the object store of a Ray started here takes."""
-    learner_restarts: int = Field(default=2, ge=0)
-    """How often a lost learner is replaced; the run then goes on from its last checkpoint."""
 
 
 class RolloutConfig(Section):
@@ -243,19 +216,7 @@ class AlgorithmConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> AlgorithmConfig:
-        chosen, critic = f"algorithm.advantage.kind = {self.advantage.kind!r}", self.critic.kind
-        reads = needs_critic(self.advantage.kind)
-        if reads and critic == "none":
-            raise ValueError(
-                f"{chosen} reads a critic's values: set algorithm.critic.kind = 'trunk' (a head on the policy's own "
-                "layers) or 'own' (a second model), or choose an advantage that compares episodes, as 'turn_return'"
-            )
-        if critic != "none" and not reads:
-            readers = ", ".join(map(repr, READ_VALUES))
-            raise ValueError(
-                f"algorithm.critic.kind = {critic!r} trains a critic that {chosen} never asks: set "
-                f"algorithm.advantage.kind to one of {readers}, or algorithm.critic.kind = 'none'"
-            )
+        self.critic.require_reader(self.advantage.kind)
         more = self.teacher.problems(
             kl_in_reward=self.kl.in_reward, critic=self.critic.kind != "none", normalize=self.normalize
         )
@@ -280,6 +241,8 @@ class LearnerConfig(Section):
     """Course of the learning rate after the warm-up, down to 0 at the last step where it falls."""
     grad_clip: Positive = 1.0
     """Largest gradient norm."""
+    ess_step: Literal["token", "turn", "trajectory"] | None = None
+    """Scale the learning rate by √ESS, the effective sample size of π/μ over these as a share (VCPO). none: do not."""
     minibatches: Count = 1
     """Optimizer steps a batch."""
     token_budget: Count = 1024
@@ -331,21 +294,6 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept; older ones are removed once a newer one is complete."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints of every so many steps are kept for good; 0: none."""
-
-
-class TrackConfig(Section):
-    tensorboard: bool = True
-    """Write the metrics for TensorBoard."""
-    wandb: str = ""
-    """Weights & Biases project to log to as well (needs the ``wandb`` extra); empty: none."""
-    watch: bool = True
-    """Tell of signs that a reward is earned without the task (event ``reward_hack_suspected``)."""
-    watch_correct: str = ""
-    """The reward's component that says whether an answer is right; empty: what its ``Gate`` is on, else ``correct``."""
-    watch_window: int = Field(default=20, ge=4, multiple_of=2)
-    """Steps over which a component may rise while correctness falls, before it is told."""
-    watch_same_answers: Fraction = 0.8
-    """More than this share of a batch's tasks answered with the very same text is told; 1: never."""
 
 
 class TrainConfig(Section):
@@ -411,15 +359,12 @@ class TrainConfig(Section):
         )  # fmt: skip
         if problems := combination.problems():
             raise ValueError("; ".join(problems))
+        a.critic.require_steps(self.steps)
         a.teacher.require_sampling(temperature=self.rollout.temperature, dynamic_sampling=self.rollout.dynamic_sampling)
         if self.rollout.dynamic_sampling and a.kl.in_reward:
             raise ValueError(
                 "rollout.dynamic_sampling = true replaces groups whose rewards give no signal, but with "
                 "algorithm.kl.place = 'reward' what their tokens pay gives every group one: set place = 'loss'"
-            )
-        if (warmup := self.algorithm.critic.warmup_steps) >= self.steps:
-            raise ValueError(
-                f"algorithm.critic.warmup_steps = {warmup} of steps = {self.steps}: the policy would never move"
             )
         if self.learner.lora.publish == "adapter" and self.engine.kind != "vllm":
             raise ValueError(
@@ -432,11 +377,3 @@ class TrainConfig(Section):
                 f"{self.model.max_context}"
             )
         return self
-
-    @property
-    def publishes_adapters(self) -> bool:
-        """Whether the engines get adapters, and not whole weights."""
-        lora = self.learner.lora
-        if lora.publish == "auto":
-            return self.engine.kind == "vllm" and 0 < lora.rank <= MAX_SERVED_RANK
-        return lora.publish == "adapter"

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from areal_agents.algorithms.registry import READ_VALUES, needs_critic
 from areal_agents.settings.section import Positive, Section
 
 
@@ -37,6 +38,28 @@ class CriticConfig(Section):
                 "'own' has layers of its own: leave it out, or set kind = 'trunk'"
             )
         return self
+
+    def require_reader(self, advantage: str) -> None:
+        """Raise ValueError unless there is a critic exactly where ``advantage`` reads one."""
+        chosen, reads = f"algorithm.advantage.kind = {advantage!r}", needs_critic(advantage)
+        if reads and self.kind == "none":
+            raise ValueError(
+                f"{chosen} reads a critic's values: set algorithm.critic.kind = 'trunk' (a head on the policy's own "
+                "layers) or 'own' (a second model), or choose an advantage that compares episodes, as 'turn_return'"
+            )
+        if self.kind != "none" and not reads:
+            readers = ", ".join(map(repr, READ_VALUES))
+            raise ValueError(
+                f"algorithm.critic.kind = {self.kind!r} trains a critic that {chosen} never asks: set "
+                f"algorithm.advantage.kind to one of {readers}, or algorithm.critic.kind = 'none'"
+            )
+
+    def require_steps(self, steps: int) -> None:
+        """Raise ValueError where none of a run's ``steps`` would be the policy's."""
+        if self.warmup_steps >= steps:
+            raise ValueError(
+                f"algorithm.critic.warmup_steps = {self.warmup_steps} of steps = {steps}: the policy would never move"
+            )
 
     @property
     def rate(self) -> float:

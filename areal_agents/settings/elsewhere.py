@@ -53,15 +53,25 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     _CLIP: ("epsilon", "clip_range", "cliprange", "clip_ratio", "eps_clip", "clip_eps", "clip"),
     "this is algorithm.loss.clip_high here": ("epsilon_high", "clip_ratio_high", "eps_clip_high"),
     "this is algorithm.loss.clip_low here": ("epsilon_low", "clip_ratio_low", "eps_clip_low"),
-    "this is algorithm.loss.dual_clip here": ("delta", "clip_ratio_c", "eps_clip_c"),
+    "this is algorithm.loss.dual_clip here": ("clip_ratio_c", "eps_clip_c"),
     "this is algorithm.advantage.kind here": ("adv_estimator", "advantage_estimator"),
     "this is algorithm.advantage.normalize of algorithm.advantage.kind = 'grpo' here": (
         "scale_rewards", "norm_adv_by_std_in_grpo", "normalize_advantages", "normalize_advantage"),
     "this is algorithm.advantage.gamma here": ("discount", "discount_factor"),
+    "this is algorithm.normalize here": ("whiten_advantages", "adv_norm", "advantage_norm", "normalize_adv"),
+    "this is algorithm.overlong here": (
+        "mask_truncated_completions", "overlong_filtering", "overlong_filter", "mask_truncated"),
+    "this is rollout.dynamic_sampling here": ("filter_groups", "dynamic_filtering", "dynamic_filter"),
+    "this is rollout.max_refills here": ("max_num_gen_batches",),
     "this is algorithm.loss.kind here": ("loss_type", "policy_loss"),
     "this is algorithm.aggregation here": ("loss_agg_mode", "loss_aggregation"),
     "this is algorithm.correction.truncate of algorithm.correction.kind = 'decoupled' here": (
         "tis", "tis_imp_ratio_cap", "importance_sampling_cap", "vllm_importance_sampling_cap"),
+    "this is algorithm.correction.kind here": (
+        "use_decoupled_loss", "prox_logp_method", "bypass_mode", "use_rollout_correction", "use_tis"),
+    "this is algorithm.correction.scope here, of 'decoupled', 'log_linear' and 'importance'": (
+        "rollout_is", "importance_sampling_level", "rollout_is_level"),
+    "this is algorithm.mask.kind here": ("rollout_rs", "use_opsm", "m2_threshold", "off_policy_mask_threshold"),
     "this is rollout.group_size here": (
         "num_generations", "n_samples_per_prompt", "rollout.n", "num_samples_per_prompt", "group_size_per_prompt"),
     "this is rollout.groups here, times rollout.group_size episodes each": (

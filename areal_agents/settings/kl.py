@@ -1,4 +1,4 @@
-"""The settings of the KL term."""
+"""The settings of the KL term, and of its kin that keeps the policy near the sampler."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class KlConfig(Section):
     """Episodes over which an adapted ``coef`` may change by a fifth."""
     refresh: int = Field(default=0, ge=0)
     """Take the policy as the new reference after every so many steps; 0: the policy that training began with."""
+    sampler: float = Field(default=0.0, ge=0.0)
+    """Weight of (log π/μ)² of each token, which keeps the policy near the one that sampled; 0: none, 0.001 is usual."""
 
     @model_validator(mode="before")
     @classmethod

@@ -20,8 +20,8 @@ class LoraConfig(Section):
     targets: tuple[str, ...] = ()
     """Linear layers with an adapter, by the end of their names (``["q_proj", "v_proj"]``); none: all but the head."""
     publish: Literal["auto", "merged", "adapter"] = "auto"
-    """What engines get: weights with the adapters in them, or the adapters alone (vLLM). ``auto``: adapters to vLLM up
-    to rank 512, else merged weights."""
+    """What engines get: whole weights with the adapters merged into them, or the adapters alone (vLLM). ``auto``: the
+    adapters where vLLM computes on GPUs, up to rank 512."""
 
     @model_validator(mode="after")
     def _check(self) -> LoraConfig:

@@ -27,6 +27,7 @@ from areal_agents.learner.contract import Learner, Metrics
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec
 from areal_agents.settings.config import TrainConfig
+from areal_agents.settings.lora import MAX_SERVED_RANK
 from areal_agents.trainer.teacher import with_teacher_found
 from areal_agents.utils.precision import Format, resolve_precision
 
@@ -100,7 +101,7 @@ def engine_spec_of(config: TrainConfig, model: Path, *, threads: int) -> EngineS
         config.engine, model, max_context=config.model.max_context, threads=threads, format=number,
         on_gpu=_on_gpu(config),
     )  # fmt: skip
-    if not config.publishes_adapters:
+    if not publishes_adapters(config):
         return spec
     lora = config.learner.lora
     return replace(spec, options={**spec.options, "lora_rank": lora.rank, "lora_targets": lora.targets})
@@ -109,6 +110,14 @@ def engine_spec_of(config: TrainConfig, model: Path, *, threads: int) -> EngineS
 def _on_gpu(config: TrainConfig) -> bool:
     placed = config.cluster.backend == "ray" and config.cluster.engine_gpus > 0
     return engine_kind(config.engine.kind).takes_gpus and (placed or torch.cuda.is_available())
+
+
+def publishes_adapters(config: TrainConfig) -> bool:
+    """Say whether the engines get the adapters of ``learner.lora`` alone, and not whole weights."""
+    lora = config.learner.lora
+    if lora.publish == "auto":
+        return config.engine.kind == "vllm" and _on_gpu(config) and 0 < lora.rank <= MAX_SERVED_RANK
+    return lora.publish == "adapter"
 
 
 def engine_dtype(config: TrainConfig) -> torch.dtype:
@@ -132,7 +141,7 @@ def learner_settings(config: TrainConfig, transport: Transport, *, threads: int)
         "total_steps": config.steps,
         "seed": config.seed,
         "publish_dtype": engine_dtype(config),
-        "publish_adapters": config.publishes_adapters,
+        "publish_adapters": publishes_adapters(config),
         "max_staleness": config.rollout.staleness if config.rollout.on_exceed == "mask" else None,
         "threads": threads,
         "transport": transport,

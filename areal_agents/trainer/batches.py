@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from areal_agents.algorithms.batch import Batch, Row, rows_of, tail_row
@@ -21,6 +22,7 @@ from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.estimator import Advantages, Estimator, entries
 from areal_agents.algorithms.refinement import refined
 from areal_agents.algorithms.token_credit import TEACHER, ByTurn, penalties, taught
+from areal_agents.errors import ConfigError
 from areal_agents.learner.critic import Values
 from areal_agents.learner.passes import Logprobs
 from areal_agents.learner.reference import COLUMN
@@ -197,6 +199,11 @@ async def _read_values(learner: Valuer, episodes: Sequence[Trajectory], temperat
         tail = tail_row(t, episode=i)
         rows += [*rows_of(t, [0.0] * len(t.turns), episode=i), *([] if tail is None else [tail])]
     found = await learner.values(Batch(tuple(rows), len(episodes), learner.version, temperature))
+    if not all(np.isfinite(values).all() for values in found):
+        raise ConfigError(
+            "the critic's values are no finite numbers any more: go on from an earlier checkpoint with a lower "
+            "algorithm.critic.lr"
+        )
     turns: list[list[tuple[float, ...]]] = [[() for _ in t.turns] + [(0.0,)] for t in episodes]  # the tail is last
     for row, values in zip(rows, found, strict=True):
         for k in sorted(set(row.turns[row.mask].tolist())):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from areal_agents.algorithms.losses import cispo, ppo, reinforce
 from areal_agents.algorithms.offpolicy import bypass, decoupled, importance, log_linear
-from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
+from areal_agents.algorithms.offpolicy_stats import EffectiveSize, OffPolicyStats
 from areal_agents.algorithms.spans import Span
 
 # Episode 0: turn 0 has tokens 2 and 0.5, turn 1 has 1.5. Episode 1: one token, 0.8. They are mixed.
@@ -164,3 +165,26 @@ def test_the_figures_say_what_masked_and_what_weighed() -> None:
     assert found["masked_share/by_correction"] == 0.25
     assert found["masked_share/by_mask"] == 0.5
     assert found["weight_mean"] == 0.5
+
+
+def test_the_effective_size_of_tokens_turns_and_trajectories() -> None:
+    # Tokens 2, 0.8, 0.5, 1.5: (4.8)² / (4 · (4 + 0.64 + 0.25 + 2.25)) = 23.04 / 28.56.
+    # Turns 1, 0.8, 1.5: (3.3)² / (3 · (1 + 0.64 + 2.25)) = 10.89 / 11.67.
+    # Trajectories 1.5, 0.8: (2.3)² / (2 · (2.25 + 0.64)) = 5.29 / 5.78. In any split.
+    a_T, b_T = pair(RATIOS)
+    scopes: list[tuple[Span, float]] = [
+        ("token", 23.04 / 28.56), ("turn", 10.89 / 11.67), ("trajectory", 5.29 / 5.78),
+    ]  # fmt: skip
+    for scope, expected in scopes:
+        for cuts in ([0, 4], [0, 1, 4], [0, 2, 3, 4]):
+            size = EffectiveSize(scope)
+            for i, j in pairwise(cuts):
+                size.add(a_T[i:j], b_T[i:j], EPISODES[i:j], TURNS[i:j])
+            assert size.share() == pytest.approx(expected), (scope, cuts)
+    assert EffectiveSize("turn").share() == 1.0
+    on = EffectiveSize("trajectory")
+    on.add(b_T, b_T, EPISODES, TURNS)
+    assert on.share() == 1.0
+    far = EffectiveSize("trajectory")
+    far.add(b_T + 900.0, b_T, EPISODES, TURNS)
+    assert far.share() == 1.0  # both at the bound, and nothing overflows

@@ -13,6 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from areal_agents.algorithms.masks import geometric, m2po, none, opsm, sequence, trust_region
+from areal_agents.algorithms.objective import Denominators, PolicyObjective, Tokens
+from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
+from areal_agents.algorithms.registry import Choice
+from areal_agents.algorithms.scope import sees
+from areal_agents.errors import ConfigError
 
 BOUNDED: list[Callable[..., Tensor]] = [sequence, geometric, trust_region]
 # Episode 0: turn 0 has u = 2 and 0.9, turn 1 has 1.5 (product 2.7). Episode 1: 0.8 and 1 (product 0.8).
@@ -157,3 +162,34 @@ def test_no_mask_carries_a_gradient_and_extremes_stay_finite() -> None:
         assert f(logprobs_T, b_T, index, index).tolist() == [False, False, True]
     assert m2po(logprobs_T, b_T).tolist() == [False, False, True]
     assert opsm(logprobs_T, b_T, -torch.ones(3), index, index).tolist() == [True, False, True]
+
+
+def later(turns_T: Tensor, episodes_T: Tensor, *, first: int = 1) -> Tensor:
+    return turns_T >= first
+
+
+def weights(behaviour_T: Tensor) -> Tensor:
+    return behaviour_T.exp()
+
+
+def test_a_mask_of_ones_own_is_called_and_held_to_booleans() -> None:
+    here = "tests.algorithms.test_masks"
+    sees("episode")(later)
+    made = PolicyObjective(
+        loss=Choice("ppo"), correction=Choice("bypass"), mask=Choice(f"{here}:later", {"first": 2}), aggregation="token"
+    )
+    assert made.scope == "episode"
+    logprobs_T = torch.full((3,), -1.0).requires_grad_()
+    tokens = Tokens(
+        ids=torch.arange(3), behaviour=torch.full((3,), -1.0), advantages=torch.ones(3), versions=torch.zeros(3).long(),
+        turns=torch.tensor([1, 2, 3]), episodes=torch.zeros(3).long(), proximal=torch.zeros(3),
+    )  # fmt: skip
+    stats = OffPolicyStats()
+    value = made(logprobs_T, tokens, Denominators(3, torch.tensor([3]), 1), stats, version=0)
+    (gradient,) = torch.autograd.grad(value, logprobs_T)
+    assert gradient.tolist() == pytest.approx([0.0, -1 / 3, -1 / 3])
+    assert stats.result()["masked_share/by_mask"] == pytest.approx(1 / 3)
+    with pytest.raises(ConfigError, match=r"algorithm.mask.kind = .*returned kept_T = .*float32: expected booleans"):
+        PolicyObjective(
+            loss=Choice("ppo"), correction=Choice("bypass"), mask=Choice(f"{here}:weights"), aggregation="token"
+        )

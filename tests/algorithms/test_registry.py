@@ -418,7 +418,7 @@ def test_a_package_that_exits_costs_only_itself(tmp_path: Path) -> None:
     assert "acme_exit:f cannot be imported: RuntimeError: it called sys.exit(0)" in algorithms_text()
     with pytest.raises(ConfigError, match=r"acme_exit:f cannot be imported: RuntimeError: it called sys\.exit\(0\)"):
         settings.load(None, ["--algorithm.loss", "leaving"])
-    with pytest.raises(ConfigError, match=r"unknown setting learner.lrr .*did you mean learner.lr\?"):
+    with pytest.raises(ConfigError, match=r"unknown setting learner.lrr .*did you mean learner.lr\b"):
         settings.load(None, ["--learner.lrr", "3"])
 
 

@@ -112,3 +112,15 @@ def test_what_is_refused() -> None:
         kl_estimate("k1", LOGITS, REFERENCE[:2], SAMPLER)
     with pytest.raises(ValueError, match="must be positive"):
         adapted(1.0, 0.1, target=0.0, episodes=1, horizon=1)
+
+
+def test_the_pull_to_the_sampler_by_hand() -> None:
+    # τ = 0.5, u = 2 and 0.5: 0.5·(log 2)² = 0.2402 both; gradient 2·0.5·log u = ±0.6931: back from above and below.
+    behaviour_T = torch.tensor([0.2, 0.4], dtype=torch.float64).log()
+    logprobs_T = torch.tensor([0.4, 0.2], dtype=torch.float64).log().requires_grad_()
+    terms = Regularizers(sampler=0.5)
+    assert terms.any
+    value_T = terms(logprobs_T, None, behaviour_T, None, RegularizerStats())
+    assert value_T.tolist() == pytest.approx([0.240227, 0.240227], abs=1e-6)
+    (gradient,) = torch.autograd.grad(value_T.sum(), logprobs_T)
+    assert gradient.tolist() == pytest.approx([0.693147, -0.693147], abs=1e-6)

@@ -30,6 +30,7 @@ def test_rejection_fine_tuning_of_a_run(tmp_path: Path, model: Path, capsys: pyt
     said = capsys.readouterr().out
     assert f"{run}: 2 examples of 5 episodes" in said
     assert "left out 2, the first" in said
+    assert "rewards of what is imitated: 0.75 to 1, mean 0.875" in said
     assert f"files: {out}    trained model: {out / 'model'}" in said
     found = read_settings(out)
     assert isinstance(found, SftConfig)
@@ -82,6 +83,7 @@ def test_the_defaults_of_the_help_are_those_of_the_settings() -> None:
         (["--batch", "-1", "--seed", "-2"], "--seed is -2: it must be greater than or equal to 0"),
         (["--steps", "5:2"], "--steps is '5:2': the last step is before the first"),
         (["--min-reward", "nan"], "--min-reward is nan: it must be a finite number"),
+        (["--lora-alpha", "8"], "--lora-alpha and --lora-targets are of adapters: set --lora-rank"),
         (["--template-variables", "x"], "--template-variables 'x': write NAME=VALUE"),
     ],
 )

@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from areal_agents.algorithms.registry import Choice
 from areal_agents.errors import ConfigError, EngineError, LearnerLost, ModelError
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
+from areal_agents.settings.critic import CriticConfig
+from areal_agents.settings.lora import LoraConfig
 from areal_agents.weights.shared_memory import AttachedWeights
+from tests.learner.test_critic import with_targets
 from tests.learner_data import make_batch
 from tests.processes import wait_gone
 from tests.served import SECONDS
@@ -42,13 +46,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("model") / "m", tiny_model())
 
 
-def test_it_learns_what_a_local_learner_learns(session: RaySession, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)], ids=["all weights", "adapters"])
+def test_it_learns_what_a_local_learner_learns(
+    session: RaySession, model: Path, tmp_path: Path, lora: LoraConfig
+) -> None:
     torch.set_num_threads(1)
+    settings = SETTINGS | {"learner": SETTINGS["learner"].model_copy(update={"lora": lora})}
     batches = [make_batch(tiny_model(), version=v, seed=v) for v in range(2)]
 
     async def learn() -> None:
-        local = TorchLearner(model, **SETTINGS)
-        async with await RemoteLearner.start(model, num_cpus=0, health_interval=0.2, **SETTINGS) as remote:
+        local = TorchLearner(model, **settings)
+        async with await RemoteLearner.start(model, num_cpus=0, health_interval=0.2, **settings) as remote:
             assert remote.version == 0
             assert remote.pid != os.getpid()
             a, b = [await learner.sft_step(batches[0].rows[:2], lr=0.01) for learner in (local, remote)]
@@ -65,7 +73,7 @@ def test_it_learns_what_a_local_learner_learns(session: RaySession, model: Path,
                     assert (theirs.version, theirs.checksum) == (mine.version, mine.checksum)
                     with AttachedWeights(theirs) as attached:  # another process's memory, read from here
                         assert all(torch.equal(t, local.tensors()[n]) for n, t in attached.tensors.items())
-            await the_files_are_the_same(local, remote, tmp_path)
+            await the_files_are_the_same(local, remote, tmp_path, settings)
             await a_publication_is_given_up(remote)
             with pytest.raises(ValueError, match="version"):  # a batch of the past: refused there as here
                 await remote.step(batches[0])
@@ -74,6 +82,27 @@ def test_it_learns_what_a_local_learner_learns(session: RaySession, model: Path,
         assert wait_gone([remote.pid], 60) == []
         with pytest.raises(LearnerLost, match="the learner was closed"):
             await remote.logprobs(batches[0])
+        await local.close()
+
+    session.run(learn())
+
+
+def test_its_critic_says_and_learns_the_same(session: RaySession, model: Path) -> None:
+    torch.set_num_threads(1)
+    algorithm = AlgorithmConfig(advantage=Choice("gae"), critic=CriticConfig(kind="own", lr=0.01, warmup_steps=1))
+    options = SETTINGS | {"algorithm": algorithm}
+
+    async def learn() -> None:
+        local = TorchLearner(model, **options)
+        async with await RemoteLearner.start(model, num_cpus=0, health_interval=0.2, **options) as remote:
+            for version in range(2):
+                batch = with_targets(make_batch(tiny_model(), version=version))
+                here, there = [await learner.values(batch) for learner in (local, remote)]
+                assert all(np.array_equal(x, y) for x, y in zip(here, there, strict=True))
+                assert any(v.any() for v in here) == (version > 0)
+                a, b = [await learner.step(batch) for learner in (local, remote)]
+                assert {k: a[k] for k in a.keys() - TIMINGS} == {k: b[k] for k in b.keys() - TIMINGS}
+                assert a["critic/loss"] > 0
         await local.close()
 
     session.run(learn())
@@ -91,13 +120,15 @@ async def a_publication_is_given_up(remote: RemoteLearner) -> None:
             assert ref.version == remote.version
 
 
-async def the_files_are_the_same(local: TorchLearner, remote: RemoteLearner, folder: Path) -> None:
+async def the_files_are_the_same(
+    local: TorchLearner, remote: RemoteLearner, folder: Path, settings: dict[str, Any]
+) -> None:
     await remote.save(folder / "saved")
     await remote.export(folder / "exported")
     await local.export(folder / "mine")
     name = "model.safetensors"
     assert (folder / "exported" / name).read_bytes() == (folder / "mine" / name).read_bytes()
-    again = TorchLearner(folder / "saved", **SETTINGS)
+    again = TorchLearner(local.source, **settings)
     await again.load(folder / "saved")
     assert again.version == 2
     assert all(torch.equal(t, local.tensors()[n]) for n, t in again.tensors().items())

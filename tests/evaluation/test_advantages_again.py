@@ -89,6 +89,9 @@ def test_what_is_shown_is_what_trained(tmp_path: Path, algorithm: AlgorithmConfi
     assert any(x for r in trained(first, algorithm) for x in r)
 
 
+WITH_CRITIC = AlgorithmConfig.model_validate({"advantage": "gae", "critic": {"kind": "trunk"}})
+
+
 def test_what_cannot_be_shown_says_why(tmp_path: Path) -> None:
     records = step(1)
     config = TrainConfig(out=tmp_path / "run", algorithm=AlgorithmConfig(advantage=Choice("remax")))
@@ -97,6 +100,9 @@ def test_what_cannot_be_shown_says_why(tmp_path: Path) -> None:
     assert found is None
     assert "advantages cannot be computed again" in why
     assert "no episodes of kind 'greedy'" in why
+    save(tmp_path / "run", config.model_copy(update={"algorithm": WITH_CRITIC}), records)
+    found, why = advantages_of(SavedRun.open(tmp_path / "run"), records[0])
+    assert (found, "'gae' reads a critic's values, which are not saved" in why) == (None, True)
 
 
 def rescored(r: Record, new: tuple[float, ...]) -> Rescored:
@@ -156,8 +162,12 @@ def test_a_group_that_the_reward_failed_on_is_in_no_batch() -> None:
 
 def test_what_no_reward_says_is_told_and_the_rest_is_compared() -> None:
     episodes = tuple(rescored(r, tuple(-1.0 for _ in r.trajectory.turns)) for r in step(1))
-    for kind, why in (("remax", "'remax' compares with greedy episodes"), ("maxrl", "returns must be ≥ 0")):
-        shift = compare(Outcome(episodes, (), 0, ()), reward="r", algorithm=AlgorithmConfig(advantage=Choice(kind)))
+    for kind, why in (
+        ("remax", "'remax' compares with greedy episodes"), ("gae", "'gae' compares with a critic's values"),
+        ("maxrl", "returns must be ≥ 0"),
+    ):  # fmt: skip
+        algorithm = WITH_CRITIC if kind == "gae" else AlgorithmConfig(advantage=Choice(kind))
+        shift = compare(Outcome(episodes, (), 0, ()), reward="r", algorithm=algorithm)
         assert shift.advantages is None
         assert why in shift.no_advantages
         assert f"advantages cannot be compared: {shift.no_advantages}" in shift.table()

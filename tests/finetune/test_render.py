@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from areal_agents.algorithms.batch import Row
 from areal_agents.chat.format import ChatFormat
@@ -83,6 +85,32 @@ def test_the_mask_is_what_the_assistant_said_and_its_end(name: str, smollm2: Pat
     assert masked(fmt, rows) == expected
     assert all(row.ids[row.mask][-1] == fmt.turn_end for row in rows)
     assert len(rows) == (3 if fmt.history == "template" else 1)
+
+
+CONTROL = ("<|im_end|>", "</s>", "<|eot_id|>", "[/INST]", "<end_of_turn>", "<｜Assistant｜>", "<tool_response>", "\n\n")
+TEXTS = st.lists(st.one_of(st.text('ab Z9\n\t"\\{<|>é漢🙂', max_size=9), st.sampled_from(CONTROL)), max_size=4).map(
+    "".join
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(TEXTS, min_size=3, max_size=3))
+def test_whatever_is_said_is_masked_exactly(name: str, texts: list[str], smollm2: Path, templates: Path) -> None:
+    assume(all(text.strip() for text in texts))
+    fmt = family(smollm2, templates, name)
+    roles = ("user", "assistant", "user", "assistant")
+    talk = [{"role": role, "content": t} for role, t in zip(roles, (texts[0], *texts), strict=True)]
+    thought = "" if name not in CLOSES or "</think>" in "".join(texts) else CLOSE
+    end = fmt.text_of(fmt.turn_end)
+    assert masked(fmt, render(fmt, read_messages(talk))) == [thought + text + end for text in (texts[0], texts[2])]
+
+
+def test_text_that_the_tokenizer_cannot_write_is_refused(smollm2: Path, templates: Path) -> None:
+    fmt = family(smollm2, templates, "qwen3")  # its vocabulary lacks some bytes
+    talk = [{"role": "user", "content": "a \U00040000"}, {"role": "assistant", "content": "b \U00040000"}]
+    with pytest.raises(RowRefused, match="the model's tokenizer cannot write"):
+        render(fmt, read_messages(talk))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -156,6 +156,24 @@ def test_going_on_is_as_if_never_stopped(
     assert done(make(data, model, tmp_path / "parts", **same), resume=True).holdout == parts.holdout  # nothing is left
 
 
+@pytest.mark.parametrize("make", [sft, dpo])
+def test_adapters_learn_too_and_go_on(make: Any, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": q, "completion": a, "chosen": a, "rejected": b} for (q, a), (_, b) in pairwise(TALK)]
+    data = jsonl(tmp_path / "d.jsonl", *rows)
+    same = {"epochs": 30, "batch": 4, "lr": 2e-2, "lora_rank": 4, "lora_targets": ("q_proj", "down_proj"), "threads": 1}
+    whole = done(make(data, model, tmp_path / "whole", **same))
+    losses = [row["loss"] for row in read_metrics(whole.out, kind=make.__name__)]
+    assert losses[-1] < 0.9 * losses[0]
+    base, trained = weights(model), weights(whole.model)
+    changed = {name for name, tensor in trained.items() if not torch.equal(tensor, base[name].to(tensor.dtype))}
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed} == {"q_proj", "down_proj"}
+    assert (whole.model / "adapter" / "adapter_config.json").is_file()
+    with stopped_after(7, monkeypatch), pytest.raises(Interrupted):
+        done(make(data, model, tmp_path / "parts", **same))
+    parts = done(make(data, model, tmp_path / "parts", **same), resume=True)
+    assert all(torch.equal(weights(parts.model)[name], tensor) for name, tensor in trained.items())
+
+
 def test_a_start_that_failed_leaves_nothing(tmp_path: Path, model: Path) -> None:
     data = jsonl(tmp_path / "d.jsonl", {"text": "x"}, chat("a", "b" * 600))
     with pytest.raises(ConfigError) as refused:
@@ -187,10 +205,11 @@ def test_what_is_refused(tmp_path: Path, model: Path) -> None:
         assert not out.exists(), said
 
 
-def test_a_folder_that_holds_a_training(tmp_path: Path, model: Path) -> None:
+def test_a_folder_that_holds_a_training(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = jsonl(tmp_path / "d.jsonl", *(chat(*pair) for pair in TALK))
-    config = sft(data, model, tmp_path / "out", epochs=2)
-    done(config)
+    config = sft(data, model, tmp_path / "out", epochs=5)
+    with stopped_after(1, monkeypatch), pytest.raises(Interrupted):
+        done(config)
     with pytest.raises(ConfigError, match="holds another run: go on with it by --resume"):
         done(config)
     with pytest.raises(ConfigError, match=r"--lr was 2e-05 and is 0.001 now\n.*areal-agents sft --out .* --resume"):

@@ -22,6 +22,8 @@ from areal_agents.learner.critic import Critic
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.settings.critic import CriticConfig
+from areal_agents.settings.kl import KlConfig
+from areal_agents.settings.lora import LoraConfig
 from tests.learner.test_learner import SMOOTH, largest_difference, learner, one_thread, run, smooth_adamw
 from tests.learner_data import make_batch, naive_loss
 from tests.tiny_models import tiny_model
@@ -412,3 +414,43 @@ def test_a_checkpoint_of_another_critic_is_refused_once_one_has_learned(tmp_path
     run(none, write)
     run(trunk, read)
     run(own, other)
+
+
+# --- beside adapters, a reference and an entropy bonus --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["trunk", "own"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_it_learns_beside_a_reference_an_entropy_bonus_and_adapters(tmp_path: Path, kind: str, rank: int) -> None:
+    model = tiny_model()
+    more: dict[str, Any] = {"coefficient": 0.5} if kind == "trunk" else {}
+    a = algorithm(kind, lr=0.05, warmup_steps=1, **more).model_copy(
+        update={"kl": KlConfig(coef=0.1), "entropy": 0.01, "aggregation": "episode"}
+    )
+    c = SMOOTH.model_copy(update={"minibatches": 2, "lora": LoraConfig(rank=rank)})
+    made = learner(model, tmp_path / "m", c, a)
+
+    async def job(it: TorchLearner) -> list[float]:
+        losses = []
+        for version in range(3):
+            before = {name: t.clone() for name, t in it.tensors().items()}
+            metrics = await it.step(with_targets(make_batch(model, version=version)))
+            moved = any(not torch.equal(t, before[name]) for name, t in it.tensors().items())
+            assert moved == (version > 0), "the first step is the critic's"
+            losses.append(metrics["critic/loss"])
+        head, batch = copy.deepcopy(critic_of(it).head), make_batch(model)
+        await it.save(tmp_path / "saved")
+        await it.export(tmp_path / "exported")
+        if kind == "trunk":  # of the layers as they are now, adapters inside
+            now = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
+            for row, found in zip(batch.rows, await it.values(batch), strict=True):
+                expected = row_values(now, head, row).detach().numpy()
+                assert np.abs(found[row.mask] - expected).max() < 1e-4
+        values = await it.values(batch)
+        await it.step(with_targets(make_batch(model, version=3)))
+        await it.load(tmp_path / "saved")
+        assert all(np.array_equal(x, y) for x, y in zip(values, await it.values(batch), strict=True))
+        return losses
+
+    losses = run(made, job)
+    assert losses[1] < losses[0]

@@ -6,6 +6,8 @@ Packs, chunks and shared prefixes change nothing. What each loss is worth is che
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,15 @@ import numpy as np
 import pytest
 import torch
 
+from areal_agents.algorithms.batch import Batch
 from areal_agents.algorithms.objective import Aggregation, Denominators, PolicyObjective, Tokens
 from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
 from areal_agents.algorithms.registry import LOSSES, MASKS, Choice
+from areal_agents.learner.learner import TorchLearner
 from areal_agents.learner.passes import Objective, Passes
-from tests.learner.test_learner import learner
+from areal_agents.settings.config import AlgorithmConfig
+from areal_agents.settings.kl import KlConfig
+from tests.learner.test_learner import SMOOTH, learner, run
 from tests.learner.test_passes import gradient
 from tests.learner_data import make_batch, row_logprobs
 from tests.tiny_models import tiny_model
@@ -111,3 +117,58 @@ def test_each_mask_has_the_undivided_gradient(tmp_path: Path, mask: str) -> None
     found = require_same_gradient(tmp_path, policy, shared=True, budget=300, seed=int(mask == "opsm"))
     assert 0.0 < found["masked_share/by_mask"] < 1.0
     assert "masked_share/by_age" not in found
+
+
+def stepped(tmp_path: Path, name: str, batch: Batch, *, lr: float, algorithm: AlgorithmConfig, **more: Any) -> Any:
+    """Take one step, and return its metrics and the change of each row's log-probabilities."""
+    made = learner(tiny_model(), tmp_path / name, SMOOTH.model_copy(update={"lr": lr, **more}), algorithm)
+
+    async def job(it: TorchLearner) -> Any:
+        before = await it.logprobs(batch)
+        metrics = await it.step(batch)
+        after = await it.logprobs(replace(batch, version=1))
+        return metrics, [a - b for a, b in zip(after, before, strict=True)]
+
+    return run(made, job)
+
+
+@pytest.mark.parametrize("loss", LOSSES.builtin())
+def test_with_the_sign_flipped_what_was_learned_is_unlearned(tmp_path: Path, loss: str) -> None:
+    batch = make_batch(tiny_model(), noise=0.02)
+    wide = {"clip_low": 0.3, "clip_high": 0.4} if loss.startswith("gspo") else {}
+    correction = Choice("importance" if loss == "reinforce" else "bypass")
+    chosen = AlgorithmConfig(loss=Choice(loss, wide), correction=correction)
+    for sign in (1.0, -1.0):
+        rows = [replace(r, advantages=sign * r.advantages) for r in batch.rows]
+        given = replace(batch, rows=tuple(rows))
+        _, moved = stepped(tmp_path, f"{loss}{sign}", given, lr=0.05, algorithm=chosen)
+        gain = sum(float((m * r.advantages).sum()) for m, r in zip(moved, rows, strict=True))
+        assert gain > 0, "good tokens became likelier, and bad ones less so"
+
+
+def test_the_step_shrinks_with_the_effective_sample_size(tmp_path: Path) -> None:
+    # AdamW with a large eps is linear in the gradient: the weights move by the learning rate times √ESS.
+    batch = make_batch(tiny_model(), noise=0.5)
+    chosen = AlgorithmConfig()
+    plain, _ = stepped(tmp_path, "plain", batch, lr=0.05, algorithm=chosen)
+    found, _ = stepped(tmp_path, "ess", batch, lr=0.05, algorithm=chosen, ess_step="token")
+    assert plain["lr"] == 0.05
+    assert found["lr"] == pytest.approx(0.05 * math.sqrt(found["off_policy/ess"]))
+    assert 0.02 < found["lr"] < 0.05
+    longer, _ = stepped(tmp_path, "long", batch, lr=0.05, algorithm=chosen, ess_step="trajectory")
+    assert longer["lr"] < found["lr"]
+
+
+def test_a_pull_to_the_sampler_trains_rows_without_advantages(tmp_path: Path) -> None:
+    batch = make_batch(tiny_model(), noise=0.3)
+    rows = tuple(replace(r, advantages=np.zeros_like(r.advantages)) for r in batch.rows)
+    given = replace(batch, rows=rows)
+    still, _ = stepped(tmp_path, "still", given, lr=0.05, algorithm=AlgorithmConfig())
+    assert still["minibatches_empty"] == 1.0
+    pulled, moved = stepped(tmp_path, "pulled", given, lr=0.05, algorithm=AlgorithmConfig(kl=KlConfig(sampler=1.0)))
+    assert pulled["grad_norm"] > 0
+    assert pulled["rows_skipped"] == 0
+    # log π − log μ of the sampled tokens, before the step, and how it moved: towards 0.
+    tiny = tiny_model()
+    apart = [(row_logprobs(tiny, r, TEMPERATURE).detach().numpy() - r.logprobs[r.mask]) for r in rows]
+    assert sum(float((a * m[r.mask]).sum()) for a, m, r in zip(apart, moved, rows, strict=True)) < 0

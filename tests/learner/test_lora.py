@@ -20,6 +20,7 @@ from areal_agents.algorithms.batch import Batch
 from areal_agents.errors import ConfigError, ModelError
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.learner.reference import AdapterReference
+from areal_agents.models import resolve
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.settings.kl import KlConfig
 from areal_agents.settings.lora import LoraConfig
@@ -401,6 +402,8 @@ def test_the_export_is_a_merged_model_and_a_peft_adapter(tmp_path: Path) -> None
     assert (said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == (4, 8, str(tmp_path / "m"))
     assert said["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert (out / "adapter" / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
+    with pytest.raises(ModelError, match="it is an adapter: name the merged model"):
+        resolve(str(out / "adapter"))
 
 
 def test_targets_choose_layers_by_the_end_of_their_names(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from areal_agents.algorithms.registry import REGISTRIES
 from areal_agents.cli.main import main
 from areal_agents.errors import ConfigError
-from areal_agents.settings.catalogue import TITLES, catalogue, formula_of, paragraph
+from areal_agents.settings.catalogue import TITLES, catalogue, formula_of, page, paragraph
 from areal_agents.settings.presets import PRESETS
 
 TEXT = """Do one thing.
@@ -63,3 +64,8 @@ def test_the_command_prints_json_and_presets(capsys: pytest.CaptureFixture[str])
     assert all(f"\n  {name}" in shown for name in PRESETS)
     with pytest.raises(ConfigError, match="there is no algorithm 'grop': there are"):
         catalogue("grop")
+
+
+def test_the_page_is_the_catalogue() -> None:
+    written = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    assert written == page(), "run: python -m areal_agents.settings.catalogue > docs/algorithms.md"

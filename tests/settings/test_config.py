@@ -89,22 +89,3 @@ def test_a_setting_of_another_engine_is_refused(name: str, value: float) -> None
 def test_adapters_that_make_no_sense_are_refused(tree: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TrainConfig.model_validate({"learner": tree})
-
-
-@pytest.mark.parametrize(
-    ("engine", "lora", "adapters"),
-    [
-        ("transformers", {"rank": 8}, False),
-        ("vllm", {"rank": 8}, True),
-        ("vllm", {"rank": 512}, True),
-        ("vllm", {"rank": 513}, False),
-        ("vllm", {"rank": 8, "publish": "merged"}, False),
-        ("vllm", {"rank": 8, "publish": "adapter"}, True),
-        ("vllm", {}, False),
-    ],
-)
-def test_vllm_gets_adapters_and_the_other_engine_merged_weights(
-    engine: str, lora: dict[str, object], adapters: bool
-) -> None:
-    config = TrainConfig.model_validate({"engine": {"kind": engine}, "learner": {"lora": lora}})
-    assert config.publishes_adapters is adapters

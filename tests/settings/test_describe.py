@@ -15,7 +15,7 @@ from areal_agents.settings.describe import either, help_text, nearest, sections,
         ("env.difficulty", "a number, or none"),
         ("learner.betas", "a list of 2 numbers"),
         ("track.tensorboard", "true or false"),
-        ("algorithm.loss", "one of 'ppo', or module:function"),
+        ("algorithm.correction", "one of 'bypass', 'decoupled', 'log_linear', 'importance', or module:function"),
         ("env.kwargs", "a table"),
         ("env.id", "a text"),
         ("out", "a path"),
@@ -69,7 +69,7 @@ def test_help_names_every_setting_with_default_and_meaning() -> None:
         "      η: how many versions a token may be older than the learner when it trains.\n"
     ) in text
     assert (
-        "  --algorithm.loss  (one of 'ppo', or module:function; default: ppo)\n"
+        "'gmpo', 'dppo_tv', 'reinforce', or module:function; default: ppo)\n"
         "      The policy loss of a token.\n"
         "      Parameters, as --algorithm.loss.NAME: see `areal-agents algorithms`.\n"
     ) in text

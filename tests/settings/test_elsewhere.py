@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_what_a_meaning_names_exists() -> None:
     known = {*settings(), *_parameter_keys(), "algorithm.advantage.kind", "algorithm.loss.kind",
-             "algorithm.correction.kind"}  # fmt: skip
+             "algorithm.correction.kind", "algorithm.mask.kind"}  # fmt: skip
     sections = "|".join(sorted({key.partition(".")[0] for key in settings() if "." in key}))
     for meaning in elsewhere._MEANINGS:
         named = re.findall(rf"\b(?:{sections})\.\w+(?:\.\w+)?", meaning)
@@ -32,7 +32,7 @@ def test_no_name_stands_twice_and_none_is_ours() -> None:
     names = [name for names in elsewhere._MEANINGS.values() for name in names]
     assert len(names) == len(set(names))
     ours = {key.rpartition(".")[2] for key in (*settings(), *_parameter_keys())}
-    allowed = {"epochs", "batch_size"}  # warm_start.epochs is ours, and is found before
+    allowed = {"epochs", "batch_size", "delta"}  # warm_start.epochs and opsm's delta are ours, and are found before
     assert {n for n in names if n in ours} <= allowed
 
 

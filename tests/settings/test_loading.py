@@ -134,8 +134,8 @@ def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
         "9 problems in the settings:",
         f"  - unknown setting stepz ({path}): did you mean steps?",
         f"  - unknown setting learner.learning_rate ({path}): this is learner.lr here",
-        f"  - unknown setting lerner.lr ({path}): did you mean learner.lr or warm_start.lr?",
-        "  - unknown setting rollout.lr (--rollout.lr): did you mean learner.lr or warm_start.lr?",
+        f"  - unknown setting lerner.lr ({path}): did you mean learner.lr, warm_start.lr or algorithm.critic.lr?",
+        "  - unknown setting rollout.lr (--rollout.lr): did you mean learner.lr, warm_start.lr or algorithm.critic.lr?",
         f"  - seed = True ({path}): expected a whole number, at least 0",
         "  - steps = 0 (--steps): expected a whole number, at least 1",
         "  - rollout.mode = 'asynk' (--rollout.mode): expected one of 'async', 'sync'; did you mean 'async'?",
@@ -184,8 +184,8 @@ def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
         (["--model.max_context", "100"], "rollout.max_turn_tokens = 160 must be under model.max_context = 100"),
         (
             ["--foo", "1"],
-            "sections: model, env, engine, cluster, rollout, algorithm, algorithm.kl, learner, learner.lora, "
-            "warm_start, eval, checkpoint, track;",
+            "sections: model, env, engine, cluster, rollout, algorithm, algorithm.kl, algorithm.critic, learner, "
+            "learner.lora, warm_start, eval, checkpoint, track;",
         ),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.refinement import Normalize
 from areal_agents.algorithms.registry import Choice
 from areal_agents.algorithms.value_advantages import bilevel_gae, gae, turn_gae
+from areal_agents.errors import ConfigError
 from areal_agents.learner.learner import TorchLearner
-from areal_agents.settings.config import AlgorithmConfig
+from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.settings.critic import CriticConfig
 from areal_agents.trainer.batches import batch_for, batch_of
 from areal_agents.types import AssistantMessage, Completion, Group, Ids, Tail, Task, Trajectory, Turn
@@ -130,6 +131,15 @@ def test_normalisation_comes_after_the_targets(tmp_path: Path) -> None:
         assert all(np.array_equal(a.columns[name], b.columns[name]) for name in a.columns)
 
 
+def test_values_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
+    a = algorithm("gae")
+    made = learner(tiny_model(), tmp_path / "m", algorithm=a)
+    with torch.no_grad():
+        critic_of(made).head.bias.fill_(math.inf)
+    with pytest.raises(ConfigError, match=r"no finite numbers any more: .*lower algorithm.critic.lr"):
+        run(made, lambda it: batch_for(it, GROUPS, a, temperature=1.0))
+
+
 def first_value(group: Sequence[EpisodeView]) -> list[torch.Tensor]:
     return [torch.tensor([e.total - e.values_K[0][0]] * len(e.rewards_K)) for e in group if e.values_K]
 
@@ -158,17 +168,15 @@ def test_who_reads_no_values_asks_nobody(tmp_path: Path) -> None:
 
 def test_the_critic_comes_to_know_what_is_to_come(tmp_path: Path) -> None:
     """Its own targets, again and again: V of the plain episode nears 1.5 before turn 0 and 1 before turn 1."""
-    a = AlgorithmConfig(advantage=Choice("gae"), critic=CriticConfig(kind="trunk", lr=0.05, warmup_steps=300))
+    a = AlgorithmConfig(advantage=Choice("gae"), critic=CriticConfig(kind="trunk", lr=0.05, warmup_steps=30))
     group = Group("g", TASK, (PLAIN, PLAIN), 0, 0)
-    made = learner(tiny_model(), tmp_path / "m", algorithm=a, total_steps=400)
+    made = learner(tiny_model(), tmp_path / "m", LearnerConfig(precision="fp32"), a, total_steps=40)
 
     async def job(it: TorchLearner) -> Batch:
-        for _ in range(200):
+        for _ in range(30):
             await it.step(await batch_for(it, [group], a, temperature=1.0))
         return await batch_for(it, [group], a, temperature=1.0)
 
     values = per_turn(run(made, job), "values")[0]
-    assert values[0] == pytest.approx([1.5, 1.5], abs=0.05)
-    assert values[1] == pytest.approx([1.0], abs=0.05)
-    assert critic_of(made).alone(299)
-    assert asyncio.iscoroutinefunction(batch_for)
+    assert values[0] == pytest.approx([1.5, 1.5], abs=0.2)
+    assert values[1] == pytest.approx([1.0], abs=0.2)

@@ -198,6 +198,10 @@ def of(**changes: object) -> TrainConfig:
              "rollout": {"group_reward": "tests.trainer.test_group_reward:bonus"}},
             r"'remax' compares with a greedy episode, which the group reward 'bonus' does not judge",
         ),
+        (
+            {"algorithm": {"advantage": "gae", "critic": {"kind": "trunk"}}, "rollout": {"dynamic_sampling": True}},
+            r"rollout\.dynamic_sampling = true replaces groups .* 'gae' reads a critic's values",
+        ),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_refused_before_anything_starts(changes: dict[str, object], message: str) -> None:

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from areal_agents.cli.main import main
 from areal_agents.errors import ConfigError
 from areal_agents.learner.checkpoint import count_adapters, count_parameters
-from areal_agents.settings.config import TrainConfig
+from areal_agents.settings.config import EngineConfig, LearnerConfig, TrainConfig
+from areal_agents.settings.lora import LoraConfig
 from areal_agents.tracking.tracker import read_metrics
+from areal_agents.trainer.backend import engine_spec_of, learner_settings
 from areal_agents.trainer.loop import train
 from tests.trainer.test_learning import config, rise
 
@@ -72,3 +74,33 @@ def test_a_checkpoint_takes_the_room_of_what_trains(tmp_path: Path) -> None:
     matrices = 2 * ((64 + 64) * 2 + (32 + 64) * 2 + (64 + 128) * 3) + vocabulary + 64
     assert count_adapters(model, 3) == 3 * matrices
     assert count_parameters(model) > count_adapters(model, 3)
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpu", "lora", "adapters"),
+    [
+        ("transformers", True, {"rank": 8}, False),
+        ("vllm", False, {"rank": 8}, False),
+        ("vllm", True, {"rank": 8}, True),
+        ("vllm", True, {"rank": 512}, True),
+        ("vllm", True, {"rank": 513}, False),
+        ("vllm", True, {"rank": 8, "publish": "merged"}, False),
+        ("vllm", False, {"rank": 8, "publish": "adapter"}, True),
+        ("vllm", True, {}, False),
+    ],
+)
+def test_what_engines_get_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, gpu: bool, lora: dict[str, object], adapters: bool
+) -> None:
+    """vLLM on a GPU gets adapters, and is started for them; its build for processors is slow with them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    c = config(tmp_path)
+    c = c.model_copy(
+        update={
+            "engine": EngineConfig.model_validate({"kind": engine, "precision": "fp32"}),
+            "learner": LearnerConfig(lora=LoraConfig.model_validate(lora)),
+        }
+    )
+    options = engine_spec_of(c, Path(c.model.path), threads=1).options
+    assert learner_settings(c, "shm", threads=1)["publish_adapters"] is adapters
+    assert (options.get("lora_rank", 0) > 0) is adapters
