@@ -61,7 +61,7 @@ def test_the_reward_of_k1_alone_has_the_gradient_of_the_divergence() -> None:
     said = replace(EPISODE, turns=(turn(tuple(log_pi.tolist()), 0.0, None),))
     gradients = {}
     for kind in ("k1", "k3"):
-        (paid,) = penalties(kind, said, [ref.tolist()])  # type: ignore[arg-type]
+        (paid,) = penalties(kind, said, [ref.tolist()])
         surrogate = (log_pi.exp().detach() * -torch.tensor(paid, dtype=torch.float64) * log_pi).sum()
         (gradients[kind],) = torch.autograd.grad(surrogate, logits, retain_graph=True)
     assert torch.allclose(gradients["k1"], want, atol=1e-6)
