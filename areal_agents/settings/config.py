@@ -346,6 +346,8 @@ class TrainConfig(Section):
         if problems := combination.problems():
             raise ValueError("; ".join(problems))
         a.critic.require_steps(self.steps)
+        a.critic.require_learner(minibatches=self.learner.minibatches, warmup_steps=self.learner.warmup_steps)
+        a.kl.require_minibatches(self.learner.minibatches)
         if self.learner.lora.publish == "adapter" and self.engine.kind != "vllm":
             raise ValueError(
                 f"learner.lora.publish = 'adapter' needs engine.kind = 'vllm', and it is {self.engine.kind!r}, which "

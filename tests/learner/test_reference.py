@@ -180,6 +180,11 @@ def test_bf16_gives_the_reference_the_policys_own_numbers(tmp_path: Path) -> Non
     [
         (["--algorithm.kl.coef", "0.1", "--algorithm.kl.estimator", "k1"], "a gradient of 0 on average"),
         (["--algorithm.kl.refresh", "3"], "do nothing while algorithm.kl.coef is 0"),
+        (["--algorithm.kl.coef", "0.1", "--algorithm.kl.horizon", "500"], "horizon = 500 does nothing without"),
+        (
+            ["--algorithm.kl.coef", "0.1", "--algorithm.kl.refresh", "1"],
+            "the reference the policy itself at every step",
+        ),
         (["--algorithm.entropy", "-1"], "algorithm.entropy"),
     ],
 )
@@ -187,3 +192,6 @@ def test_settings_that_do_nothing_are_refused(flags: list[str], message: str) ->
     with pytest.raises(ConfigError, match=message):
         settings.load(None, flags)
     assert settings.load(None, ["--algorithm.kl.coef", "0.1"]).algorithm.kl.coef == 0.1
+    renewed = ["--algorithm.kl.coef", "0.1", "--algorithm.kl.refresh"]
+    assert settings.load(None, [*renewed, "2"]).algorithm.kl.refresh == 2
+    assert settings.load(None, [*renewed, "1", "--learner.minibatches", "2"]).algorithm.kl.refresh == 1
