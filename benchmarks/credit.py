@@ -96,7 +96,7 @@ def main() -> int:
     options = parser.parse_args()
     quick = options.quick
     methods = ("grpo", "turn_return 0.5") if quick else tuple(METHODS)
-    rates, tuning_seeds, seeds = ((3e-3,), (100,), (0, 1)) if quick else (RATES, (100, 101, 102), tuple(range(10)))
+    rates, tuning_seeds, seeds = ((3e-3,), (100,), (0, 1)) if quick else (RATES, (100, 101), tuple(range(10)))
     more: dict[str, Any] = {"threshold": 0.15, "most_steps": 40} if quick else {}
     kept = Kept(options.json, {"quick": quick})
     worlds = (True, False)

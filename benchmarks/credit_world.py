@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
-from areal_agents.trainer.batches import batch_of
+from areal_agents.trainer.batches import batch_for
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn
 
 TURNS, SYMBOLS, VOCABULARY = 12, 8, 24
@@ -49,7 +49,7 @@ class Setting:
     seed: int
     groups: int = 4
     group_size: int = 8
-    most_steps: int = 400
+    most_steps: int = 300
     threshold: float = 0.8
 
 
@@ -57,9 +57,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"advantage": "grpo"},
     "turn_return": {"advantage": "turn_return"},
     "turn_return 0.5": {"advantage": {"kind": "turn_return", "gamma": 0.5}},
+    "gigpo": {"advantage": "gigpo"},
+    "mt_grpo": {"advantage": "mt_grpo"},
+    "turn_gae": {"advantage": "turn_gae", "critic": {"kind": "own"}, "normalize": "batch"},
+    "gae": {"advantage": {"kind": "gae", "lam": 0.95}, "critic": {"kind": "own"}, "normalize": "batch"},
 }
-"""Of ``AlgorithmConfig``, by the name in the record. All else is the default."""
-TURN_LEVEL = tuple(m for m in METHODS if m != "grpo")
+"""Of ``AlgorithmConfig``, by the name in the record. All else is the default; a critic has the policy's rate."""
+TURN_LEVEL = tuple(m for m in METHODS if m not in ("grpo", "gae"))
 
 
 def opens(symbol: int) -> int:
@@ -125,7 +129,9 @@ def groups_of(played: Sequence[Trajectory], size: int, version: int) -> list[Gro
 
 
 async def _train(s: Setting, folder: Path) -> dict[str, Any]:
-    algorithm = AlgorithmConfig.model_validate(METHODS[s.method])
+    chosen = METHODS[s.method]
+    critic = {"critic": {**chosen["critic"], "lr": s.lr}} if "critic" in chosen else {}
+    algorithm = AlgorithmConfig.model_validate({**chosen, **critic})
     learner = TorchLearner(
         folder, learner=LearnerConfig(lr=s.lr, precision="fp32", token_budget=4096), algorithm=algorithm,
         total_steps=s.most_steps, seed=s.seed, publish_dtype=torch.float32, threads=1,
@@ -144,7 +150,8 @@ async def _train(s: Setting, folder: Path) -> dict[str, Any]:
             if len(scores) >= WINDOW and np.mean(scores[-WINDOW:]) >= s.threshold:
                 break
             version = learner.version
-            await learner.step(batch_of(groups_of(played, s.group_size, version), algorithm, version, 1.0))
+            groups = groups_of(played, s.group_size, version)
+            await learner.step(await batch_for(learner, groups, algorithm, temperature=1.0))
     finally:
         await learner.close()
     reached = len(scores) >= WINDOW and float(np.mean(scores[-WINDOW:])) >= s.threshold

@@ -35,7 +35,7 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     "this is algorithm.critic.coefficient here, of kind = 'trunk'": ("value_loss_coef", "vf_coef"),
     "this is algorithm.critic.value_clip here": ("cliprange_value", "clip_value", "vf_clip"),
     "this is algorithm.critic.warmup_steps here": ("critic_warmup", "value_pretrain_steps", "num_critic_warmup_steps"),
-    "this is algorithm.normalize = 'batch' here": ("whiten_advantages", "advantage_normalization", "adv_norm"),
+
     "this is algorithm.advantage.lam here, of 'gae', 'turn_gae' and 'bilevel_gae'": ("gae_lambda", "lambd", "gae_lam"),
     "this is algorithm.advantage.turn_gamma of algorithm.advantage.kind = 'bilevel_gae' here": ("high_level_gamma",),
     "rewards are not whitened: algorithm.normalize whitens advantages": ("whiten_rewards",),

@@ -65,7 +65,7 @@ def test_what_other_trainers_call_it_is_never_answered_with_a_setting_of_trainin
         ("max_steps", "there is nothing like it in an evaluation: it takes no learner steps (--n is its number of"),
         ("max_new_tokens", "this is rollout.max_turn_tokens here"),
         ("output_dir", "this is out here"),
-        ("kl_coef", "there is no KL penalty yet"),
+        ("kl_coef", "there is nothing like it in an evaluation: it trains nothing"),
     ],
 )
 def test_what_other_trainers_call_it(flag: str, hint: str) -> None:
