@@ -27,6 +27,8 @@ CLIP = {"clip_low": 0.2, "clip_high": 0.2}
 """The defaults of ``ppo``."""
 IN_RATIO = {"gspo", "gspo_token", "cispo", "sapo", "gmpo"}
 """Losses of ours that differ from ``reinforce`` by what they make of the ratio, and by nothing else."""
+TRUNCATED = ("dppo_tv", "truncate")
+"""A bound on the ratio of a loss whose other bound is on probabilities."""
 WITHOUT_RATIO = {"reinforce"}
 
 
@@ -73,8 +75,8 @@ def _ratio_is_one(c: Combination) -> Iterator[str]:
         yield f"{why}, and with algorithm.correction.scope = none nothing corrects for the sampler: {instead}"
     elif c.loss.kind in IN_RATIO:
         yield f"{why}: algorithm.loss.kind = {c.loss.kind!r} would be 'reinforce'; {instead}"
-    elif c.loss.kind == "ppo" and c.loss.options:
-        set_ = ", ".join(f"algorithm.loss.{name}" for name in c.loss.options)
+    elif bounds := [name for name in c.loss.options if c.loss.kind == "ppo" or (c.loss.kind, name) == TRUNCATED]:
+        set_ = ", ".join(f"algorithm.loss.{name}" for name in bounds)
         yield f"{why}: {set_} would never act; leave it out, or {instead}"
 
 
@@ -123,7 +125,11 @@ def _inert_clip(c: Combination) -> Iterator[str]:
             "set it under 1"
         )
         return
-    if c.correction.kind != "bypass" or (mask := c.token_mask()) is None or c.loss.kind not in ("ppo", "cispo"):
+    if (
+        c.correction.kind != "bypass"
+        or (mask := c.token_mask()) is None
+        or c.loss.kind not in ("ppo", "cispo", "dppo_tv")
+    ):
         return
     masked = f"algorithm.correction.token_mask = [{mask[0]:g}, {mask[1]:g}] masks such tokens already"
     instead = "bring it inside the mask, or set algorithm.correction.token_mask = none"
@@ -131,6 +137,7 @@ def _inert_clip(c: Combination) -> Iterator[str]:
         "clip_high": lambda x: 1.0 + x < mask[1],
         "clip_low": lambda x: 1.0 - x > mask[0],
         "dual_clip": lambda x: x < mask[1],
+        "truncate": lambda x: x < mask[1],
     }
     for name, value in options.items():
         if value is not None and name in acts and not acts[name](value):

@@ -62,9 +62,10 @@ def kl_estimate(kind: KlEstimator, logprobs_T: Tensor, reference_T: Tensor, beha
 def adapted(coef: float, kl: float, *, target: float, episodes: int, horizon: int) -> float:
     """Return the next coefficient of a KL term, which keeps the divergence near ``target``.
 
-        β ← β · (1 + clip(KL/target − 1, ±0.2) · episodes/horizon)
+        β ← β · (1 + clip(KL/target − 1, ±0.2) · min(episodes/horizon, 1))
 
-    The proportional controller of 1909.08593 (section 2.2).
+    The proportional controller of 1909.08593 (section 2.2). One step changes β by a fifth at most, however short the
+    horizon is: β stays positive.
 
     Args:
         coef: β.
@@ -78,7 +79,7 @@ def adapted(coef: float, kl: float, *, target: float, episodes: int, horizon: in
     """
     if not target > 0 or not horizon > 0:
         raise ValueError(f"target = {target} and horizon = {horizon} must be positive")
-    return coef * (1.0 + min(0.2, max(-0.2, kl / target - 1.0)) * episodes / horizon)
+    return coef * (1.0 + min(0.2, max(-0.2, kl / target - 1.0)) * min(episodes / horizon, 1.0))
 
 
 @dataclass

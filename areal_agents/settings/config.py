@@ -366,6 +366,8 @@ class TrainConfig(Section):
                 "rollout.dynamic_sampling = true replaces groups whose rewards give no signal, but with "
                 "algorithm.kl.place = 'reward' what their tokens pay gives every group one: set place = 'loss'"
             )
+        a.critic.require_learner(minibatches=self.learner.minibatches, warmup_steps=self.learner.warmup_steps)
+        a.kl.require_minibatches(self.learner.minibatches)
         if self.learner.lora.publish == "adapter" and self.engine.kind != "vllm":
             raise ValueError(
                 f"learner.lora.publish = 'adapter' needs engine.kind = 'vllm', and it is {self.engine.kind!r}, which "

@@ -61,6 +61,20 @@ class CriticConfig(Section):
                 f"algorithm.critic.warmup_steps = {self.warmup_steps} of steps = {steps}: the policy would never move"
             )
 
+    def require_learner(self, *, minibatches: int, warmup_steps: int) -> None:
+        """Raise ValueError for what could not act beside the learner's ``minibatches`` and ``warmup_steps``."""
+        if self.value_clip is not None and minibatches == 1:
+            raise ValueError(
+                f"algorithm.critic.value_clip = {self.value_clip:g} never acts with learner.minibatches = 1, for V has "
+                "not moved yet when a batch's only step is taken: leave it out, or set learner.minibatches to 2 or more"
+            )
+        if 0 < warmup_steps <= self.warmup_steps:
+            raise ValueError(
+                f"learner.warmup_steps = {warmup_steps} would be over before the policy moves, since "
+                f"algorithm.critic.warmup_steps = {self.warmup_steps} and both count from the first step: set "
+                f"learner.warmup_steps over {self.warmup_steps}, or leave it out"
+            )
+
     @property
     def rate(self) -> float:
         """The learning rate in force."""

@@ -62,4 +62,18 @@ class KlConfig(Section):
                 "algorithm.kl.target and algorithm.kl.refresh do nothing while algorithm.kl.coef is 0: set coef, such "
                 "as 0.001"
             )
+        if self.target is None and self.horizon != type(self).model_fields["horizon"].default:
+            raise ValueError(
+                f"algorithm.kl.horizon = {self.horizon} does nothing without algorithm.kl.target: set a target, or "
+                "leave it out"
+            )
         return self
+
+    def require_minibatches(self, minibatches: int) -> None:
+        """Raise ValueError where each batch's only step would start at a reference that is the policy itself."""
+        if self.coef and self.refresh == 1 and minibatches == 1:
+            raise ValueError(
+                "algorithm.kl.refresh = 1 with learner.minibatches = 1 makes the reference the policy itself at every "
+                "step, where the divergence and its gradient are 0: set refresh to 2 or more, learner.minibatches to 2 "
+                "or more, or algorithm.kl.coef = 0"
+            )

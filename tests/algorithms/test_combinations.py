@@ -117,6 +117,7 @@ OPTIONS: list[tuple[Choice, Choice, str]] = [
     (Choice("gspo", {"clip_low": 1.0}), Choice("bypass"), "clip_low = 1 never acts"),
     (Choice("ppo", {"clip_high": 4.0}), Choice("bypass"), "clip_high = 4 never acts, since algorithm.correction"),
     (Choice("ppo", {"clip_low": 0.5}), Choice("bypass"), "clip_low = 0.5 never acts"),
+    (Choice("dppo_tv", {"truncate": 10.0}), Choice("bypass"), "loss.truncate = 10 never acts, since algorithm.corr"),
     (Choice("ppo", {"dual_clip": 1e6}), Choice("bypass"), "dual_clip = 1e.06 never acts"),
     (Choice("cispo", {"clip_high": 4.0}), Choice("bypass"), "clip_high = 4 never acts"),
     (Choice("ppo"), Choice("bypass", {"token_mask": (0.9, 1.1)}), "clip of 'ppo' .0.2, 0.2. never acts"),
@@ -141,6 +142,8 @@ ACTING: list[tuple[Choice, Choice]] = [
     (Choice("ppo", {"clip_high": 4.0}), Choice("decoupled")),
     (Choice("cispo", {"clip_high": 4.0}), Choice("bypass", {"token_mask": None})),
     (Choice("gmpo", {"clip_low": 1.5}), Choice("bypass")),
+    (Choice("dppo_tv", {"truncate": 3.0}), Choice("bypass")),
+    (Choice("dppo_tv", {"truncate": 10.0}), Choice("decoupled")),
     (Choice("ppo"), Choice("decoupled", {"truncate": 5.0, "token_mask": None})),
     (Choice("ppo"), Choice("decoupled", {"truncate": 9.0, "scope": "trajectory"})),
 ]
@@ -155,6 +158,12 @@ def test_a_clip_beside_a_ratio_of_one_is_refused_by_its_name() -> None:
     (found,) = Combination(Choice("ppo", {"clip_high": 0.28}), Choice("decoupled")).problems()
     assert "algorithm.loss.clip_high would never act" in found
     assert Combination(Choice("ppo", {"clip_high": 0.28}), Choice("decoupled"), minibatches=4).problems() == []
+
+
+def test_a_truncation_beside_a_ratio_of_one_is_refused_and_a_bound_on_probabilities_is_not() -> None:
+    (found,) = Combination(Choice("dppo_tv", {"truncate": 2.0, "threshold": 0.1}), Choice("decoupled")).problems()
+    assert ": algorithm.loss.truncate would never act" in found
+    assert Combination(Choice("dppo_tv", {"threshold": 0.1}), Choice("decoupled")).problems() == []
 
 
 def test_the_constant_belongs_to_its_aggregation() -> None:

@@ -101,6 +101,8 @@ def test_opsm_by_hand() -> None:
     a_T = torch.tensor([-1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
     assert mask(*given_, a_T, EPISODES, TURNS).tolist() == [True, False, True, True, True]
     assert mask(*given_, a_T, EPISODES, TURNS, delta=0.2).tolist() == [True] * 5
+    # A token without an advantage is not punished: a KL term or an entropy bonus keeps it.
+    assert mask(*given_, torch.zeros(5), EPISODES, TURNS).tolist() == [True] * 5
     # By turn: (0, 0): −0.2939; (0, 1): −0.4055; (1, 0): 0.1116. The last is the whole episode.
     assert mask(*given_, a_T, EPISODES, TURNS, scope="turn").tolist() == [True, False, True, True, True]
 

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from areal_agents.algorithms.batch import Batch, Row
-from areal_agents.algorithms.objective import Denominators, Tokens, batch_counts, has_gradient, sources, split_episodes
+from areal_agents.algorithms.objective import (
+    Denominators,
+    Tokens,
+    batch_counts,
+    has_gradient,
+    live_rows,
+    sources,
+    split_episodes,
+)
 
 
 def row(advantages: list[float], versions: list[int], *, episode: int = 0) -> Row:
@@ -34,6 +42,29 @@ def test_a_row_trains_if_a_young_token_has_an_advantage() -> None:
     assert has_gradient(mixed, version=5, max_staleness=2)
     assert not has_gradient(mixed, version=5, max_staleness=1)
     assert not has_gradient(row([0.0, 0.0], [5, 5]), version=5, max_staleness=None)
+
+
+# Of episode 0: no advantage but young, and over age; of 1: an advantage, but over age; of 2: no advantage, over age.
+ROWS = (row([0.0], [5]), row([0.0], [1]), row([1.0], [1], episode=1), row([0.0], [1], episode=2))
+
+
+def test_a_term_beside_the_loss_needs_a_young_token_and_no_advantage() -> None:
+    batch = Batch(ROWS, 3, 5, 1.0)
+    assert live_rows(batch, max_staleness=2, scope="token") == []
+    assert live_rows(batch, max_staleness=2, scope="token", always=True) == [0]
+    assert live_rows(batch, max_staleness=4, scope="token", always=True) == [0, 1, 2, 3]
+    assert live_rows(batch, max_staleness=None, scope="token", always=True) == [0, 1, 2, 3]
+    for scope in ("episode", "minibatch"):  # a row of masked tokens weighs in what is seen at once
+        assert set(live_rows(batch, max_staleness=2, scope=scope, always=True)) >= {0, 1}  # type: ignore[arg-type]
+        assert live_rows(Batch(ROWS[1:], 3, 5, 1.0), max_staleness=2, scope=scope, always=True) == []  # type: ignore[arg-type]
+
+
+def test_what_sees_more_than_a_token_needs_the_rows_beside_it() -> None:
+    batch = Batch((*ROWS, row([0.0], [5], episode=1)), 3, 5, 1.0)
+    assert live_rows(batch, max_staleness=None, scope="token") == [2]
+    assert live_rows(batch, max_staleness=None, scope="episode") == [2, 4]
+    assert live_rows(batch, max_staleness=None, scope="minibatch") == [0, 1, 2, 3, 4]
+    assert live_rows(batch, max_staleness=2, scope="minibatch") == []
 
 
 def test_tokens_are_the_sampled_ones_in_row_order() -> None:

@@ -105,6 +105,12 @@ def test_the_coefficient_follows_the_divergence(kl: float, right: float) -> None
     assert adapted(2.0, kl, target=0.02, episodes=50, horizon=1000) == pytest.approx(2.0 * right)
 
 
+@pytest.mark.parametrize(("kl", "right"), [(0.0, 0.8), (1.0, 1.2)])
+def test_the_coefficient_changes_by_a_fifth_a_step_at_most(kl: float, right: float) -> None:
+    # 48 episodes are ten horizons: 1 − 0.2·9.6 would be −0.92, a reward for leaving the reference.
+    assert adapted(1.0, kl, target=0.1, episodes=48, horizon=5) == pytest.approx(right)
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown estimator"):
         kl_estimate("k4", LOGITS, REFERENCE, SAMPLER)  # type: ignore[arg-type]

@@ -166,6 +166,19 @@ def test_a_new_reference_is_taken_when_it_is_due_and_the_coefficient_adapts(tmp_
     assert [m["kl_coef"] for m in metrics] == pytest.approx([0.3, 0.3 * 0.98, 0.3 * 0.98 * 1.02])
 
 
+def test_the_coefficient_follows_k1_and_not_k3(tmp_path: Path) -> None:
+    model = tiny_model()
+    made = learner(model, tmp_path / "m", algorithm=AlgorithmConfig(kl=KlConfig(coef=0.3, target=0.05, horizon=12)))
+
+    async def main(it: TorchLearner) -> list[Any]:
+        return [await it.step(make_batch(model, seed=s, version=s)) for s in range(3)]
+
+    last = run(made, main)[-1]
+    assert last["kl_reference"] < 0.04, "mean log π − log ref of what another policy sampled may be negative"
+    assert last["kl_reference_k3"] > 0.06, "k3 never is: by it the coefficient would rise"
+    assert made._kl.coef == pytest.approx(last["kl_coef"] * (1 - 0.2 * 7 / 12))  # of 7 episodes
+
+
 def test_bf16_gives_the_reference_the_policys_own_numbers(tmp_path: Path) -> None:
     model = tiny_model()
     batch = make_batch(model)
@@ -180,6 +193,11 @@ def test_bf16_gives_the_reference_the_policys_own_numbers(tmp_path: Path) -> Non
     [
         (["--algorithm.kl.coef", "0.1", "--algorithm.kl.estimator", "k1"], "a gradient of 0 on average"),
         (["--algorithm.kl.refresh", "3"], "do nothing while algorithm.kl.coef is 0"),
+        (["--algorithm.kl.coef", "0.1", "--algorithm.kl.horizon", "500"], "horizon = 500 does nothing without"),
+        (
+            ["--algorithm.kl.coef", "0.1", "--algorithm.kl.refresh", "1"],
+            "the reference the policy itself at every step",
+        ),
         (["--algorithm.entropy", "-1"], "algorithm.entropy"),
     ],
 )
@@ -187,3 +205,6 @@ def test_settings_that_do_nothing_are_refused(flags: list[str], message: str) ->
     with pytest.raises(ConfigError, match=message):
         settings.load(None, flags)
     assert settings.load(None, ["--algorithm.kl.coef", "0.1"]).algorithm.kl.coef == 0.1
+    renewed = ["--algorithm.kl.coef", "0.1", "--algorithm.kl.refresh"]
+    assert settings.load(None, [*renewed, "2"]).algorithm.kl.refresh == 2
+    assert settings.load(None, [*renewed, "1", "--learner.minibatches", "2"]).algorithm.kl.refresh == 1

@@ -37,6 +37,9 @@ PPO = ["--algorithm.advantage", "gae", "--algorithm.critic.kind", "trunk"]
          r"algorithm.critic.kind"),
         ([*PPO[:3], "own", "--algorithm.critic.coefficient", "0.1"], r"coefficient = 0.1 weighs .*layers of its own"),
         ([*PPO, "--algorithm.critic.warmup_steps", "10"], r"warmup_steps = 10 of steps = 10: the policy would never"),
+        ([*PPO, "--algorithm.critic.value_clip", "0.2"], r"value_clip = 0.2 never acts with learner.minibatches = 1"),
+        ([*PPO, "--algorithm.critic.warmup_steps", "3", "--learner.warmup_steps", "3"],
+         r"learner.warmup_steps = 3 would be over before the policy moves"),
         ([*PPO, "--algorithm.critic.value_clip", "0"], r"expected a number, more than 0"),
         ([*PPO, "--algorithm.critic.lr", "-1"], r"expected a number, more than 0"),
         ([*PPO, "--algorithm.critic.gamma", "1"], r"gamma"),
@@ -58,6 +61,10 @@ def test_a_critic_is_read_and_written(tmp_path: Path) -> None:
         "0.2",
         "--algorithm.advantage.lam",
         "0.9",
+        "--learner.minibatches",
+        "2",
+        "--learner.warmup_steps",
+        "4",
     ]
     config = settings.load(None, [*PPO, *more])
     assert config.algorithm.advantage == Choice("gae", {"lam": 0.9})
