@@ -49,6 +49,7 @@ from areal_agents.learner.optim import adamw, learning_rate
 from areal_agents.learner.passes import Logprobs, Objective, Passes, Scored
 from areal_agents.learner.probe import probe, probe_ids
 from areal_agents.learner.reference import COLUMN, KlToReference, Limits
+from areal_agents.learner.step_figures import StepFigures
 from areal_agents.learner.teacher import Teacher
 from areal_agents.learner.trained import Trained, export_model, load_trained, read_checkpoint, save_checkpoint
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
@@ -263,58 +264,57 @@ class TorchLearner:
         live = self._live(batch)
         if critic is not None:
             critic.start(batch)
-        proximal: dict[int, NDArray[np.float32]] = {}
-        forwarded, self._asked = self._asked, 0
-        if self._policy.needs_proximal:
-            found, more = self._passes.logprobs([batch.rows[i] for i in live], batch.temperature)
-            forwarded += more
-            proximal = dict(zip(live, found, strict=True))
-        stats, terms = OffPolicyStats(), RegularizerStats()
-        batch, more = self._kl.with_column(batch, live)
-        forwarded += more
-        lr = learning_rate(version, peak=c.lr, total=self.total_steps, warmup=c.warmup_steps, schedule=c.schedule)
-        loss, norms, scales, skipped, empty = 0.0, [], [], 0, 0
         parts = split_episodes(batch.episodes, c.minibatches, seed=self.seed, version=version)
+        figures = StepFigures(minibatches=len(parts), forwarded=self._asked)
+        self._asked = 0
+        proximal = self._proximal(batch, live, figures)
+        batch, more = self._kl.with_column(batch, live)
+        figures.forwarded += more
+        lr = learning_rate(version, peak=c.lr, total=self.total_steps, warmup=c.warmup_steps, schedule=c.schedule)
         for part in parts:
             inside = set(part.tolist())
             rows = [i for i in live if batch.rows[i].episode in inside]
             every = [r for r in batch.rows if r.episode in inside]
-            counts = Denominators.of(every, total_episodes=batch.episodes, episodes=len(part))
             if critic is not None:
-                forwarded += critic.minibatch(every, inside=critic.shares and bool(rows))
+                figures.forwarded += critic.minibatch(every, inside=critic.shares and bool(rows))
             if not rows:  # no signal: AdamW would move by its momentum alone, as it would for a gradient of 0
-                empty += not alone
+                figures.empty += not alone
                 continue
-            chosen, old = [batch.rows[i] for i in rows], [proximal[i] for i in rows] if proximal else None
-            size = EffectiveSize(c.ess_step) if c.ess_step is not None else None
-            objective = self._objective(counts, stats, terms, size)
-            value, tokens = self._passes.backward(chosen, old, batch.temperature, objective)
-            scales.append(1.0 if size is None else math.sqrt(size.share()))
-            norm = self._apply(self._optimizer, lr * scales[-1])
-            if critic is not None and critic.shares:
-                critic.apply()
-            loss, forwarded = loss + value / len(parts), forwarded + tokens
-            skipped, empty = skipped + (norm is None), empty + (norm == 0.0)
-            norms += [] if norm is None else [norm]
+            counts = Denominators.of(every, total_episodes=batch.episodes, episodes=len(part))
+            old = [proximal[i] for i in rows] if proximal else None
+            self._minibatch([batch.rows[i] for i in rows], old, batch.temperature, counts, figures, lr)
         self._version += 1
-        beside = terms.result()
+        beside = figures.terms.result()
         beside |= self._kl.end_step(self._version, beside.get("kl_reference"), batch, moved=not alone)
-        seconds = time.perf_counter() - start
         return {
-            "loss": loss,
-            "grad_norm": float(np.mean(norms)) if norms else 0.0,
-            "lr": lr * float(np.mean(scales or [1.0])),
-            "skipped": float(skipped),
-            "minibatches_empty": float(empty),
+            **figures.metrics(lr, time.perf_counter() - start),
             **batch_counts(batch, live, self.max_staleness),
-            "tokens_forward": float(forwarded),
-            "seconds": seconds,
-            "tokens_per_second": forwarded / seconds,
             "memory_peak_mb": peak_mib(),
-            **{f"off_policy/{name}": value for name, value in stats.result().items()},
             **beside,
             **({} if critic is None else critic.metrics()),
         }
+
+    def _proximal(self, batch: Batch, live: Sequence[int], figures: StepFigures) -> dict[int, NDArray[np.float32]]:
+        """Compute log p of the rows ``live``, where the objective reads it."""
+        if not self._policy.needs_proximal:
+            return {}
+        found, forwarded = self._passes.logprobs([batch.rows[i] for i in live], batch.temperature)
+        figures.forwarded += forwarded
+        return dict(zip(live, found, strict=True))
+
+    def _minibatch(
+        self, rows: Sequence[Row], proximal: Sequence[NDArray[np.float32]] | None, temperature: float,
+        counts: Denominators, figures: StepFigures, lr: float,
+    ) -> None:  # fmt: skip
+        """Take the optimizer step of one minibatch."""
+        size = EffectiveSize(self.config.ess_step) if self.config.ess_step is not None else None
+        objective = self._objective(counts, figures.off_policy, figures.terms, size)
+        value, tokens = self._passes.backward(rows, proximal, temperature, objective)
+        scale = 1.0 if size is None else math.sqrt(size.share())
+        norm = self._apply(self._optimizer, lr * scale)
+        if self._critic is not None and self._critic.shares:
+            self._critic.apply()
+        figures.add(value, norm, scale=scale, forwarded=tokens)
 
     def _live(self, batch: Batch) -> list[int]:
         """Return the rows that go through the policy: none while the critic alone learns, all where it learns there."""
