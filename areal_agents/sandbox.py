@@ -37,6 +37,13 @@ class ExecResult:
 
 
 MAX_SERVICES: Final = 8
+MIN_SERVICE_MEMORY: Final = 32 << 20
+"""Bytes. Pid 1 of a service takes about 12 MB of them."""
+_TAKEN: Final = (
+    "localhost", "sandbox",
+    *(f"ip6-{name}" for name in ("localhost", "loopback", "localnet", "mcastprefix", "allnodes", "allrouters")),
+)  # fmt: skip
+"""Names that mean another host inside: an engine writes them to /etc/hosts."""
 
 ConsoleKind = Literal["python", "shell"]
 CallStatus = Literal["ok", "error", "timeout", "interrupted", "output_limit", "ended"]
@@ -58,6 +65,13 @@ class CallResult:
     left: tuple[str, ...]
     """Command lines of the processes that it left running: ended, or going on in a console with ``background``."""
     seconds: float
+
+
+def _is_host_name(name: str) -> bool:
+    """Say whether code inside finds a host by this name: a number (``7``, ``0x7f``) is an address by itself."""
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
+        return False
+    return name not in _TAKEN and not re.fullmatch(r"[0-9]+|0x[0-9a-f]*", name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,24 +109,38 @@ class Service:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for what no container can be made of."""
+        if not _is_host_name(self.name):
+            raise ConfigError(
+                f"service {self.name!r}: its name must be a host name: small letters, digits, '-', and no number."
+            )
         object.__setattr__(self, "environment", dict(self.environment))
-        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", self.name) or self.name in ("localhost", "sandbox"):
-            raise ConfigError(f"service {self.name!r}: its name must be a host name: small letters, digits, '-'.")
+        lists = {"ready": self.ready, "command": self.command, "writable": self.writable}
+        texts = [part for parts in lists.values() if isinstance(parts, tuple) for part in parts]
+        texts += [text for pair in self.environment.items() for text in pair] + [self.image, self.user]
+        counts = {"memory": self.memory, "processes": self.processes, "disk": self.disk}
         problem = ""
-        if not self.image:
+        if wrong := [name for name, parts in lists.items() if not isinstance(parts, tuple)]:
+            problem = f"{wrong[0]} must be a tuple of texts, not a {type(lists[wrong[0]]).__name__}"
+        elif wrong := [repr(text) for text in texts if not isinstance(text, str) or "\0" in text]:
+            problem = f"{wrong[0]} is no text, or has a NUL"
+        elif not self.image:
             problem = "it has no image"
+        elif type(self.port) is not int or not 0 <= self.port < 1 << 16:
+            problem = f"port {self.port!r} is none"
         elif not (self.port or self.ready):
             problem = "say how it is seen that it has started: port=5432, or ready=('pg_isready',)"
-        elif not 0 <= self.port < 1 << 16:
-            problem = f"port {self.port} is none"
-        elif isinstance(self.ready, str) or isinstance(self.command, str) or isinstance(self.writable, str):
-            problem = "ready, command and writable are tuples of texts, not a text"
-        elif bad := [p for p in self.writable if not re.fullmatch(r"(/[^/:,\0]+)+", p) or ".." in p.split("/")]:
-            problem = f"writable {bad[0]!r} is no absolute path of a folder"
-        elif bad := [n for n, v in self.environment.items() if not n or "=" in n or "\0" in n + v]:
-            problem = f"{bad[0]!r} is no name of a variable, or its value has a NUL"
-        elif min(self.memory, self.processes, self.disk, self.start_seconds, self.cpus) <= 0:
-            problem = "its limits must be more than 0"
+        elif wrong := [p for p in self.writable if not re.fullmatch(r"(/[^/:,]+)+", p) or ".." in p.split("/")]:
+            problem = f"writable {wrong[0]!r} is no absolute path of a folder"
+        elif wrong := [name for name in self.environment if not name or "=" in name]:
+            problem = f"{wrong[0]!r} is no name of a variable"
+        elif wrong := [name for name, count in counts.items() if type(count) is not int or count < 1]:
+            problem = f"{wrong[0]}={counts[wrong[0]]!r}: its limits must be whole numbers, and more than 0"
+        elif self.memory < MIN_SERVICE_MEMORY:
+            problem = f"memory={self.memory}: it needs {MIN_SERVICE_MEMORY >> 20} MiB at least"
+        elif not 0.01 <= self.cpus <= 1024:
+            problem = f"cpus={self.cpus}: write a number such as 0.5 or 2"
+        elif not 0 < self.start_seconds < 1e6:
+            problem = f"start_seconds={self.start_seconds}: it must be more than 0, and less than a million"
         if problem:
             raise ConfigError(f"service {self.name!r}: {problem}.")
 
@@ -137,8 +165,10 @@ class SandboxSpec:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for services that cannot be told apart."""
+        if not isinstance(self.services, tuple) or not all(isinstance(one, Service) for one in self.services):
+            raise ConfigError(f"services must be a tuple of Service, not {self.services!r}.")
         names = [service.name for service in self.services]
-        if not isinstance(self.services, tuple) or len(set(names)) < len(names) or len(names) > MAX_SERVICES:
+        if len(set(names)) < len(names) or len(names) > MAX_SERVICES:
             raise ConfigError(f"services must be a tuple of at most {MAX_SERVICES} with different names: {names}.")
 
     def refuse_image(self, backend: str) -> None:

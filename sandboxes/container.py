@@ -259,6 +259,12 @@ class ContainerProcess:
         told = self._call.exit.result() if self._call.exit.done() else None
         return told["code"] if told else None
 
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether it was killed, and the kernel has killed for the memory of its container meanwhile."""
+        told = self._call.exit.result() if self._call.exit.done() else None
+        return bool(told and told["oom"] and told["code"] in (-9, 128 + 9))
+
     async def send(self, data: bytes) -> None:
         """Write ``data`` to the process's stdin.
 

@@ -25,6 +25,7 @@ NO_DNS: Final = "0.0.0.0"
 """A name server that is none. The engine's own, inside a network, would ask the host's for what it does not know."""
 SERVICE_CAPABILITIES: Final = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "NET_BIND_SERVICE", "SETGID", "SETUID")
 """With which the usual images, started as root, prepare their folders and become a plain user."""
+_READ_ONLY: Final = tuple(f"/proc/{name}" for name in ("bus", "fs", "irq", "sys", "sysrq-trigger"))
 _NO_CORE: Final = {"Name": "core", "Soft": 0, "Hard": 0}
 _SENT: Final = ("process_gate", "work_files", "supervisor", "container_init")
 _BOOT: Final = """
@@ -148,6 +149,8 @@ class Containers:
             ulimits=[_NO_CORE],
             **self._processors(service.cpus),
         )
+        # Root would write to these, beyond what the folders may have: docker's own list, and its file systems.
+        config["ReadonlyPaths"] = [*_READ_ONLY, "/dev", "/sys/fs/cgroup"]
         settings = self._settings(image, place, config)
         settings |= {"user": service.user or image.user or "0", "hostname": service.name}
         return await self._start(ident, image, settings, ({}, {}, 0), "serve_service", None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import io
 import os
+import posixpath
 import ssl
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +25,9 @@ BACKEND: Final = "areal-agents.backend"
 TIMEOUT: Final = 60
 """Seconds for an answer of the engine."""
 WORKERS: Final = 8
+MAX_FILE: Final = 1 << 20
+"""Bytes of the largest file of an image that is read."""
+_MAX_LINKS: Final = 8
 
 _STREAMED: Final = {"pull": {"stream": True}}
 """What the SDK is told besides, to answer in rows."""
@@ -155,13 +160,17 @@ class Engine:
         made = await self.call("create_container", image, ["/x"], labels={LABEL: "1", OWNER: owner()})
 
         def read(path: str) -> str:
-            try:
-                stream, _ = self._client.get_archive(made["Id"], path)
-                with tarfile.open(fileobj=io.BytesIO(b"".join(stream))) as archive:
-                    file = archive.extractfile(archive.getmembers()[0])
-                    return "" if file is None else file.read(1 << 20).decode("utf-8", "replace")
-            except docker.errors.NotFound:
-                return ""
+            for _ in range(_MAX_LINKS):  # the engine follows all but the last name's
+                try:
+                    stream, told = self._client.get_archive(made["Id"], path)
+                except docker.errors.NotFound:
+                    return ""
+                with contextlib.closing(stream):
+                    if told.get("linkTarget"):
+                        path = posixpath.join(posixpath.dirname(path), told["linkTarget"])
+                        continue
+                    return _text(_start(stream))
+            return ""
 
         try:
             return [await self._threaded(read, path) for path in paths]
@@ -250,6 +259,25 @@ class Engine:
             self._client.close()
         if self._tunnel is not None:
             await self._tunnel.aclose()
+
+
+def _start(stream: Iterator[bytes]) -> bytes:
+    """Read what a small file's archive takes, and no more of one that an image may make as large as it likes."""
+    data = b""
+    while len(data) < MAX_FILE + (1 << 16) and (more := next(stream, b"")):
+        data += more
+    return data
+
+
+def _text(data: bytes) -> str:
+    """Return what the file of an archive holds; "" where it is none."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r|") as archive:
+            member = archive.next()
+            file = archive.extractfile(member) if member is not None and member.isreg() else None
+            return "" if file is None else file.read(MAX_FILE).decode("utf-8", "replace")
+    except tarfile.TarError:
+        return ""  # larger than what was read
 
 
 def _client(url: str, tls: Any) -> Any:

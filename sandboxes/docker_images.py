@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import posixpath
 import stat
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -185,7 +186,7 @@ class Images:
             "name": tag,
             "ident": found["Id"],
             "removed": tuple(variables),
-            "volumes": tuple(config.get("Volumes") or ()),
+            "volumes": tuple(dict.fromkeys(posixpath.normpath(path) for path in config.get("Volumes") or ())),
             "command": (*(config.get("Entrypoint") or ()), *(config.get("Cmd") or ())),
             "folder": config.get("WorkingDir") or "/",
             "user": config.get("User") or "",

@@ -37,6 +37,7 @@ class Kept:
         """Keep at most ``limit`` bytes, counted as if images shared nothing."""
         self._engine, self._limit = engine, limit
         self._written: dict[str, float] = {}
+        self._told = False
 
     @property
     def _path(self) -> Path:
@@ -44,31 +45,41 @@ class Kept:
 
     async def took(self, name: str, found: dict[str, Any]) -> None:
         """Note an image that was just pulled or built, and remove those beyond the limit that were used longest ago."""
-        try:
+        with self._spoken(f"{name} stays until you remove it"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._rows() as rows:
                 rows[name] = {"id": found["Id"], "size": int(found.get("Size", 0)), "used": time.time()}
-        except OSError as error:
-            print(f"docker: {name} stays until you remove it: no record can be kept: {error}", file=sys.stderr)
-            return
-        self._written[name] = time.monotonic()
-        await self._trim(name)
+            self._written[name] = time.monotonic()
+            await self._trim(name)
 
     async def used(self, name: str) -> None:
         """Note that an image is used now, where it is one of these."""
-        if time.monotonic() < self._written.get(name, -FRESH) + FRESH or not self._path.exists():
+        if time.monotonic() < self._written.get(name, -FRESH) + FRESH:
             return
         self._written[name] = time.monotonic()
-        with self._rows() as rows:
-            if name in rows:
-                rows[name]["used"] = time.time()
+        with self._spoken(f"it is not noted that {name} was used"):
+            if self._path.exists():
+                with self._rows() as rows:
+                    if name in rows:
+                        rows[name]["used"] = time.time()
 
     async def full(self, wanted: Collection[str]) -> bool:
         """Say whether the ``wanted`` ones among these take all that is allowed."""
-        if not self._path.exists():
-            return False
-        with self._rows() as rows:
-            return bool(sum(row["size"] for name, row in rows.items() if name in wanted) >= self._limit)
+        with self._spoken("it is not known how much the images here take"):
+            if self._path.exists():
+                with self._rows() as rows:
+                    return bool(sum(row["size"] for name, row in rows.items() if name in wanted) >= self._limit)
+        return False
+
+    @contextlib.contextmanager
+    def _spoken(self, what: str) -> Iterator[None]:
+        """Say once that the record cannot be kept, because a disk is full, say: no session fails for that."""
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # unreadable, or not as we wrote it
+            if not self._told:
+                self._told = True
+                print(f"docker: {what}: no record can be kept in {self._path}: {error!r}", file=sys.stderr, flush=True)
 
     async def _trim(self, newest: str) -> None:
         with self._rows() as rows:

@@ -14,6 +14,8 @@ import contextlib
 import ipaddress
 import json
 import random
+import sys
+from pathlib import Path
 from typing import Any, Final
 
 from areal_agents.errors import SandboxError, SandboxUnavailable
@@ -34,6 +36,10 @@ _OPTIONS: Final = {
     "com.docker.network.bridge.inhibit_ipv4": "true",  # the host has no address on it
     "com.docker.network.bridge.enable_ip_masquerade": "false",
 }
+_HEARS: Final = (
+    "docker: programs on the engine's host that listen on all its addresses may get datagrams of sessions with "
+    "services, which get no answer. To prevent it, there: sysctl -w net.ipv4.conf.default.rp_filter=1"
+)
 
 _CONNECT: Final = """
 import socket, sys, time
@@ -70,6 +76,8 @@ class Side:
         self.service, self.container = service, container
         self._program, self._base = program, base
         self._said = bytearray()
+        self._seen = ""
+        """How its ``ready`` program ended last."""
         self.over = asyncio.ensure_future(self._read())
         """Done when the program has ended."""
 
@@ -83,11 +91,13 @@ class Side:
         """Say how it ended, with the last of what it printed."""
         code = self._program.exit_code
         how = "was lost" if code is None else f"ended with exit code {code}"
+        if self._program.out_of_memory:
+            how += f", because its memory of {self.service.memory >> 20} MiB was full"
         return f"service {self.service.name!r} {how}{self.last_words}"
 
     @property
     def last_words(self) -> str:
-        said = self._said.decode("utf-8", "replace").strip()[-600:]
+        said = _shown(self._said)
         return f" (it printed: {said})" if said else ""
 
     async def started(self, session: Container, python: tuple[str, ...], address: str) -> None:
@@ -101,7 +111,7 @@ class Side:
                 await waiting
         except TimeoutError as error:
             what = f"{self.service.name!r} did not start within {self.service.start_seconds:g} s"
-            raise SandboxError(f"service {what}{self.last_words}") from error
+            raise SandboxError(f"service {what}{self._seen}{self.last_words}") from error
         finally:
             waiting.cancel()
             await asyncio.wait((waiting,))
@@ -109,10 +119,14 @@ class Side:
     async def _serves(self, session: Container, python: tuple[str, ...], address: str) -> None:
         if self.service.port:
             argv = [*python, "-I", "-S", "-c", _CONNECT, address, str(self.service.port)]
-            if await _code(session, request(session, argv)) != 0:
+            if (await _ended(session, request(session, argv)))[0] != 0:
                 raise SandboxError(f"the port of service {self.service.name!r} was not tried: the session ended")
         look = {**self._base, "argv": list(self.service.ready)}
-        while self.service.ready and await _code(self.container, look) != 0:  # noqa: ASYNC110  it sets no event here
+        while self.service.ready:
+            code, said = await _ended(self.container, look)
+            if code == 0:
+                break
+            self._seen = f", and {self.service.ready[0]!r} ended with {code}" + (f": {_shown(said)}" if said else "")
             await asyncio.sleep(PAUSE)
 
     async def close(self) -> None:
@@ -127,6 +141,8 @@ class Services:
         """Use the backend's containers and images."""
         self._engine, self._containers, self._images = engine, containers, images
         self._proved = False
+        self._deaf = True
+        """Whether the engine's host is known to drop what comes from the networks."""
 
     async def session(self, spec: SandboxSpec, image: Image) -> Container:
         """Start the services of a session, and then its own container, with which all of them end.
@@ -190,7 +206,7 @@ class Services:
             gateway = network.network_address + 1
             self._containers.known.add(name)
             try:
-                await self._engine.call(
+                made = await self._engine.call(
                     "create_network",
                     name,
                     driver="bridge",
@@ -207,6 +223,9 @@ class Services:
                 await asyncio.shield(asyncio.ensure_future(self._containers.remove_network(name)))
                 raise
             else:
+                if self._deaf and not _deafen(made["Id"]):
+                    self._deaf = False
+                    print(_HEARS, file=sys.stderr, flush=True)
                 return name, gateway
         raise AssertionError("the last attempt returns or raises")
 
@@ -228,15 +247,38 @@ class Services:
         self._proved = True
 
 
-async def _code(container: Container, asked: dict[str, Any]) -> int | None:
-    """Run a program beside others, whatever it prints, and return its exit code; None where the container was lost."""
+def _deafen(network: str) -> bool:
+    """Have this machine drop all that comes from a network. Returns False where it may not, or has it not.
+
+    It has no address on it, and yet takes what is sent to a multicast or broadcast address, or past all routes to an
+    address of its own: unless it checks where that comes from.
+    """
+    here = Path("/proc/sys/net/ipv4/conf")
+    one = here / f"br-{network[:12]}" / "rp_filter"
+    try:
+        if one.read_text().strip() == "0" == (here / "all" / "rp_filter").read_text().strip():
+            one.write_text("1")
+    except OSError:
+        return False
+    return True
+
+
+async def _ended(container: Container, asked: dict[str, Any]) -> tuple[int | None, bytes]:
+    """Run a program beside others, and return its exit code, None where the container was lost, and its last words."""
     process = await container.spawn(asked, stdin=False)
+    said = b""
     try:
         while not process.ended:
-            await process.recv(1 << 16, timeout=_FOR_EVER)
-        return process.exit_code
+            said = (said + await process.recv(1 << 16, timeout=_FOR_EVER))[-_TAIL:]
+        return process.exit_code, said
     finally:
         await process.kill()
+
+
+def _shown(said: bytes | bytearray) -> str:
+    """Return the last of what code inside printed, on which no terminal acts."""
+    text = said.decode("utf-8", "replace").strip()[-600:]
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 async def _all(awaitables: Any) -> None:

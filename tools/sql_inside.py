@@ -51,6 +51,10 @@ _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FULL}
 """What no query that reads can cause: the file is broken, or the machine's disk is full."""
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """What is no character of a line: its ends, what a terminal obeys, and what UTF-8 cannot write."""
+_ENDS = {
+    "data", "idx", "content", "docsize", "config", "segments", "segdir", "stat", "node", "parent", "rowid",
+}  # fmt: skip
+"""Of the names of the tables in which SQLite's own virtual tables (FTS3 to FTS5, R-tree) keep their data."""
 _FUNCTIONS_REFUSED = {"load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"}
 
 
@@ -61,8 +65,10 @@ def authorizer(writable: bool, virtual: list[str], refused: list[str]) -> Any:
     that is a file of a format whose readers were often wrong.
     """
 
+    kept = {*virtual, *(f"{table}_{end}" for table in virtual for end in _ENDS)}
+
     def belongs(name: str | None) -> bool:
-        return name is not None and any((name.lower() + "_").startswith(table + "_") for table in virtual)
+        return name is not None and name.lower() in kept
 
     def allow(action: int, first: str | None, second: str | None, database: str | None, trigger: str | None) -> int:
         if action == sqlite3.SQLITE_FUNCTION:

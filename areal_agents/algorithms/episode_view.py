@@ -8,7 +8,8 @@ G_{i,k} = Σ_{j≥k} γ^{j−k} r_{i,j}    return from turn k on
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from areal_agents.errors import RewardError
 from areal_agents.types import StopReason, Trajectory
@@ -39,6 +40,10 @@ class EpisodeView:
     greedy_return: float | None = None
     """Return of an episode of the same task that was played without chance. None where no estimator asked for one."""
 
+    paid_K: tuple[tuple[float, ...], ...] | None = None
+    """What each sampled token pays for leaving a reference policy, [T_k] a turn; ``rewards_K`` has it already. None:
+    nothing is paid."""
+
     def __post_init__(self) -> None:
         n = len(self.rewards_K)
         if not n:
@@ -56,8 +61,23 @@ class EpisodeView:
             raise ValueError(f"{len(self.tokens_K)} lengths and {len(self.state_keys_K)} state keys for {n} turns")
         if self.values_K is not None and tuple(map(len, self.values_K)) != self.tokens_K:
             raise ValueError(f"values of {[len(v) for v in self.values_K]} tokens for turns of {list(self.tokens_K)}")
+        if self.paid_K is not None and tuple(map(len, self.paid_K)) != self.tokens_K:
+            raise ValueError(f"pay of {[len(p) for p in self.paid_K]} tokens for turns of {list(self.tokens_K)}")
         if self.terminated and self.tail_value:
             raise ValueError(f"tail_value = {self.tail_value}: nothing is to come once a task has ended")
+
+    def paying(self, paid_K: Sequence[Sequence[float]]) -> EpisodeView:
+        """Return the view of an episode whose turns' rewards are less by what their tokens pay, [T_k] a turn."""
+        paid = tuple(tuple(turn) for turn in paid_K)
+        left = tuple(r - math.fsum(turn) for r, turn in zip(self.rewards_K, paid, strict=True))
+        return replace(self, rewards_K=left, paid_K=paid)
+
+    def token_rewards(self, k: int) -> list[float]:
+        """Return the reward at each sampled token of turn k, [T_k]: what it pays, and the turn's own at the last."""
+        if not self.tokens_K[k]:
+            return []
+        paid = (0.0,) * self.tokens_K[k] if self.paid_K is None else self.paid_K[k]
+        return [*(-p for p in paid[:-1]), self.rewards_K[k] + math.fsum(paid[:-1])]
 
     @property
     def total(self) -> float:

@@ -51,7 +51,7 @@ def gae(group: Sequence[EpisodeView], *, gamma: Gamma = 1.0, lam: Lambda = 1.0) 
     for episode in group:
         turns = _turns(episode)
         values = [v for turn in turns for v in turn.values]
-        rewards = [r for turn in turns for r in (*(0.0,) * (len(turn.values) - 1), turn.reward)]
+        rewards = [r for turn in turns for r in turn.token_rewards]
         out.append(_by_turn(episode, _recursion(rewards, values, episode.tail_value, gamma, gamma * lam)))
     return out
 
@@ -123,10 +123,16 @@ def bilevel_gae(
 
 
 class _Turn:
-    """One turn with a sampled token: its index, the values before its tokens, and its reward."""
+    """One turn with a sampled token: its index, the values before its tokens, its reward, and that at each token."""
 
-    def __init__(self, index: int, values: Sequence[float], reward: float) -> None:
-        self.index, self.values, self.reward = index, values, reward
+    def __init__(self, index: int, values: Sequence[float], episode: EpisodeView) -> None:
+        self.index, self.values, self.reward = index, values, episode.rewards_K[index]
+        self.token_rewards = episode.token_rewards(index)
+
+    def earn(self, reward: float) -> None:
+        """Add a reward that came without a token of its own, after this turn's last."""
+        self.reward += reward
+        self.token_rewards[-1] += reward
 
 
 def _turns(episode: EpisodeView) -> list[_Turn]:
@@ -135,9 +141,9 @@ def _turns(episode: EpisodeView) -> list[_Turn]:
     turns: list[_Turn] = []
     for k, (values, reward) in enumerate(zip(episode.values_K, episode.rewards_K, strict=True)):
         if values:
-            turns.append(_Turn(k, values, reward))
+            turns.append(_Turn(k, values, episode))
         elif turns:  # before the first action nothing can be earned
-            turns[-1].reward += reward
+            turns[-1].earn(reward)
     return turns
 
 

@@ -33,12 +33,13 @@ from areal_agents.cluster.remote_errors import Failure
 from areal_agents.cluster.watched_actor import ActorLost, ActorSilent, WatchedActor, process_here
 from areal_agents.engine import WeightsRef
 from areal_agents.errors import ArealError, ConfigError, EngineError, LearnerLost
+from areal_agents.learner.contract import Metrics
 from areal_agents.learner.critic import Values
-from areal_agents.learner.learner import Metrics, TorchLearner
+from areal_agents.learner.learner import TorchLearner
 from areal_agents.learner.passes import Logprobs
 from areal_agents.utils.closing import AsyncClosing
 
-Method = Literal["step", "logprobs", "values", "sft_step", "save", "load", "export"]
+Method = Literal["step", "logprobs", "values", "reference", "teacher", "sft_step", "save", "load", "export"]
 _CLOSE_SECONDS = 30.0
 
 
@@ -231,6 +232,14 @@ class RemoteLearner(AsyncClosing):
     async def values(self, batch: Batch) -> Values:
         """Compute the critic's values, as ``TorchLearner.values`` does."""
         return cast(Values, await self._work("values", await _stored(batch)))
+
+    async def reference(self, batch: Batch) -> tuple[Logprobs, float]:
+        """Ask the reference policy, as ``TorchLearner.reference`` does."""
+        return cast(tuple[Logprobs, float], await self._work("reference", await _stored(batch)))
+
+    async def teacher(self, batch: Batch) -> Logprobs:
+        """Ask the teacher, as ``TorchLearner.teacher`` does."""
+        return cast(Logprobs, await self._work("teacher", await _stored(batch)))
 
     async def sft_step(self, rows: Sequence[Row], *, lr: float) -> Metrics:
         """Do one step of the warm start, as ``TorchLearner.sft_step`` does."""

@@ -218,13 +218,15 @@ def _advantages(episodes: Sequence[Rescored], algorithm: AlgorithmConfig) -> tup
 def advantage_shift(episodes: Sequence[Rescored], algorithm: AlgorithmConfig) -> AdvantageShift:
     """Compare the signs of the advantages before and after, group by group.
 
-    Raises ArealError where they depend on what no reward says: a critic's values, or greedy episodes, which the new
-    reward did not judge.
+    Raises ArealError where they depend on what no reward says: a critic's values, greedy episodes, which the new reward
+    did not judge, a teacher, or a reference policy that the rewards pay for leaving.
     """
     estimator = Estimator(algorithm.advantage)
     if estimator.reads_values or estimator.baseline == "greedy":
         what = "a critic's values" if estimator.reads_values else "greedy episodes, which are not rescored"
         raise ArealError(f"{algorithm.advantage.kind!r} compares with {what}")
+    if algorithm.unsaved:
+        raise ArealError(f"advantages depend on {algorithm.unsaved}, too")
     groups: dict[tuple[str, str], list[Rescored]] = defaultdict(list)
     for e in episodes:
         groups[e.kind, e.group].append(e)

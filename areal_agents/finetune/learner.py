@@ -21,7 +21,8 @@ from areal_agents.algorithms.batch import Row
 from areal_agents.algorithms.objective import Tokens
 from areal_agents.algorithms.preference import PreferenceTerms, dpo
 from areal_agents.finetune.examples import Sequences
-from areal_agents.learner.learner import Metrics, TorchLearner
+from areal_agents.learner.contract import Metrics
+from areal_agents.learner.learner import TorchLearner
 from areal_agents.learner.optim import learning_rate
 from areal_agents.learner.passes import Objective, Scored
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig

@@ -38,7 +38,7 @@ from areal_agents.finetune.folder import (
 )
 from areal_agents.finetune.learner import FinetuneLearner, preference, preference_metrics
 from areal_agents.learner.checkpoint import count_adapters, count_parameters
-from areal_agents.learner.learner import Metrics
+from areal_agents.learner.contract import Metrics
 from areal_agents.models import resolve
 from areal_agents.tracking.tracker import RESERVED, Tracker, read_metrics
 from areal_agents.trainer.run_folder import Commit, RunFolder

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -41,13 +41,15 @@ from areal_agents.algorithms.offpolicy_stats import EffectiveSize, OffPolicyStat
 from areal_agents.algorithms.regularizers import Regularizers, RegularizerStats
 from areal_agents.engine import Transport, WeightsRef
 from areal_agents.errors import ConfigError
+from areal_agents.learner.contract import Metrics
 from areal_agents.learner.critic import Critic, Values
 from areal_agents.learner.forward import Decoder
 from areal_agents.learner.lora import Lora
 from areal_agents.learner.optim import adamw, learning_rate
 from areal_agents.learner.passes import Logprobs, Objective, Passes, Scored
 from areal_agents.learner.probe import probe, probe_ids
-from areal_agents.learner.reference import COLUMN, KlToReference
+from areal_agents.learner.reference import COLUMN, KlToReference, Limits
+from areal_agents.learner.teacher import Teacher
 from areal_agents.learner.trained import Trained, export_model, load_trained, read_checkpoint, save_checkpoint
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.utils.memory import peak_mib
@@ -55,33 +57,7 @@ from areal_agents.utils.precision import resolve_device, resolve_precision
 from areal_agents.weights.publisher import Publisher
 from areal_agents.weights.transports import WeightsBuffer, weights_buffers
 
-Metrics = dict[str, float]
 T = TypeVar("T")
-
-
-class Learner(Protocol):
-    """The part of a learner that the trainer needs."""
-
-    @property
-    def version(self) -> int:
-        """Batches consumed, those included whose optimizer steps were skipped."""
-        ...
-
-    async def step(self, batch: Batch) -> Metrics: ...
-    async def logprobs(self, batch: Batch) -> Logprobs:
-        """Compute log π under the current weights, for KL terms. ``step`` needs no call of it."""
-        ...
-
-    async def values(self, batch: Batch) -> Values:
-        """Compute the critic's V before each sampled token. Raises ConfigError where there is no critic."""
-        ...
-
-    def publish(self) -> AbstractAsyncContextManager[WeightsRef]:
-        """Hand out the current weights, by a reference that is valid until the context closes."""
-        ...
-
-    async def save(self, path: Path) -> None: ...
-    async def load(self, path: Path) -> None: ...
 
 
 class TorchLearner:
@@ -133,9 +109,10 @@ class TorchLearner:
         self._passes = Passes(
             self._decoder, token_budget=learner.token_budget, chunk=learner.logprob_chunk, before_pack=self._use_threads
         )
-        self._kl = KlToReference(
-            algorithm.kl, self._decoder, token_budget=learner.token_budget, chunk=learner.logprob_chunk
-        )
+        limits = Limits(learner.token_budget, learner.logprob_chunk)
+        self._kl = KlToReference(algorithm.kl, self._decoder, limits, lora=self.lora)
+        self._teacher = self._executor.submit(self._load_teacher, limits).result()
+        self._asked = 0  # tokens that went through a model for a batch before its step
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = self._new_optimizer(learner.lr)
         self._warm: torch.optim.AdamW | None = None
@@ -184,6 +161,16 @@ class TorchLearner:
         if (critic := self._critic) is None:
             raise ConfigError("there is no critic to ask for values: set algorithm.critic.kind = 'trunk' or 'own'")
         return await self._run(lambda: critic.values(batch.rows))
+
+    async def reference(self, batch: Batch) -> tuple[Logprobs, float]:
+        """Compute log π of the reference policy, and return it with the KL term's coefficient as it is now."""
+        return await self._run(lambda: (self._counted(self._kl.logprobs(batch)), self._kl.coef))
+
+    async def teacher(self, batch: Batch) -> Logprobs:
+        """Compute the teacher's log π, NaN where it cannot. Raises ConfigError where it is not in this process."""
+        if (teacher := self._teacher) is None:
+            raise ConfigError("the learner has no teacher to ask: set algorithm.teacher.model, without a url")
+        return await self._run(lambda: self._counted(teacher.logprobs(batch.rows, batch.temperature)))
 
     async def sft_step(self, rows: Sequence[Row], *, lr: float) -> Metrics:
         """Take one optimizer step on the mean cross-entropy of the masked tokens (the warm start).
@@ -244,6 +231,16 @@ class TorchLearner:
             decoder.checkpoint_layers()
         return decoder, trained
 
+    def _load_teacher(self, limits: Limits) -> Teacher | None:
+        t = self.algorithm.teacher
+        if not t.model or t.url:
+            return None
+        return Teacher(t.model, self._decoder.device, self._decoder.dtype, limits, before_pack=self._use_threads)
+
+    def _counted(self, found: tuple[Logprobs, int]) -> Logprobs:
+        self._asked += found[1]
+        return found[0]
+
     def _new_critic(self) -> Critic | None:
         return Critic.of(self.algorithm.critic, self.config, self._decoder, self.source, before_pack=self._use_threads)
 
@@ -267,9 +264,10 @@ class TorchLearner:
         if critic is not None:
             critic.start(batch)
         proximal: dict[int, NDArray[np.float32]] = {}
-        forwarded = 0
+        forwarded, self._asked = self._asked, 0
         if self._policy.needs_proximal:
-            found, forwarded = self._passes.logprobs([batch.rows[i] for i in live], batch.temperature)
+            found, more = self._passes.logprobs([batch.rows[i] for i in live], batch.temperature)
+            forwarded += more
             proximal = dict(zip(live, found, strict=True))
         stats, terms = OffPolicyStats(), RegularizerStats()
         batch, more = self._kl.with_column(batch, live)
@@ -300,7 +298,7 @@ class TorchLearner:
             norms += [] if norm is None else [norm]
         self._version += 1
         beside = terms.result()
-        beside |= self._kl.end_step(self._version, beside.get("kl_reference"), episodes=batch.episodes)
+        beside |= self._kl.end_step(self._version, beside.get("kl_reference"), batch, moved=not alone)
         seconds = time.perf_counter() - start
         return {
             "loss": loss,
@@ -329,7 +327,7 @@ class TorchLearner:
     @property
     def _regularizers(self) -> Regularizers:
         a = self.algorithm
-        return Regularizers(self._kl.coef, a.kl.estimator, a.entropy, a.kl.sampler)
+        return Regularizers(self._kl.in_loss, a.kl.estimator, a.entropy, a.kl.sampler)
 
     def _objective(
         self, counts: Denominators, stats: OffPolicyStats, terms: RegularizerStats, size: EffectiveSize | None
@@ -365,7 +363,7 @@ class TorchLearner:
 
         loss, forwarded = self._passes.backward(rows, None, 1.0, Objective(imitation))
         norm = self._apply(self._warm, lr)
-        self._kl.moved = True  # training begins elsewhere than in ``source``
+        self._kl.begin_here()
         return {
             "loss": loss,
             "grad_norm": 0.0 if norm is None else norm,

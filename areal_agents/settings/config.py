@@ -30,6 +30,7 @@ from areal_agents.settings.kl import KlConfig
 from areal_agents.settings.lora import LoraConfig
 from areal_agents.settings.presets import expand
 from areal_agents.settings.section import Count, Fraction, Positive, Section
+from areal_agents.settings.teacher import TeacherConfig
 from areal_agents.settings.track import TrackConfig
 
 
@@ -204,10 +205,23 @@ class AlgorithmConfig(Section):
     """Weight of an entropy bonus, a token, nats; 0: none."""
     kl: KlConfig = KlConfig()
     critic: CriticConfig = CriticConfig()
+    teacher: TeacherConfig = TeacherConfig()
+
+    @property
+    def unsaved(self) -> str:
+        """What of the advantages neither a reward says nor a file keeps, empty where there is nothing."""
+        if self.teacher.model:
+            return f"the teacher {self.teacher.model!r}"
+        return "the reference policy of algorithm.kl.place = 'reward'" if self.kl.in_reward else ""
 
     @model_validator(mode="after")
     def _check(self) -> AlgorithmConfig:
         self.critic.require_reader(self.advantage.kind)
+        more = self.teacher.problems(
+            kl_in_reward=self.kl.in_reward, critic=self.critic.kind != "none", normalize=self.normalize
+        )
+        if problems := list(more):
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -346,6 +360,12 @@ class TrainConfig(Section):
         if problems := combination.problems():
             raise ValueError("; ".join(problems))
         a.critic.require_steps(self.steps)
+        a.teacher.require_sampling(temperature=self.rollout.temperature, dynamic_sampling=self.rollout.dynamic_sampling)
+        if self.rollout.dynamic_sampling and a.kl.in_reward:
+            raise ValueError(
+                "rollout.dynamic_sampling = true replaces groups whose rewards give no signal, but with "
+                "algorithm.kl.place = 'reward' what their tokens pay gives every group one: set place = 'loss'"
+            )
         a.critic.require_learner(minibatches=self.learner.minibatches, warmup_steps=self.learner.warmup_steps)
         a.kl.require_minibatches(self.learner.minibatches)
         if self.learner.lora.publish == "adapter" and self.engine.kind != "vllm":

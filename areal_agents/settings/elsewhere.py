@@ -23,8 +23,13 @@ _CLIP = "this is algorithm.loss.clip_low and algorithm.loss.clip_high here"
 
 _MEANINGS: dict[str, tuple[str, ...]] = {
     _KL: ("kl_coef", "kl_coeff", "kl_beta", "beta", "init_kl_coef", "kl_loss_coef", "use_kl_loss", "kl_penalty",
-          "use_kl_in_reward", "kl_loss_type", "kl_ctrl", "kl_target", "target_kl", "kl_estimator", "kl_weight",
+          "kl_loss_type", "kl_ctrl", "kl_target", "target_kl", "kl_estimator", "kl_weight",
           "ref_model", "ref_update_steps", "sync_ref_model", "ref_path", "reference_model"),
+    "this is algorithm.kl.place = 'reward' here, beside algorithm.kl.coef": ("use_kl_in_reward", "kl_in_reward"),
+    "this is algorithm.teacher.model here (docs/distillation.md)": (
+        "teacher", "teacher_model", "teacher_model_name_or_path", "teacher_path", "teacher_model_path"),
+    "this is algorithm.teacher.url here (docs/distillation.md)": ("teacher_url", "teacher_model_server_url"),
+    "this is algorithm.teacher.coef here (docs/distillation.md)": ("distill_coef", "kd_coef", "opd_kl_coef"),
     "this is learner.lora.rank here (docs/lora.md)": ("lora", "lora_r", "lora_rank", "use_peft", "peft_config"),
     "this is learner.lora.alpha here": ("lora_alpha",),
     "this is learner.lora.targets here": ("target_modules", "lora_target_modules"),

@@ -23,11 +23,12 @@ from areal_agents.engine import Engine, Transport
 from areal_agents.engine_kind import engine_kind
 from areal_agents.engines.local import engine_spec
 from areal_agents.engines.spec import EngineSpec
-from areal_agents.learner.learner import Learner, Metrics
+from areal_agents.learner.contract import Learner, Metrics
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import EpisodePlayer, PlayerSpec
 from areal_agents.settings.config import TrainConfig
 from areal_agents.settings.lora import MAX_SERVED_RANK
+from areal_agents.trainer.teacher import with_teacher_found
 from areal_agents.utils.precision import Format, resolve_precision
 
 Event = Callable[..., None]
@@ -136,7 +137,7 @@ def learner_settings(config: TrainConfig, transport: Transport, *, threads: int)
     """Return ``TorchLearner``'s keyword arguments, which can be pickled."""
     return {
         "learner": config.learner,
-        "algorithm": config.algorithm,
+        "algorithm": with_teacher_found(config.algorithm),
         "total_steps": config.steps,
         "seed": config.seed,
         "publish_dtype": engine_dtype(config),

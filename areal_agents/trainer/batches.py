@@ -1,9 +1,10 @@
 """The way from finished groups to the batch that the learner steps on.
 
 groups ─▶ (rows ─▶ the critic's values) ─▶ a view of each episode ─▶ estimator ─▶ refinement ─▶ advantages ─▶ rows
-                                                                          └─▶ (targets of the values)
+              └─▶ (log ref) ─▶ (pay) ─────────▶ ┘                          └─▶ (targets of the values) ▲
+              └─▶ (log teacher) ─▶ (credit) ───────────────────────────────────────────────────────────┘
 
-What is in brackets is for estimators that read a critic.
+What is in brackets is for estimators that read a critic, for a KL term in the reward, and for a teacher.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from areal_agents.algorithms.batch import Batch, Row, rows_of, tail_row
-from areal_agents.algorithms.critic_targets import target_columns
-from areal_agents.algorithms.estimator import Estimator, entries
+from areal_agents.algorithms.critic_targets import Columns, target_columns
+from areal_agents.algorithms.episode_view import EpisodeView
+from areal_agents.algorithms.estimator import Advantages, Estimator, entries
 from areal_agents.algorithms.refinement import refined
+from areal_agents.algorithms.token_credit import TEACHER, ByTurn, penalties, taught
 from areal_agents.errors import ConfigError
 from areal_agents.learner.critic import Values
+from areal_agents.learner.passes import Logprobs
+from areal_agents.learner.reference import COLUMN
 from areal_agents.settings.config import AlgorithmConfig
 from areal_agents.trainer.credit import require_state_keys, views_of
 from areal_agents.types import Group, Trajectory
@@ -31,6 +37,16 @@ class Valuer(Protocol):
     @property
     def version(self) -> int: ...
     async def values(self, batch: Batch) -> Values: ...
+    async def reference(self, batch: Batch) -> tuple[Logprobs, float]: ...
+    async def teacher(self, batch: Batch) -> Logprobs: ...
+
+
+class Scorer(Protocol):
+    """A teacher that is not the learner's."""
+
+    async def logprobs(self, rows: Sequence[Row]) -> Logprobs:
+        """Compute log π of the rows' sampled tokens at temperature 1, NaN where it cannot."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,30 +59,55 @@ class EpisodeValues:
     """V after the last turn. 0 where the task ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What models say of a batch's episodes, in the order of the episodes. None: they were not asked."""
+
+    values: Sequence[EpisodeValues] | None = None
+    """The critic's."""
+    reference: Sequence[ByTurn] | None = None
+    """log π of the reference policy."""
+    kl_coef: float = 0.0
+    """β as it is now."""
+    teacher: Sequence[ByTurn] | None = None
+    """The teacher's log π, NaN where it has none."""
+
+
 async def batch_for(
-    learner: Valuer, groups: Sequence[Group], algorithm: AlgorithmConfig, *, temperature: float
+    learner: Valuer,
+    groups: Sequence[Group],
+    algorithm: AlgorithmConfig,
+    *,
+    temperature: float,
+    teacher: Scorer | None = None,
 ) -> Batch:
-    """Turn groups into training rows for ``learner``, whose critic is asked where the estimator reads values.
+    """Turn groups into training rows for ``learner``, whose models are asked where the settings need them.
 
     Args:
         learner: steps on the batch next.
         groups: the finished groups of one batch.
-        algorithm: the advantage estimator and the critic's settings are taken from it.
+        algorithm: the advantage estimator, the critic's, the KL term's and the teacher's settings are taken from it.
         temperature: that the episodes were sampled at.
+        teacher: asked in the place of the learner's.
     """
-    values = None
-    if Estimator(algorithm.advantage).reads_values:
-        values = await _read_values(learner, [t for g in groups for t in g.trajectories], temperature)
-    return batch_of(groups, algorithm, learner.version, temperature, values=values)
+    episodes = [t for g in groups for t in g.trajectories]
+    asked = Asked()
+    if algorithm.kl.in_reward or algorithm.teacher.model:
+        rows = [row for i, t in enumerate(episodes) for row in rows_of(t, [0.0] * len(t.turns), episode=i)]
+        plain = Batch(tuple(rows), len(episodes), learner.version, temperature)
+        if algorithm.kl.in_reward:
+            found, coef = await learner.reference(plain)
+            asked = replace(asked, reference=_by_turn(rows, found, episodes), kl_coef=coef)
+        if algorithm.teacher.model:
+            found = await (learner.teacher(plain) if teacher is None else teacher.logprobs(rows))
+            asked = replace(asked, teacher=_by_turn(rows, found, episodes))
+    if not algorithm.teacher.alone and Estimator(algorithm.advantage).reads_values:
+        asked = replace(asked, values=await _read_values(learner, episodes, temperature))
+    return batch_of(groups, algorithm, learner.version, temperature, asked)
 
 
 def batch_of(
-    groups: Sequence[Group],
-    algorithm: AlgorithmConfig,
-    version: int,
-    temperature: float,
-    *,
-    values: Sequence[EpisodeValues] | None = None,
+    groups: Sequence[Group], algorithm: AlgorithmConfig, version: int, temperature: float, asked: Asked | None = None
 ) -> Batch:
     """Turn groups into training rows.
 
@@ -75,32 +116,80 @@ def batch_of(
         algorithm: the advantage estimator and what follows it are taken from it.
         version: the learner's.
         temperature: that the episodes were sampled at.
-        values: of each episode of all groups, in order. None without a critic.
+        asked: what models say of the episodes. None: nothing.
 
     Raises:
         ConfigError: the estimator returned something else than advantages, or needs what the environment does not give.
     """
+    episodes, asked = [t for g in groups for t in g.trajectories], asked or Asked()
+    columns: list[Columns] = [{} for _ in episodes]
+    if asked.reference is not None:
+        for of_episode, logprobs_K in zip(columns, asked.reference, strict=True):
+            of_episode[COLUMN] = [list(turn) for turn in logprobs_K]
+    if algorithm.teacher.alone:
+        advantages: list[Advantages] = [torch.zeros(len(t.turns)) for t in episodes]
+    else:
+        advantages, targets = _of_rewards(groups, algorithm, asked)
+        for of_episode, more in zip(columns, targets, strict=True):
+            of_episode.update(more)
+    rows: list[Row] = []
+    for i, trajectory in enumerate(episodes):
+        given = entries(advantages[i])
+        if asked.teacher is not None:
+            columns[i][TEACHER] = [list(turn) for turn in asked.teacher[i]]
+            if algorithm.overlong == "keep" or trajectory.terminated:
+                given = taught(advantages[i], trajectory, asked.teacher[i], algorithm.teacher.coef)
+        rows += rows_of(trajectory, given, episode=i, columns=columns[i])
+    return Batch(tuple(rows), len(episodes), version, temperature)
+
+
+def _of_rewards(
+    groups: Sequence[Group], algorithm: AlgorithmConfig, asked: Asked
+) -> tuple[list[Advantages], list[Columns]]:
+    """Return the advantages of the rewards that train, and what a critic is fitted to, an entry an episode."""
     estimator = Estimator(algorithm.advantage)
     require_state_keys(groups, estimator)
     views = [views_of(group) for group in groups]
-    if values is not None:
-        told = iter(values)
+    if asked.reference is not None:
+        views = _paying(groups, views, asked.reference, algorithm, asked.kl_coef)
+    if asked.values is not None:
+        told = iter(asked.values)
         views = [
             [replace(view, values_K=v.values_K, tail_value=v.tail) for view, v in zip(group, told, strict=False)]
             for group in views
         ]
     found = estimator.of_batch(views)
-    columns = None
-    if values is not None:  # V is fitted to what the estimator found, before anything is normalised
+    targets: list[Columns] = [{} for group in found for _ in group]
+    if asked.values is not None:  # V is fitted to what the estimator found, before anything is normalised
         every = [a for group in found for a in group]
-        columns = [target_columns(a, v.values_K) for a, v in zip(every, values, strict=True)]
+        targets = [target_columns(a, v.values_K) for a, v in zip(every, asked.values, strict=True)]
     refinement = refined(found, views, overlong=algorithm.overlong, normalize=algorithm.normalize)
-    advantages = [a for group in refinement for a in group]
-    episodes = [t for g in groups for t in g.trajectories]
-    rows: list[Row] = []
-    for i, trajectory in enumerate(episodes):
-        rows += rows_of(trajectory, entries(advantages[i]), episode=i, columns=columns[i] if columns else None)
-    return Batch(tuple(rows), len(episodes), version, temperature)
+    return [a for group in refinement for a in group], targets
+
+
+def _paying(
+    groups: Sequence[Group],
+    views: Sequence[Sequence[EpisodeView]],
+    reference: Sequence[ByTurn],
+    algorithm: AlgorithmConfig,
+    coef: float,
+) -> list[list[EpisodeView]]:
+    """Return the views with rewards that are less by what the episodes' tokens pay for leaving the reference."""
+    logprobs, out = iter(reference), []
+    for group, seen in zip(groups, views, strict=True):
+        estimates = [penalties(algorithm.kl.estimator, t, next(logprobs)) for t in group.trajectories]
+        paid = [[[coef * x for x in turn] for turn in of_episode] for of_episode in estimates]
+        out.append([view.paying(p) for view, p in zip(seen, paid, strict=True)])
+    return out
+
+
+def _by_turn(rows: Sequence[Row], found: Logprobs, episodes: Sequence[Trajectory]) -> list[ByTurn]:
+    """Sort numbers of the rows' sampled tokens by episode and turn."""
+    turns: list[list[list[float]]] = [[[] for _ in t.turns] for t in episodes]
+    for row, numbers in zip(rows, found, strict=True):
+        for k in sorted(set(row.turns[row.mask].tolist())):
+            turns[row.episode][k] = numbers[row.turns == k].tolist()
+    return list(turns)
 
 
 async def _read_values(learner: Valuer, episodes: Sequence[Trajectory], temperature: float) -> list[EpisodeValues]:

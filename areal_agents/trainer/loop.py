@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from areal_agents import settings
+from areal_agents.algorithms.token_credit import teacher_metrics
 from areal_agents.errors import Interrupted, LearnerLost
 from areal_agents.evaluation.endings import count_oddities
 from areal_agents.evaluation.held_out import as_begun
@@ -37,6 +38,7 @@ from areal_agents.trainer.resume import begin, rate_change, refuse_evaluation
 from areal_agents.trainer.reward_watch import component_means, same_answers
 from areal_agents.trainer.run import Run, open_run
 from areal_agents.trainer.run_folder import Commit, RunFolder, require_shared
+from areal_agents.trainer.teacher import require_teacher
 from areal_agents.types import Group
 from areal_agents.utils.signals import Stop, StopRequested, stop_on_signals
 from areal_agents.utils.tolerance import all_same, reaches
@@ -85,6 +87,7 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
     if resume:
         config = as_begun(config, config.out)
     require_runnable(config)  # before all else: a typo must not wait for a model, nor leave a folder
+    await require_teacher(config)
     looks = await _looked(config)
     with RunFolder(config.out, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every) as folder:
         commit, changes = begin(folder, config, resume=resume)
@@ -260,7 +263,9 @@ async def _evaluate_if_due(run: Run, step: int) -> None:
 
 async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, watch: Stopwatch) -> None:
     waited = watch.seconds
-    batch = await batch_for(run.learner, groups, run.config.algorithm, temperature=run.config.rollout.temperature)
+    batch = await batch_for(
+        run.learner, groups, run.config.algorithm, temperature=run.config.rollout.temperature, teacher=run.teacher
+    )
     metrics = dict(await run.learner.step(batch))
     update = await run.publish()
     run.renew_weights()
@@ -268,6 +273,7 @@ async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, wa
     metrics |= (
         rollout_metrics(groups, batch.version)
         | credit_metrics(groups, run.config.algorithm)
+        | teacher_metrics(batch)
         | {
             "wait_seconds": waited,
             "step_seconds": watch.seconds,

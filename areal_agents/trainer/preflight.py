@@ -55,6 +55,11 @@ def _require_estimator(config: TrainConfig, judge: NamedGroupReward | None) -> N
     estimator, where = Estimator(a.advantage), f"algorithm.advantage.kind = {a.advantage.kind!r}"
     estimator.require_size(r.group_size)
     if estimator.baseline == "greedy":
+        if a.teacher.alone:
+            raise ConfigError(
+                f"{where} plays greedy episodes, and with algorithm.teacher.rewards = false no reward is compared with "
+                "theirs: leave the advantage out"
+            )
         if r.concurrency <= r.group_size:
             raise ConfigError(
                 f"{where} plays one greedy episode beside the rollout.group_size = {r.group_size} of a group, and "

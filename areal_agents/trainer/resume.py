@@ -25,6 +25,8 @@ from areal_agents.trainer.run_folder import Commit, RunFolder
 MAY_CHANGE = (
     "steps", "out", "engine.", "cluster.", "checkpoint.", "track.", "eval.every", "eval.baseline",
     "env.sandbox", "env.step_timeout",
+    "algorithm.teacher.url", "algorithm.teacher.api_key_env", "algorithm.teacher.timeout",
+    "algorithm.teacher.max_retries", "algorithm.teacher.concurrency",
     "learner.lr", "learner.warmup_steps", "learner.schedule", "learner.grad_clip", "learner.token_budget",
     "learner.gradient_checkpointing", "learner.logprob_chunk", "learner.threads", "learner.device",
     "learner.lora.publish",

@@ -19,6 +19,7 @@ from areal_agents import registry
 from areal_agents.algorithms.estimator import Estimator
 from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Sampling
+from areal_agents.engines.openai.teacher import ServedTeacher
 from areal_agents.errors import LearnerLost
 from areal_agents.evaluation.attempts import run_attempts
 from areal_agents.evaluation.progress import Progress, Stopwatch
@@ -155,6 +156,9 @@ class Run:
             group_reward=group_reward_of(self.spec, r.group_reward),
             greedy=self.engine_player(0.0) if compares else None,
         )
+        t = self.config.algorithm.teacher
+        self.teacher = ServedTeacher(t, known=len(self.fmt.tokenizer)) if t.url else None
+        """The teacher that a server has, if that is where it is."""
         self.left_out: dict[str, str] = {}
         """Training tasks that cannot be scored or that the warm start could not play, each with the reason."""
         self.held_out_bad: dict[str, str] = {}

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, Self
 
 from areal_agents.errors import CheckpointError, ConfigError
 from areal_agents.evaluation.report import EvalReport
-from areal_agents.learner.learner import Learner
+from areal_agents.learner.contract import Learner
 from areal_agents.rollout.producer import RolloutState
 from areal_agents.tracking.trajectories import read_shard
 from areal_agents.trainer.rollout_state import rollouts_from_json, write_rollouts

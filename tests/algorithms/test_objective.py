@@ -55,8 +55,8 @@ def test_a_term_beside_the_loss_needs_a_young_token_and_no_advantage() -> None:
     assert live_rows(batch, max_staleness=4, scope="token", always=True) == [0, 1, 2, 3]
     assert live_rows(batch, max_staleness=None, scope="token", always=True) == [0, 1, 2, 3]
     for scope in ("episode", "minibatch"):  # a row of masked tokens weighs in what is seen at once
-        assert set(live_rows(batch, max_staleness=2, scope=scope, always=True)) >= {0, 1}  # type: ignore[arg-type]
-        assert live_rows(Batch(ROWS[1:], 3, 5, 1.0), max_staleness=2, scope=scope, always=True) == []  # type: ignore[arg-type]
+        assert set(live_rows(batch, max_staleness=2, scope=scope, always=True)) >= {0, 1}
+        assert live_rows(Batch(ROWS[1:], 3, 5, 1.0), max_staleness=2, scope=scope, always=True) == []
 
 
 def test_what_sees_more_than_a_token_needs_the_rows_beside_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from areal_agents.errors import ConfigError, EngineError, LearnerLost, ModelErro
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.settings.critic import CriticConfig
+from areal_agents.settings.kl import KlConfig
 from areal_agents.settings.lora import LoraConfig
+from areal_agents.settings.teacher import TeacherConfig
 from areal_agents.weights.shared_memory import AttachedWeights
 from tests.learner.test_critic import with_targets
 from tests.learner_data import make_batch
 from tests.processes import wait_gone
 from tests.served import SECONDS
 from tests.tiny_models import save_tiny, tiny_model
+from tests.tiny_tokenizer import tiny
 
 pytest.importorskip("ray")
 from areal_agents.cluster.learner_actor import RemoteLearner
@@ -82,6 +86,34 @@ def test_it_learns_what_a_local_learner_learns(
         assert wait_gone([remote.pid], 60) == []
         with pytest.raises(LearnerLost, match="the learner was closed"):
             await remote.logprobs(batches[0])
+        await local.close()
+
+    session.run(learn())
+
+
+def test_its_reference_and_its_teacher_say_the_same(session: RaySession, model: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    folder = save_tiny(tmp_path / "teacher", tiny_model(seed=7))
+    tiny().save_pretrained(folder)
+    kl = KlConfig(coef=0.3, place="reward", target=0.01, horizon=4)
+    algorithm = AlgorithmConfig(kl=kl, teacher=TeacherConfig(model=str(folder)))
+    options = SETTINGS | {"algorithm": algorithm}
+
+    async def learn() -> None:
+        local = TorchLearner(model, **options)
+        async with await RemoteLearner.start(model, num_cpus=0, health_interval=0.2, **options) as remote:
+            for version in range(2):
+                batch = make_batch(tiny_model(), version=version, seed=version)
+                here, there = [await learner.teacher(batch) for learner in (local, remote)]
+                assert all(np.array_equal(x, y) for x, y in zip(here, there, strict=True))
+                (here, coef), (there, other) = [await learner.reference(batch) for learner in (local, remote)]
+                assert all(np.array_equal(x, y) for x, y in zip(here, there, strict=True))
+                assert coef == other
+                assert (coef == 0.3) == (version == 0), "it adapts"
+                rows = (replace(r, columns={"reference": c}) for r, c in zip(batch.rows, here, strict=True))
+                asked = replace(batch, rows=tuple(rows))
+                a, b = [await learner.step(asked) for learner in (local, remote)]
+                assert {k: a[k] for k in a.keys() - TIMINGS} == {k: b[k] for k in b.keys() - TIMINGS}
         await local.close()
 
     session.run(learn())

@@ -188,6 +188,31 @@ def test_those_used_longest_ago_are_removed_and_never_the_users(engine: Any, pub
 
 
 @pytest.mark.docker
+def test_no_session_fails_for_a_record_that_cannot_be_kept(
+    engine: Any, record: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = make(engine, "areal-test-volumes:1", changes=["VOLUME /work/", "VOLUME /tmp/"])
+
+    async def calls(backend: DockerBackend) -> None:
+        await works(backend, IMAGE)
+        path = backend._images._kept._path
+        path.parent.mkdir(parents=True)
+        for broken in ("", "[]", '{"areal-test-volumes:1": 7}'):
+            path.write_text(broken)
+            backend._images._kept._written.clear()
+            await works(backend, mine)
+            await backend.prepare(specs(mine))
+        path.unlink()
+        path.mkdir()
+        backend._images._kept._written.clear()
+        await works(backend, mine)
+
+    play(calls)
+    assert capsys.readouterr().err.count(f"no record can be kept in {record}") == 1
+    engine.images.remove(mine)
+
+
+@pytest.mark.docker
 def test_an_image_in_use_is_kept(engine: Any, published: list[str]) -> None:
     async def calls(backend: DockerBackend) -> None:
         async with backend.session(SandboxSpec(image=published[0])) as sandbox:

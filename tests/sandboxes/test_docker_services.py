@@ -18,7 +18,7 @@ import pytest
 
 from areal_agents.errors import SandboxError, SandboxUnavailable
 from areal_agents.sandbox import Sandbox, SandboxSpec, Service
-from areal_agents.sandboxes import docker_backend
+from areal_agents.sandboxes import docker_backend, docker_services
 from areal_agents.sandboxes.docker_backend import DockerBackend
 from areal_agents.sandboxes.docker_image import IMAGE
 from areal_agents.sandboxes.subject import run
@@ -65,6 +65,18 @@ def ask(server):
             return int.from_bytes(s.recv(512)[6:8], "big")
         except OSError as error:
             return str(error)
+def shout(server):
+    sent = 0
+    past_routes = [(1, socket.SO_BINDTODEVICE, b"eth0"), (1, socket.SO_DONTROUTE, 1)]
+    for options in ([], [(1, socket.SO_BROADCAST, 1)], past_routes):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            try:
+                for option in options:
+                    s.setsockopt(*option)
+                sent += s.sendto(b"leak", (server, 53))
+            except OSError:
+                pass
+    return sent
 def abstract(name):
     with socket.socket(socket.AF_UNIX) as s:
         try:
@@ -77,13 +89,21 @@ def all(wanted, name, servers):
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         tcp = [pool.submit(attempt, *one) for one in wanted]
         dns = [pool.submit(ask, one) for one in servers]
-        return {"tcp": [t.result() for t in tcp], "dns": [d.result() for d in dns], "abstract": abstract(name)}
+        shouted = sum(map(shout, [*servers, "224.0.0.1", "255.255.255.255"]))
+        answers = {"tcp": [t.result() for t in tcp], "dns": [d.result() for d in dns], "abstract": abstract(name)}
+        return {**answers, "shouted": shouted}
 """
 
 READY = "python3 -c 'import socket; socket.create_connection((\"127.0.0.1\", 8000))'"
 HOG = """
 import subprocess, sys
 print(subprocess.run([sys.executable, "-c", "b = bytearray(300 << 20)"]).returncode)
+"""
+GREEDY = """
+import contextlib, time, urllib.request
+with contextlib.suppress(OSError):
+    urllib.request.urlopen("http://web:8000", data=b"bytearray(300 << 20)", timeout=600)
+time.sleep(600)
 """
 FORKS = """
 import os, time
@@ -171,6 +191,7 @@ def test_a_session_and_its_services_reach_each_other_and_nothing_else(engine: An
                 ):
                     assert len(told["tcp"]) == len(places)
                     assert "connected" not in (*told["tcp"], told["abstract"]), told
+                    assert told["shouted"] >= 4 * (3 + len(servers))
                     assert all(answer == 0 or isinstance(answer, str) for answer in told["dns"]), told
                 assert sorted(seen) == ["dns", "tcp"]  # our own two alone
 
@@ -179,11 +200,32 @@ def test_a_session_and_its_services_reach_each_other_and_nothing_else(engine: An
 
 
 @pytest.mark.docker
+def test_a_host_that_takes_datagrams_is_told_of_once(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not docker_services._deafen("f" * 64)  # on no machine of ours
+    monkeypatch.setattr(docker_services, "_deafen", lambda network: False)
+
+    async def calls(backend: DockerBackend) -> None:
+        for _ in range(2):
+            async with backend.session(SandboxSpec(services=(web(),))) as sandbox:
+                assert (await run(sandbox, "print(1)")).stdout == b"1\n"
+
+    play(calls)
+    assert capsys.readouterr().err.count("net.ipv4.conf.default.rp_filter=1") == 1
+
+
+@pytest.mark.docker
 def test_a_service_is_contained(engine: Any) -> None:
     async def calls(backend: DockerBackend) -> None:
         service = web(memory=128 << 20, disk=8 << 20, processes=24, cpus=0.5, writable=("/srv/data",), start_seconds=60)
         async with backend.session(SandboxSpec(services=(service,))) as sandbox:
-            assert "Read-only" in await ask(sandbox, "open('/usr/x', 'w')")
+            for path in ("/usr/x", "/dev/x", "/sys/fs/cgroup/x", "/proc/sys/kernel/core_pattern"):
+                assert "Read-only" in await ask(sandbox, f"open({path!r}, 'w')"), path
+            masked = (
+                "import os; print([open(p).read() for p in ('/proc/keys', '/proc/timer_list') if os.path.exists(p)])"
+            )
+            assert set(json.loads((await ask(sandbox, masked)).replace("'", '"'))) <= {""}
             assert await ask(sandbox, "open('/srv/data/x', 'w').write('x'); print(1)") == "1\n"
             assert "No space left" in await ask(sandbox, "open('/srv/data/y', 'wb').write(bytes(9 << 20))")
             assert int(await ask(sandbox, FORKS)) <= 32
@@ -211,7 +253,8 @@ def test_a_service_is_what_its_image_says(engine: Any, tmp_path: Path) -> None:
     show = "pwd; id -u; echo $WHO $HOME; echo x > /data/sub/x && echo y > /run/y && echo z > /opt/new/z && echo wrote; "
     show += "echo w > /data/no || exec python3 -m http.server 8000"
     lines = [f"FROM {IMAGE}", "RUN mkdir -p /data/sub && echo app:x:1234:77::/home/app:/bin/sh >> /etc/passwd"]
-    lines += ["USER app", "WORKDIR /data", "VOLUME /data/sub", "ENV WHO=me", f"CMD {json.dumps(['sh', '-c', show])}"]
+    lines += ["RUN mv /etc/passwd /usr/users && ln -s ../opt/users /etc/passwd && ln -s /usr/users /opt/users"]
+    lines += ["USER app", "WORKDIR /data", "VOLUME /data/sub/", "ENV WHO=me", f"CMD {json.dumps(['sh', '-c', show])}"]
     (tmp_path / "Dockerfile").write_text("\n".join(lines))
     engine.images.build(path=str(tmp_path), tag="areal-test-app:1", rm=True)
 
@@ -265,8 +308,11 @@ def test_the_end_of_a_service_is_the_sandboxs_failure(engine: Any) -> None:
         async with backend.session(SandboxSpec(services=(web(),))) as sandbox:
             code = "import threading, os; threading.Timer(0.2, os._exit, [3]).start()"
             assert await ask(sandbox, code) == ""
-            with pytest.raises(SandboxError, match=r"service 'web' ended with exit code 3"):
+            with pytest.raises(SandboxError, match=r"service 'web' ended with exit code 3 \(it"):
                 await run(sandbox, "import time; time.sleep(600)", timeout=600)
+        async with backend.session(SandboxSpec(services=(web(memory=64 << 20),))) as sandbox:
+            with pytest.raises(SandboxError, match="'web' ended with exit code -9, because its memory of 64 MiB was"):
+                await run(sandbox, GREEDY, timeout=600)
 
     play(calls)
     assert (containers(engine), networks(engine)) == ([], [])
@@ -279,7 +325,9 @@ def test_the_end_of_a_service_is_the_sandboxs_failure(engine: Any) -> None:
         ({"command": ("sh", "-c", "echo no licence; exit 4")}, SandboxError, "exit code 4 .*no licence.*before it had"),
         ({"command": ("no-such-program",)}, SandboxError, "exit code 127 .*no-such-program"),
         ({"port": 9, "start_seconds": 1}, SandboxError, "'web' did not start within 1 s .*about to serve"),
-        ({"ready": ("false",), "start_seconds": 1}, SandboxError, "'web' did not start within 1 s"),
+        ({"ready": ("false",), "start_seconds": 1}, SandboxError, "within 1 s, and 'false' ended with 1 "),
+        ({"ready": ("no-ready",), "start_seconds": 2}, SandboxError, "'no-ready' ended with 127: .*No such file"),
+        ({"command": ("printf", r"\033]0;owned\007")}, SandboxError, r"it printed: \\x1b\]0;owned\\x07\), before"),
         ({"image": "areal-test/none:1"}, SandboxUnavailable, "image 'areal-test/none:1' cannot be had"),
     ],
 )

@@ -36,10 +36,26 @@ def test_a_sandbox_without_images_refuses_services(name: str) -> None:
         ({"name": "Web"}, "must be a host name"),
         ({"name": "localhost"}, "must be a host name"),
         ({"name": "a b"}, "must be a host name"),
+        ({"name": "7"}, "must be a host name"),  # the address 0.0.0.7
+        ({"name": "0x7f"}, "must be a host name"),
+        ({"name": "ip6-localhost"}, "must be a host name"),  # itself
+        ({"name": 7}, "must be a host name"),
         ({"image": ""}, "has no image"),
+        ({"image": None}, "None is no text"),
+        ({"port": "8000"}, "port '8000' is none"),
+        ({"port": True}, "port True is none"),
+        ({"ready": ["true"]}, "ready must be a tuple of texts, not a list"),
+        ({"ready": ("sleep", 1)}, "1 is no text"),
+        ({"command": ("a\0b",)}, "has a NUL"),
+        ({"environment": {"A": 1}}, "1 is no text"),
+        ({"memory": 5e8}, "memory=500000000.0: its limits must be whole numbers"),
+        ({"memory": 1 << 20}, "32 MiB at least"),
+        ({"cpus": float("nan")}, "cpus=nan"),
+        ({"cpus": 0.001}, "cpus=0.001"),
+        ({"start_seconds": float("inf")}, "start_seconds=inf"),
         ({"port": 0}, "say how it is seen"),
         ({"port": 70_000}, "port 70000 is none"),
-        ({"command": "redis-server"}, "not a text"),
+        ({"command": "redis-server"}, "not a str"),
         ({"writable": ("data",)}, "no absolute path"),
         ({"writable": ("/a/../b",)}, "no absolute path"),
         ({"writable": ("/a:rw",)}, "no absolute path"),
@@ -55,8 +71,9 @@ def test_a_service_that_cannot_be(given: Any, message: str) -> None:
 def test_services_are_told_apart() -> None:
     with pytest.raises(ConfigError, match="different names"):
         SandboxSpec(services=(web(), web()))
-    with pytest.raises(ConfigError, match="must be a tuple"):
-        SandboxSpec(services=[web()])  # type: ignore[arg-type]
+    for wrong in ([web()], ("web",), None):
+        with pytest.raises(ConfigError, match="must be a tuple of Service"):
+            SandboxSpec(services=wrong)  # type: ignore[arg-type]
     given = {"A": "1"}
     kept = SandboxSpec(services=(web(environment=given),))
     given["A"] = "2"

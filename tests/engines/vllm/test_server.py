@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,29 +18,34 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 import transformers
 
+from areal_agents.algorithms.batch import Row
 from areal_agents.chat.format import ChatFormat
 from areal_agents.chat.toolcalls import parse_text
 from areal_agents.cli.main import main
 from areal_agents.engine import Sampling
 from areal_agents.engines.openai.client import OpenAIChat
 from areal_agents.engines.openai.messages import request_messages, request_tools
+from areal_agents.engines.openai.teacher import ServedTeacher
 from areal_agents.engines.vllm.server import free_port
+from areal_agents.errors import ConfigError
 from areal_agents.evaluation.evaluate import evaluate
 from areal_agents.evaluation.players import Server
 from areal_agents.rewards import Budget, Panel, pointwise
 from areal_agents.served_model import ServedModel
-from areal_agents.settings.config import ModelConfig, RolloutConfig
+from areal_agents.settings.config import ModelConfig, RolloutConfig, TrainConfig
 from areal_agents.tracking.trajectories import read_records
+from areal_agents.trainer.teacher import require_teacher
 from areal_agents.types import user
 from tests.chat.test_server_template import CONVERSATIONS, TOOLS
 from tests.chat_server import Hang, Json, Step, chat_server, completion
 from tests.processes import MARKER, marked, wait_gone
 from tests.rewards.judges.scripted import episode as judged
-from tests.tiny_models import save_tiny
+from tests.tiny_models import forward_logprobs, save_tiny
 from tests.tiny_tokenizer import CHATML, tiny
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -263,6 +269,43 @@ def test_seeded_prompts_with_more_tokens_than_a_step_takes(server: Process) -> N
         assert [answer.status_code for answer in answers] == [200] * 14, server.output()[-4000:]
 
     asyncio.run(talk())
+
+
+def test_a_teacher_scores_the_students_tokens(server: Process, model: Path, tmp_path: Path) -> None:
+    """What vLLM says of a prompt, /tokenize included, against a forward pass of transformers."""
+    teacher = {"model": "tiny", "url": f"{server.url}/v1"}
+    config = TrainConfig.model_validate(
+        {"model": {"path": str(model), "max_context": 900}, "algorithm": {"teacher": teacher}}
+    )
+    longer = config.model_copy(update={"model": ModelConfig(path=str(model), max_context=1 << 14)})
+    other = tiny(CHATML)
+    other.add_tokens(["in"])  # of the same size as before: the vocabularies alone would not tell
+    copied = tmp_path / "other"
+    shutil.copytree(model, copied)
+    other.save_pretrained(copied)
+    unlike = config.model_copy(update={"model": ModelConfig(path=str(copied), max_context=900)})
+    rng, known = np.random.default_rng(0), len(tiny(CHATML))
+    rows = []
+    for n in (40, 7, 200):
+        mask = np.arange(n) >= n // 2
+        zeros = np.zeros(n, np.float32)
+        ids = rng.integers(0, known, n)
+        rows.append(Row(ids, mask, zeros, np.zeros(n, np.int64), np.where(mask, 0, -1), zeros, 0))
+
+    async def ask() -> list[Any]:
+        await require_teacher(config)
+        with pytest.raises(ConfigError, match="must take one more than"):
+            await require_teacher(longer)
+        with pytest.raises(ConfigError, match="has another tokenizer than the student"):
+            await require_teacher(unlike)
+        return list(await ServedTeacher(config.algorithm.teacher, known=known).logprobs(rows))
+
+    found = asyncio.run(asyncio.wait_for(ask(), 120))
+    weights = transformers.AutoModelForCausalLM.from_pretrained(model)
+    for row, said in zip(rows, found, strict=True):
+        want = forward_logprobs(weights, tuple(row.ids.tolist()))[len(row) // 2 - 1 :]
+        assert np.abs(said[row.mask] - want.numpy()).max() < 2e-4
+        assert not said[~row.mask].any()
 
 
 def test_ctrl_c_ends_it_and_leaves_no_process_memory_or_file(server: Process) -> None:
