@@ -127,7 +127,9 @@ def test_two_minibatches_a_batch_and_two_batches_equal_a_naive_loop(tmp_path: Pa
     second = replace(make_batch(model, seed=2), version=1)
     made = learner(model, tmp_path / "m", c, a, seed=5)
     optimizer = smooth_adamw(model, c)
+    losses: list[list[float]] = []
     for batch in (first, second):
+        losses.append([])
         with torch.no_grad():
             fixed = [np.zeros(len(r), np.float32) for r in batch.rows]
             for row, p in zip(batch.rows, fixed, strict=True):
@@ -138,14 +140,15 @@ def test_two_minibatches_a_batch_and_two_batches_equal_a_naive_loop(tmp_path: Pa
             rows = [i for i, r in enumerate(batch.rows) if r.episode in part]
             proximal = fixed if correction == "decoupled" else None
             optimizer.zero_grad()
-            torch.autograd.backward(naive_loss(model, batch, rows, len(part), a, proximal))
+            loss = naive_loss(model, batch, rows, len(part), a, proximal)
+            torch.autograd.backward(loss)
+            losses[-1].append(float(loss.detach()))
             optimizer.step()
 
-    async def job(it: TorchLearner) -> None:
-        await it.step(first)
-        await it.step(second)
+    async def job(it: TorchLearner) -> list[float]:
+        return [(await it.step(batch))["loss"] for batch in (first, second)]
 
-    run(made, job)
+    assert run(made, job) == pytest.approx([sum(of) / 2 for of in losses], abs=1e-4), "a mean over minibatches"
     assert made.version == 2
     assert largest_difference(made.tensors(), model) < 1e-5
     assert largest_difference(made.tensors(), before) > 1e-3
