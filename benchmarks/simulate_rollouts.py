@@ -102,11 +102,13 @@ class _Engines:
 class _Runner:
     """An ``EpisodeRunner`` whose episodes are simulated turns and tools."""
 
+    has_greedy = False
+
     def __init__(self, engines: _Engines, case: Case, calibration: Calibration) -> None:
         self._engines, self._turn_tokens = engines, calibration.turn_tokens
         self._workload = Workload(case, calibration)
 
-    async def run(self, task: Task, *, id: str, group: str, seed: int) -> Trajectory | None:
+    async def run(self, task: Task, *, id: str, group: str, seed: int, greedy: bool = False) -> Trajectory | None:
         order, index = int(group[1:]), int(id.partition("/")[2])
         episode = Episode(None, index, id, self._workload.lengths(order)[index])
         try:
