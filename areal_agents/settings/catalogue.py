@@ -13,7 +13,7 @@ from typing import Any
 
 from areal_agents.algorithms.registry import REGISTRIES, Registry
 from areal_agents.errors import ConfigError
-from areal_agents.settings.describe import help_lines, parameters, shown_default
+from areal_agents.settings.describe import help_lines, parameters, settings, shown_default
 from areal_agents.settings.presets import PRESETS
 
 _ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
@@ -156,10 +156,10 @@ def page() -> str:
             "| Name | Formula | Papers | Bias | Use it |",
             "|---|---|---|---|---|",
         ]
-        default = ["turn_return", "ppo", "bypass", "none"]
+        default = settings()[key].default.kind
         for kind in registry.builtin():
             e = _entry(registry, kind)
-            name = f"`{kind}`" + (" (default)" if kind in default else "")
+            name = f"`{kind}`" + (" (default)" if kind == default else "")
             papers = ", ".join(e["papers"])
             cells = [name, e["formula"].replace("\n", "; ") or e["summary"], papers, e["bias"], e["use"]]
             lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
