@@ -43,13 +43,13 @@ def test_a_run_with_adapters_learns_goes_on_and_exports(tmp_path: Path, capsys: 
     saved = sorted((c.out / "checkpoints").glob("step-*/learner/*"))
     assert [f.name for f in saved] == ["adapter_config.json", "adapter_model.safetensors", "learner.pt"]
 
-    for other in (with_lora(c, steps=14, rank=4), with_lora(c, steps=14, targets=["q_proj"])):
+    for other in (with_lora(c, steps=24, rank=4), with_lora(c, steps=24, targets=["q_proj"])):
         with pytest.raises(ConfigError, match=r"learner\.lora\.(rank|targets) was .*the checkpoint of step 7 used it"):
             asyncio.run(train(other, resume=True, console=False))
-    c = with_lora(c, steps=14)
+    c = with_lora(c, steps=24)
     asyncio.run(train(c, resume=True, console=False))
     rows = read_metrics(c.out, kind="train")
-    assert [r["step"] for r in rows] == list(range(1, 15))
+    assert [r["step"] for r in rows] == list(range(1, 25))
     assert rise([r["reward"] for r in rows]) > 0.2
     # What the transformers engine sampled with merged weights, the learner says of its own.
     assert max(r["off_policy/abs_dlogp"] for r in rows if r["age_max"] == 0 and r["off_policy/tokens"]) < 1e-4
