@@ -54,11 +54,13 @@ def credit_metrics(groups: Sequence[Group], algorithm: AlgorithmConfig) -> dict[
 
     ``groups_without_signal`` is a share; ``anchor_size`` and ``anchor_size/turn_K`` are means over turns, and
     ``anchors_shared`` is the share of turns whose state another turn of the group met. Where a critic, pay for a
-    divergence or a teacher alone give every group a signal, ``groups_without_signal`` is left out.
+    divergence or a teacher alone give every group a signal, or an estimator finds one in the batch that a group alone
+    does not have, ``groups_without_signal`` is left out.
     """
     estimator = Estimator(algorithm.advantage)
     found: dict[str, float] = {}
-    if not estimator.reads_values and not algorithm.kl.in_reward and not algorithm.teacher.alone:
+    judged = not estimator.reads_values and estimator.judges_alone()
+    if judged and not algorithm.kl.in_reward and not algorithm.teacher.alone:
         has_signal = signal_of(algorithm)
         found["groups_without_signal"] = sum(not has_signal(g) for g in groups) / len(groups)
     if algorithm.overlong == "mask":
