@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from areal_agents.algorithms.batch import Batch, Row, rows_of, tail_row
+from areal_agents.algorithms.batch import LEFT_OUT, Batch, Row, rows_of, tail_row
 from areal_agents.algorithms.critic_targets import Columns, target_columns
 from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.estimator import Advantages, Estimator, entries
@@ -135,12 +135,20 @@ def batch_of(
     rows: list[Row] = []
     for i, trajectory in enumerate(episodes):
         given = entries(advantages[i])
+        if algorithm.overlong == "mask":  # the advantage is 0, and no term beside the loss may act on the tokens either
+            out = float(left_out(trajectory, algorithm))
+            columns[i][LEFT_OUT] = [[out] * len(t.completion.ids) for t in trajectory.turns]
         if asked.teacher is not None:
             columns[i][TEACHER] = [list(turn) for turn in asked.teacher[i]]
-            if algorithm.overlong == "keep" or trajectory.terminated:
+            if not left_out(trajectory, algorithm):
                 given = taught(advantages[i], trajectory, asked.teacher[i], algorithm.teacher.coef)
         rows += rows_of(trajectory, given, episode=i, columns=columns[i])
     return Batch(tuple(rows), len(episodes), version, temperature)
+
+
+def left_out(trajectory: Trajectory, algorithm: AlgorithmConfig) -> bool:
+    """Say whether the policy learns nothing from an episode, which a limit cut."""
+    return algorithm.overlong == "mask" and not trajectory.terminated
 
 
 def _of_rewards(
