@@ -55,6 +55,12 @@ def reads_values(function: F) -> F:
     return function
 
 
+def reads_ratios(function: F) -> F:
+    """Declare that an estimator reads ``log_ratio``, so that the learner is asked for log π before each step."""
+    function.reads_ratios = True  # type: ignore[attr-defined]
+    return function
+
+
 def reads_state_keys(function: F) -> F:
     """Declare that an estimator compares turns by ``state_keys_K``, which the environment must give."""
     function.reads_state_keys = True  # type: ignore[attr-defined]
@@ -100,11 +106,14 @@ class Estimator:
         function = ADVANTAGES.function(choice.kind)
         self.baseline: Baseline | None = getattr(function, "baseline", None)
         self.reads_values: bool = getattr(function, "reads_values", False)
+        self.reads_ratios: bool = getattr(function, "reads_ratios", False)
         self.reads_state_keys: bool = getattr(function, "reads_state_keys", False)
         self._more_than: str | None = getattr(function, "more_than", None)
         tried: Group = (EpisodeView((0.0, 1.0)), EpisodeView((0.5,), terminated=False, stop_reason="max_turns"))
         if self.reads_values:
             tried = tuple(replace(e, values_K=tuple((0.25,) for _ in e.rewards_K)) for e in tried)
+        if self.reads_ratios:
+            tried = tuple(replace(e, log_ratio=0.1) for e in tried)
         if self.baseline == "greedy":
             tried = tuple(replace(e, greedy_return=0.5) for e in tried)
         self.of_batch([tried])

@@ -221,6 +221,7 @@ ADVANTAGES = Registry(
         "reinforce_pp": "areal_agents.algorithms.advantages:reinforce_pp",
         "remax": "areal_agents.algorithms.advantages:remax",
         "opo": "areal_agents.algorithms.advantages:opo",
+        "opob": "areal_agents.algorithms.advantages:opob",
         "pass_at_k": "areal_agents.algorithms.advantages:pass_at_k",
         "maxrl": "areal_agents.algorithms.advantages:maxrl",
         "kevin": "areal_agents.algorithms.turn_credit:kevin",

@@ -161,7 +161,7 @@ class TorchLearner:
 
     async def logprobs(self, batch: Batch) -> Logprobs:
         """Compute log π of every sampled token at the batch's temperature, under the current weights."""
-        return await self._run(lambda: self._passes.logprobs(batch.rows, batch.temperature)[0])
+        return await self._run(lambda: self._counted(self._passes.logprobs(batch.rows, batch.temperature)))
 
     async def values(self, batch: Batch) -> Values:
         """Compute the critic's V before each sampled token. Raises ConfigError where there is no critic."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.estimator import Estimator, tensors_of
@@ -34,6 +35,8 @@ def signal_of(algorithm: AlgorithmConfig) -> Callable[[Group], bool]:
 
     def has_signal(group: Group) -> bool:
         views = views_of(group)
+        if estimator.reads_ratios:  # they weigh returns, and make none of equal ones differ from their mean
+            views = [replace(view, log_ratio=0.0) for view in views]
         (found,) = refined([estimator(views)], [views], overlong=algorithm.overlong, normalize="none")
         return any(bool(t.any()) for a in found for t in tensors_of(a))
 
