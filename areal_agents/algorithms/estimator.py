@@ -110,13 +110,7 @@ class Estimator:
         self.reads_state_keys: bool = getattr(function, "reads_state_keys", False)
         self._more_than: str | None = getattr(function, "more_than", None)
         tried: Group = (EpisodeView((0.0, 1.0)), EpisodeView((0.5,), terminated=False, stop_reason="max_turns"))
-        if self.reads_values:
-            tried = tuple(replace(e, values_K=tuple((0.25,) for _ in e.rewards_K)) for e in tried)
-        if self.reads_ratios:
-            tried = tuple(replace(e, log_ratio=0.1) for e in tried)
-        if self.baseline == "greedy":
-            tried = tuple(replace(e, greedy_return=0.5) for e in tried)
-        self.of_batch([tried])
+        self.of_batch([self._told(tried, greedy_return=0.5)])
 
     def __call__(self, group: Group) -> list[Advantages]:
         """Return the advantages of one group's episodes, as of a batch of that group alone.
@@ -135,7 +129,17 @@ class Estimator:
             return True
         same = (EpisodeView((1.0,)), EpisodeView((1.0,)))
         other = (EpisodeView((1.0,)), EpisodeView((0.0,), tokens_K=(3,)))
-        return not _any(self.of_batch([same, other])[0])
+        return not _any(self.of_batch([self._told(group, greedy_return=1.0) for group in (same, other)])[0])
+
+    def _told(self, group: Group, *, greedy_return: float) -> Group:
+        """Return made-up episodes with what the estimator declares that it reads."""
+        if self.reads_values:
+            group = tuple(replace(e, values_K=tuple((0.25,) * n for n in e.tokens_K)) for e in group)
+        if self.reads_ratios:
+            group = tuple(replace(e, log_ratio=0.1) for e in group)
+        if self.baseline == "greedy":
+            group = tuple(replace(e, greedy_return=greedy_return) for e in group)
+        return group
 
     def require_size(self, group_size: int) -> None:
         """Raise ConfigError where groups of ``rollout.group_size`` are too small for the estimator."""

@@ -94,7 +94,7 @@ def geometric(
     ] = True,
     measured: Annotated[
         bool,
-        Field(description="Let c be 4 times the distance between engine and learner at the start, where that is more."),
+        Field(description="With ``shrink``: c is 4 times the engine's distance to the learner, where that is more."),
     ] = True,
     scope: Over = "trajectory",
 ) -> Tensor:
