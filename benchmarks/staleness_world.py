@@ -172,7 +172,7 @@ FIGURES = ("age_mean", "abs_dlogp", "clip_fraction", "masked_share")
 async def _train(s: Setting, folder: Path) -> dict[str, Any]:
     algorithm = algorithm_of(s.method)
     config = LearnerConfig(
-        lr=s.lr, schedule="linear", precision="fp32", token_budget=64, minibatches=s.minibatches, device="cpu"
+        lr=s.lr, schedule="linear", precision="fp32", token_budget=128, minibatches=s.minibatches, device="cpu"
     )
     learner = TorchLearner(
         folder, learner=config,
