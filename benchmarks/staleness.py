@@ -1,12 +1,13 @@
 """How much of the final reward does each correction keep when the training data is η versions old?
 
-    python benchmarks/staleness.py [--json benchmarks/results/staleness.json]
-    python benchmarks/staleness.py --quick    # two methods at η = 0 and 8, three seeds
+    python benchmarks/staleness.py [--json benchmarks/results/staleness.json]   # 40 minutes of processor time
+    python benchmarks/staleness.py --quick                   # two methods at η = 0 and 8, three seeds: one minute
 
-The world is that of ``staleness_world.py``. Every method has the same models, tasks, sizes and learning rate, seed by
-seed, and differs in ``algorithm.loss``, ``correction`` and ``mask`` alone. The rate is chosen on tuning seeds, by what
-plain PPO does there: of the rates at which it learns with fresh data, the one at which old data hurts it most. No
-corrected method takes part in the choice. The figures are of fresh seeds, in points: 100 times the mean reward of
+The world is that of ``staleness_world.py``: 50 steps of 64 episodes, two minibatches each, a rate that falls to 0 in a
+straight line. Every method has the same models, tasks, sizes and learning rate, seed by seed, and differs in
+``algorithm.loss``, ``correction`` and ``mask`` alone. The rate is chosen on tuning seeds, by what plain PPO does there:
+of the rates at which it learns with fresh data, the one at which old data hurts it most (0.005 when this was written).
+No corrected method takes part in the choice. The figures are of fresh seeds, in points: 100 times the mean reward of
 ``held_out`` episodes of fresh tasks after the last step.
 
 A deficit is the score with fresh data minus the score at η, paired by seed; its 95 % interval is a percentile bootstrap
