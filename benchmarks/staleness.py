@@ -6,7 +6,7 @@
 The world is that of ``staleness_world.py``: 50 steps of 64 episodes, two minibatches each, a rate that falls to 0 in a
 straight line. Every method has the same models, tasks, sizes and learning rate, seed by seed, and differs in
 ``algorithm.loss``, ``correction`` and ``mask`` alone. The rate is chosen on tuning seeds, by what plain PPO does there:
-of the rates at which it learns with fresh data, the one at which old data hurts it most (0.005 when this was written).
+of the rates at which it learns with fresh data, the one at which old data hurts it most (0.005).
 No corrected method takes part in the choice. The figures are of fresh seeds, in points: 100 times the mean reward of
 ``held_out`` episodes of fresh tasks after the last step.
 
