@@ -29,6 +29,7 @@ from areal_agents.finetune.messages import (
     read_tools,
     spoken_of,
     unused_fields,
+    unused_tool_fields,
 )
 from areal_agents.finetune.render import render
 from areal_agents.utils.short_text import short
@@ -151,7 +152,7 @@ def _refuse_other_variables(row: Mapping[str, Any]) -> None:
 
 
 def _note_unused(row: Mapping[str, Any], tally: Tally) -> None:
-    tally.unused |= {str(name) for name in row if name not in _READ}
+    tally.unused |= {str(name) for name in row if name not in _READ} | unused_tool_fields(row.get("tools"))
     for name in _COLUMNS:
         tally.unused |= unused_fields(row.get(name))
 
