@@ -196,6 +196,13 @@ def test_pairs_need_one_prompt(tmp_path: Path) -> None:
     assert pairs(run_folder(tmp_path / "run", rows)) == ([], {"the group's episodes have different prompts": 1})
 
 
+def test_the_same_tokens_are_no_pair(tmp_path: Path) -> None:
+    """A reward of chance differs, and the loss of such a pair has no gradient."""
+    rows = [record(f"g0/{i}", turn(c, r)) for i, (c, r) in enumerate((("a", 1.0), ("b", 0.5), ("c", 0.4), ("a", 0.0)))]
+    found = pairs(run_folder(tmp_path / "run", rows), pairs=2)
+    assert found == ([("b", "c")], {"chosen and rejected are the same tokens": 1})
+
+
 def test_the_tally_says_what_happened(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", [record(f"g0/{i}", turn(c, i / 2)) for i, c in enumerate("abc")])
     _, tally = run_examples(run, sft(run, Path("m"), Path("o"), min_reward=0.5), fmt(), LIMITS)
