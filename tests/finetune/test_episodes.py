@@ -109,13 +109,14 @@ def test_what_cannot_train_is_counted(tmp_path: Path) -> None:
     rows = [
         record("g0/0", turn("a")),
         record("g0/1", turn("b"), stop="error"),
+        record("g0/4", turn("c", float("nan"))),
         record("g0/2"),
         record("g0/3", turn("fox " * 400)),
         record("g0/5", replace(turn("d"), observation=(image,))),
         record("g0/6", replace(turn("e"), prompt_suffix=(5, 1000))),
     ]
     counts = dict.fromkeys(("infrastructure", "no turn", "--max-context", "images", "vocabulary"), 1)
-    assert chosen(run_folder(tmp_path / "run", rows)) == (["a"], counts)
+    assert chosen(run_folder(tmp_path / "run", rows)) == (["a"], counts | {"infrastructure": 2})
 
 
 def test_another_tokenizers_tokens_are_refused(tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ def test_what_both_begin_with_is_not_learned(tmp_path: Path) -> None:
             {"chosen": [user("a"), says("b")], "rejected": [user("a"), says("b"), user("x"), says("c")]},
             "tells them apart",
         ),
+        ({"prompt": "a", "chosen": [user("a"), says("b")], "rejected": "c"}, "an answer to the same prompt"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same tokens"),
         ({"prompt": "a", "chosen": "b"}, "it has no rejected"),
         ({"prompt": "a", "chosen": "b", "rejected": ""}, "says nothing"),

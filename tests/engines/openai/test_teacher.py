@@ -61,12 +61,15 @@ def test_each_sampled_token_gets_its_number(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_id_of_padding_and_a_token_of_no_probability_have_no_number() -> None:
     found, server = asked(
         lambda body: scored(body, lambda id: -9999.0 if id == 5 else -1.0),
-        row(1, 2, 70, 4, sampled=3), row(1, 70, 3, sampled=1), row(1, 5, 6, sampled=2), known=64,
+        row(1, 2, 70, 4, sampled=3), row(1, 70, 3, sampled=1), row(1, 5, 6, sampled=2),
+        row(3, 63, 64, 4, 65, sampled=4), known=64,
     )  # fmt: skip
     assert np.isnan(found[0]).tolist() == [False, False, True, True]
     assert np.isnan(found[1]).tolist() == [False, False, True]
     assert np.isnan(found[2]).tolist() == [False, True, False]
-    assert sorted(r["prompt"] for r in server.requests) == [[1, 2], [1, 5, 6]], "nothing to ask of the second row"
+    assert np.isnan(found[3]).tolist() == [False, False, True, True, True], "from the first such id on"
+    asked_for = sorted(r["prompt"] for r in server.requests)
+    assert asked_for == [[1, 2], [1, 5, 6], [3, 63]], "nothing to ask of the second row"
 
 
 def test_it_is_asked_again_and_no_more_than_so_often_and_never_by_more_than_concurrency() -> None:
