@@ -131,7 +131,7 @@ def test_log_0_in_every_form_is_a_token_without_a_number() -> None:
 def test_the_key_and_the_query_are_in_no_message(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", "sk-secret")
     with chat_server([Answer("I do not know sk-secret", status)]) as server:
-        settings = {"model": "big", "api_key_env": "TEACHER_KEY", "max_retries": 0}
+        settings: dict[str, Any] = {"model": "big", "api_key_env": "TEACHER_KEY", "max_retries": 0}
         teacher = ServedTeacher(TeacherConfig(url=f"{server.url}?code=hidden", **settings), known=9)
         with pytest.raises((EngineError, ConfigError), match=rf"{status} .I do not know \*\*\*") as told:
             asyncio.run(teacher.logprobs([row(1, 2, sampled=1)]))
