@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,9 @@ def test_the_fingerprint_sees_tokens_masks_and_order(tmp_path: Path) -> None:
     shown = {"messages": [user("a"), says("b") | {"weight": 0}, user("c"), says("d")]}
     found = [fingerprint(examples(tmp_path, *rows)[0]) for rows in ((talk, shown), (shown, talk), (talk,), (shown,))]
     assert len(set(found)) == 4
-    assert fingerprint(examples(tmp_path, talk, shown)[0]) == found[0]
+    again = examples(tmp_path, talk, shown)[0]
+    assert fingerprint(again) == found[0]
+    assert fingerprint([replace(again[0], task="other"), again[1]]) != found[0], "other examples would be held out"
 
 
 def test_one_question_of_two_files_is_held_out_whole(tmp_path: Path) -> None:
