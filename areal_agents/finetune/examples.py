@@ -196,7 +196,7 @@ def fingerprint(items: Sequence[Item]) -> str:
     """Return a digest of all that is trained on, in order, and of the tasks, which decide what is held out."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(item.task.encode() + b"\0")
+        digest.update(item.task.encode("utf-8", "surrogatepass") + b"\0")
         for side in item.sides:
             digest.update(side.key)
         digest.update(b"\n")
