@@ -19,7 +19,7 @@ from typing import Any
 
 from areal_agents.errors import SandboxError
 from areal_agents.sandbox import SandboxSpec
-from areal_agents.sandboxes import fresh_namespaces, launch, seccomp, uids
+from areal_agents.sandboxes import launch, seccomp, uids
 from areal_agents.sandboxes.memory import MemoryBound
 from areal_agents.sandboxes.pipes import Fds
 from areal_agents.sandboxes.sandbox_process import Holder, names
@@ -34,8 +34,8 @@ def obstacle(tools: launch.Tools, bound: MemoryBound) -> str:
         return "no modules are imported"
     if bound.kind == "systemd-scope":
         return "a systemd scope bounds one sandbox, and all forks of a zygote would share it"
-    machine = os.uname().machine
-    return "" if machine in fresh_namespaces.CLONE else f"the machine is {machine}"
+    seccomp.require_machine()  # what forks cannot be made on, no sandbox is
+    return ""
 
 
 class Zygote:

@@ -90,6 +90,13 @@ def authorizer(writable: bool, virtual: list[str], refused: list[str]) -> Any:
     return allow
 
 
+def _instead(what: str, writable: bool) -> str:
+    """Say what may be done where something was refused, or return ""."""
+    if what.startswith("PRAGMA "):
+        return f"as PRAGMA NAME(…) or SELECT … FROM pragma_NAME(…) these may be used: {', '.join(sorted(_PRAGMAS))}"
+    return "" if writable else "the database is read-only"
+
+
 def cell(value: object) -> str:
     """Write one value in one line."""
     if value is None:
@@ -164,7 +171,7 @@ def run(request: dict[str, Any]) -> dict[str, str]:
         if refused and "vtable constructor failed" in str(error):
             return {"error": f"{str(error).rpartition(': ')[2]} is a virtual table, and these are not allowed"}
         if refused:
-            return {"error": f"{refused[0]} is not allowed" + ("" if writable else "; the database is read-only")}
+            return {"error": f"{refused[0]} is not allowed; {_instead(refused[0], writable)}".removesuffix("; ")}
         if "interrupted" in str(error):
             return {"timeout": f"stopped after {seconds:g} s"}
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -16,12 +16,17 @@ from typing import Any
 
 import pytest
 
+from areal_agents import Task, sandboxes
+from areal_agents.chat.toolcalls import parse_text
 from areal_agents.errors import SandboxError, SandboxUnavailable
-from areal_agents.sandbox import Sandbox, SandboxSpec, Service
+from areal_agents.reward import boxed_number
+from areal_agents.sandbox import Sandbox, SandboxSpec, Service, open_console
 from areal_agents.sandboxes import docker_backend, docker_services
 from areal_agents.sandboxes.docker_backend import DockerBackend
 from areal_agents.sandboxes.docker_image import IMAGE
 from areal_agents.sandboxes.subject import run
+from areal_agents.toolenv import ToolEnv
+from areal_agents.tools.bash import bash
 from tests.sandboxes.engines import containers, networks, play
 from tests.sandboxes.test_backends import ROOT
 
@@ -311,7 +316,7 @@ def test_the_end_of_a_service_is_the_sandboxs_failure(engine: Any) -> None:
             with pytest.raises(SandboxError, match=r"service 'web' ended with exit code 3 \(it"):
                 await run(sandbox, "import time; time.sleep(600)", timeout=600)
         async with backend.session(SandboxSpec(services=(web(memory=64 << 20),))) as sandbox:
-            with pytest.raises(SandboxError, match="'web' ended with exit code -9, because its memory of 64 MiB was"):
+            with pytest.raises(SandboxError, match=r"'web' ended at .* code -9, because its memory of 64 MiB was"):
                 await run(sandbox, GREEDY, timeout=600)
 
     play(calls)
@@ -400,4 +405,98 @@ def test_services_of_a_killed_run_end_at_once_and_are_removed_by_the_next(engine
 
     docker_backend._reports.clear()
     play(calls)
+    assert (containers(engine), networks(engine)) == ([], [])
+
+
+MEETS = """
+import socket, sys, time
+for _ in range(6000):  # until it is gone, which is seen here before the host hears of it
+    try:
+        socket.create_connection(("web", 8000), 5).close()
+    except OSError:
+        sys.exit(1)
+    time.sleep(0.01)
+"""
+WHEN = r"its service 'web' ended at \d\d:\d\d:\d\d UTC with exit code 3 \(it printed: about to serve\nlast words\)"
+
+
+async def _die(sandbox: Sandbox) -> None:
+    """Have the service end itself a little later, with last words on its own output."""
+    words = "import os, sys, threading; print('last words', file=sys.__stdout__, flush=True)"
+    await ask(sandbox, f"{words}; threading.Timer(0.3, os._exit, [3]).start()")
+
+
+async def _gone(sandbox: Any) -> None:
+    while sandbox._holder.alive:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.docker
+def test_a_service_that_dies_on_a_timer_is_no_calls_failure(engine: Any) -> None:
+    async def calls(backend: DockerBackend) -> None:
+        spec = SandboxSpec(services=(web(),))
+        for _ in range(3):  # the call ends by itself as soon as the service is gone, with exit code 1
+            async with backend.session(spec) as sandbox:
+                await _die(sandbox)
+                with pytest.raises(SandboxError, match=f"ended during the call, because {WHEN}"):
+                    await run(sandbox, MEETS, timeout=600)
+        async with backend.session(spec) as sandbox:  # between calls
+            await _die(sandbox)
+            await _gone(sandbox)
+            for call in (run(sandbox, "print(1)"), sandbox.write_file("a", b""), sandbox.spawn(["true"])):
+                with pytest.raises(SandboxError, match=rf"has ended \d+\.\d s before this call, because {WHEN}"):
+                    await call
+        async with backend.session(spec) as sandbox:  # after the last call: what was done has been done
+            await _die(sandbox)
+            await _gone(sandbox)
+        async with backend.session(spec) as sandbox:
+            console = await open_console(sandbox, "python")
+            await _die(sandbox)
+            with pytest.raises(SandboxError, match=WHEN):
+                await console.call(MEETS, timeout=600)
+            await console.close()
+
+    play(calls)
+    assert (containers(engine), networks(engine)) == ([], [])
+
+
+class Asks(ToolEnv):
+    tools = (bash,)
+    rubric = boxed_number()
+    sandbox_spec = SandboxSpec(services=(web(),))
+
+    @classmethod
+    def tasks(cls, split: str, *, difficulty: float | None = None) -> list[Task]:
+        return [Task.make("1", split=split, seed=0, payload={"answer": "1"})]
+
+    def prompt(self, task: Task) -> str:
+        return "?"
+
+
+@pytest.mark.docker
+def test_an_episode_goes_on_where_a_service_died(engine: Any) -> None:
+    async def say(env: Asks, command: str) -> str:
+        arguments = json.dumps({"name": "bash", "arguments": {"command": command}})
+        observation, *_ = await env.astep(parse_text(f"<tool_call>{arguments}</tool_call>"))
+        return str(observation[-1])
+
+    async def whole() -> None:
+        env = Asks(sandbox="docker")
+        try:
+            await env.areset(options={"task": Asks.tasks("train")[0]})
+            assert "first" in await say(env, "echo first > f; cat f")
+            for made in containers(engine):
+                if made.attrs["Config"]["Hostname"] == "web":
+                    made.kill()
+            told = await say(
+                env, "cat f; python3 -c 'import socket; socket.create_connection((\"web\", 8000))'; echo $?"
+            )
+            assert "first" in told
+            assert "refused" not in told
+            assert env._dispatcher.replays == 1
+        finally:
+            await env.aclose()
+            await sandboxes.close_shared()
+
+    asyncio.run(whole())
     assert (containers(engine), networks(engine)) == ([], [])
