@@ -47,6 +47,8 @@ _PRAGMAS = {
     "collation_list", "function_list", "compile_options",
 }  # fmt: skip
 """Pragmas that only tell, whatever their argument, and tell nothing of this machine: no path, say."""
+_FUNCTIONS = ("json_each", "json_tree")
+"""Tables that SQLite makes of arguments. Others tell of the file, or of the machine."""
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FULL}
 """What no query that reads can cause: the file is broken, or the machine's disk is full."""
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -95,6 +97,21 @@ def _instead(what: str, writable: bool) -> str:
     if what.startswith("PRAGMA "):
         return f"as PRAGMA NAME(…) or SELECT … FROM pragma_NAME(…) these may be used: {', '.join(sorted(_PRAGMAS))}"
     return "" if writable else "the database is read-only"
+
+
+def declare(connection: sqlite3.Connection, query: str) -> None:
+    """Have SQLite make those of a query's tables that it makes of arguments.
+
+    The authorizer would be asked as if they were new ones. A pragma that must not be used is made too: the authorizer refuses it by its name then.
+    """
+    try:
+        pragmas = [name for (name,) in connection.execute("PRAGMA pragma_list")]
+    except sqlite3.Error:
+        pragmas = []
+    for name in (*_FUNCTIONS, *(f"pragma_{name}" for name in {*pragmas, *_PRAGMAS})):
+        if name in query.lower():
+            with contextlib.suppress(sqlite3.Error):  # one that tells nothing, or that this SQLite has not
+                connection.execute(f'EXPLAIN SELECT 1 FROM "{name}"')
 
 
 def cell(value: object) -> str:
@@ -153,6 +170,7 @@ def run(request: dict[str, Any]) -> dict[str, str]:
         connection.execute("PRAGMA schema_version")
         virtual = connection.execute("SELECT lower(name) FROM sqlite_master WHERE type = 'table' AND rootpage = 0")
         names = [name for (name,) in virtual]
+        declare(connection, request["query"])
         opened = True
         connection.set_progress_handler(lambda: time.process_time() > end, 10_000)
         connection.set_authorizer(authorizer(writable, names, refused))

@@ -119,6 +119,20 @@ def test_a_pragma_in_a_query_is_as_good_and_a_refused_one_names_the_others(shop:
         )
 
 
+def test_json_is_read_as_a_table_and_other_made_up_tables_are_refused(shop: Path) -> None:
+    each, tree, stat, made = ask(
+        shop, "SELECT value * 2 AS v FROM JSON_EACH('[1, 2]')", "SELECT count(*) FROM customers, json_tree('[1]')",
+        "SELECT name FROM dbstat", "CREATE TABLE json_each (a)",
+    )  # fmt: skip
+    assert each.text == "v\n2\n4\n(2 rows)"
+    assert tree.text == "count(*)\n2000\n(1 row)"
+    assert stat.text in (
+        "error: dbstat is a virtual table, and these are not allowed",
+        "error: no such table: dbstat",
+    )
+    assert made.text == "error: a statement that writes is not allowed; the database is read-only"
+
+
 @pytest.mark.parametrize("writable", [False, True])
 def test_each_pragma_that_is_named_may_be_used_both_ways(shop: Path, writable: bool) -> None:
     alone = ("collation_list", "compile_options", "function_list")
