@@ -102,7 +102,7 @@ def _instead(what: str, writable: bool) -> str:
 def declare(connection: sqlite3.Connection, query: str) -> None:
     """Have SQLite make those of a query's tables that it makes of arguments.
 
-    The authorizer would be asked as if they were new ones. A pragma that must not be used is made too: the authorizer refuses it by its name then.
+    The authorizer would be asked as if they were new ones. What must not be used it refuses by its pragma's name then.
     """
     try:
         pragmas = [name for (name,) in connection.execute("PRAGMA pragma_list")]
