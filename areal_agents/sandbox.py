@@ -46,9 +46,9 @@ MIN_SERVICE_MEMORY: Final = 32 << 20
 _BOUNDS: Final = {
     "memory": (16 << 20, 1 << 50, "bytes, and pid 1 alone takes 12 MB"),
     "cpu_seconds": (1, 10**9, "seconds"),
-    "processes": (1, 1 << 22, "processes"),
+    "processes": (1, 1 << 20, "processes"),
     "disk": (1 << 12, 1 << 50, "bytes, and a page is the least"),  # of 0 bytes, a file system in memory has no bound
-    "open_files": (16, 1 << 20, "files"),
+    "open_files": (64, 1 << 20, "files, and a console alone takes some 40"),
 }
 """The least and the most that a limit may be, and of what."""
 _TAKEN: Final = (

@@ -86,6 +86,8 @@ class Container:
         """What is mounted inside, before anybody's code has run: where, which kind, and whether it can be written."""
         self.folders: dict[str, str] = {}
         """What /work, /tmp and /dev/shm are: themselves, unless the image has links there."""
+        self.hard: dict[str, int] = {}
+        """Hard limits, above which none of ``limits`` can be set."""
         self.witness: Callable[[], Awaitable[None]] | None = None
         """Looks whether all that belongs to the container still runs, and calls ``fail`` where it does not."""
 
@@ -110,7 +112,8 @@ class Container:
     def _take(self, kind: int, ident: int, payload: bytes) -> None:
         if kind == wire.READY:
             found = json.loads(payload)
-            self.mounts, self.folders = [tuple(mount) for mount in found["mounts"]], found["folders"]
+            self.mounts = [tuple(mount) for mount in found["mounts"]]
+            self.folders, self.hard = found["folders"], found["hard"]
             self._ready.end({})
         elif (call := self._calls.get(ident)) is None:
             return

@@ -4,7 +4,7 @@ What ``supervisor`` is to bubblewrap, over the two pipes that an engine attaches
 machine. It cannot be signalled or read from inside. Sent as text, so it imports only the standard library and what is
 sent with it. Frames are a kind, an id, the number of bytes that follow, and those:
 
-    host → here   START  a request, JSON         here → host   READY  what is mounted, JSON
+    host → here   START  a request, JSON         here → host   READY  what it finds, JSON
                   DATA   bytes of its stdin                    OUT, ERR  what it printed
                   END    of its stdin                          TOOK  how many bytes of stdin it took
                   KILL                                         EXIT  how it ended, JSON
@@ -26,7 +26,7 @@ import struct
 import time
 from typing import Any
 
-from areal_agents.sandboxes import supervisor, work_files
+from areal_agents.sandboxes import process_gate, supervisor, work_files
 
 FRAME = struct.Struct("!BiI")
 START, DATA, END, KILL, MORE, LOOK = 1, 2, 3, 4, 5, 6
@@ -89,7 +89,11 @@ class Init(supervisor.Supervisor):
         os.set_blocking(0, False)
         self.poll.register(0, select.POLLIN)
         self.poll.register(self.wake, select.POLLIN)
-        found = {"mounts": mounts(), "folders": {name: os.path.realpath(name) for name in FOLDERS}}
+        found = {
+            "mounts": mounts(),
+            "folders": {name: os.path.realpath(name) for name in FOLDERS},
+            "hard": process_gate.hard_limits(("CPU", "NPROC", "FSIZE", "NOFILE")),
+        }
         self.say(READY, 0, json.dumps(found).encode())
         while True:
             ready = dict(self.poll.poll(self.wait()))

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from areal_agents.errors import SandboxError
+from areal_agents.errors import ConfigError, SandboxError
 from areal_agents.sandbox import SandboxSpec, Service
-from areal_agents.sandboxes import docker_mounts, memory
+from areal_agents.sandboxes import docker_mounts, launch, memory
 from areal_agents.sandboxes.container import Container
 from areal_agents.sandboxes.docker_engine import BACKEND, LABEL, OWNER, Engine, owner
 from areal_agents.sandboxes.docker_images import Image
@@ -227,18 +227,26 @@ class Containers:
                 await also()
 
         self.known.add(ident)
+        stream: Stream | None = None
         try:
             await self._engine.call("create_container", name=ident, **settings)
             stream = await Stream.attach(self._engine.address, self._engine.version, ident)
             program = source(main)
             stream.send(len(program).to_bytes(4, "big") + program)
             await self._engine.call("start", ident)
-        except BaseException:
+        except BaseException as error:
+            if stream is not None:
+                stream.close()
             await asyncio.shield(asyncio.ensure_future(remove()))
+            if isinstance(error, SandboxError) and "setting rlimit" in str(error):  # of files: others it does not set
+                raise ConfigError(
+                    f"open_files={limits['NOFILE']}: the engine does not allow as many. {error}"
+                ) from error
             raise
         container = Container(stream, limits, remove, lambda: self._killed_for_memory(ident), variables, uid)
         try:
             await container.ready()
+            launch.require_limits(limits, container.hard)
             folders = container.folders if main == "main" else {}  # services may have volumes in them
             docker_mounts.require_seen(image.name, image.volumes, folders, container.mounts)
         except BaseException:

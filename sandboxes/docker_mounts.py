@@ -78,6 +78,6 @@ def refused(image: str, volume: str, why: str) -> SandboxUnavailable:
     return SandboxUnavailable(
         "docker",
         f"image {image!r} declares the volume {volume!r}: {why}",
-        "Declare it elsewhere, or make an image without volumes of it: docker export $(docker create "
-        f"{image} x) | docker import - NAME.",
+        "Take its VOLUME line out. What is built FROM it keeps the volume, and this does not: docker export $(docker "
+        "create IMAGE x) | docker import - NAME.",
     )

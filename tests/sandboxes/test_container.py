@@ -22,7 +22,7 @@ from areal_agents.sandboxes.container import Container
 from areal_agents.sandboxes.docker_containers import Containers
 from areal_agents.sandboxes.session import HeldSession
 
-READY = json.dumps({"mounts": [["/work", "tmpfs", True]], "folders": {"/work": "/work"}}).encode()
+READY = json.dumps({"mounts": [["/work", "tmpfs", True]], "folders": {"/work": "/work"}, "hard": {}}).encode()
 
 
 class Pid1:

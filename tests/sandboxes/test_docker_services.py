@@ -313,7 +313,7 @@ def test_the_end_of_a_service_is_the_sandboxs_failure(engine: Any) -> None:
         async with backend.session(SandboxSpec(services=(web(),))) as sandbox:
             code = "import threading, os; threading.Timer(0.2, os._exit, [3]).start()"
             assert await ask(sandbox, code) == ""
-            with pytest.raises(SandboxError, match=r"service 'web' ended with exit code 3 \(it"):
+            with pytest.raises(SandboxError, match=r"service 'web' ended at [\d:]+ UTC with exit code 3 \(it"):
                 await run(sandbox, "import time; time.sleep(600)", timeout=600)
         async with backend.session(SandboxSpec(services=(web(memory=64 << 20),))) as sandbox:
             with pytest.raises(SandboxError, match=r"'web' ended at .* code -9, because its memory of 64 MiB was"):

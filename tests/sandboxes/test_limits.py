@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +15,12 @@ from hypothesis import strategies as st
 from areal_agents import sandboxes
 from areal_agents.errors import ConfigError
 from areal_agents.sandbox import SandboxSpec, Service, check_call, open_console
+from areal_agents.sandboxes import launch
+from areal_agents.sandboxes.docker_backend import DockerBackend
 from tests.conftest import require
+from tests.sandboxes.engines import containers
+from tests.sandboxes.engines import play as docker_play
+from tests.sandboxes.test_backends import ROOT
 
 NUMBERS = ("memory", "cpu_seconds", "processes", "disk", "open_files")
 NONE: list[Any] = [0, -1, 1.0, 0.5, math.nan, math.inf, True, False, None, "5", b"5", [5], 1 << 60, -(1 << 70), 10**40]
@@ -30,8 +37,8 @@ def test_a_number_of_a_spec_that_is_no_limit(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [
-        ("memory", 16 << 20, 1 << 50), ("cpu_seconds", 1, 10**9), ("processes", 1, 1 << 22), ("disk", 4096, 1 << 50),
-        ("open_files", 16, 1 << 20),
+        ("memory", 16 << 20, 1 << 50), ("cpu_seconds", 1, 10**9), ("processes", 1, 1 << 20), ("disk", 4096, 1 << 50),
+        ("open_files", 64, 1 << 20),
     ],
 )  # fmt: skip
 def test_the_bounds_of_a_spec(name: str, least: int, most: int) -> None:
@@ -118,3 +125,58 @@ def test_calls_are_checked_and_break_no_session(name: str) -> None:
         await backend.aclose()
 
     asyncio.run(whole())
+
+
+def test_limits_beyond_the_hard_ones_are_refused_and_not_the_models_failure() -> None:
+    hard = {"NOFILE": 256, "NPROC": 65, "CPU": -1, "FSIZE": -1}
+    launch.require_limits({"NOFILE": 256, "NPROC": 65, "CPU": 10**9, "FSIZE": 1 << 50}, hard)
+    for limits, message in (
+        ({"NOFILE": 257}, "open_files=257: programs may have 256 here"),
+        ({"NPROC": 66}, "processes=66: programs may have 65 here"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            launch.require_limits(limits, hard)
+    with pytest.raises(ConfigError, match="cpu_seconds=10: programs may have 10 here"):  # SIGKILL comes a second later
+        launch.require_limits({"CPU": 10}, {"CPU": 10})
+
+
+def test_a_session_of_a_host_with_less_is_refused() -> None:
+    """Its own process has the limits that ``ulimit -H`` would set."""
+    require("bwrap")
+    code = """
+import asyncio, resource
+from areal_agents import sandboxes
+from areal_agents.sandbox import SandboxSpec
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+async def main():
+    backend = sandboxes.get("bubblewrap")
+    for files in (301, 300):
+        try:
+            async with backend.session(SandboxSpec(open_files=files)) as sandbox:
+                print((await sandbox.exec(["/bin/echo", "ok"], timeout=60)).status)
+        except Exception as error:
+            print(type(error).__name__, error)
+    await backend.aclose()
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines() == [
+        "ConfigError open_files=301: programs may have 300 here (a hard limit, ulimit -H).", "ok",
+    ]  # fmt: skip
+
+
+@pytest.mark.docker
+def test_an_engine_that_gives_fewer_files_is_a_matter_of_settings(engine: Any) -> None:
+    async def calls(backend: DockerBackend) -> None:
+        async with backend.session(SandboxSpec(open_files=1 << 20)) as sandbox:
+            (done,) = await asyncio.gather(
+                sandbox.exec(["/bin/sh", "-c", "ulimit -n"], timeout=60), return_exceptions=True
+            )
+            if isinstance(done, BaseException):
+                assert type(done) is ConfigError
+                assert "open_files=1048576: the engine does not allow as many" in str(done)
+            else:
+                assert done.stdout == b"1048576\n"
+
+    docker_play(calls)
+    assert containers(engine) == []
