@@ -49,6 +49,7 @@ _PRAGMAS = {
 """Pragmas that only tell, whatever their argument, and tell nothing of this machine: no path, say."""
 _FUNCTIONS = ("json_each", "json_tree")
 """Tables that SQLite makes of arguments. Others tell of the file, or of the machine."""
+_NAMED = "SELECT 1 FROM sqlite_master WHERE lower(name) = ?"
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FULL}
 """What no query that reads can cause: the file is broken, or the machine's disk is full."""
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -109,7 +110,8 @@ def declare(connection: sqlite3.Connection, query: str) -> None:
     except sqlite3.Error:
         pragmas = []
     for name in (*_FUNCTIONS, *(f"pragma_{name}" for name in {*pragmas, *_PRAGMAS})):
-        if name in query.lower():
+        # A table or a view of that name is meant where there is one, and that is the authorizer's business.
+        if name in query.lower() and not connection.execute(_NAMED, (name,)).fetchone():
             with contextlib.suppress(sqlite3.Error):  # one that tells nothing, or that this SQLite has not
                 connection.execute(f'EXPLAIN SELECT 1 FROM "{name}"')
 

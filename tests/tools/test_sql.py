@@ -133,6 +133,17 @@ def test_json_is_read_as_a_table_and_other_made_up_tables_are_refused(shop: Path
     assert made.text == "error: a statement that writes is not allowed; the database is read-only"
 
 
+def test_a_view_with_the_name_of_a_made_up_table_is_a_view(shop: Path) -> None:
+    made, seen, _, refused, mine = ask(
+        shop, "CREATE VIEW json_each AS SELECT 7 AS n", "SELECT n FROM json_each",
+        "CREATE VIEW pragma_table_list AS SELECT load_extension('/tmp/x.so') AS n", "SELECT n FROM pragma_table_list",
+        "SELECT name FROM main.pragma_table_info('customers')", writable=True,
+    )  # fmt: skip
+    assert (made.text, seen.text) == ("done", "n\n7\n(1 row)")
+    assert (refused.status, "load_extension" in refused.text) == ("error", True)
+    assert mine.text == "name\nid\nname\n(2 rows)"
+
+
 @pytest.mark.parametrize("writable", [False, True])
 def test_each_pragma_that_is_named_may_be_used_both_ways(shop: Path, writable: bool) -> None:
     alone = ("collation_list", "compile_options", "function_list")
