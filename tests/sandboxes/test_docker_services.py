@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from areal_agents import Task, sandboxes
+from areal_agents import Task
 from areal_agents.chat.toolcalls import parse_text
 from areal_agents.errors import SandboxError, SandboxUnavailable
 from areal_agents.reward import boxed_number
@@ -480,23 +480,19 @@ def test_an_episode_goes_on_where_a_service_died(engine: Any) -> None:
         observation, *_ = await env.astep(parse_text(f"<tool_call>{arguments}</tool_call>"))
         return str(observation[-1])
 
-    async def whole() -> None:
-        env = Asks(sandbox="docker")
+    async def calls(backend: DockerBackend) -> None:
+        env = Asks(sandbox=backend)
         try:
             await env.areset(options={"task": Asks.tasks("train")[0]})
             assert "first" in await say(env, "echo first > f; cat f")
-            for made in containers(engine):
-                if made.attrs["Config"]["Hostname"] == "web":
-                    made.kill()
-            told = await say(
-                env, "cat f; python3 -c 'import socket; socket.create_connection((\"web\", 8000))'; echo $?"
-            )
+            next(made for made in containers(engine) if made.attrs["Config"]["Hostname"] == "web").kill()
+            connect = 'import socket; socket.create_connection(("web", 8000))'
+            told = await say(env, f"cat f; python3 -c '{connect}'; echo $?")
             assert "first" in told
             assert "refused" not in told
             assert env._dispatcher.replays == 1
         finally:
             await env.aclose()
-            await sandboxes.close_shared()
 
-    asyncio.run(whole())
+    play(calls)
     assert (containers(engine), networks(engine)) == ([], [])
