@@ -248,6 +248,7 @@ class Containers:
             await container.ready()
             launch.require_limits(limits, container.hard)
             folders = container.folders if main == "main" else {}  # services may have volumes in them
+            docker_mounts.require_apart(image.name, folders)
             docker_mounts.require_seen(image.name, image.volumes, folders, container.mounts)
         except BaseException:
             await container.close()

@@ -74,6 +74,18 @@ def require_seen(image: str, declared: Sequence[str], folders: Mapping[str, str]
             raise refused(image, named, f"{below or folder} is not what code needs: a volume's folder leads into it")
 
 
+def require_apart(image: str, folders: Mapping[str, str]) -> None:
+    """Raise SandboxUnavailable where a link of the image makes one of the folders of code another one, or a part of it.
+
+    To empty /tmp would empty /work then.
+    """
+    for folder, real in folders.items():
+        for other, its in folders.items():
+            if other != folder and f"{real}/".startswith(f"{its}/"):
+                problem = f"image {image!r} has a link at {folder} or {other}: {real} is in {its}"
+                raise SandboxUnavailable("docker", problem, "Make folders of their own of /work, /tmp and /dev/shm.")
+
+
 def refused(image: str, volume: str, why: str) -> SandboxUnavailable:
     return SandboxUnavailable(
         "docker",

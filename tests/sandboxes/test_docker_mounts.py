@@ -91,6 +91,25 @@ def test_what_is_mounted_is_checked(more: list[Any], folders: dict[str, str], wr
         check(("/data",))
 
 
+@pytest.mark.parametrize(
+    ("links", "message"),
+    [
+        ({}, ""),
+        ({"/tmp": "/var/tmp", "/work": "/data"}, ""),
+        ({"/tmp": "/work2"}, ""),
+        ({"/tmp": "/work"}, "has a link at /work or /tmp: /work is in /work"),
+        ({"/tmp": "/work/t"}, "has a link at /tmp or /work: /work/t is in /work"),
+        ({"/work": "/dev/shm/w"}, "/dev/shm/w is in /dev/shm"),
+    ],
+)
+def test_folders_that_are_one_are_refused(links: dict[str, str], message: str) -> None:
+    if not message:
+        docker_mounts.require_apart("i:1", OURS | links)
+        return
+    with pytest.raises(SandboxUnavailable, match=f"image 'i:1' .*{message}"):
+        docker_mounts.require_apart("i:1", OURS | links)
+
+
 @pytest.fixture
 def image(engine: Any, tmp_path: Path) -> Iterator[Any]:
     """Makes an image of ours with more lines in its Dockerfile."""
@@ -173,6 +192,29 @@ def test_volumes_that_would_hide_a_folder_are_refused_by_name(
 
     play(calls)
     assert (containers(engine), volumes(engine)) == ([], before)
+
+
+@pytest.mark.docker
+def test_links_of_an_image_at_folders_of_code(engine: Any, image: Any) -> None:
+    fine = image("RUN rm -rf /tmp /work && ln -s /var/tmp /tmp && mkdir /data && ln -s /data /work")
+    one = image("RUN rm -rf /tmp && ln -s /work /tmp")
+
+    async def calls(backend: DockerBackend) -> None:
+        async with backend.session(SandboxSpec(image=fine, disk=1 << 20)) as sandbox:
+            await sandbox.write_file("kept/x", b"1")
+            data = await sandbox.snapshot()
+            fill = "head -c 9000000 /dev/zero > /tmp/x; head -c 9000000 /dev/zero > /work/x; du -k /tmp/x /work/x"
+            done = await sandbox.exec(["sh", "-c", fill], timeout=60)
+            assert [int(line.split()[0]) <= 1024 for line in done.stdout.decode().splitlines()] == [True, True]
+            await sandbox.restore(data)
+            listed = await sandbox.exec(["sh", "-c", "ls /work/ /tmp/"], timeout=60)
+            assert listed.stdout == b"/tmp/:\n\n/work/:\nkept\n"
+        async with backend.session(SandboxSpec(image=one)) as sandbox:
+            with pytest.raises(SandboxUnavailable, match=r"has a link at /work or /tmp"):
+                await sandbox.exec(["true"], timeout=60)
+
+    play(calls)
+    assert containers(engine) == []
 
 
 @pytest.mark.docker
