@@ -409,24 +409,23 @@ def test_services_of_a_killed_run_end_at_once_and_are_removed_by_the_next(engine
 
 
 MEETS = """
-import socket, sys, time
-for _ in range(6000):  # until it is gone, which is seen here before the host hears of it
+import socket, sys, time, urllib.request
+words = b"import os, sys, threading; print('last words', file=sys.__stdout__, flush=True)"
+urllib.request.urlopen("http://web:8000", data=words + b"; threading.Timer(0.3, os._exit, [3]).start()", timeout=600)
+while True:  # until it is gone, which is seen here before the host hears of it
     try:
         socket.create_connection(("web", 8000), 5).close()
     except OSError:
         sys.exit(1)
     time.sleep(0.01)
 """
+"""Has the service end itself a little later, and ends as soon as it is gone."""
 WHEN = r"its service 'web' ended at \d\d:\d\d:\d\d UTC with exit code 3 \(it printed: about to serve\nlast words\)"
 
 
-async def _die(sandbox: Sandbox) -> None:
-    """Have the service end itself a little later, with last words on its own output."""
-    words = "import os, sys, threading; print('last words', file=sys.__stdout__, flush=True)"
-    await ask(sandbox, f"{words}; threading.Timer(0.3, os._exit, [3]).start()")
-
-
 async def _gone(sandbox: Any) -> None:
+    """Have the service end between two calls."""
+    await sandbox.spawn(["python3", "-c", MEETS])
     while sandbox._holder.alive:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
@@ -437,21 +436,17 @@ def test_a_service_that_dies_on_a_timer_is_no_calls_failure(engine: Any) -> None
         spec = SandboxSpec(services=(web(),))
         for _ in range(3):  # the call ends by itself as soon as the service is gone, with exit code 1
             async with backend.session(spec) as sandbox:
-                await _die(sandbox)
                 with pytest.raises(SandboxError, match=f"ended during the call, because {WHEN}"):
                     await run(sandbox, MEETS, timeout=600)
         async with backend.session(spec) as sandbox:  # between calls
-            await _die(sandbox)
             await _gone(sandbox)
             for call in (run(sandbox, "print(1)"), sandbox.write_file("a", b""), sandbox.spawn(["true"])):
                 with pytest.raises(SandboxError, match=rf"has ended \d+\.\d s before this call, because {WHEN}"):
                     await call
         async with backend.session(spec) as sandbox:  # after the last call: what was done has been done
-            await _die(sandbox)
             await _gone(sandbox)
         async with backend.session(spec) as sandbox:
             console = await open_console(sandbox, "python")
-            await _die(sandbox)
             with pytest.raises(SandboxError, match=WHEN):
                 await console.call(MEETS, timeout=600)
             await console.close()
