@@ -21,9 +21,11 @@ from areal_agents.chat.toolcalls import parse_text
 from areal_agents.errors import SandboxError, SandboxUnavailable
 from areal_agents.reward import boxed_number
 from areal_agents.sandbox import Sandbox, SandboxSpec, Service, open_console
+from areal_agents.sandboxes import container_init as wire
 from areal_agents.sandboxes import docker_backend, docker_services
 from areal_agents.sandboxes.docker_backend import DockerBackend
 from areal_agents.sandboxes.docker_image import IMAGE
+from areal_agents.sandboxes.docker_stream import Stream
 from areal_agents.sandboxes.subject import run
 from areal_agents.toolenv import ToolEnv
 from areal_agents.tools.bash import bash
@@ -434,10 +436,9 @@ async def _gone(sandbox: Any) -> None:
 def test_a_service_that_dies_on_a_timer_is_no_calls_failure(engine: Any) -> None:
     async def calls(backend: DockerBackend) -> None:
         spec = SandboxSpec(services=(web(),))
-        for _ in range(3):  # the call ends by itself as soon as the service is gone, with exit code 1
-            async with backend.session(spec) as sandbox:
-                with pytest.raises(SandboxError, match=f"ended during the call, because {WHEN}"):
-                    await run(sandbox, MEETS, timeout=600)
+        async with backend.session(spec) as sandbox:  # which ends by itself with exit code 1
+            with pytest.raises(SandboxError, match=f"ended during the call, because {WHEN}"):
+                await run(sandbox, MEETS, timeout=600)
         async with backend.session(spec) as sandbox:  # between calls
             await _gone(sandbox)
             for call in (run(sandbox, "print(1)"), sandbox.write_file("a", b""), sandbox.spawn(["true"])):
@@ -450,6 +451,39 @@ def test_a_service_that_dies_on_a_timer_is_no_calls_failure(engine: Any) -> None
             with pytest.raises(SandboxError, match=WHEN):
                 await console.call(MEETS, timeout=600)
             await console.close()
+
+    play(calls)
+    assert (containers(engine), networks(engine)) == ([], [])
+
+
+@pytest.mark.docker
+def test_a_service_whose_end_is_heard_of_late_is_asked_for(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream of the service says that it has ended only when it is asked, as where an engine is slow."""
+    streams: list[Stream] = []
+    frames = Stream.frames
+
+    async def late(self: Stream, take: Any) -> None:
+        streams.append(self)
+        held: list[tuple[int, int, bytes]] = []
+
+        def some(kind: int, ident: int, payload: bytes) -> None:
+            if kind == wire.EXIT and self is streams[0]:
+                held.append((kind, ident, payload))
+                return
+            while kind == wire.ALIVE and held:
+                take(*held.pop(0))
+            take(kind, ident, payload)
+
+        await frames(self, some)
+
+    async def calls(backend: DockerBackend) -> None:
+        await backend.probe()
+        monkeypatch.setattr(Stream, "frames", late)
+        async with backend.session(SandboxSpec(services=(web(),))) as sandbox:
+            assert (await run(sandbox, "print(1)")).status == "ok"
+            with pytest.raises(SandboxError, match=f"ended during the call, because {WHEN}"):
+                await run(sandbox, MEETS, timeout=600)
+        assert len(streams) == 2
 
     play(calls)
     assert (containers(engine), networks(engine)) == ([], [])
