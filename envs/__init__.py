@@ -15,3 +15,8 @@ register(
     "areal_agents.envs.questions:Questions",
     description="questions of your own JSONL file (env.kwargs.path), verified as mathematics; a sample without one",
 )
+register(
+    "areal/HiddenNumber-v0",
+    "areal_agents.envs.hidden_number:HiddenNumber",
+    description="find a number by guesses that are answered higher or lower; every guess is paid",
+)
