@@ -20,3 +20,40 @@ register(
     "areal_agents.envs.hidden_number:HiddenNumber",
     description="find a number by guesses that are answered higher or lower; every guess is paid",
 )
+register(
+    "areal/Hanoi-v0",
+    "areal_agents.envs.hanoi:Hanoi",
+    description="the tower of Hanoi from any position; every move is paid by the way that it makes",
+)
+register(
+    "areal/Blackjack-v0",
+    "areal_agents.envs.blackjack:Blackjack",
+    description="a hand of blackjack; the first mistake is charged at its turn, whatever the outcome",
+)
+register(
+    "areal/Sokoban-v0",
+    "areal_agents.envs.sokoban:Sokoban",
+    description="push boxes onto goals on a drawn map; boxes are paid as they come onto goals",
+)
+register(
+    "areal/Words-v0",
+    "areal_agents.envs.words:Words",
+    description="find a word of five letters from marks on guesses; letters are paid as they are found",
+)
+register(
+    "areal/Nim-v0",
+    "areal_agents.envs.nim:Nim",
+    description="win at Nim against a script, or a model (env.kwargs.opponent)",
+)
+register(
+    "areal/Doors-v0",
+    "areal_agents.envs.doors:Doors",
+    kwargs={"pay": "turn"},
+    description="a long way through doors, each paid as it opens",
+)
+register(
+    "areal/DoorsAtTheEnd-v0",
+    "areal_agents.envs.doors:Doors",
+    kwargs={"pay": "end"},
+    description="the same way, paid at its end alone",
+)
