@@ -57,3 +57,13 @@ register(
     kwargs={"pay": "end"},
     description="the same way, paid at its end alone",
 )
+register(
+    "areal/ShopDatabase-v0",
+    "areal_agents.envs.shop_database:ShopDatabase",
+    description="questions on a shop's database, answered by SQL; other databases for the test",
+)
+register(
+    "areal/Facts-v0",
+    "areal_agents.envs.facts:Facts",
+    description="questions over several documents of a searched corpus that is made up",
+)
