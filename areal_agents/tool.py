@@ -236,7 +236,7 @@ def tool(
     return decorate(function)
 
 
-def call_text(name: str, **arguments: Any) -> str:
+def call_text(name: str, /, **arguments: Any) -> str:
     """Write a call as an expert's or a script's text has it."""
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 

@@ -67,3 +67,8 @@ register(
     "areal_agents.envs.facts:Facts",
     description="questions over several documents of a searched corpus that is made up",
 )
+register(
+    "areal/Assistant-v0",
+    "areal_agents.envs.assistant:Assistant",
+    description="errands on a calendar and a phone by calls of their interfaces, graded by what they leave",
+)

@@ -44,8 +44,9 @@ class _BoxedText:
 
     def _golds(self, task: Task) -> list[str]:
         found = task.payload.get(self._key)
-        golds = list(found) if isinstance(found, list | tuple) else [found]
-        if not golds or not all(isinstance(g, str) and plain_words(g) for g in golds):
+        listed: list[object] = list(found) if isinstance(found, list | tuple) else [found]
+        golds = [g for g in listed if isinstance(g, str) and plain_words(g)]
+        if not golds or len(golds) < len(listed):
             raise TaskError(
                 f"task {cut(task.id, 120)!r}: payload[{self._key!r}] = {short(found)} is no text, nor a list of them"
             )

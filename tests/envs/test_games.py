@@ -21,7 +21,7 @@ from areal_agents.types import AssistantMessage, Task
 def played(env: AgentEnv, task: Task, texts: Sequence[str]) -> tuple[list[float], str, dict[str, Any]]:
     """Play an episode with these messages; return each turn's reward, the last words, and the last info."""
     env.reset(seed=0, options={"task": task})
-    rewards, said, info, over = [], "", {}, False
+    rewards, said, over, info = list[float](), "", False, dict[str, Any]()
     for text in texts:
         assert not over
         observation, reward, terminated, truncated, info = env.step(text)
@@ -90,7 +90,7 @@ def test_a_disc_is_paid_for_the_way_it_makes_and_charged_for_going_back() -> Non
     task = task_of({"on": ["A", "A"], "goal": "C", "moves": 6})
 
     def moves(*pairs: str) -> list[str]:
-        return [call_text("move", start=a, end=b) for a, b in pairs]
+        return [call_text("move", start=pair[0], end=pair[1]) for pair in pairs]
 
     rewards, said, info = played(hanoi.Hanoi(sandbox=None), task, moves("AB", "AC", "BC"))
     assert rewards == [0.166667, 0.166667, 0.666667]
