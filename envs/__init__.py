@@ -72,3 +72,8 @@ register(
     "areal_agents.envs.assistant:Assistant",
     description="errands on a calendar and a phone by calls of their interfaces, graded by what they leave",
 )
+register(
+    "areal/Booking-v0",
+    "areal_agents.envs.booking:Booking",
+    description="book a table for a user who answers questions: a script, or a model (env.kwargs.user)",
+)
