@@ -128,8 +128,8 @@ class Booking(ToolEnv):
             return " ".join(known[:_MOST]) or "I do not understand. What do you need to know?"
         wanted = "; ".join(f"{w}: {value}" for w, value in wishes.items())
         role = system(
-            f"You are a guest who wants to book a table. Your wishes: {wanted}. Nothing else matters to you. Answer the "
-            "question shortly, and say no more than it asks for."
+            f"You are a guest who wants to book a table. Your wishes: {wanted}. Nothing else matters to you. Answer "
+            "the question shortly, and say no more than it asks for."
         )
         talk = [*self.state.said, user(question)]
         sampling = Sampling(max_tokens=64, temperature=1.0, seed=self.task.seed + self.state.questions)

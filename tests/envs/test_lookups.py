@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sqlite3
@@ -94,7 +95,7 @@ def test_a_chain_of_facts_is_in_its_documents() -> None:
             path, question = task.payload["path"], task.payload["question"]
             assert len(path) == hops + 1 == len(set(path))
             assert (path[0] in question, path[-1] == task.payload["answer"]) == (True, True)
-            assert all(other in documents[name] for name, other in zip(path, path[1:], strict=False))
+            assert all(other in documents[name] for name, other in itertools.pairwise(path))
             assert question.count(" of ") == hops
 
 
@@ -154,7 +155,7 @@ def test_errands_are_graded_by_what_they_leave_whatever_the_way() -> None:
         assistant.Assistant(sandbox=None, max_turns=2),
         task,
         [call_text(MOVE[0], **MOVE[1]), call_text(SEND[0], **SEND[1])],
-    )  # noqa: E501
+    )
     assert (sum(rewards), info["components"]["changes"]) == (0.0, 1.0)  # it never said that it is done
 
 
@@ -202,7 +203,7 @@ def test_the_scripted_user_answers_what_was_asked_and_no_more_than_two_things() 
         ("Where, and WHEN?", "In the north, please. On Monday."),
         ("Which area, day and how many people?", "In the north, please. On Monday."),
         ("For how many?", "We are 4."),
-        ("In the garden?", "I do not understand. What do you need to know?"),
+        ("By the window?", "I do not understand. What do you need to know?"),
         ("Outside?", "The garden does not matter."),
         ("Thailand?", "I do not understand. What do you need to know?"),
     ):
@@ -223,9 +224,9 @@ def test_the_scripted_user_answers_what_was_asked_and_no_more_than_two_things() 
 def test_the_right_table_is_paid(booked: dict[str, Any], reward: float, fields: float) -> None:
     rewards, _, info = played(booking.Booking(sandbox=None), table(), [call_text("book", **booked)])
     assert (rewards, info["components"]["fields"]) == ([reward], pytest.approx(fields))
-    rewards, said, info = played(
+    rewards, _, info = played(
         booking.Booking(sandbox=None), table(), [call_text("book", restaurant="X", day="Monday", people=4), "bye"]
-    )  # noqa: E501
+    )
     assert (sum(rewards), info["components"]["fields"]) == (0.0, 0.0)
 
 
