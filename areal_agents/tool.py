@@ -236,6 +236,11 @@ def tool(
     return decorate(function)
 
 
+def call_text(name: str, /, **arguments: Any) -> str:
+    """Write a call as an expert's or a script's text has it."""
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
 def class_tools(cls: type, root: type) -> tuple[Sequence[ToolSpec], object]:
     """Return the tools of an environment's class: those that it lists, then those that its body defines.
 

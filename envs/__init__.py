@@ -15,3 +15,65 @@ register(
     "areal_agents.envs.questions:Questions",
     description="questions of your own JSONL file (env.kwargs.path), verified as mathematics; a sample without one",
 )
+register(
+    "areal/HiddenNumber-v0",
+    "areal_agents.envs.hidden_number:HiddenNumber",
+    description="find a number by guesses that are answered higher or lower; every guess is paid",
+)
+register(
+    "areal/Hanoi-v0",
+    "areal_agents.envs.hanoi:Hanoi",
+    description="the tower of Hanoi from any position; every move is paid by the way that it makes",
+)
+register(
+    "areal/Blackjack-v0",
+    "areal_agents.envs.blackjack:Blackjack",
+    description="a hand of blackjack; the first mistake is charged at its turn, whatever the outcome",
+)
+register(
+    "areal/Sokoban-v0",
+    "areal_agents.envs.sokoban:Sokoban",
+    description="push boxes onto goals on a drawn map; boxes are paid as they come onto goals",
+)
+register(
+    "areal/Words-v0",
+    "areal_agents.envs.words:Words",
+    description="find a word of five letters from marks on guesses; letters are paid as they are found",
+)
+register(
+    "areal/Nim-v0",
+    "areal_agents.envs.nim:Nim",
+    description="win at Nim against a script, or a model (env.kwargs.opponent)",
+)
+register(
+    "areal/Doors-v0",
+    "areal_agents.envs.doors:Doors",
+    kwargs={"pay": "turn"},
+    description="a long way through doors, each paid as it opens",
+)
+register(
+    "areal/DoorsAtTheEnd-v0",
+    "areal_agents.envs.doors:Doors",
+    kwargs={"pay": "end"},
+    description="the same way, paid at its end alone",
+)
+register(
+    "areal/ShopDatabase-v0",
+    "areal_agents.envs.shop_database:ShopDatabase",
+    description="questions on a shop's database, answered by SQL; other databases for the test",
+)
+register(
+    "areal/Facts-v0",
+    "areal_agents.envs.facts:Facts",
+    description="questions over several documents of a searched corpus that is made up",
+)
+register(
+    "areal/Assistant-v0",
+    "areal_agents.envs.assistant:Assistant",
+    description="errands on a calendar and a phone by calls of their interfaces, graded by what they leave",
+)
+register(
+    "areal/Booking-v0",
+    "areal_agents.envs.booking:Booking",
+    description="book a table for a user who answers questions: a script, or a model (env.kwargs.user)",
+)

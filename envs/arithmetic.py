@@ -1,27 +1,20 @@
-"""``areal/Arithmetic-v0``: word problems whose numbers are too large to work out without the python tool.
-
-Tasks are procedural: task i of a split is a pure function of (split, difficulty, i). A problem belongs to the test
-split where its content hash falls into one bucket of eight, and to the train split otherwise. So no problem is in both,
-whatever the difficulties.
-"""
+"""``areal/Arithmetic-v0``: word problems whose numbers are too large to work out without the python tool."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from areal_agents.env import Expert, LazyTasks
+from areal_agents.env import Expert
+from areal_agents.envs.procedural import drawn_tasks
 from areal_agents.reward import boxed_number
+from areal_agents.tool import call_text
 from areal_agents.toolenv import ToolEnv
 from areal_agents.tools.python import python
-from areal_agents.types import Task, content_hash
+from areal_agents.types import Task
 
 DEFAULT_DIFFICULTY = 0.5
-SIZES = {"train": 4096, "test": 512}
-_TEST_BUCKETS = 8
 
 _NAMES = ("Ana", "Ben", "Eva", "Leo", "Mia", "Tom")
 _ITEMS = ("apples", "beads", "cards", "coins", "nails", "pens", "shells", "stamps")
@@ -172,15 +165,14 @@ class Arithmetic(ToolEnv):
     @classmethod
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
         level = DEFAULT_DIFFICULTY if difficulty is None else float(difficulty)
-        return LazyTasks(SIZES[split], lambda index: _task(split, level, index))
+        return drawn_tasks("areal/Arithmetic-v0", split, level, lambda rng: _problem(rng, level))
 
     def prompt(self, task: Task) -> str:
         return str(task.payload["question"])
 
     @classmethod
     def expert(cls, task: Task) -> Expert:
-        call = {"name": "python", "arguments": {"code": f"print({task.payload['expression']})"}}
-        observation = yield f"<tool_call>{json.dumps(call)}</tool_call>"
+        observation = yield call_text("python", code=f"print({task.payload['expression']})")
         yield rf"\boxed{{{observation[-1].text.strip()}}}"
 
     @classmethod
@@ -188,21 +180,7 @@ class Arithmetic(ToolEnv):
         return rf"\boxed{{{task.payload['answer']}}}"
 
 
-def _task(split: str, difficulty: float, index: int) -> Task:
-    """Draw problems from a stream of this task's own until one belongs to ``split``."""
-    # A seed from a hash of text: the same in every process, which the built-in hash is not.
-    digest = hashlib.sha256(f"areal/Arithmetic-v0 {split} {difficulty!r} {index}".encode()).digest()
-    seed = int.from_bytes(digest[:8], "big") >> 1
-    rng = Random(seed)
+def _problem(rng: Random, difficulty: float) -> dict[str, str]:
     shapes = [shape for low, high, shape in _SHAPES if low <= difficulty <= high]
-    while True:
-        numbers = _Numbers(rng, difficulty)
-        story = rng.choice(shapes)(numbers, rng.choice(_NAMES), rng.choice(_ITEMS))
-        payload = {"question": story.text, "expression": story.expression, "answer": str(story.answer)}
-        if split_of(content_hash(payload)) == split:
-            return Task.make(f"{split}-{difficulty:g}-{index}", split=split, seed=seed, payload=payload)
-
-
-def split_of(hash: str) -> str:
-    """Return the split that a problem of this content hash belongs to."""
-    return "test" if int(hash[:8], 16) % _TEST_BUCKETS == 0 else "train"
+    story = rng.choice(shapes)(_Numbers(rng, difficulty), rng.choice(_NAMES), rng.choice(_ITEMS))
+    return {"question": story.text, "expression": story.expression, "answer": str(story.answer)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from areal_agents.rewards.boxed_text import boxed_text
 from areal_agents.rewards.code.reward import code
 from areal_agents.rewards.consistency.agreement import agreement, majority
 from areal_agents.rewards.consistency.claims import consistent_claims
@@ -18,6 +19,7 @@ __all__ = [
     "Panel",
     "agreement",
     "boxed_math",
+    "boxed_text",
     "code",
     "consistent_claims",
     "majority",

@@ -14,7 +14,8 @@ from gymnasium.utils.env_checker import check_env
 
 import areal_agents
 from areal_agents.chat.toolcalls import parse_text
-from areal_agents.envs.arithmetic import Arithmetic, split_of
+from areal_agents.envs.arithmetic import Arithmetic
+from areal_agents.envs.procedural import split_of
 from areal_agents.registry import Audit
 from areal_agents.tools.python_repl import python_repl
 from areal_agents.types import Task, content_hash

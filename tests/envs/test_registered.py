@@ -19,7 +19,8 @@ def test_passes_every_check(id: str, smollm2: Path) -> None:
     require("bwrap")
     report = check(id, tokenizer=str(smollm2))
     assert report.passed, str(report)
-    assert {r.status for r in report.results} == {"passed"}  # nothing skipped, nothing unaudited
+    # Nothing unaudited, and nothing skipped but the look at tasks, where no task can be wrong: those are drawn.
+    assert {r.name: r.status for r in report.results if r.status != "passed"} in ({}, {"golds": "skipped"})
 
 
 def test_there_is_something_to_check() -> None:

@@ -1,0 +1,141 @@
+"""``areal/Facts-v0``: questions over several documents of a corpus that is searched."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+from types import MappingProxyType
+from typing import Any, Final
+
+from areal_agents.env import Expert
+from areal_agents.envs.generated_files import generated_folder
+from areal_agents.envs.procedural import drawn_tasks
+from areal_agents.rewards.boxed_text import boxed_text
+from areal_agents.tool import call_text
+from areal_agents.toolenv import ToolEnv
+from areal_agents.tools.search import search_tools
+from areal_agents.types import Task
+
+DEFAULT_DIFFICULTY = 0.5
+SIZES: Final = {"train": 2048, "test": 256}
+_COUNTS: Final = {"person": 600, "company": 200, "town": 120, "province": 24}
+_SYLLABLES: Final = (
+    "bar", "cor", "dal", "fen", "gil", "hol", "jor", "kem", "lor", "mar", "nim", "or", "pel", "ru", "sel", "tas", "ul",
+    "ven", "wil", "zar",
+)  # fmt: skip
+RELATIONS: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = MappingProxyType({
+    "person": {
+        "birthplace": ("town", "{} was born in the town of {}."),
+        "employer": ("company", "{} works for the company {}."),
+        "teacher": ("person", "{} was taught by {}."),
+    },
+    "company": {
+        "founder": ("person", "The company {} was founded by {}."),
+        "seat": ("town", "The company {} has its seat in the town of {}."),
+    },
+    "town": {
+        "province": ("province", "The town of {} lies in the province of {}."),
+        "mayor": ("person", "The mayor of the town of {} is {}."),
+    },
+    "province": {
+        "capital": ("town", "The capital of the province of {} is the town of {}."),
+        "governor": ("person", "The governor of the province of {} is {}."),
+    },
+})  # fmt: skip
+"""Kind of thing → relation → the kind that it leads to, and the sentence that says so."""
+World = Mapping[str, Mapping[str, str]]
+"""Name of a thing → relation → name of another one."""
+
+
+def _names(rng: Random, count: int, parts: int) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        words = ["".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize() for _ in range(parts)]
+        found[" ".join(words)] = None
+    return list(found)
+
+
+@functools.cache
+def world() -> tuple[World, Mapping[str, str]]:
+    """Draw the facts: what each thing is related to, and what kind of thing it is."""
+    rng = Random("areal/Facts-v0")
+    single = _names(rng, _COUNTS["town"] + _COUNTS["province"], 1)
+    things = {
+        "person": _names(rng, _COUNTS["person"], 2),
+        "company": [f"{name} Works" for name in _names(rng, _COUNTS["company"], 1)],
+        "town": single[: _COUNTS["town"]],
+        "province": single[_COUNTS["town"] :],
+    }
+    facts = {
+        name: {relation: rng.choice(things[to]) for relation, (to, _) in RELATIONS[kind].items()}
+        for kind, names in things.items()
+        for name in names
+    }
+    return facts, {name: kind for kind, names in things.items() for name in names}
+
+
+def corpus() -> Path:
+    """Return the folder with the corpus, a JSONL file with a document for each thing."""
+    return generated_folder("facts-1", _write)
+
+
+def _write(folder: Path) -> None:
+    facts, kinds = world()
+    lines = []
+    for name, related in facts.items():
+        sentences = [RELATIONS[kinds[name]][relation][1].format(name, other) for relation, other in related.items()]
+        lines.append(json.dumps({"id": name, "title": name, "text": " ".join(sentences)}))
+    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n")
+
+
+class Facts(ToolEnv):
+    r"""Answer a question whose answer takes several documents, in ``\boxed{}``.
+
+    An agent must learn to take a question apart from the inside, to search for one thing after the other, and to say no
+    more than it read. The corpus is made up, so nothing of it is known from elsewhere. ``difficulty``: one document at
+    0, two at 0.5 (the default), four at 1.
+    """
+
+    system_prompt = r"Find out with search and read_document, one fact after the other. Then answer \boxed{name}."
+    tools = search_tools(corpus() / "corpus.jsonl", progress=False)
+    rubric = boxed_text()
+    max_turns = 12
+
+    @classmethod
+    def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
+        level = DEFAULT_DIFFICULTY if difficulty is None else float(difficulty)
+        hops = round(4**level)
+        return drawn_tasks("areal/Facts-v0", split, level, lambda rng: _asked(rng, hops), SIZES)
+
+    def prompt(self, task: Task) -> str:
+        return str(task.payload["question"])
+
+    @classmethod
+    def gold(cls, task: Task) -> str:
+        return rf"\boxed{{{task.payload['answer']}}}"
+
+    @classmethod
+    def expert(cls, task: Task) -> Expert:
+        for name in task.payload["path"][:-1]:
+            yield call_text("search", query=name, top=2)
+            yield call_text("read_document", id=name)
+        yield cls.gold(task)
+
+
+def _asked(rng: Random, hops: int) -> dict[str, Any]:
+    """Draw a chain of facts that comes to no thing twice, and ask for its end."""
+    facts, kinds = world()
+    names = list(facts)
+    while True:
+        path = [rng.choice(names)]
+        asked = path[0]
+        for _ in range(hops):
+            relation = rng.choice([*RELATIONS[kinds[path[-1]]]])
+            asked = f"the {relation} of {asked}"
+            path.append(facts[path[-1]][relation])
+        if len(set(path)) == len(path):
+            wanted = "Who" if kinds[path[-1]] == "person" else "What"
+            return {"question": f"{wanted} is {asked}?", "answer": path[-1], "path": path}
