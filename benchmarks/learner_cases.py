@@ -32,6 +32,7 @@ class Case:
 LENGTHS = ((64, 64), (192, 48), (384, 96))
 CASES = tuple(Case(*length, group) for group in (4, 8) for length in LENGTHS)
 LONG = CASES[-1]
+QUICK = Case(192, 48, 8, rows=8)
 VOCABULARIES = (8192, 32_768, 131_072)
 
 

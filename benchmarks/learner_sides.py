@@ -44,16 +44,18 @@ class Meter:
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
-        self._start = 0.0
+        self._start = self._cpu = 0.0
 
     def begin(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what there is now
-        self._start = time.perf_counter()
+        self._start, self._cpu = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
-        seconds = time.perf_counter() - self._start
+        seconds, cpu = time.perf_counter() - self._start, time.process_time() - self._cpu
         rss, pss = peak_mib()
-        self.steps.append({"seconds": round(seconds, 4), "peak_rss_mib": rss, "peak_pss_mib": pss})
+        self.steps.append(
+            {"seconds": round(seconds, 4), "cpu_seconds": round(cpu, 4), "peak_rss_mib": rss, "peak_pss_mib": pss}
+        )
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -67,6 +69,7 @@ class Meter:
         return {
             "steps": steps,
             "seconds": statistics.median(s["seconds"] for s in steps),
+            "cpu_seconds": statistics.median(s["cpu_seconds"] for s in steps),
             "peak_pss_mib": max(s["peak_pss_mib"] for s in steps),
             "peak_rss_mib": max(s["peak_rss_mib"] for s in steps),
             **more,

@@ -59,9 +59,12 @@ def test_a_warm_up_is_short_and_the_measured_steps_alone_are_told() -> None:
     short = sides.cut([{"prompt": list(range(20)), "completions": [[1] * 3, [2] * 40], "advantages": [1.0, -1.0]}])
     assert short == [{"prompt": list(range(16)), "completions": [[1] * 3, [2] * 16], "advantages": [1.0, -1.0]}]
     meter = sides.Meter()
-    meter.steps = [{"seconds": s, "peak_pss_mib": m, "peak_rss_mib": m + 1} for s, m in ((9, 900), (2, 50), (4, 70))]
+    meter.steps = [
+        {"seconds": s, "cpu_seconds": 2 * s, "peak_pss_mib": m, "peak_rss_mib": m + 1}
+        for s, m in ((9, 900), (2, 50), (4, 70))
+    ]
     assert meter.answer(trained=3) == {
-        "steps": meter.steps[1:], "seconds": 3, "peak_pss_mib": 70, "peak_rss_mib": 71, "trained": 3,
+        "steps": meter.steps[1:], "seconds": 3, "cpu_seconds": 6, "peak_pss_mib": 70, "peak_rss_mib": 71, "trained": 3,
     }  # fmt: skip
     assert sides.figure("VmPeak:  5 kB\nVmHWM:  2048 kB\n", "VmHWM") == 2.0
 
@@ -91,7 +94,8 @@ def test_our_gradient_is_the_plain_loop_s_and_another_batch_s_is_not(
 def row(case: Any, side: str, seconds: float, mib: float, **more: Any) -> dict[str, Any]:
     return {
         "case": case.name, "side": side, "turn": 0, "seconds": seconds, "peak_pss_mib": mib, "grad_norm": [2.0],
-        "trained": case.rows * case.completion, "row_tokens": case.rows * (case.prompt + case.completion),
+        "trained": case.rows * case.completion, "sampled": case.rows * case.completion,
+        "row_tokens": case.rows * (case.prompt + case.completion),
         "tokens_forward": 1, "least_tokens": 1, "share_of_floor": 0.74, "share_of_own_floor": 0.8, **more,
     }  # fmt: skip
 
