@@ -239,6 +239,8 @@ class Scores:
 
 
 def _accumulate(parameter: Tensor, grad: Tensor) -> None:
+    """Add ``grad``, which nobody else holds, to the gradient."""
     if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    parameter.grad.add_(grad)
+        parameter.grad = grad.to(parameter.dtype)
+    else:
+        parameter.grad.add_(grad)
