@@ -120,11 +120,13 @@ def compared(sides: Sides, model: str, case: Case, turn: int, steps: int) -> lis
     for side in SIDES:
         found = sides.ask(side, model, groups, steps=steps)
         own = floor_seconds(measured, tokens=found["tokens_forward"], scored=trained)
+        own_cpu = floor_seconds(measured, tokens=found["tokens_forward"], scored=trained, of="cpu_seconds")
         floor = floor_seconds(measured, tokens=least, scored=trained)
         rows.append(given | found | {
             "least_tokens": least, "floor_seconds": round(floor, 4), "own_floor_seconds": round(own, 4),
             "share_of_floor": round(floor / found["seconds"], 3),
             "share_of_own_floor": round(own / found["seconds"], 3), "rates": measured,
+            "share_of_own_floor_cpu": round(own_cpu / found["cpu_seconds"], 3),
         })  # fmt: skip
     return rows
 
@@ -170,6 +172,7 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
             "least": first["least_tokens"], "peak PSS, MiB": round(middle(mine, "peak_pss_mib")),
             "of the floor": round(middle(mine, "share_of_floor"), 3),
             "of its own": round(middle(mine, "share_of_own_floor"), 3),
+            "of its own, CPU": round(middle(mine, "share_of_own_floor_cpu"), 3),
         })  # fmt: skip
     return lines
 

@@ -44,28 +44,35 @@ def least_tokens(groups: Sequence[Mapping[str, Any]]) -> int:
     return sum(len(g["prompt"]) + sum(map(len, g["completions"])) for g in groups)
 
 
-def floor_seconds(measured: Mapping[str, float], *, tokens: int, scored: int) -> float:
-    """Return the seconds of the products for so many tokens in the decoder, and in the head."""
-    return tokens * measured["body_seconds_a_token"] + scored * measured["head_seconds_a_token"]
+def floor_seconds(measured: Mapping[str, float], *, tokens: int, scored: int, of: str = "seconds") -> float:
+    """Return the seconds of the products for so many tokens in the decoder, and in the head.
+
+    ``of`` is ``cpu_seconds`` for those of all processors, which depend less on what else a machine does.
+    """
+    return tokens * measured[f"body_{of}_a_token"] + scored * measured[f"head_{of}_a_token"]
 
 
-def best(work: Callable[[], object]) -> float:
-    """Return the least seconds of some calls."""
+def best(work: Callable[[], object]) -> tuple[float, float]:
+    """Return the least seconds of some calls, and the least seconds of all processors."""
     work()
-    taken = []
+    taken, used = [], []
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         work()
         taken.append(time.perf_counter() - start)
-    return min(taken)
+        used.append(time.process_time() - cpu)
+    return min(taken), min(used)
 
 
-def seconds_a_token(layers: Sequence[Linear], rows: Sequence[int]) -> float:
-    """Return the seconds of one token in these layers, forward and backward, at the best rate of each product."""
+def seconds_a_token(layers: Sequence[Linear], rows: Sequence[int]) -> tuple[float, float]:
+    """Return the seconds of one token in these layers, forward and backward, at the best rate of each product.
+
+    They are those of the clock, and those of all processors.
+    """
     import torch
     from torch.nn.functional import linear
 
-    total = 0.0
+    totals = [0.0, 0.0]
     for n, inputs, outputs in layers:
         found = []
         for m in rows:
@@ -74,9 +81,10 @@ def seconds_a_token(layers: Sequence[Linear], rows: Sequence[int]) -> float:
             products: list[Callable[[], object]] = [
                 lambda x=x, w=w: linear(x, w), lambda g=g, w=w: g @ w, lambda g=g, x=x: g.t() @ x
             ]  # type: ignore[misc]  # fmt: skip
-            found.append([best(product) / m for product in products])
-        total += n * sum(map(min, zip(*found, strict=True)))
-    return total
+            found.append([[seconds / m for seconds in best(product)] for product in products])
+        for clock in range(2):
+            totals[clock] += n * sum(min(of[clock] for of in product) for product in zip(*found, strict=True))
+    return totals[0], totals[1]
 
 
 def main() -> None:
@@ -84,9 +92,13 @@ def main() -> None:
 
     torch.set_num_threads(int(sys.argv[2]))
     body, head = linears(json.loads((Path(sys.argv[1]) / "config.json").read_text()))
-    decoder, scoring = seconds_a_token(body, BODY_ROWS), seconds_a_token([head], HEAD_ROWS)
+    (decoder, decoder_cpu), (scoring, scoring_cpu) = (
+        seconds_a_token(body, BODY_ROWS),
+        seconds_a_token([head], HEAD_ROWS),
+    )
     print(json.dumps({
         "body_seconds_a_token": decoder, "head_seconds_a_token": scoring,
+        "body_cpu_seconds_a_token": decoder_cpu, "head_cpu_seconds_a_token": scoring_cpu,
         "body_weights": weights(body), "head_weights": weights([head]),
         "body_gflop_per_s": round(6 * weights(body) / decoder / 1e9, 1),
         "head_gflop_per_s": round(6 * weights([head]) / scoring / 1e9, 1),

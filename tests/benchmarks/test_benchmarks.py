@@ -17,7 +17,7 @@ from tests.simulated import BENCHMARKS, benchmarks_on_path, module
 __all__ = ["benchmarks_on_path"]
 SCRIPTS = (
     "engine", "trl_step", "demo", "demo_engines", "engines", "mismatch", "async", "gpu", "busy", "verifier",
-    "same_seed", "sandboxes", "search", "credit", "learner",
+    "same_seed", "sandboxes", "search", "credit", "demo_algorithms", "learner",
 )  # fmt: skip
 RECORD = {"benchmark", "commit", "machine", "samples", "checks"}
 
@@ -146,6 +146,25 @@ def test_demos_are_compared_task_by_task_over_the_attempts_of_all_seeds(
     assert (check.value, check.goal, check.holds) == ([-1.23, 2.0], "inside ±5 points", True)
     assert "seeds 0, 1, n = 512" in check.name
     assert not demo_engines.checks([alone])[0].holds
+
+
+def test_an_algorithm_is_compared_with_the_warm_start_that_the_first_run_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = module("demo_algorithms")
+    assert len({script.folder(name) for name in (*script.RUNS, script.WARM)}) == 5
+    passed = {"grpo:before": (0, 0, 1), "grpo-adapters:after_rl": (1, 1, 1)}
+
+    def load(source: str) -> compare.Evaluation:
+        found = passed[Path(source).name]
+        return compare.Evaluation(source, {("test", f"t{i}", "h"): [float(p)] for i, p in enumerate(found)})
+
+    monkeypatch.setattr(compare, "load", load)
+    found = script.compared(tmp_path, "grpo, adapters")
+    assert (found["run"], found["n"], round(found["pass_at_1"]["difference"], 4)) == ("grpo, adapters", 3, 0.6667)
+    for ci95, value, holds in (((0.001, 0.5), [0.1, 50.0], True), ((0.0, 0.5), [0.0, 50.0], False)):
+        check = script.gained(found | {"pass_at_1": {"ci95": ci95}})
+        assert (check.value, check.holds) == (value, holds)
 
 
 def test_the_long_tail_is_deterministic_and_within_its_bounds() -> None:

@@ -23,9 +23,11 @@ def test_the_floor_counts_every_weight_of_a_linear_layer_once_a_token() -> None:
     # a layer: q and o 576², k and v 576·192 each, gate, up and down 576·1536 each
     assert floor.weights(body) == 30 * (2 * 576**2 + 2 * 576 * 192 + 3 * 576 * 1536)
     assert floor.weights([head]) == 576 * 49152
-    rates = {"body_seconds_a_token": 0.002, "head_seconds_a_token": 0.001}
+    rates = {"body_seconds_a_token": 0.002, "head_seconds_a_token": 0.001, "body_cpu_seconds_a_token": 0.004}
     assert floor.floor_seconds(rates, tokens=100, scored=50) == pytest.approx(0.2 + 0.05)
-    assert floor.seconds_a_token([(2, 8, 16)], (4,)) > 0
+    rates["head_cpu_seconds_a_token"] = 0.002
+    assert floor.floor_seconds(rates, tokens=100, scored=50, of="cpu_seconds") == pytest.approx(0.4 + 0.1)
+    assert all(seconds > 0 for seconds in floor.seconds_a_token([(2, 8, 16)], (4,)))
 
 
 def test_a_prompt_must_be_computed_once_a_group() -> None:
