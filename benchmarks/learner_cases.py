@@ -29,10 +29,10 @@ class Case:
         return f"{self.prompt} + {self.completion}, G = {self.group}"
 
 
-LENGTHS = ((64, 64), (192, 48), (384, 96))
+LENGTHS = ((64, 64), (160, 40), (320, 80))
 CASES = tuple(Case(*length, group) for group in (4, 8) for length in LENGTHS)
 LONG = CASES[-1]
-QUICK = Case(192, 48, 8, rows=8)
+QUICK = Case(160, 40, 8, rows=8)
 VOCABULARIES = (8192, 32_768, 131_072)
 
 

@@ -185,7 +185,7 @@ def _parts(rows: Sequence[Ints], order: Sequence[int], budget: int, min_shared: 
     shared = [c if c >= min_shared else 0 for c in common]
     cost, start = [0], [0]  # of the best way to cut the first n rows, and where its last run starts
     for end in range(1, len(order) + 1):
-        tokens, found = 0, []
+        tokens, found = 0, list[tuple[int, int]]()
         for first in range(end - 1, -1, -1):
             tokens += lengths[first] - (shared[first + 1] if first + 1 < end else 0)
             if tokens > budget and found:
