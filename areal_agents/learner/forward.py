@@ -23,6 +23,7 @@ from areal_agents.errors import ModelError
 from areal_agents.learner.other_weights import in_fp32
 from areal_agents.learner.packing import Ints, Pack, pack_rows
 from areal_agents.learner.tree_attention import TREE, Tree
+from areal_agents.utils.memory import trim
 
 
 def load_model(source: Path, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -75,6 +76,7 @@ class Decoder:
                 module.register_forward_hook(_cast_under_autocast)
         with in_fp32(model):
             self._probe()
+        trim()  # the fp32 copies of bf16 weights: the allocator keeps more of them than LoRA needs in a step
 
     def checkpoint_layers(self) -> None:
         """Keep no layer's activations from now on, so that the backward pass computes them again.
