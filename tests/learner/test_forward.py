@@ -67,17 +67,17 @@ def test_the_padded_layout_gives_the_same_hidden_states() -> None:
 
 
 def test_what_the_probe_copied_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    freed: list[bool] = []
-    monkeypatch.setattr(forward, "trim", lambda: freed.append(decoder_is_proven()))
-    probed: list[bool] = []
+    done: list[str] = []
     probe = Decoder._probe
-    monkeypatch.setattr(Decoder, "_probe", lambda self: (probe(self), probed.append(True)))
 
-    def decoder_is_proven() -> bool:
-        return probed == [True]
+    def probed(self: Decoder) -> None:
+        probe(self)
+        done.append("probed")
 
+    monkeypatch.setattr(Decoder, "_probe", probed)
+    monkeypatch.setattr(forward, "trim", lambda: done.append("given back"))
     assert Decoder(tiny_model(), torch.bfloat16).shared
-    assert freed == [True]
+    assert done == ["probed", "given back"]
 
 
 def test_the_heads_first_gradient_is_the_products_own_and_further_ones_are_added() -> None:
