@@ -36,9 +36,21 @@ class ExecResult:
     seconds: float
 
 
+MAX_TIMEOUT: Final = 10**7
+"""Seconds of the longest call."""
+MAX_OUTPUT: Final = 1 << 31
+"""Bytes of the longest output."""
 MAX_SERVICES: Final = 8
 MIN_SERVICE_MEMORY: Final = 32 << 20
 """Bytes. Pid 1 of a service takes about 12 MB of them."""
+_BOUNDS: Final = {
+    "memory": (16 << 20, 1 << 50, "bytes, and pid 1 alone takes 12 MB"),
+    "cpu_seconds": (1, 10**9, "seconds"),
+    "processes": (1, 1 << 20, "processes"),
+    "disk": (1 << 12, 1 << 50, "bytes, and a page is the least"),  # of 0 bytes, a file system in memory has no bound
+    "open_files": (64, 1 << 20, "files, and a console alone takes some 40"),
+}
+"""The least and the most that a limit may be, and of what."""
 _TAKEN: Final = (
     "localhost", "sandbox",
     *(f"ip6-{name}" for name in ("localhost", "loopback", "localnet", "mcastprefix", "allnodes", "allrouters")),
@@ -65,6 +77,31 @@ class CallResult:
     left: tuple[str, ...]
     """Command lines of the processes that it left running: ended, or going on in a console with ``background``."""
     seconds: float
+
+
+def _beyond(counts: Mapping[str, tuple[object, int, int, str]]) -> str:
+    """Say which of some limits, each with its least, its most and what it counts, cannot be, or return ""."""
+    for name, (value, least, most, what) in counts.items():
+        if type(value) is not int:
+            return f"{name}={value!r}: its limits must be whole numbers, of {what}"
+        if not least <= value <= most:
+            return f"{name}={value}: it must be at least {least} and at most {most} {what}"
+    return ""
+
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    """Say whether a limit is a number (no NaN, no truth value) of a size that can be."""
+    return type(value) is not bool and isinstance(value, int | float) and least <= value <= most
+
+
+def check_call(timeout: float, max_output: int) -> None:
+    """Raise ConfigError for what is no limit of a call: seconds that are no number, say."""
+    if not _is_number(timeout, 0, MAX_TIMEOUT):
+        raise ConfigError(f"timeout={timeout!r}: it must be a number of seconds, at least 0 and at most {MAX_TIMEOUT}.")
+    if type(max_output) is not int or not 0 <= max_output <= MAX_OUTPUT:
+        raise ConfigError(
+            f"max_output={max_output!r}: it must be a whole number of bytes, at least 0 and at most {MAX_OUTPUT}."
+        )
 
 
 def _is_host_name(name: str) -> bool:
@@ -113,11 +150,14 @@ class Service:
             raise ConfigError(
                 f"service {self.name!r}: its name must be a host name: small letters, digits, '-', and no number."
             )
+        if not isinstance(self.environment, Mapping):
+            raise ConfigError(f"service {self.name!r}: environment must be names with values: {self.environment!r}.")
         object.__setattr__(self, "environment", dict(self.environment))
         lists = {"ready": self.ready, "command": self.command, "writable": self.writable}
         texts = [part for parts in lists.values() if isinstance(parts, tuple) for part in parts]
         texts += [text for pair in self.environment.items() for text in pair] + [self.image, self.user]
-        counts = {"memory": self.memory, "processes": self.processes, "disk": self.disk}
+        bounds = _BOUNDS | {"memory": (MIN_SERVICE_MEMORY, 1 << 50, "bytes (32 MiB at least)")}
+        counts = {name: (getattr(self, name), *bounds[name]) for name in ("memory", "processes", "disk")}
         problem = ""
         if wrong := [name for name, parts in lists.items() if not isinstance(parts, tuple)]:
             problem = f"{wrong[0]} must be a tuple of texts, not a {type(lists[wrong[0]]).__name__}"
@@ -129,18 +169,16 @@ class Service:
             problem = f"port {self.port!r} is none"
         elif not (self.port or self.ready):
             problem = "say how it is seen that it has started: port=5432, or ready=('pg_isready',)"
-        elif wrong := [p for p in self.writable if not re.fullmatch(r"(/[^/:,]+)+", p) or ".." in p.split("/")]:
+        elif wrong := [p for p in self.writable if not re.fullmatch(r"(/(?!\.{1,2}(/|$))[^/:,\n]+)+", p)]:
             problem = f"writable {wrong[0]!r} is no absolute path of a folder"
         elif wrong := [name for name in self.environment if not name or "=" in name]:
             problem = f"{wrong[0]!r} is no name of a variable"
-        elif wrong := [name for name, count in counts.items() if type(count) is not int or count < 1]:
-            problem = f"{wrong[0]}={counts[wrong[0]]!r}: its limits must be whole numbers, and more than 0"
-        elif self.memory < MIN_SERVICE_MEMORY:
-            problem = f"memory={self.memory}: it needs {MIN_SERVICE_MEMORY >> 20} MiB at least"
-        elif not 0.01 <= self.cpus <= 1024:
-            problem = f"cpus={self.cpus}: write a number such as 0.5 or 2"
-        elif not 0 < self.start_seconds < 1e6:
-            problem = f"start_seconds={self.start_seconds}: it must be more than 0, and less than a million"
+        elif problem := _beyond(counts):
+            pass
+        elif not _is_number(self.cpus, 0.01, 1024):
+            problem = f"cpus={self.cpus!r}: write a number such as 0.5 or 2"
+        elif not _is_number(self.start_seconds, 1e-3, 1e6):
+            problem = f"start_seconds={self.start_seconds!r}: it must be more than 0, and at most a million"
         if problem:
             raise ConfigError(f"service {self.name!r}: {problem}.")
 
@@ -164,7 +202,11 @@ class SandboxSpec:
     """Containers beside it, for backends that have images."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for services that cannot be told apart."""
+        """Raise ConfigError for limits that are none, and for services that cannot be told apart."""
+        if problem := _beyond({name: (getattr(self, name), *bound) for name, bound in _BOUNDS.items()}):
+            raise ConfigError(f"SandboxSpec: {problem}.")
+        if not isinstance(self.image, str) or re.search(r"[\0\n]", self.image):
+            raise ConfigError(f"SandboxSpec: image={self.image!r} is no name of an image, and no path.")
         if not isinstance(self.services, tuple) or not all(isinstance(one, Service) for one in self.services):
             raise ConfigError(f"services must be a tuple of Service, not {self.services!r}.")
         names = [service.name for service in self.services]
@@ -223,7 +265,7 @@ class Console(Protocol):
 
         Raises:
             SandboxError: when the sandbox itself failed.
-            ValueError: for a NUL in shell commands, or text that is no UTF-8.
+            ValueError: for a NUL in shell commands, text that is no UTF-8, or a limit that is none.
         """
         ...
 
@@ -253,6 +295,7 @@ class Sandbox(Protocol):
 
         Raises:
             SandboxError: when the sandbox itself failed.
+            ConfigError: for a timeout or a limit that is none (``check_call``).
         """
         ...
 

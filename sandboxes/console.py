@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from areal_agents.errors import SandboxError
-from areal_agents.sandbox import CallResult, CallStatus, ConsoleKind, Process, Sandbox
+from areal_agents.sandbox import CallResult, CallStatus, ConsoleKind, Process, Sandbox, check_call
 from areal_agents.sandboxes import console_driver
 from areal_agents.sandboxes.console_driver import CALL, CHUNK, DONE, FRAME, INTERRUPT, KILL, OUTPUT, READY
 
@@ -80,6 +80,9 @@ class LiveConsole:
             frame = await self._frame(time.monotonic() + START_TIMEOUT)
         except _Gone:
             frame = None
+        except BaseException:
+            await self._drop()
+            raise
         if frame is None or frame[0] != READY:
             text = bytes(self._buffer[:400]).decode("utf-8", "replace").strip()
             await self._drop()
@@ -99,7 +102,9 @@ class LiveConsole:
         Raises:
             SandboxError: when the sandbox itself failed, or the console is closed.
             ValueError: for a NUL in shell commands, text that is no UTF-8, or more than ``MAX_CODE`` bytes of it.
+            ConfigError: for a timeout or a limit that is none.
         """
+        check_call(timeout, max_output)
         data = code.encode()  # UnicodeEncodeError is a ValueError
         if len(data) > MAX_CODE or (self._kind == "shell" and b"\0" in data):
             raise ValueError(f"a call has at most {MAX_CODE} bytes, and no NUL in a shell.")

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Literal
 
@@ -22,6 +23,8 @@ from areal_agents.sandboxes.sandbox_process import Finished
 START_TIMEOUT: Final = 60.0
 GRACE: Final = 5.0
 """Seconds that pid 1 gets beyond a deadline of its own; then the whole container is killed from outside."""
+LOOK_TIMEOUT: Final = 60.0
+"""Seconds in which pid 1 says whether a process still runs. What its container runs may keep it waiting."""
 WINDOW: Final = 1 << 18
 """Bytes of stdin, and of a live process's output, that may be under way."""
 
@@ -35,6 +38,10 @@ class Call:
         """How it ended; None where the container was lost."""
         self.stdout, self.stderr = bytearray(), bytearray()
         self.under_way = 0
+        self.kills: int | None = None
+        """Processes of the container that had been killed for memory when it began; None before that is told."""
+        self.looks: deque[asyncio.Future[bool]] = deque()
+        """Those who wait to hear whether it still runs, in order."""
         self.changed = asyncio.Event()
 
     def end(self, told: dict[str, Any] | None) -> None:
@@ -61,7 +68,7 @@ class Container:
             stream: its frames.
             limits: rlimits of each program.
             end: removes the container, whatever state it is in.
-            oom: asks the engine whether pid 1 was killed for memory.
+            oom: asks the engine whether pid 1, whose stream has ended, was killed and something killed for memory.
             variables: of the environment of its programs, over those that the session gives.
             uid: whom the container runs as.
         """
@@ -74,7 +81,15 @@ class Container:
         self._ready = Call(0)
         self._reading = asyncio.ensure_future(self._read())
         self._removing: asyncio.Task[None] | None = None
-        self._reason = ""
+        self._reason, self._failed = "", 0.0
+        self.mounts: list[tuple[str, str, bool]] = []
+        """What is mounted inside, before anybody's code has run: where, which kind, and whether it can be written."""
+        self.folders: dict[str, str] = {}
+        """What /work, /tmp and /dev/shm are: themselves, unless the image has links there."""
+        self.hard: dict[str, int] = {}
+        """Hard limits, above which none of ``limits`` can be set."""
+        self.witness: Callable[[], Awaitable[None]] | None = None
+        """Looks whether all that belongs to the container still runs, and calls ``fail`` where it does not."""
 
     async def ready(self) -> None:
         """Wait until pid 1 serves. Raises SandboxError."""
@@ -85,7 +100,7 @@ class Container:
 
     @property
     def alive(self) -> bool:
-        return not self._reading.done()
+        return not self._reading.done() and self._removing is None
 
     async def _read(self) -> None:
         try:
@@ -96,6 +111,9 @@ class Container:
 
     def _take(self, kind: int, ident: int, payload: bytes) -> None:
         if kind == wire.READY:
+            found = json.loads(payload)
+            self.mounts = [tuple(mount) for mount in found["mounts"]]
+            self.folders, self.hard = found["folders"], found["hard"]
             self._ready.end({})
         elif (call := self._calls.get(ident)) is None:
             return
@@ -105,6 +123,12 @@ class Container:
         elif kind == wire.TOOK:
             call.under_way -= int.from_bytes(payload, "big")
             call.changed.set()
+        elif kind == wire.BEGAN:
+            call.kills = int.from_bytes(payload, "big")
+        elif kind == wire.ALIVE and call.looks:
+            look = call.looks.popleft()
+            if not look.done():
+                look.set_result(payload == b"\1")
         elif kind == wire.EXIT:
             call.end(json.loads(payload))
 
@@ -112,8 +136,9 @@ class Container:
         self._stream.send(wire.FRAME.pack(kind, ident, len(data)) + data)
 
     def _begin(self, request: dict[str, Any], *, spawn: bool, timeout: float, credit: int) -> Call:
-        if not self.alive or self._removing is not None:
-            raise SandboxError(f"the sandbox has ended{self._reason}; its files are gone. Open a new session.")
+        if not self.alive:
+            ago = f" {time.monotonic() - self._failed:.1f} s before this call" if self._reason else ""
+            raise SandboxError(f"the sandbox has ended{ago}{self._reason}; its files are gone. Open a new session.")
         call = Call(next(self._idents))
         self._calls[call.ident] = call
         if "env" in request and "own" not in request:
@@ -171,14 +196,44 @@ class Container:
                 self._calls.pop(call.ident, None)
             told = call.exit.result()
             if told is None or told.get("cause") not in ("exit", "timeout", "output_limit"):
-                self.kill()
-                if self._reason:
-                    raise SandboxError(f"the sandbox ended during the call{self._reason}. Open a new session.")
-                told = {"cause": "lost", "code": None, "oom": await self._oom()}
+                told = {"cause": "lost", "code": None, "oom": await self._lost(call)}
+            await self.require_all()
             cause: Literal["exit", "timeout", "output_limit", "lost"] = told["cause"]
             code = told["code"] if cause == "exit" else None
             seconds = time.monotonic() - start
             return Finished(cause, code, bytes(call.stdout), bytes(call.stderr), bool(told["oom"]), seconds)
+
+    async def _lost(self, call: Call) -> bool:
+        """Remove a container that ended during a call, and say whether it was killed for its memory.
+
+        The engine is asked first: of what it has removed it says nothing. And it does not say when it was that
+        something was killed for memory, so that it is believed only where nothing had been before the call.
+        """
+        self._stream.close()
+        told = call.exit.result() or {}
+        try:
+            if self._removing is None and not told:
+                return call.kills == 0 and await self._oom()
+            return bool(told.get("oom"))
+        finally:
+            self.kill()
+
+    async def require_all(self) -> None:
+        """Raise SandboxError where what belongs to the container has ended, by the end of a call that met it."""
+        if self.witness is not None and self._removing is None:
+            await self.witness()
+        if self._reason:
+            raise SandboxError(f"the sandbox ended during the call{self._reason}. Open a new session.")
+
+    async def runs(self, call: Call) -> bool:
+        """Ask pid 1 whether a live process still runs, which it does not either where there is no answer."""
+        if call.exit.done() or not self.alive:
+            return False
+        look: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        call.looks.append(look)
+        self._send(wire.LOOK, call.ident)
+        await asyncio.wait((look, call.exit), timeout=LOOK_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+        return look.done() and look.result()
 
     async def _feed_all(self, call: Call, data: bytes) -> None:
         await self.feed(call, data)
@@ -223,7 +278,7 @@ class Container:
     def fail(self, reason: str) -> None:
         """Kill everything inside because of what happened outside of it, which the errors of its calls then say."""
         if self._removing is None:
-            self._reason = f", because {reason}"
+            self._reason, self._failed = f", because {reason}", time.monotonic()
             self.kill()
 
     async def close(self) -> None:
@@ -265,6 +320,10 @@ class ContainerProcess:
         told = self._call.exit.result() if self._call.exit.done() else None
         return bool(told and told["oom"] and told["code"] in (-9, 128 + 9))
 
+    async def runs(self) -> bool:
+        """Say whether it still runs, now that it is asked."""
+        return await self._container.runs(self._call)
+
     async def send(self, data: bytes) -> None:
         """Write ``data`` to the process's stdin.
 
@@ -278,7 +337,10 @@ class ContainerProcess:
                 raise BrokenPipeError("the process has ended")
 
     async def recv(self, max_bytes: int, *, timeout: float) -> bytes:
-        """Return what the process printed next, or b"" after ``timeout`` seconds of silence or after its end."""
+        """Return what the process printed next, or b"" after ``timeout`` seconds of silence or after its end.
+
+        Raises SandboxError where its container has ended because of what belongs to it.
+        """
         call = self._call
         async with self._receiving:
             with contextlib.suppress(TimeoutError):
@@ -288,6 +350,7 @@ class ContainerProcess:
                         await call.changed.wait()
             if self._killed:
                 return b""
+            await self._container.require_all()
             data = bytes(call.stdout[:max_bytes])
             del call.stdout[:max_bytes]
             if data:

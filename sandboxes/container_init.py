@@ -4,11 +4,12 @@ What ``supervisor`` is to bubblewrap, over the two pipes that an engine attaches
 machine. It cannot be signalled or read from inside. Sent as text, so it imports only the standard library and what is
 sent with it. Frames are a kind, an id, the number of bytes that follow, and those:
 
-    host → here   START  a request, JSON         here → host   READY
+    host → here   START  a request, JSON         here → host   READY  what it finds, JSON
                   DATA   bytes of its stdin                    OUT, ERR  what it printed
                   END    of its stdin                          TOOK  how many bytes of stdin it took
                   KILL                                         EXIT  how it ended, JSON
-                  MORE   how many bytes it may print
+                  MORE   how many bytes it may print           BEGAN  processes killed for memory before it
+                  LOOK   does it still run?                    ALIVE  whether it does
 
 Nobody sends more than the other side has allowed: what is under way is bounded on both.
 """
@@ -25,12 +26,13 @@ import struct
 import time
 from typing import Any
 
-from areal_agents.sandboxes import supervisor
+from areal_agents.sandboxes import process_gate, supervisor, work_files
 
 FRAME = struct.Struct("!BiI")
-START, DATA, END, KILL, MORE = 1, 2, 3, 4, 5
-READY, OUT, ERR, TOOK, EXIT = 11, 12, 13, 14, 15
+START, DATA, END, KILL, MORE, LOOK = 1, 2, 3, 4, 5, 6
+READY, OUT, ERR, TOOK, EXIT, BEGAN, ALIVE = 11, 12, 13, 14, 15, 16, 17
 CHUNK = 1 << 16
+FOLDERS = ("/work", *work_files.SCRATCH)
 COUNTERS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 
 
@@ -42,6 +44,18 @@ def oom_kills() -> int:
                 if line.startswith("oom_kill "):
                     return int(line.split()[1])
     return 0
+
+
+def mounts() -> list[tuple[str, str, bool]]:
+    """Return what is mounted, in its order: where, the kind of file system, and whether it can be written."""
+    found = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            before, _, after = line.partition(" - ")
+            place, options = before.split()[4:6]
+            kind, _, more = (*after.split(), "", "")[:3]
+            found.append((place, kind, "ro" not in options.split(",") + more.split(",")))
+    return found
 
 
 class Job:
@@ -75,7 +89,12 @@ class Init(supervisor.Supervisor):
         os.set_blocking(0, False)
         self.poll.register(0, select.POLLIN)
         self.poll.register(self.wake, select.POLLIN)
-        self.say(READY, 0)
+        found = {
+            "mounts": mounts(),
+            "folders": {name: os.path.realpath(name) for name in FOLDERS},
+            "hard": process_gate.hard_limits(("CPU", "NPROC", "FSIZE", "NOFILE")),
+        }
+        self.say(READY, 0, json.dumps(found).encode())
         while True:
             ready = dict(self.poll.poll(self.wait()))
             if self.wake in ready:
@@ -116,6 +135,9 @@ class Init(supervisor.Supervisor):
         job = self.jobs.get(ident)
         if kind == START:
             self.begin(ident, json.loads(payload))
+        elif kind == LOOK:
+            self.reap()  # what ended before it was asked
+            self.say(ALIVE, ident, bytes([ident in self.jobs and not self.jobs[ident].over]))
         elif job is None:
             return
         elif kind == DATA:
@@ -136,6 +158,7 @@ class Init(supervisor.Supervisor):
         err, err_write = (-1, out_write) if asked["spawn"] else os.pipe()
         job = Job(ident, asked, sink, {out: OUT} | ({err: ERR} if err >= 0 else {}))
         self.jobs[ident] = job
+        self.say(BEGAN, ident, job.kills.to_bytes(8, "big"))
         for descriptor in (sink, *job.outputs):
             os.set_blocking(descriptor, False)
         try:

@@ -174,6 +174,8 @@ class DockerBackend:
         await self._engine.connect()
         whole = [self._whole(spec) for spec in specs]
         await self._images.prepare(name for s in whole for name in (s.image, *(x.image for x in s.services)))
+        for name in {spec.image for spec in whole}:
+            self._images.require_session(name)
 
     async def _start(self, spec: SandboxSpec) -> Container:
         """Start what a session needs. Raises SandboxError, SandboxUnavailable and ConfigError."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from areal_agents.errors import SandboxError
+from areal_agents.errors import ConfigError, SandboxError
 from areal_agents.sandbox import SandboxSpec, Service
-from areal_agents.sandboxes import memory
+from areal_agents.sandboxes import docker_mounts, launch, memory
 from areal_agents.sandboxes.container import Container
 from areal_agents.sandboxes.docker_engine import BACKEND, LABEL, OWNER, Engine, owner
 from areal_agents.sandboxes.docker_images import Image
@@ -21,6 +21,13 @@ from areal_agents.sandboxes.docker_seccomp import profile
 from areal_agents.sandboxes.docker_stream import Stream
 
 SPARE_PLACES: Final = 8
+KILLED: Final = 128 + 9
+"""Exit code of a container whose pid 1 was killed, for memory or by anybody else."""
+ENDS: Final = 10.0
+"""Seconds after the end of its stream in which an engine sees the end of a container."""
+MARKED: Final = 2.0
+"""Seconds after that in which it says that something was killed for memory."""
+PAUSE: Final = 0.05
 NO_DNS: Final = "0.0.0.0"
 """A name server that is none. The engine's own, inside a network, would ask the host's for what it does not know."""
 SERVICE_CAPABILITIES: Final = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "NET_BIND_SERVICE", "SETGID", "SETUID")
@@ -105,8 +112,10 @@ class Containers:
 
         Raises:
             SandboxError: where the engine does not start it.
+            SandboxUnavailable: where the image's volumes hide what it needs.
             ConfigError: where the spec cannot be bounded.
         """
+        docker_mounts.require_session(image.name, image.volumes)
         # Programs stop at NPROC, which counts what their uid has, and leave places of the pids cgroup to pid 1: code
         # that fills all places must not keep it from the next call, as if the sandbox had failed.
         limits = dict(memory.CgroupBound(Path("/"), 1).limits(spec))
@@ -114,7 +123,7 @@ class Containers:
         ident, number = self.name()
         mapped = any("userns" in option or "rootless" in option for option in self._engine.info["SecurityOptions"])
         uid = 10_000 + number % 50_000 if mapped else 1_000_000 + number % 1_000_000_000
-        scratch = dict.fromkeys(("/work", "/tmp", "/dev/shm"), _scratch(spec.disk, f"mode=755,uid={uid},gid={uid}"))
+        scratch = dict.fromkeys(docker_mounts.SCRATCH, _scratch(spec.disk, f"mode=755,uid={uid},gid={uid}"))
         # Folders that the image declares as volumes would lie on the engine's disk, writable and unbounded.
         scratch |= {path: "ro,nosuid,nodev,size=4096" for path in image.volumes if path not in scratch}
         config = self._host_config(
@@ -217,30 +226,55 @@ class Containers:
             if also is not None:
                 await also()
 
-        async def oom() -> bool:
-            try:
-                return bool((await self._engine.call("inspect_container", ident))["State"]["OOMKilled"])
-            except SandboxError:
-                return False  # the engine is gone too: the container is lost, for whatever reason
-
         self.known.add(ident)
+        stream: Stream | None = None
         try:
             await self._engine.call("create_container", name=ident, **settings)
             stream = await Stream.attach(self._engine.address, self._engine.version, ident)
             program = source(main)
             stream.send(len(program).to_bytes(4, "big") + program)
             await self._engine.call("start", ident)
-        except BaseException:
+        except BaseException as error:
+            if stream is not None:
+                stream.close()
             await asyncio.shield(asyncio.ensure_future(remove()))
+            if isinstance(error, SandboxError) and "setting rlimit" in str(error):  # of files: others it does not set
+                raise ConfigError(
+                    f"open_files={limits['NOFILE']}: the engine does not allow as many. {error}"
+                ) from error
             raise
-        container = Container(stream, limits, remove, oom, variables, uid)
+        container = Container(stream, limits, remove, lambda: self._killed_for_memory(ident), variables, uid)
         try:
             await container.ready()
+            launch.require_limits(limits, container.hard)
+            folders = container.folders if main == "main" else {}  # services may have volumes in them
+            docker_mounts.require_apart(image.name, folders)
+            docker_mounts.require_seen(image.name, image.volumes, folders, container.mounts)
         except BaseException:
             await container.close()
             raise
         await self.clean()
         return container
+
+    async def _killed_for_memory(self, ident: str) -> bool:
+        """Say whether a container's pid 1, whose stream has ended, was killed, and the kernel had killed for memory.
+
+        An engine may know that late, first the end and then the reason: it is asked again.
+        """
+        clock = asyncio.get_running_loop().time
+        late = clock() + ENDS
+        marked = clock() + ENDS
+        try:
+            while clock() < min(late, marked):
+                state = (await self._engine.call("inspect_container", ident))["State"]
+                if not state["Running"]:
+                    if state["OOMKilled"] or state["ExitCode"] != KILLED:
+                        return bool(state["OOMKilled"] and state["ExitCode"] == KILLED)
+                    marked = min(marked, clock() + MARKED)
+                await asyncio.sleep(PAUSE)
+        except SandboxError:
+            pass  # the engine is gone too: the container is lost, for whatever reason
+        return False
 
     async def remove(self, ident: str) -> None:
         """Remove a container, or remember that one is left where the engine does not do it now."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import posixpath
 import stat
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,18 +17,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from areal_agents.errors import ConfigError, SandboxUnavailable
-from areal_agents.sandboxes import launch
+from areal_agents.sandboxes import docker_mounts, launch
 from areal_agents.sandboxes.docker_engine import LABEL, OWNER, Engine, owner
 from areal_agents.sandboxes.docker_image import IMAGE
 from areal_agents.sandboxes.docker_kept import Kept
+from areal_agents.sandboxes.docker_mounts import PYTHON_AT
 from areal_agents.sandboxes.docker_progress import build, pull
+from areal_agents.sandboxes.docker_seccomp import machine
 
 BUILD: Final = "Make it: areal-agents sandbox build docker."
 BUILT: Final = "areal-agents-built"
 """The repository of what is built from folders; the tag says what lies in the folder."""
 AT_ONCE: Final = 4
 """Images pulled or built at one time."""
-_PYTHON_AT: Final = "/.areal-agents"
 _TRIPLETS: Final = {
     "x86_64": ("x86_64-linux-gnu", "ld-linux-x86-64.so.2"),
     "aarch64": ("aarch64-linux-gnu", "ld-linux-aarch64.so.1"),
@@ -86,6 +86,12 @@ class Images:
         found = await asyncio.shield(task)
         await self._kept.used(found.name)
         return found
+
+    def require_session(self, name: str) -> None:
+        """Raise SandboxUnavailable for an image that was looked at, and whose volumes hide what a session needs."""
+        task = self._known.get(name)
+        if task is not None and task.done() and not task.cancelled() and task.exception() is None:
+            docker_mounts.require_session(name, task.result().volumes)
 
     def forget(self, name: str) -> None:
         """Look at an image anew when it is asked for next: the engine has it no more."""
@@ -186,7 +192,7 @@ class Images:
             "name": tag,
             "ident": found["Id"],
             "removed": tuple(variables),
-            "volumes": tuple(dict.fromkeys(posixpath.normpath(path) for path in config.get("Volumes") or ())),
+            "volumes": docker_mounts.volumes(name, config.get("Volumes") or ()),
             "command": (*(config.get("Entrypoint") or ()), *(config.get("Cmd") or ())),
             "folder": config.get("WorkingDir") or "/",
             "user": config.get("User") or "",
@@ -198,13 +204,13 @@ class Images:
             raise SandboxUnavailable(
                 "docker", f"image {name!r} is for {found['Os']} on {found['Architecture']}", "Take another image."
             )
-        triplet, loader = _TRIPLETS[self._engine.info["Architecture"]]
+        triplet, loader = _TRIPLETS[machine(self._engine.info["Architecture"])]
         volume = f"areal-agents-python-{own['Id'].removeprefix('sha256:')[:16]}"
         masked = (*await self._fill(volume), _PRELOAD)
-        libraries = f"{_PYTHON_AT}/lib/{triplet}"
-        start = (f"{libraries}/{loader}", "--library-path", libraries, f"{_PYTHON_AT}/bin/python3")
+        libraries = f"{PYTHON_AT}/lib/{triplet}"
+        start = (f"{libraries}/{loader}", "--library-path", libraries, f"{PYTHON_AT}/bin/python3")
         variables = {"PATH": "/usr/local/bin:/usr/bin:/bin"} | variables
-        return Image(**told, start=start, binds=(f"{volume}:{_PYTHON_AT}:ro",), variables=variables, masked=masked)
+        return Image(**told, start=start, binds=(f"{volume}:{PYTHON_AT}:ro",), variables=variables, masked=masked)
 
     async def _fill(self, volume: str) -> tuple[str, ...]:
         """Make the volume with pid 1's Python: an empty one gets what the image has where it is mounted.

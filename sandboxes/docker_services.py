@@ -15,12 +15,14 @@ import ipaddress
 import json
 import random
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 from areal_agents.errors import SandboxError, SandboxUnavailable
 from areal_agents.sandbox import SandboxSpec, Service
-from areal_agents.sandboxes.container import Container, ContainerProcess
+from areal_agents.sandboxes import network_look
+from areal_agents.sandboxes.container import GRACE, Container, ContainerProcess
 from areal_agents.sandboxes.docker_containers import Containers, Place, request
 from areal_agents.sandboxes.docker_engine import Engine
 from areal_agents.sandboxes.docker_images import Image, Images
@@ -50,6 +52,7 @@ while True:
     except OSError:
         time.sleep(0.05)
 """
+_INTERFACES: Final = Path(network_look.__file__).read_bytes()
 _LOOK: Final = """
 import concurrent.futures, json, socket, sys
 def attempt(address):
@@ -63,8 +66,9 @@ def attempt(address):
 wanted = [(host, port) for host in sys.argv[1:] for port in (22, 80, 53)]
 with concurrent.futures.ThreadPoolExecutor(len(wanted)) as pool:
     seen = {f"{host}:{port}": said for (host, port), said in zip(wanted, pool.map(attempt, wanted)) if said}
-names = [line.split(":")[0].strip() for line in open("/proc/net/dev").read().splitlines()[2:]]
-print(json.dumps({"answers": seen, "interfaces": sorted(names)}))
+looking = {}
+exec(sys.stdin.read(), looking)
+print(json.dumps({"answers": seen, "interfaces": looking["interfaces"]()}))
 """
 
 
@@ -76,21 +80,26 @@ class Side:
         self.service, self.container = service, container
         self._program, self._base = program, base
         self._said = bytearray()
-        self._seen = ""
-        """How its ``ready`` program ended last."""
+        self._seen, self._ended = "", ""
+        """How its ``ready`` program ended last, and when the program itself did."""
         self.over = asyncio.ensure_future(self._read())
         """Done when the program has ended."""
 
     async def _read(self) -> None:
-        while not self._program.ended:
-            self._said += await self._program.recv(1 << 16, timeout=_FOR_EVER)
-            del self._said[:-_TAIL]
+        try:
+            while not self._program.ended:
+                self._said += await self._program.recv(1 << 16, timeout=_FOR_EVER)
+                del self._said[:-_TAIL]
+        finally:
+            self._ended = f"{datetime.now(UTC):%H:%M:%S} UTC"
 
     @property
     def fate(self) -> str:
-        """Say how it ended, with the last of what it printed."""
+        """Say how and when it ended, with the last of what it printed."""
         code = self._program.exit_code
-        how = "was lost" if code is None else f"ended with exit code {code}"
+        how = f"was lost at {self._ended}" if code is None else f"ended at {self._ended} with exit code {code}"
+        if not self.over.done():
+            how = "does not answer"
         if self._program.out_of_memory:
             how += f", because its memory of {self.service.memory >> 20} MiB was full"
         return f"service {self.service.name!r} {how}{self.last_words}"
@@ -99,6 +108,13 @@ class Side:
     def last_words(self) -> str:
         said = _shown(self._said)
         return f" (it printed: {said})" if said else ""
+
+    async def runs(self) -> bool:
+        """Say whether it runs still, as its pid 1 knows. Where it does not, its ``fate`` is known afterwards."""
+        if await self._program.runs():
+            return True
+        await asyncio.wait((self.over,), timeout=GRACE)
+        return False
 
     async def started(self, session: Container, python: tuple[str, ...], address: str) -> None:
         """Wait until it serves. Raises SandboxError."""
@@ -174,6 +190,15 @@ class Services:
             raise
         for side in sides:
             side.over.add_done_callback(lambda _, side=side: session.fail(f"its {side.fate}"))  # type: ignore[misc]
+
+        async def witness() -> None:
+            # A call may end before the host hears that a service had ended, and must not be blamed for that.
+            running = await asyncio.gather(*(side.runs() for side in sides))
+            for side, runs in zip(sides, running, strict=True):
+                if not runs:
+                    session.fail(f"its {side.fate}")
+
+        session.witness = witness
         return session
 
     async def _side(self, service: Service, image: Image, place: Place, sides: list[Side]) -> None:
@@ -234,7 +259,7 @@ class Services:
         if self._proved:
             return
         argv = [*image.start, "-I", "-S", "-c", _LOOK, gateway, "1.1.1.1"]
-        done = await session.run(request(session, argv), stdin=None, timeout=60, max_output=1 << 16)
+        done = await session.run(request(session, argv), stdin=_INTERFACES, timeout=60, max_output=1 << 16)
         if done.cause != "exit" or done.code != 0:
             raise SandboxError(f"a network was not tried: {done.cause}, {done.stderr[-300:]!r}")
         seen = json.loads(done.stdout)

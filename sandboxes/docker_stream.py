@@ -46,6 +46,7 @@ class Stream:
     @classmethod
     async def attach(cls, address: Address, version: str, container: str) -> Stream:
         """Attach to a created container's streams. Raises SandboxError."""
+        writer: asyncio.StreamWriter | None = None
         try:
             async with asyncio.timeout(TIMEOUT):
                 reader, writer = await address.connect()
@@ -53,10 +54,14 @@ class Stream:
                 request = f"POST {path} HTTP/1.1\r\nHost: docker\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n"
                 writer.write(f"{request}Content-Length: 0\r\n\r\n".encode())
                 head = await reader.readuntil(b"\r\n\r\n")
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
-            raise SandboxError(f"cannot attach to a container: {error!r}") from error
+        except BaseException as error:
+            if writer is not None:
+                writer.transport.abort()
+            if isinstance(error, OSError | asyncio.IncompleteReadError | asyncio.LimitOverrunError):
+                raise SandboxError(f"cannot attach to a container: {error!r}") from error
+            raise
         if head.split(b" ", 2)[1:2] not in ([b"101"], [b"200"]):
-            writer.close()
+            writer.transport.abort()
             raise SandboxError(f"cannot attach to a container: {head[:200]!r}")
         return cls(reader, writer)
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 CLONE = {"x86_64": 56, "aarch64": 220}
-"""The number of the system call, by machine."""
+"""The number of the system call by machine, for programs of 64 bits."""
 NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
 READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT, RECURSIVE, PRIVATE, BIND = 1, 2, 4, 8, 32, 1 << 14, 1 << 18, 1 << 12
 NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER, DROP_BOUNDING, SET_DUMPABLE, AMBIENT, CLEAR_ALL = 38, 22, 2, 24, 4, 47, 4

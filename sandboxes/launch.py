@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from areal_agents.errors import SandboxError, SandboxUnavailable
+from areal_agents.errors import ConfigError, SandboxError, SandboxUnavailable
 from areal_agents.sandbox import SandboxSpec
 from areal_agents.sandboxes import interpreter, memory, seccomp, uids
 from areal_agents.sandboxes.pipes import Fds
@@ -48,6 +48,12 @@ profile bwrap /usr/bin/bwrap flags=(unconfined) {
   include if exists <local/bwrap>
 }
 """
+
+
+_FIELDS: Final = {
+    "NPROC": "processes", "NOFILE": "open_files", "CPU": "cpu_seconds", "FSIZE": "disk", "AS": "memory of a process",
+}  # fmt: skip
+"""What a SandboxSpec says of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +125,14 @@ def given(tools: Tools, bound: memory.MemoryBound, spec: SandboxSpec) -> dict[st
     told: dict[str, Any] = {"env": tools.environment} | ({"warm": True} if tools.preload else {})
     gate = seccomp.gate() if bound.kind == "rlimits" else None
     return told | ({"gate": gate | {"limits": memory.alone(spec)}} if gate else {})
+
+
+def require_limits(limits: Mapping[str, int], hard: Mapping[str, int]) -> None:
+    """Raise ConfigError for a limit beyond the hard one of where programs run, -1 for no bound: none could start."""
+    for name, value in limits.items():
+        most = hard.get(name, -1)
+        if 0 <= most < value + (name == "CPU"):
+            raise ConfigError(f"{_FIELDS[name]}={value}: programs may have {most} here (a hard limit, ulimit -H).")
 
 
 def _system_folders() -> list[str]:

@@ -9,10 +9,12 @@ import contextlib
 import json
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 from areal_agents.errors import SandboxUnavailable
 from areal_agents.sandbox import Probe, ProbeReport, Sandbox, SandboxSpec
+from areal_agents.sandboxes import network_look
 from areal_agents.sandboxes.interpreter import MAKE, Interpreter
 from areal_agents.sandboxes.launch import ENVIRONMENT
 from areal_agents.sandboxes.memory import MemoryBound, alone
@@ -22,8 +24,11 @@ SPEC: Final = SandboxSpec(memory=256 << 20, disk=8 << 20, processes=32)
 
 _TIMEOUT: Final = 60.0
 
+_INTERFACES: Final = Path(network_look.__file__).read_text()
 _LOOK: Final = r"""
 import json, os, socket, sys
+looking = {}
+exec(sys.argv[3], looking)
 port, abstract = int(sys.argv[1]), sys.argv[2]
 def attempt(function, *args):
     try:
@@ -46,7 +51,7 @@ def read(path):
         return ""
 status = dict(line.split(":", 1) for line in read("/proc/self/status").splitlines())
 print(json.dumps({
-    "interfaces": [line.split(":")[0].strip() for line in read("/proc/net/dev").splitlines()[2:]],
+    "interfaces": looking["interfaces"](),
     "routes": read("/proc/net/route").splitlines()[1:],
     "host_port": attempt(connect, socket.AF_INET, ("127.0.0.1", port)),
     "host_abstract": attempt(connect, socket.AF_UNIX, "\0" + abstract),
@@ -208,7 +213,7 @@ async def run(
     """
     passed = [await python_starts(backend, sandbox, interpreter)]
     with _listeners() as (port, abstract):
-        argv = ["python3", "-I", "-c", _LOOK, str(port), abstract]
+        argv = ["python3", "-I", "-c", _LOOK, str(port), abstract, _INTERFACES]
         result = await sandbox.exec(argv, timeout=_TIMEOUT)
     try:
         if result.status != "ok":

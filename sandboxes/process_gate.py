@@ -26,7 +26,7 @@ import resource
 import select
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 CLONE_THREAD = 0x10000
@@ -96,6 +96,11 @@ def set_limits(limits: Mapping[str, int], pid: int = 0) -> None:
         # One second between the soft and the hard limit leaves SIGXCPU, which names the cause, ahead of SIGKILL.
         hard = value + 1 if name == "CPU" else value
         resource.prlimit(pid, getattr(resource, f"RLIMIT_{name}"), (value, hard))
+
+
+def hard_limits(names: Iterable[str]) -> dict[str, int]:
+    """Return this process's hard limits: what programs may have at most; -1 is no bound."""
+    return {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1] for name in names}
 
 
 class Gate:

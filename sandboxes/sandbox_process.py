@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 
 from areal_agents.errors import SandboxError
 from areal_agents.sandbox import SandboxSpec
-from areal_agents.sandboxes import launch, seccomp, supervisor, uids
+from areal_agents.sandboxes import launch, process_gate, seccomp, supervisor, uids
 from areal_agents.sandboxes.interactive_process import LiveProcess
 from areal_agents.sandboxes.memory import MemoryBound, Meter, NoMeter
 from areal_agents.sandboxes.pipes import Fds, Pump
@@ -100,6 +100,7 @@ class Holder:
             ConfigError: for a spec that leaves no room.
         """
         limits, program = bound.limits(spec), seccomp.program(bound.kind == "rlimits")
+        launch.require_limits(limits, process_gate.hard_limits(limits))
         slot = uids.acquire() if drop else None
         meter: Meter | None = None
         holder: Holder | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from functools import cache
 from typing import Any, Final
 
@@ -38,14 +39,29 @@ surface."""
 
 TIOCSTI, TIOCLINUX = 0x5412, 0x541C
 
+MACHINES: Final = ("x86_64", "aarch64")
+"""What the filter is written for. Elsewhere arguments have another order (clone's on s390x), or several calls are one
+(socketcall on i686), so that it would let through what it means to stop."""
+
+
+def require_machine() -> None:
+    """Raise SandboxUnavailable on a machine that the filter is not written for."""
+    machine, bits = os.uname().machine, 8 * struct.calcsize("P")
+    if machine not in MACHINES or bits != 64:
+        problem = f"the filter of system calls is written for {' and '.join(MACHINES)}, and this is "
+        problem += f"{machine}" + ("" if machine not in MACHINES else f" with a Python of {bits} bits")
+        remedy = "Use docker with an engine on such a machine, or unsafe_local for code that you wrote."
+        raise SandboxUnavailable("bubblewrap", problem, remedy)
+
 
 @cache
 def program(gated: bool = False) -> bytes:
     """Compile the filter to BPF, for ``bwrap --seccomp``.
 
     With ``gated``, each program gets a ``gate`` too where this machine has one. Raises SandboxUnavailable when
-    pyseccomp or libseccomp is missing.
+    pyseccomp or libseccomp is missing, and on a machine that the filter is not written for.
     """
+    require_machine()
     try:
         import pyseccomp
     except (ImportError, RuntimeError, OSError) as error:
@@ -77,14 +93,13 @@ def program(gated: bool = False) -> bytes:
 
 @cache
 def gate() -> dict[str, Any] | None:
-    """Compile the filters of ``process_gate``, or return None on a machine without them.
+    """Compile the filters of ``process_gate``, or return None on a kernel without them.
 
     Pid 1 sets limits of programs there, so that what forbids it is part of these and not of its own filter.
     """
     import pyseccomp
 
-    if os.uname().machine not in ("x86_64", "aarch64"):  # the calls' arguments have another order elsewhere
-        return None
+    require_machine()
     halting, plain = pyseccomp.SyscallFilter(pyseccomp.ALLOW), pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     numbers = {name: pyseccomp.resolve_syscall(pyseccomp.system_arch(), name) for name in ("clone", "fork", "vfork")}
     try:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from areal_agents.errors import SandboxError
-from areal_agents.sandbox import ExecResult, ExecStatus, Process, SandboxSpec
+from areal_agents.sandbox import ExecResult, ExecStatus, Process, SandboxSpec, check_call
 from areal_agents.sandboxes import launch
 from areal_agents.sandboxes.sandbox_process import Finished
 from areal_agents.sandboxes.work_files import BAD_ARCHIVE
@@ -105,7 +105,9 @@ class HeldSession(Generic[HeldT]):
 
         Raises:
             SandboxError: when the sandbox failed.
+            ConfigError: for a timeout or a limit that is none.
         """
+        check_call(timeout, max_output)
         holder = await self._open()
         request = self._request(holder, argv)
         finished = await holder.run(request, stdin=stdin, timeout=timeout, max_output=max_output)

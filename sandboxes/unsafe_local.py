@@ -38,6 +38,7 @@ from areal_agents.sandbox import (
     Process,
     Sandbox,
     SandboxSpec,
+    check_call,
 )
 from areal_agents.sandboxes import interpreter, launch, pipes, probes, work_files
 from areal_agents.sandboxes.interactive_process import LiveProcess
@@ -145,7 +146,9 @@ class UnsafeLocalSession:
 
         Raises:
             SandboxError: when the host cannot start a process.
+            ConfigError: for a timeout or a limit that is none.
         """
+        check_call(timeout, max_output)
         _check_argv(argv)
         async with self._lock:
             start, fds = time.monotonic(), pipes.Fds()

@@ -233,7 +233,11 @@ def make_directory(root: int, path: str) -> None:
 
 
 def empty(folder: str) -> None:
-    """Remove everything below a folder of the sandbox, which code may have closed."""
+    """Remove everything below a folder of the sandbox, which code may have closed.
+
+    It may be a link of an image, and no code's: nobody can write beside it.
+    """
+    folder = os.path.realpath(folder)
     os.chmod(folder, 0o755)
     root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from areal_agents.errors import SandboxError
 from areal_agents.sandbox import SandboxSpec
-from areal_agents.sandboxes import fresh_namespaces, launch, seccomp, uids
+from areal_agents.sandboxes import launch, process_gate, seccomp, uids
 from areal_agents.sandboxes.memory import MemoryBound
 from areal_agents.sandboxes.pipes import Fds
 from areal_agents.sandboxes.sandbox_process import Holder, names
@@ -34,8 +34,8 @@ def obstacle(tools: launch.Tools, bound: MemoryBound) -> str:
         return "no modules are imported"
     if bound.kind == "systemd-scope":
         return "a systemd scope bounds one sandbox, and all forks of a zygote would share it"
-    machine = os.uname().machine
-    return "" if machine in fresh_namespaces.CLONE else f"the machine is {machine}"
+    seccomp.require_machine()  # what forks cannot be made on, no sandbox is
+    return ""
 
 
 class Zygote:
@@ -81,6 +81,7 @@ class ForkedHolder(Holder):
             ConfigError: for a spec that leaves no room.
         """
         limits, program = bound.limits(spec), seccomp.program(bound.kind == "rlimits")
+        launch.require_limits(limits, process_gate.hard_limits(limits))
         meter = bound.meter(f"areal-agents-u{os.getpid()}-{next(names)}", spec)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)

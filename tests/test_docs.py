@@ -325,7 +325,8 @@ def _finetune(command: Command, here: Workshop) -> list[str] | None:
     small = replaced(list(command.words[1:]), model=str(here.model), out=f"out-{command.line}", max_context="1024")
     if "--min-reward" in small:
         small = replaced(small, min_reward="0")
-    return replaced(small, min_gap="0.000001") if small[0] == "dpo" else small
+    of_run = small[0] == "dpo" and not any(word.endswith(".jsonl") for word in small)
+    return replaced(small, min_gap="0.000001") if of_run else small
 
 
 def _verify(command: Command, here: Workshop) -> list[str]:

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import ipaddress
+import os
 import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Final
 
 import httpx
@@ -33,6 +35,10 @@ MAX_REDIRECTS: Final = 5
 MAX_ADDRESS_CHARS: Final = 2000
 MAX_TRIES: Final = 3
 """Addresses of one host that are tried."""
+LOOKUPS: Final = 8
+"""Names that are looked up at one time in a process."""
+LOOKUP_S: Final = 10.0
+"""Seconds until an answer of the resolver, with the wait for others; at most half of a call's own."""
 _HOST: Final = re.compile(r"(?:\*\.)?[a-z0-9_](?:[a-z0-9._-]*[a-z0-9_])?(?::\d{1,5})?|\[[0-9a-f:.]+\](?::\d{1,5})?")
 _TEXT: Final = re.compile(r"text/.*|application/(.*\+)?(json|xml|yaml|javascript)|application/x-ndjson")
 _HEADERS: Final = {
@@ -74,9 +80,10 @@ def fetch_tool(
             raise ValueError(f"fetch_tool: {host!r} is no host: write NAME, *.NAME or NAME:PORT")
     if missing := [host for host in private if host not in hosts]:
         raise ValueError(f"fetch_tool: {missing[0]!r} is in `private` and not in `hosts`")
-    if seconds <= 0 or max_bytes < 1:
-        raise ValueError(f"fetch_tool: seconds = {seconds} and max_bytes = {max_bytes} must be positive")
-    rules = Rules(tuple(h.lower() for h in hosts), tuple(h.lower() for h in private), max_bytes, links)
+    if not 0 < seconds < 1e6 or max_bytes < 1:
+        raise ValueError(f"fetch_tool: seconds = {seconds} and max_bytes = {max_bytes} must be positive, and finite")
+    lookup = min(LOOKUP_S, seconds / 2)
+    rules = Rules(tuple(h.lower() for h in hosts), tuple(h.lower() for h in private), max_bytes, links, lookup)
 
     @tool(timeout=seconds + 30, parallel=True, max_output_chars=8000, name=name)
     async def fetch(url: str) -> ToolResult:
@@ -105,6 +112,8 @@ class Rules:
     private: tuple[str, ...]
     max_bytes: int
     links: bool
+    lookup: float
+    """Seconds of one look-up."""
 
     def allows(self, url: httpx.URL) -> str | None:
         """Return the rule that allows an address, or None."""
@@ -176,8 +185,13 @@ async def _open(url: httpx.URL, rule: str, rules: Rules) -> AsyncIterator[httpx.
     Where a host that the author named does not answer at all, that is not the model's doing.
     """
     name, port = _name(url), url.port or _PORTS[url.scheme]
-    problem = "has no address"
-    for address in (await _addresses(name, port, private=rule in rules.private))[:MAX_TRIES]:
+    problem, found = "has no address", []
+    try:
+        async with asyncio.timeout(rules.lookup):
+            found = await _addresses(name, port, private=rule in rules.private)
+    except TimeoutError:
+        problem = f"was not looked up within {rules.lookup:g} s"
+    for address in found[:MAX_TRIES]:
         # A client a request: no cookie and no connection goes from one host to another.
         async with httpx.AsyncClient(verify=_trusted(), trust_env=False, timeout=10.0) as client:
             headers = {**_HEADERS, "Host": url.netloc.decode("ascii")}
@@ -199,18 +213,18 @@ async def _open(url: httpx.URL, rule: str, rules: Rules) -> AsyncIterator[httpx.
             return
     if rule.startswith("*."):
         raise ToolError(f"error: {name} {problem}")
-    if other := await _other_scheme(url, rule, rules):
+    if found and (other := await _other_scheme(url, rule, found)):
         raise ToolError(f"error: {name} {problem}; it answers {other}://")
     failed = EnvError(f"fetch: {name} {problem}")
     failed.blame = "outside"
     raise failed
 
 
-async def _other_scheme(url: httpx.URL, rule: str, rules: Rules) -> str:
+async def _other_scheme(url: httpx.URL, rule: str, found: Sequence[str]) -> str:
     """Return the scheme that a host answers, where the one that the model chose is the wrong one, else ""."""
     other = "http" if url.scheme == "https" else "https"
     name, port = _name(url), int(rule.rpartition(":")[2]) if _has_port(rule) else _PORTS[other]
-    for address in (await _addresses(name, port, private=rule in rules.private))[:MAX_TRIES]:
+    for address in found[:MAX_TRIES]:
         async with httpx.AsyncClient(verify=_trusted(), trust_env=False, timeout=3.0) as client:
             asked = httpx.URL(scheme=other, host=address, port=port, path="/")
             headers = {**_HEADERS, "Host": url.netloc.decode("ascii")}
@@ -223,7 +237,7 @@ async def _other_scheme(url: httpx.URL, rule: str, rules: Rules) -> str:
     return ""
 
 
-@cache
+@functools.cache
 def _trusted() -> ssl.SSLContext:
     return httpx.create_ssl_context(trust_env=False)
 
@@ -236,10 +250,20 @@ async def _addresses(name: str, port: int, *, private: bool) -> list[str]:
     return found
 
 
+@functools.cache
+def _threads(pid: int) -> ThreadPoolExecutor:
+    """Make the threads on which this process looks names up: asyncio's own would be missing elsewhere meanwhile."""
+    return ThreadPoolExecutor(LOOKUPS, thread_name_prefix="areal-lookup")
+
+
 async def resolve(name: str, port: int) -> list[str]:
-    """Return the addresses of a host, none where it has none."""
+    """Return the addresses of a host, none where it has none.
+
+    A look-up that nobody waits for any more keeps its thread until the resolver answers.
+    """
+    look = functools.partial(socket.getaddrinfo, name, port, type=socket.SOCK_STREAM)
     try:
-        rows = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
+        rows = await asyncio.get_running_loop().run_in_executor(_threads(os.getpid()), look)
     except (OSError, UnicodeError):
         return []
     return [str(row[4][0]) for row in rows]

@@ -47,6 +47,9 @@ _PRAGMAS = {
     "collation_list", "function_list", "compile_options",
 }  # fmt: skip
 """Pragmas that only tell, whatever their argument, and tell nothing of this machine: no path, say."""
+_FUNCTIONS = ("json_each", "json_tree")
+"""Tables that SQLite makes of arguments. Others tell of the file, or of the machine."""
+_NAMED = "SELECT 1 FROM sqlite_master WHERE lower(name) = ?"
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FULL}
 """What no query that reads can cause: the file is broken, or the machine's disk is full."""
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -88,6 +91,29 @@ def authorizer(writable: bool, virtual: list[str], refused: list[str]) -> Any:
         return sqlite3.SQLITE_OK if ok else sqlite3.SQLITE_DENY
 
     return allow
+
+
+def _instead(what: str, writable: bool) -> str:
+    """Say what may be done where something was refused, or return ""."""
+    if what.startswith("PRAGMA "):
+        return f"as PRAGMA NAME(…) or SELECT … FROM pragma_NAME(…) these may be used: {', '.join(sorted(_PRAGMAS))}"
+    return "" if writable else "the database is read-only"
+
+
+def declare(connection: sqlite3.Connection, query: str) -> None:
+    """Have SQLite make those of a query's tables that it makes of arguments.
+
+    The authorizer would be asked as if they were new ones. What must not be used it refuses by its pragma's name then.
+    """
+    try:
+        pragmas = [name for (name,) in connection.execute("PRAGMA pragma_list")]
+    except sqlite3.Error:
+        pragmas = []
+    for name in (*_FUNCTIONS, *(f"pragma_{name}" for name in {*pragmas, *_PRAGMAS})):
+        # A table or a view of that name is meant where there is one, and that is the authorizer's business.
+        if name in query.lower() and not connection.execute(_NAMED, (name,)).fetchone():
+            with contextlib.suppress(sqlite3.Error):  # one that tells nothing, or that this SQLite has not
+                connection.execute(f'EXPLAIN SELECT 1 FROM "{name}"')
 
 
 def cell(value: object) -> str:
@@ -146,6 +172,7 @@ def run(request: dict[str, Any]) -> dict[str, str]:
         connection.execute("PRAGMA schema_version")
         virtual = connection.execute("SELECT lower(name) FROM sqlite_master WHERE type = 'table' AND rootpage = 0")
         names = [name for (name,) in virtual]
+        declare(connection, request["query"])
         opened = True
         connection.set_progress_handler(lambda: time.process_time() > end, 10_000)
         connection.set_authorizer(authorizer(writable, names, refused))
@@ -164,7 +191,7 @@ def run(request: dict[str, Any]) -> dict[str, str]:
         if refused and "vtable constructor failed" in str(error):
             return {"error": f"{str(error).rpartition(': ')[2]} is a virtual table, and these are not allowed"}
         if refused:
-            return {"error": f"{refused[0]} is not allowed" + ("" if writable else "; the database is read-only")}
+            return {"error": f"{refused[0]} is not allowed; {_instead(refused[0], writable)}".removesuffix("; ")}
         if "interrupted" in str(error):
             return {"timeout": f"stopped after {seconds:g} s"}
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF

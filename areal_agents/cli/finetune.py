@@ -58,7 +58,7 @@ class _Finetune:
     schedule: Annotated[
         Literal["constant", "linear", "cosine"] | None, _arg("{constant,linear,cosine}", "constant")
     ] = None
-    """Course of the learning rate after the warm-up, down to 0 where it falls."""
+    """Course of the learning rate after the warm-up; where it falls, to 0 after the last step."""
     warmup_steps: Annotated[int | None, _arg("INT", "0")] = None
     """Steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float | None, _arg("FLOAT", "0")] = None
@@ -68,7 +68,7 @@ class _Finetune:
     seed: Annotated[int | None, _arg("INT", "0")] = None
     """Seeds the order of the data, what is held out, and the choice between equals."""
     holdout: Annotated[float | None, _arg("FLOAT", "0")] = None
-    """Share of the tasks (of the questions of a file) that is not trained on, and measured."""
+    """Share of the tasks (of the questions of files) that is not trained on, and measured."""
     eval_every: Annotated[int | None, _arg("INT", "0")] = None
     """Steps between two measurements of it; 0: at the end of each epoch."""
     save_every: Annotated[int | None, _arg("INT", "100")] = None

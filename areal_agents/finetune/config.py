@@ -66,6 +66,8 @@ class FinetuneConfig(Section):
     def _check(self) -> FinetuneConfig:
         if not self.lora_rank and (self.lora_targets or self.lora_alpha != LoraConfig().alpha):
             raise ValueError("--lora-alpha and --lora-targets are of adapters: set --lora-rank, or leave them out")
+        if not all(self.lora_targets):
+            raise ValueError("--lora-targets has an empty name: name linear layers, such as q_proj")
         return self
 
     @property

@@ -41,8 +41,13 @@ class Data(Generic[ItemT]):
         return [*lines, f"training on {len(self.train)} {what}, {tokens} tokens{held}"]
 
 
+_OF_RUNS = ("kind", "first_step", "last_step", "min_reward", "per_task", "min_gap", "pairs")
+"""Settings that choose among a run's episodes."""
+
+
 def load_examples(config: SftConfig, model: Path, *, seen: Seen = lambda: None) -> Data[Example]:
     """Load what is imitated. ``seen`` is called for each line or episode. Raises ConfigError where nothing is left."""
+    _require_runs(config)
     fmt, limits = _format(config, model, seen)
     found = [
         (run_examples if path.is_dir() else file_examples)(path, config, fmt, limits)
@@ -53,6 +58,7 @@ def load_examples(config: SftConfig, model: Path, *, seen: Seen = lambda: None) 
 
 def load_pairs(config: DpoConfig, model: Path, *, seen: Seen = lambda: None) -> Data[Pair]:
     """Load the pairs of a preference training, as ``load_examples`` loads what is imitated."""
+    _require_runs(config)
     fmt, limits = _format(config, model, seen)
     found = [
         (run_pairs if path.is_dir() else file_pairs)(path, config, fmt, limits) for path in map(_existing, config.data)
@@ -74,6 +80,20 @@ def _existing(name: str) -> Path:
     if not path.exists():
         raise ConfigError(f"{name} does not exist: name a run's folder, or a JSONL file")
     return path
+
+
+def _require_runs(config: SftConfig | DpoConfig) -> None:
+    """Raise ConfigError where a setting chooses among a run's episodes, and no source is a run."""
+    if any(_existing(name).is_dir() for name in config.data):
+        return
+    fields = type(config).model_fields
+    given = [n for n in _OF_RUNS if n in fields and getattr(config, n) != fields[n].default]
+    if given:
+        name = "steps" if given[0].endswith("_step") else given[0].replace("_", "-")
+        raise ConfigError(
+            f"--{name} chooses among a run's episodes, and {', '.join(config.data)} is no run: choose among the lines "
+            "of a file before, or leave it out"
+        )
 
 
 def _format(config: SftConfig | DpoConfig, model: Path, seen: Seen) -> tuple[ChatFormat, Limits]:

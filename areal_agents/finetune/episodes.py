@@ -71,6 +71,8 @@ def run_pairs(path: Path, config: DpoConfig, fmt: ChatFormat, limits: Limits) ->
         for chosen, rejected in made:
             if chosen.prompt != rejected.prompt:
                 tally.leave_out(chosen.said.name, "the group's episodes have different prompts")
+            elif chosen.said.key == rejected.said.key:
+                tally.leave_out(chosen.said.name, "chosen and rejected are the same tokens")
             else:
                 found.append(Pair(chosen.task, chosen.said, rejected.said))
     tally.taken = len(found)

@@ -193,9 +193,10 @@ def split_holdout(items: Sequence[ItemT], share: float, *, seed: int) -> tuple[l
 
 
 def fingerprint(items: Sequence[Item]) -> str:
-    """Return a digest of all that is trained on, in order."""
+    """Return a digest of all that is trained on, in order, and of the tasks, which decide what is held out."""
     digest = hashlib.sha256()
     for item in items:
+        digest.update(item.task.encode("utf-8", "surrogatepass") + b"\0")
         for side in item.sides:
             digest.update(side.key)
         digest.update(b"\n")

@@ -29,6 +29,7 @@ from areal_agents.finetune.messages import (
     read_tools,
     spoken_of,
     unused_fields,
+    unused_tool_fields,
 )
 from areal_agents.finetune.render import render
 from areal_agents.utils.short_text import short
@@ -44,7 +45,7 @@ def file_examples(path: Path, config: SftConfig, fmt: ChatFormat, limits: Limits
         tally.count(limits)
         said = guarded(tally, name, partial(_imitated, row, config, fmt, tally), limits)
         if said is not None:
-            found.append(Example(_prompt_of(path, said.rows), said))
+            found.append(Example(_prompt_of(said.rows), said))
     tally.taken = len(found)
     return found, tally
 
@@ -71,7 +72,7 @@ def file_pairs(path: Path, config: DpoConfig, fmt: ChatFormat, limits: Limits) -
             if chosen.key == rejected.key:
                 tally.leave_out(name, "chosen and rejected are the same tokens")
             else:
-                found.append(Pair(_prompt_of(path, chosen.rows), chosen, rejected))
+                found.append(Pair(_prompt_of(chosen.rows), chosen, rejected))
     tally.taken = len(found)
     return found, tally
 
@@ -151,12 +152,12 @@ def _refuse_other_variables(row: Mapping[str, Any]) -> None:
 
 
 def _note_unused(row: Mapping[str, Any], tally: Tally) -> None:
-    tally.unused |= {str(name) for name in row if name not in _READ}
+    tally.unused |= {str(name) for name in row if name not in _READ} | unused_tool_fields(row.get("tools"))
     for name in _COLUMNS:
         tally.unused |= unused_fields(row.get(name))
 
 
-def _prompt_of(path: Path, rows: Sequence[Row]) -> str:
-    """Return a name of what stands before the first target, which lines of one question share."""
+def _prompt_of(rows: Sequence[Row]) -> str:
+    """Return a name of what stands before the first target, which lines of one question share, of all files."""
     first = rows[0]
-    return f"{path}/{hashlib.sha256(first.ids[: int(first.mask.argmax())].tobytes()).hexdigest()[:16]}"
+    return f"file/{hashlib.sha256(first.ids[: int(first.mask.argmax())].tobytes()).hexdigest()[:16]}"

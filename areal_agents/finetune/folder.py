@@ -12,6 +12,7 @@ import json
 import shlex
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,9 +126,10 @@ def read_reference(out: Path, size: int, fingerprint: str) -> NDArray[np.float64
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: given the path, numpy leaves a broken file open.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             sums_E, of = np.asarray(file["sums"], np.float64), str(file["fingerprint"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): remove it and begin anew in another folder") from error
     if sums_E.shape != (size,) or of != fingerprint:
         raise CheckpointError(f"{path} is of other data: begin anew in another folder")

@@ -23,6 +23,12 @@ _ROLES: Mapping[str, Role] = {"system": "system", "developer": "system", "user":
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _KNOWN = frozenset({"role", "content", "name", "tool_call_id", "tool_calls", "weight", "refusal", *_REASONING})
+_AROUND = frozenset({"id", "type", "index", "function"})
+"""What a call or a tool has around its name."""
+_ARGUMENTS = ("parameters", "args", "params", "kwargs", "input", "inputs", "tool_input")
+"""Where other formats have a call's arguments."""
+_SCHEMAS = ("input_schema", "inputSchema", "args_schema", "arguments", "schema")
+"""Where other formats have a tool's parameters."""
 
 
 class RowRefused(Exception):
@@ -76,20 +82,50 @@ def read_tools(given: object) -> tuple[ToolSpec, ...]:
 
 
 def unused_fields(rows: object) -> set[str]:
-    """Return the fields of messages that hold something and are not read."""
-    messages = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
-    return {f"messages.{name}" for row in messages for name, value in row.items() if name not in _KNOWN and value}
+    """Return the fields of messages and their calls that hold something and are not read."""
+    messages = _objects(rows)
+    calls = [call for row in messages for call in _objects(row.get("tool_calls"))]
+    found = {f"messages.{name}" for row in messages for name, value in row.items() if name not in _KNOWN and value}
+    return found | {f"messages.tool_calls.{name}" for call in calls for name in _beside(call, ("name", "arguments"))}
+
+
+def unused_tool_fields(given: object) -> set[str]:
+    """Return the fields of tools that hold something and are not read."""
+    tools = _json(given, "its tools") if isinstance(given, str) and given.strip() else given
+    known = ("name", "description", "parameters", "strict")
+    return {f"tools.{name}" for tool in _objects(tools) for name in _beside(tool, known)}
+
+
+def _objects(rows: object) -> list[Mapping[str, Any]]:
+    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+
+
+def _beside(entry: Mapping[str, Any], known: Sequence[str]) -> list[str]:
+    """Return the fields of a call or a tool, and of what is around it, that hold something and are not ``known``."""
+    inner = entry.get("function", entry)
+    parts = [entry] if inner is entry or not isinstance(inner, Mapping) else [inner, entry]
+    return [
+        str(name) for k, part in enumerate(parts) for name, value in part.items()
+        if name not in _AROUND and (k or name not in known) and value not in _EMPTY
+    ]  # fmt: skip
 
 
 def _tool(entry: object, i: int) -> ToolSpec:
     inner = entry.get("function", entry) if isinstance(entry, Mapping) else None
     name = inner.get("name") if isinstance(inner, Mapping) else None
-    if not isinstance(inner, Mapping) or not isinstance(name, str) or not name:
+    if not isinstance(entry, Mapping) or not isinstance(inner, Mapping) or not isinstance(name, str) or not name:
         raise RowRefused(f"tool {i} is no function with a name: {short(entry)}")
-    parameters = inner.get("parameters") or {"type": "object", "properties": {}}
-    if not isinstance(parameters, Mapping):
-        raise RowRefused(f"the parameters of tool {name!r} are no JSON schema")
-    return ToolSpec(name, str(inner.get("description") or ""), dict(parameters))
+    parameters, description = inner.get("parameters"), inner.get("description")
+    if parameters in _EMPTY:
+        if other := next((k for k in _beside(entry, ("name", "description")) if k in _SCHEMAS), None):
+            raise RowRefused(f"tool {name!r} has its schema in {other!r}: write it as parameters")
+        parameters = {"type": "object", "properties": {}}
+    if not isinstance(parameters, Mapping) or not isinstance(parameters.get("properties", {}), Mapping | None):
+        raise RowRefused(f"the parameters of tool {name!r} are no JSON schema of an object")
+    if description is not None and not isinstance(description, str):
+        raise RowRefused(f"the description of tool {name!r} is no text")
+    _clean(json.dumps([name, description, parameters], ensure_ascii=False))
+    return ToolSpec(name, description or "", dict(parameters))
 
 
 def _message(row: object, *, trains: bool) -> Spoken:
@@ -106,6 +142,7 @@ def _message(row: object, *, trains: bool) -> Spoken:
     named = {key: row.get(key) for key in ("tool_call_id", "name")}
     if wrong := next((key for key, value in named.items() if not isinstance(value, str | None)), None):
         raise RowRefused(f"its {wrong} is no text")
+    _clean("".join(value for value in named.values() if value))
     return Message(_ROLES[role], (Text(_text(row.get("content"))),), **named)
 
 
@@ -118,7 +155,7 @@ def _said(row: Mapping[str, Any], *, trains: bool) -> Said:
     content = row.get("content")
     if content in _EMPTY and isinstance(row.get("refusal"), str):
         content = row["refusal"]
-    entries = row.get("tool_calls") or []
+    entries = [] if row.get("tool_calls") in _EMPTY else row["tool_calls"]
     if not isinstance(entries, list):
         raise RowRefused("its tool_calls are no list")
     calls = tuple(_call(entry, i) for i, entry in enumerate(entries))
@@ -140,10 +177,18 @@ def _reasoning(row: Mapping[str, Any]) -> str | None:
 def _call(entry: object, i: int) -> Call:
     inner = entry.get("function", entry) if isinstance(entry, Mapping) else None
     name = inner.get("name") if isinstance(inner, Mapping) else None
-    if not isinstance(inner, Mapping) or not isinstance(name, str) or not name.strip():
+    if (
+        not isinstance(entry, Mapping)
+        or not isinstance(inner, Mapping)
+        or not isinstance(name, str)
+        or not name.strip()
+    ):
         raise RowRefused(f"tool call {i} is no function with a name: {short(entry)}")
     given = inner.get("arguments")
-    read = read_arguments(_clean(name), given if isinstance(given, str) else json.dumps(given or {}))
+    beside = _beside(entry, ("name", "arguments"))
+    if lost := [k for k in beside if given is None or k in (*_ARGUMENTS, "arguments")]:
+        raise RowRefused(f"tool call {i}, {name}, has {lost[0]!r} beside its name: write what it is given as arguments")
+    read = read_arguments(_clean(name), given if isinstance(given, str) else json.dumps({} if given is None else given))
     if read.status != "ok":
         raise RowRefused(f"tool call {i}, {name}: its arguments are no JSON object: {short(given)}")
     return read.name, read.arguments

@@ -213,7 +213,7 @@ class _Run:
     async def run(self) -> None:
         """Do the steps that are left, and export the model."""
         every = self.config.save_every
-        if self.learner.version == 0:
+        if self.learner.version == 0 and self.commit.checkpoint is None:  # else it was measured before it was saved
             await self._measure()
         self.tracker.start_clock()
         while (step := self.learner.version) < self.total:

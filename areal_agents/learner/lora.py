@@ -233,7 +233,8 @@ def _targets(model: nn.Module, base: nn.Module, config: LoraConfig) -> dict[str,
         name = min(small, key=lambda n: small[n])
         raise ModelError(
             f"learner.lora.rank = {config.rank} is more than {name} can have, which is "
-            f"{' x '.join(map(str, found[name].weight.shape))} ({len(small)} layers are too small): lower it"
+            f"{' x '.join(map(str, found[name].weight.shape))} ({len(small)} layers are too small): lower it, or "
+            "name larger layers in learner.lora.targets"
         )
     return found
 

@@ -238,7 +238,7 @@ class LearnerConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up, down to 0 at the last step where it falls."""
+    """Course of the learning rate after the warm-up; where it falls, to 0 after the last step."""
     grad_clip: Positive = 1.0
     """Largest gradient norm."""
     ess_step: Literal["token", "turn", "trajectory"] | None = None

@@ -17,10 +17,11 @@ from typing import Any
 import httpx
 
 from areal_agents.chat.format import ChatFormat
-from areal_agents.engines.openai.teacher import ServedTeacher
+from areal_agents.engines.openai.teacher import NoAnswer, ServedTeacher
 from areal_agents.errors import ConfigError, EngineError, ModelError
 from areal_agents.models import resolve
 from areal_agents.settings.config import AlgorithmConfig, TrainConfig
+from areal_agents.utils.short_text import short
 
 _TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs, 3.14159 times; isn't that so?",
@@ -130,7 +131,8 @@ def _require_same_of_server(student: Any, name: str) -> None:
 
 
 def _require_context(folder: Path, max_context: int) -> None:
-    said = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    said = (sizes.get("text_config") or sizes).get("max_position_embeddings")
     if isinstance(said, int) and said < max_context:
         raise ConfigError(
             f"algorithm.teacher.model: {folder} has a context of {said} tokens, under model.max_context = {max_context}"
@@ -139,19 +141,20 @@ def _require_context(folder: Path, max_context: int) -> None:
 
 async def _require_served(served: ServedTeacher, client: httpx.AsyncClient, config: TrainConfig) -> None:
     """Raise ConfigError where the server does not have the model, or not with context enough."""
-    t, url = config.algorithm.teacher, f"{str(served.root).rstrip('/')}/models"
+    t = config.algorithm.teacher
     try:
-        answer = await client.get(url)
-        models = {m["id"]: m for m in answer.json()["data"]} if answer.status_code == 200 else None
-    except httpx.TransportError as error:
-        raise ConfigError(f"{served.name} does not answer: {type(error).__name__} {error}".strip()) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{url} lists no models: is algorithm.teacher.url right?") from error
-    if models is None:
-        why = " (algorithm.teacher.api_key_env)" if answer.status_code in (401, 403) else ""
-        raise ConfigError(f"{url} answers {answer.status_code}{why}: {answer.text[:200]}")
+        answer = await served.ask(client, "GET", served.url("models"))
+    except NoAnswer as error:
+        raise ConfigError(f"{served.name} does not answer: {error}") from error
+    if answer.status != 200:
+        why = " (algorithm.teacher.api_key_env)" if answer.status in (401, 403) else ""
+        raise ConfigError(f"{served.root}/models answers {served.told(answer)}{why}")
+    try:
+        models = {m["id"]: m for m in json.loads(answer.raw)["data"]}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{served.root}/models lists no models: is algorithm.teacher.url right?") from error
     if models and t.model not in models:
-        raise ConfigError(f"algorithm.teacher.model = {t.model!r}: {served.root} serves {', '.join(map(repr, models))}")
+        raise ConfigError(f"algorithm.teacher.model = {t.model!r}: {served.root} serves {short(list(models))}")
     longest = models.get(t.model, {}).get("max_model_len")
     if isinstance(longest, int) and longest <= config.model.max_context:
         raise ConfigError(
@@ -166,11 +169,10 @@ async def _tokenizes_alike(served: ServedTeacher, client: httpx.AsyncClient, stu
 
     False where it has nothing to ask. Raises ConfigError where it is another one.
     """
-    url = served.root.copy_with(path=served.root.path.rstrip("/").removesuffix("/v1") + "/tokenize")
     for text in probing_texts(student):
         body = {"model": config.algorithm.teacher.model, "prompt": text, "add_special_tokens": False}
         try:
-            answer = await served.post(client, str(url), body)
+            answer = await served.post(client, served.tokenize_url, body)
         except EngineError as error:
             if any(f": {code} " in str(error) for code in (404, 405, 501)):
                 return False

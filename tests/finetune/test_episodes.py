@@ -109,13 +109,14 @@ def test_what_cannot_train_is_counted(tmp_path: Path) -> None:
     rows = [
         record("g0/0", turn("a")),
         record("g0/1", turn("b"), stop="error"),
+        record("g0/4", turn("c", float("nan"))),
         record("g0/2"),
         record("g0/3", turn("fox " * 400)),
         record("g0/5", replace(turn("d"), observation=(image,))),
         record("g0/6", replace(turn("e"), prompt_suffix=(5, 1000))),
     ]
     counts = dict.fromkeys(("infrastructure", "no turn", "--max-context", "images", "vocabulary"), 1)
-    assert chosen(run_folder(tmp_path / "run", rows)) == (["a"], counts)
+    assert chosen(run_folder(tmp_path / "run", rows)) == (["a"], counts | {"infrastructure": 2})
 
 
 def test_another_tokenizers_tokens_are_refused(tmp_path: Path) -> None:
@@ -194,6 +195,13 @@ def test_equal_rewards_are_paired_by_the_seed(tmp_path: Path) -> None:
 def test_pairs_need_one_prompt(tmp_path: Path) -> None:
     rows = [record("g0/0", turn("a", 1.0)), record("g0/1", turn("b", 0.0, asked="other"))]
     assert pairs(run_folder(tmp_path / "run", rows)) == ([], {"the group's episodes have different prompts": 1})
+
+
+def test_the_same_tokens_are_no_pair(tmp_path: Path) -> None:
+    """A reward of chance differs, and the loss of such a pair has no gradient."""
+    rows = [record(f"g0/{i}", turn(c, r)) for i, (c, r) in enumerate((("a", 1.0), ("b", 0.5), ("c", 0.4), ("a", 0.0)))]
+    found = pairs(run_folder(tmp_path / "run", rows), pairs=2)
+    assert found == ([("b", "c")], {"chosen and rejected are the same tokens": 1})
 
 
 def test_the_tally_says_what_happened(tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from areal_agents.chat.format import ChatFormat
 from areal_agents.errors import ConfigError
-from areal_agents.finetune.examples import Limits, split_holdout
+from areal_agents.finetune.examples import Limits, fingerprint, last_turn, split_holdout
 from areal_agents.finetune.files import file_examples, file_pairs
+from areal_agents.finetune.messages import read_messages
+from areal_agents.finetune.render import render
 from tests.finetune.world import chat, dpo, fmt, jsonl, sft, targets
+from tests.tiny_tokenizer import THINKING, tiny
 
 LIMITS = Limits(256, 1000)
 END = "<|im_end|>"
@@ -49,6 +54,42 @@ def test_the_last_turn_alone(tmp_path: Path) -> None:
     row = {"messages": [user("a"), says("b"), user("c"), says("d")]}
     ((example,), _) = examples(tmp_path, row, turns="last")
     assert targets(example.said) == ["d" + END]
+
+
+def test_the_last_turn_of_several_rows_is_in_the_last_of_them() -> None:
+    thinks = {"role": "assistant", "content": "b", "reasoning": "hm"}
+    rows = render(ChatFormat(tiny(THINKING)), read_messages([user("a"), thinks, user("c"), says("d")]))
+    assert len(rows) == 2
+    (row,) = last_turn(rows)
+    assert fmt().tokenizer.decode(row.ids[row.mask]) == f"d{END}"
+
+
+def test_a_row_of_just_max_context_is_taken(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "d.jsonl", chat("a", "b"))
+    config = sft(path, Path("m"), Path("o"))
+    ((example,), _) = file_examples(path, config, fmt(), LIMITS)
+    tokens = len(example.said.rows[0])
+    assert len(file_examples(path, config, fmt(), Limits(tokens, 1000))[0]) == 1
+    assert len(file_examples(path, config, fmt(), Limits(tokens - 1, 1000))[0]) == 0
+
+
+def test_the_fingerprint_sees_tokens_masks_and_order(tmp_path: Path) -> None:
+    talk = {"messages": [user("a"), says("b"), user("c"), says("d")]}
+    shown = {"messages": [user("a"), says("b") | {"weight": 0}, user("c"), says("d")]}
+    found = [fingerprint(examples(tmp_path, *rows)[0]) for rows in ((talk, shown), (shown, talk), (talk,), (shown,))]
+    assert len(set(found)) == 4
+    again = examples(tmp_path, talk, shown)[0]
+    assert fingerprint(again) == found[0]
+    assert fingerprint([replace(again[0], task="other"), again[1]]) != found[0], "other examples would be held out"
+
+
+def test_one_question_of_two_files_is_held_out_whole(tmp_path: Path) -> None:
+    found = []
+    for name in ("x", "y"):
+        path = jsonl(tmp_path / f"{name}.jsonl", *(chat(q, name) for q in "abcd"))
+        found += file_examples(path, sft(path, Path("m"), Path("o")), fmt(), LIMITS)[0]
+    train, held = split_holdout(found, 0.5, seed=0)
+    assert (len(train), len(held)) == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +169,7 @@ def test_what_both_begin_with_is_not_learned(tmp_path: Path) -> None:
             {"chosen": [user("a"), says("b")], "rejected": [user("a"), says("b"), user("x"), says("c")]},
             "tells them apart",
         ),
+        ({"prompt": "a", "chosen": [user("a"), says("b")], "rejected": "c"}, "an answer to the same prompt"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same tokens"),
         ({"prompt": "a", "chosen": "b"}, "it has no rejected"),
         ({"prompt": "a", "chosen": "b", "rejected": ""}, "says nothing"),

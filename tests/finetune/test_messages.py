@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from areal_agents.finetune.messages import RowRefused, Said, read_messages, read_tools, unused_fields
+from areal_agents.finetune.messages import (
+    RowRefused,
+    Said,
+    read_messages,
+    read_tools,
+    unused_fields,
+    unused_tool_fields,
+)
 from areal_agents.types import Message, Text
 
 USER = {"role": "user", "content": "a"}
@@ -57,6 +64,20 @@ def test_what_is_read() -> None:
         ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "arguments are no JSON"),
         ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, "no JSON object"),
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}, "no function with a name"),
+        ({"role": "assistant", "content": "x", "tool_calls": 0}, "tool_calls are no list"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": []}]}, "arguments are no JSON object"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": False}]}, "arguments are no JSON object"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "parameters": {"n": 1}}]}, "f, has 'parameters' beside"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "n": 1}]}, "f, has 'n' beside its name"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}, "input": {"n": 1}}]},
+            "has 'input' beside its name: write what it is given as arguments",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f"}, "arguments": {"n": 1}}]},
+            "has 'arguments' beside its name",
+        ),
+        ({"role": "tool", "content": "x", "name": "\ud800"}, "half a character"),
         ({"role": "assistant", "content": "x", "reasoning": "a", "thinking": "b"}, "several thoughts"),
         ({"role": "assistant", "content": "x", "reasoning_content": ["a"]}, "reasoning is no text"),
     ],
@@ -88,6 +109,12 @@ def test_tools() -> None:
         ([{}], "no function with a name"),
         ("{", "no JSON"),
         ([{"name": "f", "parameters": 3}], "no JSON schema"),
+        ([{"name": "f", "parameters": {"properties": 3}}], "no JSON schema of an object"),
+        ([{"name": "f", "parameters": {"properties": ["n"]}}], "no JSON schema of an object"),
+        ([{"name": "f", "input_schema": {"type": "object"}}], "'f' has its schema in 'input_schema': write it as par"),
+        ([{"function": {"name": "f", "inputSchema": {"type": "object"}}}], "has its schema in 'inputSchema'"),
+        ([{"name": "f", "description": {"en": "d"}}], "description of tool 'f' is no text"),
+        ([{"name": "f", "description": "\ud800"}], "half a character"),
     ],
 )
 def test_tools_that_are_none(given: Any, said: str) -> None:
@@ -97,3 +124,10 @@ def test_tools_that_are_none(given: Any, said: str) -> None:
 
 def test_fields_that_are_not_read_are_named() -> None:
     assert unused_fields([USER | {"audio": None, "id": 7}, "x"]) == {"messages.id"}
+    calls = [{"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}", "mood": "good"}, "note": ""}]
+    assert unused_fields([{"role": "assistant", "tool_calls": calls}]) == {"messages.tool_calls.mood"}
+    assert read_messages([{"role": "assistant", "tool_calls": calls}]) == [Said("", None, (("f", {}),))]
+    tools = [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {}}, "cache": {"a": 1}}]
+    for given in (tools, json.dumps(tools)):
+        assert unused_tool_fields(given) == {"tools.cache"}
+    assert unused_tool_fields(None) == unused_tool_fields(" ") == set()

@@ -20,8 +20,9 @@ from areal_agents.chat.format import ChatFormat
 from areal_agents.errors import ArealError, CheckpointError, ConfigError, Interrupted
 from areal_agents.evaluation.curves import first_panel, read_numbers
 from areal_agents.finetune.config import DpoConfig, SftConfig
+from areal_agents.finetune.data import load_examples
 from areal_agents.finetune.learner import FinetuneLearner
-from areal_agents.finetune.run import FinetuneResult, batch_of, finetune
+from areal_agents.finetune.run import FinetuneResult, _Run, batch_of, finetune
 from areal_agents.learner.forward import load_model
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.types import user
@@ -115,6 +116,36 @@ def test_the_held_out_loss_is_measured_and_not_learned(tmp_path: Path, model: Pa
     assert again.holdout[0] != result.holdout[0]
 
 
+def test_the_held_out_loss_is_a_mean_over_its_targets(tmp_path: Path, model: Path) -> None:
+    data = jsonl(tmp_path / "d.jsonl", *(chat(*pair) for pair in TALK))
+    config = sft(data, model, tmp_path / "out", batch=8, holdout=0.4)
+    plain, held = load_model(model), load_examples(config, model).holdout
+    total = -sum(float(row_logprobs(plain, row, 1.0).detach().sum()) for e in held for row in e.said.rows)
+    step, found = done(config).holdout[0]
+    assert (step, len(held)) == (0, 2)
+    assert found["loss"] == pytest.approx(total / sum(e.said.tokens for e in held), rel=1e-5)
+
+
+def test_a_stop_before_the_first_step_measures_once(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = jsonl(tmp_path / "d.jsonl", *(chat(*pair) for pair in TALK))
+    config = sft(data, model, tmp_path / "out", holdout=0.4)
+    usual = _Run._measure
+
+    async def measured(self: _Run) -> None:
+        await usual(self)
+        signal.raise_signal(signal.SIGINT)
+        while not self.stop.requested:  # noqa: ASYNC110  # the signal is heard by the loop
+            await asyncio.sleep(0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "_measure", measured)
+        with pytest.raises(Interrupted, match="step 0 is saved"):
+            done(config)
+    assert [step for step, _ in done(config, resume=True).holdout] == [0, 1]
+
+
 def test_preferences_are_learned(tmp_path: Path, model: Path) -> None:
     rows = [{"prompt": q, "chosen": a, "rejected": b} for (q, a), (_, b) in pairwise(TALK)]
     data = jsonl(tmp_path / "d.jsonl", *rows)
@@ -141,12 +172,15 @@ def test_going_on_is_as_if_never_stopped(
         data, make = jsonl(tmp_path / "d.jsonl", *rows), dpo  # type: ignore[assignment]
     same = {"epochs": 4, "batch": 2, "holdout": 0.3, "lr": 1e-3, "schedule": "cosine", "warmup_steps": 2, "threads": 1}
     whole = done(make(data, model, tmp_path / "whole", **same))
+    rates = [row["lr"] for row in read_metrics(whole.out, kind=method)]
     said = rf"step [34] is saved.*\n  areal-agents {method} --out"
     with stopped_after(3, monkeypatch), pytest.raises(Interrupted, match=said):
         done(make(data, model, tmp_path / "parts", **same))
     parts = done(make(data, model, tmp_path / "parts", **same, save_every=1), resume=True)
     for name, tensor in weights(whole.model).items():
         assert torch.equal(weights(parts.model)[name], tensor), name
+    done_share = [math.pi * x / (len(rates) - 2) for x in range(len(rates) - 2)]
+    assert rates == pytest.approx([5e-4, 1e-3, *(1e-3 * (1 + math.cos(x)) / 2 for x in done_share)])
     for kind in (method, "holdout"):
         a, b = (
             [{k: row.get(k) for k in ("step", "loss", "margin", "lr")} for row in read_metrics(r.out, kind=kind)]
@@ -197,6 +231,10 @@ def test_what_is_refused(tmp_path: Path, model: Path) -> None:
         (sft(data, model, out, holdout=0.99), "--holdout is 0.99, and the data has 5 tasks: nothing would be left"),
         (sft(data, model, out, warmup_steps=9), "--warmup-steps is 9, and the training has 1 steps"),
         (sft(data, model, out, threads=9999), "--threads = 9999 exceeds the .* cores of this process"),
+        (sft(data, model, out, min_reward=1.0), "--min-reward chooses among a run's episodes, and .*d.jsonl is no run"),
+        (sft(data, model, out, per_task=2), "--per-task chooses among a run's episodes"),
+        (sft(data, model, out, last_step=3), "--steps chooses among a run's episodes"),
+        (dpo(data, model, out, pairs=2), "--pairs chooses among a run's episodes"),
         (dpo(data, model, out), "it has no chosen and no rejected.*areal-agents sft"),
     ]
     for config, said in many:
@@ -224,9 +262,22 @@ def test_a_reference_of_other_data_is_refused(tmp_path: Path, model: Path, monke
     config = dpo(data, model, tmp_path / "out", epochs=3)
     with stopped_after(1, monkeypatch), pytest.raises(Interrupted):
         done(config)
-    (tmp_path / "out" / "reference.npz").write_bytes(b"no")
-    with pytest.raises(CheckpointError, match=r"reference.npz cannot be read"):
-        done(config, resume=True)
+    whole = (tmp_path / "out" / "reference.npz").read_bytes()
+    for broken in (b"no", b"", whole[: len(whole) // 2], whole.replace(b"NUMPY", b"NUMBY")):
+        (tmp_path / "out" / "reference.npz").write_bytes(broken)
+        with pytest.raises(CheckpointError, match=r"reference.npz cannot be read"):
+            done(config, resume=True)
+
+
+def test_settings_of_adapters_are_refused_when_they_are_read(tmp_path: Path, model: Path) -> None:
+    for settings, said in (
+        ({"lora_targets": ("q_proj",)}, "set --lora-rank"),
+        ({"lora_alpha": 8.0}, "set --lora-rank"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            sft(tmp_path, model, tmp_path, **settings)
+    with pytest.raises(ValueError, match="--lora-targets has an empty name"):
+        sft(tmp_path, model, tmp_path, lora_rank=4, lora_targets=("q_proj", ""))
 
 
 def test_an_epoch_visits_everything_once() -> None:

@@ -382,6 +382,11 @@ def test_a_checkpoint_of_other_adapters_or_another_base_is_refused(tmp_path: Pat
     refused(changed(lora=LoraConfig()), saved, "set learner.lora as it was")
     refused(SMOOTH, full, "every weight trained there")
     refused(SMOOTH, saved, "another base model", tmp_path / "other", tiny_model(seed=1))
+    for i, name in enumerate(("model.norm.weight", "model.layers.2.mlp.down_proj.weight", "lm_head.weight")):
+        near = tiny_model()
+        with torch.no_grad():
+            near.state_dict()[name].view(-1)[-1] += 1e-3
+        refused(SMOOTH, saved, "another base model", tmp_path / f"near{i}", near)
 
 
 def test_the_export_is_a_merged_model_and_a_peft_adapter(tmp_path: Path) -> None:

@@ -211,6 +211,37 @@ def test_a_dead_container_is_an_error_and_leaves_the_pool(engine: Any) -> None:
     assert containers(engine) == []
 
 
+WAITS = "import time; print('x', flush=True); time.sleep(600)"
+TAKES = "echo 0 > /proc/self/oom_score_adj; head -c 1; exec dd if=/dev/zero of=/work/x bs=64k count=240"
+
+
+def test_a_container_killed_for_its_memory_is_told_from_one_that_was_killed(engine: Any) -> None:
+    """Code that has undone what makes the kernel prefer it fills the memory with files: pid 1 is the largest then."""
+
+    async def calls(backend: DockerBackend) -> None:
+        async with backend.session(SPEC) as sandbox:
+            await run(sandbox, "")
+            (container,) = containers(engine)
+            container.update(mem_limit="18m", memswap_limit="18m")
+            assert (await sandbox.exec(["sh", "-c", TAKES], stdin=b"x", timeout=60)).status == "oom"
+            with pytest.raises(SandboxError, match="Open a new session"):
+                await run(sandbox, "")
+        for before in ("print(1)", "b = bytearray(2 << 30)"):  # what was killed before is not the reason
+            async with backend.session(SPEC) as sandbox:
+                assert (await run(sandbox, before)).status == ("ok" if before == "print(1)" else "oom")
+                call = asyncio.ensure_future(run(sandbox, WAITS, timeout=600))
+                begun = sandbox._holder._calls  # type: ignore[attr-defined]
+                while not any(one.stdout for one in begun.values()):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                (container,) = containers(engine)
+                container.kill()
+                with pytest.raises(SandboxError, match="died during the call"):
+                    await call
+
+    play(calls)
+    assert containers(engine) == []
+
+
 def test_pid_1_that_hangs_is_ended_by_the_watchdog(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("areal_agents.sandboxes.container.GRACE", 0.5)
 

@@ -60,7 +60,7 @@ def test_a_sandbox_without_images_refuses_services(name: str) -> None:
         ({"writable": ("/a/../b",)}, "no absolute path"),
         ({"writable": ("/a:rw",)}, "no absolute path"),
         ({"environment": {"A=B": "1"}}, "no name of a variable"),
-        ({"memory": 0}, "more than 0"),
+        ({"memory": 0}, "memory=0: it must be at least 33554432"),
     ],
 )
 def test_a_service_that_cannot_be(given: Any, message: str) -> None:

@@ -103,6 +103,56 @@ def test_a_pragma_that_tells_is_allowed(shop: Path) -> None:
     assert master.text == "name\ncustomers\norders\n(2 rows)"
 
 
+def test_a_pragma_in_a_query_is_as_good_and_a_refused_one_names_the_others(shop: Path) -> None:
+    told, named, *refused = ask(
+        shop, "SELECT name, type FROM pragma_table_info('customers') ORDER BY 1",
+        "SELECT m.name, i.name FROM sqlite_master m, pragma_table_info(m.name) i WHERE i.pk ORDER BY 1",
+        "SELECT file FROM pragma_database_list", "PRAGMA database_list", "PRAGMA journal_mode = WAL",
+    )  # fmt: skip
+    assert told.text == "name | type\nid | INTEGER\nname | TEXT\n(2 rows)"
+    assert named.status == "ok"
+    for name, result in zip(("database_list", "database_list", "journal_mode"), refused, strict=True):
+        assert result.text == (
+            f"error: PRAGMA {name} is not allowed; as PRAGMA NAME(…) or SELECT … FROM pragma_NAME(…) these may be "
+            "used: collation_list, compile_options, foreign_key_list, function_list, index_info, index_list, "
+            "index_xinfo, table_info, table_list, table_xinfo"
+        )
+
+
+def test_json_is_read_as_a_table_and_other_made_up_tables_are_refused(shop: Path) -> None:
+    each, tree, stat, made = ask(
+        shop, "SELECT value * 2 AS v FROM JSON_EACH('[1, 2]')", "SELECT count(*) FROM customers, json_tree('[1]')",
+        "SELECT name FROM dbstat", "CREATE TABLE json_each (a)",
+    )  # fmt: skip
+    assert each.text == "v\n2\n4\n(2 rows)"
+    assert tree.text == "count(*)\n2000\n(1 row)"
+    assert stat.text in (
+        "error: dbstat is a virtual table, and these are not allowed",
+        "error: no such table: dbstat",
+    )
+    assert made.text == "error: a statement that writes is not allowed; the database is read-only"
+
+
+def test_a_view_with_the_name_of_a_made_up_table_is_a_view(shop: Path) -> None:
+    made, seen, _, refused, mine = ask(
+        shop, "CREATE VIEW json_each AS SELECT 7 AS n", "SELECT n FROM json_each",
+        "CREATE VIEW pragma_table_list AS SELECT load_extension('/tmp/x.so') AS n", "SELECT n FROM pragma_table_list",
+        "SELECT name FROM main.pragma_table_info('customers')", writable=True,
+    )  # fmt: skip
+    assert (made.text, seen.text) == ("done", "n\n7\n(1 row)")
+    assert (refused.status, "load_extension" in refused.text) == ("error", True)
+    assert mine.text == "name\nid\nname\n(2 rows)"
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_each_pragma_that_is_named_may_be_used_both_ways(shop: Path, writable: bool) -> None:
+    alone = ("collation_list", "compile_options", "function_list")
+    names = [name if name in alone else f"{name}('customers')" for name in sorted(sql_inside._PRAGMAS)]
+    queries = [query + name for name in names for query in ("PRAGMA ", "SELECT * FROM pragma_")]
+    results = ask(shop, *queries, writable=writable)
+    assert [(q, r.text) for q, r in zip(queries, results, strict=True) if r.status != "ok"] == []
+
+
 ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
 HOARDS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT randomblob(1000000) FROM c ORDER BY 1"
 

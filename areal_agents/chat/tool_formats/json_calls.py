@@ -155,7 +155,8 @@ def sane(value: Any) -> bool:
 
 
 def _with_arguments(name: str, rest: dict[str, Any], schema: Mapping[str, Any] | None, own: str) -> Read:
-    known = None if schema is None else tuple(schema.get("properties") or ())
+    properties = {} if schema is None else schema.get("properties")
+    known = None if schema is None else tuple(properties) if isinstance(properties, Mapping) else ()
     parameters = known or ()
     rest = {k: v for k, v in rest.items() if not _envelope(k, v, parameters)}
     unclear = [k for k in rest if k in _KEYS and k != own and k in parameters and _fits(rest[k], parameters)]

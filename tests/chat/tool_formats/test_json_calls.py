@@ -11,7 +11,7 @@ from areal_agents.chat.tool_formats.json_calls import MAX_DEPTH, MAX_JSON_CHARS,
 from areal_agents.chat.toolcalls import parse_text, read_arguments
 from areal_agents.engines.openai.messages import read_reply
 from areal_agents.sandbox import SandboxSpec
-from areal_agents.tool import tool
+from areal_agents.tool import ToolSpec, tool
 from areal_agents.tool_dispatch import Dispatcher
 
 TOOLS: dict[str, Any] = {
@@ -159,3 +159,13 @@ def test_a_call_runs_with_what_it_said_or_not_at_all() -> None:
     )
     status, text = told({"name": "list_orders", "limit": 2, "page": 1})
     assert (status, "'page' is not a parameter" in text) == ("invalid_arguments", True)
+
+
+def test_a_schema_that_is_none_names_no_parameter() -> None:
+    """Tools come from servers and files, too."""
+    for properties in (3, "at", ["at"], None):
+        (call,) = parse_text(
+            '<tool_call>{"name": "orders", "arguments": {"limit": 2}}</tool_call>',
+            tools=[ToolSpec("orders", "", {"type": "object", "properties": properties})],
+        ).tool_calls
+        assert (call.status, call.arguments) == ("ok", {"limit": 2})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 from areal_agents.algorithms.batch import Row
 from areal_agents.engines.openai.teacher import ServedTeacher
@@ -40,6 +42,11 @@ def asked(behaviour: Any, *rows: Row, known: int = 1000, **settings: Any) -> tup
         return asyncio.run(teacher.logprobs(rows)), server
 
 
+def says(number: str) -> Answer:
+    """An answer for one token, whose number stands there as it is."""
+    return Answer(f'{{"choices": [{{"prompt_logprobs": [null, {{"2": {{"logprob": {number}}}}}]}}]}}'.encode())
+
+
 def test_each_sampled_token_gets_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", "secret")
     found, server = asked(scored, row(1, 2, 3, 4, sampled=2), row(9, 8, sampled=1), api_key_env="TEACHER_KEY")
@@ -54,12 +61,15 @@ def test_each_sampled_token_gets_its_number(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_id_of_padding_and_a_token_of_no_probability_have_no_number() -> None:
     found, server = asked(
         lambda body: scored(body, lambda id: -9999.0 if id == 5 else -1.0),
-        row(1, 2, 70, 4, sampled=3), row(1, 70, 3, sampled=1), row(1, 5, 6, sampled=2), known=64,
+        row(1, 2, 70, 4, sampled=3), row(1, 70, 3, sampled=1), row(1, 5, 6, sampled=2),
+        row(3, 63, 64, 4, 65, sampled=4), known=64,
     )  # fmt: skip
     assert np.isnan(found[0]).tolist() == [False, False, True, True]
     assert np.isnan(found[1]).tolist() == [False, False, True]
     assert np.isnan(found[2]).tolist() == [False, True, False]
-    assert sorted(r["prompt"] for r in server.requests) == [[1, 2], [1, 5, 6]], "nothing to ask of the second row"
+    assert np.isnan(found[3]).tolist() == [False, False, True, True, True], "from the first such id on"
+    asked_for = sorted(r["prompt"] for r in server.requests)
+    assert asked_for == [[1, 2], [1, 5, 6], [3, 63]], "nothing to ask of the second row"
 
 
 def test_it_is_asked_again_and_no_more_than_so_often_and_never_by_more_than_concurrency() -> None:
@@ -74,7 +84,7 @@ def test_it_is_asked_again_and_no_more_than_so_often_and_never_by_more_than_conc
     assert server.most_running <= 2
     with pytest.raises(EngineError, match=r"the teacher 'big' at http.* failed 3 times, at last with: 503"):
         asked([Answer("busy", 503)] * 3, row(1, 2, sampled=1), max_retries=2)
-    with pytest.raises(EngineError, match=r"failed 1 times, at last with: ReadTimeout"):
+    with pytest.raises(EngineError, match=r"failed 1 times, at last with: no answer within 0\.2 s"):
         asked([Hang()], row(1, 2, sampled=1), max_retries=0, timeout=0.2)
 
 
@@ -95,11 +105,80 @@ def test_it_is_asked_again_and_no_more_than_so_often_and_never_by_more_than_conc
             Answer({"choices": [{"prompt_logprobs": [None, {"2": {"logprob": 3.5}}]}]}),
             EngineError, r"says 3\.5 of a token, which is no log-probability: serve it with --logprobs-mode",
         ),
+        (says("0.5"), EngineError, r"says 0\.5 of a token"),
+        (says("NaN"), EngineError, "says nan of a token, which is no log-probability"),
+        (says("1" + "0" * 400), EngineError, "says a whole number of about 40. digits of a token|says 10000"),
+        (says("false"), EngineError, "gave token 2 of a prompt no log-probability"),
+        (says('"-1.5"'), EngineError, "gave token 2 of a prompt no log-probability"),
+        (Answer({"choices": [{"prompt_logprobs": [None, {"2": -1.0}]}]}), EngineError, "gave token 2 of a prompt no"),
+        (Answer(b"[" * 200_000), EngineError, "something else than JSON"),
+        (Answer(b"x", 200, {"content-encoding": "gzip"}), EngineError, "sent a compressed answer"),
+        (Answer(b"", 302, {"location": "http://127.0.0.1:9/"}), EngineError, "refuses http.*completions: 302"),
     ],
 )  # fmt: skip
 def test_what_another_try_would_not_change_ends_it_at_once(answer: Answer, error: type, why: str) -> None:
     with pytest.raises(error, match=why):
         asked([answer], row(1, 2, sampled=1))
+
+
+def test_log_0_in_every_form_is_a_token_without_a_number() -> None:
+    for number in ("-9999.0", "-Infinity", "-1" + "0" * 400):
+        found, _ = asked([says(number)], row(1, 2, sampled=1), max_retries=0)
+        assert np.isnan(found[0]).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("status", [400, 401, 503])
+def test_the_key_and_the_query_are_in_no_message(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_KEY", "sk-secret")
+    with chat_server([Answer("I do not know sk-secret", status)]) as server:
+        settings: dict[str, Any] = {"model": "big", "api_key_env": "TEACHER_KEY", "max_retries": 0}
+        teacher = ServedTeacher(TeacherConfig(url=f"{server.url}?code=hidden", **settings), known=9)
+        with pytest.raises((EngineError, ConfigError), match=rf"{status} .I do not know \*\*\*") as told:
+            asyncio.run(teacher.logprobs([row(1, 2, sampled=1)]))
+    assert "secret" not in str(told.value)
+    assert "hidden" not in str(told.value)
+
+
+def test_the_query_follows_every_path() -> None:
+    teacher = ServedTeacher(TeacherConfig(model="big", url="http://h/a/v1/?version=3"), known=9)
+    assert str(teacher.url("completions")) == "http://h/a/v1/completions?version=3"
+    assert str(teacher.tokenize_url) == "http://h/a/tokenize?version=3"
+    assert teacher.root == "http://h/a/v1"
+
+
+def test_an_answer_that_drips_is_ended_by_the_timeout_of_a_request() -> None:
+    """Each byte comes in time, and the whole never does."""
+
+    async def ask() -> None:
+        left = asyncio.Event()
+
+        async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(1000)
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                while not writer.is_closing():
+                    writer.write(b" ")
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
+            writer.close()
+            left.set()
+
+        async with await asyncio.start_server(drip, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+            config = TeacherConfig(model="big", url=url, timeout=0.3, max_retries=0)
+            with pytest.raises(EngineError, match=r"at last with: no answer within 0\.3 s"):
+                await asyncio.wait_for(ServedTeacher(config, known=9).logprobs([row(1, 2, sampled=1)]), 60)
+            await asyncio.wait_for(left.wait(), 60)
+
+    asyncio.run(ask())
+
+
+def test_a_proxy_is_not_asked_for_this_host_and_a_broken_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "nonsense://x")
+    found, _ = asked(scored, row(9, 8, sampled=1))
+    assert found[0].tolist() == pytest.approx([0, -0.08])
+    with pytest.raises(ConfigError, match="a proxy that the environment names cannot be used"):
+        ServedTeacher(TeacherConfig(model="big", url="http://teacher.invalid/v1"), known=9).client()
 
 
 class Teacher:
@@ -159,3 +238,12 @@ def test_differences_of_tokenizers() -> None:
     more = tiny()
     more.add_tokens(["in"])
     assert "1 tokens differ, as 'in', which is no token of the student" in (difference(tiny(), more) or "")
+    split = tiny()  # the same tokens under the same ids, and words are cut at digits and spaces otherwise
+    split.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("o", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    assert "becomes" in (difference(tiny(), split) or "")
+    plain, special = tiny(), tiny()
+    word = next(t for t in plain.get_vocab() if t.isalpha() and len(t) > 2)
+    special.add_tokens([word])
+    assert f"{word!r} is a special token of one alone" in (difference(plain, special) or "")
