@@ -132,7 +132,8 @@ class Booking(ToolEnv):
             "the question shortly, and say no more than it asks for."
         )
         talk = [*self.state.said, user(question)]
-        sampling = Sampling(max_tokens=64, temperature=1.0, seed=self.task.seed + self.state.questions)
+        seed = (self.task.seed + self.state.questions) % 2**31  # what every server takes
+        sampling = Sampling(max_tokens=64, temperature=1.0, seed=seed)
         reply = await self._models["user"].chat([role, *talk], (), sampling)
         self.state.said = [*talk, reply]
         return reply.spoken
