@@ -28,13 +28,13 @@ def test_a_silent_model_is_no_fault_of_the_policy(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ask_user, "ANSWER_SECONDS", 0.05)
     game = nim.Nim(sandbox=None, opponent="model", models={"opponent": Silent()})
     game.reset(seed=0, options={"task": task_of({"heaps": [1, 2, 4], "skill": 1.0, "opponent": 5})})
-    with pytest.raises(EngineError, match="the opponent did not answer within 0.05 s"):
+    with pytest.raises(EngineError, match="the opponent did not answer within"):
         game.step(call_text("take", heap=3, count=1))
     assert game.state.heaps == [1, 2, 4]
     game.close()
     desk = booking.Booking(sandbox=None, user="model", models={"user": Silent()})
     desk.reset(seed=0, options={"task": table()})
-    with pytest.raises(EngineError, match="the user did not answer within 0.05 s"):
+    with pytest.raises(EngineError, match="the user did not answer within"):
         desk.step(call_text("ask_user", question="Where?"))
     desk.close()
 
