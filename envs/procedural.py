@@ -1,7 +1,8 @@
 """Tasks that are drawn instead of written: task i of a split is a pure function of (environment, difficulty, i).
 
 A task belongs to the test split where its content hash falls into one bucket of eight (of two, where there are few
-tasks), and to the train split otherwise. So no task is in both, whatever the difficulties. An environment may keep its splits apart in another way.
+tasks), and to the train split otherwise. So no task is in both, whatever the difficulties. Tasks that are alike, such
+as mirrored ones, go by one hash; an environment may also keep its splits apart in another way.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _TRIES = 10_000
 def drawn_tasks(
     env: str, split: str, difficulty: float, draw: Callable[[Random], dict[str, Any]],
     sizes: Mapping[str, int] = SIZES, *, buckets: int = TEST_BUCKETS, apart: bool = False,
+    alike: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> LazyTasks:  # fmt: skip
     """Return the tasks of a split, whose payloads ``draw`` makes from a generator of each task's own.
 
@@ -38,6 +40,7 @@ def drawn_tasks(
         sizes: the number of tasks by split.
         buckets: of tasks, one of which is the test split: 2 where there are so few that an eighth would be a handful.
         apart: ``draw`` makes other payloads for each split anyway, so none is drawn again.
+        alike: returns what payloads that are alike have in common, whose hash the split goes by.
 
     Raises:
         ConfigError: there is no such split.
@@ -52,7 +55,7 @@ def drawn_tasks(
         rng = Random(seed)
         for _ in range(_TRIES):
             payload = draw(rng)
-            if apart or split_of(content_hash(payload), buckets) == split:
+            if apart or split_of(content_hash(alike(payload)), buckets) == split:
                 return Task.make(f"{split}-{difficulty:g}-{index}", split=split, seed=seed, payload=payload)
         raise EnvError(f"{env}: none of {_TRIES} draws at difficulty {difficulty:g} belongs to the split {split!r}")
 

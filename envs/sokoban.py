@@ -130,7 +130,9 @@ class Sokoban(ToolEnv):
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
         level = DEFAULT_DIFFICULTY if difficulty is None else float(difficulty)
         size, boxes = 4 + round(2 * level), 1 + (level >= 0.75)
-        return drawn_tasks("areal/Sokoban-v0", split, level, lambda rng: _drawn(rng, size, boxes), SIZES)
+        return drawn_tasks(
+            "areal/Sokoban-v0", split, level, lambda rng: _drawn(rng, size, boxes), SIZES, alike=_unturned
+        )
 
     def new_state(self, task: Task) -> Room:
         return room_of(task)
@@ -185,6 +187,15 @@ def room_of(task: Task) -> Room:
         len(rows), len(rows[0]), frozenset(where("#")), frozenset(where(".*+")), where("$*"), player,
         task.payload["steps"],
     )  # fmt: skip
+
+
+def _unturned(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a room has in common with those that it is turned or mirrored."""
+    rows, ways = list(payload["map"]), list[list[str]]()
+    for _ in range(4):
+        rows = ["".join(column) for column in zip(*reversed(rows), strict=True)]
+        ways += [rows, rows[::-1]]
+    return {"map": min(ways)}
 
 
 def _drawn(rng: Random, size: int, boxes: int) -> dict[str, Any]:

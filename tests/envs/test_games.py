@@ -174,6 +174,22 @@ def test_rooms_can_be_solved_in_their_steps_and_not_by_walking_at_random() -> No
         assert solved <= 0.15 * 5 * count
 
 
+def test_no_room_of_the_test_is_one_of_the_training_turned_or_mirrored() -> None:
+    def turned(rows: list[str]) -> list[str]:
+        return ["".join(rows[-1 - x][y] for x in range(len(rows))) for y in range(len(rows[0]))]
+
+    def least(rows: list[str]) -> str:
+        found = []
+        for _ in range(4):
+            rows = turned(rows)
+            found += ["/".join(rows), "/".join(row[::-1] for row in rows)]
+        return min(found)
+
+    assert least(["@$.", "   "]) == least([" @", " $", " ."])
+    rooms = {s: {least(t.payload["map"]) for t in sokoban.Sokoban.tasks(s, difficulty=0.0)} for s in ("train", "test")}
+    assert not rooms["train"] & rooms["test"]
+
+
 def test_letters_are_marked_as_often_as_they_are_in_the_word() -> None:
     assert words.marks("eerie", "geese") == ("elsewhere", "right", "no", "no", "right")
     assert words.marks("allow", "level") == ("no", "elsewhere", "elsewhere", "no", "no")
