@@ -29,9 +29,9 @@ WISHES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """What a user may care about, and the values. The first four are always among it."""
 ASKED_FOR: Final[Mapping[str, str]] = {
-    "food": r"food|cuisine|kitchen|eat|dish",
-    "area": r"area|where|part of town|district|location|place",
-    "day": r"\bday|when|date",
+    "food": r"food|cuisine|kitchen|\beat|dish",
+    "area": r"area|where|part of town|district|location|\bplace",
+    "day": r"day|when|\bdate",
     "people": r"people|persons?\b|guests|how many|party|seats",
     "garden": r"garden|outside|outdoors?|terrace",
 }

@@ -220,11 +220,14 @@ def test_the_scripted_user_answers_what_was_asked_and_no_more_than_two_things() 
         ("For how many?", "We are 4."),
         ("By the window?", "I do not understand. What do you need to know?"),
         ("Outside?", "The garden does not matter."),
+        ("How many seats?", "We are 4."),  # which is not about eating
+        ("Which weekday?", "On Monday."),
+        ("Shall I update it?", "I do not understand. What do you need to know?"),
         ("Thailand?", "I do not understand. What do you need to know?"),
     ):
         observation, *_ = env.step(call_text("ask_user", question=question))
         assert observation[-1].text == answer
-    assert env.state.questions == 6
+    assert env.state.questions == 9
     env.close()
 
 
