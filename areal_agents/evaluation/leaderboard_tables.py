@@ -23,7 +23,7 @@ METHOD = (
     "entry the same, and its interval is about these entries' tasks. Differences are paired by task (sign-flip test), "
     "and their p has Holm's correction over models and entries."
 )
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()|<>&~^])")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()|~^])")
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em}"
     "table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:left}"
@@ -140,7 +140,7 @@ def _cell(text: str) -> str:
 
 
 def _markdown(text: str) -> str:
-    return _MARKDOWN.sub(r"\\\1", plain(text)).replace("\n", " ")
+    return html.escape(_MARKDOWN.sub(r"\\\1", plain(text)), quote=False).replace("\n", " ")
 
 
 def _state(board: Leaderboard) -> str:

@@ -7,6 +7,7 @@ Whatever ends it costs the episodes that were running. The same command goes on.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,14 @@ from areal_agents.chat_model import remote_name
 from areal_agents.errors import ArealError, ConfigError, Interrupted
 from areal_agents.evaluation.evaluate import until_stopped
 from areal_agents.evaluation.leaderboard import Leaderboard, leaderboard_of
+from areal_agents.evaluation.overlap import find_overlap
 from areal_agents.evaluation.players import KeptEngines, Server
 from areal_agents.evaluation.suite import Suite
-from areal_agents.evaluation.suite_cells import Cell, cells_of, chosen_of, identity_of
+from areal_agents.evaluation.suite_cells import Cell, Chosen, cells_of, chosen_of, identity_of
 from areal_agents.settings.config import TrainConfig
+
+TRAIN = "train"
+"""The split that trainings draw from, by its usual name."""
 
 
 class SuiteInterrupted(Interrupted):
@@ -66,6 +71,7 @@ async def play_suite(
         if twin := next((w for w in identities[:i] if w.fingerprint == who.fingerprint), None):
             raise ConfigError(f"{twin.name} and {who.name} are one model: give it once")
     chosen = chosen_of(suite)
+    await _require_held_out(suite, chosen, say)
     cells = {who.name: [c for one in chosen for c in cells_of(one, who, base=base, out=out)] for who in identities}
     running = _Running(say, server)
     try:
@@ -77,6 +83,26 @@ async def play_suite(
         board = leaderboard_of(suite, models, cells, running.failed)
         raise SuiteInterrupted(f"{str(error).split('. Go on with', 1)[0]}. The same command goes on", board) from error
     return leaderboard_of(suite, models, cells, running.failed)
+
+
+async def _require_held_out(suite: Suite, chosen: Sequence[Chosen], say: Callable[[str], None]) -> None:
+    """Raise ConfigError where the split ``train`` of an entry's environment has tasks that the entry plays."""
+    problems = []
+    for entry, spec, tasks in ((c.entry, c.spec, c.tasks) for c in chosen):
+        if entry.split == TRAIN or TRAIN not in spec.splits:
+            continue
+        names = f"{spec.id}:{TRAIN}", f"{entry.name} ({spec.id}:{entry.split})"
+        train = spec.tasks(TRAIN, difficulty=entry.difficulty)
+        found = await asyncio.to_thread(find_overlap, train, tasks, names=names, seed=0)
+        if found.pairs and entry.overlap == "refuse":
+            problems.append(str(found))
+        elif found.pairs or found.seen < found.of:
+            say(str(found))
+    if problems:
+        listed = "\n".join(problems)
+        raise ConfigError(
+            f"suite {suite}: {listed}\nTake them out of one of the two, or let the entry say overlap = 'tell'"
+        )
 
 
 @dataclass

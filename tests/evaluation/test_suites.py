@@ -43,6 +43,7 @@ version = 1
 [[entries]]
 env = "tests.chat_envs:Sums"
 n = 8
+overlap = "tell"
 """
 
 
