@@ -185,6 +185,8 @@ class Eval:
             named += ["--out", str(self.resume)]
             if (self.resume / "config.toml").is_file():
                 base = base or str(self.resume / "config.toml")
+            elif (self.resume / "cells").is_dir():
+                raise UsageError(f"{self.resume} holds suites: the command that began one goes on with it")
             elif not (env_id or base or any(o.partition("=")[0] == "--env.id" for o in overrides)):
                 raise UsageError(f"{self.resume} holds no evaluation to go on with: name another folder, or ENV_ID")
         config, unused = load_evaluation(base, [*named, *overrides], served=bool(self.server()))

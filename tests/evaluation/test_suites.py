@@ -189,6 +189,8 @@ def test_killed_and_resumed_each_attempt_is_played_once(tmp_path: Path, capsys: 
     board = json.loads((out / "letters-v3" / "leaderboard.json").read_text())
     assert board["complete"]
     assert [(s["entry"], s["n"], s["attempts"]) for s in board["scores"]] == [("greedy", 4, 4), ("often", 8, 32)]
+    assert main(["eval", "--resume", str(out)]) == 2
+    assert "holds suites: the command that began one goes on with it" in capsys.readouterr().err
     # Once more: nothing is played, whatever the suite is called.
     again = written(tmp_path / "t.toml", LETTERS.replace('"letters"', '"other"').replace('"greedy"', '"renamed"'))
     assert main(["eval", str(again), *command[2:], "--fail-below", "renamed=1", "mean=0"]) == 1
