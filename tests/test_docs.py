@@ -42,6 +42,7 @@ from areal_agents.algorithms.registry import REGISTRIES
 from areal_agents.cli.main import _parse, main
 from areal_agents.env import Expert
 from areal_agents.evaluation.report import EvalReport
+from areal_agents.evaluation.suite import is_suite, load_suite
 from areal_agents.reward import Episode, judge
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import read_metrics
@@ -265,8 +266,11 @@ def _eval(command: Command, w: Workshop) -> list[str] | None:
     machine has no bubblewrap.
     """
     parsed, overrides = _parse(list(command.words[1:]))
-    if parsed.compare is not None:
+    if parsed.compare is not None or parsed.power is not None:
         return list(command.words[1:])
+    if is_suite(parsed.env):  # tests/evaluation/test_suites.py plays some
+        load_suite(parsed.env)
+        return None
     if parsed.resume is not None:  # tests/evaluation/test_unfinished.py goes on with some
         return None
     config = parsed.settings(overrides)

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from areal_agents.cli.common import UsageError, write_json
+from areal_agents.cli.suite import ask_power, limits_of, play
 from areal_agents.tracking.console import plain
+from areal_agents.utils.tolerance import reaches
 
 if TYPE_CHECKING:
     from areal_agents.settings.config import TrainConfig
@@ -30,10 +32,14 @@ class Eval:
     ``areal-agents eval ENV_ID --model M --n 64 --engine.kind vllm``: the settings are those of ``train``, listed below.
 
     Or compare two finished evaluations: ``areal-agents eval --compare runs/demo:before runs/demo:after_rl``.
+
+    Or play a suite, a list of evaluations, and compare models: ``areal-agents eval quick --model M --model M2``.
+
+    Or ask how many tasks show a difference: ``areal-agents eval --power 0.03``.
     """
 
-    env: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID[:SPLIT]")] = ""
-    """Environment id or module:Class; the split is ``test`` where none is given."""
+    env: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID[:SPLIT]|SUITE")] = ""
+    """Environment id or module:Class, with the split ``test`` where none is given; or a suite, a name or .toml file."""
     config: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """TOML file with settings, of a training too; what only a training uses is left out."""
     url: Annotated[str, tyro.conf.arg(metavar="URL")] = ""
@@ -50,6 +56,14 @@ class Eval:
     """Go on with the evaluation in folder OUT, which was interrupted or killed; start it there where there is none."""
     compare: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="A B")] = None
     """Compare B with A, task by task: folders that ``eval`` wrote, or RUN:LABEL (runs/demo:after_rl). No ENV_ID."""
+    fail_below: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[ENTRY=]RATE …")] = ()
+    """Exit with 1 where pass@1 is below RATE: of the entry of a suite, of ``mean``, or of everything."""
+    power: Annotated[float | None, tyro.conf.arg(metavar="DIFFERENCE")] = None
+    """Say how many tasks show a DIFFERENCE of pass@1 between two models, with --k attempts each. Plays nothing."""
+    pass_: Annotated[float | None, tyro.conf.arg(name="pass", metavar="RATE")] = None
+    """With --power: the pass@1 to expect; 0.5, which needs most tasks, where none is given."""
+    earlier: Annotated[str, tyro.conf.arg(metavar="A")] = ""
+    """With --power: take the variance from evaluation A. --compare A B takes it from the differences of two."""
     common: bool = False
     """With --compare: leave out the tasks that are not in both, instead of refusing."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -63,9 +77,18 @@ class Eval:
 
     def _report(self, overrides: Sequence[str]) -> tuple[Any, int]:
         """Return the report as JSON, and the exit code."""
+        from areal_agents.evaluation.suite import is_suite
+
+        if self.power is not None:
+            return ask_power(self, overrides)
+        if self.pass_ is not None or self.earlier:
+            raise UsageError("--pass and --earlier belong to --power DIFFERENCE")
+        if is_suite(self.env) and self.compare is None:
+            return play(self, overrides)
         if self.compare is None:
             return self._evaluate(overrides)
         given = [self.env and "ENV_ID", self.config and "--config", self.resume and "--resume", *overrides]
+        given += ["--fail-below"] if self.fail_below else []
         if first := next(filter(None, given), None):
             raise UsageError(f"--compare reads two finished evaluations and plays nothing: leave out {first}")
         from areal_agents.evaluation.compare import compare
@@ -78,16 +101,19 @@ class Eval:
         from areal_agents import registry
         from areal_agents.errors import ArealError
 
+        limits = limits_of(self.fail_below)
+        if named := next(filter(None, limits), None):
+            raise UsageError(f"--fail-below {named}={limits[named]:g}: only a suite has entries; write a rate alone")
         config = self.settings(overrides)
         registry.spec(config.env.id)  # a typo is answered before torch is imported
         from areal_agents.evaluation.evaluate import evaluate
         from areal_agents.evaluation.unfinished import EvaluationInterrupted
 
         more: dict[str, Any] = {"resume": True} if self.resume else {}
-        if self._server():
+        if self.server():
             from areal_agents.evaluation.players import Server
 
-            more["server"] = Server(**self._server())
+            more["server"] = Server(**self.server())
         e, stopped = config.eval, None
         try:
             report = asyncio.run(
@@ -115,9 +141,14 @@ class Eval:
         print(f"files: {config.out}")
         if stopped is not None:
             print(stopped, file=sys.stderr)
-        return report.to_json(), 0 if stopped is None else 130
+        if stopped is not None:
+            return report.to_json(), 130
+        if limits and not reaches(report.pass_at_1, limits[""]):
+            print(f"error: pass@1 {report.pass_at_1:.3f} is below {limits['']:g}", file=sys.stderr)
+            return report.to_json(), 1
+        return report.to_json(), 0
 
-    def _server(self) -> dict[str, Any]:
+    def server(self) -> dict[str, Any]:
         """Return the fields of ``Server``, which are those of the evaluation to go on with where none are given.
 
         Empty for a model that no server serves.
@@ -154,9 +185,11 @@ class Eval:
             named += ["--out", str(self.resume)]
             if (self.resume / "config.toml").is_file():
                 base = base or str(self.resume / "config.toml")
+            elif (self.resume / "cells").is_dir():
+                raise UsageError(f"{self.resume} holds suites: the command that began one goes on with it")
             elif not (env_id or base or any(o.partition("=")[0] == "--env.id" for o in overrides)):
                 raise UsageError(f"{self.resume} holds no evaluation to go on with: name another folder, or ENV_ID")
-        config, unused = load_evaluation(base, [*named, *overrides], served=bool(self._server()))
+        config, unused = load_evaluation(base, [*named, *overrides], served=bool(self.server()))
         if env_id and config.env.id != env_id:
             raise UsageError(f"ENV_ID is {env_id} and --env.id {config.env.id}: give one of them")
         if split and config.eval.split != split:
@@ -176,15 +209,19 @@ class Eval:
             )
         if "path" not in config.model.model_fields_set:
             raise UsageError(f"--model is missing: name the model to evaluate on {config.env.id}, for example smollm2")
-        if model.startswith(REMOTE) != bool(self._server()):
+        if model.startswith(REMOTE) != bool(self.server()):
             raise UsageError(
                 f"--model {REMOTE}MODEL and --url URL belong together, for example "
                 f"--model {REMOTE}{model.removeprefix(REMOTE)} --url http://127.0.0.1:8000/v1"
             )
-        if self.api_key_env and not self._server():
-            raise UsageError("--api-key-env belongs to --url")
         if self.common:
             raise UsageError("--common belongs to --compare A B")
+        self.require_server_options()
+
+    def require_server_options(self) -> None:
+        """Raise UsageError for options of a server that there is not, or that are out of range."""
+        if self.api_key_env and not self.server():
+            raise UsageError("--api-key-env belongs to --url")
         if self.concurrency is not None and self.concurrency < 1:
             raise UsageError(f"--concurrency is {self.concurrency}: it must be at least 1")
         if self.requests_per_minute is not None and not 0 < self.requests_per_minute < math.inf:

@@ -18,7 +18,7 @@ from areal_agents.engines.local import require_startable
 from areal_agents.errors import ArealError, ConfigError, Interrupted
 from areal_agents.evaluation.attempts import FINISH_SECONDS, is_judged, run_attempts, saved_rows
 from areal_agents.evaluation.held_out import Sample, as_begun, held_out
-from areal_agents.evaluation.players import Opener, Served, Server, on_engines, on_server
+from areal_agents.evaluation.players import KeptEngines, Opener, Served, Server, on_engines, on_server
 from areal_agents.evaluation.progress import Progress, Stopwatch
 from areal_agents.evaluation.report import EvalReport, summarize
 from areal_agents.evaluation.unfinished import (
@@ -114,13 +114,13 @@ async def evaluate(
         ValueError: a setting out of range (pydantic's ValidationError).
     """
     e = EvalConfig(split=split, n=n, task_seed=task_seed, k=k, temperature=temperature)
-    config = _config(env, model, e, seed=seed, out=out, engine=engine, rollout=rollout)
+    config = evaluation_config(env, model, e, seed=seed, out=out, engine=engine, rollout=rollout)
     if resume:
         config = as_begun(config, config.out)
-    return await _until_stopped(config, server, resume=resume)
+    return await until_stopped(config, server, resume=resume)
 
 
-def _config(
+def evaluation_config(
     env: str | EnvConfig,
     model: str | Path | ModelConfig,
     evaluation: EvalConfig,
@@ -142,12 +142,27 @@ def _config(
     )
 
 
-async def _until_stopped(config: TrainConfig, server: Server | None, *, resume: bool) -> EvalReport:
-    """Evaluate, until signals stop it."""
+async def until_stopped(
+    config: TrainConfig, server: Server | None, *, resume: bool, kept: KeptEngines | None = None
+) -> EvalReport:
+    """Evaluate, until signals stop it.
+
+    Args:
+        config: the settings.
+        server: of a served model.
+        resume: go on with what ``config.out`` holds.
+        kept: the engines to play on, which outlive the evaluation. None opens engines for it alone.
+
+    Returns:
+        The report.
+
+    Raises:
+        ArealError: as ``evaluate``.
+    """
     with stop_on_signals(print, doing=f"finishing the episodes that run, for at most {FINISH_SECONDS:g} s") as stop:
         stop.at_once = True  # until there are episodes
         try:
-            return await _evaluate(config, server, stop, resume=resume)
+            return await _evaluate(config, server, stop, resume=resume, kept=kept)
         except asyncio.CancelledError as error:
             if not stop.requested:
                 raise
@@ -156,7 +171,9 @@ async def _until_stopped(config: TrainConfig, server: Server | None, *, resume: 
             raise Interrupted(f"stopped by {stop.name}; {left}") from error
 
 
-async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, resume: bool) -> EvalReport:
+async def _evaluate(
+    config: TrainConfig, server: Server | None, stop: Stop, *, resume: bool, kept: KeptEngines | None
+) -> EvalReport:
     out, e = config.out, config.eval
     refuse = refuse_training if resume else refuse_used
     refuse(out)
@@ -187,7 +204,7 @@ async def _evaluate(config: TrainConfig, server: Server | None, stop: Stop, *, r
         if server is not None and name is not None:
             opener, concurrency = on_server(config, spec, name, server, served), server.concurrency
         else:
-            opener, concurrency = on_engines(config, spec), config.engine.max_batch * config.engine.replicas
+            opener, concurrency = on_engines(config, spec, kept), config.engine.max_batch * config.engine.replicas
             model = fingerprint(resolve(config.model.path))
         earlier.require_model(model, out=out, path=config.model.path)
         sitting = Sitting(model, None if server is None else dataclasses.asdict(server))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from areal_agents.chat.format import ChatFormat
 from areal_agents.chat_model import ChatReply
-from areal_agents.engine import Sampling
+from areal_agents.engine import Engine, Sampling
 from areal_agents.engine_kind import engine_kind
 from areal_agents.errors import ConfigError
 from areal_agents.models import resolve
@@ -21,11 +22,15 @@ from areal_agents.rollout.player import (
     PlayerSpec,
     env_maker,
     limits_of,
+    no_events,
     require_prompts,
 )
-from areal_agents.settings.config import TrainConfig
+from areal_agents.settings.config import EngineConfig, TrainConfig
 from areal_agents.types import Task
 from areal_agents.utils.precision import number_format
+
+if TYPE_CHECKING:
+    from areal_agents.engines.spec import EngineSpec
 
 Opener = Callable[[EventSink], contextlib.AbstractAsyncContextManager[EpisodePlayer]]
 """Opens a player that tells an event sink, and ends what it opened."""
@@ -76,8 +81,54 @@ class Served:
         return f"{', '.join(sorted(self.names))} at {self.url}" if self.url else ""
 
 
-def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
-    """Return what opens a player on engines of this machine, which end with it.
+class KeptEngines:
+    """The engines of one model, which several evaluations share.
+
+        async with KeptEngines() as kept:
+            await until_stopped(first, None, resume=True, kept=kept)
+            await until_stopped(second, None, resume=True, kept=kept)
+
+    They are opened when an evaluation first needs them, and again for one that needs others.
+    """
+
+    def __init__(self) -> None:
+        self._stack = contextlib.AsyncExitStack()
+        self._engines: Engine | None = None
+        self._spec: EngineSpec | None = None
+        self._event: EventSink = no_events
+
+    async def __aenter__(self) -> KeptEngines:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the engines. The next evaluation opens others."""
+        self._engines = self._spec = None
+        stack, self._stack = self._stack, contextlib.AsyncExitStack()
+        await stack.aclose()
+
+    @contextlib.asynccontextmanager
+    async def lent(
+        self, engine: EngineConfig, spec: EngineSpec, *, seed: int, event: EventSink
+    ) -> AsyncIterator[Engine]:
+        """Lend the engines to one evaluation, whose ``event`` is told what happens to them meanwhile."""
+        from areal_agents.engines.local import open_engines
+
+        self._event = event
+        try:
+            if self._engines is None or self._spec != spec:
+                await self.close()
+                opened = open_engines(engine, spec, seed=seed, event=lambda *a, **k: self._event(*a, **k))
+                self._engines, self._spec = await self._stack.enter_async_context(opened), spec
+            yield self._engines
+        finally:
+            self._event = no_events
+
+
+def on_engines(config: TrainConfig, spec: EnvSpec, kept: KeptEngines | None = None) -> Opener:
+    """Return what opens a player on engines of this machine, which end with it unless they are ``kept``.
 
     Raises ModelError or TemplateError at once.
     """
@@ -106,7 +157,12 @@ def on_engines(config: TrainConfig, spec: EnvSpec) -> Opener:
 
     @contextlib.asynccontextmanager
     async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:
-        async with open_engines(engine, one, seed=config.seed, event=event) as engines:
+        lent: contextlib.AbstractAsyncContextManager[Engine]
+        if kept is None:
+            lent = open_engines(engine, one, seed=config.seed, event=event)
+        else:
+            lent = kept.lent(engine, one, seed=config.seed, event=event)
+        async with lent as engines:
             yield player.build(engines, fmt=fmt, event=event)
 
     return open

@@ -1,7 +1,10 @@
 """The statistics that reports use.
 
 pass_at_k, pass_hat_k, clustered_interval      of attempts that share tasks
+wilson_interval                                of one success or failure a task
 mean_interval, sign_flip_test                  of differences, paired by task
+holm                                           p values of several tests at once
+mean_of_intervals                              of the mean over entries of a suite
 spearman                                       rank correlation
 """
 
@@ -77,12 +80,47 @@ def clustered_interval(successes: Sequence[int], attempts: Sequence[int]) -> tup
         independent = min(total * binomial / cluster, total) if cluster > 0 else float(total)
         if independent > m:
             effective = max(independent * (_Z95 / student_t_quantile(0.975, m - 1)) ** 2, m)
+    return wilson_interval(rate, effective)
+
+
+def wilson_interval(rate: float, n: float) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval of a ``rate`` in [0, 1] over ``n`` independent trials, at least 1.
+
+    Of trials whose outcomes lie between 0 and 1 it is on the wide side: none vary more than those at 0 and 1.
+    """
     z2 = _Z95 * _Z95
-    centre = (rate + z2 / (2 * effective)) / (1 + z2 / effective)
-    half = _Z95 / (1 + z2 / effective) * math.sqrt(rate * (1 - rate) / effective + z2 / (4 * effective**2))
+    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n**2))
     low = 0.0 if rate == 0.0 else max(0.0, centre - half)
     high = 1.0 if rate == 1.0 else min(1.0, centre + half)
     return low, high
+
+
+def mean_of_intervals(
+    values: Sequence[float], intervals: Sequence[tuple[float, float]]
+) -> tuple[float, tuple[float, float]]:
+    """Return the mean of independent estimates and its interval, from an interval of each.
+
+    It is the method of variance estimates recovery (Zou and Donner 2008): the distances of the lower ends from their
+    estimates are added as standard errors are, and so are those of the upper ends. So intervals may be lopsided.
+    """
+    n, mean = len(values), math.fsum(values) / len(values)
+    below = math.hypot(*(v - low for v, (low, _) in zip(values, intervals, strict=True))) / n
+    above = math.hypot(*(high - v for v, (_, high) in zip(values, intervals, strict=True))) / n
+    return mean, (mean - below, mean + above)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p values with Holm's correction (1979), in their order.
+
+    Of m tests the i-th smallest p is multiplied by m - i + 1, and no p is below a smaller one's. The chance that any of
+    the true hypotheses is rejected is then at most the level, however the tests depend on each other.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:

@@ -285,6 +285,8 @@ class EvalConfig(Section):
     """0 is greedy."""
     every: int = Field(default=0, ge=0)
     """Evaluate after every so many steps; 0: only before and after training."""
+    overlap: Literal["refuse", "tell"] = "refuse"
+    """What to do where a training task is among the evaluated ones, but for case, spaces and punctuation."""
     baseline: bool = True
     """Evaluate before training and after the warm start too; without, there is nothing to compare the end with."""
 

@@ -62,6 +62,7 @@ TRAINING_ONLY = {
     "rollout.group_reward": "it is scored by the environment's own rewards",
     "rollout.temperature": "its temperature is eval.temperature",
     "eval.every": "it is one evaluation",
+    "eval.overlap": "it trains on nothing",
     "eval.baseline": "it is one evaluation",
 }
 """Settings, and sections with a dot at their end, that mean nothing for an evaluation, and why."""

@@ -265,6 +265,18 @@ def override_keys(overrides: Sequence[str], *, short: Mapping[str, str]) -> list
     return [(normal_key(key), flag) for key, _, flag in _pairs(overrides, [], short)]
 
 
+def override_values(overrides: Sequence[str], *, short: Mapping[str, str]) -> list[tuple[str, str | None, str]]:
+    """Return the dotted key of each override, its raw value or None, and its flag as typed.
+
+    Raises ConfigError for what is no override.
+    """
+    problems: list[str] = []
+    found = [(normal_key(key), raw, flag) for key, raw, flag in _pairs(overrides, problems, short)]
+    if problems:
+        raise failure(problems)
+    return found
+
+
 def normal_key(key: str) -> str:
     """Spell ``key`` as settings do, ``max_turns`` for ``max-turns``."""
     return key.replace("-", "_")

@@ -147,6 +147,8 @@ async def _run(
         try:
             folder.write_settings(settings.dump(run.config))  # a resize may have come while it was opened
             run.leave_out(lives.looks.train, lives.looks.held_out, tell=commit is None)
+            if commit is None:
+                lives.looks.tell(run.tracker)
             if commit is not None:
                 if lost := lives.lost:
                     run.tracker.event("learner_replaced", reason=lost[-1], times=len(lost))

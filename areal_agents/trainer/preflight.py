@@ -5,6 +5,7 @@ A run reads some settings only at its end, or after a warm start. What is wrong 
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from areal_agents import registry
@@ -15,12 +16,14 @@ from areal_agents.engine import Sampling
 from areal_agents.engines.local import require_startable, threads_of
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.held_out import held_out
+from areal_agents.evaluation.overlap import Overlap, find_overlap
 from areal_agents.registry import EnvSpec
 from areal_agents.reward import task_checks
 from areal_agents.rollout.group_judge import NamedGroupReward, group_reward_of, require_attempts, require_votes
 from areal_agents.rollout.script import expert_of
 from areal_agents.rollout.task_looks import Look, look_at
 from areal_agents.settings.config import TrainConfig
+from areal_agents.tracking.tracker import Tracker
 from areal_agents.trainer.run import demonstrated
 from areal_agents.utils.packages import require_package
 from areal_agents.utils.precision import resolve_device
@@ -117,12 +120,24 @@ class Looks:
 
     train: Look
     held_out: Look
+    overlap: Overlap | None = None
+    """Training tasks among the held-out ones. None where one split is both, as the settings say."""
+
+    def tell(self, tracker: Tracker) -> None:
+        """Say how many training tasks were compared with the held-out ones, where that is not all or finds some."""
+        if (o := self.overlap) is None:
+            tracker.message("note: eval.split is the training split: nothing is held out")
+            return
+        tracker.event("held_out", looked_at=o.seen, of=o.of, evaluated=o.evaluated, overlapping=len(o.pairs))
+        if o.pairs or o.seen < o.of:
+            tracker.message(str(o))
 
 
 async def look_at_tasks(config: TrainConfig) -> Looks:
     """Look at the training and the held-out tasks.
 
-    Raises TaskError where more of either cannot be scored than ``rollout.max_bad_tasks`` allows.
+    Raises TaskError where more of either cannot be scored than ``rollout.max_bad_tasks`` allows, and ConfigError where
+    a training task is among the held-out ones and ``eval.overlap`` does not allow it.
     """
     spec, e = registry.spec(config.env.id).with_kwargs(config.env.kwargs), config.eval
     checks = spec.env_class().task_checks()
@@ -137,4 +152,10 @@ async def look_at_tasks(config: TrainConfig) -> Looks:
     where = f"{spec.id}:{e.split}"
     evaluated = await look_at(chosen, checks, where=where, seed=config.seed)
     evaluated.require_enough(where, max_bad=config.rollout.max_bad_tasks)
-    return Looks(train, evaluated)
+    overlap = None
+    if e.split != config.env.split:
+        names = f"{spec.id}:{config.env.split}", where
+        overlap = await asyncio.to_thread(find_overlap, tasks, chosen, names=names, seed=config.seed)
+        if e.overlap == "refuse":
+            overlap.require_none("eval.overlap = 'tell'")
+    return Looks(train, evaluated, overlap)

@@ -23,7 +23,7 @@ from areal_agents.tracking.trajectories import Record, read_shard, shard_path, w
 from areal_agents.trainer.run_folder import Commit, RunFolder
 
 MAY_CHANGE = (
-    "steps", "out", "engine.", "cluster.", "checkpoint.", "track.", "eval.every", "eval.baseline",
+    "steps", "out", "engine.", "cluster.", "checkpoint.", "track.", "eval.every", "eval.baseline", "eval.overlap",
     "env.sandbox", "env.step_timeout",
     "algorithm.teacher.url", "algorithm.teacher.api_key_env", "algorithm.teacher.timeout",
     "algorithm.teacher.max_retries", "algorithm.teacher.concurrency",

@@ -55,7 +55,9 @@ class NoGold(ToolEnv):
 
     @classmethod
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
-        return [Task.make(f"{split}-{i}", split=split, seed=i, payload={"answer": "many"}) for i in range(8)]
+        return [
+            Task.make(f"{split}-{i}", split=split, seed=i, payload={"answer": "many", "of": split}) for i in range(8)
+        ]
 
     def prompt(self, task: Task) -> str:
         return "How many?"
@@ -66,7 +68,7 @@ class PoorExpert(NoGold):
 
     @classmethod
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
-        return [Task.make(f"{split}-{i}", split=split, seed=i, payload={"answer": "7"}) for i in range(8)]
+        return [Task.make(f"{split}-{i}", split=split, seed=i, payload={"answer": "7", "of": split}) for i in range(8)]
 
     @classmethod
     def expert(cls, task: Task) -> Generator[str, tuple[Message, ...], None]:

@@ -153,7 +153,7 @@ def test_a_training_run_rescores_and_replays_as_it_was(tmp_path: Path) -> None:
             "engine": {"precision": "fp32", "max_batch": 8},
             "rollout": {"groups": 2, "group_size": 2, "concurrency": 4, "max_turn_tokens": 6},
             "learner": {"lr": 1e-3, "precision": "fp32"},
-            "eval": {"n": 2, "temperature": 1.0},
+            "eval": {"n": 2, "temperature": 1.0, "overlap": "tell"},
             "track": {"tensorboard": False},
         }
     )

@@ -28,7 +28,7 @@ class Priced(Letters):
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
         words = {0: "fox fox fox", 1: "dog dog dog"}
         return [
-            Task.make(f"{split}-{i}", split=split, seed=i, payload={"word": words[price], "price": price})
+            Task.make(f"{split}-{i}", split=split, seed=i, payload={"word": words[price], "price": price, "of": split})
             for i, price in enumerate((0, 1) * 4)
         ]
 
