@@ -59,9 +59,6 @@ class Record:
     trajectory: Trajectory
 
 
-# --- files -------------------------------------------------------------------------------------------------------
-
-
 def shard_path(out: Path, kind: str, step: int) -> Path:
     """Return ``OUT/trajectories/KIND/step-000003.parquet`` for a kind and a step.
 
@@ -190,9 +187,6 @@ def read_records(out: Path, *, kind: str | None = None) -> Iterator[Record]:
         yield from read_shard(path)
 
 
-# --- rows --------------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def _schema() -> Any:
     import pyarrow as pa
@@ -219,7 +213,7 @@ def _schema() -> Any:
         truncated=pa.bool_(), stop_reason=text, error=text, n_turns=pa.int32(), n_tool_calls=pa.int32(),
         n_valid_tool_calls=pa.int32(), sampled_tokens=pa.int64(), min_version=pa.int32(), max_version=pa.int32(),
         metrics=text, turns=pa.list_(turn), final_observation=pa.list_(message),
-        tail=struct(ids=ids, parent=pa.int32()),
+        tail=struct(ids=ids, parent=pa.int32()), outcome=text,
     )  # fmt: skip
     return pa.schema(list(row), metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()})
 
@@ -254,6 +248,7 @@ def row_of(record: Record) -> ParquetRow:
         "turns": [_turn_row(turn) for turn in t.turns],
         "final_observation": [_message_row(m) for m in t.final_observation],
         "tail": None if t.tail is None else {"ids": t.tail.ids, "parent": t.tail.parent},
+        "outcome": None if t.outcome is None else dumps(t.outcome),
     }
 
 
@@ -274,6 +269,7 @@ def _record(row: ParquetRow) -> Record:
         metrics=loads(row["metrics"]),
         error=_exact(row["error"]),
         tail=None if (tail := row.get("tail")) is None else Tail(tuple(tail["ids"]), tail["parent"]),
+        outcome=None if row.get("outcome") is None else loads(row["outcome"]),  # older files lack the column
     )
     return Record(_exact(row["kind"]), row["step"], trajectory)
 
