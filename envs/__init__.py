@@ -77,3 +77,8 @@ register(
     "areal_agents.envs.booking:Booking",
     description="book a table for a user who answers questions: a script, or a model (env.kwargs.user)",
 )
+register(
+    "areal/Folder-v0",
+    "areal_agents.envs.folder:Folder",
+    description="work on a folder's files with a shell, graded by the files that are left",
+)

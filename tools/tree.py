@@ -1,12 +1,15 @@
-"""What an episode left in its sandbox, read with limits: for ``ToolEnv.inspect``.
+"""The files of an episode's sandbox: written before its calls, and read with limits after them.
 
-A model may have put anything there: links, pipes, a million files. Nothing of it makes these functions raise. What is
-wrong is part of what they return.
+They are for ``ToolEnv.prepare`` and ``ToolEnv.inspect``. A model may have put anything there: links, pipes, a million
+files. Nothing of it makes the functions that read raise. What is wrong is part of what they return.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, TypedDict
@@ -18,6 +21,10 @@ EXEC_TIMEOUT_S: Final = 30.0
 MAX_OUTPUT_BYTES: Final = 512 << 10
 
 
+_WRITTEN_AT: Final = 1_700_000_000
+"""When all files were written, in seconds since 1970: what a model sees of them must not depend on the clock."""
+
+
 class Tree(TypedDict):
     """What lies in a folder of the sandbox."""
 
@@ -27,6 +34,21 @@ class Tree(TypedDict):
     """Path → ``link``, ``special`` (a pipe, a socket), or ``unreadable``. Folders are not listed."""
     problem: str
     """Why something may be missing; empty where all was seen."""
+
+
+async def write_tree(sandbox: Sandbox, files: Mapping[str, str | bytes]) -> None:
+    """Make /work hold these files and nothing else, by their paths in it.
+
+    Raises SandboxError, and ValueError for a path that leads out of it.
+    """
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path, content in sorted(files.items()):
+            data = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(path)
+            member.size, member.mode, member.mtime = len(data), 0o644, _WRITTEN_AT
+            archive.addfile(member, io.BytesIO(data))
+    await sandbox.restore(packed.getvalue())
 
 
 async def read_tree(sandbox: Sandbox, root: str = "/work", *, max_files: int = 2000, max_bytes: int = 64 << 20) -> Tree:
