@@ -82,3 +82,8 @@ register(
     "areal_agents.envs.folder:Folder",
     description="work on a folder's files with a shell, graded by the files that are left",
 )
+register(
+    "areal/Programs-v0",
+    "areal_agents.envs.programs:Programs",
+    description="write a Python function for hidden tests; of your own JSONL file (env.kwargs.path), or made up",
+)

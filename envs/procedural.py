@@ -24,7 +24,7 @@ _TRIES = 10_000
 
 def drawn_tasks(
     env: str, split: str, difficulty: float, draw: Callable[[Random], dict[str, Any]],
-    sizes: Mapping[str, int] = SIZES,
+    sizes: Mapping[str, int] = SIZES, key: Callable[[dict[str, Any]], str] = content_hash,
 ) -> LazyTasks:  # fmt: skip
     """Return the tasks of a split, whose payloads ``draw`` makes from a generator of each task's own.
 
@@ -34,6 +34,7 @@ def drawn_tasks(
         difficulty: in [0, 1]; part of what a task is drawn from.
         draw: makes a JSON-able payload. It is asked again until one belongs to the split.
         sizes: the number of tasks by split.
+        key: a hash of what two tasks must share to be of one split, by default of the whole payload.
 
     Raises:
         ConfigError: there is no such split.
@@ -48,7 +49,7 @@ def drawn_tasks(
         rng = Random(seed)
         for _ in range(_TRIES):
             payload = draw(rng)
-            if split_of(content_hash(payload)) == split:
+            if split_of(key(payload)) == split:
                 return Task.make(f"{split}-{difficulty:g}-{index}", split=split, seed=seed, payload=payload)
         raise EnvError(f"{env}: none of {_TRIES} draws at difficulty {difficulty:g} belongs to the split {split!r}")
 
