@@ -87,3 +87,8 @@ register(
     "areal_agents.envs.programs:Programs",
     description="write a Python function for hidden tests; of your own JSONL file (env.kwargs.path), or made up",
 )
+register(
+    "areal/Math-v0",
+    "areal_agents.envs.mathematics:Mathematics",
+    description="problems of mathematics with python; of your own file (env.kwargs.path), or made up",
+)
