@@ -1,6 +1,7 @@
 """Environments of the benchmarks: text only, no sandbox, a reward that any completion earns some of.
 
     text_envs:SingleTurn    four fixed questions, one turn each        (trl_step.py)
+    text_envs:LongPrompt    the same behind long instructions          (trl_step.py)
     text_envs:LongTail      turns with a long tail, a slow tool        (async.py)
 
 ``share_of`` is the reward on both sides of the comparison with TRL: it differs between completions, so that every
@@ -17,6 +18,20 @@ from typing import Any
 
 LETTER = "e"
 SYSTEM = "Answer the question. Think step by step."
+RULES = (
+    "Read the question twice before you begin.", "Write down every number that it names, and what it counts.",
+    "Say which of them the answer needs and which it does not.", "Do one operation a step, and write a step a line.",
+    "Keep units beside numbers, and never add numbers of different units.", "Round nothing before the last step.",
+    "If a number is missing, say so, and do not make one up.", "If there are several ways, take the shortest.",
+    "Check each result by the inverse operation.", "When a check fails, go back to the step that it belongs to.",
+    "Do not repeat the question, and do not comment on it.", "Use plain words and short sentences.",
+    "Give no examples of your own.", "Do not ask anything back.", "Write numbers as digits.",
+    "Put nothing behind the answer.", "A wrong answer that is well explained is still wrong.",
+    "A right answer that is not explained counts in full.", "Stop as soon as you have it.",
+    "Say the answer in a line of its own at the end.",
+)  # fmt: skip
+LONG_SYSTEM = " ".join((SYSTEM, *RULES))
+"""Some 270 tokens: a prompt with it is more than four times as long as a completion of 64."""
 SLOWEST_MS, FASTEST_MS = 500, 100
 MOST_TURNS = 12
 _MU, _SIGMA = 0.9, 0.8
@@ -27,9 +42,9 @@ def share_of(text: str) -> float:
     return text.count(LETTER) / max(len(text), 1)
 
 
-def messages(question: str) -> list[dict[str, str]]:
+def messages(question: str, instructions: str = SYSTEM) -> list[dict[str, str]]:
     """The conversation's opening, as chat templates take it."""
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    return [{"role": "system", "content": instructions}, {"role": "user", "content": question}]
 
 
 def turns_of(seed: int) -> int:
@@ -59,6 +74,7 @@ else:
         """One question, one answer."""
 
         count = 4
+        instructions = SYSTEM
         scores_cut_messages = True
 
         @classmethod
@@ -72,10 +88,15 @@ else:
             self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
         ) -> tuple[Observation, Info]:
             task = self.begin(seed, options)
-            return (system(SYSTEM), user(str(task.payload["question"]))), {}
+            return (system(self.instructions), user(str(task.payload["question"]))), {}
 
         async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
             return (), share_of(action.text), True, False, {"stop_reason": "answer"}
+
+    class LongPrompt(SingleTurn):
+        """The same question behind instructions that are longer than four completions."""
+
+        instructions = LONG_SYSTEM
 
     class LongTail(AgentEnv):
         """A task of a fixed number of turns; between two turns the model waits for a tool of 100 to 500 ms."""

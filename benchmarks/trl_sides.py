@@ -27,7 +27,7 @@ def ours(asked: dict[str, Any]) -> dict[str, Any]:
     config = TrainConfig.model_validate({
         "steps": asked["steps"], "seed": asked["seed"], "out": asked["out"],
         "model": {"path": asked["model"], "max_context": 512},
-        "env": {"id": "text_envs:SingleTurn"},
+        "env": {"id": asked["env"]},
         "engine": {"precision": "bf16", "max_batch": prompts * group},
         "rollout": {
             "mode": "sync", "groups": prompts, "group_size": group, "concurrency": prompts * group, "max_turns": 1,

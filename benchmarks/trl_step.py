@@ -7,7 +7,8 @@ Same model folder, four questions × eight completions of at most 64 tokens, tem
 Each turn is a fresh process of each side: one warm-up step, then the measured ones, from one step's end to the next.
 Completions end where the model ends them, on both sides; the tokens sampled are recorded beside the seconds.
 TRL lives in a virtual environment of its own, made here. Which of TRL's settings is fastest is found first; beside it
-TRL's own defaults are measured, and beside our defaults our setting that saves memory.
+TRL's own defaults are measured, and beside our defaults our setting that saves memory. Ours and TRL's fastest setting
+are also measured behind long instructions: prompts of more than four times the completions' length.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from typing import Any
 from measure import Progress, summary, table
 from measured_process import Side
 from record import Check, write
-from text_envs import SingleTurn, messages, questions
+from text_envs import LONG_SYSTEM, SYSTEM, SingleTurn, messages, questions
 
 HERE = Path(__file__).resolve().parent
 PROMPTS, GROUP, TOKENS, LR = 4, 8, 64, 1e-6
-REQUIREMENTS = ("torch==2.13.0", "trl==1.16.*")
+REQUIREMENTS = ("torch==2.13.0", "trl==1.16.*", "peft==0.21.*")
 SPEED, MEMORY = 2.0, 0.8
+LONG, LONG_SPEED, LONG_PROMPT = ", long prompts", 3.0, 4
+"""The end of a side's name, its goal, and how many times as long as a completion a prompt is at least."""
 SAVING = {"gradient_checkpointing": True}
 
 # dtype float32: fp32 master weights under bf16 autocast, as ours. dtype bfloat16: weights and moments in bf16 too.
@@ -99,6 +102,20 @@ def explore(python: Path, asked: dict[str, Any], threads: int, progress: Progres
     return sorted(found, key=median_seconds)
 
 
+def opening(instructions: str, environment: str) -> dict[str, Any]:
+    """What a side is asked about prompts."""
+    return {"env": environment, "messages": [messages(q, instructions) for q in questions("train", SingleTurn.count)]}
+
+
+def shortest_prompt(model: str, asked: dict[str, Any]) -> int:
+    """The tokens of the shortest of the prompts."""
+    from areal_agents.chat.format import ChatFormat
+    from areal_agents.types import system, user
+
+    fmt = ChatFormat.load(Path(model))
+    return min(len(fmt.first_prompt([system(a["content"]), user(b["content"])])) for a, b in asked["messages"])
+
+
 def checks(samples: list[dict[str, Any]], *, goal: bool) -> list[Check]:
     """Speed and memory, medians over turns; sampled tokens must be comparable."""
     by = {name: [s for s in samples if s["side"] == name] for name in dict.fromkeys(s["side"] for s in samples)}
@@ -109,10 +126,13 @@ def checks(samples: list[dict[str, Any]], *, goal: bool) -> list[Check]:
         pairs = zip(by[ours], by[trl], strict=True)
         return round(statistics.median(median_seconds(t) / median_seconds(o) for o, t in pairs), 3)
 
+    def comparable(more: str) -> Check:
+        volume = round(tokens["ours" + more] / tokens["trl" + more], 3)
+        return Check(f"tokens sampled a step, ours over TRL's{more}", volume, "0.9 to 1.1", 0.9 <= volume <= 1.1)
+
     speed = faster("ours", "trl")
-    volume = round(tokens["ours"] / tokens["trl"], 3)
     found = [
-        Check("tokens sampled a step, ours over TRL's", volume, "0.9 to 1.1", 0.9 <= volume <= 1.1),
+        comparable(""),
         Check("TRL's weights changed", True, "all runs", all(s["settings"]["weights_changed"] for s in by["trl"])),
     ]
     if not goal:
@@ -127,6 +147,10 @@ def checks(samples: list[dict[str, Any]], *, goal: bool) -> list[Check]:
                 Check(f"seconds of TRL's step over ours {name}", speed, f">= {SPEED}", speed >= SPEED),
                 Check(f"peak PSS over TRL's, measured steps {name}", share, f"<= {MEMORY}", share <= MEMORY),
             ]
+    if "ours" + LONG in by:
+        speed = faster("ours" + LONG, "trl" + LONG)
+        name = f"seconds of TRL's step over ours{LONG}, G = {GROUP}"
+        found += [comparable(LONG), Check(name, speed, f">= {LONG_SPEED}", speed >= LONG_SPEED)]
     return found
 
 
@@ -165,11 +189,13 @@ def main() -> int:
     turns, steps = (1, 1) if quick else (options.turns, options.steps)
     asked = {
         "model": str(resolve(options.model)), "prompts": prompts, "group": group, "tokens": tokens, "lr": LR,
-        "seed": 0, "messages": [messages(q) for q in questions("train", SingleTurn.count)], "steps": steps + 1,
-        "threads": options.threads,
+        "seed": 0, **opening(SYSTEM, "text_envs:SingleTurn"), "steps": steps + 1, "threads": options.threads,
     }  # fmt: skip
+    long = opening(LONG_SYSTEM, "text_envs:LongPrompt")
+    if (length := shortest_prompt(asked["model"], long)) < LONG_PROMPT * tokens:
+        raise SystemExit(f"a long prompt has {length} tokens, less than {LONG_PROMPT} times {tokens}")
     given = 1 if quick and options.candidate is None else options.candidate
-    progress = Progress((len(CANDIDATES) if given is None else 0) + (2 if quick else 4) * turns)
+    progress = Progress((len(CANDIDATES) if given is None else 0) + (2 if quick else 6) * turns)
     tried = explore(python, asked, options.threads, progress) if given is None else []
     settings = tried[0]["settings"] if given is None else CANDIDATES[given]
     chosen = {key: settings[key] for key in CANDIDATES[0]}
@@ -180,6 +206,8 @@ def main() -> int:
         sides += [
             ("ours, saving memory", sys.executable, {"learner": SAVING}),
             ("trl, its defaults", python, {"settings": CANDIDATES[0]}),
+            ("ours" + LONG, sys.executable, long),
+            ("trl" + LONG, python, {"settings": chosen} | long),
         ]
     samples = []
     for turn in range(turns):
@@ -192,7 +220,8 @@ def main() -> int:
     print(report(samples))
     found = checks(samples, goal=not quick)
     write(options.json, "trl_step", samples, found, trl_candidates=tried, trl_settings=chosen,
-          prompts=prompts, group=group, max_tokens=tokens, threads=options.threads)  # fmt: skip
+          prompts=prompts, group=group, max_tokens=tokens, threads=options.threads,
+          long_prompt_tokens=length)  # fmt: skip
     return 0 if all(c.holds for c in found) else 1
 
 

@@ -16,11 +16,13 @@ from pydantic import Field
 from torch import Tensor
 
 from areal_agents.algorithms.episode_view import EpisodeView
-from areal_agents.algorithms.estimator import compares_with, needs_more_than, snapped
+from areal_agents.algorithms.estimator import compares_with, needs_more_than, reads_ratios, snapped
 from areal_agents.errors import RewardError
 
 STD_EPS = 1e-6
 """Added to a standard deviation: equal rewards give advantage 0, not 0/0."""
+LARGEST_LOG = 20.0
+"""Bound on the log ratio of a trajectory, as in ``offpolicy``."""
 
 Group = Sequence[EpisodeView]
 
@@ -198,6 +200,43 @@ def opo(group: Group) -> list[Tensor]:
         raise ValueError("opo weights returns by sampled tokens, and this group has none")
     returns_G = returns_of(group)
     return spread(snapped(returns_G - (lengths_G * returns_G).sum() / lengths_G.sum(), group), group)
+
+
+@reads_ratios
+@compares_with("group")
+def opob(group: Group) -> list[Tensor]:
+    """Compare each episode's return with the group's mean, weighted by squared importance weights and lengths.
+
+        A_i = R_i − b,  b = Σ_j w_j² L_j R_j / Σ_j w_j² L_j,  w_j = ∏ π/μ,  the same for every turn of trajectory i
+
+    The baseline of least variance of an off-policy gradient Σ_i w_i (R_i − b) ∇log π(τ_i): each trajectory counts by
+    the square of its term. w_j is the ratio of the policy that trains to the sampler over the trajectory's tokens, its
+    logarithm bounded to ±20. L_j, the sampled tokens, stands for ‖∇log π(τ_j)‖², as in ``opo``: this is ``opo`` where
+    all w are 1.
+
+    Paper: VCPO, 2602.17616 (OPOB; read in a public implementation, not in the paper). It takes the norms of the
+    trajectories' own gradients, for which each needs a backward pass of its own and a step a second buffer of
+    gradients: that is not here. Its other half is ``learner.ess_step``.
+
+    Bias: that of ``opo``. With far-off trajectories b is the return of few of them.
+
+    Use it: off policy, with weights of whole trajectories: ``reinforce`` with ``importance`` of ``scope =
+    "trajectory"``. It costs a forward pass a batch.
+
+    Returns one float32 tensor [K_i] per episode. Raises ValueError for a group of fewer than two episodes, without a
+    sampled token, or without ratios.
+    """
+    require_two(group, "opob")
+    logs = [e.log_ratio for e in group]
+    if any(x is None for x in logs):
+        raise ValueError("opob weights returns by π/μ, and this group has no ratios")
+    lengths_G = torch.tensor([float(sum(e.tokens_K)) for e in group], dtype=torch.float64)
+    if not bool(lengths_G.sum() > 0):
+        raise ValueError("opob weights returns by sampled tokens, and this group has none")
+    logs_G = torch.tensor(logs, dtype=torch.float64).clamp(-LARGEST_LOG, LARGEST_LOG)
+    weights_G = lengths_G * torch.exp(2.0 * (logs_G - logs_G.max()))
+    returns_G = returns_of(group)
+    return spread(snapped(returns_G - (weights_G * returns_G).sum() / weights_G.sum(), group), group)
 
 
 @needs_more_than("k")

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from areal_agents.errors import ConfigError
 from areal_agents.types import AssistantMessage, Completion, Trajectory, Turn
 
+LEFT_OUT = "left_out"
+"""The name of a column that is 1 at tokens which give no gradient at all, and count in denominators alone."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -35,7 +38,7 @@ class Row:
     columns: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     """What else a loss may read of each token, by name, [T] where mask, else 0: ``reference`` (log π of a reference
     policy), ``values`` (V before the token when the batch was made), ``returns`` (what V is fitted to), ``fitted`` (1
-    where it is)."""
+    where it is), ``left_out`` (1 where ``algorithm.overlong`` took the gradient)."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -6,7 +6,7 @@ read. So nothing here imports torch: what is ours is known by name, and what is 
     ratio identically 1       decoupled with one minibatch: π = p at the only step
     ratio counted twice       importance with a loss that has the ratio in itself
     ratio dropped             reinforce off policy, without importance
-    policy that nobody reads  decoupled or log_linear with a loss without a ratio
+    policy that nobody reads  decoupled, kept or log_linear with a loss without a ratio
     bound that never acts     a clip or truncation outside what a mask leaves; log_linear with young tokens alone
     sequence in pieces        a function of sequences that would be called with some of their tokens
 """
@@ -70,7 +70,7 @@ def _ratio_is_one(c: Combination) -> Iterator[str]:
         "with algorithm.correction.kind = 'decoupled' and learner.minibatches = 1 the ratio π/p is identically 1, for "
         "p is recomputed for each batch"
     )
-    instead = "set learner.minibatches to 2 or more, or algorithm.correction.kind = 'bypass'"
+    instead = "set learner.minibatches to 2 or more, or algorithm.correction.kind = 'bypass' or 'kept'"
     if c.correction.options.get("scope", "token") is None:
         yield f"{why}, and with algorithm.correction.scope = none nothing corrects for the sampler: {instead}"
     elif c.loss.kind in IN_RATIO:
@@ -100,7 +100,7 @@ def _ratio_dropped(c: Combination) -> Iterator[str]:
 
 
 def _unread_policy(c: Combination) -> Iterator[str]:
-    if c.correction.kind in ("decoupled", "log_linear") and not c.takes_ratio():
+    if c.correction.kind in ("decoupled", "kept", "log_linear") and not c.takes_ratio():
         yield (
             f"algorithm.correction.kind = {c.correction.kind!r} sets the policy that a loss takes its ratio to, and "
             f"algorithm.loss.kind = {c.loss.kind!r} takes none: set algorithm.correction.kind = 'importance', or a "
@@ -152,7 +152,7 @@ def _inert_clip(c: Combination) -> Iterator[str]:
 
 def _inert_truncation(c: Combination) -> Iterator[str]:
     truncate, scope = c.correction.options.get("truncate"), c.correction.options.get("scope", "token")
-    if truncate is None or c.correction.kind not in ("decoupled", "log_linear", "importance"):
+    if truncate is None or c.correction.kind not in ("decoupled", "kept", "log_linear", "importance"):
         return
     if scope is None:
         yield (

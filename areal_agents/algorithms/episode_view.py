@@ -40,6 +40,9 @@ class EpisodeView:
     greedy_return: float | None = None
     """Return of an episode of the same task that was played without chance. None where no estimator asked for one."""
 
+    log_ratio: float | None = None
+    """Σ (log π − log μ) over the episode's sampled tokens, π being the policy that trains on them next. None where no
+    estimator asked for it."""
     paid_K: tuple[tuple[float, ...], ...] | None = None
     """What each sampled token pays for leaving a reference policy, [T_k] a turn; ``rewards_K`` has it already. None:
     nothing is paid."""

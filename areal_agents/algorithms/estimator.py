@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -51,6 +52,12 @@ def compares_with(baseline: Baseline) -> Callable[[F], F]:
 def reads_values(function: F) -> F:
     """Declare that an estimator reads ``values_K`` and ``tail_value``, so that a critic is trained for it."""
     function.reads_values = True  # type: ignore[attr-defined]
+    return function
+
+
+def reads_ratios(function: F) -> F:
+    """Declare that an estimator reads ``log_ratio``, so that the learner is asked for log π before each step."""
+    function.reads_ratios = True  # type: ignore[attr-defined]
     return function
 
 
@@ -99,14 +106,11 @@ class Estimator:
         function = ADVANTAGES.function(choice.kind)
         self.baseline: Baseline | None = getattr(function, "baseline", None)
         self.reads_values: bool = getattr(function, "reads_values", False)
+        self.reads_ratios: bool = getattr(function, "reads_ratios", False)
         self.reads_state_keys: bool = getattr(function, "reads_state_keys", False)
         self._more_than: str | None = getattr(function, "more_than", None)
         tried: Group = (EpisodeView((0.0, 1.0)), EpisodeView((0.5,), terminated=False, stop_reason="max_turns"))
-        if self.reads_values:
-            tried = tuple(replace(e, values_K=tuple((0.25,) for _ in e.rewards_K)) for e in tried)
-        if self.baseline == "greedy":
-            tried = tuple(replace(e, greedy_return=0.5) for e in tried)
-        self.of_batch([tried])
+        self.of_batch([self._told(tried, greedy_return=0.5)])
 
     def __call__(self, group: Group) -> list[Advantages]:
         """Return the advantages of one group's episodes, as of a batch of that group alone.
@@ -115,6 +119,27 @@ class Estimator:
         """
         (found,) = self.of_batch([group])
         return found
+
+    def judges_alone(self) -> bool:
+        """Say whether a group has a signal in its batch exactly where the estimator finds one in the group alone.
+
+        An estimator of whole batches is tried: a group of equal rewards, beside one of different rewards and lengths.
+        """
+        if not self.over_batch:
+            return True
+        same = (EpisodeView((1.0,)), EpisodeView((1.0,)))
+        other = (EpisodeView((1.0,)), EpisodeView((0.0,), tokens_K=(3,)))
+        return not _any(self.of_batch([self._told(group, greedy_return=1.0) for group in (same, other)])[0])
+
+    def _told(self, group: Group, *, greedy_return: float) -> Group:
+        """Return made-up episodes with what the estimator declares that it reads."""
+        if self.reads_values:
+            group = tuple(replace(e, values_K=tuple((0.25,) * n for n in e.tokens_K)) for e in group)
+        if self.reads_ratios:
+            group = tuple(replace(e, log_ratio=0.1) for e in group)
+        if self.baseline == "greedy":
+            group = tuple(replace(e, greedy_return=greedy_return) for e in group)
+        return group
 
     def require_size(self, group_size: int) -> None:
         """Raise ConfigError where groups of ``rollout.group_size`` are too small for the estimator."""
@@ -153,7 +178,8 @@ class Estimator:
         equal = all_same([e.total for e in episodes])
         if equal and _any(advantages):
             plain = _of_few_bits(episodes)
-            if not _any(self._checked(plain, estimate(plain))):
+            tried = [plain] if _as_different(episodes, plain) else [plain, _ranked(episodes)]
+            if not any(_any(self._checked(views, estimate(views))) for views in tried):
                 return [mapped(torch.zeros_like, a) for a in advantages]
         # of ±1, whatever the rewards, after a normalisation
         largest = max((float(t.abs().max()) for a in advantages for t in tensors_of(a) if t.numel()), default=0.0)
@@ -238,6 +264,28 @@ def mapped(function: Callable[[Tensor], Tensor], advantages: Advantages) -> Adva
 
 def _any(advantages: Sequence[Advantages]) -> bool:
     return any(bool(t.any()) for a in advantages for t in tensors_of(a))
+
+
+def _as_different(group: Group, plain: Group) -> bool:
+    """Say whether rewards that differ by more than a rounding still differ in ``plain``, which was made of them."""
+    rewards = [r for e in group for r in e.rewards_K]
+    pairs, limit = sorted(zip(rewards, (r for e in plain for r in e.rewards_K), strict=True)), rounding_of(*rewards)
+    return not any(b - a > limit and p == q for (a, p), (b, q) in pairwise(pairs))
+
+
+def _ranked(group: Group) -> list[EpisodeView]:
+    """Put small whole numbers in the place of rewards: different ones for different rewards, with one sum an episode.
+
+    An estimator gives 0 for them where it looks at returns alone, however little the turns differ in the rewards.
+    """
+    rewards, rank = sorted({r for e in group for r in e.rewards_K}), 0
+    limit, ranks = rounding_of(*rewards), {rewards[0]: 0}
+    for lower, reward in pairwise(rewards):
+        rank += reward - lower > limit
+        ranks[reward] = rank
+    heads = [tuple(float(ranks[r]) for r in e.rewards_K[:-1]) for e in group]
+    total = max(map(sum, heads))
+    return [replace(e, rewards_K=(*head, total - sum(head))) for e, head in zip(group, heads, strict=True)]
 
 
 def _of_few_bits(group: Group) -> list[EpisodeView]:

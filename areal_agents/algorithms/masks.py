@@ -6,7 +6,8 @@ loss's denominator (``losses`` says why).
 
 The ratio of a sequence of T tokens is a product, ∏u. Its logarithm is a sum that grows with T, or with √T where the
 terms are noise. So a fixed bound on the product masks long sequences for being long, and a fixed bound on the geometric
-mean (∏u)^{1/T} hardly ever masks one. ``geometric`` can bound the mean by c/√T, which treats all lengths alike.
+mean (∏u)^{1/T} hardly ever masks one. ``geometric`` can bound the mean by c/√T, which treats all lengths alike, with a
+c that covers the noise which the learner measured at the start (``noise_T``).
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def geometric(
     behaviour_T: Tensor,
     episodes_T: Tensor,
     turns_T: Tensor,
+    noise_T: Tensor | None = None,
     *,
     bounds: Annotated[
         Bounds, Field(description="Sequences whose (∏ π/μ)^(1/T) lies outside get no gradient; see ``shrink``.")
@@ -90,16 +92,24 @@ def geometric(
     shrink: Annotated[
         bool, Field(description="Divide the bounds' logarithms by √T, T the sequence's tokens: c/√T, c = log hi.")
     ] = True,
+    measured: Annotated[
+        bool,
+        Field(description="With ``shrink``: c is 4 times the engine's distance to the learner, where that is more."),
+    ] = True,
     scope: Over = "trajectory",
 ) -> Tensor:
     """Mask the sequences whose ratio, averaged geometrically over their tokens, is far from 1.
 
-        kept = 1[log lo / √T ≤ (1/T) Σ_{t in y} log u_t ≤ log hi / √T],  u = π/μ
+        kept = 1[min(log lo, −4m) / √T ≤ (1/T) Σ_{t in y} log u_t ≤ max(log hi, 4m) / √T],  u = π/μ
 
-    Geometric sequence masking, with bounds that shrink as the mean of T noisy terms does. Without ``shrink`` they are
-    fixed, as published: 0.99 and 1.01, or 0.999 and 1.001. bf16 alone gives |log u| a mean of 0.036: 0.99 and 1.01
-    would then mask half of all turns of 10 tokens on policy. The default, ±0.15/√T, is 3 to 4 standard deviations of
-    that. Set log hi to about 4 times ``off_policy/abs_dlogp`` of a first step.
+    Geometric sequence masking, with bounds c/√T that shrink as the mean of T noisy terms does. m is the mean |log u| of
+    tokens on policy, which the learner measures at its first step: what rounding in engine and learner makes of one
+    policy. For normal noise 4m/√T is 3.2 standard deviations. The ``bounds`` are the least c, for engines that compute
+    as the learner does: there m is 0, and a c of 4m would mask all that is off policy. The default is 4 times bf16's m
+    of 0.036.
+
+    Without ``shrink`` the bounds are fixed, as published: 0.99 and 1.01, or 0.999 and 1.001. With that noise, 0.99 and
+    1.01 mask half of all turns of 10 tokens on policy. Without ``measured`` m is 0.
 
     Bias: towards the sampler, by the masked sequences.
 
@@ -110,8 +120,10 @@ def geometric(
         behaviour_T: log μ, float [T].
         episodes_T: int [T], each token's episode.
         turns_T: int [T], its turn.
+        noise_T: m, float [T], the same for all; None, or 0, where it was not measured.
         bounds: [lo, hi] around 1, of a sequence of one token.
         shrink: whether they shrink with √T.
+        measured: whether m widens them.
         scope: what y is.
 
     Raises:
@@ -119,6 +131,10 @@ def geometric(
     """
     spans, log_T = _log_ratios(logprobs_T, behaviour_T, episodes_T, turns_T, scope)
     low, high = _logarithms(bounds)
+    if measured and shrink and noise_T is not None and len(noise_T):
+        check_same_shape(logprobs_T=logprobs_T, noise_T=noise_T)
+        least = 4.0 * float(noise_T.max())
+        low, high = min(low, -least), max(high, least)
     by_N = spans.lengths_N.to(log_T.dtype).sqrt() if shrink else torch.ones(len(spans.lengths_N), dtype=log_T.dtype)
     mean_N = spans.mean(log_T)
     return spans.spread((mean_N >= low / by_N) & (mean_N <= high / by_N))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from areal_agents.algorithms import losses, offpolicy
-from areal_agents.algorithms.batch import Batch, Row
+from areal_agents.algorithms.batch import LEFT_OUT, Batch, Row
 from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
 from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, MASKS, NO_MASK, Choice, Registry
 from areal_agents.algorithms.scope import Scope, scope_of, widest
@@ -104,7 +104,8 @@ class PolicyObjective:
 
         Σ kept · weight · loss(π/old, A)        old: the correction's, else p where it takes ``proximal_T``, else μ
 
-    bypass:     Σ 1[lo ≤ π/μ ≤ hi] · loss(π/μ, A)        decoupled:  Σ min(p/μ, C)·1[lo ≤ p/μ ≤ hi] · loss(π/p, A)
+    bypass:           Σ 1[lo ≤ π/μ ≤ hi] · loss(π/μ, A)
+    decoupled, kept:  Σ min(p/μ, C)·1[lo ≤ p/μ ≤ hi] · loss(π/p, A)
     """
 
     def __init__(
@@ -135,6 +136,9 @@ class PolicyObjective:
         self._mask = _Chosen(MASKS, mask)
         self.scope: Scope = widest(*(f.scope for f in (self._loss, self._correction, self._mask)))
         self._masks = mask.kind != NO_MASK.kind
+        decay = getattr(CORRECTIONS.function(correction.kind), "proximal_decay", None)
+        self.proximal_decay: float | None = None if decay is None else CORRECTIONS.options(correction)[decay]
+        """β of the average of policies that p is. None: p is recomputed, or there is none."""
         self._aggregation, self._constant, self._max_staleness = aggregation, constant, max_staleness
         trial_T = torch.tensor([-0.5, -1.0])
         tokens = Tokens(
@@ -142,15 +146,20 @@ class PolicyObjective:
             versions=torch.tensor([0, 0]), turns=torch.tensor([0, 0]), episodes=torch.tensor([0, 1]),
             proximal=trial_T - 0.2,
         )  # fmt: skip
-        self._parts(trial_T.clone().requires_grad_(), tokens, version=1)
+        self._parts(trial_T.clone().requires_grad_(), tokens, version=1, noise=0.0)
 
     @property
     def needs_proximal(self) -> bool:
         """Whether log p must be there: it costs a forward pass without gradient a batch."""
         return "proximal_T" in self._correction.takes
 
+    @property
+    def needs_noise(self) -> bool:
+        """Whether the mask reads the distance between engine and learner on policy: a forward pass, once in a run."""
+        return "noise_T" in self._mask.takes
+
     def _parts(
-        self, logprobs_T: Tensor, tokens: Tokens, *, version: int
+        self, logprobs_T: Tensor, tokens: Tokens, *, version: int, noise: float
     ) -> tuple[offpolicy.Correction, Tensor, losses.LossTerms]:
         """Call the correction, the mask and the loss, and check what they return: they may be anybody's.
 
@@ -164,6 +173,7 @@ class PolicyObjective:
             "ages_T": version - tokens.versions,
             "episodes_T": tokens.episodes,
             "turns_T": tokens.turns,
+            "noise_T": torch.full_like(tokens.behaviour, noise),
         }
         corrected = self._correction(columns, offpolicy.Correction)
         self._correction.require("weight_T", corrected.weight_T, logprobs_T)
@@ -191,6 +201,7 @@ class PolicyObjective:
         *,
         version: int,
         extra_T: Tensor | None = None,
+        noise: float = 0.0,
     ) -> Tensor:
         """Return these tokens' part of the minibatch's loss, a scalar.
 
@@ -203,16 +214,19 @@ class PolicyObjective:
             stats: is told of every token.
             version: the learner's.
             extra_T: what other terms add to the loss of each token that is not masked, float [T]. None: nothing.
+            noise: the mean |log π − log μ| on policy, 0 where it was not measured.
 
         Raises:
             ValueError: what the loss, the correction and the mask raise.
         """
-        corrected, unmasked_T, terms = self._parts(logprobs_T, tokens, version=version)
+        corrected, unmasked_T, terms = self._parts(logprobs_T, tokens, version=version, noise=noise)
         kept = {"correction": corrected.kept_T}
         if self._masks:
             kept["mask"] = unmasked_T
         if self._max_staleness is not None:
             kept["age"] = offpolicy.age_mask(tokens.versions, version=version, max_staleness=self._max_staleness)
+        if LEFT_OUT in tokens.columns:
+            kept["overlong"] = tokens.columns[LEFT_OUT] == 0
         kept_T = torch.stack(list(kept.values())).all(0)
         # A masked token adds nothing, whatever weight it was given, and no weight carries a gradient.
         weight_T = torch.where(kept_T, corrected.weight_T.detach(), 0.0)
@@ -285,7 +299,7 @@ def live_rows(batch: Batch, *, max_staleness: int | None, scope: Scope, always: 
     """
     if always:
         oldest = np.inf if max_staleness is None else max_staleness
-        young = [bool((batch.version - r.versions[r.mask] <= oldest).any()) for r in batch.rows]
+        young = [bool(((batch.version - r.versions <= oldest) & trains(r)).any()) for r in batch.rows]
         if scope == "token":
             return [i for i, y in enumerate(young) if y]
         return list(range(len(batch.rows))) if any(young) else []
@@ -306,10 +320,15 @@ def has_gradient(row: Row, *, version: int, max_staleness: int | None) -> bool:
 
     Such a token has an advantage that is not 0, and is not over age.
     """
-    live = row.mask & (row.advantages != 0)
+    live = trains(row) & (row.advantages != 0)
     if max_staleness is not None:
         live &= version - row.versions <= max_staleness
     return bool(live.any())
+
+
+def trains(row: Row) -> NDArray[np.bool_]:
+    """Mark the sampled tokens of ``row`` that may have a gradient, those of an episode that was left out not, [T]."""
+    return row.mask & (row.columns[LEFT_OUT] == 0) if LEFT_OUT in row.columns else row.mask
 
 
 def split_episodes(episodes: int, parts: int, *, seed: int, version: int) -> list[NDArray[np.int64]]:

@@ -10,7 +10,8 @@ NaN for log-probabilities that are not NaN themselves. Weights carry no gradient
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import AfterValidator, Field
@@ -19,6 +20,7 @@ from torch import Tensor
 from areal_agents.algorithms.scope import sees
 from areal_agents.algorithms.spans import Span, Spans
 
+F = TypeVar("F", bound=Callable[..., Any])
 LOG_RATIO_BOUND = 20.0
 """e^±20 (4.9e8, 2.1e-9): squares stay finite in float32, and every clip and mask in use lies far inside."""
 
@@ -49,6 +51,19 @@ class Correction(NamedTuple):
     """bool [T], False where masked."""
     old_T: Tensor | None = None
     """float [T], log of the policy that the loss takes its ratio to. None: p where the correction takes it, else μ."""
+
+
+def keeps_proximal(decay: str) -> Callable[[F], F]:
+    """Make a decorator that declares that p is an average of the policies so far, with the parameter ``decay``.
+
+    Without it a correction that takes ``proximal_T`` has p recomputed: the policy as the batch's step begins.
+    """
+
+    def declare(function: F) -> F:
+        function.proximal_decay = decay  # type: ignore[attr-defined]
+        return function
+
+    return declare
 
 
 def around_one(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -190,6 +205,61 @@ def decoupled(
     log_rho_T = log_ratio(proximal_T, behaviour_T).detach()
     spans = None if scope is None else Spans(scope, episodes_T, turns_T, log_rho_T)
     return _weighted(log_rho_T, spans, truncate, token_mask)
+
+
+@keeps_proximal("decay")
+@sees("episode", alone={"scope": (None, "token")})
+def kept(
+    proximal_T: Tensor,
+    behaviour_T: Tensor,
+    episodes_T: Tensor | None = None,
+    turns_T: Tensor | None = None,
+    *,
+    decay: Annotated[
+        float, Field(gt=0.0, lt=1.0, description="β: a policy of n batches ago weighs β^n in the average that p is.")
+    ] = 0.8,
+    scope: Annotated[
+        Span | None,
+        Field(description="What the weight is the ratio of: each token, its turn, its trajectory; none: no weight."),
+    ] = "token",
+    truncate: Annotated[float | None, Truncate] = None,
+    token_mask: Annotated[Bounds | None, Field(description="Tokens whose p/μ lies outside get no gradient.")] = (
+        0.5,
+        5.0,
+    ),
+) -> Correction:
+    """Weight each token by the ratio of a kept proximal policy, an average of the policies so far, to the sampler.
+
+        θ_p = Σ_n β^n θ_{v−n} / Σ_n β^n over the policies since training began, before the step on batch v
+        weight = min(∏_{span} ρ, C)·1[lo ≤ ρ ≤ hi],  ρ = p/μ
+
+    PPO-EWMA (2110.00641). The average is of weights, and with adapters of the adapters. In the authors' code it moves
+    after every optimizer step, here after every batch. p lags the policy by β/(1 − β) batches, and by none at the first
+    one. So the clip of r = π/p acts with one minibatch a batch too, and holds the policy to where it was lately.
+
+    Bias: that of ``decoupled``, and towards the policies of late, by the clip.
+
+    Use it: with one optimizer step a batch, where ``decoupled`` has nothing to clip. It costs a forward pass a batch,
+    and 4 bytes of memory (and of a checkpoint) for each number that trains.
+
+    Args:
+        proximal_T: log p, float [T]; detached here.
+        behaviour_T: log μ, float [T].
+        episodes_T: int [T], each token's episode; read by ``turn`` and ``trajectory``.
+        turns_T: int [T], its turn; read by ``turn``.
+        decay: β, which the learner averages by.
+        scope: the span whose tokens' ratios are multiplied; None weighs every token by 1.
+        truncate: C (2 is usual); None leaves the weight as it is.
+        token_mask: [lo, hi] of each token's own ρ; None masks nothing.
+
+    Raises:
+        ValueError: for unequal shapes, β outside (0, 1), C ≤ 0, or bounds not around 1.
+    """
+    if not 0.0 < decay < 1.0:
+        raise ValueError(f"decay = {decay} must lie between 0 and 1")
+    return decoupled(
+        proximal_T, behaviour_T, episodes_T, turns_T, scope=scope, truncate=truncate, token_mask=token_mask
+    )
 
 
 @sees("episode", alone={"scope": ("token",)})

@@ -221,6 +221,7 @@ ADVANTAGES = Registry(
         "reinforce_pp": "areal_agents.algorithms.advantages:reinforce_pp",
         "remax": "areal_agents.algorithms.advantages:remax",
         "opo": "areal_agents.algorithms.advantages:opo",
+        "opob": "areal_agents.algorithms.advantages:opob",
         "pass_at_k": "areal_agents.algorithms.advantages:pass_at_k",
         "maxrl": "areal_agents.algorithms.advantages:maxrl",
         "kevin": "areal_agents.algorithms.turn_credit:kevin",
@@ -262,6 +263,7 @@ CORRECTIONS = Registry(
     builtin={
         "bypass": "areal_agents.algorithms.offpolicy:bypass",
         "decoupled": "areal_agents.algorithms.offpolicy:decoupled",
+        "kept": "areal_agents.algorithms.offpolicy:kept",
         "log_linear": "areal_agents.algorithms.offpolicy:log_linear",
         "importance": "areal_agents.algorithms.offpolicy:importance",
     },
@@ -282,9 +284,10 @@ MASKS = Registry(
         "m2po": "areal_agents.algorithms.masks:m2po",
         "opsm": "areal_agents.algorithms.masks:opsm",
     },
-    given=("logprobs_T", "behaviour_T", "advantages_T", "ages_T", "episodes_T", "turns_T"),
+    given=("logprobs_T", "behaviour_T", "advantages_T", "ages_T", "episodes_T", "turns_T", "noise_T"),
 )
-"""From the distance between the current policy and the sampler to what is kept, bool [T]: ``masks.py``."""
+"""From the distance between the current policy and the sampler to what is kept, bool [T]: ``masks.py``. One that takes
+``noise_T`` costs a forward pass without gradient once in a run."""
 
 NO_MASK = Choice("none")
 READ_VALUES = ("gae", "turn_gae", "bilevel_gae")

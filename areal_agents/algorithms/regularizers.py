@@ -14,7 +14,8 @@ are enumerated in ``tests/algorithms/test_regularizers.py``.
 The pull is τ·(log u)², the regulariser of Kimi K2.5 (2602.02276, τ = 1e-3): its gradient 2τ·log u·∇log π brings each
 sampled token's probability back to what it was sampled with, from above and from below.
 
-A token that the correction, the mask or its age masks has none of these terms.
+A token that the correction, the mask or its age masks has none of these terms, nor has one of an episode that
+``algorithm.overlong`` leaves out.
 """
 
 from __future__ import annotations

@@ -104,6 +104,8 @@ def _computed_again(run: SavedRun, algorithm: AlgorithmConfig, record: Record) -
     t, estimator = record.trajectory, Estimator(algorithm.advantage)
     if estimator.reads_values:
         raise ArealError(f"{algorithm.advantage.kind!r} reads a critic's values, which are not saved")
+    if estimator.reads_ratios:
+        raise ArealError(f"{algorithm.advantage.kind!r} reads the log-probabilities of its step, which are not saved")
     if algorithm.unsaved:
         raise ArealError(f"they depend on what {algorithm.unsaved} says of each token, which is not saved")
     whole = estimator.over_batch or algorithm.normalize == "batch"

@@ -225,6 +225,8 @@ def advantage_shift(episodes: Sequence[Rescored], algorithm: AlgorithmConfig) ->
     if estimator.reads_values or estimator.baseline == "greedy":
         what = "a critic's values" if estimator.reads_values else "greedy episodes, which are not rescored"
         raise ArealError(f"{algorithm.advantage.kind!r} compares with {what}")
+    if estimator.reads_ratios:
+        raise ArealError(f"{algorithm.advantage.kind!r} reads the log-probabilities of its step")
     if algorithm.unsaved:
         raise ArealError(f"advantages depend on {algorithm.unsaved}, too")
     groups: dict[tuple[str, str], list[Rescored]] = defaultdict(list)

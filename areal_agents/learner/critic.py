@@ -1,7 +1,8 @@
 """The critic: V of everything before a sampled token, read off the hidden state that predicts the token.
 
     kind = "trunk"    the policy's decoder ─▶ hidden state h ─▶ V = h·w + b, one more linear head
-    kind = "own"      a decoder of its own, which starts as the policy did, with such a head in place of its logits
+    kind = "own"      a decoder of its own, which starts as the policy does (behind the warm start, if there is one),
+                      with such a head in place of its logits
 
 The head starts at 0, so V = 0 at first. V is computed in fp32 whatever the trunk computes in, and without logits.
 A ``trunk`` critic learns inside the policy's own pass. It goes through the model by itself only where the policy does
@@ -96,6 +97,16 @@ class Critic:
     ) -> Self | None:  # fmt: skip
         """Make what ``config`` asks for, with the arguments of ``__init__``: None of kind ``none``."""
         return None if config.kind == "none" else cls(config, learner, policy, source, before_pack=before_pack)
+
+    @torch.no_grad()
+    def begin_as(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the policy's weights by state-dict name for the layers of one's own, before anything was learned."""
+        if self.shares:
+            return
+        head = {id(p) for p in self.head.parameters()}
+        for name, parameter in self.module.named_parameters():
+            if id(parameter) not in head:
+                parameter.copy_(tensors[name])
 
     def alone(self, version: int) -> bool:
         """Say whether only the critic learns at ``version``."""

@@ -23,6 +23,7 @@ from areal_agents.errors import ModelError
 from areal_agents.learner.other_weights import in_fp32
 from areal_agents.learner.packing import Ints, Pack, pack_rows
 from areal_agents.learner.tree_attention import TREE, Tree
+from areal_agents.utils.memory import trim
 
 
 def load_model(source: Path, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -75,6 +76,7 @@ class Decoder:
                 module.register_forward_hook(_cast_under_autocast)
         with in_fp32(model):
             self._probe()
+        trim()  # the fp32 copies of bf16 weights: the allocator keeps more of them than LoRA needs in a step
 
     def checkpoint_layers(self) -> None:
         """Keep no layer's activations from now on, so that the backward pass computes them again.
@@ -239,6 +241,8 @@ class Scores:
 
 
 def _accumulate(parameter: Tensor, grad: Tensor) -> None:
+    """Add ``grad``, which nobody else holds, to the gradient."""
     if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    parameter.grad.add_(grad)
+        parameter.grad = grad.to(parameter.dtype)
+    else:
+        parameter.grad.add_(grad)

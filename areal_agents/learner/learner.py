@@ -1,6 +1,6 @@
 """The learner, which turns batches of rows into new weights with PyTorch in one process, on its CPU or one GPU.
 
-    Batch ─▶ rows with a gradient ─▶ (decoupled: log p) ─▶ minibatches ─▶ packs ─▶ loss, backward ─▶ clip, AdamW
+    Batch ─▶ rows with a gradient ─▶ (log p) ─▶ minibatches ─▶ packs ─▶ loss, backward ─▶ clip, AdamW
                                                                                               │ version + 1
                                           engines ◀─ WeightsRef ◀─ publish() ◀────────────────┘
 
@@ -26,7 +26,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from areal_agents.algorithms import losses
 from areal_agents.algorithms.batch import Batch, Row
 from areal_agents.algorithms.objective import (
     Denominators,
@@ -43,15 +42,18 @@ from areal_agents.engine import Transport, WeightsRef
 from areal_agents.errors import ConfigError
 from areal_agents.learner.contract import Metrics
 from areal_agents.learner.critic import Critic, Values
+from areal_agents.learner.engine_noise import EngineNoise
 from areal_agents.learner.forward import Decoder
 from areal_agents.learner.lora import Lora
 from areal_agents.learner.optim import adamw, learning_rate
 from areal_agents.learner.passes import Logprobs, Objective, Passes, Scored
 from areal_agents.learner.probe import probe, probe_ids
+from areal_agents.learner.proximal import Proximal
 from areal_agents.learner.reference import COLUMN, KlToReference, Limits
 from areal_agents.learner.step_figures import StepFigures
 from areal_agents.learner.teacher import Teacher
 from areal_agents.learner.trained import Trained, export_model, load_trained, read_checkpoint, save_checkpoint
+from areal_agents.learner.warm_start import WarmStart
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.utils.memory import peak_mib
 from areal_agents.utils.precision import resolve_device, resolve_precision
@@ -110,13 +112,16 @@ class TorchLearner:
         self._passes = Passes(
             self._decoder, token_budget=learner.token_budget, chunk=learner.logprob_chunk, before_pack=self._use_threads
         )
+        self._proximal = Proximal(self._policy, self._decoder, self._passes)
+        self._noise = EngineNoise(self._policy.needs_noise, self._passes)
         limits = Limits(learner.token_budget, learner.logprob_chunk)
         self._kl = KlToReference(algorithm.kl, self._decoder, limits, lora=self.lora)
-        self._teacher = self._executor.submit(self._load_teacher, limits).result()
+        self._teacher = self._executor.submit(self._new_teacher, limits).result()
         self._asked = 0  # tokens that went through a model for a batch before its step
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = self._new_optimizer(learner.lr)
-        self._warm: torch.optim.AdamW | None = None
+        self._warm = WarmStart(self._passes, self._new_optimizer, self._apply)
+        self._critic_behind = False
         self._critic = self._executor.submit(self._new_critic).result()
         buffers = weights_buffers(
             transport, self._trained.published(), publish_dtype,
@@ -142,7 +147,8 @@ class TorchLearner:
         """Take one optimizer step a minibatch, or none where its gradient is 0 or not finite.
 
         Returns:
-            loss, grad_norm (before clipping), lr (that ``ess_step`` scales): means over minibatches.
+            loss, grad_norm (before clipping), lr (scaled by ``ess_step``; 0 while the critic learns alone): means over
+            ``minibatches``, which are fewer than ``learner.minibatches`` where there are fewer episodes.
             skipped, minibatches_empty: steps left out for a gradient that is not finite, and for one that is 0.
             tokens (sampled), rows, rows_skipped, episodes, over_age_share: of the batch.
             tokens_forward, tokens_per_second: through the model, shared prefixes once.
@@ -155,13 +161,13 @@ class TorchLearner:
 
     async def logprobs(self, batch: Batch) -> Logprobs:
         """Compute log π of every sampled token at the batch's temperature, under the current weights."""
-        return await self._run(lambda: self._passes.logprobs(batch.rows, batch.temperature)[0])
+        return await self._run(lambda: self._counted(self._passes.logprobs(batch.rows, batch.temperature)))
 
     async def values(self, batch: Batch) -> Values:
         """Compute the critic's V before each sampled token. Raises ConfigError where there is no critic."""
         if (critic := self._critic) is None:
             raise ConfigError("there is no critic to ask for values: set algorithm.critic.kind = 'trunk' or 'own'")
-        return await self._run(lambda: critic.values(batch.rows))
+        return await self._run(lambda: self._ready(critic).values(batch.rows))
 
     async def reference(self, batch: Batch) -> tuple[Logprobs, float]:
         """Compute log π of the reference policy, and return it with the KL term's coefficient as it is now."""
@@ -232,11 +238,8 @@ class TorchLearner:
             decoder.checkpoint_layers()
         return decoder, trained
 
-    def _load_teacher(self, limits: Limits) -> Teacher | None:
-        t = self.algorithm.teacher
-        if not t.model or t.url:
-            return None
-        return Teacher(t.model, self._decoder.device, self._decoder.dtype, limits, before_pack=self._use_threads)
+    def _new_teacher(self, limits: Limits) -> Teacher | None:
+        return Teacher.of(self.algorithm.teacher, self._decoder, limits, before_pack=self._use_threads)
 
     def _counted(self, found: tuple[Logprobs, int]) -> Logprobs:
         self._asked += found[1]
@@ -244,6 +247,13 @@ class TorchLearner:
 
     def _new_critic(self) -> Critic | None:
         return Critic.of(self.algorithm.critic, self.config, self._decoder, self.source, before_pack=self._use_threads)
+
+    def _ready(self, critic: Critic) -> Critic:
+        """Return the critic, begun with the weights of the warm start where there was one."""
+        if self._critic_behind:
+            critic.begin_as(self._trained.tensors())
+            self._critic_behind = False
+        return critic
 
     def _new_optimizer(self, lr: float) -> torch.optim.AdamW:
         c = self.config
@@ -258,16 +268,20 @@ class TorchLearner:
     def _step(self, batch: Batch) -> Metrics:
         start = time.perf_counter()
         check_batch(batch, self._version)
-        self._warm = None
+        self._warm.end()
         c, version, critic = self.config, self._version, self._critic
         alone = critic is not None and critic.alone(version)
         live = self._live(batch)
         if critic is not None:
-            critic.start(batch)
+            self._ready(critic).start(batch)
         parts = split_episodes(batch.episodes, c.minibatches, seed=self.seed, version=version)
         figures = StepFigures(minibatches=len(parts), forwarded=self._asked)
         self._asked = 0
-        proximal = self._proximal(batch, live, figures)
+        figures.forwarded += self._noise.measure([batch.rows[i] for i in live], batch.temperature, version)
+        proximal: dict[int, NDArray[np.float32]] = {}
+        if self._proximal.needed:
+            found, more = self._proximal.logprobs([batch.rows[i] for i in live], batch.temperature)
+            proximal, figures.forwarded = dict(zip(live, found, strict=True)), figures.forwarded + more
         batch, more = self._kl.with_column(batch, live)
         figures.forwarded += more
         lr = learning_rate(version, peak=c.lr, total=self.total_steps, warmup=c.warmup_steps, schedule=c.schedule)
@@ -284,23 +298,17 @@ class TorchLearner:
             old = [proximal[i] for i in rows] if proximal else None
             self._minibatch([batch.rows[i] for i in rows], old, batch.temperature, counts, figures, lr)
         self._version += 1
+        self._proximal.end_step()
         beside = figures.terms.result()
         beside |= self._kl.end_step(self._version, beside.get("kl_reference"), batch, moved=not alone)
         return {
-            **figures.metrics(lr, time.perf_counter() - start),
+            **figures.metrics(0.0 if alone else lr, time.perf_counter() - start),
             **batch_counts(batch, live, self.max_staleness),
             "memory_peak_mb": peak_mib(),
+            **self._noise.metrics(),
             **beside,
             **({} if critic is None else critic.metrics()),
         }
-
-    def _proximal(self, batch: Batch, live: Sequence[int], figures: StepFigures) -> dict[int, NDArray[np.float32]]:
-        """Compute log p of the rows ``live``, where the objective reads it."""
-        if not self._policy.needs_proximal:
-            return {}
-        found, forwarded = self._passes.logprobs([batch.rows[i] for i in live], batch.temperature)
-        figures.forwarded += forwarded
-        return dict(zip(live, found, strict=True))
 
     def _minibatch(
         self, rows: Sequence[Row], proximal: Sequence[NDArray[np.float32]] | None, temperature: float,
@@ -340,7 +348,9 @@ class TorchLearner:
                 size.add(logprobs_T, tokens.behaviour, tokens.episodes, tokens.turns)
             if beside.any:
                 extra_T = beside(logprobs_T, scored.entropy_T, tokens.behaviour, tokens.columns.get(COLUMN), terms)
-            return self._policy(logprobs_T, tokens, counts, stats, version=version, extra_T=extra_T)
+            return self._policy(
+                logprobs_T, tokens, counts, stats, version=version, extra_T=extra_T, noise=self._noise.value
+            )
 
         return Objective(
             value,
@@ -350,31 +360,10 @@ class TorchLearner:
         )
 
     def _sft_step(self, rows: tuple[Row, ...], lr: float) -> Metrics:
-        start = time.perf_counter()
-        total = sum(int(r.mask.sum()) for r in rows)
-        if total == 0:
-            raise ValueError("the warm start got rows without a masked token: there is nothing to imitate")
-        if self._warm is None:
-            self._warm = self._new_optimizer(lr)
-
-        def imitation(scored: Scored, tokens: Tokens) -> Tensor:
-            loss_T = losses.cross_entropy(scored.logprobs_T)
-            return losses.token_mean(loss_T, torch.ones_like(loss_T, dtype=torch.bool), tokens=total)
-
-        loss, forwarded = self._passes.backward(rows, None, 1.0, Objective(imitation))
-        norm = self._apply(self._warm, lr)
+        metrics = self._warm.step(rows, lr)
         self._kl.begin_here()
-        return {
-            "loss": loss,
-            "grad_norm": 0.0 if norm is None else norm,
-            "lr": lr,
-            "skipped": float(norm is None),
-            "tokens": float(total),
-            "rows": float(len(rows)),
-            "tokens_forward": float(forwarded),
-            "seconds": time.perf_counter() - start,
-            "memory_peak_mb": peak_mib(),
-        }
+        self._critic_behind = not self._version
+        return metrics
 
     def _apply(self, optimizer: torch.optim.AdamW, lr: float) -> float | None:
         """Clip, step unless they are 0, and free the gradients. Return their norm, or None where it is not finite."""
@@ -387,13 +376,17 @@ class TorchLearner:
         return norm if math.isfinite(norm) else None
 
     def _write(self, path: Path) -> None:
-        critic = {} if self._critic is None else {"critic": self._critic.state()}
+        critic = {} if self._critic is None else {"critic": self._ready(self._critic).state()}
         own = {"version": self._version, "seed": self.seed, "optimizer": self._optimizer.state_dict(), **critic}
-        save_checkpoint(path, self._trained, {**own, **self._kl.state()}, source=self.source, also=self._kl.save)
+        state = {**own, **self._kl.state(), **self._proximal.state(), **self._noise.state()}
+        save_checkpoint(path, self._trained, state, source=self.source, also=(self._kl.save, self._proximal.save))
 
     def _read(self, path: Path) -> None:
-        state = read_checkpoint(path, self._trained, first=self._kl.load)
+        state = read_checkpoint(path, self._trained, first=(self._kl.load, self._proximal.load))
         self._optimizer.load_state_dict(state["optimizer"])
+        self._noise.load(state)
         if self._critic is not None:
             self._critic.load(state.get("critic"), version=int(state["version"]))
-        self._version, self.seed, self._warm = int(state["version"]), int(state["seed"]), None
+        self._version, self.seed = int(state["version"]), int(state["seed"])
+        self._critic_behind = not self._version  # no critic has learned anything then, and this one may be a new one
+        self._warm.end()

@@ -13,8 +13,10 @@ Pure numpy; the attention that reads the layout is in ``learner/tree_attention.p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,8 @@ Ints = NDArray[np.int64]
 
 MIN_SHARED = 16
 """Shorter common runs are computed again, because a segment of its own costs more than its tokens."""
+PACK_COST = 64
+"""What one more pack costs, in tokens: the gradients of all weights are cast and added once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +152,7 @@ def pack_rows(
 ) -> list[Pack]:
     """Split ``rows`` into micro-batches.
 
-    Every row is in exactly one pack.
+    Every row is in exactly one pack. With shared prefixes the packs are cut where the fewest tokens are computed twice.
 
     Args:
         rows: token ids, [T] of each row, with T at least 1.
@@ -164,20 +168,51 @@ def pack_rows(
     if shared:
         # Rows that share a prefix become neighbours: big-endian bytes of integers from 0 on sort as the integers do.
         order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">i8").tobytes())
-    else:
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        return [p for part in _parts(rows, order, token_budget, min_shared) for p in _filled(
+            part, token_budget, lambda chosen: _tree_pack(rows, chosen, min_shared))]  # fmt: skip
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return _filled(order, token_budget, lambda chosen: _padded_pack(rows, chosen))
+
+
+def _parts(rows: Sequence[Ints], order: Sequence[int], budget: int, min_shared: int) -> list[list[int]]:
+    """Cut the sorted rows into runs for a pack each, so that the fewest tokens are computed more than once.
+
+    A cut costs what the rows on both its sides have in common, and a pack ``PACK_COST``. Common runs inside common runs
+    may be too short to be shared, so a run's pack can be larger than it is said to be here: ``_filled`` looks again.
+    """
+    lengths = [len(rows[i]) for i in order]
+    common = [0, *(_common(rows[a], rows[b]) for a, b in pairwise(order))]
+    shared = [c if c >= min_shared else 0 for c in common]
+    cost, start = [0], [0]  # of the best way to cut the first n rows, and where its last run starts
+    for end in range(1, len(order) + 1):
+        tokens, found = 0, list[tuple[int, int]]()
+        for first in range(end - 1, -1, -1):
+            tokens += lengths[first] - (shared[first + 1] if first + 1 < end else 0)
+            if tokens > budget and found:
+                break
+            found.append((cost[first] + tokens + PACK_COST, first))
+        least, first = min(found, key=itemgetter(0))
+        cost.append(least)
+        start.append(first)
+    parts, end = list[list[int]](), len(order)
+    while end:
+        parts.append(list(order[start[end] : end]))
+        end = start[end]
+    return parts[::-1]
+
+
+def _filled(order: Sequence[int], budget: int, make: Callable[[Sequence[int]], Pack]) -> list[Pack]:
+    """Make packs of as many of these rows, one after the other, as the budget takes."""
     packs: list[Pack] = []
     chosen: list[int] = []
     last: Pack | None = None
+    if order and (whole := make(order)).tokens <= budget:
+        return [whole]
     for i in order:
-        trial_rows = [*chosen, i]
-        trial = _tree_pack(rows, trial_rows, min_shared) if shared else _padded_pack(rows, trial_rows)
-        if last is not None and trial.tokens > token_budget:
+        trial = make([*chosen, i])
+        if last is not None and trial.tokens > budget:
             packs.append(last)
-            chosen = [i]
-            last = _tree_pack(rows, chosen, min_shared) if shared else _padded_pack(rows, chosen)
+            chosen, last = [i], make([i])
         else:
-            chosen, last = trial_rows, trial
-    if last is not None:
-        packs.append(last)
-    return packs
+            chosen, last = [*chosen, i], trial
+    return packs if last is None else [*packs, last]

@@ -26,6 +26,7 @@ from areal_agents.errors import ConfigError, ModelError
 from areal_agents.learner.forward import Decoder
 from areal_agents.learner.lora import Lora
 from areal_agents.learner.passes import Logprobs, Passes
+from areal_agents.learner.weight_copy import WeightCopy
 from areal_agents.settings.kl import KlConfig
 
 COLUMN = "reference"
@@ -104,37 +105,24 @@ class AdapterReference:
 
     def __init__(self, policy: Decoder, limits: Limits) -> None:
         """Take the copy of ``policy`` as it is now."""
-        self._own = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
-        self._copies = {n: p.detach().clone() for n, p in self._own.items()}
-        self._passes = limits.passes(policy)
+        self._copied, self._passes = WeightCopy(policy.model), limits.passes(policy)
 
     def logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[Logprobs, int]:
         """Compute log ref of the rows' sampled tokens, and count the tokens that went through the model."""
-        kept = {name: parameter.data for name, parameter in self._own.items()}
-        try:
-            for name, parameter in self._own.items():
-                parameter.data = self._copies[name]
+        with self._copied.in_place():
             return self._passes.logprobs(rows, temperature)
-        finally:
-            for name, parameter in self._own.items():
-                parameter.data = kept[name]
 
     def refresh(self, policy: Decoder) -> None:
         """Take the adapters as they are now."""
-        for name, parameter in self._own.items():
-            self._copies[name].copy_(parameter.detach())
+        self._copied.move()
 
     def save(self, folder: Path) -> None:
         """Write the copy into a checkpoint's folder."""
-        save_file({n: t.cpu().contiguous() for n, t in self._copies.items()}, folder / REFERENCE)
+        self._copied.save(folder / REFERENCE)
 
     def load(self, folder: Path) -> None:
         """Read the copy of ``save``. Raises ModelError where it is of other adapters."""
-        found = load_file(folder / REFERENCE)
-        if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in self._copies.items()}:
-            raise ModelError(f"{folder / REFERENCE} is of other adapters")
-        for name, copied in self._copies.items():
-            copied.copy_(found[name])
+        self._copied.load(folder / REFERENCE)
 
 
 class BaseReference:

@@ -52,6 +52,7 @@ class StepFigures:
             "grad_norm": float(np.mean(self.norms)) if self.norms else 0.0,
             "lr": lr * float(np.mean(self.scales or [1.0])),
             "skipped": float(self.skipped),
+            "minibatches": float(self.minibatches),
             "minibatches_empty": float(self.empty),
             "tokens_forward": float(self.forwarded),
             "seconds": seconds,

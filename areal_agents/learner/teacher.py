@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from areal_agents.learner.forward import Decoder, load_model
 from areal_agents.learner.passes import Logprobs, Passes
 from areal_agents.learner.reference import Limits
 from areal_agents.models import resolve
+from areal_agents.settings.teacher import TeacherConfig
 
 
 class Teacher:
@@ -46,6 +48,15 @@ class Teacher:
         self._passes = Passes(
             decoder, token_budget=limits.token_budget, chunk=limits.logprob_chunk, before_pack=before_pack
         )
+
+    @classmethod
+    def of(
+        cls, config: TeacherConfig, student: Decoder, limits: Limits, *, before_pack: Callable[[], None]
+    ) -> Self | None:
+        """Load what ``config`` asks for, to compute as ``student`` does: None without a teacher, or of a server."""
+        if not config.model or config.url:
+            return None
+        return cls(config.model, student.device, student.dtype, limits, before_pack=before_pack)
 
     def logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[Logprobs, int]:
         """Compute log π of the rows' sampled tokens, NaN where it cannot, and count the tokens through the model.

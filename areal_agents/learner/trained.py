@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,7 +136,7 @@ def export_model(path: Path, trained: Trained, source: Path, dtype: torch.dtype)
 
 
 def save_checkpoint(
-    path: Path, trained: Trained, state: Mapping[str, object], *, source: Path, also: Callable[[Path], None]
+    path: Path, trained: Trained, state: Mapping[str, object], *, source: Path, also: Sequence[Callable[[Path], None]]
 ) -> None:
     """Write what trains and ``state``, atomically.
 
@@ -145,26 +145,27 @@ def save_checkpoint(
         trained: the weights.
         state: what else there is, as ``torch.save`` takes it.
         source: the model's folder.
-        also: writes more into the folder.
+        also: each writes more into the folder.
 
     Raises:
         CheckpointError: the disk refuses.
     """
     with _written(path) as folder:
         trained.write(folder, source=source)
-        also(folder)
+        for write in also:
+            write(folder)
         write_state(folder / STATE, {**state, "base": trained.base()})
 
 
 def read_checkpoint(
-    path: Path, trained: Trained, *, first: Callable[[Path, Mapping[str, Any]], None]
+    path: Path, trained: Trained, *, first: Sequence[Callable[[Path, Mapping[str, Any]], None]]
 ) -> dict[str, Any]:
     """Go on with what ``save_checkpoint`` wrote, and return its state.
 
     Args:
         path: the checkpoint's folder.
         trained: the weights that are read into.
-        first: is called with folder and state before the weights change.
+        first: each is called with folder and state before the weights change.
 
     Raises:
         ModelError: the checkpoint is absent, or of another model.
@@ -174,7 +175,8 @@ def read_checkpoint(
     state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
     if trained.base() and state.get("base") and state["base"] != trained.base():
         raise ModelError(f"{path} holds adapters of another base model: the weights in model.path have changed")
-    first(path, state)
+    for read in first:
+        read(path, state)
     trained.read(path)
     return state
 

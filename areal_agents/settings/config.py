@@ -24,6 +24,7 @@ from areal_agents.algorithms.registry import (
 from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
 from areal_agents.errors import ConfigError
+from areal_agents.settings.batch_rules import require_batch
 from areal_agents.settings.cluster import ClusterConfig
 from areal_agents.settings.critic import CriticConfig
 from areal_agents.settings.kl import KlConfig
@@ -187,15 +188,16 @@ class AlgorithmConfig(Section):
     loss: Annotated[Choice, *_chosen(LOSSES)] = Choice("ppo")
     """The policy loss of a token."""
     correction: Annotated[Choice, *_chosen(CORRECTIONS)] = Choice("bypass")
-    """``bypass``: the ratio is taken to the sampler. ``decoupled``: to a proximal policy, weighted by p/μ."""
+    """``bypass``: the ratio is taken to the sampler. ``decoupled``, ``kept``, ``log_linear``: to a proximal policy,
+    which is recomputed, kept or interpolated, weighted by p/μ."""
     mask: Annotated[Choice, *_chosen(MASKS)] = Choice("none")
     """What takes the gradient from tokens, turns or episodes far off the policy, beside the correction's mask."""
     normalize: Literal["none", "batch"] = "none"
     """``batch``: the advantages of a batch, after the estimator, are centred and divided by their deviation, each
     sampled token counted once."""
     overlong: Literal["keep", "mask"] = "keep"
-    """Episodes that a limit cut: train on them too, or give them advantage 0. In either case their returns stay in the
-    baselines of the others."""
+    """Episodes that a limit cut: train on them too, or give their tokens no gradient, of KL and entropy neither. In
+    either case their returns stay in the baselines of the others."""
     aggregation: Literal["token", "episode", "sequence", "constant"] = "token"
     """Mean over all sampled tokens; or over episodes of the mean over their tokens (``episode``), of the sum over them
     (``sequence``), or of that sum by ``constant`` (Dr. GRPO)."""
@@ -244,7 +246,7 @@ class LearnerConfig(Section):
     ess_step: Literal["token", "turn", "trajectory"] | None = None
     """Scale the learning rate by √ESS, the effective sample size of π/μ over these as a share (VCPO). none: do not."""
     minibatches: Count = 1
-    """Optimizer steps a batch."""
+    """Optimizer steps a batch; at most its episodes."""
     token_budget: Count = 1024
     """Most tokens (padding included) in one micro-batch."""
     gradient_checkpointing: bool = False
@@ -361,11 +363,11 @@ class TrainConfig(Section):
             raise ValueError("; ".join(problems))
         a.critic.require_steps(self.steps)
         a.teacher.require_sampling(temperature=self.rollout.temperature, dynamic_sampling=self.rollout.dynamic_sampling)
-        if self.rollout.dynamic_sampling and a.kl.in_reward:
-            raise ValueError(
-                "rollout.dynamic_sampling = true replaces groups whose rewards give no signal, but with "
-                "algorithm.kl.place = 'reward' what their tokens pay gives every group one: set place = 'loss'"
-            )
+        r = self.rollout
+        require_batch(
+            groups=r.groups, group_size=r.group_size, minibatches=self.learner.minibatches,
+            dynamic_sampling=r.dynamic_sampling, normalize=a.normalize, kl_in_reward=a.kl.in_reward,
+        )  # fmt: skip
         a.critic.require_learner(minibatches=self.learner.minibatches, warmup_steps=self.learner.warmup_steps)
         a.kl.require_minibatches(self.learner.minibatches)
         if self.learner.lora.publish == "adapter" and self.engine.kind != "vllm":

@@ -69,7 +69,7 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
         "tis", "tis_imp_ratio_cap", "importance_sampling_cap", "vllm_importance_sampling_cap"),
     "this is algorithm.correction.kind here": (
         "use_decoupled_loss", "prox_logp_method", "bypass_mode", "use_rollout_correction", "use_tis"),
-    "this is algorithm.correction.scope here, of 'decoupled', 'log_linear' and 'importance'": (
+    "this is algorithm.correction.scope here, of 'decoupled', 'kept', 'log_linear' and 'importance'": (
         "rollout_is", "importance_sampling_level", "rollout_is_level"),
     "this is algorithm.mask.kind here": ("rollout_rs", "use_opsm", "m2_threshold", "off_policy_mask_threshold"),
     "this is rollout.group_size here": (

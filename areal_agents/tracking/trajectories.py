@@ -9,7 +9,6 @@ Text and JSON columns are written by ``exact_json``: plain, but for what UTF-8 a
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 from areal_agents.errors import ArealError
 from areal_agents.tracking.exact_json import dumps, from_utf8, loads, to_utf8
 from areal_agents.tracking.row_groups import encoding, readable, row_groups
+from areal_agents.tracking.trajectory_schema import READ, SCHEMA_VERSION, VERSION_KEY, schema
 from areal_agents.types import (
     AssistantMessage,
     Completion,
@@ -36,14 +36,6 @@ from areal_agents.types import (
 )
 from areal_agents.utils.files import atomic_file, unwritable
 
-SCHEMA_VERSION = 3
-"""In the column ``schema_version`` and in the file's metadata; 1 was one JSON object a line.
-
-Files of version 2 are read too. In them a turn's ``state_key`` is that of the state that followed it, and no message
-says whether it began in a thought.
-"""
-_READ = ("2", str(SCHEMA_VERSION))
-_VERSION_KEY = b"areal_agents.schema_version"
 _NAME = re.compile(r"step-(\d{6,})\.(?:parquet|jsonl)")
 _KIND = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 ParquetRow = dict[str, Any]
@@ -106,7 +98,7 @@ def write_shard(path: Path, records: Sequence[Record]) -> None:
     import pyarrow.parquet as pq
 
     try:
-        table = pa.Table.from_pylist([row_of(r) for r in records], schema=_schema())
+        table = pa.Table.from_pylist([row_of(r) for r in records], schema=schema())
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file, pq.ParquetWriter(file, table.schema, **encoding(table.schema)) as writer:
             for start, stop in row_groups([r.trajectory for r in records]):
@@ -136,18 +128,18 @@ def records_of(file: Any, path: Path, table: Any) -> list[Record]:
 
     Raises ArealError for another schema version.
     """
-    version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY, b"").decode(errors="replace")
-    if version not in _READ:
+    version = (file.schema_arrow.metadata or {}).get(VERSION_KEY, b"").decode(errors="replace")
+    if version not in READ:
         raise ArealError(
             f"{path}: trajectory schema_version {version or 'is missing'}, but this package reads "
-            f"{' and '.join(_READ)}: read it with the version of areal-agents that wrote it"
+            f"{' and '.join(READ)}: read it with the version of areal-agents that wrote it"
         )
     return [_record(row if version != "2" else _from_2(row)) for row in table.to_pylist()]
 
 
 def is_version_2(file: Any) -> bool:
     """Say whether the open Parquet file is of version 2, whose state keys are those after the turns."""
-    return (file.schema_arrow.metadata or {}).get(_VERSION_KEY) == b"2"
+    return (file.schema_arrow.metadata or {}).get(VERSION_KEY) == b"2"
 
 
 def read_lines(path: Path) -> list[tuple[Record, ParquetRow]]:
@@ -187,35 +179,7 @@ def read_records(out: Path, *, kind: str | None = None) -> Iterator[Record]:
         yield from read_shard(path)
 
 
-@functools.cache
-def _schema() -> Any:
-    import pyarrow as pa
-
-    def struct(**fields: Any) -> Any:
-        return pa.struct(list(fields.items()))
-
-    text, ids = pa.string(), pa.list_(pa.int32())
-    message = struct(role=text, text=text, parts=text, tool_call_id=text, name=text)
-    call = struct(
-        id=text, name=text, arguments=text, raw=text, status=text, token_start=pa.int32(), token_end=pa.int32(),
-        format=text, problem=text,
-    )  # fmt: skip
-    turn = struct(
-        prompt_suffix=ids, ids=ids, logprobs=pa.list_(pa.float64()), versions=ids, finish=text, text=text, parts=text,
-        message_finish=text, in_thought=pa.bool_(), reasoning=text, message_tokens=pa.int64(),
-        tool_calls=pa.list_(call), reward=pa.float64(), components=text, parent=pa.int32(),
-        observation=pa.list_(message), state_key=text,
-        tool_results=pa.list_(struct(status=text, truncated=pa.bool_())), own_reward=pa.float64(), own_components=text,
-    )  # fmt: skip
-    row = struct(
-        schema_version=pa.int32(), kind=text, step=pa.int64(), id=text, group=text, task_id=text, task_split=text,
-        task_seed=pa.int64(), content_hash=text, task_payload=text, reward=pa.float64(), terminated=pa.bool_(),
-        truncated=pa.bool_(), stop_reason=text, error=text, n_turns=pa.int32(), n_tool_calls=pa.int32(),
-        n_valid_tool_calls=pa.int32(), sampled_tokens=pa.int64(), min_version=pa.int32(), max_version=pa.int32(),
-        metrics=text, turns=pa.list_(turn), final_observation=pa.list_(message),
-        tail=struct(ids=ids, parent=pa.int32()), outcome=text,
-    )  # fmt: skip
-    return pa.schema(list(row), metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()})
+# --- rows --------------------------------------------------------------------------------------------------------
 
 
 def row_of(record: Record) -> ParquetRow:

@@ -1,10 +1,11 @@
 """The way from finished groups to the batch that the learner steps on.
 
 groups ─▶ (rows ─▶ the critic's values) ─▶ a view of each episode ─▶ estimator ─▶ refinement ─▶ advantages ─▶ rows
+              ├─▶ (log π) ─▶ (ratio) ─────────▶ ┤
               └─▶ (log ref) ─▶ (pay) ─────────▶ ┘                          └─▶ (targets of the values) ▲
               └─▶ (log teacher) ─▶ (credit) ───────────────────────────────────────────────────────────┘
 
-What is in brackets is for estimators that read a critic, for a KL term in the reward, and for a teacher.
+What is in brackets is for estimators that read a critic or ratios, for a KL term in the reward, and for a teacher.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from areal_agents.algorithms.batch import Batch, Row, rows_of, tail_row
+from areal_agents.algorithms.batch import LEFT_OUT, Batch, Row, rows_of, tail_row
 from areal_agents.algorithms.critic_targets import Columns, target_columns
 from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.estimator import Advantages, Estimator, entries
@@ -36,6 +37,7 @@ class Valuer(Protocol):
 
     @property
     def version(self) -> int: ...
+    async def logprobs(self, batch: Batch) -> Logprobs: ...
     async def values(self, batch: Batch) -> Values: ...
     async def reference(self, batch: Batch) -> tuple[Logprobs, float]: ...
     async def teacher(self, batch: Batch) -> Logprobs: ...
@@ -69,6 +71,8 @@ class Asked:
     """log π of the reference policy."""
     kl_coef: float = 0.0
     """β as it is now."""
+    log_ratios: Sequence[float] | None = None
+    """Σ (log π − log μ) of each episode, π being the learner's policy."""
     teacher: Sequence[ByTurn] | None = None
     """The teacher's log π, NaN where it has none."""
 
@@ -91,17 +95,20 @@ async def batch_for(
         teacher: asked in the place of the learner's.
     """
     episodes = [t for g in groups for t in g.trajectories]
-    asked = Asked()
-    if algorithm.kl.in_reward or algorithm.teacher.model:
+    asked, estimator = Asked(), None if algorithm.teacher.alone else Estimator(algorithm.advantage)
+    ratios = estimator is not None and estimator.reads_ratios
+    if algorithm.kl.in_reward or algorithm.teacher.model or ratios:
         rows = [row for i, t in enumerate(episodes) for row in rows_of(t, [0.0] * len(t.turns), episode=i)]
         plain = Batch(tuple(rows), len(episodes), learner.version, temperature)
+        if ratios:
+            asked = replace(asked, log_ratios=_log_ratios(rows, await learner.logprobs(plain), len(episodes)))
         if algorithm.kl.in_reward:
             found, coef = await learner.reference(plain)
             asked = replace(asked, reference=_by_turn(rows, found, episodes), kl_coef=coef)
         if algorithm.teacher.model:
             found = await (learner.teacher(plain) if teacher is None else teacher.logprobs(rows))
             asked = replace(asked, teacher=_by_turn(rows, found, episodes))
-    if not algorithm.teacher.alone and Estimator(algorithm.advantage).reads_values:
+    if estimator is not None and estimator.reads_values:
         asked = replace(asked, values=await _read_values(learner, episodes, temperature))
     return batch_of(groups, algorithm, learner.version, temperature, asked)
 
@@ -135,12 +142,20 @@ def batch_of(
     rows: list[Row] = []
     for i, trajectory in enumerate(episodes):
         given = entries(advantages[i])
+        if algorithm.overlong == "mask":  # the advantage is 0, and no term beside the loss may act on the tokens either
+            out = float(left_out(trajectory, algorithm))
+            columns[i][LEFT_OUT] = [[out] * len(t.completion.ids) for t in trajectory.turns]
         if asked.teacher is not None:
             columns[i][TEACHER] = [list(turn) for turn in asked.teacher[i]]
-            if algorithm.overlong == "keep" or trajectory.terminated:
+            if not left_out(trajectory, algorithm):
                 given = taught(advantages[i], trajectory, asked.teacher[i], algorithm.teacher.coef)
         rows += rows_of(trajectory, given, episode=i, columns=columns[i])
     return Batch(tuple(rows), len(episodes), version, temperature)
+
+
+def left_out(trajectory: Trajectory, algorithm: AlgorithmConfig) -> bool:
+    """Say whether the policy learns nothing from an episode, which a limit cut."""
+    return algorithm.overlong == "mask" and not trajectory.terminated
 
 
 def _of_rewards(
@@ -152,6 +167,9 @@ def _of_rewards(
     views = [views_of(group) for group in groups]
     if asked.reference is not None:
         views = _paying(groups, views, asked.reference, algorithm, asked.kl_coef)
+    if asked.log_ratios is not None:
+        logs = iter(asked.log_ratios)
+        views = [[replace(view, log_ratio=next(logs)) for view in group] for group in views]
     if asked.values is not None:
         told = iter(asked.values)
         views = [
@@ -190,6 +208,14 @@ def _by_turn(rows: Sequence[Row], found: Logprobs, episodes: Sequence[Trajectory
         for k in sorted(set(row.turns[row.mask].tolist())):
             turns[row.episode][k] = numbers[row.turns == k].tolist()
     return list(turns)
+
+
+def _log_ratios(rows: Sequence[Row], found: Logprobs, episodes: int) -> list[float]:
+    """Sum log π − log μ over the sampled tokens of each episode, all its rows together."""
+    out = [0.0] * episodes
+    for row, logprobs in zip(rows, found, strict=True):
+        out[row.episode] += float((logprobs - row.logprobs)[row.mask].sum(dtype=np.float64))
+    return out
 
 
 async def _read_values(learner: Valuer, episodes: Sequence[Trajectory], temperature: float) -> list[EpisodeValues]:

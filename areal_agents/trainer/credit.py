@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.estimator import Estimator, tensors_of
@@ -34,6 +35,8 @@ def signal_of(algorithm: AlgorithmConfig) -> Callable[[Group], bool]:
 
     def has_signal(group: Group) -> bool:
         views = views_of(group)
+        if estimator.reads_ratios:  # they weigh returns, and make none of equal ones differ from their mean
+            views = [replace(view, log_ratio=0.0) for view in views]
         (found,) = refined([estimator(views)], [views], overlong=algorithm.overlong, normalize="none")
         return any(bool(t.any()) for a in found for t in tensors_of(a))
 
@@ -54,11 +57,13 @@ def credit_metrics(groups: Sequence[Group], algorithm: AlgorithmConfig) -> dict[
 
     ``groups_without_signal`` is a share; ``anchor_size`` and ``anchor_size/turn_K`` are means over turns, and
     ``anchors_shared`` is the share of turns whose state another turn of the group met. Where a critic, pay for a
-    divergence or a teacher alone give every group a signal, ``groups_without_signal`` is left out.
+    divergence or a teacher alone give every group a signal, or an estimator finds one in the batch that a group alone
+    does not have, ``groups_without_signal`` is left out.
     """
     estimator = Estimator(algorithm.advantage)
     found: dict[str, float] = {}
-    if not estimator.reads_values and not algorithm.kl.in_reward and not algorithm.teacher.alone:
+    judged = not estimator.reads_values and estimator.judges_alone()
+    if judged and not algorithm.kl.in_reward and not algorithm.teacher.alone:
         has_signal = signal_of(algorithm)
         found["groups_without_signal"] = sum(not has_signal(g) for g in groups) / len(groups)
     if algorithm.overlong == "mask":

@@ -75,6 +75,12 @@ def _require_estimator(config: TrainConfig, judge: NamedGroupReward | None) -> N
             f"rollout.dynamic_sampling = true replaces groups whose rewards give no signal, but {where} reads a "
             "critic's values, which give one in every group: leave it out"
         )
+    if r.dynamic_sampling and not estimator.judges_alone():
+        raise ConfigError(
+            f"rollout.dynamic_sampling = true replaces groups that train nothing by themselves, but {where} compares "
+            "episodes with their whole batch, in which a group of equal rewards trains too: leave it out, or choose an "
+            "estimator that compares within the group (of 'reinforce_pp': baseline = 'group', weight = 'episode')"
+        )
 
 
 def _require_parts(config: TrainConfig) -> None:

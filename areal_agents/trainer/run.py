@@ -88,7 +88,8 @@ def _require_room(config: TrainConfig, folder: RunFolder, model: Path, commit: C
     parameters, rank = count_parameters(model), config.learner.lora.rank
     trained = min(parameters, count_adapters(model, rank)) if rank else parameters
     critic = parameters if config.algorithm.critic.kind == "own" else 0
-    folder.require_room(parameters, trained=trained + critic, checkpoint=not done)
+    kept = trained // 3 if config.algorithm.correction.kind == "kept" else 0  # weights without moments
+    folder.require_room(parameters, trained=trained + critic + kept, checkpoint=not done)
 
 
 _BACKENDS = {"local": "areal_agents.trainer.local:open_local", "ray": "areal_agents.cluster.backend:open_ray"}

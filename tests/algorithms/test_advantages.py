@@ -296,6 +296,22 @@ def test_small_differences_are_no_rounding() -> None:
     assert lists(grpo(episodes([(0.5,), (0.5 + 1e-6,)]), normalize=False)) == nearly([[-5e-7], [5e-7]], 1e-9)
 
 
+def test_turns_that_differ_little_keep_their_difference_at_equal_returns() -> None:
+    # From turn 1 on 1 − 3e-5 and 1, each against the other: far over a rounding, and under 14 bits of the largest.
+    group = episodes([(3e-5, 1 - 3e-5), (0.0, 1.0)])
+    assert lists(ChosenEstimator(Choice("turn_return"))(group)) == nearly([[0.0, -3e-5], [0.0, 3e-5]], 1e-9)
+    # The outcomes' part and the first turns' are 1.5e-5 over a deviation of 3e-5·√½, with opposite signs.
+    share = 0.5 / (math.sqrt(0.5) + 1e-6 / 3e-5)
+    assert lists(ChosenEstimator(Choice("mt_grpo"))(group)) == nearly([[0.0, -share], [0.0, share]])
+    # Estimators of returns alone still say 0, whatever they make of a rounding.
+    three = episodes([(3e-5, 0.7 - 3e-5), (0.0, 0.7), (0.7,)])
+    for kind in ("grpo", "dr_grpo", "tests.algorithms.test_advantages:in_float32"):
+        assert not any(x for a in lists(ChosenEstimator(Choice(kind))(three)) for x in a), kind
+    # And where turns are the same but for a rounding there is nothing to keep.
+    same = episodes([(0.1 + 0.2, 0.4), (0.3, 0.4)])
+    assert lists(ChosenEstimator(Choice("turn_return"))(same)) == [[0.0, 0.0], [0.0, 0.0]]
+
+
 def in_float32(group: Sequence[EpisodeView]) -> list[Tensor]:
     returns_G = torch.tensor([sum(e.rewards_K) for e in group])
     advantages_G = (returns_G - returns_G.mean()) / (returns_G.std() + 1e-8)

@@ -24,14 +24,23 @@ WITH = {
     "decoupled": Choice("decoupled"),
     "unweighted": Choice("decoupled", {"scope": None}),
     "trajectory": Choice("decoupled", {"scope": "trajectory", "truncate": 2.0}),
+    "kept": Choice("kept"),
     "log_linear": Choice("log_linear"),
     "importance": Choice("importance"),
 }
 ALWAYS, NEVER, MINIBATCHES, STALE, ON_POLICY = "always", "never", "two minibatches", "η of 2", "η of 0, one minibatch"
-CLIPPED = (ALWAYS, ALWAYS, MINIBATCHES, ALWAYS, STALE, NEVER)  # has something beside the ratio, or is the default
-RATIO = (ALWAYS, MINIBATCHES, MINIBATCHES, MINIBATCHES, STALE, NEVER)
+CLIPPED = (
+    ALWAYS,
+    ALWAYS,
+    MINIBATCHES,
+    ALWAYS,
+    ALWAYS,
+    STALE,
+    NEVER,
+)  # beside the ratio, or the default
+RATIO = (ALWAYS, MINIBATCHES, MINIBATCHES, MINIBATCHES, ALWAYS, STALE, NEVER)
 TABLE = {
-    #            bypass, decoupled, unweighted, trajectory, log_linear, importance
+    #            bypass, decoupled, unweighted, trajectory, kept, log_linear, importance
     "ppo": CLIPPED,
     "dppo_tv": CLIPPED,
     "gspo": RATIO,
@@ -39,7 +48,7 @@ TABLE = {
     "cispo": RATIO,
     "sapo": RATIO,
     "gmpo": RATIO,
-    "reinforce": (ON_POLICY, NEVER, NEVER, NEVER, NEVER, ALWAYS),
+    "reinforce": (ON_POLICY, NEVER, NEVER, NEVER, NEVER, NEVER, ALWAYS),
 }
 REASONS = {
     ALWAYS: (),
@@ -124,6 +133,8 @@ OPTIONS: list[tuple[Choice, Choice, str]] = [
     (Choice("ppo"), Choice("decoupled", {"truncate": 5.0}), "truncate = 5 never acts"),
     (Choice("reinforce"), Choice("importance", {"truncate": 9.0}), "truncate = 9 never acts"),
     (Choice("ppo"), Choice("decoupled", {"scope": None, "truncate": 2.0}), "scope = none has no weight"),
+    (Choice("ppo"), Choice("kept", {"truncate": 5.0}), "truncate = 5 never acts"),
+    (Choice("gspo"), Choice("kept", {"scope": None, "truncate": 2.0}), "scope = none has no weight"),
 ]
 
 
@@ -146,6 +157,7 @@ ACTING: list[tuple[Choice, Choice]] = [
     (Choice("dppo_tv", {"truncate": 10.0}), Choice("decoupled")),
     (Choice("ppo"), Choice("decoupled", {"truncate": 5.0, "token_mask": None})),
     (Choice("ppo"), Choice("decoupled", {"truncate": 9.0, "scope": "trajectory"})),
+    (Choice("ppo", {"clip_high": 4.0}), Choice("kept", {"scope": None, "decay": 0.5})),
 ]
 
 
@@ -164,6 +176,19 @@ def test_a_truncation_beside_a_ratio_of_one_is_refused_and_a_bound_on_probabilit
     (found,) = Combination(Choice("dppo_tv", {"truncate": 2.0, "threshold": 0.1}), Choice("decoupled")).problems()
     assert ": algorithm.loss.truncate would never act" in found
     assert Combination(Choice("dppo_tv", {"threshold": 0.1}), Choice("decoupled")).problems() == []
+
+
+def test_a_kept_policy_needs_no_second_minibatch() -> None:
+    # π is not p at a batch's only step: the policy moved since, so a clip or a ratio of its own acts.
+    for loss in (Choice("ppo", {"clip_high": 0.28}), Choice("gspo"), Choice("dppo_tv", {"truncate": 2.0})):
+        assert Combination(loss, Choice("kept")).problems() == []
+        assert Combination(loss, Choice("decoupled")).problems()
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, 2.0])
+def test_an_average_needs_a_decay_between_0_and_1(decay: float) -> None:
+    with pytest.raises(ConfigError, match=r"algorithm\.correction\.decay"):
+        settings.load(None, ["--algorithm.correction", "kept", "--algorithm.correction.decay", str(decay)])
 
 
 def test_the_constant_belongs_to_its_aggregation() -> None:

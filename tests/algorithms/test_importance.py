@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from areal_agents.algorithms.losses import cispo, ppo, reinforce
-from areal_agents.algorithms.offpolicy import bypass, decoupled, importance, log_linear
+from areal_agents.algorithms.offpolicy import bypass, decoupled, importance, kept, log_linear
 from areal_agents.algorithms.offpolicy_stats import EffectiveSize, OffPolicyStats
 from areal_agents.algorithms.spans import Span
 
@@ -41,6 +41,7 @@ def test_the_weight_of_a_span_is_the_product_of_its_ratios(scope: Span, weights:
     for found in (
         importance(a_T, b_T, EPISODES, TURNS, scope=scope, truncate=None, token_mask=None),
         decoupled(a_T, b_T, EPISODES, TURNS, scope=scope, token_mask=None),
+        kept(a_T, b_T, EPISODES, TURNS, scope=scope, token_mask=None),
     ):
         assert found.weight_T.tolist() == pytest.approx(weights)
         assert found.kept_T.all()
@@ -58,6 +59,18 @@ def test_decoupled_without_a_weight_masks_alone() -> None:
     a_T, b_T = pair([0.4, 0.7, 3.0])
     found = decoupled(a_T, b_T, scope=None, token_mask=(0.5, 5.0))
     assert found.weight_T.tolist() == [0.0, 1.0, 1.0]
+
+
+def test_a_kept_policy_weighs_as_a_recomputed_one() -> None:
+    # p/μ of 0.4 is masked, 0.7 stays, 3 is cut to 2; which policy p is, the learner decides.
+    a_T, b_T = pair([0.4, 0.7, 3.0])
+    found = kept(a_T, b_T, decay=0.5, truncate=2.0)
+    assert found.weight_T.tolist() == pytest.approx([0.0, 0.7, 2.0])
+    assert found.kept_T.tolist() == [False, True, True]
+    assert found.old_T is None
+    for decay in (0.0, 1.0):
+        with pytest.raises(ValueError, match="must lie between 0 and 1"):
+            kept(a_T, b_T, decay=decay)
 
 
 def test_reinforce_with_importance_is_cispo_that_bypasses() -> None:

@@ -56,6 +56,23 @@ def test_geometric_by_hand() -> None:
     assert geometric(*given_, bounds=(0.86, 1.9)).tolist() == [True, False, True, True, False]
 
 
+def test_the_measured_noise_widens_the_bounds_of_geometric_and_never_narrows_them() -> None:
+    # Means of log u: 0.3311 of 3 tokens, −0.1116 of 2. c = 4m: m = 0.1 gives 0.4/√3 = 0.231 and −0.4/√2 = −0.283.
+    def kept(noise: float, **options: Any) -> list[bool]:
+        u_T, sampler_T = pair(RATIOS)
+        found: list[bool] = geometric(u_T, sampler_T, EPISODES, TURNS, torch.full((5,), noise), **options).tolist()
+        return found
+
+    for noise, expected in ((0.0, [False] * 5), (0.1, [False, True, False, False, True]), (0.2, [True] * 5)):
+        assert kept(noise, bounds=(0.99, 1.01)) == expected, noise
+        assert kept(noise, bounds=(0.99, 1.01), measured=False) == [False] * 5
+        assert kept(noise, bounds=(0.99, 1.01), shrink=False) == [False] * 5
+    assert kept(1e-7, bounds=(0.5, 1.9)) == [True] * 5
+    u_T, sampler_T = pair(RATIOS)
+    with pytest.raises(ValueError, match="one length"):
+        geometric(u_T, sampler_T, EPISODES, TURNS, torch.zeros(4))
+
+
 def test_bounds_that_shrink_treat_all_lengths_alike_and_fixed_ones_do_not() -> None:
     # On policy, log u is noise of mean |log u| = 0.036, as bf16 gives it. 400 sequences of each length.
     torch.manual_seed(0)

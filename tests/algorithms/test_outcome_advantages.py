@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal_agents.algorithms.advantages import dr_grpo, maxrl, opo, reinforce_pp, remax, rloo
+from areal_agents.algorithms.advantages import dr_grpo, maxrl, opo, opob, reinforce_pp, remax, rloo
 from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.estimator import Estimator, per_turn
 from areal_agents.algorithms.registry import ADVANTAGES, Choice
@@ -62,6 +62,37 @@ def test_opo_by_hand() -> None:
     # Lengths 3 and 1: b = (3·1 + 1·5)/4 = 2.
     group = [EpisodeView((0.0, 1.0), tokens_K=(1, 2)), EpisodeView((5.0,))]
     assert [a.tolist() for a in opo(group)] == [[-1.0, -1.0], [3.0]]
+
+
+def weighed(*episodes: tuple[tuple[float, ...], tuple[int, ...], float]) -> list[EpisodeView]:
+    return [EpisodeView(r, tokens_K=n, log_ratio=math.log(w)) for r, n, w in episodes]
+
+
+def test_opob_by_hand() -> None:
+    # w²·L: 4·3 = 12 and 1·1 = 1. b = (12·3 + 1·1)/13 = 37/13.
+    group = weighed(((1.0, 2.0), (1, 2), 2.0), ((1.0,), (1,), 1.0))
+    assert opob(group)[0].tolist() == pytest.approx([2 / 13] * 2)
+    assert opob(group)[1].tolist() == pytest.approx([-24 / 13])
+    # On policy it is opo, and no ratio is so large that the others' returns are lost to an overflow.
+    even = weighed(((1.0, 2.0), (1, 2), 1.0), ((1.0,), (1,), 1.0))
+    assert [a.tolist() for a in opob(even)] == [a.tolist() for a in opo(even)]
+    far = [replace(e, log_ratio=x) for e, x in zip(even, (-500.0, 500.0), strict=True)]
+    assert opob(far)[1].tolist() == pytest.approx([0.0], abs=1e-6)
+    assert opob(far)[0].tolist() == pytest.approx([2.0] * 2)
+    with pytest.raises(ValueError, match="this group has no ratios"):
+        opob(views((1.0,), (0.0,)))
+
+
+def test_the_baseline_of_opob_has_the_least_variance() -> None:
+    # Σ w²·L·(R − b)², the second moment of the gradient's terms, over shifts of b.
+    group = weighed(((1.0,), (3,), 2.0), ((0.0,), (1,), 0.5), ((0.25,), (7,), 1.25))
+    advantages = [float(a[0]) for a in opob(group)]
+    weights = [math.exp(2 * (e.log_ratio or 0.0)) * e.tokens_K[0] for e in group]
+
+    def moment(shift: float) -> float:
+        return sum(w * (a - shift) ** 2 for w, a in zip(weights, advantages, strict=True))
+
+    assert moment(0.0) < min(moment(0.01), moment(-0.01))
 
 
 def test_reinforce_pp_by_hand() -> None:

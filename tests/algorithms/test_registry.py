@@ -76,8 +76,8 @@ def install(folder: Path, name: str, code: str, groups: dict[str, str]) -> None:
 
 
 OURS = [
-    "turn_return", "grpo", "dr_grpo", "rloo", "reinforce_pp", "remax", "opo", "pass_at_k", "maxrl", "kevin", "gigpo",
-    "mt_grpo", "grpo_process", "gae", "turn_gae", "bilevel_gae",
+    "turn_return", "grpo", "dr_grpo", "rloo", "reinforce_pp", "remax", "opo", "opob", "pass_at_k", "maxrl", "kevin",
+    "gigpo", "mt_grpo", "grpo_process", "gae", "turn_gae", "bilevel_gae",
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from tests.simulated import BENCHMARKS, benchmarks_on_path, module
 __all__ = ["benchmarks_on_path"]
 SCRIPTS = (
     "engine", "trl_step", "demo", "demo_engines", "engines", "mismatch", "async", "gpu", "busy", "verifier",
-    "same_seed", "sandboxes", "search", "credit", "staleness", "demo_algorithms",
+    "same_seed", "sandboxes", "search", "credit", "staleness", "demo_algorithms", "learner",
 )  # fmt: skip
 RECORD = {"benchmark", "commit", "machine", "samples", "checks"}
 

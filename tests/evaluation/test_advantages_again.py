@@ -103,6 +103,10 @@ def test_what_cannot_be_shown_says_why(tmp_path: Path) -> None:
     save(tmp_path / "run", config.model_copy(update={"algorithm": WITH_CRITIC}), records)
     found, why = advantages_of(SavedRun.open(tmp_path / "run"), records[0])
     assert (found, "'gae' reads a critic's values, which are not saved" in why) == (None, True)
+    off_policy = AlgorithmConfig(advantage=Choice("opob"))
+    save(tmp_path / "run", config.model_copy(update={"algorithm": off_policy}), records)
+    found, why = advantages_of(SavedRun.open(tmp_path / "run"), records[0])
+    assert (found, "'opob' reads the log-probabilities of its step, which are not saved" in why) == (None, True)
 
 
 def rescored(r: Record, new: tuple[float, ...]) -> Rescored:
@@ -164,7 +168,7 @@ def test_what_no_reward_says_is_told_and_the_rest_is_compared() -> None:
     episodes = tuple(rescored(r, tuple(-1.0 for _ in r.trajectory.turns)) for r in step(1))
     for kind, why in (
         ("remax", "'remax' compares with greedy episodes"), ("gae", "'gae' compares with a critic's values"),
-        ("maxrl", "returns must be ≥ 0"),
+        ("maxrl", "returns must be ≥ 0"), ("opob", "'opob' reads the log-probabilities of its step"),
     ):  # fmt: skip
         algorithm = WITH_CRITIC if kind == "gae" else AlgorithmConfig(advantage=Choice(kind))
         shift = compare(Outcome(episodes, (), 0, ()), reward="r", algorithm=algorithm)

@@ -1,4 +1,4 @@
-"""The critic against the same training written naively: values, gradients, warm-up, checkpoints."""
+"""The critic against the same training written naively: values and gradients."""
 
 from __future__ import annotations
 
@@ -12,18 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
 
 from areal_agents.algorithms.batch import Batch, Row
 from areal_agents.algorithms.objective import split_episodes
 from areal_agents.algorithms.registry import Choice
-from areal_agents.errors import ConfigError, ModelError
+from areal_agents.errors import ConfigError
 from areal_agents.learner.critic import Critic
 from areal_agents.learner.learner import TorchLearner
-from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
+from areal_agents.settings.config import AlgorithmConfig
 from areal_agents.settings.critic import CriticConfig
-from areal_agents.settings.kl import KlConfig
-from areal_agents.settings.lora import LoraConfig
 from tests.learner.test_learner import SMOOTH, largest_difference, learner, one_thread, run, smooth_adamw
 from tests.learner_data import make_batch, naive_loss
 from tests.tiny_models import tiny_model
@@ -318,139 +315,3 @@ def test_explained_variance_is_of_the_values_before_the_step(tmp_path: Path) -> 
     assert metrics["critic/explained_variance"] == pytest.approx(1 - np.var(r - v) / np.var(r), rel=1e-5)
     assert metrics["critic/value"] == pytest.approx(float(v.mean()), abs=1e-6)
     assert metrics["critic/return"] == pytest.approx(float(r.mean()), abs=1e-6)
-
-
-# --- warm-up and checkpoints ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["trunk", "own"])
-@pytest.mark.parametrize("correction", [UNMASKED, Choice("decoupled")])
-def test_while_it_warms_up_the_policy_stays_to_the_bit_and_the_version_counts(
-    tmp_path: Path, kind: str, correction: Choice
-) -> None:
-    model = tiny_model()
-    more: dict[str, Any] = {"coefficient": 0.5} if kind == "trunk" else {}
-    a = algorithm(kind, lr=0.05, warmup_steps=2, **more).model_copy(update={"correction": correction})
-    made = learner(model, tmp_path / "m", SMOOTH.model_copy(update={"weight_decay": 0.1, "minibatches": 2}), a)
-
-    async def job(it: TorchLearner) -> None:
-        losses = []
-        for version in range(2):
-            metrics = await it.step(with_targets(make_batch(model, version=version)))
-            assert all(torch.equal(t, model.state_dict()[n]) for n, t in it.tensors().items())
-            assert not it._optimizer.state, "nor has AdamW seen anything"
-            assert (metrics["grad_norm"], metrics["minibatches_empty"], it.version) == (0.0, 0, version + 1)
-            losses.append(metrics["critic/loss"])
-        assert losses[1] < losses[0]
-        await it.step(with_targets(make_batch(model, version=2)))
-        assert largest_difference(it.tensors(), model) > 1e-3
-
-    run(made, job)
-
-
-@pytest.mark.parametrize("kind", ["trunk", "own"])
-def test_a_loaded_checkpoint_goes_on_bit_identically_and_an_export_has_no_critic(tmp_path: Path, kind: str) -> None:
-    model = tiny_model(tie_word_embeddings=True)
-    batches = [with_targets(make_batch(model, seed=s, version=s), seed=s) for s in range(3)]
-    c = LearnerConfig(lr=1e-3, precision="fp32", token_budget=96, minibatches=2)
-    more: dict[str, Any] = {"coefficient": 0.5} if kind == "trunk" else {}
-    a = algorithm(kind, lr=1e-2, warmup_steps=1, **more)
-    made = learner(model, tmp_path / "m", c, a, seed=3)
-
-    async def whole(it: TorchLearner) -> Any:
-        await it.step(batches[0])
-        await it.step(batches[1])
-        await it.save(tmp_path / "checkpoint")
-        await it.export(tmp_path / "exported")
-        await it.step(batches[2])
-        return await it.values(batches[2])
-
-    expected = run(made, whole)
-    resumed = TorchLearner(
-        tmp_path / "m", learner=c, algorithm=a, total_steps=10, publish_dtype=torch.float32, threads=1
-    )
-
-    async def rest(it: TorchLearner) -> Any:
-        await it.load(tmp_path / "checkpoint")
-        await it.step(batches[2])
-        return await it.values(batches[2])
-
-    found = run(resumed, rest)
-    assert all(np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
-    assert all(torch.equal(t, resumed.tensors()[n]) for n, t in made.tensors().items())
-    mine, theirs = critic_of(made).module.state_dict(), critic_of(resumed).module.state_dict()
-    assert all(torch.equal(t, theirs[n]) for n, t in mine.items())
-    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", output_loading_info=True)
-    assert not info["unexpected_keys"]
-    assert not info["missing_keys"]
-    assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in model.parameters())
-    assert sorted(p.name for p in (tmp_path / "exported").iterdir()) == sorted(
-        p.name for p in (tmp_path / "m").iterdir()
-    )
-
-
-def test_a_checkpoint_of_another_critic_is_refused_once_one_has_learned(tmp_path: Path) -> None:
-    model = tiny_model()
-    none, trunk = learner(model, tmp_path / "a"), learner(model, tmp_path / "b", algorithm=algorithm())
-    own = learner(model, tmp_path / "c", algorithm=algorithm("own"))
-
-    async def write(it: TorchLearner) -> None:
-        await it.save(tmp_path / "fresh")
-        await it.step(make_batch(model))
-        await it.save(tmp_path / "without")
-
-    async def read(it: TorchLearner) -> None:
-        await it.load(tmp_path / "fresh")  # as of a run that stopped after its warm start
-        with pytest.raises(ModelError, match=r"version 1 holds no critic, but algorithm.critic.kind = 'trunk'"):
-            await it.load(tmp_path / "without")
-        await it.load(tmp_path / "fresh")
-        await it.step(with_targets(make_batch(model)))
-        await it.save(tmp_path / "trunk")
-
-    async def other(it: TorchLearner) -> None:
-        with pytest.raises(ModelError, match=r"holds a critic of kind 'trunk', but algorithm.critic.kind = 'own'"):
-            await it.load(tmp_path / "trunk")
-
-    run(none, write)
-    run(trunk, read)
-    run(own, other)
-
-
-# --- beside adapters, a reference and an entropy bonus --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["trunk", "own"])
-@pytest.mark.parametrize("rank", [0, 4])
-def test_it_learns_beside_a_reference_an_entropy_bonus_and_adapters(tmp_path: Path, kind: str, rank: int) -> None:
-    model = tiny_model()
-    more: dict[str, Any] = {"coefficient": 0.5} if kind == "trunk" else {}
-    a = algorithm(kind, lr=0.05, warmup_steps=1, **more).model_copy(
-        update={"kl": KlConfig(coef=0.1), "entropy": 0.01, "aggregation": "episode"}
-    )
-    c = SMOOTH.model_copy(update={"minibatches": 2, "lora": LoraConfig(rank=rank)})
-    made = learner(model, tmp_path / "m", c, a)
-
-    async def job(it: TorchLearner) -> list[float]:
-        losses = []
-        for version in range(3):
-            before = {name: t.clone() for name, t in it.tensors().items()}
-            metrics = await it.step(with_targets(make_batch(model, version=version)))
-            moved = any(not torch.equal(t, before[name]) for name, t in it.tensors().items())
-            assert moved == (version > 0), "the first step is the critic's"
-            losses.append(metrics["critic/loss"])
-        head, batch = copy.deepcopy(critic_of(it).head), make_batch(model)
-        await it.save(tmp_path / "saved")
-        await it.export(tmp_path / "exported")
-        if kind == "trunk":  # of the layers as they are now, adapters inside
-            now = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
-            for row, found in zip(batch.rows, await it.values(batch), strict=True):
-                expected = row_values(now, head, row).detach().numpy()
-                assert np.abs(found[row.mask] - expected).max() < 1e-4
-        values = await it.values(batch)
-        await it.step(with_targets(make_batch(model, version=3)))
-        await it.load(tmp_path / "saved")
-        assert all(np.array_equal(x, y) for x, y in zip(values, await it.values(batch), strict=True))
-        return losses
-
-    losses = run(made, job)
-    assert losses[1] < losses[0]

@@ -93,6 +93,7 @@ def test_each_aggregation_has_the_undivided_gradient(tmp_path: Path, aggregation
 CORRECTIONS_WITH = [
     ("decoupled", {"scope": "token", "truncate": 1.1}),
     ("decoupled", {"scope": "trajectory", "truncate": 1.5}),
+    ("kept", {"scope": "turn", "truncate": 1.5}),
     ("log_linear", {"scope": "turn"}),
     ("importance", {"scope": "trajectory"}),
 ]

@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from areal_agents.errors import ModelError
+from areal_agents.learner import forward
 from areal_agents.learner.forward import Decoder, Scores
 from areal_agents.learner.packing import Ints, pack_rows
 from areal_agents.learner.tree_attention import TREE
@@ -63,6 +64,33 @@ def test_the_padded_layout_gives_the_same_hidden_states() -> None:
     places = dict(zip(tree.rows, tree.at, strict=True))
     for i, at in zip(padded.rows, padded.at, strict=True):
         torch.testing.assert_close(plain[at], shared[places[i]], atol=1e-5, rtol=1e-4)
+
+
+def test_what_the_probe_copied_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    probe = Decoder._probe
+
+    def probed(self: Decoder) -> None:
+        probe(self)
+        done.append("probed")
+
+    monkeypatch.setattr(Decoder, "_probe", probed)
+    monkeypatch.setattr(forward, "trim", lambda: done.append("given back"))
+    assert Decoder(tiny_model(), torch.bfloat16).shared
+    assert done == ["probed", "given back"]
+
+
+def test_the_heads_first_gradient_is_the_products_own_and_further_ones_are_added() -> None:
+    head, hidden = nn.Linear(2, 3, bias=True), torch.tensor([[1.0, 2.0], [0.5, -1.0]])
+    for expected in (1.0, 2.0, 3.0):
+        Scores(hidden, head, torch.tensor([2, 0]), 1.0, torch.bfloat16).backward(torch.tensor([1.0, -2.0]))
+        assert head.weight.grad is not None
+        assert head.weight.grad.dtype == torch.float32
+        if expected == 1.0:
+            once = head.weight.grad.clone()
+        torch.testing.assert_close(head.weight.grad, expected * once)
+    assert head.bias.grad is not None
+    torch.testing.assert_close(head.bias.grad.sum(), torch.zeros(()), atol=1e-5, rtol=0.0)
 
 
 def test_a_sliding_window_keeps_the_padded_layout() -> None:

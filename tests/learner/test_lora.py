@@ -217,7 +217,7 @@ def test_the_kl_terms_reference_is_a_copy_of_the_adapters_alone(tmp_path: Path) 
     assert made.lora is not None
     reference = made._kl._reference
     assert isinstance(reference, AdapterReference)
-    assert sum(t.numel() for t in reference._copies.values()) == 12 * (144 + 160 + 144 + 384)
+    assert sum(t.numel() for t in reference._copied.tensors.values()) == 12 * (144 + 160 + 144 + 384)
     again = learner(model, tmp_path / "m", algorithm=kl)
     resumed, same = run(again, second)
     assert np.array_equal(every(batches[0], resumed), every(batches[0], begun))

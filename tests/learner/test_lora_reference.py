@@ -72,7 +72,7 @@ def test_a_whole_copy_would_be_seen_by_that_count(tmp_path: Path) -> None:
     del held
     before = numbers_in_memory()
     adapters = AdapterReference(made._decoder, Limits(96, 7))
-    assert numbers_in_memory() - before == sum(t.numel() for t in adapters._copies.values())
+    assert numbers_in_memory() - before == sum(t.numel() for t in adapters._copied.tensors.values())
     run(made, lambda it: it.logprobs(make_batch(model)))
 
 

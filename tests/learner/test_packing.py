@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import combinations, pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from areal_agents.learner.packing import Ints, Pack, Segment, pack_rows
+from areal_agents.learner.packing import PACK_COST, Ints, Pack, Segment, pack_rows
 
 
 def ids(*tokens: int) -> Ints:
@@ -77,6 +79,33 @@ def test_a_group_over_the_budget_is_cut_between_rows_and_prompts_of_others_are_n
     packs = pack_rows(rows, token_budget=45, min_shared=16)
     assert [sorted(p.rows) for p in packs] == [[0, 2], [4, 6], [1, 3], [5, 7]]
     assert [p.tokens for p in packs] == [40, 40, 40, 40]
+
+
+def test_a_group_that_fits_is_not_cut_to_fill_the_pack_before_it() -> None:
+    a, b = list(range(100, 120)), list(range(200, 220))
+    rows = [ids(*p, *range(10 * k, 10 * k + 10)) for k in range(3) for p in (a, b)]
+    # Each group is 20 + 3·10. Filled up to 70, a pack would hold one row of b, whose prompt came again: 120 in all.
+    packs = pack_rows(rows, token_budget=80, min_shared=16)
+    assert [(sorted(p.rows), p.tokens) for p in packs] == [([0, 2, 4], 50), ([1, 3, 5], 50)]
+    # Three groups of 16 + 3·10: two packs with a prompt of 16 twice cost less than three packs without.
+    rows = [ids(*range(s, s + 16), *range(10 * k, 10 * k + 10)) for s in (100, 200, 300) for k in range(3)]
+    packs = pack_rows(rows, token_budget=90, min_shared=16)
+    assert (len(packs), sum(p.tokens for p in packs)) == (2, 3 * 46 + 16)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12).map(lambda r: ids(*r)), min_size=1, max_size=6),
+       st.integers(1, 30))  # fmt: skip
+def test_no_other_cuts_compute_fewer_tokens(rows: list[Ints], budget: int) -> None:
+    packs = pack_rows(rows, token_budget=budget, min_shared=1)
+    order = sorted(range(len(rows)), key=lambda i: rows[i].tolist())
+    costs = []
+    for n in range(len(rows)):
+        for cuts in combinations(range(1, len(rows)), n):
+            runs = [order[a:b] for a, b in pairwise((0, *cuts, len(rows)))]
+            prefixes = [{tuple(rows[i][: t + 1].tolist()) for i in run for t in range(len(rows[i]))} for run in runs]
+            if all(len(p) <= budget or len(run) == 1 for p, run in zip(prefixes, runs, strict=True)):
+                costs.append(sum(len(p) + PACK_COST for p in prefixes))
+    assert sum(p.tokens + PACK_COST for p in packs) == min(costs)
 
 
 def test_the_padded_layout_puts_rows_of_like_length_together() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from areal_agents.algorithms.advantages import opob
 from areal_agents.algorithms.batch import Batch
 from areal_agents.algorithms.episode_view import EpisodeView
 from areal_agents.algorithms.refinement import Normalize
@@ -21,9 +23,11 @@ from areal_agents.learner.learner import TorchLearner
 from areal_agents.settings.config import AlgorithmConfig, LearnerConfig
 from areal_agents.settings.critic import CriticConfig
 from areal_agents.trainer.batches import batch_for, batch_of
+from areal_agents.trainer.credit import credit_metrics, signal_of
 from areal_agents.types import AssistantMessage, Completion, Group, Ids, Tail, Task, Trajectory, Turn
 from tests.learner.test_critic import critic_of, randomise
 from tests.learner.test_learner import learner, one_thread, run
+from tests.learner_data import row_logprobs
 from tests.tiny_models import tiny_model
 
 __all__ = ["one_thread"]  # a fixture
@@ -92,6 +96,26 @@ def made_by(tmp_path: Path, a: AlgorithmConfig) -> tuple[Batch, list[EpisodeView
     made = learner(model, tmp_path / "m", algorithm=a)
     views = naive_views(model, randomise(made))
     return run(made, lambda it: batch_for(it, GROUPS, a, temperature=0.7)), views
+
+
+def test_ratios_are_those_of_the_learners_policy_over_all_rows_of_an_episode(tmp_path: Path) -> None:
+    model, a = tiny_model(), AlgorithmConfig(advantage=Choice("opob"))
+    batch = run(learner(model, tmp_path / "m", algorithm=a), lambda it: batch_for(it, GROUPS, a, temperature=0.7))
+    logs = [0.0] * 4
+    for row in batch.rows:
+        logs[row.episode] += row_logprobs(model, row, 0.7).sum().item() - float(row.logprobs[row.mask].sum())
+    assert max(map(abs, logs)) > 1.0
+    episodes = [EpisodeView.of(t) for t in EPISODES]
+    views = [replace(view, log_ratio=log) for view, log in zip(episodes, logs, strict=True)]
+    expected = [a for group in (views[:2], views[2:]) for a in opob(group)]
+    for row in batch.rows:
+        for k in set(row.turns[row.mask].tolist()):
+            assert row.advantages[row.turns == k].tolist() == pytest.approx(
+                [float(expected[row.episode][k])] * int((row.turns == k).sum()), abs=1e-4
+            )
+    assert credit_metrics(GROUPS, a)["groups_without_signal"] == 0.0
+    same = replace(GROUPS[0], trajectories=(PLAIN, PLAIN))
+    assert not signal_of(a)(same)
 
 
 @pytest.mark.parametrize("kind", ["gae", "bilevel_gae"])

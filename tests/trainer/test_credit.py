@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from areal_agents.algorithms.batch import LEFT_OUT
 from areal_agents.algorithms.refinement import batch_normalized
 from areal_agents.algorithms.registry import Choice
 from areal_agents.errors import ConfigError, RewardError
@@ -47,6 +48,13 @@ def test_masking_takes_the_gradient_of_a_cut_episode_and_leaves_its_place_in_the
     assert [int(row.mask.sum()) for row in batch.rows] == [3, 3, 3]  # its tokens still count in the mean
     assert credit_metrics(groups, algorithm(overlong="mask"))["overlong_masked"] == pytest.approx(1 / 3)
     assert "overlong_masked" not in credit_metrics(groups, algorithm())
+
+
+def test_masking_says_so_of_every_token_and_keeping_says_nothing() -> None:
+    groups = [group(episode(1.0), cut(episode(0.0)))]
+    rows = batch_of(groups, algorithm(overlong="mask"), 0, 1.0).rows
+    assert [row.columns[LEFT_OUT][row.mask].tolist() for row in rows] == [[0.0] * 3, [1.0] * 3]
+    assert all(LEFT_OUT not in row.columns for row in batch_of(groups, algorithm(), 0, 1.0).rows)
 
 
 def test_a_group_whose_signal_is_all_in_cut_episodes_has_none() -> None:
@@ -202,6 +210,15 @@ def of(**changes: object) -> TrainConfig:
             {"algorithm": {"advantage": "gae", "critic": {"kind": "trunk"}}, "rollout": {"dynamic_sampling": True}},
             r"rollout\.dynamic_sampling = true replaces groups .* 'gae' reads a critic's values",
         ),
+        (
+            {"algorithm": {"advantage": "reinforce_pp"}, "rollout": {"dynamic_sampling": True}},
+            "'reinforce_pp' compares episodes with their whole batch, in which a group of equal rewards trains too",
+        ),
+        (
+            {"algorithm": {"advantage": {"kind": "reinforce_pp", "baseline": "group", "weight": "token"}},
+             "rollout": {"dynamic_sampling": True}},
+            "'reinforce_pp' compares episodes with their whole batch",
+        ),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_refused_before_anything_starts(changes: dict[str, object], message: str) -> None:
@@ -209,6 +226,30 @@ def test_settings_that_do_not_fit_are_refused_before_anything_starts(changes: di
         require_runnable(of(**changes))
 
 
+def test_batches_that_cannot_be_trained_on_as_said_are_refused_when_they_are_read() -> None:
+    with pytest.raises(ValueError, match=r"dynamic_sampling = true .*normalize = 'batch' such a group trains too"):
+        of(algorithm={"normalize": "batch"}, rollout={"dynamic_sampling": True})
+    of(algorithm={"normalize": "batch"})
+    few = {"groups": 2, "group_size": 3}
+    with pytest.raises(ValueError, match=r"minibatches = 7, but a batch has .* = 6 episodes.*: lower"):
+        of(rollout=few, learner={"minibatches": 7})
+    assert of(rollout=few, learner={"minibatches": 6}).learner.minibatches == 6
+
+
+def test_a_group_is_judged_alone_where_that_says_what_it_does_in_its_batch() -> None:
+    # Rewards 1, 1 beside 1, 0: the batch's mean is 3/4, so equal rewards have an advantage of 1/4 over the deviation.
+    same, other = group(episode(1.0), episode(1.0)), group(episode(1.0), episode(0.0))
+    batch = algorithm("reinforce_pp")
+    assert not signal_of(batch)(same)
+    assert trained([same, other], batch)[0] == pytest.approx([0.25 / math.sqrt(3 / 16)] * 3, rel=1e-4)
+    assert "groups_without_signal" not in credit_metrics([same, other], batch)
+    within = algorithm("reinforce_pp", options={"baseline": "group"})
+    assert trained([same, other], within)[0] == [0.0] * 3
+    assert credit_metrics([same, other], within)["groups_without_signal"] == 0.5
+
+
 def test_settings_that_fit_are_taken() -> None:
+    within = {"kind": "reinforce_pp", "baseline": "group"}
+    require_runnable(of(algorithm={"advantage": within}, rollout={"dynamic_sampling": True}))
     require_runnable(of(algorithm={"advantage": {"kind": "pass_at_k", "k": 7}}))
     require_runnable(of(algorithm={"advantage": "remax"}, rollout={"concurrency": 9, "dynamic_sampling": True}))

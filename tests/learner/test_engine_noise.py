@@ -1,0 +1,93 @@
+"""The distance between engine and learner on policy: measured once, before the policy moves, for masks that read it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from areal_agents.algorithms.batch import Batch
+from areal_agents.algorithms.registry import Choice
+from areal_agents.learner.learner import TorchLearner
+from areal_agents.settings.config import AlgorithmConfig
+from tests.learner.test_learner import SMOOTH, learner, one_thread, run
+from tests.learner_data import make_batch, row_logprobs
+from tests.tiny_models import tiny_model
+
+__all__ = ["one_thread"]  # a fixture
+NARROW = AlgorithmConfig(mask=Choice("geometric", {"bounds": (0.999, 1.001)}), correction=Choice("bypass"))
+SLOW = SMOOTH.model_copy(update={"lr": 1e-3})
+
+
+def apart(model: Any, batch: Batch, *, version: int) -> float:
+    """Mean |log π − log μ| of the sampled tokens of ``version`` in rows with a gradient."""
+    found = []
+    for row in batch.rows:
+        if (row.advantages != 0).any() or row.episode in {r.episode for r in batch.rows if (r.advantages != 0).any()}:
+            own = row.versions[row.mask] == version
+            logprobs = row_logprobs(model, row, batch.temperature).detach().numpy()
+            found.append(np.abs(logprobs - row.logprobs[row.mask])[own])
+    return float(np.concatenate(found).mean())
+
+
+def test_it_is_that_of_the_first_steps_own_tokens_and_stays(tmp_path: Path) -> None:
+    model = tiny_model()
+    first = make_batch(model, noise=0.03, versions=(0,))
+    later = replace(make_batch(model, noise=0.5, seed=1, versions=(0, 1)), version=1)
+    expected = apart(model, first, version=0)
+    made = learner(model, tmp_path / "m", SLOW, NARROW)
+
+    async def job(it: TorchLearner) -> list[dict[str, float]]:
+        metrics = [dict(await it.step(first)), dict(await it.step(later))]
+        await it.save(tmp_path / "saved")
+        return metrics
+
+    metrics = run(made, job)
+    assert metrics[0]["engine_noise"] == pytest.approx(expected, rel=1e-4)
+    assert metrics[1]["engine_noise"] == metrics[0]["engine_noise"]
+    # 4 times the noise is 3.2 standard deviations of it: on policy next to nothing is masked, and later much is.
+    assert metrics[0]["off_policy/masked_share/by_mask"] == 0.0
+    assert metrics[1]["off_policy/masked_share/by_mask"] > 0.5
+
+    async def resumed(it: TorchLearner) -> None:
+        await it.load(tmp_path / "saved")
+        assert it._noise.value == metrics[0]["engine_noise"]
+        found = await it.step(replace(make_batch(model, noise=0.5, seed=2), version=2))
+        assert found["engine_noise"] == metrics[0]["engine_noise"]
+
+    run(learner(model, tmp_path / "b", SLOW, NARROW), resumed)
+
+
+def test_without_it_the_narrow_bound_masks_what_is_on_policy(tmp_path: Path) -> None:
+    model = tiny_model()
+    chosen = AlgorithmConfig(mask=Choice("geometric", {"bounds": (0.999, 1.001), "measured": False}))
+    metrics = run(learner(model, tmp_path / "m", SLOW, chosen), lambda it: it.step(make_batch(model, noise=0.03)))
+    assert metrics["off_policy/masked_share/by_mask"] > 0.5
+
+
+def test_tokens_of_other_versions_are_no_measure(tmp_path: Path) -> None:
+    model = tiny_model()
+    made = learner(model, tmp_path / "m", SLOW, NARROW)
+
+    async def job(it: TorchLearner) -> None:
+        await it.step(make_batch(model, versions=(0,)))
+        it._noise.load({})  # as of a checkpoint that holds none
+        old = await it.step(replace(make_batch(model, seed=1, versions=(0,)), version=1))
+        assert "engine_noise" not in old
+        mixed = await it.step(replace(make_batch(model, seed=2, versions=(0, 2)), version=2))
+        assert mixed["engine_noise"] > 0.0
+
+    run(made, job)
+
+
+def test_where_no_mask_reads_it_nothing_is_measured(tmp_path: Path) -> None:
+    model = tiny_model()
+    batch = make_batch(model)
+    plain = run(learner(model, tmp_path / "a"), lambda it: it.step(batch))
+    assert "engine_noise" not in plain
+    chosen = AlgorithmConfig(mask=Choice("trust_region"))
+    found = run(learner(model, tmp_path / "b", algorithm=chosen), lambda it: it.step(batch))
+    assert "engine_noise" not in found
