@@ -51,9 +51,9 @@ class Asserted:
 
 def program(source: str, setup: str) -> str:
     """Return a submission that evaluates the expression of a test, after ``setup`` and itself."""
-    future = "\n".join(_FUTURE.findall(source))
+    future = "\n".join(_FUTURE.findall(f"{setup}\n{source}"))
     driver = f"_areal[0].exec({_driver()!r}, dict(space=_areal[0].globals(), out=_areal[1], asked=_areal[2]))"
-    return "\n".join([future, _BEFORE, setup, _FUTURE.sub("", source), driver, ""])
+    return "\n".join([future, _BEFORE, _FUTURE.sub("", setup), _FUTURE.sub("", source), driver, ""])
 
 
 @cache

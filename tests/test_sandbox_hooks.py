@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,7 @@ def test_a_session_is_prepared_before_its_first_call_and_looked_at_once_at_the_e
     assert back.trajectory == trajectory
     episode = rebuilt(back.trajectory, lambda t: "done")
     assert episode.outcome == trajectory.outcome
+    assert pickle.loads(pickle.dumps(replace(episode, state=None))).outcome == trajectory.outcome
     verdict = asyncio.run(judge(lambda e: float(e.outcome["looked"] == "LOOK@1"), episode))
     assert with_verdict(back.trajectory, verdict).reward == 1.0
 

@@ -51,6 +51,9 @@ class Record:
     trajectory: Trajectory
 
 
+# --- files -------------------------------------------------------------------------------------------------------
+
+
 def shard_path(out: Path, kind: str, step: int) -> Path:
     """Return ``OUT/trajectories/KIND/step-000003.parquet`` for a kind and a step.
 
