@@ -147,7 +147,7 @@ def left(episode: Episode) -> Verdict:
     before, wanted = (_facts(payload[name]) for name in ("files", "after"))
     found = set(tree["files"].items()) | set(tree["others"].items())
     asked = wanted ^ before
-    done = len(asked & (found ^ before)) / len(asked)
+    done = 0.0 if tree["problem"] else len(asked & (found ^ before)) / len(asked)
     right = float(found == wanted and not tree["problem"] and episode.answer is not None)
     return Verdict(right, {"correct": right, "changes": done, "others": float(len((found ^ before) - asked))})
 

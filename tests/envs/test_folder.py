@@ -146,7 +146,7 @@ def test_exactly_the_right_files_are_paid() -> None:
     right = {"correct": 1.0, "changes": 1.0, "others": 0.0}
     assert judged(task, after) == right
     assert judged(task, after, answer=None) == right | {"correct": 0.0}
-    assert judged(task, after, problem="too many entries")["correct"] == 0.0
+    assert judged(task, after, problem="too many entries") == {"correct": 0.0, "changes": 0.0, "others": 0.0}
     assert judged(task, after, others={"pipe": "special"}) == right | {"correct": 0.0, "others": 1.0}
     assert judged(task, after | {"new": ""}) == right | {"correct": 0.0, "others": 1.0}
     # a wrong sum: four of five, and one thing more that nobody asked for
