@@ -83,6 +83,8 @@ WORD_ENDS: Final = (
 )  # fmt: skip
 _LETTERS = "aabcdeefghiiklmnoorstu"
 TESTS = 12
+DIFFERENT = 4
+"""How many different results the tests of a function expect at least: a program that always says one must fail."""
 
 
 def spec(rng: Random, steps: int) -> dict[str, Any]:
@@ -109,6 +111,8 @@ def spec(rng: Random, steps: int) -> dict[str, Any]:
     solution = "\n".join(["def f(xs):", *lines, f"    return {last.code.replace('K', str(k))}", ""])
     structure = "\n".join(step.text for step in chosen)
     tests = [{"arguments": [[]], "expected": _done(drawn, [])}, *hidden[:TESTS]]
+    if len({repr(test["expected"]) for test in tests}) < DIFFERENT:
+        return spec(rng, steps)
     return {"question": question, "function": "f", "tests": tests, "solution": solution, "structure": structure}
 
 

@@ -205,5 +205,6 @@ def test_functions_of_the_same_steps_are_of_one_split(level: float, steps: int) 
         assert len(p["structure"].splitlines()) == steps
         assert p["question"].count("\n") == steps + 1
         assert (len(p["tests"]), p["tests"][0]["arguments"]) == (13, [[]])
+        assert len({json.dumps(t["expected"]) for t in p["tests"]}) >= 4
         shown = p["question"].splitlines()[-1]
         assert not any(f"f({t['arguments'][0]!r})" in shown for t in p["tests"])
