@@ -13,6 +13,7 @@ Both twins have the same returns, so an estimator of one number an episode canno
 from __future__ import annotations
 
 import asyncio
+import inspect
 import tempfile
 import time
 from collections.abc import Sequence
@@ -80,6 +81,12 @@ def write_model(folder: Path, seed: int) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
+def next_logits(model: Any, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    """Run the model on ids that follow what the cache has; return the last logits, float [N, vocabulary]."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # it was renamed
+    return model(input_ids=ids, use_cache=True, **{name: cache}).logits[:, -1]
+
+
 def play(model: Any, doors: Sequence[Sequence[int]], generator: torch.Generator, *, dense: bool) -> list[Trajectory]:
     """Play one episode for each entry of ``doors``, all in step."""
     n = len(doors)
@@ -90,7 +97,7 @@ def play(model: Any, doors: Sequence[Sequence[int]], generator: torch.Generator,
         shown = torch.tensor([[doors[i][place[i]], ASK] for i in range(n)])
         ids = shown if answers is None else torch.cat([answers[:, None], shown], 1)
         with torch.no_grad():
-            logprobs = torch.log_softmax(model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1], -1)
+            logprobs = torch.log_softmax(next_logits(model, ids, cache), -1)
         answers = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
         for i in range(n):
             token, symbol = int(answers[i]), doors[i][place[i]]

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from credit_world import next_logits
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -87,8 +88,7 @@ def say(model: Any, tasks_NK: torch.Tensor, generator: torch.Generator) -> tuple
     cache, ids = DynamicCache(config=model.config), tasks_NK[:, :1]
     tokens, logprobs = [], []
     for k in range(tasks_NK.shape[1]):
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
-        of_all = torch.log_softmax(logits, -1)
+        of_all = torch.log_softmax(next_logits(model, ids, cache), -1)
         said = torch.multinomial(of_all.exp(), 1, generator=generator)
         tokens.append(said)
         logprobs.append(of_all.gather(1, said))

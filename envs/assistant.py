@@ -78,7 +78,9 @@ class Assistant(ToolEnv):
     default), four at 1.
     """
 
-    system_prompt = "You run errands on the user's phone. Do all of them, nothing else, then say that it is done."
+    system_prompt = (
+        "You run errands on the user's phone. Do all of them in their order, nothing else, then say that it is done."
+    )
     rubric = left
     max_turns = 16
     state: Phone
@@ -239,7 +241,7 @@ def _invite(rng: Random, phone: Phone, title: str) -> Errand:
 def _send(rng: Random, phone: Phone, title: str) -> Errand:
     name, text = rng.choice([*phone.contacts]), rng.choice(_TEXTS)
     call = ("send_message", {"number": phone.contacts[name], "text": text})
-    return Errand(f"Send {name} this message: {text}", (("find_contact", {"name": name}), call))
+    return Errand(f'Send {name} this message: "{text}"', (("find_contact", {"name": name}), call))
 
 
 def _create(rng: Random, phone: Phone, title: str) -> Errand:
@@ -274,4 +276,6 @@ def _drawn(rng: Random, count: int) -> dict[str, Any]:
         for name, arguments in errand.calls:
             _act(phone, name, arguments)
             calls.append([name, arguments])
+    if _facts(phone) == _facts(Phone(events, contacts)):  # one errand cancelled what another arranged again
+        return _drawn(rng, count)
     return {"errands": said, "events": events, "contacts": contacts, "calls": calls}

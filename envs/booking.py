@@ -29,9 +29,9 @@ WISHES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """What a user may care about, and the values. The first four are always among it."""
 ASKED_FOR: Final[Mapping[str, str]] = {
-    "food": r"food|cuisine|kitchen|eat|dish",
-    "area": r"area|where|part of town|district|location|place",
-    "day": r"\bday|when|date",
+    "food": r"food|cuisine|kitchen|\beat|dish",
+    "area": r"area|where|part of town|district|location|\bplace",
+    "day": r"day|when|\bdate",
     "people": r"people|persons?\b|guests|how many|party|seats",
     "garden": r"garden|outside|outdoors?|terrace",
 }
@@ -132,7 +132,8 @@ class Booking(ToolEnv):
             "the question shortly, and say no more than it asks for."
         )
         talk = [*self.state.said, user(question)]
-        sampling = Sampling(max_tokens=64, temperature=1.0, seed=self.task.seed + self.state.questions)
+        seed = (self.task.seed + self.state.questions) % 2**31  # what every server takes
+        sampling = Sampling(max_tokens=64, temperature=1.0, seed=seed)
         reply = await self._models["user"].chat([role, *talk], (), sampling)
         self.state.said = [*talk, reply]
         return reply.spoken

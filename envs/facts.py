@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ from typing import Any, Final
 from areal_agents.env import Expert
 from areal_agents.envs.generated_files import generated_folder
 from areal_agents.envs.procedural import drawn_tasks
+from areal_agents.errors import EnvError
 from areal_agents.rewards.boxed_text import boxed_text
 from areal_agents.tool import call_text
 from areal_agents.toolenv import ToolEnv
@@ -78,16 +80,19 @@ def world() -> tuple[World, Mapping[str, str]]:
 
 
 def corpus() -> Path:
-    """Return the folder with the corpus, a JSONL file with a document for each thing."""
-    return generated_folder("facts-1", _write)
+    """Return the folder with the corpus, a JSONL file with a document for each thing.
+
+    Its ids say nothing, so a document is found by a search alone.
+    """
+    return generated_folder("facts-2", _write)
 
 
 def _write(folder: Path) -> None:
     facts, kinds = world()
     lines = []
-    for name, related in facts.items():
+    for number, (name, related) in enumerate(facts.items(), 1):
         sentences = [RELATIONS[kinds[name]][relation][1].format(name, other) for relation, other in related.items()]
-        lines.append(json.dumps({"id": name, "title": name, "text": " ".join(sentences)}))
+        lines.append(json.dumps({"id": f"d{number}", "title": name, "text": " ".join(sentences)}))
     (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -120,8 +125,11 @@ class Facts(ToolEnv):
     @classmethod
     def expert(cls, task: Task) -> Expert:
         for name in task.payload["path"][:-1]:
-            yield call_text("search", query=name, top=2)
-            yield call_text("read_document", id=name)
+            observation = yield call_text("search", query=name, top=10)
+            shown = re.search(rf"\[(d\d+)\] {name}$", observation[-1].text, re.MULTILINE)
+            if shown is None:
+                raise EnvError(f"the search for {name} does not show its document")
+            yield call_text("read_document", id=shown[1])
         yield cls.gold(task)
 
 

@@ -85,7 +85,7 @@ class Hanoi(ToolEnv):
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
         level = DEFAULT_DIFFICULTY if difficulty is None else float(difficulty)
         discs = round(2 * 2.5**level)
-        return drawn_tasks("areal/Hanoi-v0", split, level, lambda rng: _position(rng, discs))
+        return drawn_tasks("areal/Hanoi-v0", split, level, lambda rng: _position(rng, discs), buckets=2)
 
     def new_state(self, task: Task) -> Tower:
         return Tower(task.payload["on"], task.payload["moves"])

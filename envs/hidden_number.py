@@ -108,6 +108,6 @@ def _last(observation: Sequence[Message]) -> str:
 def _hidden(rng: Random, difficulty: float) -> dict[str, Any]:
     """Draw a range that begins anywhere, so that the numbers of one split say nothing of the other's."""
     count = round(10 ** (1 + 2 * difficulty))
-    low = rng.randint(1, 9 * count)
+    low = rng.randint(1, 9 * max(count, 100))  # of few numbers and few ranges, most tasks would be the same
     guesses = math.ceil(math.log2(count + 1)) + 1
     return {"low": low, "high": low + count - 1, "number": rng.randint(low, low + count - 1), "guesses": guesses}

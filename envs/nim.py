@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from operator import xor
 from random import Random
@@ -18,6 +18,7 @@ from areal_agents.reward import Episode, Verdict
 from areal_agents.served_model import ModelLike
 from areal_agents.tool import ToolError, call_text, tool
 from areal_agents.toolenv import ToolEnv
+from areal_agents.tools.ask_user import answered
 from areal_agents.types import Task, system, user
 
 DEFAULT_DIFFICULTY = 0.5
@@ -35,7 +36,6 @@ class Board:
     winner: Side | None = None
     slips: int = 0
     """Answers of a model that plays the opponent that were no legal move."""
-    said: list[str] = field(default_factory=list)
 
     def take(self, heap: int, count: int, side: Side) -> None:
         self.heaps[heap] -= count
@@ -144,8 +144,7 @@ class Nim(ToolEnv):
             rules = system(f"{RULES} Answer with your move alone: HEAP COUNT.")
             sampling = Sampling(max_tokens=32, temperature=1.0, seed=board.opponents.getrandbits(31))
             shown = user(Board(list(heaps), Random()).view())
-            reply = await self._models["opponent"].chat((rules, shown), (), sampling)
-            board.said.append(reply.spoken)
+            reply = await answered(self._models["opponent"].chat((rules, shown), (), sampling), "the opponent")
             found = re.fullmatch(r"\s*(\d{1,3})\s+(\d{1,3})\s*", reply.spoken, re.ASCII)
             move = (int(found[1]) - 1, int(found[2])) if found else (-1, 0)
             if 0 <= move[0] < len(heaps) and 1 <= move[1] <= heaps[move[0]]:

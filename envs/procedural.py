@@ -1,7 +1,8 @@
 """Tasks that are drawn instead of written: task i of a split is a pure function of (environment, difficulty, i).
 
-A task belongs to the test split where its content hash falls into one bucket of eight, and to the train split
-otherwise. So no task is in both, whatever the difficulties.
+A task belongs to the test split where its content hash falls into one bucket of eight (of two, where there are few
+tasks), and to the train split otherwise. So no task is in both, whatever the difficulties. Tasks that are alike, such
+as mirrored ones, go by one hash; an environment may also keep its splits apart in another way.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from areal_agents.errors import ConfigError, EnvError
 from areal_agents.types import Task, content_hash
 
 SIZES: Final[Mapping[str, int]] = MappingProxyType({"train": 4096, "test": 512})
-_TEST_BUCKETS = 8
+TEST_BUCKETS: Final = 8
 _TRIES = 10_000
-"""Draws for one task. Of each eight, one is of the test split on the average."""
+"""Draws for one task. Of as many as there are buckets, one is of the test split on the average."""
 
 
 def drawn_tasks(
     env: str, split: str, difficulty: float, draw: Callable[[Random], dict[str, Any]],
-    sizes: Mapping[str, int] = SIZES, key: Callable[[dict[str, Any]], str] = content_hash,
+    sizes: Mapping[str, int] = SIZES, *, buckets: int = TEST_BUCKETS, apart: bool = False,
+    alike: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> LazyTasks:  # fmt: skip
     """Return the tasks of a split, whose payloads ``draw`` makes from a generator of each task's own.
+
+    A payload may be drawn twice. Where there are few, most are: ``docs/environments.md`` says how many there are.
 
     Args:
         env: the environment's id, or anything else that tells its tasks from those of others.
@@ -34,7 +38,9 @@ def drawn_tasks(
         difficulty: in [0, 1]; part of what a task is drawn from.
         draw: makes a JSON-able payload. It is asked again until one belongs to the split.
         sizes: the number of tasks by split.
-        key: a hash of what two tasks must share to be of one split, by default of the whole payload.
+        buckets: of tasks, one of which is the test split: 2 where there are so few that an eighth would be a handful.
+        apart: ``draw`` makes other payloads for each split anyway, so none is drawn again.
+        alike: returns what payloads that are alike have in common, whose hash the split goes by.
 
     Raises:
         ConfigError: there is no such split.
@@ -49,13 +55,13 @@ def drawn_tasks(
         rng = Random(seed)
         for _ in range(_TRIES):
             payload = draw(rng)
-            if split_of(key(payload)) == split:
+            if apart or split_of(content_hash(alike(payload)), buckets) == split:
                 return Task.make(f"{split}-{difficulty:g}-{index}", split=split, seed=seed, payload=payload)
         raise EnvError(f"{env}: none of {_TRIES} draws at difficulty {difficulty:g} belongs to the split {split!r}")
 
     return LazyTasks(sizes[split], make)
 
 
-def split_of(hash: str) -> str:
-    """Return the split that a task of this content hash belongs to."""
-    return "test" if int(hash[:8], 16) % _TEST_BUCKETS == 0 else "train"
+def split_of(hash: str, buckets: int = TEST_BUCKETS) -> str:
+    """Return the split that a task of this content hash belongs to, where the test split is one of ``buckets``."""
+    return "test" if int(hash[:8], 16) % buckets == 0 else "train"

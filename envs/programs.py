@@ -28,7 +28,7 @@ from areal_agents.sandbox import SandboxBackend
 from areal_agents.tool import call_text
 from areal_agents.toolenv import ToolEnv
 from areal_agents.tools.python import python
-from areal_agents.types import Task, content_hash
+from areal_agents.types import Task
 from areal_agents.utils.short_text import short
 
 DEFAULT_DIFFICULTY = 0.5
@@ -93,7 +93,7 @@ class Programs(ToolEnv):
         steps = round(2 + 4 * level)
         return drawn_tasks(
             "areal/Programs-v0", split, level, lambda rng: spec(rng, steps), SIZES,
-            key=lambda payload: content_hash({"steps": payload["structure"]}),
+            alike=lambda payload: {"steps": payload["structure"]},
         )  # fmt: skip
 
     def training_tasks(self) -> Sequence[Task]:

@@ -21,7 +21,7 @@ from areal_agents.types import Task
 
 DEFAULT_DIFFICULTY = 0.5
 SIZES: Final = {"train": 2048, "test": 512}
-DATABASES: Final = {"train": 16, "test": 4}
+DATABASES: Final = {"train": 16, "test": 16}
 SCHEMA: Final = (
     "CREATE TABLE customers (id INTEGER PRIMARY KEY, name TEXT, city TEXT)",
     "CREATE TABLE products (id INTEGER PRIMARY KEY, name TEXT, category TEXT, cents INTEGER)",
@@ -119,7 +119,7 @@ def _name(rng: Random) -> str:
 
 def databases() -> Path:
     """Return the folder of the databases, ``train-0.sqlite`` and so on."""
-    return generated_folder("shop-1", _write)
+    return generated_folder("shop-2", _write)
 
 
 def _write(folder: Path) -> None:
@@ -162,7 +162,9 @@ class ShopDatabase(ToolEnv):
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
         level = DEFAULT_DIFFICULTY if difficulty is None else float(difficulty)
         asked = LEVELS[min(2, int(3 * level))]
-        return drawn_tasks("areal/ShopDatabase-v0", split, level, lambda rng: _task(rng, split, asked), SIZES)
+        return drawn_tasks(
+            "areal/ShopDatabase-v0", split, level, lambda rng: _task(rng, split, asked), SIZES, apart=True
+        )
 
     def prompt(self, task: Task) -> str:
         return str(task.payload["question"])

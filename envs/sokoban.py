@@ -113,8 +113,9 @@ class Sokoban(ToolEnv):
     """Push every box onto a goal. An agent must learn to read the map, and to look ahead: a box cannot be pulled.
 
     A box that comes onto a goal earns 0.5 / the boxes that were off theirs at the start, and one that leaves it pays
-    that back. The solved room pays the other half. Steps are three times what the room was made with. ``difficulty``:
-    one box in 4 × 4 at 0, in 5 × 5 at 0.5 (the default), two boxes in 6 × 6 at 1.
+    that back. The solved room pays the other half. There are twice as many steps as a shortest way has, and four.
+    ``difficulty``: one box in 4 × 4 at 0, in 5 × 5 at 0.5 (the default), two boxes in 6 × 6 at 1. A shortest way has at
+    least as many steps as the room has rows.
     """
 
     system_prompt = (
@@ -129,7 +130,9 @@ class Sokoban(ToolEnv):
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
         level = DEFAULT_DIFFICULTY if difficulty is None else float(difficulty)
         size, boxes = 4 + round(2 * level), 1 + (level >= 0.75)
-        return drawn_tasks("areal/Sokoban-v0", split, level, lambda rng: _drawn(rng, size, boxes), SIZES)
+        return drawn_tasks(
+            "areal/Sokoban-v0", split, level, lambda rng: _drawn(rng, size, boxes), SIZES, alike=_unturned
+        )
 
     def new_state(self, task: Task) -> Room:
         return room_of(task)
@@ -186,6 +189,15 @@ def room_of(task: Task) -> Room:
     )  # fmt: skip
 
 
+def _unturned(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a room has in common with those that it is turned or mirrored."""
+    rows, ways = list(payload["map"]), list[list[str]]()
+    for _ in range(4):
+        rows = ["".join(column) for column in zip(*reversed(rows), strict=True)]
+        ways += [rows, rows[::-1]]
+    return {"map": min(ways)}
+
+
 def _drawn(rng: Random, size: int, boxes: int) -> dict[str, Any]:
     """Draw a solved room and go backwards from it, pulling boxes: so it can be solved."""
     while True:
@@ -193,25 +205,24 @@ def _drawn(rng: Random, size: int, boxes: int) -> dict[str, Any]:
         rng.shuffle(places)
         walls, goals = frozenset(places[: size - 2]), frozenset(places[size - 2 : size - 2 + boxes])
         room = Room(size, size, walls, goals, set(goals), places[-1])
-        taken = _pull(room, rng)
-        if not room.placed():
+        _pull(room, rng)
+        if room.placed():
+            continue
+        least = len(shortest(room))
+        if least >= size:  # else it is one push from its end, or nearly
             lines = room.view().splitlines()[1:-1]
-            return {"map": [line[1:-1] for line in lines], "steps": 3 * taken}
+            return {"map": [line[1:-1] for line in lines], "steps": 2 * least + 4}
 
 
-def _pull(room: Room, rng: Random) -> int:
-    """Walk backwards at random, mostly with a box in tow, and return the steps from the last box that moved."""
-    taken = last = 0
+def _pull(room: Room, rng: Random) -> None:
+    """Walk backwards at random, mostly with a box in tow."""
     for _ in range(12 * room.height):
         down, right = WAYS[rng.choice("UDLR")]
         back = (room.player[0] - down, room.player[1] - right)
         ahead = (room.player[0] + down, room.player[1] + right)
         if not room.free(back):
             continue
-        taken += 1
         if ahead in room.boxes and rng.random() < 0.9:
             room.boxes.remove(ahead)
             room.boxes.add(room.player)
-            last = taken
         room.player = back
-    return max(taken, last)

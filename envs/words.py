@@ -88,7 +88,7 @@ class Words(ToolEnv):
 
     A guess with more letters in the right place than any before earns 0.1 for each of them, which makes 0.5 over a
     found word. The word pays the other half. Any five letters may be guessed. ``difficulty``: the word is one of the
-    first 60 of the list at 0, of its first half at 0.5 (the default), of all at 1.
+    first 60 of the list at 0, of its first 252 at 0.5 (the default), of all 443 at 1.
     """
 
     system_prompt = "Find the hidden English word of five letters. Each guess is marked letter by letter."
@@ -101,7 +101,7 @@ class Words(ToolEnv):
         level = DEFAULT_DIFFICULTY if difficulty is None else float(difficulty)
         first = round(60 + level * (len(WORDS) - 60))
         sizes = {"train": 2048, "test": 256}
-        return drawn_tasks("areal/Words-v0", split, level, lambda rng: _hidden(rng, first), sizes)
+        return drawn_tasks("areal/Words-v0", split, level, lambda rng: _hidden(rng, first), sizes, buckets=2)
 
     def new_state(self, task: Task) -> Board:
         return Board()

@@ -127,7 +127,8 @@ def new_package(user: User) -> User:
     assert "  areal-agents train train.toml" in said
     inside = User(user.folder / "scales_env", user.bin)
     install(user.bin.parent, "-e", inside.folder)
-    assert f"{ID}  follow a trail of boxes" in user.areal_agents("envs")  # by its entry point, from anywhere
+    listed = user.areal_agents("envs").splitlines()  # by its entry point, from anywhere
+    assert [ID, "follow a trail of boxes to the code at its end"] in [line.split(maxsplit=1) for line in listed]
     assert "8 passed" in inside.python("-W", "error", "-m", "pytest", "-q")
     return inside
 

@@ -160,12 +160,34 @@ def test_a_box_is_paid_when_it_comes_onto_a_goal_and_charged_when_it_leaves() ->
     assert "steps are 1 to 12" in played(sokoban.Sokoban(sandbox=None), task, walks("UX"))[1]
 
 
-def test_rooms_can_be_solved_in_their_steps() -> None:
-    for level in (0.0, 0.5, 1.0):
-        for task in sokoban.Sokoban.tasks("test", difficulty=level)[:40]:
-            room = sokoban.room_of(task)
+def test_rooms_can_be_solved_in_their_steps_and_not_by_walking_at_random() -> None:
+    for level, size, count in ((0.0, 4, 40), (0.5, 5, 40), (1.0, 6, 10)):
+        solved, rng = 0, Random(0)
+        for task in sokoban.Sokoban.tasks("test", difficulty=level)[:count]:
+            room, steps = sokoban.room_of(task), task.payload["steps"]
             assert room.placed() == 0
-            assert 0 < len(sokoban.shortest(room)) <= task.payload["steps"]
+            least = len(sokoban.shortest(room))
+            assert (least >= size, steps) == (True, 2 * least + 4)
+            for _ in range(5):
+                room = sokoban.room_of(task)
+                solved += any(room.step(rng.choice("UDLR")) and not room.boxes - room.goals for _ in range(steps))
+        assert solved <= 0.15 * 5 * count
+
+
+def test_no_room_of_the_test_is_one_of_the_training_turned_or_mirrored() -> None:
+    def turned(rows: list[str]) -> list[str]:
+        return ["".join(rows[-1 - x][y] for x in range(len(rows))) for y in range(len(rows[0]))]
+
+    def least(rows: list[str]) -> str:
+        found = []
+        for _ in range(4):
+            rows = turned(rows)
+            found += ["/".join(rows), "/".join(row[::-1] for row in rows)]
+        return min(found)
+
+    assert least(["@$.", "   "]) == least([" @", " $", " ."])
+    rooms = {s: {least(t.payload["map"]) for t in sokoban.Sokoban.tasks(s, difficulty=0.0)} for s in ("train", "test")}
+    assert not rooms["train"] & rooms["test"]
 
 
 def test_letters_are_marked_as_often_as_they_are_in_the_word() -> None:

@@ -88,7 +88,8 @@ def test_a_chain_of_facts_is_in_its_documents() -> None:
     documents = {}
     for line in (facts.corpus() / "corpus.jsonl").read_text().splitlines():
         document = json.loads(line)
-        documents[document["id"]] = document["text"]
+        documents[document["title"]] = document["text"]
+        assert re.fullmatch(r"d\d+", document["id"])  # else it could be read without a search
     assert len(documents) == 600 + 200 + 120 + 24
     for level, hops in ((0.0, 1), (0.5, 2), (1.0, 4)):
         for task in facts.Facts.tasks("test", difficulty=level)[:20]:
@@ -97,6 +98,20 @@ def test_a_chain_of_facts_is_in_its_documents() -> None:
             assert (path[0] in question, path[-1] == task.payload["answer"]) == (True, True)
             assert all(other in documents[name] for name, other in itertools.pairwise(path))
             assert question.count(" of ") == hops
+
+
+def test_a_document_is_read_by_the_id_that_a_search_shows() -> None:
+    task = next(t for t in facts.Facts.tasks("test", difficulty=0.0) if t.payload["answer"].isalpha())
+    name, answer = task.payload["path"]
+    env = facts.Facts(sandbox=None)
+    env.reset(seed=0, options={"task": task})
+    observation, *_ = env.step(call_text("read_document", id=name))
+    assert answer not in observation[-1].text
+    observation, *_ = env.step(call_text("search", query=name))
+    (shown,) = re.findall(rf"\[(d\d+)\] {name}$", observation[-1].text, re.MULTILINE)
+    observation, *_ = env.step(call_text("read_document", id=shown))
+    assert answer in observation[-1].text
+    env.close()
 
 
 def test_texts_are_compared_as_readers_do() -> None:
@@ -205,11 +220,14 @@ def test_the_scripted_user_answers_what_was_asked_and_no_more_than_two_things() 
         ("For how many?", "We are 4."),
         ("By the window?", "I do not understand. What do you need to know?"),
         ("Outside?", "The garden does not matter."),
+        ("How many seats?", "We are 4."),  # which is not about eating
+        ("Which weekday?", "On Monday."),
+        ("Shall I update it?", "I do not understand. What do you need to know?"),
         ("Thailand?", "I do not understand. What do you need to know?"),
     ):
         observation, *_ = env.step(call_text("ask_user", question=question))
         assert observation[-1].text == answer
-    assert env.state.questions == 6
+    assert env.state.questions == 9
     env.close()
 
 

@@ -86,14 +86,14 @@ def equal_rewards_train_nothing(place: Place) -> None:
         Choice("turn_return", {"gamma": 0.9}), Choice("grpo", {"normalize": False}),
         *(Choice(kind) for kind in ADVANTAGES.builtin() if kind not in READ_VALUES),
     ]  # fmt: skip
-    of_returns = {"grpo", "dr_grpo", "rloo", "reinforce_pp", "opo", "pass_at_k", "maxrl"}
+    of_returns = {"grpo", "dr_grpo", "rloo", "reinforce_pp", "opo", "opob", "pass_at_k", "maxrl"}
     for choice in choices:
         for group in groups + (equal_returns if choice.kind in of_returns else []):
             if choice.kind == "maxrl" and min(map(sum, group)) < 0:
                 continue  # refused
             if choice.kind == "kevin" and len(group[0]) > 1:
                 continue  # compares late turns with early ones
-            views = [EpisodeView(r, greedy_return=sum(group[0])) for r in group]
+            views = [EpisodeView(r, greedy_return=sum(group[0]), log_ratio=0.1 * i) for i, r in enumerate(group)]
             found = Estimator(choice)(views)
             assert not any(any(per_turn(a)) for a in found), (choice, group, found)
     place.train("Even", {"rollout.group_size": 3})
