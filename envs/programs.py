@@ -49,8 +49,8 @@ class Programs(ToolEnv):
 
     An agent must learn to try a program with the python tool, on the cases that the description leaves to think of.
     Tests run in a sandbox of their own. The reward is 1 where all pass. Without ``path`` the functions are composed of
-    steps on lists of numbers and words. ``difficulty``: two steps at 0, four at 0.5 (the default), six at 1. Functions
-    of the same steps are of one split, whatever numbers are in them.
+    steps on lists of numbers and words. ``difficulty``: three steps at 0, four at 0.5 (the default), six at 1.
+    Functions of the same steps are of one split, whatever numbers are in them.
     """
 
     system_prompt = "Write the function. Try it with python. Then answer with the whole program in a ```python block."
@@ -90,7 +90,7 @@ class Programs(ToolEnv):
         if test_path:
             raise ConfigError(f"env.kwargs.test_path = {test_path!r} goes with a path, which is empty")
         level = DEFAULT_DIFFICULTY if difficulty is None else float(difficulty)
-        steps = round(2 + 4 * level)
+        steps = round(3 + 3 * level)
         return drawn_tasks(
             "areal/Programs-v0", split, level, lambda rng: spec(rng, steps), SIZES,
             alike=lambda payload: {"steps": payload["structure"]},

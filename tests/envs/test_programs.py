@@ -195,7 +195,7 @@ def test_each_step_does_what_it_says_and_its_code_does_the_same() -> None:
     assert STEPS[9].work([1, 2], 3) == [2, 1]
 
 
-@pytest.mark.parametrize(("level", "steps"), [(0.0, 2), (0.5, 4), (1.0, 6)])
+@pytest.mark.parametrize(("level", "steps"), [(0.0, 3), (0.5, 4), (1.0, 6)])
 def test_functions_of_the_same_steps_are_of_one_split(level: float, steps: int) -> None:
     found = {split: Programs.tasks(split, difficulty=level)[:60] for split in ("train", "test")}
     structures = {split: {t.payload["structure"] for t in some} for split, some in found.items()}
