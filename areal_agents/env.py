@@ -15,6 +15,7 @@ Keys of ``info``:
     components      of the reward
     tool_results    how the turn's calls ended
     state_key       of the state that is shown now, from areset too; equal keys mark equal states
+    outcome         of the episode's end: what was found there, JSON; the rubric has seen it, and it is saved
     turn_rewards    with the end of the episode only: one number a turn, in place of the rewards given before
 
 An environment is deterministic, its info included, so no clock readings belong there.

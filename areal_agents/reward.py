@@ -53,9 +53,12 @@ class Episode:
     """Judges and simulated users that the environment was made with, by name. They stay in their process."""
     state: Any = field(default=None, repr=False, compare=False)
     """The environment's ``state`` at the end. It is not saved: looking at that of a saved episode is a RewardError."""
+    outcome: Any = field(default=None, repr=False)
+    """What ``ToolEnv.inspect`` found in the sandbox at the end, as JSON has it. It is saved with the episode."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Episode, (self.task, self.messages, self.answer, self.tool_results, self.stop_reason, {}, self.state)
+        kept = (self.task, self.messages, self.answer, self.tool_results, self.stop_reason)
+        return Episode, (*kept, {}, self.state, self.outcome)
 
     @property
     def turns(self) -> int:

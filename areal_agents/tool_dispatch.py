@@ -8,16 +8,18 @@ command succeeds, the call is what breaks the sandbox, and the model gets an err
 to kill its sandbox. If the harmless command fails too, the SandboxError passes to the runner.
 
 A call that acts on the episode is never run twice: only what it did in the sandbox is (``tool_session.py``).
+
+An environment may prepare each session before its first call, and look into the last one (``Dispatcher.look``).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from areal_agents.chat.tool_formats import tool_format
 from areal_agents.errors import EnvError, SandboxError
@@ -33,6 +35,13 @@ from areal_agents.utils.sync import on_exit
 _UNREADABLE = ("unclosed", "missing_name", "invalid_json")
 _CANARY = ("/bin/true",)
 _CANARY_TIMEOUT_S = 30.0
+T = TypeVar("T")
+Prepare = Callable[[Sandbox], Awaitable[None]]
+"""Makes a fresh session ready for an episode's calls."""
+
+
+async def _nothing(sandbox: Sandbox) -> None:
+    """Leave a session as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,7 @@ class Dispatcher:
         models: Mapping[str, Any] = MappingProxyType({}),
         env: object | None = None,
         over: Callable[[], bool] = lambda: False,
+        prepare: Prepare = _nothing,
     ) -> None:
         """Take the tools of one environment.
 
@@ -76,6 +86,7 @@ class Dispatcher:
             models: passed to tools that ask for ``models``.
             env: passed to methods and to tools that ask for ``env``; its ``state`` to those that ask for ``state``.
             over: says whether a call has ended the episode, so that those after it are not run.
+            prepare: makes a session ready, before its first call and before earlier calls run in a fresh one again.
 
         Raises:
             EnvError: for two tools of the same name.
@@ -86,7 +97,7 @@ class Dispatcher:
         self._backend = sandbox
         self._sandbox_spec = sandbox_spec
         self._models = dict(models)
-        self._env, self._over = env, over
+        self._env, self._over, self._prepare = env, over, prepare
         self._session: AbstractAsyncContextManager[Sandbox] | None = None
         self._sandbox: Sandbox | None = None
         self._journal: list[_Ready | Operation] = []
@@ -116,6 +127,22 @@ class Dispatcher:
                 # In order, after all of them: numbers of long outputs must not depend on which call was faster.
                 results += map(self._shown, checked[first:end], ran)
         return results
+
+    async def look(self, act: Callable[[Sandbox], Awaitable[T]]) -> T:
+        """Return what ``act`` finds in the session, which is opened where no call has done so.
+
+        Where the session is lost, it is made again from the episode's calls and looked at once more. Raises
+        SandboxError where that fails too, and what ``act`` raises.
+        """
+        sandbox = await self._open_session()
+        try:
+            return await act(sandbox)
+        except SandboxError:
+            await self._restore_session()
+        assert self._sandbox is not None
+        found = await act(self._sandbox)
+        self.replays += 1
+        return found
 
     def _shown(self, entry: _Ready | ToolResult, result: ToolResult) -> ToolResult:
         """Cut what a call said to what its tool may show."""
@@ -242,14 +269,7 @@ class Dispatcher:
         """
         with suppress(SandboxError):  # it failed already
             await self._close_session()
-        sandbox = await self._open_session()
-        canary = await sandbox.exec(_CANARY, timeout=_CANARY_TIMEOUT_S)
-        if canary.status != "ok":
-            said = canary.stderr.decode(errors="replace").strip()
-            raise SandboxError(
-                f"a fresh sandbox cannot run {_CANARY[0]}: {canary.status}, exit code {canary.exit_code}"
-                + (f", {cut(said, 200)}" if said else "")
-            )
+        sandbox = await self._open_session(self._checked)
         for earlier in self._journal:
             if isinstance(earlier, Operation):
                 await earlier.run(sandbox)
@@ -258,7 +278,18 @@ class Dispatcher:
             if isinstance(outcome, SandboxError):
                 raise outcome
 
-    async def _open_session(self) -> Sandbox:
+    async def _checked(self, sandbox: Sandbox) -> None:
+        """Prepare a session that takes another's place, where a harmless command succeeds in it."""
+        canary = await sandbox.exec(_CANARY, timeout=_CANARY_TIMEOUT_S)
+        if canary.status != "ok":
+            said = canary.stderr.decode(errors="replace").strip()
+            raise SandboxError(
+                f"a fresh sandbox cannot run {_CANARY[0]}: {canary.status}, exit code {canary.exit_code}"
+                + (f", {cut(said, 200)}" if said else "")
+            )
+        await self._prepare(sandbox)
+
+    async def _open_session(self, prepare: Prepare | None = None) -> Sandbox:
         if self._sandbox is None:
             backend = self._backend
             if isinstance(backend, str):
@@ -269,6 +300,12 @@ class Dispatcher:
             session: AbstractAsyncContextManager[Sandbox] = backend.session(self._sandbox_spec)
             self._sandbox = await session.__aenter__()
             self._session = session
+            try:
+                await (prepare or self._prepare)(self._sandbox)
+            except BaseException:  # no call may meet half of what it needs
+                with suppress(SandboxError):
+                    await self._close_session()
+                raise
         return self._sandbox
 
     async def _close_session(self) -> None:

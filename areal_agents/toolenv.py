@@ -6,7 +6,8 @@
                                       └▶ a tool ended the episode ─▶ rubric ─▶ terminated
 
 A malformed call costs a turn and is answered with a text that says how to do it right. The sandbox session is opened
-at the first call that needs one and closed by ``aclose``.
+at the first call that needs one and closed by ``aclose``. ``prepare`` writes a task's files into it, and ``inspect``
+looks at what the episode left there, for the rubric (``episode.outcome``).
 
 Tools that act on the episode are methods under ``@tool``, or ask for ``env`` or ``state``. They may pay for the turn
 (``reward_turn``) and end the episode (``end_episode``). What they pay is added to what the rubric gives at the end.
@@ -14,15 +15,17 @@ Tools that act on the episode are methods under ``@tool``, or ask for ``env`` or
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from areal_agents.env import AgentEnv
-from areal_agents.errors import EnvError, RewardError
+from areal_agents.errors import EnvError, InfraError, RewardError, SandboxUnavailable, TaskError
 from areal_agents.reward import PAID, Episode, RewardLike, TaskCheck, judge, judging_seconds, task_checks
-from areal_agents.sandbox import SandboxBackend, SandboxSpec
+from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec
 from areal_agents.served_model import ModelLike, chat_models
 from areal_agents.tool import ToolResult
 from areal_agents.tool_dispatch import Dispatcher
@@ -39,6 +42,7 @@ from areal_agents.types import (
     user,
 )
 from areal_agents.types import without_reasoning as without_reasoning  # its place for authors who override `answer`
+from areal_agents.utils.json_value import json_copy
 from areal_agents.utils.real_number import finite
 from areal_agents.utils.short_text import described, short
 
@@ -59,12 +63,17 @@ class ToolEnv(AgentEnv):
     turn_limit_stated: ClassVar[bool] = False
     """Whether the prompt tells the model of ``max_turns``. Reaching the limit then terminates, else it truncates."""
     sandbox_spec: ClassVar[SandboxSpec] = SandboxSpec()
+    sandbox_seconds: ClassVar[float] = 60.0
+    """Seconds that ``prepare`` may take, and ``inspect`` too."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Give a class whose rubric takes long by its nature the time for it, where it does not say itself."""
+        """Give a class whose rubric or sandbox takes long by its nature the time for it, where it does not say."""
         super().__init_subclass__(**kwargs)
-        if "rubric" in vars(cls) and "step_seconds" not in vars(cls):
-            cls.step_seconds = max(cls.step_seconds, judging_seconds(cls.rubric))
+        if vars(cls).keys() & {"rubric", "prepare", "inspect", "sandbox_seconds"} and "step_seconds" not in vars(cls):
+            hooks = sum(cls._has(name) for name in ("prepare", "inspect"))
+            rubric: RewardLike | None = getattr(cls, "rubric", None)
+            judging = 0.0 if rubric is None else judging_seconds(rubric)
+            cls.step_seconds = max(cls.step_seconds, judging + hooks * cls.sandbox_seconds)
 
     def __init__(
         self,
@@ -93,9 +102,10 @@ class ToolEnv(AgentEnv):
         if system_prompt is not None:
             self.system_prompt = self._text("system_prompt", system_prompt)
         self._models = chat_models(models or {})
+        self._sandbox_missing = sandbox is None
         self._dispatcher = Dispatcher(
             self.tools, sandbox=sandbox, sandbox_spec=self.sandbox_spec, models=self._models, env=self,
-            over=lambda: self._over,
+            over=lambda: self._over, prepare=self._prepared,
         )  # fmt: skip
         self._messages: list[Message | AssistantMessage] = []
         self._results: list[ToolResult] = []
@@ -119,6 +129,22 @@ class ToolEnv(AgentEnv):
         """Return what ``state`` is at the start of an episode.
 
         It is copied (``copy.deepcopy``), so that no episode shares anything with the task or with another one.
+        """
+        return None
+
+    async def prepare(self, sandbox: Sandbox) -> None:
+        """Make a session ready for ``self.task``: write its files, for example.
+
+        It is called before the session's first call, and again in each fresh session that takes a lost one's place,
+        before the episode's earlier calls are repeated there. So it must do the same each time. It may not change
+        ``state``.
+        """
+
+    async def inspect(self, sandbox: Sandbox) -> Any:
+        """Return what the episode left in its sandbox, as JSON: the rubric's ``episode.outcome``, which is saved.
+
+        It is asked once, at the end, however the episode ended. What a model left is hostile: read it with limits, and
+        return what is wrong with it instead of raising (``tools/tree.py``).
         """
         return None
 
@@ -182,6 +208,8 @@ class ToolEnv(AgentEnv):
         await self._dispatcher.aclose()
         self._running = False
         task = self.begin(seed, options)
+        if self._sandbox_missing and self._has("inspect"):
+            raise EnvError(f"{type(self).__name__}.inspect needs a sandbox, but the environment has sandbox=None")
         self._dispatcher.use(self.sandbox_of(task))
         try:
             self.state = copy.deepcopy(self.new_state(task))
@@ -264,8 +292,9 @@ class ToolEnv(AgentEnv):
     async def _score(self, reason: StopReason, answer: str | None) -> tuple[float, Info]:
         """End the episode and return what the rubric gives to the last turn, with the info that explains it."""
         self._running = False
+        outcome = await self._dispatcher.look(self._inspected) if self._has("inspect") else None
         episode = Episode(
-            self.task, tuple(self._messages), answer, tuple(self._results), reason, self._models, self.state
+            self.task, tuple(self._messages), answer, tuple(self._results), reason, self._models, self.state, outcome
         )
         assert self._rubric is not None
         verdict = await judge(self._rubric, episode)
@@ -275,6 +304,10 @@ class ToolEnv(AgentEnv):
                 f"task {self.task.id!r}: the component {PAID!r} of the rubric is what tools pay: rename it"
             )
         info: Info = {"stop_reason": reason, "components": dict(verdict.components)}
+        if outcome is not None:
+            info["outcome"] = outcome
+        if self._dispatcher.replays:
+            info["sandbox_replays"] = self._dispatcher.replays
         if self._paid:
             info["components"] |= self._paid[-1]
         if verdict.status != "ok":
@@ -283,6 +316,42 @@ class ToolEnv(AgentEnv):
             return verdict.score, info
         info["turn_rewards"] = [a + b for a, b in zip(paid, verdict.turn_rewards, strict=True)]
         return verdict.turn_rewards[-1], info
+
+    @classmethod
+    def _has(cls, hook: str) -> bool:
+        """Say whether the author wrote this hook."""
+        return getattr(cls, hook) is not getattr(ToolEnv, hook)
+
+    async def _prepared(self, sandbox: Sandbox) -> None:
+        if self._has("prepare"):
+            await self._hook("prepare", self.prepare, sandbox)
+
+    async def _inspected(self, sandbox: Sandbox) -> Any:
+        found = await self._hook("inspect", self.inspect, sandbox)
+        try:
+            return json_copy(found)
+        except ValueError as wrong:
+            raise EnvError(f"{type(self).__name__}.inspect returned {short(found)}, {wrong}") from wrong
+
+    async def _hook(self, name: str, hook: Callable[[Sandbox], Awaitable[Any]], sandbox: Sandbox) -> Any:
+        """Call the author's code in a session, which may take ``sandbox_seconds``."""
+        where = f"{type(self).__name__}.{name}"
+        if not inspect.iscoroutinefunction(hook):
+            raise EnvError(f"{where} must be an `async def`")
+        clock = asyncio.timeout(self.sandbox_seconds)
+        try:
+            async with clock:
+                return await hook(sandbox)
+        except TimeoutError as error:
+            if not clock.expired():
+                raise EnvError(f"{where} raised {described(error)}") from error
+            slow = EnvError(f"{where} did not end within {self.sandbox_seconds:g} s (sandbox_seconds)")
+            slow.blame = "hang"
+            raise slow from error
+        except (InfraError, SandboxUnavailable, RewardError, TaskError):
+            raise
+        except Exception as error:
+            raise EnvError(f"{where} raised {described(error)}") from error
 
 
 def _records(calls: Sequence[ToolCall], results: Sequence[ToolResult]) -> list[dict[str, Any]]:

@@ -322,6 +322,8 @@ class Trajectory:
     error: str | None = None
     tail: Tail | None = None
     """None where the task ended, where no further turn had room, and where no token ids are known."""
+    outcome: Any = None
+    """What was found at the end, as JSON has it (``Episode.outcome``)."""
 
     @property
     def reward(self) -> float:

@@ -77,3 +77,18 @@ register(
     "areal_agents.envs.booking:Booking",
     description="book a table for a user who answers questions: a script, or a model (env.kwargs.user)",
 )
+register(
+    "areal/Folder-v0",
+    "areal_agents.envs.folder:Folder",
+    description="work on a folder's files with a shell, graded by the files that are left",
+)
+register(
+    "areal/Programs-v0",
+    "areal_agents.envs.programs:Programs",
+    description="write a Python function for hidden tests; of your own JSONL file (env.kwargs.path), or made up",
+)
+register(
+    "areal/Math-v0",
+    "areal_agents.envs.mathematics:Mathematics",
+    description="problems of mathematics with python; of your own file (env.kwargs.path), or made up",
+)

@@ -42,6 +42,10 @@ _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 Payload = Callable[[Mapping[str, Any], str, str], dict[str, Any]]
 
 
+class LeftOut(ValueError):
+    """A row that is no task, with the reason. It is counted and told, and the file's others are read."""
+
+
 class Questions(ToolEnv):
     r"""Answer a question in ``\boxed{}``. The answer is compared with the gold one by SymPy."""
 
@@ -88,16 +92,7 @@ class Questions(ToolEnv):
         """
         if split not in ("train", "test"):
             raise ConfigError(f"{cls.__name__} has no split {split!r}: its splits are train, test")
-        found = _rows(cls.payload, _key(test_path if split == "test" and test_path else path), question, answer)
-        if test_path and split == "test":
-            others = {t.payload["question"] for t in _rows(cls.payload, _key(path), question, answer)}
-            if shared := next((t for t in found if t.payload["question"] in others), None):
-                raise ConfigError(f"{test_path}: {shared.payload['question']!r:.80} is a question of {path} too")
-        return [
-            Task.make(f"{split}-{t.id}", split=split, seed=t.seed, payload=t.payload)
-            for t in found
-            if test_path or split_of(t.payload["question"]) == split
-        ]
+        return file_tasks(cls.payload, split, path, test_path, question=question, answer=answer)
 
     def training_tasks(self) -> Sequence[Task]:
         return self.tasks("train", **self._source)
@@ -129,6 +124,34 @@ class Questions(ToolEnv):
         solution = _CALCULATOR.sub("", str(golds[0]).rpartition("####")[0]).strip()
         worked = {"solution": solution} if solution else {}
         return {"question": row[question], "answer": found if len(found) > 1 else found[0]} | worked
+
+
+def file_tasks(
+    make: Payload, split: str, path: str, test_path: str, *, question: str = "question", answer: str = "answer"
+) -> list[Task]:
+    """Return the tasks of a split whose payloads ``make`` makes of a file's rows.
+
+    Args:
+        make: makes a payload with a ``question``, of a row and the names of its fields. It may raise LeftOut.
+        split: ``train`` or ``test``.
+        path: of the file.
+        test_path: of the file of the test split. Empty takes it from ``path``.
+        question: the field that holds the question.
+        answer: the field that holds the answer.
+
+    Raises:
+        ConfigError: a row cannot be read, rows contradict each other, or a question is in both files.
+    """
+    found = _rows(make, _key(test_path if split == "test" and test_path else path), question, answer)
+    if test_path and split == "test":
+        others = {t.payload["question"] for t in _rows(make, _key(path), question, answer)}
+        if shared := next((t for t in found if t.payload["question"] in others), None):
+            raise ConfigError(f"{test_path}: {shared.payload['question']!r:.80} is a question of {path} too")
+    return [
+        Task.make(f"{split}-{t.id}", split=split, seed=t.seed, payload=t.payload)
+        for t in found
+        if test_path or split_of(t.payload["question"]) == split
+    ]
 
 
 def _said(text: str) -> Expert:
@@ -170,17 +193,27 @@ def _key(path: str) -> tuple[str, int, int]:
 @functools.lru_cache(maxsize=8)
 def _rows(make: Payload, key: tuple[str, int, int], question: str, answer: str) -> tuple[Task, ...]:
     """Read every row of a file, once."""
-    path, tasks = key[0], list[Task]()
+    path, tasks, left_out = key[0], list[Task](), list[str]()
     for number, row in _lines(Path(path)):
         try:
             payload = make(row, question, answer)
             if not isinstance(payload["question"], str) or not payload["question"].strip():
                 raise ValueError(f"{question!r} = {short(payload['question'])} is no text")
             tasks.append(Task.make(str(number), split="", seed=number, payload=payload))
+        except LeftOut as reason:
+            left_out.append(f"line {number}: {reason}")
         except KeyError as error:
             raise ConfigError(f"{path}, line {number}: it has no {error}, but {', '.join(map(repr, row))}") from error
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path}, line {number}: {error}") from error
+    if left_out:
+        more = f"; and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+        told = (
+            f"{len(left_out)} of {len(left_out) + len(tasks)} rows are left out: {'; '.join(left_out[:_NAMED])}{more}"
+        )
+        if not tasks:
+            raise ConfigError(f"{path}: {told}")
+        warnings.warn(f"{path}: {told}", stacklevel=2)
     _look_for_repeats(path, tasks)
     return tuple(tasks)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from areal_agents.types import AssistantMessage, Image, Message, Observation, St
 
 What = Literal[
     "observation", "prompt tokens", "parsing", "exception", "tool results", "state key", "ending", "reward",
-    "components",
+    "outcome", "components",
 ]  # fmt: skip
 _LIMITS: tuple[StopReason, ...] = ("context", "tokens")
 _DIFF_LINES = 40
@@ -231,6 +232,9 @@ def _end_differences(recorded: Trajectory, episode: EpisodeDriver, playback: Pla
         yield Difference(reached, "ending", f"the episode ends here ({episode.stop_reason}); {left}")
     elif before != after:
         yield Difference(last, "ending", f"recorded {before}, replayed {after}")
+    elif recorded.outcome != episode.outcome:
+        found = (json.dumps(o, indent=1, sort_keys=True).split("\n") for o in (recorded.outcome, episode.outcome))
+        yield Difference(last, "outcome", _diff(*found))
     for k, (turn, now) in enumerate(zip(recorded.turns, episode.turns, strict=False)):
         # Rewards that the end replaced are known only there.
         shown = reached if episode.credited else k

@@ -58,7 +58,7 @@ def transcript_json(record: Record, advantages: Sequence[float] | None) -> dict[
         "split": t.task.split, "payload": t.task.payload, "reward": t.reward, "terminated": t.terminated,
         "truncated": t.truncated, "stop_reason": t.stop_reason, "error": t.error, "metrics": dict(t.metrics),
         "turns": [_turn_json(turn, None if advantages is None else advantages[k]) for k, turn in enumerate(t.turns)],
-        "final_observation": messages_to_json(t.final_observation),
+        "final_observation": messages_to_json(t.final_observation), "outcome": t.outcome,
     }  # fmt: skip
 
 

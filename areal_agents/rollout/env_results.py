@@ -20,6 +20,7 @@ from areal_agents.errors import EnvError, RewardError
 from areal_agents.reward import Verdict
 from areal_agents.tool import ToolSpec
 from areal_agents.types import AssistantMessage, Image, Message, Observation, Role, StopReason, Text, ToolOutcome
+from areal_agents.utils.json_value import json_copy
 from areal_agents.utils.real_number import finite
 from areal_agents.utils.short_text import described, short
 
@@ -57,6 +58,8 @@ class Returned:
     tool_results: tuple[ToolOutcome, ...] = ()
     """How the turn's tool calls ended. Empty where the environment gives records of another shape, as it may."""
 
+    outcome: Any = None
+    """What was found at the end, where the environment says so."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Of the episode so far: ``unverifiable`` or ``verdict_timeout`` where the verdict says so, ``sandbox_replays``."""
 
@@ -217,8 +220,16 @@ def _read_info(info: Any, where: str, turns: int | None) -> Returned:
         turn_rewards=_read_turn_rewards(info.get("turn_rewards"), where, turns),
         state_key=key,
         tool_results=tuple(ToolOutcome(str(r["status"]), bool(r.get("truncated", False))) for r in records),
+        outcome=None if turns is None else _read_outcome(info.get("outcome"), where),
         metrics=_read_metrics(info, where),
     )
+
+
+def _read_outcome(outcome: object, where: str) -> Any:
+    try:
+        return json_copy(outcome)
+    except ValueError as wrong:
+        raise EnvError(f"{where}: info['outcome'] is {short(outcome)}, {wrong}") from wrong
 
 
 def _read_metrics(info: Mapping[str, Any], where: str) -> dict[str, float]:

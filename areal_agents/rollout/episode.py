@@ -16,7 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar, get_args
+from typing import Any, Protocol, TypeVar, get_args
 
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, EnvError, InfraError, RewardError
@@ -176,6 +176,8 @@ class EpisodeDriver:
     stop_reason: StopReason = field(default="answer", init=False)
     tail: Tail | None = field(default=None, init=False)
     """Of the episode that a limit cut, as the policy has it."""
+    outcome: Any = field(default=None, init=False)
+    """What the environment found at the end, as JSON has it."""
     credited: bool = field(default=False, init=False)
     """Whether the end replaced the rewards of all turns."""
     faults: dict[ArealError, int] = field(default_factory=dict, init=False)
@@ -251,7 +253,7 @@ class EpisodeDriver:
         self.state_key = got.state_key
         self.metrics |= got.metrics
         if self.ended:
-            self.stop_reason = got.ending
+            self.stop_reason, self.outcome = got.ending, got.outcome
             self._credit(got)
 
     def _after_cut(self, got: Returned, reason: StopReason) -> Returned:
@@ -269,7 +271,7 @@ class EpisodeDriver:
             raise InfraError(f"task {cut(self.task.id, 120)}: the policy stopped before its first turn ({reason})")
         env = self._opened()
         got = await self.call("afinish", lambda: env.afinish(reason), self.step_seconds)
-        self.truncated, self.stop_reason = True, reason
+        self.truncated, self.stop_reason, self.outcome = True, reason, got.outcome
         self.metrics |= got.metrics
         last = self.turns[-1]
         self.turns[-1] = replace(
@@ -304,7 +306,7 @@ class EpisodeDriver:
         """Return the episode as it is now."""
         return Trajectory(
             self.id, self.task, group, tuple(self.turns), self.terminated, self.truncated, self.stop_reason,
-            self.observation, dict(self.metrics), tail=self.tail,
+            self.observation, dict(self.metrics), tail=self.tail, outcome=self.outcome,
         )  # fmt: skip
 
     def count(self, name: str, amount: float = 1.0) -> None:

@@ -82,7 +82,9 @@ def rebuilt(trajectory: Trajectory, answer: Callable[[Trajectory], str]) -> Epis
         final = last.text if last.name == SUBMITTED and reason == "answer" else None
     elif reason == "answer":
         final = answer(trajectory)
-    return Episode(trajectory.task, tuple(messages), final, tuple(results), reason, state=NotSaved())
+    return Episode(
+        trajectory.task, tuple(messages), final, tuple(results), reason, state=NotSaved(), outcome=trajectory.outcome
+    )
 
 
 def _cut_answer(trajectory: Trajectory) -> Cut | None:

@@ -215,6 +215,7 @@ def row_of(record: Record) -> ParquetRow:
         "turns": [_turn_row(turn) for turn in t.turns],
         "final_observation": [_message_row(m) for m in t.final_observation],
         "tail": None if t.tail is None else {"ids": t.tail.ids, "parent": t.tail.parent},
+        "outcome": None if t.outcome is None else dumps(t.outcome),
     }
 
 
@@ -235,6 +236,7 @@ def _record(row: ParquetRow) -> Record:
         metrics=loads(row["metrics"]),
         error=_exact(row["error"]),
         tail=None if (tail := row.get("tail")) is None else Tail(tuple(tail["ids"]), tail["parent"]),
+        outcome=None if row.get("outcome") is None else loads(row["outcome"]),  # older files lack the column
     )
     return Record(_exact(row["kind"]), row["step"], trajectory)
 

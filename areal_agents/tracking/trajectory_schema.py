@@ -43,6 +43,6 @@ def schema() -> Any:
         truncated=pa.bool_(), stop_reason=text, error=text, n_turns=pa.int32(), n_tool_calls=pa.int32(),
         n_valid_tool_calls=pa.int32(), sampled_tokens=pa.int64(), min_version=pa.int32(), max_version=pa.int32(),
         metrics=text, turns=pa.list_(turn), final_observation=pa.list_(message),
-        tail=struct(ids=ids, parent=pa.int32()),
+        tail=struct(ids=ids, parent=pa.int32()), outcome=text,
     )  # fmt: skip
     return pa.schema(list(row), metadata={VERSION_KEY: str(SCHEMA_VERSION).encode()})

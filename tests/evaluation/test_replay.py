@@ -109,6 +109,15 @@ def test_a_record_without_a_turn_has_nothing_to_differ(mixed: tuple[Path, list[R
     assert first(again(out, replace(records[0], trajectory=answered))) == (0, "ending")
 
 
+def test_another_outcome_is_a_difference(mixed: tuple[Path, list[Record]]) -> None:
+    out, records = mixed
+    record = a_record(records, 1)
+    other = replace(record.trajectory, outcome={"files": {"a": "1"}})
+    (difference,) = again(out, replace(record, trajectory=other)).differences
+    assert (difference.turn, difference.what) == (0, "outcome")
+    assert '-  "a": "1"' in difference.detail
+
+
 # --- identical -------------------------------------------------------------------------------------------------------
 
 

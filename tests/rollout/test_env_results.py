@@ -221,3 +221,18 @@ def test_odd_verdicts_and_replays_are_counted(status: Any, replays: Any, metrics
 def test_a_verdict_or_a_count_that_would_count_nowhere_is_refused(info: dict[str, Any]) -> None:
     with pytest.raises(EnvError, match=r"astep of t: info\['(verdict_status|sandbox_replays)'\] is"):
         stepped(info)
+
+
+def test_an_outcome_is_read_at_the_end_and_copied_as_json() -> None:
+    given: dict[Any, Any] = {"files": [("a", np.int64(3))], 1: None}
+    at_end = read("astep", ((), 1.0, True, False, {"outcome": given}), "here", 1)
+    assert at_end.outcome == {"files": [["a", 3]], "1": None}
+    given["files"].clear()
+    assert at_end.outcome["files"] == [["a", 3]]
+    assert read("afinish", (0.0, {"outcome": "x"}), "here", 1).outcome == "x"
+    assert read("astep", ((user("?"),), 0.0, False, False, {"outcome": {1, 2}}), "here", 1).outcome is None
+    for wrong in ({1, 2}, float("inf"), np.zeros(2), [[b"x"]], "x" * (1 << 20)):
+        with pytest.raises(
+            EnvError, match=r"here: info\['outcome'\] is .*, which (is not JSON|has 1048578 characters)"
+        ):
+            read("afinish", (0.0, {"outcome": wrong}), "here", 1)

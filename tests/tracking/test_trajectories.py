@@ -95,7 +95,7 @@ def test_the_columns_are_typed(tmp_path: Path) -> None:
         "task_split": "train", "task_seed": 7, "task_payload": '{"question":"1 + 1","gold":"2","numbers":[1,1]}',
         "reward": 1.0, "terminated": True, "truncated": False, "stop_reason": "answer", "error": None, "n_turns": 2,
         "n_tool_calls": 1, "n_valid_tool_calls": 1, "sampled_tokens": 3, "min_version": 0, "max_version": 1,
-        "metrics": "{}", "tail": None,
+        "metrics": "{}", "tail": None, "outcome": None,
     }  # fmt: skip
     assert row["turns"][0]["text"] == "a\n"
     assert row["turns"][0]["observation"][0]["text"] == "What is 1 + 1?"
