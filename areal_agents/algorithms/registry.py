@@ -19,7 +19,9 @@ Reading this file imports no algorithm, and so not torch. A function is imported
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.metadata
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -201,7 +203,13 @@ class Registry:
         raise ConfigError(f"{self.key}.kind = {kind!r}: no such {self.what}; {hint} (or give module:function)")
 
     def _entry_points(self) -> list[importlib.metadata.EntryPoint]:
-        return list(importlib.metadata.entry_points(group=self.group))
+        return _installed(self.group, tuple(sys.path))
+
+
+@functools.lru_cache(maxsize=64)
+def _installed(group: str, path: tuple[str, ...]) -> list[importlib.metadata.EntryPoint]:
+    """Read the entry points of a group in all packages on ``path``, once: a check of settings asks a hundred times."""
+    return list(importlib.metadata.entry_points(group=group))
 
 
 def _parted(place: str) -> tuple[str, str]:
