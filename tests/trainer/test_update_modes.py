@@ -34,11 +34,11 @@ def config(tmp_path: Path, model: Path, mode: str, kv: str) -> TrainConfig:
         {
             "steps": STEPS,
             "out": tmp_path / "run",
-            "model": {"path": str(model), "max_context": 600},
+            "model": {"path": str(model), "max_context": 512},
             "env": {"id": "tests.letters_env:Letters"},
             "engine": {"precision": "fp32", "max_batch": 8, "kv_tokens": 8192, "update_mode": mode, "kv": kv},
             "rollout": {
-                "groups": 1, "group_size": 2, "concurrency": 4, "max_turn_tokens": 300, "max_staleness": 3,
+                "groups": 1, "group_size": 2, "concurrency": 4, "max_turn_tokens": 240, "max_staleness": 3,
             },
             "learner": {"precision": "fp32", "lr": 3e-3},
             "eval": {"n": 1},
