@@ -61,11 +61,11 @@ def test_shipped_suites_are_whole() -> None:
     from areal_agents.evaluation.suite_cells import chosen_of
 
     assert set(shipped_suites()) == {"full", "quick"}
-    assert [e.name for e in load_suite("quick").entries] == ["arithmetic", "assistant", "hidden-number", "hanoi"]
+    assert [e.name for e in load_suite("quick").entries] == ["arithmetic", "assistant", "hidden-number", "doors"]
     assert load_suite("quick.toml") == load_suite("quick")
     assert len(chosen_of(load_suite("quick"))) == 4
     full = load_suite("full")
-    assert len(full.entries) == 12
+    assert len(full.entries) == 15
     assert {(e.n, e.k, e.seeds) for e in full.entries} == {(128, 1, (0, 1, 2))}
 
 
@@ -121,8 +121,8 @@ def test_wrong_files_say_where(tmp_path: Path, old: str, new: str, said: str) ->
         (["quick", "--model", "a", "--env.kwargs.x=1"], 2, "--env.kwargs.x is what a suite says of each entry"),
         (["quick", "--model", "a", "--seed", "1"], 2, "--seed is what a suite says of each entry"),
         (["quick", "--model", "a", "--learner.lr", "1"], 1, "--learner.lr means nothing for an evaluation"),
-        (["quick", "--model", "a", "--fail-below", "hanio=0.5"], 1, "no entry 'hanio': did you mean hanoi?"),
-        (["quick", "--model", "a", "--fail-below", "hanoi=2"], 2, "write a rate from 0 to 1, or ENTRY=RATE"),
+        (["quick", "--model", "a", "--fail-below", "dors=0.5"], 1, "no entry 'dors': did you mean doors?"),
+        (["quick", "--model", "a", "--fail-below", "doors=2"], 2, "write a rate from 0 to 1, or ENTRY=RATE"),
         (["quick", "--model", "a", "--fail-below", "nan"], 2, "write a rate from 0 to 1, or ENTRY=RATE"),
         (["quick", "--model", "openai:a"], 2, "--model openai:MODEL and --url URL belong together"),
         (["quick", "--model", "a", "--resume", "x", "--out", "y"], 2, "--resume OUT names the folder: leave out --out"),
