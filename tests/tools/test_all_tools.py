@@ -38,8 +38,8 @@ from tests.conftest import require
 from tests.tools.sessions import call
 
 HELPERS = {
-    "console_calls", "files_inside", "mcp_connection", "page_packing", "page_text", "search_index", "sql_inside", "tree",
-    "tree_inside",
+    "console_calls", "files_inside", "mcp_connection", "page_packing", "page_text", "search_index", "sql_inside",
+    "tree", "tree_inside",
 }  # fmt: skip
 """Modules of the room that offer no tool."""
 
