@@ -212,7 +212,7 @@ def test_without_failures_nothing_is_reported_and_one_signal_saves(
     check_lineage(c)
     usual = {
         "cluster_joined", "replica_added", "checkpoint", "resumed", "rollouts_restored", "cut_back", "starting",
-        "correctness_unknown",
+        "correctness_unknown", "held_out",
     }  # fmt: skip
     assert {e["kind"] for e in events(c)} <= usual
     assert all(r["update_seconds"] < 60 for r in read_metrics(c.out, kind="train"))
