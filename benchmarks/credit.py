@@ -1,6 +1,6 @@
 """How many episodes does each way of giving credit need, where every turn has a reward and where only the last has?
 
-    python benchmarks/credit.py [--json benchmarks/results/credit.json]   # about an hour on two cores
+    python benchmarks/credit.py [--json benchmarks/results/credit.json]   # not timed whole
     python benchmarks/credit.py --quick                                   # a minute: two methods, an easy threshold
 
 The world is that of ``credit_world.py``: episodes of 12 turns, a random model of 30,000 weights, training from scratch

@@ -1,7 +1,7 @@
 """The demo's task with four algorithms from one warm start: does each raise the held-out score?
 
-    python benchmarks/demo_algorithms.py [--runs FOLDER] [--json FILE]   # about 40 minutes, on a busy machine too
-    python benchmarks/demo_algorithms.py --quick                         # two steps of each on few tasks; three minutes
+    python benchmarks/demo_algorithms.py [--runs FOLDER] [--json FILE]   # not timed whole; on a busy machine too
+    python benchmarks/demo_algorithms.py --quick                         # two steps of each on few tasks
 
 One run of ``train demo`` makes the warm start: its one step of RL has a rate of 1e-12, which moves no weight of the
 model that it exports. Each algorithm then trains from that model with the demo's settings otherwise, one seed, and

@@ -1,6 +1,6 @@
 """How much of the final reward does each correction keep when the training data is η versions old?
 
-    python benchmarks/staleness.py [--json benchmarks/results/staleness.json]   # 40 minutes of processor time
+    python benchmarks/staleness.py [--json benchmarks/results/staleness.json]   # not timed whole
     python benchmarks/staleness.py --quick                   # two methods at η = 0 and 8, three seeds: one minute
 
 The world is that of ``staleness_world.py``: 50 steps of 64 episodes, two minibatches each, a rate that falls to 0 in a

@@ -15,7 +15,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from areal_agents.errors import ConfigError
 from areal_agents.evaluation.compare import LEVEL, Evaluation, TaskKey, compare
 from areal_agents.evaluation.report import EvalReport
 from areal_agents.evaluation.statistics import (
@@ -251,10 +250,9 @@ def _mean(model: str, scores: Sequence[Score]) -> Score:
 
 
 def _difference(model: str, entry: str, first: Rewards, other: Rewards) -> Difference:
-    try:
-        pair = compare(Evaluation("first", first), Evaluation(model, other), common=True)
-    except ConfigError:  # infrastructure failed, on one side or the other, at every task
+    if not first.keys() & other.keys():  # infrastructure failed, on one side or the other, at every task
         return Difference(model, entry, 0, 0.0, None, 1.0)
+    pair = compare(Evaluation("first", first), Evaluation(model, other), common=True)
     return Difference(model, entry, pair.n, pair.pass_at_1.difference, pair.pass_at_1.ci95, pair.p_value)
 
 
