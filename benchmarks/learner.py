@@ -22,7 +22,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from learner_cases import CASES, LONG, QUICK, VOCABULARIES, Case, episodes, ragged, tiny_model, vocabulary_of
+from learner_cases import (
+    CASES,
+    LONG,
+    QUICK,
+    VOCABULARIES,
+    Case,
+    episodes,
+    ragged,
+    random_tokens,
+    text_tokens,
+    tiny_model,
+)
 from learner_floor import floor_seconds, least_tokens
 from machine_load import Patience, do_parts, loads
 from measure import paired_ratio, table
@@ -110,7 +121,7 @@ def gradient_difference(sides: Sides, names: Sequence[str] = SIDES) -> Row:
 
 def compared(sides: Sides, model: str, case: Case, turn: int, steps: int) -> list[Row]:
     """One turn of a case: the floor, then each side."""
-    groups = episodes(case, vocabulary_of(model), turn)
+    groups = episodes(case, text_tokens(model), turn)
     measured = sides.floor(model)
     trained, least = case.rows * case.completion, least_tokens(groups)
     given = {
@@ -133,7 +144,7 @@ def compared(sides: Sides, model: str, case: Case, turn: int, steps: int) -> lis
 
 def lean(sides: Sides, model: str) -> list[Row]:
     """Seconds and memory of settings that save memory, on the longest case."""
-    groups = episodes(LONG, vocabulary_of(model))
+    groups = episodes(LONG, text_tokens(model))
     rows = [
         sides.ask(f"{side}, {name}", model, groups, **changes)
         for name, changes in LEAN.items() for side in ("ours", "trl")
@@ -147,7 +158,7 @@ def by_vocabulary(sides: Sides) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="areal-vocabulary-") as folder:
         for vocabulary in VOCABULARIES:
             model = str(tiny_model(Path(folder), vocabulary))
-            groups = episodes(Case(64, 64, 8), vocabulary)
+            groups = episodes(Case(64, 64, 8), random_tokens(vocabulary))
             rows += [{"vocabulary": vocabulary, **sides.ask(side, model, groups, steps=3)} for side in SIDES]
     return rows
 

@@ -129,11 +129,13 @@ def ours(asked: dict[str, Any]) -> dict[str, Any]:
     made._optimizer.register_step_pre_hook(
         lambda *_: keep_gradients(asked["gradients"], made._model.named_parameters())
     )
-    meter, found = Meter(), []
+    meter, found, beforehand = Meter(), [], 0
 
     async def run() -> None:
+        nonlocal beforehand
         for groups in [cut(asked["groups"]), *[asked["groups"]] * asked["steps"]]:
             batch = await with_logprobs(made, rows_of(groups, made.version))
+            beforehand = made._asked  # the step counts these tokens too, which the clock does not see
             with meter.step():
                 found.append(await made.step(batch))
         await made.close()
@@ -142,7 +144,7 @@ def ours(asked: dict[str, Any]) -> dict[str, Any]:
     if any(metrics["skipped"] or metrics["minibatches_empty"] or metrics["rows_skipped"] for metrics in found):
         raise RuntimeError(f"a step was left out: {found}")
     return meter.answer(
-        tokens_forward=int(found[-1]["tokens_forward"]), trained=int(found[-1]["tokens"]),
+        tokens_forward=int(found[-1]["tokens_forward"]) - beforehand, trained=int(found[-1]["tokens"]),
         grad_norm=[metrics["grad_norm"] for metrics in found[1:]], settings=made.config.model_dump(mode="json"),
     )  # fmt: skip
 

@@ -33,13 +33,14 @@ def test_the_floor_counts_every_weight_of_a_linear_layer_once_a_token() -> None:
 def test_a_prompt_must_be_computed_once_a_group() -> None:
     cases, floor = module("learner_cases"), module("learner_floor")
     case = cases.Case(192, 48, 8)
-    groups = cases.episodes(case, 500)
+    tokens = cases.random_tokens(500)
+    groups = cases.episodes(case, tokens)
     assert [len(g["completions"]) for g in groups] == [8, 8]
     assert {len(c) for g in groups for c in g["completions"]} == {48}
     assert floor.least_tokens(groups) == 2 * (192 + 8 * 48)
     assert sum(groups[0]["advantages"]) == 0
-    assert groups == cases.episodes(case, 500)
-    assert groups != cases.episodes(case, 500, seed=1)
+    assert groups == cases.episodes(case, tokens)
+    assert groups != cases.episodes(case, tokens, seed=1)
     assert len({c.name for c in cases.CASES}) == 6
     assert cases.Case(320, 80, 8) == cases.LONG
 
