@@ -129,7 +129,9 @@ class LevelCurriculum:
                 continue
             self._n, self._passed = self._n + seen.n, self._passed + seen.passed
             if self._n >= c.window:
-                self._level = moved_level(self._level, self._passed / self._n, low=c.low, high=c.high, step=c.step)
+                self._level = moved_level(
+                    self._level, self._passed / self._n, low=c.low, high=c.high, step=c.level_step
+                )
                 self._n = self._passed = 0
 
     def state(self) -> dict[str, Any]:
@@ -230,7 +232,7 @@ class LevelLearnability(_Learnable):
 
     def __init__(self, settings: CurriculumConfig, *, seed: str) -> None:
         super().__init__(settings, seed=seed)
-        self._levels = {f"{level:g}": level for level in grid(settings.step)}
+        self._levels = {f"{level:g}": level for level in grid(settings.level_step)}
         self._counts = {key: _Counts() for key in self._levels}
 
     def level(self, order: int) -> float | None:
@@ -273,12 +275,14 @@ def levels_of(settings: CurriculumConfig, difficulty: float | None) -> list[floa
     if not settings.leveled:
         return [difficulty]
     if settings.kind == "learnability":
-        return list(grid(settings.step))
+        return list(grid(settings.level_step))
     found, new = set[float](), {round(start_of(settings, difficulty), _DIGITS)}
     while new:
         found |= new
         new = {
-            moved_level(level, rate, low=0.0, high=1.0, step=settings.step) for level in new for rate in (0.0, 1.0)
+            moved_level(level, rate, low=0.0, high=1.0, step=settings.level_step)
+            for level in new
+            for rate in (0.0, 1.0)
         } - found
     return [*sorted(found)]
 

@@ -13,7 +13,7 @@ _OF_KIND: Mapping[str, tuple[str, ...]] = {
     "level": ("start", "low", "high", "window"),
     "learnability": ("by", "explore", "prior", "half_life"),
 }
-"""The settings that one kind alone reads. ``step`` is read by all that have levels."""
+"""The settings that one kind alone reads. ``level_step`` is read by all that have levels."""
 _OF_RATES = ("min", "max", "missing")
 
 
@@ -25,7 +25,7 @@ class CurriculumConfig(Section):
     """An episode with at least this reward has passed."""
     start: Fraction | None = None
     """``level``: the difficulty to begin with; none: ``env.difficulty``, or 0 where that is none too."""
-    step: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    level_step: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """From one level to the next."""
     low: Fraction = 0.3
     """``level``: a pass rate of at most this lowers the level."""
@@ -65,10 +65,10 @@ class CurriculumConfig(Section):
                     f"curriculum.{found[0]} is a setting of curriculum.kind = {kind!r}, and kind is {self.kind!r}: set "
                     "the kind, or leave it out"
                 )
-        if "step" in changed and not self.leveled:
+        if "level_step" in changed and not self.leveled:
             raise ValueError(
-                "curriculum.step is the distance between levels, and this curriculum has none: set curriculum.kind = "
-                "'level', or curriculum.by = 'level', or leave it out"
+                "curriculum.level_step is the distance between levels, and this curriculum has none: set "
+                "curriculum.kind = 'level', or curriculum.by = 'level', or leave it out"
             )
         if "passes" in changed and self.kind == "none":
             raise ValueError("curriculum.passes is read by a curriculum, and curriculum.kind is 'none': leave it out")

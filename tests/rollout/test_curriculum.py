@@ -129,7 +129,7 @@ def test_a_task_that_plays_for_the_first_time_is_not_drawn_again_before_it_has_e
 
 
 def test_levels_are_drawn_by_their_learnability() -> None:
-    c = LevelLearnability(CurriculumConfig(kind="learnability", by="level", step=0.5, explore=0.0), seed="0/")
+    c = LevelLearnability(CurriculumConfig(kind="learnability", by="level", level_step=0.5, explore=0.0), seed="0/")
     c.note([seen(8, 8, level=0.0), seen(4, 8, level=0.5), seen(0, 8, level=1.0)])
     drawn = Counter(c.level(order) for order in range(4000))
     weights = {0.0: 9 / 110, 0.5: 25 / 110, 1.0: 9 / 110}
@@ -138,7 +138,7 @@ def test_levels_are_drawn_by_their_learnability() -> None:
     assert c.metrics() == {
         "level_0/pass_rate": pytest.approx(0.9), "level_0.5/pass_rate": 0.5, "level_1/pass_rate": pytest.approx(0.1),
     }  # fmt: skip
-    even = LevelLearnability(CurriculumConfig(kind="learnability", by="level", step=0.5, explore=1.0), seed="0/")
+    even = LevelLearnability(CurriculumConfig(kind="learnability", by="level", level_step=0.5, explore=1.0), seed="0/")
     even.restore(c.state())
     assert min(Counter(even.level(order) for order in range(3000)).values()) > 900
 
@@ -148,16 +148,16 @@ def test_the_levels_that_a_run_may_play() -> None:
     assert levels_of(CurriculumConfig(), 0.4) == [0.4]
     assert levels_of(CurriculumConfig(), None) == [None]
     assert levels_of(CurriculumConfig(kind="learnability"), None) == [None]
-    assert levels_of(CurriculumConfig(kind="learnability", by="level", step=0.5), 0.3) == [0.0, 0.5, 1.0]
-    assert levels_of(CurriculumConfig(kind="level", step=0.5), 0.5) == [0.0, 0.5, 1.0]
+    assert levels_of(CurriculumConfig(kind="learnability", by="level", level_step=0.5), 0.3) == [0.0, 0.5, 1.0]
+    assert levels_of(CurriculumConfig(kind="level", level_step=0.5), 0.5) == [0.0, 0.5, 1.0]
     # From 0.2 in halves: 0.2, 0.7, and at 1 the way back is by halves too.
-    assert levels_of(CurriculumConfig(kind="level", step=0.5, start=0.2), None) == [0.0, 0.2, 0.5, 0.7, 1.0]
+    assert levels_of(CurriculumConfig(kind="level", level_step=0.5, start=0.2), None) == [0.0, 0.2, 0.5, 0.7, 1.0]
 
 
 @pytest.mark.parametrize("settings", [
     CurriculumConfig(kind="level", window=4),
     CurriculumConfig(kind="learnability"),
-    CurriculumConfig(kind="learnability", by="level", step=0.25),
+    CurriculumConfig(kind="learnability", by="level", level_step=0.25),
 ], ids=["level", "task", "by level"])  # fmt: skip
 def test_a_state_goes_through_json_and_goes_on_as_if_nothing_had_happened(settings: CurriculumConfig) -> None:
     def fresh() -> Curriculum:

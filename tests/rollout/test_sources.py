@@ -23,7 +23,7 @@ from tests.trainer.test_loop import episode
 
 B = 2
 NONE = CurriculumConfig()
-LEVELS = CurriculumConfig(kind="level", window=4, step=0.5)
+LEVELS = CurriculumConfig(kind="level", window=4, level_step=0.5)
 
 
 def tasks(env: str, level: float | None, n: int = 20) -> list[Task]:
@@ -135,7 +135,7 @@ def test_groups_that_are_replaced_teach_with_the_next_batch() -> None:
 @pytest.mark.parametrize(
     "settings",
     [CurriculumConfig(), LEVELS, CurriculumConfig(kind="learnability", explore=0.3),
-     CurriculumConfig(kind="learnability", by="level", step=0.5)],
+     CurriculumConfig(kind="learnability", by="level", level_step=0.5)],
     ids=["none", "level", "task", "by level"],
 )  # fmt: skip
 def test_a_source_goes_on_from_its_files_as_if_it_had_not_stopped(settings: CurriculumConfig, tmp_path: Path) -> None:

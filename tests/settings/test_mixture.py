@@ -133,7 +133,7 @@ def test_an_evaluation_has_no_use_for_a_mixture_and_a_curriculum(tmp_path: Path)
         ({"by": "level"}, "curriculum.by is a setting of curriculum.kind = 'learnability', and kind is 'none'"),
         ({"kind": "level", "explore": 0.1}, "curriculum.explore is a setting of curriculum.kind = 'learnability'"),
         ({"kind": "learnability", "window": 8}, "curriculum.window is a setting of curriculum.kind = 'level'"),
-        ({"kind": "learnability", "step": 0.2}, "curriculum.step is the distance between levels"),
+        ({"kind": "learnability", "level_step": 0.2}, "curriculum.level_step is the distance between levels"),
         ({"kind": "level", "low": 0.7}, r"curriculum\.low = 0\.7 must be under curriculum\.high = 0\.7"),
         ({"pass_rates": "f", "min": 0.6, "max": 0.5}, r"curriculum\.min = 0\.6 must be at most"),
         ({"min": 0.2}, "curriculum.min filters by curriculum.pass_rates, which is empty"),
@@ -142,7 +142,7 @@ def test_an_evaluation_has_no_use_for_a_mixture_and_a_curriculum(tmp_path: Path)
         ({"kind": "learnability", "by": "level", "pass_rates": "f"}, "of one difficulty"),
         ({"passes": 0.5}, "curriculum.passes is read by a curriculum"),
         ({"kind": "level", "passes": 0.0}, "greater than 0"),
-        ({"kind": "level", "step": 0.0}, "greater than 0"),
+        ({"kind": "level", "level_step": 0.0}, "greater than 0"),
         ({"kind": "learnability", "prior": [0.0, 1.0]}, "greater than 0"),
         ({"kind": "learnability", "explore": 1.5}, "less than or equal to 1"),
     ],
@@ -155,9 +155,9 @@ def test_a_curriculum_reads_its_own_settings(tree: dict[str, Any], message: str)
 def test_curricula_that_are_taken() -> None:
     for tree, leveled in (
         ({}, False),
-        ({"kind": "level", "start": 0.0, "step": 0.2, "low": 0.2, "high": 0.8, "window": 32}, True),
+        ({"kind": "level", "start": 0.0, "level_step": 0.2, "low": 0.2, "high": 0.8, "window": 32}, True),
         ({"kind": "learnability", "explore": 0.0, "pass_rates": "f", "min": 0.2}, False),
-        ({"kind": "learnability", "by": "level", "step": 0.5, "prior": [2, 3], "half_life": 4}, True),
+        ({"kind": "learnability", "by": "level", "level_step": 0.5, "prior": [2, 3], "half_life": 4}, True),
         ({"pass_rates": "f", "missing": "keep"}, False),
     ):
         assert CurriculumConfig.model_validate(tree).leveled is leveled

@@ -50,7 +50,7 @@ def chosen(out: Path) -> list[tuple[int, str, str, float]]:
 @pytest.mark.parametrize(
     "curriculum",
     [
-        {"kind": "level", "window": B * G, "step": 0.25, "start": 0.5, "low": 0.4, "high": 0.45, "passes": 0.5},
+        {"kind": "level", "window": B * G, "level_step": 0.25, "start": 0.5, "low": 0.4, "high": 0.45, "passes": 0.5},
         {"kind": "learnability", "explore": 0.2, "passes": 0.5},
     ],
     ids=["level", "learnability"],
@@ -94,7 +94,7 @@ def require_levels_follow(out: Path, passes: float) -> None:
 
 def test_each_environment_of_a_mixture_has_its_own_level(folder: Path) -> None:
     env = [{"id": LETTERS, "label": "a"}, {"id": f"{HERE}:Generous", "label": "b", "difficulty": 0.5}]
-    c = config(folder, "mixed", {"kind": "level", "window": G, "step": 0.25}, steps=3, env=env)
+    c = config(folder, "mixed", {"kind": "level", "window": G, "level_step": 0.25}, steps=3, env=env)
     asyncio.run(train(c, console=False))
     rows = read_metrics(c.out, kind="train")
     assert [row["env/b/curriculum/level"] for row in rows][-1] == 1.0  # always passed: 0.5, 0.75, 1
@@ -139,7 +139,7 @@ class Leaking(Letters):
 
 
 def test_every_level_that_may_come_is_looked_at_before_the_run(folder: Path) -> None:
-    levels = {"kind": "level", "step": 0.5}
+    levels = {"kind": "level", "level_step": 0.5}
     with pytest.raises(ConfigError, match=r"env\.split = 'train': .*Unleveled has no tasks in it of difficulty 1$"):
         require_runnable(config(folder, "x", levels, env={"id": f"{HERE}:Unleveled"}))
     with pytest.raises(ConfigError, match=r"tasks of .*Flat are the same at 0 and 1: its tasks\(\) does not use it"):
