@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from areal_agents.evaluation.endings import count_oddities
+from areal_agents.evaluation.endings import context_means, count_oddities
 from areal_agents.evaluation.report import calls_of
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.trainer.parts import Part
@@ -41,6 +41,7 @@ def rollout_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
         "same_answer_share": alike.share,
         "same_answer_tasks": float(alike.tasks),
         **{name: float(count) for name, count in count_oddities(episodes).items()},
+        **context_means(episodes),
         **component_means(episodes),
     }  # fmt: skip
 

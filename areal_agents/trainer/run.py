@@ -66,7 +66,7 @@ async def open_run(
     _require_room(config, folder, model, commit or Commit())
     fmt = ChatFormat.load(model, config.model.chat)
     for part in parts:
-        require_prompts(part.spec, fmt)
+        require_prompts(part.spec, fmt, limits_of(part.settings(config)))
     async with contextlib.AsyncExitStack() as stack:
         tracker = stack.enter_context(_tracker(config, commit, model, console=console))
         telling = Telling(tracker)
