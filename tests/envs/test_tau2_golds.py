@@ -239,12 +239,12 @@ def theirs(cls: type[Tau2], task: Task, env: Tau2) -> float:
     return reward
 
 
-@pytest.mark.parametrize(("cls", "step"), [(Tau2Airline, 40), (Tau2Retail, 40), (Tau2TelecomSolo, 16)])
+@pytest.mark.parametrize(("cls", "step"), [(Tau2Airline, 20), (Tau2Retail, 50), (Tau2TelecomSolo, 16)])
 def test_the_packages_own_evaluators_agree(cls: type[Tau2], step: int) -> None:
     async def main() -> list[tuple[str, float, float]]:
         env, found = cls(), []
-        for t in tasks_of(cls)[1::step]:
-            gold = [dict(a) for a in gold_actions(t.payload["row"])]
+        golds = [(t, [dict(a) for a in gold_actions(t.payload["row"])]) for t in tasks_of(cls)]
+        for t, gold in [(t, gold) for t, gold in golds if writes(cls, gold)][::step]:
             for actions in (gold, one_less(cls, gold)):
                 if actions is not None:
                     earned, _ = await play(env, t, texts_of(cls, t, actions))
