@@ -149,6 +149,10 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
         """
         return None
 
+    def tools_of(self, task: Task) -> Sequence[ToolSpec]:
+        """Return the tools that the first prompt of ``task`` shows. By default they are ``tools``."""
+        return self.tools
+
     def training_tasks(self) -> Sequence[Task]:
         """Return the tasks that ``begin`` draws from where none is given."""
         return self.tasks("train")
