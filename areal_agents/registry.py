@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import importlib.util
 import inspect
 import re
 import warnings
@@ -63,6 +64,8 @@ class EnvSpec:
     description: str = ""
     difficulty: float | None = None
     """The difficulty of ``tasks`` where none is named. None is the environment's default."""
+    needs: str = ""
+    """A module that must be importable: of a package that only this environment needs. Empty is none."""
 
     def env_class(self) -> type[AgentEnv]:
         """Import the class.
@@ -103,6 +106,11 @@ class EnvSpec:
                 return cls(**merged)
         except TypeError as error:
             raise RegistryError(f"{self.id}: {cls.__name__}({', '.join(sorted(merged))}) failed: {error}") from error
+
+    @property
+    def playable(self) -> bool:
+        """Whether the package that it needs is installed."""
+        return not self.needs or importlib.util.find_spec(self.needs) is not None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -222,6 +230,7 @@ def register(
     kwargs: Mapping[str, Any] | None = None,
     splits: Sequence[str] | None = None,
     description: str = "",
+    needs: str = "",
 ) -> EnvSpec:
     """Register an environment here and with Gymnasium, so that ``gymnasium.make(id)`` works too.
 
@@ -233,6 +242,7 @@ def register(
         kwargs: arguments of the class, which ``make`` may override.
         splits: names of the task splits. None means the class's own.
         description: one line for lists of environments.
+        needs: a module of an optional package. ``check --all`` leaves the environment out where it is not there.
 
     Raises:
         RegistryError: ``id`` or ``entry_point`` is malformed, or another environment has that id.
@@ -241,7 +251,9 @@ def register(
         raise RegistryError(f'environment id {id!r} must read "namespace/Name-v0"')
     if _ENTRY_POINT.fullmatch(entry_point) is None:
         raise RegistryError(f'{id}: entry point {entry_point!r} must read "package.module:Class"')
-    new = EnvSpec(id, entry_point, dict(kwargs or {}), None if splits is None else tuple(splits), description)
+    new = EnvSpec(
+        id, entry_point, dict(kwargs or {}), None if splits is None else tuple(splits), description, needs=needs
+    )
     if id in _specs:
         if _specs[id] != new:
             taken = _specs[id].entry_point

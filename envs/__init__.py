@@ -92,3 +92,20 @@ register(
     "areal_agents.envs.mathematics:Mathematics",
     description="problems of mathematics with python; of your own file (env.kwargs.path), or made up",
 )
+register(
+    "areal/GymnasiumText-v0",
+    "areal_agents.envs.gymnasium_text:GymnasiumText",
+    description="any gymnasium.Env over text, or one in GEM's style (env.kwargs.env); a sample without one",
+)
+register(
+    "areal/ReasoningGym-v0",
+    "areal_agents.envs.reasoning_gym_env:ReasoningGym",
+    description="99 generators of the reasoning-gym package (env.kwargs.generators), scored by their own scorers",
+    needs="reasoning_gym",
+)
+register(
+    "areal/TextArena-v0",
+    "areal_agents.envs.textarena_env:TextArena",
+    description="20 games of the textarena package (env.kwargs.game), alone or against a script or a model",
+    needs="textarena",
+)

@@ -166,3 +166,11 @@ def test_a_lookup_imports_no_environment() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_needs_a_package_says_whether_it_is_there() -> None:
+    assert register("mine/Free-v0", COUNTDOWN).playable
+    assert register("mine/Json-v0", COUNTDOWN, needs="json").playable
+    assert not register("mine/Missing-v0", COUNTDOWN, needs="no_such_package").playable
+    with pytest.raises(RegistryError, match="mine/Json-v0 is registered already"):
+        register("mine/Json-v0", COUNTDOWN, needs="yaml")

@@ -180,7 +180,10 @@ class Check:
         from areal_agents import registry
         from areal_agents.conformance.check import check
 
-        ids = [*self.env, *(s.id for s in registry.specs() if self.all and s.id not in self.env)]
+        every = [s for s in registry.specs() if self.all and s.id not in self.env]
+        ids = [*self.env, *(s.id for s in every if s.playable)]
+        for left in (s for s in every if not s.playable):
+            print(f"{left.id}: left out, since the module {left.needs} is not installed", file=sys.stderr)
         if not ids:
             raise UsageError("name an environment (`areal-agents envs` lists them), or use --all")
         tokenizer = None if self.tokenizer.lower() == "none" else self.tokenizer

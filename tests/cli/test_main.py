@@ -247,3 +247,17 @@ def test_a_closed_pipe_is_quiet() -> None:
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.stderr == ""
+
+
+def test_a_check_of_all_leaves_out_what_a_missing_package_plays(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = registry.EnvSpec("mine/Here-v0", "tests.test_env:Countdown")
+    away = registry.EnvSpec("mine/Away-v0", "tests.test_env:Countdown", needs="no_such_package")
+    monkeypatch.setattr(registry, "specs", lambda: [away, here])
+    monkeypatch.setattr(registry, "_specs", {spec.id: spec for spec in (away, here)})
+    main(["check", "--all", "--tokenizer", "none"])
+    said = capsys.readouterr()
+    assert said.err == "mine/Away-v0: left out, since the module no_such_package is not installed\n"
+    assert "mine/Here-v0: " in said.out
+    assert "mine/Away-v0" not in said.out

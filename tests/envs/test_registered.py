@@ -17,6 +17,8 @@ from tests.conftest import require
 @pytest.mark.parametrize("id", sorted(spec.id for spec in registry.specs()))
 def test_passes_every_check(id: str, smollm2: Path) -> None:
     require("bwrap")
+    needs = registry.spec(id).needs
+    require(*([f"module:{needs}"] if needs else []))
     report = check(id, tokenizer=str(smollm2))
     assert report.passed, str(report)
     # Nothing unaudited, and nothing skipped but the look at tasks, where no task can be wrong: those are drawn.
