@@ -50,7 +50,7 @@ GOLDS: Final[Mapping[str, str]] = MappingProxyType({
 ``boxnet`` and ``rush_hour`` have none at all.
 """
 
-COUNTED: Final = frozenset({"gsm_symbolic", "list_functions", "word_ladder"})
+COUNTED: Final = frozenset({"ab", "acre", "gsm_symbolic", "list_functions", "word_ladder"})
 """Generators whose datasets choose for each of their entries when they are made, or have a limited number of them."""
 
 INCLUDED: Final = (

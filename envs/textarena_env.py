@@ -77,7 +77,7 @@ class TextArena(ForkedGame):
             raise ConfigError("opponent 'model' needs a model of that name: models = { opponent = 'openai:NAME@URL' }")
         if opponent == "model":
             self.step_seconds = self._step_timeout + ANSWER_SECONDS
-        self._partial, self._source = partial, {"game": game}
+        self._partial, self._game = partial, game
         self._asks = opponent == "model"
         self._other: list[Message | AssistantMessage] = []
 
@@ -99,7 +99,7 @@ class TextArena(ForkedGame):
         return LazyTasks(cls.sizes[split], make)
 
     def training_tasks(self) -> Sequence[Task]:
-        return self.tasks("train", **self._source)
+        return self.tasks("train", game=self._game)
 
     @classmethod
     def expert(cls, task: Task) -> Expert | None:

@@ -61,7 +61,7 @@ def _functions(
 ) -> Sequence[tuple[Callable[..., Any], float, Mapping[str, Any]]]:
     """Return the functions, their weights, and the objects that they may name."""
     if isinstance(rubric, list | tuple):
-        given = [1.0] * len(rubric) if weights is None else list(weights)
+        given: Any = [1.0] * len(rubric) if weights is None else list(weights)
         objects: Mapping[str, Any] = {}
     elif weights is not None:
         raise ConfigError("weights go with a list of functions: a Rubric has its own")

@@ -3,90 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import subprocess
-import time
-from pathlib import Path
 from typing import Any
 
 import gymnasium
-import numpy as np
 import pytest
 
 from areal_agents import registry
 from areal_agents.chat.toolcalls import parse_text
-from areal_agents.conformance.check import check
 from areal_agents.env import AgentEnv
 from areal_agents.envs.gymnasium_text import GymnasiumText
 from areal_agents.errors import ConfigError, EnvError
-from areal_agents.spaces import TextSpace
-from areal_agents.types import system, user
+from areal_agents.types import Task, system, user
 from tests.processes import wait_gone
 
-HERE = "tests.envs.test_gymnasium_text"
+GAMES = "tests.text_games"
 
 
-class Dice:
-    """An environment in GEM's style: no gymnasium.Env, ``reset`` without options, the global generator."""
-
-    def __init__(self, sides: int = 6) -> None:
-        self.sides = sides
-
-    def reset(self, seed: int | None = None) -> tuple[str, dict[str, Any]]:
-        self.thrown = random.randint(1, self.sides)  # seeded by nobody here
-        return f"1 to {self.sides}?", {}
-
-    def step(self, action: str) -> tuple[Any, ...]:
-        match action:
-            case "done":
-                return "", 0.0, True, {}
-            case "limit":
-                return "too long", 0.25, False, True, {}
-            case "both":
-                return "at the limit", 1.0, True, True, {}
-            case "hang":
-                time.sleep(3600)
-            case "raise":
-                raise KeyError("lost")
-            case "die":
-                os._exit(3)
-            case "spawn":
-                return str(subprocess.Popen(["sleep", "600"]).pid), 0.0, False, False, {}
-            case "hash":
-                return str(hash("a text")), 0.0, False, False, {}
-            case "print":
-                print("noise")
-                return "quiet", 0.0, False, False, {}
-        hit = action == str(self.thrown)
-        return f"it was {self.thrown}", np.float64(hit), np.bool_(hit), False, {}
-
-
-def make_dice(sides: int) -> Dice:
-    """What stands for ``gem.make``: a function that makes an environment."""
-    return Dice(sides)
-
-
-class Registered(gymnasium.Env[str, str]):
-    def __init__(self) -> None:
-        self.observation_space = self.action_space = TextSpace()  # type: ignore[assignment]
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[str, dict[str, Any]]:
-        super().reset(seed=seed)
-        return str(self.np_random.integers(1000)), {}
-
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        return action, 0.0, False, False, {}
-
-
-gymnasium.register("tests/Registered-v0", entry_point=f"{HERE}:Registered", disable_env_checker=True)
-
-
-def play(env: AgentEnv, *texts: str, task: int = 0) -> list[tuple[Any, ...]]:
+def play(env: AgentEnv, *texts: str, task: int | Task = 0) -> list[tuple[Any, ...]]:
     async def main() -> list[tuple[Any, ...]]:
-        source = getattr(env, "_source", {})
+        chosen = task if isinstance(task, Task) else env.training_tasks()[task]
         try:
-            steps: list[tuple[Any, ...]] = [await env.areset(options={"task": env.tasks("train", **source)[task]})]
+            steps: list[tuple[Any, ...]] = [await env.areset(options={"task": chosen})]
             return steps + [await env.astep(parse_text(text)) for text in texts]
         finally:
             await env.aclose()
@@ -96,7 +34,7 @@ def play(env: AgentEnv, *texts: str, task: int = 0) -> list[tuple[Any, ...]]:
 
 
 def dice(**more: Any) -> GymnasiumText:
-    return GymnasiumText(env=f"{HERE}:Dice", **more)
+    return GymnasiumText(env=f"{GAMES}:Dice", **more)
 
 
 def test_flags_rewards_and_the_last_observation_are_passed_on() -> None:
@@ -140,7 +78,7 @@ def test_a_failure_ends_its_episode_alone_and_says_why(text: str, said: str, bla
 
 def test_what_an_environment_starts_ends_with_its_episode() -> None:
     started = int(play(dice(), "spawn")[1][0][0].text)
-    wait_gone(started)
+    assert wait_gone([started], 60) == []
 
 
 def test_texts_hash_alike_in_every_episode_and_the_host_draws_what_it_would() -> None:
@@ -152,20 +90,20 @@ def test_texts_hash_alike_in_every_episode_and_the_host_draws_what_it_would() ->
 
 
 def test_functions_and_gymnasium_ids_are_named_too() -> None:
-    made = GymnasiumText(env=f"{HERE}:make_dice", env_kwargs={"sides": 2})
+    made = GymnasiumText(env=f"{GAMES}:make_dice", env_kwargs={"sides": 2})
     assert play(made)[0][0] == (user("1 to 2?"),)
     number = str(gymnasium.utils.seeding.np_random(3)[0].integers(1000))
     # As gymnasium.make has it, an id may name the module that registers it.
-    for env in (f"{HERE}:Registered", f"{HERE}:tests/Registered-v0"):
+    for env in (f"{GAMES}:Registered", f"{GAMES}:tests/Registered-v0"):
         assert play(GymnasiumText(env=env), task=3)[0][0] == (user(number),)
     with pytest.raises(EnvError, match="NamespaceNotFound"):
         play(GymnasiumText(env="nobody/Registered-v0"))
     with pytest.raises(EnvError, match="has no attribute 'Nothing'"):
-        play(GymnasiumText(env=f"{HERE}:Nothing"))
+        play(GymnasiumText(env=f"{GAMES}:Nothing"))
 
 
 def test_tasks_are_seeds_that_no_two_splits_share() -> None:
-    source = {"env": f"{HERE}:Dice", "env_kwargs": {"sides": 2}}
+    source = {"env": f"{GAMES}:Dice", "env_kwargs": {"sides": 2}}
     train, test = (registry.spec("areal/GymnasiumText-v0").with_kwargs(source).tasks(s) for s in ("train", "test"))
     assert (len(train), len(test)) == (4096, 512)
     assert train[1].payload == {**source, "seed": 1}
@@ -176,13 +114,9 @@ def test_tasks_are_seeds_that_no_two_splits_share() -> None:
         GymnasiumText(env_kwargs={"x": object()})
 
 
-def test_the_sample_passes_every_check(smollm2: Path) -> None:
-    report = check("areal/GymnasiumText-v0", tokenizer=str(smollm2))
-    assert report.passed, str(report)
-
-
-def test_an_environment_without_a_gold_is_said_to_be_unaudited() -> None:
-    report = check("areal/GymnasiumText-v0", tokenizer=None, kwargs={"env": f"{HERE}:Dice"})
-    statuses = {r.name: r.status for r in report.results}
-    assert statuses["seeds"] == statuses["rng"] == statuses["isolation"] == "passed"
-    assert statuses["reward"] == "unaudited"
+def test_the_gold_of_the_sample_is_right_and_of_others_nobody_knows_one() -> None:
+    task = GymnasiumText.tasks("test")[0]
+    gold = GymnasiumText.gold(task)
+    assert gold is not None
+    assert play(GymnasiumText(), gold, task=task)[1][1:3] == (1.0, True)
+    assert GymnasiumText.gold(GymnasiumText.tasks("test", env=f"{GAMES}:Dice")[0]) is None

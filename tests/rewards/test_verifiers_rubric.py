@@ -106,7 +106,7 @@ def test_the_prompt_and_the_completion_are_rows_as_servers_have_them() -> None:
 
 
 def test_a_cut_message_is_no_answer() -> None:
-    cut = replace(EPISODE.messages[-1], finish="length")  # type: ignore[type-var]
+    cut = AssistantMessage((Text("42"),), finish="length")
     episode = replace(EPISODE, messages=(*EPISODE.messages[:-1], cut), answer=None, stop_reason="length")
     assert judged(Rubric([exact], [1.0]), episode).score == 0.0
 
