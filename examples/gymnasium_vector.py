@@ -1,7 +1,6 @@
 """Play one of our environments through Gymnasium's vector API, in one process or in several.
 
-    cd examples
-    python gymnasium_vector.py areal/Nim-v0 --async
+    python examples/gymnasium_vector.py areal/Nim-v0 --async
 
 An observation is a tuple of messages, an action is a text. Both are Python objects, so ``AsyncVectorEnv`` must not put
 them into shared memory. An ``AsyncVectorEnv`` has a process for each environment; for many episodes at once

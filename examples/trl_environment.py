@@ -1,7 +1,6 @@
 """Train on one of our environments with TRL's GRPOTrainer, which makes it by ``environment_factory`` (TRL 1.16).
 
-    cd examples
-    python trl_environment.py areal/Nim-v0 --model ~/.cache/areal-agents/models/smollm2 --steps 2
+    python examples/trl_environment.py areal/Nim-v0 --model ~/.cache/areal-agents/models/smollm2 --steps 2
 
 TRL calls ``reset(**row)``, offers every other public method to the model as a tool by its type hints and docstring, and
 runs each call of a message by itself: each is a turn here. It never shows the environment what a model says without
