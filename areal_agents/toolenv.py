@@ -22,6 +22,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from areal_agents.context import ContextLike, context_of
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError, InfraError, RewardError, SandboxUnavailable, TaskError
 from areal_agents.reward import PAID, Episode, RewardLike, TaskCheck, judge, judging_seconds, task_checks
@@ -82,6 +83,7 @@ class ToolEnv(AgentEnv):
         models: Mapping[str, ModelLike] | None = None,
         max_turns: int | None = None,
         system_prompt: str | None = None,
+        context: ContextLike | None = None,
     ) -> None:
         """Make an environment, whose sandbox is opened when a tool needs it.
 
@@ -90,6 +92,7 @@ class ToolEnv(AgentEnv):
             models: judges and simulated users, by name. Tools and the rubric (``Episode.models``) get them.
             max_turns: at least 1, in place of the class's own.
             system_prompt: in place of the class's own; an empty one is none.
+            context: in place of the class's own, as a rule or as ``context_of`` reads it.
         """
         super().__init__()
         self._rubric = getattr(type(self), "rubric", None)  # from the class: a function must not become a method
@@ -101,6 +104,8 @@ class ToolEnv(AgentEnv):
             raise EnvError(f"max_turns {self.max_turns} must be at least 1")
         if system_prompt is not None:
             self.system_prompt = self._text("system_prompt", system_prompt)
+        if context is not None:
+            self.context = context_of(context)
         self._models = chat_models(models or {})
         self._sandbox_missing = sandbox is None
         self._dispatcher = Dispatcher(

@@ -21,7 +21,7 @@ from pathlib import Path
 from areal_agents import settings
 from areal_agents.algorithms.token_credit import teacher_metrics
 from areal_agents.errors import Interrupted, LearnerLost
-from areal_agents.evaluation.endings import count_oddities
+from areal_agents.evaluation.endings import context_means, count_oddities
 from areal_agents.evaluation.held_out import as_begun
 from areal_agents.evaluation.progress import Stopwatch
 from areal_agents.evaluation.report import EvalReport, calls_of, compare_table
@@ -324,5 +324,6 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
         "same_answer_share": alike.share,
         "same_answer_tasks": float(alike.tasks),
         **{name: float(count) for name, count in count_oddities(episodes).items()},
+        **context_means(episodes),
         **component_means(episodes),
     }  # fmt: skip

@@ -85,7 +85,7 @@ def same_answers(groups: Sequence[Group]) -> SameAnswers:
 
 
 def _answer(episode: Trajectory) -> str:
-    last = episode.turns[-1].message if episode.turns else None
+    last = episode.turns[episode.last_step].message if episode.turns else None
     return last.spoken.strip() if last is not None and not last.tool_calls else ""
 
 

@@ -64,7 +64,7 @@ async def open_run(
     model = resolve(config.model.path)
     _require_room(config, folder, model, commit or Commit())
     fmt = ChatFormat.load(model, config.model.chat)
-    require_prompts(spec, fmt)
+    require_prompts(spec, fmt, limits_of(config))
     async with contextlib.AsyncExitStack() as stack:
         tracker = stack.enter_context(_tracker(config, commit, model, console=console))
         telling = Telling(tracker)

@@ -32,6 +32,7 @@ def test_counts_by_hand() -> None:
     assert count_finishes(EPISODES) == {"stop": 3, "length": 2, "content_filter": 1, "empty": 1}
     assert count_oddities(EPISODES) == {
         "cut_turns": 4, "unverifiable": 1, "verdict_timeouts": 1, "sandbox_replays": 3, "withheld": 1,
+        "rewritten": 0,
     }  # fmt: skip
 
 
