@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from areal_agents import registry
+from areal_agents.chat.message_json import messages_to_json
 from areal_agents.tool import ToolSpec, call_text
-from areal_agents.types import Task, messages_to_json
+from areal_agents.types import Task
 from areal_agents.utils.sync import run_sync
 
 TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict}

@@ -19,10 +19,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_origin
 
+from areal_agents.chat.message_json import messages_to_json
 from areal_agents.errors import ConfigError, RewardError
 from areal_agents.reward import Episode, RewardLike, WeightedSum
 from areal_agents.rewards.plain_function import reward_function
-from areal_agents.types import AssistantMessage, Message, messages_to_json
+from areal_agents.types import AssistantMessage, Message
 from areal_agents.utils.short_text import short
 
 _GROUP = frozenset({"states", "prompts", "completions", "answers", "tasks", "infos"})
