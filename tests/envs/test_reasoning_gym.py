@@ -212,8 +212,8 @@ def test_generators_take_turns_and_settings_are_passed_on() -> None:
     ("arguments", "said"),
     [
         (
-            {"generators": "countdown"},
-            "does not play reasoning-gym's 'countdown': its scorer gives the answer to SymPy",
+            {"generators": "simple_integration"},
+            "does not play reasoning-gym's 'simple_integration': its scorer gives the answer to SymPy",
         ),
         ({"generators": "chain_sun"}, "knows no generator 'chain_sun'; there are ab, acre"),
         ({"config": {"min_terms": 2}}, "is for one generator, and there are 99"),
