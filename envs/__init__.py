@@ -122,3 +122,20 @@ register(
     needs="tau2",
     description="the same by tickets, without a user",
 )
+register(
+    "areal/GymnasiumText-v0",
+    "areal_agents.envs.gymnasium_text:GymnasiumText",
+    description="any gymnasium.Env over text, or one in GEM's style (env.kwargs.env); a sample without one",
+)
+register(
+    "areal/ReasoningGym-v0",
+    "areal_agents.envs.reasoning_gym_env:ReasoningGym",
+    description="99 generators of the reasoning-gym package (env.kwargs.generators), scored by their own scorers",
+    needs="reasoning_gym",
+)
+register(
+    "areal/TextArena-v0",
+    "areal_agents.envs.textarena_env:TextArena",
+    description="20 games of the textarena package (env.kwargs.game), alone or against a script or a model",
+    needs="textarena",
+)
