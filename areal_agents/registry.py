@@ -46,7 +46,7 @@ class Audit:
     """The facts about an environment that the reward audit relies on."""
 
     chance: float
-    """Mean reward allowed to a policy without skill (the audit adds 0.05)."""
+    """Mean reward allowed to a policy without skill at the difficulty that is played (the audit adds 0.05)."""
     gold: bool
     """Whether the environment can state an answer that deserves reward 1. Otherwise it is shown as unaudited."""
     expert: bool
@@ -164,7 +164,24 @@ class EnvSpec:
 
         cls = self.env_class()
         gold, expert = (getattr(cls, n).__func__ is not getattr(AgentEnv, n).__func__ for n in ("gold", "expert"))
-        return Audit(cls.chance, gold, expert)
+        return Audit(_chance(cls.chance, self.difficulty, self.id), gold, expert)
+
+
+def _chance(declared: float | Mapping[float | None, float], difficulty: float | None, id: str) -> float:
+    """Return the chance that an environment declares for a difficulty.
+
+    Raises RegistryError where it declares none for it.
+    """
+    if not isinstance(declared, Mapping):
+        return declared
+    if difficulty in declared:
+        return declared[difficulty]
+    levels = sorted(level for level in declared if level is not None)
+    below, above = [x for x in levels if difficulty and x <= difficulty], [x for x in levels if x >= (difficulty or 0)]
+    if difficulty is None or not below or not above:
+        raise RegistryError(f"{id}: chance names no level {difficulty}: it has {', '.join(map(str, declared))}")
+    low, high = below[-1], above[0]
+    return declared[low] + (declared[high] - declared[low]) * (difficulty - low) / (high - low)
 
 
 def tasks_of(

@@ -98,8 +98,9 @@ class Init:
     """Name of the package, of its folder and of its environments' namespace."""
     into: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path()
     """Where the package's folder is made."""
-    kind: Literal["tools", "game"] = "tools"
-    """What it starts with: tools that look things up, or a text adventure whose tools act on its state."""
+    kind: Literal["tool", "game", "dataset", "gymnasium"] = "tool"
+    """What it starts with: a tool that looks things up, a text adventure whose tools act on its state, the questions of
+    a file with a suite, or a gymnasium.Env over text."""
 
     def run(self, overrides: Sequence[str]) -> int:
         from areal_agents.cli.scaffold import init, next_steps
