@@ -49,7 +49,8 @@ class Train:
 
         config = settings.load(self.config or None, overrides)
         require_linux("training")
-        registry.spec(config.env.id)  # a typo is answered before torch is imported
+        for env in config.mixture or (config.env,):
+            registry.spec(env.id)  # a typo is answered before torch is imported
         inside = Path(self.config).expanduser().parent
         if self.resume and (inside / "commit.json").exists() and inside.resolve() != config.out.resolve():
             raise UsageError(

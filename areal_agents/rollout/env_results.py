@@ -146,7 +146,8 @@ def read_context(env: AgentEnv, where: str) -> Context | None:
         context: object = env.context
         if context is not None and not isinstance(context, Fold | RuleSummary | Summary):
             raise EnvError(
-                f"{where}: context is {short(context)}: it must be Fold(…), RuleSummary(…), Summary(…) or None"
+                f"{where}: context is {short(context)}: it says what happens to long histories, so it must be Fold(…), "
+                "RuleSummary(…), Summary(…) or None; call anything else otherwise"
             )
         return context
 
