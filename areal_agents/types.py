@@ -393,3 +393,7 @@ class Group:
     """Position in the sequence of admissions."""
     greedy: Trajectory | None = None
     """One more episode, sampled at temperature 0, where the estimator compares with it. It trains nothing."""
+    env: str = ""
+    """The label of its environment. Empty where the run has one environment."""
+    level: float | None = None
+    """The difficulty that a curriculum chose for it."""

@@ -172,6 +172,9 @@ def answer_of(run: SavedRun) -> ReadAnswer:
     An environment that overrides ``ToolEnv.answer`` is made once and asked. It needs no sandbox for that. Raises
     RegistryError where there is no such environment.
     """
+    if run.mixture:
+        readers = {e.label: answer_of(run.of_env(e)) for e in run.mixture}
+        return lambda record: readers[run.env_of(record.kind, record.trajectory.group)](record)
     read = answer_reader(run.spec.env_class(), run.make_env)
     if read is spoken_answer:
         return plain_answer

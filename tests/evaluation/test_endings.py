@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from areal_agents.evaluation.endings import count_endings, count_finishes, count_oddities, noted
-from areal_agents.trainer.loop import rollout_metrics
+from areal_agents.trainer.rollout_metrics import rollout_metrics
 from areal_agents.types import AssistantMessage, Completion, Finish, Group, StopReason, Task, Trajectory, Turn
 
 TASK = Task.make("t", split="test", seed=0, payload={})
