@@ -53,8 +53,13 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     state: Any = None
     """What the current episode's tools act on. It is the episode's own: set it in areset."""
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
-    chance: ClassVar[float] = 0.0
-    """The mean reward that a policy without any skill may reach. The reward audit allows 0.05 more."""
+    chance: ClassVar[float | Mapping[float | None, float]] = 0.0
+    """The mean reward that a policy without any skill may reach. The reward audit allows 0.05 more.
+
+    Where levels differ it is a mapping, from difficulties and from None, the default one. Between two of them it goes
+    in a straight line."""
+    reveals_gold: ClassVar[bool] = False
+    """Whether the task is to copy the answer, so that it stands at a fixed place of what is shown first."""
     scores_cut_messages: ClassVar[bool] = False
     """Whether a final message that ended early (``finish`` is not ``stop``) is an answer.
 
@@ -148,6 +153,10 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
         Where there is neither this nor an expert, the reward audit says so.
         """
         return None
+
+    def tools_of(self, task: Task) -> Sequence[ToolSpec]:
+        """Return the tools that the first prompt of ``task`` shows. By default they are ``tools``."""
+        return self.tools
 
     def training_tasks(self) -> Sequence[Task]:
         """Return the tasks that ``begin`` draws from where none is given."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import importlib.util
 import inspect
 import re
 import warnings
@@ -45,7 +46,7 @@ class Audit:
     """The facts about an environment that the reward audit relies on."""
 
     chance: float
-    """Mean reward allowed to a policy without skill (the audit adds 0.05)."""
+    """Mean reward allowed to a policy without skill at the difficulty that is played (the audit adds 0.05)."""
     gold: bool
     """Whether the environment can state an answer that deserves reward 1. Otherwise it is shown as unaudited."""
     expert: bool
@@ -63,6 +64,13 @@ class EnvSpec:
     description: str = ""
     difficulty: float | None = None
     """The difficulty of ``tasks`` where none is named. None is the environment's default."""
+    needs: str = ""
+    """A module that the user installs, without which the environment has no tasks. Empty where nothing is needed."""
+
+    @property
+    def installed(self) -> bool:
+        """Whether what it needs is there."""
+        return not self.needs or importlib.util.find_spec(self.needs) is not None
 
     def env_class(self) -> type[AgentEnv]:
         """Import the class.
@@ -156,7 +164,24 @@ class EnvSpec:
 
         cls = self.env_class()
         gold, expert = (getattr(cls, n).__func__ is not getattr(AgentEnv, n).__func__ for n in ("gold", "expert"))
-        return Audit(cls.chance, gold, expert)
+        return Audit(_chance(cls.chance, self.difficulty, self.id), gold, expert)
+
+
+def _chance(declared: float | Mapping[float | None, float], difficulty: float | None, id: str) -> float:
+    """Return the chance that an environment declares for a difficulty.
+
+    Raises RegistryError where it declares none for it.
+    """
+    if not isinstance(declared, Mapping):
+        return declared
+    if difficulty in declared:
+        return declared[difficulty]
+    levels = sorted(level for level in declared if level is not None)
+    below, above = [x for x in levels if difficulty and x <= difficulty], [x for x in levels if x >= (difficulty or 0)]
+    if difficulty is None or not below or not above:
+        raise RegistryError(f"{id}: chance names no level {difficulty}: it has {', '.join(map(str, declared))}")
+    low, high = below[-1], above[0]
+    return declared[low] + (declared[high] - declared[low]) * (difficulty - low) / (high - low)
 
 
 def tasks_of(
@@ -222,6 +247,7 @@ def register(
     kwargs: Mapping[str, Any] | None = None,
     splits: Sequence[str] | None = None,
     description: str = "",
+    needs: str = "",
 ) -> EnvSpec:
     """Register an environment here and with Gymnasium, so that ``gymnasium.make(id)`` works too.
 
@@ -233,6 +259,7 @@ def register(
         kwargs: arguments of the class, which ``make`` may override.
         splits: names of the task splits. None means the class's own.
         description: one line for lists of environments.
+        needs: a module that the user installs, without which there are no tasks: ``check --all`` leaves it out then.
 
     Raises:
         RegistryError: ``id`` or ``entry_point`` is malformed, or another environment has that id.
@@ -241,7 +268,8 @@ def register(
         raise RegistryError(f'environment id {id!r} must read "namespace/Name-v0"')
     if _ENTRY_POINT.fullmatch(entry_point) is None:
         raise RegistryError(f'{id}: entry point {entry_point!r} must read "package.module:Class"')
-    new = EnvSpec(id, entry_point, dict(kwargs or {}), None if splits is None else tuple(splits), description)
+    named = None if splits is None else tuple(splits)
+    new = EnvSpec(id, entry_point, dict(kwargs or {}), named, description, needs=needs)
     if id in _specs:
         if _specs[id] != new:
             taken = _specs[id].entry_point

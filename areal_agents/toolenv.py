@@ -28,7 +28,7 @@ from areal_agents.errors import EnvError, InfraError, RewardError, SandboxUnavai
 from areal_agents.reward import PAID, Episode, RewardLike, TaskCheck, judge, judging_seconds, task_checks
 from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec
 from areal_agents.served_model import ModelLike, chat_models
-from areal_agents.tool import ToolResult
+from areal_agents.tool import ToolResult, ToolSpec
 from areal_agents.tool_dispatch import Dispatcher
 from areal_agents.types import (
     AssistantMessage,
@@ -193,6 +193,16 @@ class ToolEnv(AgentEnv):
         for key in {PAID, f"{PAID}.{name}" if name else PAID}:
             self._paid[-1][key] = self._paid[-1].get(key, 0.0) + value
 
+    def offer(self, tools: Sequence[ToolSpec]) -> None:
+        """Let the model call these tools from now on, in place of those before.
+
+        The first prompt has shown those of ``tools_of``. It stays as it is, so a message must say what is new.
+
+        Raises EnvError for two tools of the same name.
+        """
+        self._dispatcher.offer(tools)
+        self.tools = tuple(tools)
+
     def end_episode(self, answer: str | None = None) -> None:
         """End the episode with this turn, because the game is won or lost, or because ``answer`` was submitted.
 
@@ -216,6 +226,8 @@ class ToolEnv(AgentEnv):
         if self._sandbox_missing and self._has("inspect"):
             raise EnvError(f"{type(self).__name__}.inspect needs a sandbox, but the environment has sandbox=None")
         self._dispatcher.use(self.sandbox_of(task))
+        if self._has("tools_of"):
+            self.offer(self.tools_of(task))
         try:
             self.state = copy.deepcopy(self.new_state(task))
         except (TypeError, copy.Error) as error:

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any, Final, Literal
 
 from areal_agents.env import Expert
-from areal_agents.envs.procedural import drawn_tasks
+from areal_agents.envs.procedural import by_level, drawn_tasks
 from areal_agents.reward import Episode, Verdict
 from areal_agents.tool import call_text, tool
 from areal_agents.toolenv import ToolEnv
@@ -109,7 +109,7 @@ class Blackjack(ToolEnv):
     )
     rubric = decided
     max_turns = 12
-    chance = 0.5
+    chance = by_level(0.45, 0.42, 0.53)
     state: Hand
 
     @classmethod

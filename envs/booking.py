@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 from areal_agents.engine import Sampling
 from areal_agents.env import Expert
-from areal_agents.envs.procedural import drawn_tasks
+from areal_agents.envs.procedural import by_level, drawn_tasks
 from areal_agents.errors import ConfigError
 from areal_agents.reward import Episode, Verdict
 from areal_agents.served_model import ModelLike
@@ -84,6 +84,7 @@ class Booking(ToolEnv):
     tools = (ask_user,)
     rubric = booked_right
     max_turns = 12
+    chance = by_level(0.36, 0.13, 0.0)
     state: Talk
 
     def __init__(

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any, Literal
 
 from areal_agents.env import Expert
-from areal_agents.envs.procedural import drawn_tasks
+from areal_agents.envs.procedural import by_level, drawn_tasks
 from areal_agents.errors import ConfigError
 from areal_agents.reward import Episode, Verdict
 from areal_agents.tool import call_text, tool
@@ -52,6 +52,7 @@ class Doors(ToolEnv):
     system_prompt = "Open every door with the key for its colour."
     rubric = arrived
     max_turns = 32
+    chance = by_level(0.16, 0.15, 0.16)
     state: Way
 
     def __init__(self, *, pay: Pay = "turn", **more: Any) -> None:

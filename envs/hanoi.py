@@ -9,7 +9,7 @@ from random import Random
 from typing import Any, Literal
 
 from areal_agents.env import Expert
-from areal_agents.envs.procedural import drawn_tasks
+from areal_agents.envs.procedural import by_level, drawn_tasks
 from areal_agents.reward import Episode, Verdict
 from areal_agents.tool import ToolError, call_text, tool
 from areal_agents.toolenv import ToolEnv
@@ -79,6 +79,7 @@ class Hanoi(ToolEnv):
     system_prompt = "Move one disc at a time, from the top of a peg to another one, never onto a smaller disc."
     rubric = solved
     max_turns = 64
+    chance = by_level(0.21, 0.03, 0.0)
     state: Tower
 
     @classmethod

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from areal_agents.env import Expert
-from areal_agents.envs.procedural import drawn_tasks
+from areal_agents.envs.procedural import by_level, drawn_tasks
 from areal_agents.reward import Episode, Verdict
 from areal_agents.tool import ToolError, call_text, tool
 from areal_agents.toolenv import ToolEnv
@@ -47,6 +47,7 @@ class HiddenNumber(ToolEnv):
     system_prompt = "Find the hidden number by guessing."
     rubric = won
     max_turns = 16
+    chance = by_level(0.77, 0.3, 0.19)
     state: Search
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from areal_agents.engine import Sampling
 from areal_agents.env import Expert
-from areal_agents.envs.procedural import drawn_tasks
+from areal_agents.envs.procedural import by_level, drawn_tasks
 from areal_agents.errors import ConfigError
 from areal_agents.reward import Episode, Verdict
 from areal_agents.served_model import ModelLike
@@ -80,6 +80,7 @@ class Nim(ToolEnv):
     system_prompt = RULES
     rubric = won
     max_turns = 24
+    chance = by_level(0.63, 0.41, 0.09)
     state: Board
 
     def __init__(

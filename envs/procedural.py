@@ -62,6 +62,11 @@ def drawn_tasks(
     return LazyTasks(sizes[split], make)
 
 
+def by_level(easiest: float, middle: float, hardest: float) -> dict[float | None, float]:
+    """Return an environment's ``chance`` at the difficulties 0, 0.5, which is the default, and 1."""
+    return {None: middle, 0.0: easiest, 0.5: middle, 1.0: hardest}
+
+
 def split_of(hash: str, buckets: int = TEST_BUCKETS) -> str:
     """Return the split that a task of this content hash belongs to, where the test split is one of ``buckets``."""
     return "test" if int(hash[:8], 16) % buckets == 0 else "train"

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any, Final
 
 from areal_agents.env import Expert
-from areal_agents.envs.procedural import drawn_tasks
+from areal_agents.envs.procedural import by_level, drawn_tasks
 from areal_agents.errors import EnvError
 from areal_agents.reward import Episode, Verdict
 from areal_agents.tool import ToolError, call_text, tool
@@ -124,6 +124,7 @@ class Sokoban(ToolEnv):
     )
     rubric = solved
     max_turns = 24
+    chance = by_level(0.05, 0.02, 0.04)
     state: Room
 
     @classmethod

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any, Final
 
 from areal_agents.env import Expert
-from areal_agents.envs.procedural import drawn_tasks
+from areal_agents.envs.procedural import by_level, drawn_tasks
 from areal_agents.reward import Episode, Verdict
 from areal_agents.tool import ToolError, call_text, tool
 from areal_agents.toolenv import ToolEnv
@@ -94,6 +94,7 @@ class Words(ToolEnv):
     system_prompt = "Find the hidden English word of five letters. Each guess is marked letter by letter."
     rubric = found
     max_turns = 10
+    chance = by_level(0.2, 0.2, 0.21)
     state: Board
 
     @classmethod

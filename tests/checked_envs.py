@@ -15,7 +15,7 @@ from areal_agents.env import AgentEnv, Expert
 from areal_agents.errors import TaskError
 from areal_agents.reward import Episode, Gate, TaskCheck
 from areal_agents.rewards import boxed_math
-from areal_agents.tool import tool
+from areal_agents.tool import call_text, tool
 from areal_agents.toolenv import ToolEnv
 from areal_agents.types import AssistantMessage, Info, Message, Observation, StopReason, Task, system, user
 
@@ -344,6 +344,7 @@ class BadGolds(ToolEnv):
     """Of eight test tasks, 2 and 5 have no gold answer that can be read; of as many training tasks, all have one."""
 
     rubric = Gate({"correct": boxed_math()})
+    reveals_gold = True
 
     @classmethod
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
@@ -354,6 +355,15 @@ class BadGolds(ToolEnv):
 
     def prompt(self, task: Task) -> str:
         return f"Say {task.payload['i']} in a box."
+
+
+def due(task: Task) -> int:
+    """The number that tools must be called with. It is shown nowhere, so that chance does not find it."""
+    return 7 * int(task.payload["n"]) + 3
+
+
+def call(name: str, task: Task) -> str:
+    return call_text(name, n=due(task))
 
 
 def _paid(episode: Episode) -> float:
@@ -379,13 +389,14 @@ class Stateful(ToolEnv):
     @tool()
     async def take(self, n: int) -> str:
         """Take it."""
-        self.reward_turn(0.1)
+        if n == due(self.task):
+            self.reward_turn(0.1)
         return "Taken."
 
     @tool()
-    async def pay(self) -> None:
+    async def pay(self, n: int) -> None:
         """Pay."""
-        self.state["paid"] = True
+        self.state["paid"] = n == due(self.task)
         self.end_episode()
 
     @tool()
@@ -399,9 +410,9 @@ class Stateful(ToolEnv):
     @classmethod
     def expert(cls, task: Task) -> Expert | None:
         def play() -> Expert:
-            yield '<tool_call>{"name": "take", "arguments": {"n": 1}}</tool_call>'
-            yield '<tool_call>{"name": "drop", "arguments": {"n": 1}}</tool_call>'  # which has no parameter
-            yield '<tool_call>{"name": "pay", "arguments": {}}</tool_call>'
+            yield call("take", task)
+            yield call("drop", task)  # which has no parameter
+            yield call("pay", task)
 
         return play()
 
@@ -415,7 +426,7 @@ class StatefulWithoutPay(Stateful):
             return super().expert(task)
 
         def play() -> Expert:
-            yield '<tool_call>{"name": "take", "arguments": {"n": 1}}</tool_call>'
+            yield call("take", task)
             yield "Done."
 
         return play()

@@ -13,9 +13,11 @@ from areal_agents.algorithms.batch import rows_of
 from areal_agents.chat.format import ChatFormat
 from areal_agents.context import Context, Fold, RuleSummary, Summary, applied
 from areal_agents.env import AgentEnv
+from areal_agents.evaluation.replay import ReplayReport, replay
 from areal_agents.rollout.env_host import EnvHost
 from areal_agents.rollout.episode import EpisodeDriver, Limits
 from areal_agents.rollout.token_policy import TokenPolicy
+from areal_agents.tracking.trajectories import Record
 from areal_agents.types import AssistantMessage, Completion, Ids, Message, Prompt, Trajectory, system, user
 from tests.pages_env import PAGES, Pages, call
 from tests.tiny_tokenizer import CHATML, tiny
@@ -123,3 +125,10 @@ def messages_of(t: Trajectory) -> list[list[Message | AssistantMessage]]:
         found.append(list(history))
         history.append(turn.message)
     return found
+
+
+def again(t: Trajectory, rule: Context | None) -> ReplayReport:
+    def make() -> AgentEnv:
+        return Pages(sandbox=None, context=rule if rule is not None else {"kind": "none"})
+
+    return asyncio.run(replay(Record("train", 1, t), make, seed=7, fmt=FMT, max_turns=30))

@@ -220,7 +220,7 @@ def content(folder: Path) -> dict[str, str]:
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
-TASKS = [Task.make(f"t{i}", split="train", seed=i, payload={}) for i in range(4)]
+TASKS = [Task.make(f"t{i}", split="train", seed=i, payload={"i": i}) for i in range(4)]
 
 
 def record(group: int, i: int, *rewards: float, task: int = 0, step: int = 1, tokens: int = 3) -> Record:

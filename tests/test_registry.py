@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
@@ -43,6 +44,32 @@ def test_register_makes_it_here_and_in_gymnasium() -> None:
     assert added.splits == ("train", "test")
     assert added.tasks("test")[3].id == "test-3"
     assert added.audit == Audit(chance=0.0, gold=False, expert=False)
+
+
+def test_what_an_environment_needs_may_be_missing() -> None:
+    assert register("mine/Plain-v0", COUNTDOWN).installed
+    assert register("mine/Needs-v0", COUNTDOWN, needs="json").installed
+    assert not register("mine/Lacks-v0", COUNTDOWN, needs="no_such_package").installed
+
+
+class ByLevel(Countdown):
+    chance = {None: 0.5, 0.0: 0.8, 0.5: 0.4, 1.0: 0.0}  # noqa: RUF012  as an author writes it
+
+
+def test_chance_is_that_of_the_difficulty() -> None:
+    plain = spec("tests.test_registry:ByLevel")
+    said = {level: replace(plain, difficulty=level).audit.chance for level in (None, 0.0, 0.25, 0.5, 0.75, 1.0)}
+    assert said == {None: 0.5, 0.0: 0.8, 0.25: pytest.approx(0.6), 0.5: 0.4, 0.75: 0.2, 1.0: 0.0}
+
+
+class FewLevels(Countdown):
+    chance = {0.25: 0.8, 0.5: 0.4}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("level", [None, 0.0, 0.6])
+def test_a_level_without_chance_is_refused(level: float | None) -> None:
+    with pytest.raises(RegistryError, match=rf"chance names no level {level}: it has 0\.25, 0\.5"):
+        _ = replace(spec("tests.test_registry:FewLevels"), difficulty=level).audit
 
 
 def test_registering_again() -> None:

@@ -98,8 +98,9 @@ class Init:
     """Name of the package, of its folder and of its environments' namespace."""
     into: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path()
     """Where the package's folder is made."""
-    kind: Literal["tools", "game"] = "tools"
-    """What it starts with: tools that look things up, or a text adventure whose tools act on its state."""
+    kind: Literal["tool", "game", "dataset", "gymnasium"] = "tool"
+    """What it starts with: a tool that looks things up, a text adventure whose tools act on its state, the questions of
+    a file with a suite, or a gymnasium.Env over text."""
 
     def run(self, overrides: Sequence[str]) -> int:
         from areal_agents.cli.scaffold import init, next_steps
@@ -145,7 +146,7 @@ class Check:
     env: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID")] = ()
     """Environment ids or module:Class."""
     all: bool = False
-    """Check every registered environment."""
+    """Check every registered environment, but for those whose package is not installed."""
     difficulty: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Difficulty of the tasks that are played, from 0 to 1; the environment's default where none is given."""
     tokenizer: str = "smollm2"
@@ -181,7 +182,11 @@ class Check:
         from areal_agents import registry
         from areal_agents.conformance.check import check
 
-        ids = [*self.env, *(s.id for s in registry.specs() if self.all and s.id not in self.env)]
+        others = [s for s in (registry.specs() if self.all else ()) if s.id not in self.env]
+        ids = [*self.env, *(s.id for s in others if s.installed)]
+        for s in others:
+            if not s.installed:
+                print(f"{s.id} is left out: it needs {s.needs}, which is not installed", file=sys.stderr)
         if not ids:
             raise UsageError("name an environment (`areal-agents envs` lists them), or use --all")
         tokenizer = None if self.tokenizer.lower() == "none" else self.tokenizer

@@ -1,8 +1,8 @@
 """The command ``init``, which starts a package of the user's own.
 
 The package has an environment that runs and trains as it is. A template is itself a working package
-(``templates/env-package`` is called ``my_env``, ``templates/game-package`` is ``my_game``). It is linted, type-checked
-and tested as it stands, and ``init`` copies it under another name.
+(``templates/env-package`` is called ``my_env``, ``templates/game-package`` is ``my_game``, and so on). It is linted,
+type-checked and tested as it stands, and ``init`` copies it under another name.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from areal_agents.utils.files import is_full, room_to_make
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 TEMPLATE = TEMPLATES / "env-package"
 PLACEHOLDER = "my_env"
-Kind = Literal["tools", "game"]
-"""``tools`` looks things up and answers. ``game`` has tools that act on the state of the episode."""
+Kind = Literal["tool", "game", "dataset", "gymnasium"]
+"""``tool`` looks things up and answers. ``game`` has tools that act on the state of the episode. ``dataset`` has the
+questions of a file, and a suite. ``gymnasium`` wraps a ``gymnasium.Env`` over text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +39,29 @@ class Template:
     """Its name, which the user's replaces."""
     env: str
     """The environment that it registers, without the namespace."""
+    trains: str
+    """How long its first training takes on two cores."""
+    further: str
+    """What its README goes on with."""
 
 
 KINDS: dict[Kind, Template] = {
-    "tools": Template(TEMPLATE, PLACEHOLDER, "Boxes-v0"),
-    "game": Template(TEMPLATES / "game-package", "my_game", "Cellar-v0"),
+    "tool": Template(TEMPLATE, PLACEHOLDER, "Boxes-v0", "about a minute", "eval, compare, rescore, replay"),
+    "game": Template(
+        TEMPLATES / "game-package", "my_game", "Cellar-v0", "a few minutes", "eval, levels, a game of your own"
+    ),
+    "dataset": Template(
+        TEMPLATES / "dataset-package", "my_data", "Measures-v0", "a few minutes", "a suite, rescore, a wheel"
+    ),
+    "gymnasium": Template(
+        TEMPLATES / "gymnasium-package", "my_gym", "Guess-v0", "a few minutes", "eval, a game of your own"
+    ),
 }
 MAX_NAME = 40
 _RESERVED = {"areal": "it is the namespace of the built-in environments", "tests": "it is the folder of the tests"}
 
 
-def init(name: str, into: Path | str = ".", kind: Kind = "tools") -> Path:
+def init(name: str, into: Path | str = ".", kind: Kind = "tool") -> Path:
     """Write the package ``name`` to the new folder ``into/name`` and return that folder.
 
     ``into`` is made if absent. The folder appears complete or not at all. Raises ConfigError for a name that cannot be
@@ -114,11 +127,12 @@ def template_files(folder: Path) -> list[Path]:
 
     What Python and editors leave beside them is no part of it.
     """
-    files = [p for p in folder.rglob("*") if p.suffix in (".py", ".toml", ".md") or p.name == ".gitignore"]
+    kinds = (".py", ".toml", ".md", ".jsonl")
+    files = [p for p in folder.rglob("*") if p.suffix in kinds or p.name == ".gitignore"]
     return sorted(files)
 
 
-def next_steps(folder: Path, kind: Kind = "tools") -> str:
+def next_steps(folder: Path, kind: Kind = "tool") -> str:
     """Write what ``areal-agents init`` prints, which is the files and the commands that come next."""
     name = folder.name
     files = "\n".join(f"  {p.relative_to(folder)}" for p in sorted(folder.rglob("*")) if p.is_file())
@@ -130,5 +144,5 @@ Next:
   pip install -e '.[test]'
   python -m pytest
   areal-agents check {name}/{KINDS[kind].env}
-  areal-agents train train.toml              # {"about a minute" if kind == "tools" else "a few minutes"} on two cores
-README.md goes on: {"eval, compare, rescore, replay" if kind == "tools" else "eval, levels, a game of your own"}."""
+  areal-agents train train.toml              # {KINDS[kind].trains} on two cores
+README.md goes on: {KINDS[kind].further}."""

@@ -1,6 +1,6 @@
 """The run of all checks on one environment, as in ``areal-agents check ENV_ID``.
 
-    contract ─▶ gymnasium, tasks, rng, tokens, golds, reward   (skipped where the contract itself is broken)
+    contract ─▶ gymnasium, tasks, rng, tokens, golds, hidden, reward   (skipped where the contract itself is broken)
              └▶ seeds ─▶ isolation ─▶ aliasing, cancellation   (compare episodes, so they need the one before)
 
 Each check gives one result with its reason. Everything runs on a thread of its own, so an environment that blocks it
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from areal_agents import registry
 from areal_agents.chat.options import ChatOptions
-from areal_agents.conformance import contract, golds, isolation, reward_audit
+from areal_agents.conformance import contract, golds, isolation, revealed, reward_audit
 from areal_agents.conformance.contract import Subject
 from areal_agents.errors import ArealError
 from areal_agents.sandbox import backends
@@ -84,6 +84,7 @@ CHECKS: Mapping[str, tuple[CheckFunction, tuple[str, ...]]] = {
     "cancellation": (isolation.cancellation, ("contract", "seeds", "isolation")),
     "tokens": (contract.tokens, ("contract",)),
     "golds": (golds.golds, ("contract",)),
+    "hidden": (revealed.hidden, ("contract",)),
     "reward": (reward_audit.reward, ("contract",)),
 }
 """Name → the check, and the checks that must have passed before it says anything."""

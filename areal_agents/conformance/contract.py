@@ -25,6 +25,7 @@ from areal_agents.conformance.scripted_episode import ScriptedEpisode, ScriptNam
 from areal_agents.errors import CheckError, TemplateError
 from areal_agents.registry import EnvSpec
 from areal_agents.types import Completion, Finish, Task, content_hash
+from areal_agents.utils.short_text import short
 
 if TYPE_CHECKING:
     from areal_agents.chat.format import ChatFormat
@@ -114,6 +115,8 @@ async def contract(subject: Subject) -> str:
         _first_tasks(spec, split, 1)
     if not 0.0 <= spec.audit.chance <= 1.0:
         raise CheckError(f"chance {spec.audit.chance} must lie in [0, 1]")
+    if not isinstance(spec.env_class().reveals_gold, bool):
+        raise CheckError(f"reveals_gold is {short(spec.env_class().reveals_gold)}: it must be True or False")
     idle = subject.episode(subject.sample()[0])
     await idle.close()  # aclose may be called without an areset
     await idle.close()
@@ -147,6 +150,13 @@ def _first_tasks(spec: EnvSpec, split: str, count: int) -> tuple[Task, ...]:
 
 def _shown(episode: ScriptedEpisode) -> None:
     """Check the observations, beyond what the driver of every episode checks of returned values."""
+    played = getattr(episode.env, "task", None)
+    if not isinstance(played, Task) or (played.id, played.content_hash) != (episode.task.id, episode.task.content_hash):
+        shown = short(played.id) if isinstance(played, Task) else "none"
+        raise CheckError(
+            f"areset was given the task {episode.task.id!r} and plays {shown}: play options['task'], which "
+            "self.begin(seed, options) returns"
+        )
     observations = [*(turn.observation for turn in episode.turns), episode.observation]
     first = observations[0]
     for k, observation in enumerate(observations):

@@ -26,8 +26,10 @@ SECONDS = (0.02, 0.2)
 
 async def isolation(subject: Subject) -> str:
     """Check that an episode is the same alone, a second time and together with others."""
+    first = subject.sample()[0]
     alone = [await subject.alone(task) for task in subject.sample()]
-    again = await subject.played(subject.sample()[0])
+    clumsy = (await subject.played(first, "clumsy")).trace
+    again = await subject.played(first)
     found = trace_difference(alone[0], again.trace)
     if found:
         raise CheckError(
@@ -38,6 +40,11 @@ async def isolation(subject: Subject) -> str:
     error = await _rest(*together)
     for k, (episode, trace) in enumerate(zip(together, alone, strict=True)):
         _require_same(trace, episode, error, f"episode {k} of {len(alone)} differs when they run together", "")
+    # The episodes of a group play one task, each in its own way: what is kept by the task's id is shared by them.
+    twins = [subject.episode(first), subject.episode(first, "clumsy")]
+    error = await _rest(*twins)
+    for episode, trace in zip(twins, (alone[0], clumsy), strict=True):
+        _require_same(trace, episode, error, "an episode differs beside another one of the same task", "")
     return f"{len(alone)} concurrent episodes equal one by one"
 
 

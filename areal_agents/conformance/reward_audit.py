@@ -6,15 +6,19 @@ answer nor expert, nothing shows that full reward can be earned, and the status 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from areal_agents.conformance.contract import Subject, Unaudited
-from areal_agents.conformance.scripted_episode import MAX_TURNS, ScriptedEpisode, repeat, script_for
-from areal_agents.env import Expert
+from areal_agents.conformance.scripted_episode import MAX_TURNS, ScriptedEpisode, in_turns, repeat, script_for
+from areal_agents.conformance.unskilled import Unskilled, unskilled
 from areal_agents.errors import CheckError
+from areal_agents.process_env import TextProcessEnv
 from areal_agents.rollout.group_judge import group_reward_of
 from areal_agents.rollout.script import Script
-from areal_agents.types import Observation, Task
+from areal_agents.tool import ToolSpec
+from areal_agents.types import Task
 from areal_agents.utils.blocking import BlockingWatch
 from areal_agents.utils.short_text import short
 from areal_agents.utils.tolerance import reaches
@@ -24,6 +28,8 @@ SLACK = 0.05
 TASKS = 64
 TASKS_WITH_CHANCE = 256
 """More, where chance is not 0: the mean of few tasks is noise."""
+COSTLY_TASKS, COSTLY_TASKS_WITH_CHANCE = 32, 64
+"""Where each episode starts processes: a sandbox's, or its own."""
 GOLD_TASKS = 16
 EXPERT_TASKS = 4
 EXPERT_TURNS = 1000
@@ -32,8 +38,6 @@ NAMED = 3
 """Tasks that are named where gold answers or experts earn too little. All are counted."""
 BLOCKED_SECONDS = 0.1
 """A reward that holds the event loop for longer is named."""
-
-ScriptOf = Callable[[int], Script]
 
 
 async def reward(subject: Subject) -> str:
@@ -48,30 +52,35 @@ async def reward(subject: Subject) -> str:
     group_reward_of(spec)  # it is looked at, and not audited: what it pays depends on a whole group
     split = spec.splits[-1]
     pool = spec.tasks(split)
-    limit = TASKS if spec.audit.chance == 0 else TASKS_WITH_CHANCE
-    tasks = [pool[i] for i in range(min(len(pool), limit))]
+    tools = await _tools_of(subject, pool[0])
+    costly = any(tool.needs_sandbox for tool in tools) or issubclass(spec.env_class(), TextProcessEnv)
+    few, more = (COSTLY_TASKS, COSTLY_TASKS_WITH_CHANCE) if costly else (TASKS, TASKS_WITH_CHANCE)
+    tasks = [pool[i] for i in range(min(len(pool), few if spec.audit.chance == 0 else more))]
     gold = [spec.gold(t) for t in tasks]
     with BlockingWatch() as watch:
         try:
-            return await _audited(subject, tasks, gold) + _uncalled(subject) + _blocked(watch)
+            policies = unskilled(gold, tools, costly=costly)
+            return await _audited(subject, tasks, gold, policies) + _uncalled(subject) + _blocked(watch)
         except Unaudited as reason:
             raise Unaudited(f"{reason}{_uncalled(subject)}{_blocked(watch)}") from reason
 
 
-async def _audited(subject: Subject, tasks: Sequence[Task], gold: Sequence[str | None]) -> str:
-    spec = subject.spec
+async def _audited(
+    subject: Subject, tasks: Sequence[Task], gold: Sequence[str | None], policies: Mapping[str, Unskilled]
+) -> str:
+    spec, chance = subject.spec, subject.spec.audit.chance
     split = spec.splits[-1]
     seen: list[str] = []
-    for name, policy in _policies(gold).items():
+    for name, policy in policies.items():
         mean = await _mean(subject, tasks, policy)
-        if mean > spec.audit.chance + SLACK:
+        if mean > chance + SLACK:
             raise CheckError(
                 f"the policy {name!r} earns {mean:.3f} on {len(tasks)} tasks of {split!r}; declared chance is "
-                f"{spec.audit.chance:g} (+ {SLACK:g}): tighten the reward, or declare `chance`"
+                f"{chance:g} (+ {SLACK:g}): tighten the reward, or declare `chance`"
             )
         seen.append(f"{name} {mean:.2f}")
     scored = await _skilled(subject, tasks, gold)
-    summary = f"{', '.join(seen)} (chance {spec.audit.chance:g})"
+    summary = f"{', '.join(seen)} (chance {chance:g})"
     if not scored:
         raise Unaudited(f"no gold() and no expert(): that full reward can be earned was not seen; {summary}")
     return f"{' and '.join(scored)} earn 1; {summary}"
@@ -96,51 +105,31 @@ def _blocked(watch: BlockingWatch) -> str:
     )
 
 
-def _policies(gold: Sequence[str | None]) -> dict[str, ScriptOf]:
-    """Return the policies without skill, by name.
-
-    Each maps a task's position to a script.
-    """
-    known = [g for g in gold if g is not None]
-
-    def several(i: int) -> Script:
-        own = gold[i]
-        if own is None or len(known) < 3:
-            return repeat(" ".join(rf"\boxed{{{n}}}" for n in range(10)))
-        # In the middle: first and last must not be what counts either.
-        others = [g for g in (gold[i - 1], gold[(i + 1) % len(gold)]) if g is not None and g != own]
-        return repeat("\n".join([*others[:1], own, *others[1:]]) if len(others) == 2 else "")
-
-    def constant(i: int) -> Script:
-        other = next((g for g in known if g != gold[i]), r"\boxed{0}")
-        return repeat(other)
-
-    return {
-        "empty": lambda i: repeat(""),
-        "junk": lambda i: repeat("asdf 7 ;; {} qwer"),
-        "echo": lambda i: _echo,
-        "several": several,
-        "constant": constant,
-    }
+async def _tools_of(subject: Subject, task: Task) -> tuple[ToolSpec, ...]:
+    episode = ScriptedEpisode(subject.spec.make, task, 0, repeat(""), subject.timeout)
+    try:
+        await episode.open()
+        return episode.tools
+    finally:
+        await episode.close()
 
 
-def _echo(shown: Observation) -> Expert:
-    """Say what was shown last."""
-    while True:
-        shown = (yield "\n".join(m.text for m in shown)) or shown
+async def _mean(subject: Subject, tasks: Sequence[Task], policy: Unskilled) -> float:
+    """Return what a policy earns on the average, over an episode a task, or as many as it asks for."""
+    count = policy.episodes or len(tasks)
+    numbers = [(n, n % len(tasks)) for n in range(count)]
+    plays = [partial(_play, subject, tasks[i], n, policy.script(i, n), policy.turns, policy.random) for n, i in numbers]
+    return math.fsum(await in_turns(plays)) / count
 
 
-async def _mean(subject: Subject, tasks: Sequence[Task], policy: ScriptOf) -> float:
-    total = 0.0
-    for i, task in enumerate(tasks):
-        total += await _play(subject, task, i, policy(i))
-    return total / len(tasks)
-
-
-async def _play(subject: Subject, task: Task, seed: int, script: Script, max_turns: int = MAX_TURNS) -> float:
+async def _play(
+    subject: Subject, task: Task, seed: int, script: Script, max_turns: int = MAX_TURNS, random: bool = False
+) -> float:
+    """Play an episode and return what it earns. What is called at random shows nobody that a tool works."""
     episode = ScriptedEpisode(subject.spec.make, task, seed, script, subject.timeout, max_turns)
     await episode.play()
-    subject.note_calls(episode)
+    if not random:
+        subject.note_calls(episode)
     return episode.total
 
 
@@ -152,14 +141,14 @@ async def _skilled(subject: Subject, tasks: Sequence[Task], gold: Sequence[str |
     spec = subject.spec
     scored: list[str] = []
     golden = [(t, g) for t, g in zip(tasks, gold, strict=True) if g is not None][:GOLD_TASKS]
-    earned = [(task, await _play(subject, task, i, repeat(answer))) for i, (task, answer) in enumerate(golden)]
     if golden:
+        plays = [partial(_play, subject, task, i, repeat(answer)) for i, (task, answer) in enumerate(golden)]
+        earned = list(zip((task for task, _ in golden), await in_turns(plays), strict=True))
         scored.append(_all_full(earned, "gold answers", "gold()"))
     experts = [(i, task) for i, task in enumerate(tasks[:EXPERT_TASKS]) if spec.expert(task) is not None]
-    earned = [
-        (task, await _play(subject, task, i, script_for(spec, task, "main"), EXPERT_TURNS)) for i, task in experts
-    ]
     if experts:
+        plays = [partial(_play, subject, t, i, script_for(spec, t, "main"), EXPERT_TURNS) for i, t in experts]
+        earned = list(zip((task for _, task in experts), await in_turns(plays), strict=True))
         scored.append(_all_full(earned, "expert episodes", "expert()"))
     return scored
 

@@ -17,7 +17,7 @@ import json
 import math
 import pickle
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,6 +39,8 @@ T = TypeVar("T")
 ScriptName = Literal["main", "clumsy"]
 MAX_TURNS = 12
 """Turns of an episode, where no more are asked for: enough to compare episodes, and an end of scripts without one."""
+AT_ONCE = 8
+"""Episodes that play together where nothing is compared."""
 CLUMSY = (
     '<tool_call>{"name": "no_such_tool", "arguments": {}}</tool_call><tool_call>{"name": </tool_call>',
     "<tool_call>{",
@@ -140,6 +142,26 @@ class ScriptedEpisode(EpisodeDriver):
     @property
     def total(self) -> float:
         return math.fsum(turn.reward for turn in self.turns)
+
+
+async def in_turns(works: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Do ``works``, ``AT_ONCE`` at a time, and return what each gave.
+
+    The first error ends the others, and is raised.
+    """
+    slots = asyncio.Semaphore(AT_ONCE)
+
+    async def one(work: Callable[[], Awaitable[T]]) -> T:
+        async with slots:
+            return await work()
+
+    tasks = [asyncio.ensure_future(one(work)) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def plain(value: Any) -> Any:

@@ -12,7 +12,6 @@ content hash agree.
 from __future__ import annotations
 
 import json
-import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,17 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents.errors import ConfigError
+from areal_agents.evaluation.copies import by_content
 from areal_agents.evaluation.held_out import Sample
-from areal_agents.evaluation.statistics import mean_interval, pass_at_k, pass_hat_k, sign_flip_test
+from areal_agents.evaluation.paired import FEW_FLIPS, LEVEL, Paired, mean, paired, pass_interval
+from areal_agents.evaluation.statistics import mean_interval, pass_at_k, pass_hat_k
 from areal_agents.evaluation.unfinished import partial_note
 from areal_agents.tracking.trajectories import read_records, shards
 from areal_agents.utils.tolerance import reaches
 
 FEW_TASKS = 30
 """With fewer, the mean of the differences may be far from normal, which the t interval takes it for."""
-FEW_FLIPS = 10
-LEVEL = 0.05
-"""Differences are claimed where the exact test's p is below it."""
 SHOWN = 20
 """Task ids a list of the table."""
 
@@ -55,29 +53,17 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Paired:
-    """Two means over the same tasks, and their difference."""
-
-    a: float
-    b: float
-    difference: float
-    """b - a."""
-    ci95: tuple[float, float] | None
-    """Of the difference. None where nothing can be said. It holds 0 wherever the test rejects nothing."""
-    p_value: float
-    """Two-sided sign-flip permutation test, by task. Of pass@1 of one attempt a task it is the exact McNemar test."""
-
-
-@dataclass(frozen=True, slots=True)
 class Comparison:
     """The comparison of B with A over ``n`` shared tasks.
 
-    Rates are in [0, 1].
+    Rates are in [0, 1]. They are means over all tasks as they were drawn, copies included; intervals and tests are over
+    the different ones.
     """
 
     a: str
     b: str
     n: int
+    """Different tasks, by their content."""
     attempts: tuple[int, int]
     """Most attempts a task, on each side."""
     pass_at_1: Paired
@@ -100,6 +86,8 @@ class Comparison:
     """Tasks of A and of B that the other one lacks."""
     notes: tuple[str, ...] = ()
     """What makes the numbers less certain than they look."""
+    copies: int = 0
+    """Shared tasks besides, whose content is that of another one."""
 
     def within(self, margin: float) -> bool:
         """Say whether the 95 % interval of pass@1's difference lies inside ±``margin``.
@@ -134,10 +122,12 @@ class Comparison:
         rows = [head, *(_row(name, pair) for name, pair in named if pair is not None)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        test = "exact McNemar test" if self.attempts == (1, 1) else "sign-flip permutation test by task"
+        exact = self.attempts == (1, 1) and not self.copies
+        test = "exact McNemar test" if exact else "sign-flip permutation test by task"
+        tasks = f"{self.n} different tasks ({self.n + self.copies} with copies)" if self.copies else f"{self.n} tasks"
         out = [
             f"A: {self.a}    B: {self.b}",
-            f"{self.n} tasks, {self.attempts[0]} and {self.attempts[1]} attempts a task, paired by task",
+            f"{tasks}, {self.attempts[0]} and {self.attempts[1]} attempts a task, paired by task",
             "",
             lines[0],
             "─" * max(map(len, lines)),
@@ -167,19 +157,23 @@ def compare(a: str | Path | Evaluation, b: str | Path | Evaluation, *, common: b
     """
     one, two = (e if isinstance(e, Evaluation) else load(e) for e in (a, b))
     shared = _shared(one, two, common=common)
+    contents = [key[2] for key in shared]
     passed = [(_passed(one.rewards[key]), _passed(two.rewards[key])) for key in shared]
-    means = [(_mean(one.rewards[key]), _mean(two.rewards[key])) for key in shared]
-    differences = [float(y - x) for x, y in passed]
-    on_pass, attempts = _paired(passed, _pass_interval(differences)), (_most(one, shared), _most(two, shared))
+    means = [(mean(one.rewards[key]), mean(two.rewards[key])) for key in shared]
+    sums, copies = by_content(contents, [y - x for x, y in passed])
+    differences = [float(d / c) for d, c in zip(sums, copies, strict=True)]
+    on_pass, attempts = paired(passed, contents, pass_interval), (_most(one, shared), _most(two, shared))
     k = min(attempts)
     full = [key for key in shared if k > 1 and all(len(e.rewards[key]) >= k for e in (one, two))]
-    gained = tuple(key[1] for key, d in zip(shared, differences, strict=True) if d > 0)
-    lost = tuple(key[1] for key, d in zip(shared, differences, strict=True) if d < 0)
-    n = len(shared)
+    first = {key[2]: key[1] for key in reversed(shared)}
+    ids = [first[content] for content in dict.fromkeys(contents)]
+    gained = tuple(id for id, d in zip(ids, differences, strict=True) if d > 0)
+    lost = tuple(id for id, d in zip(ids, differences, strict=True) if d < 0)
+    n = len(differences)
     return Comparison(
         one.name, two.name, n, attempts,
         pass_at_1=on_pass,
-        reward=_paired(means, mean_interval([y - x for x, y in means])),
+        reward=paired(means, contents, mean_interval),
         k=k,
         pass_at_k=_of_k(pass_at_k, one, two, full, k),
         pass_hat_k=_of_k(pass_hat_k, one, two, full, k),
@@ -187,8 +181,9 @@ def compare(a: str | Path | Evaluation, b: str | Path | Evaluation, *, common: b
         lost=lost,
         ties=n - len(gained) - len(lost),
         p_value=on_pass.p_value,
-        left_out=(len(one.rewards) - n, len(two.rewards) - n),
-        notes=_notes(one, two, differences, on_pass.p_value, shared, len(full) if k > 1 else n, k),
+        left_out=(len(one.rewards) - len(shared), len(two.rewards) - len(shared)),
+        notes=_notes(one, two, differences, copies, on_pass.p_value, shared, len(full) if k > 1 else len(shared), k),
+        copies=len(shared) - n,
     )  # fmt: skip
 
 
@@ -286,22 +281,6 @@ def _shared(one: Evaluation, two: Evaluation, *, common: bool) -> list[TaskKey]:
     raise ConfigError(f"{found}: {action}" + "".join(f"\n{line}" for line in more))
 
 
-def _paired(
-    values: Sequence[tuple[float, float]] | Sequence[tuple[Fraction, Fraction]], t: tuple[float, float] | None
-) -> Paired:
-    """Return what the pairs (A, B) of means show, the t interval of whose difference is ``t``.
-
-    It takes the mean for normal, which few tasks or few that differ do not make it. So it is widened to 0 where the
-    test, which needs no such thing, does not reject 0.
-    """
-    differences = [y - x for x, y in values]
-    p = sign_flip_test(differences)
-    if t is not None and p >= LEVEL:
-        t = min(t[0], 0.0), max(t[1], 0.0)
-    a, b = (_mean([float(pair[i]) for pair in values]) for i in (0, 1))
-    return Paired(a, b, _mean([float(d) for d in differences]), t, p)
-
-
 def _of_k(
     rate: Callable[[int, int, int], Fraction], one: Evaluation, two: Evaluation, full: Sequence[TaskKey], k: int
 ) -> Paired | None:
@@ -309,37 +288,24 @@ def _of_k(
     if not full:
         return None
     a, b = ([rate(len(e.rewards[key]), sum(map(reaches, e.rewards[key])), k) for key in full] for e in (one, two))
-    return _paired(list(zip(a, b, strict=True)), _pass_interval([float(y - x) for x, y in zip(a, b, strict=True)]))
-
-
-def _pass_interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Return Student's t interval of the mean difference d, which lies in [-1, 1].
-
-    Of what none of n tasks showed, a task may still have the probability q = 1 - 0.025^(1/n) (Clopper and Pearson
-    1934), and differ then by as much as the bounds allow. Where fewer than ``FEW_FLIPS`` tasks differ their variance
-    says little, or nothing, of that: the interval has at least these bounds.
-    """
-    n, d = len(differences), math.fsum(differences) / len(differences)
-    low, high = mean_interval(differences) or (d, d)
-    if low == high or sum(x != 0 for x in differences) < FEW_FLIPS:
-        q = 1.0 - 0.025 ** (1 / n)
-        low, high = min(low, d - q * (1 + d)), max(high, d + q * (1 - d))
-    return max(-1.0, low), min(1.0, high)
+    return paired(list(zip(a, b, strict=True)), [key[2] for key in full], pass_interval)
 
 
 def _notes(
-    one: Evaluation, two: Evaluation, differences: Sequence[float], p: float, shared: Sequence[TaskKey], full: int,
-    k: int,
+    one: Evaluation, two: Evaluation, differences: Sequence[float], copies: Sequence[int], p: float,
+    shared: Sequence[TaskKey], full: int, k: int,
 ) -> tuple[str, ...]:  # fmt: skip
     n, flips = len(differences), sum(d != 0 for d in differences)
     notes: list[str] = []
+    if len(shared) > n:
+        notes.append(f"{len(shared)} tasks have {n} different contents: copies count as one in interval and test")
     if n < FEW_TASKS:
         notes.append(f"{n} tasks are few: the interval assumes {FEW_TASKS} or more; evaluate more with --n")
     if len(set(differences)) == 1:
         notes.append("every task has the same difference: the interval of pass@1 is an exact binomial bound")
     elif flips < FEW_FLIPS <= n:
         notes.append(f"only {flips} tasks differ: the interval has the bounds of what none showed; the test is exact")
-    low, high = _pass_interval(differences)
+    low, high = pass_interval(differences, copies)
     apart = low > 0.0 or high < 0.0
     if apart and p >= LEVEL:
         notes.append(f"the t interval alone leaves out 0, the test does not (p = {p:.3g}): it is widened to 0")
@@ -348,11 +314,11 @@ def _notes(
     uneven = sum(len(e.rewards[key]) < _most(e, shared) for e in (one, two) for key in shared)
     if uneven:
         notes.append(f"{uneven} times a task lacks attempts, which infrastructure failed: its mean is over the others")
-    if full < n:
+    if full < len(shared):
         those = f"over the {full} tasks" if full else "not known: there is no task"
         notes.append(f"pass@{k} and pass^{k} are {those} with {k} attempts on both sides")
     notes += dict.fromkeys(e.partial for e in (one, two) if e.partial)
-    left_out = any(len(e.rewards) > n for e in (one, two))
+    left_out = any(len(e.rewards) > len(shared) for e in (one, two))
     if left_out and (samples := _other_samples(one, two)):
         notes.append(f"the tasks were chosen differently: {samples}")
     if one.env and two.env and one.env != two.env:
@@ -370,10 +336,6 @@ def _passed(rewards: Sequence[float]) -> Fraction:
     It is exact, so that equal differences are equal numbers.
     """
     return Fraction(sum(reaches(r) for r in rewards), len(rewards))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _row(name: str, pair: Paired) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 RUN/metrics.jsonl     kinds train, sft, dpo: a value a step; kind eval/LABEL: held-out values, pass@1 with its
                       interval; kind holdout: the held-out loss of a fine-tuning
-RUN/trajectories      the interval of a step's mean reward, over its groups
+RUN/trajectories      the interval of a step's mean reward, over its different tasks
 FOLDER/report.json    of an evaluation: one value, at no step
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_agents.errors import ArealError
+from areal_agents.evaluation.copies import by_content
 from areal_agents.evaluation.statistics import mean_interval
 from areal_agents.tracking.console import STEPS
 from areal_agents.tracking.one_episode import read_summaries
@@ -125,20 +126,23 @@ def _trained(run: Numbers, metric: str) -> Iterator[Point]:
 
 
 def _reward_interval(out: Path, step: int) -> tuple[float, float]:
-    """Return Student's t 95 % interval of a step's mean reward over its groups, whose episodes share a task.
+    """Return Student's t 95 % interval of a step's mean reward over its different tasks, of which groups play copies.
 
-    NaN where there are fewer than two groups, or their episodes were not saved.
+    NaN where there are fewer than two, or their episodes were not saved.
     """
     path = shard_path(out, "train", step)
     if not path.exists():
         return math.nan, math.nan
     rewards: dict[str, list[float]] = defaultdict(list)
+    task_of: dict[str, str] = {}
     for summary in read_summaries(path):
         rewards[summary.group].append(summary.reward)
-    means = [math.fsum(group) / len(group) for group in rewards.values()]
+        task_of[summary.group] = summary.content_hash
+    sums, copies = by_content([task_of[g] for g in rewards], [math.fsum(r) / len(r) for r in rewards.values()])
+    means = [total / count for total, count in zip(sums, copies, strict=True)]
     if len(means) > 1 and all_same(means):
         return means[0], means[0]
-    return mean_interval(means) or (math.nan, math.nan)
+    return mean_interval(means, copies) or (math.nan, math.nan)
 
 
 def _point(row: Mapping[str, Any], metric: str) -> Point:

@@ -44,7 +44,7 @@ class Sample:
         """
         if (said := row.get("sample")) is not None:
             return cls(**said)
-        return cls(row["n"] + len(row.get("left_out", ())), None, None)
+        return cls(row["n"] + row.get("copies", 0) + len(row.get("left_out", ())), None, None)
 
     def __str__(self) -> str:
         if self.n == self.of:

@@ -9,13 +9,16 @@ Tables of it for people are in ``evaluation/leaderboard_tables.py``.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from areal_agents.evaluation.compare import LEVEL, Evaluation, TaskKey, compare
+from areal_agents.evaluation.compare import Evaluation, TaskKey, compare
+from areal_agents.evaluation.copies import by_content, effective
+from areal_agents.evaluation.paired import LEVEL
 from areal_agents.evaluation.report import EvalReport
 from areal_agents.evaluation.statistics import (
     clustered_interval,
@@ -43,7 +46,7 @@ class Score:
     model: str
     entry: str
     n: int = 0
-    """Tasks with a scored attempt."""
+    """Different tasks, by their content, with a scored attempt."""
     attempts: int = 0
     k: int = 1
     pass_at_1: float | None = None
@@ -65,6 +68,8 @@ class Score:
     """Why it could not be played."""
     folders: tuple[str, ...] = ()
     """Where its evaluations are, one a seed."""
+    copies: int = 0
+    """Tasks with a scored attempt besides, whose content is that of another one. They are in all rates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ class Difference:
     model: str
     entry: str
     n: int
-    """Tasks that both scored."""
+    """Different tasks that both scored."""
     difference: float
     ci95: Interval | None
     p_value: float
@@ -210,18 +215,21 @@ def _score(entry: SuiteEntry, model: str, cells: Sequence[Cell], rewards: Reward
         return empty
     wins = [sum(map(reaches, values)) for values in rewards.values()]
     counts = [len(values) for values in rewards.values()]
-    full = [(c, w) for c, w in zip(counts, wins, strict=True) if c >= entry.k]
+    contents = [key[2] for key in rewards]
+    full = [(c, w, content) for c, w, content in zip(counts, wins, contents, strict=True) if c >= entry.k]
     of_k: dict[str, Any] = {}
     if entry.k > 1 and full:
         for name, rate in (("pass_at_k", pass_at_k), ("pass_hat_k", pass_hat_k)):
-            mean = float(sum((rate(c, w, entry.k) for c, w in full), Fraction(0)) / len(full))
-            of_k |= {name: mean, f"{name}_ci95": wilson_interval(mean, len(full))}
+            mean = float(sum((rate(c, w, entry.k) for c, w, _ in full), Fraction(0)) / len(full))
+            tasks = effective(list(Counter(content for *_, content in full).values()))
+            of_k |= {name: mean, f"{name}_ci95": wilson_interval(mean, tasks)}
     return replace(
         empty,
-        n=len(counts),
+        n=len(set(contents)),
+        copies=len(contents) - len(set(contents)),
         attempts=sum(counts),
         pass_at_1=sum(wins) / sum(counts),
-        ci95=clustered_interval(wins, counts),
+        ci95=clustered_interval(by_content(contents, wins)[0], by_content(contents, counts)[0]),
         reward=math.fsum(r for values in rewards.values() for r in values) / sum(counts),
         truncation_rate=_weighted(there, "truncation_rate"),
         infra_rate=_weighted(there, "infra_rate"),
@@ -238,7 +246,10 @@ def _weighted(reports: Sequence[EvalReport], name: str) -> float | None:
 def _mean(model: str, scores: Sequence[Score]) -> Score:
     """Return the mean over the entries, each of which counts the same; without numbers where an entry has none."""
     whole = all(s.complete for s in scores)
-    found = Score(model, MEAN, sum(s.n for s in scores), sum(s.attempts for s in scores), complete=whole)
+    found = Score(
+        model, MEAN, sum(s.n for s in scores), sum(s.attempts for s in scores), complete=whole,
+        copies=sum(s.copies for s in scores),
+    )  # fmt: skip
     if not whole:
         return found
     values: dict[str, Any] = {"reward": math.fsum(s.reward or 0.0 for s in scores) / len(scores)}
@@ -261,12 +272,13 @@ def _mean_difference(
 ) -> Difference:
     """Return the mean over the entries, each of which counts the same.
 
-    Its test flips the signs of single tasks, each weighted by one over its entry's number of tasks.
+    Its test flips the signs of different tasks, each weighted by its share of its entry's tasks.
     """
     flips: list[Fraction] = []
     for first, other in pairs:
         shared = [key for key in first if key in other]
-        flips += [(_share(other[key]) - _share(first[key])) / len(shared) for key in shared]
+        changes = [(_share(other[key]) - _share(first[key])) / len(shared) for key in shared]
+        flips += by_content([key[2] for key in shared], changes)[0]
     n, p = sum(d.n for d in differences), sign_flip_test(flips)
     if any(d.ci95 is None for d in differences):
         return Difference(model, MEAN, n, math.fsum(d.difference for d in differences) / len(differences), None, p)
@@ -291,7 +303,8 @@ def _notes(score: Score) -> list[str]:
     if score.error:
         found.append(f"{where}: not played: {score.error}")
     elif not score.complete:
-        found.append(f"{where}: partial, {score.attempts} attempts at {score.n} tasks; the same command plays the rest")
+        tasks = score.n + score.copies
+        found.append(f"{where}: partial, {score.attempts} attempts at {tasks} tasks; the same command plays the rest")
     if score.left_out:
         found.append(f"{where}: {score.left_out} tasks could not be played or scored, and count nowhere")
     if score.infra_rate:

@@ -19,9 +19,9 @@ from areal_agents.utils.files import save_whole, unwritable
 from areal_agents.utils.short_text import cut
 
 METHOD = (
-    "pass@1 with 95 % intervals clustered by task; pass@k and pass^k by the unbiased estimators. The mean counts each "
-    "entry the same, and its interval is about these entries' tasks. Differences are paired by task (sign-flip test), "
-    "and their p has Holm's correction over models and entries."
+    "pass@1 with 95 % intervals clustered by task, copies of which are one; pass@k and pass^k by the unbiased "
+    "estimators. The mean counts each entry the same, and its interval is about these entries' tasks. Differences are "
+    "paired by task (sign-flip test), and their p has Holm's correction over models and entries."
 )
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()|~^])")
 _STYLE = (
@@ -59,8 +59,10 @@ def _scores(board: Leaderboard, title: str, name: str, interval: str) -> Table:
     for entry in board.suite.entries:
         if name.endswith("_k") and entry.k == 1:
             continue
-        size = f"{entry.n} × {entry.k}" + (f", {len(entry.seeds)} seeds" if len(entry.seeds) > 1 else "")
         of_models = [board.score(entry.name, m) for m in board.models]
+        different = max(s.n for s in of_models)
+        some = f" ({different} different)" if any(s.copies for s in of_models) else ""
+        size = f"{entry.n}{some} × {entry.k}" + (f", {len(entry.seeds)} seeds" if len(entry.seeds) > 1 else "")
         rows.append((entry.name, size, *(_value(s, name, interval) for s in of_models)))
     means = [board.score(MEAN, m) for m in board.models]
     if len(board.suite.entries) > 1 and any(getattr(s, name) is not None for s in means):

@@ -10,6 +10,7 @@ from typing import Any
 
 from areal_agents.errors import ArealError, ConfigError, InfraError
 from areal_agents.evaluation.attempts import same_attempts
+from areal_agents.evaluation.copies import by_content
 from areal_agents.evaluation.endings import count_endings, count_finishes, count_oddities, noted
 from areal_agents.evaluation.held_out import Sample
 from areal_agents.evaluation.statistics import clustered_interval
@@ -36,12 +37,12 @@ class EvalReport:
     temperature: float
     seed: int
     n: int
-    """Tasks with at least one scored attempt."""
+    """Different tasks, by their content, with at least one scored attempt."""
     k: int
     attempts: int
     pass_at_1: float
     ci95: tuple[float, float]
-    """Clustered by task."""
+    """Clustered by task, copies of which are one."""
     pass_at_k: float | None
     """Share of tasks that pass at least once, of those whose k attempts were all scored; None where there are none."""
     pass_hat_k: float | None
@@ -87,6 +88,8 @@ class EvalReport:
     first_failed: str = ""
     """Attempts given up because their reward or environment itself failed, and why the first was. They are in no rate,
     nor infrastructure's."""
+    copies: int = 0
+    """Tasks with a scored attempt besides, whose content is that of another one. They are in all rates."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -106,7 +109,7 @@ class EvalReport:
         out = f" (left out: {len(self.left_out)})" if self.left_out else ""
         return (
             f"held-out, {label}: pass@1 {self.pass_at_1:.3f} ({low:.3f}–{high:.3f}), valid calls "
-            f"{self.valid_call_rate:.2f}, n = {self.n}{out}, {self.seconds:.0f} s"
+            f"{self.valid_call_rate:.2f}, n = {_tasks(self)}{out}, {self.seconds:.0f} s"
         )
 
     def table(self) -> str:
@@ -119,13 +122,17 @@ class EvalReport:
         if self.unplayed:
             made = round(self.attempts / (1.0 - self.infra_rate)) + self.failed
             notes.append(
-                f"partial: {made} of {made + self.unplayed} attempts were played, at {self.n} tasks with a score"
+                f"partial: {made} of {made + self.unplayed} attempts were played, at {self.n + self.copies} tasks with "
+                "a score"
             )
         if self.failed:
             tried = round(self.attempts / (1.0 - self.infra_rate)) + self.failed
             notes.append(f"{self.failed} of {tried} attempts failed, in no rate: {cut(self.first_failed, 300)}")
         if self.k > 1 and self.temperature == 0.0:
             notes.append(same_attempts(self.k))
+        if self.copies:
+            all_tasks = self.n + self.copies
+            notes.append(f"{all_tasks} tasks have {self.n} different contents: copies count as one in intervals")
         return notes
 
 
@@ -189,8 +196,9 @@ def summarize(
     k = k or max(len(tries) for _, tries in results)
     everything = [t for _, tries in scored for t in tries]
     own = [error for task, error in own_failures if task not in left_out]
+    different = len({task.content_hash for task, _ in scored})
     return EvalReport(
-        env, split, model, version, temperature, seed, len(scored), k, len(everything),
+        env, split, model, version, temperature, seed, different, k, len(everything),
         infra_rate=1.0 - len(everything) / (sum(len(tries) for _, tries in results) - len(own)),
         seconds=seconds,
         left_out=dict(left_out),
@@ -200,22 +208,25 @@ def summarize(
         endings=count_endings(everything),
         finishes=count_finishes(everything),
         sample=sample,
-        **_passes([tries for _, tries in scored], k),
+        copies=len(scored) - different,
+        **_passes(scored, k),
         **_means(everything),
         **dict[str, Any](count_oddities(everything)),
     )  # fmt: skip
 
 
-def _passes(scored: Sequence[Sequence[Trajectory]], k: int) -> dict[str, Any]:
+def _passes(scored: Sequence[tuple[Task, Sequence[Trajectory]]], k: int) -> dict[str, Any]:
     """Return the rates of passing, with their interval, of the scored attempts of each task."""
-    wins = [sum(reaches(t.reward) for t in tries) for tries in scored]
-    counts = [len(tries) for tries in scored]
-    full = [w for c, w in zip(counts, wins, strict=True) if c == k]
-    found: dict[str, Any] = {"pass_at_1": sum(wins) / sum(counts), "ci95": clustered_interval(wins, counts)}
+    wins = [sum(reaches(t.reward) for t in tries) for _, tries in scored]
+    counts = [len(tries) for _, tries in scored]
+    contents = [task.content_hash for task, _ in scored]
+    interval = clustered_interval(by_content(contents, wins)[0], by_content(contents, counts)[0])
+    found: dict[str, Any] = {"pass_at_1": sum(wins) / sum(counts), "ci95": interval}
+    full = [(content, w) for content, c, w in zip(contents, counts, wins, strict=True) if c == k]
     # Of k attempts, the unbiased estimators of pass@k and pass^k are 0 or 1 a task.
-    for name, passed in (("pass_at_k", [w > 0 for w in full]), ("pass_hat_k", [w == k for w in full])):
+    for name, passed in (("pass_at_k", [int(w > 0) for _, w in full]), ("pass_hat_k", [int(w == k) for _, w in full])):
         found[name] = sum(passed) / len(full) if full else None
-        found[f"{name}_ci95"] = clustered_interval(passed, [1] * len(full)) if full else None
+        found[f"{name}_ci95"] = clustered_interval(*by_content([c for c, _ in full], passed)) if full else None
     return found
 
 
@@ -246,7 +257,7 @@ def compare_table(reports: dict[str, EvalReport]) -> str:
     for name, r in reports.items():
         of_k = (_rate(r.pass_at_k), _range(r.pass_at_k_ci95), _rate(r.pass_hat_k), _range(r.pass_hat_k_ci95))
         rows.append((
-            name, f"{r.pass_at_1:.3f}", _range(r.ci95), *(of_k if several else ()), str(r.n),
+            name, f"{r.pass_at_1:.3f}", _range(r.ci95), *(of_k if several else ()), _tasks(r),
             f"{r.valid_call_rate:.3f}", _rate(r.accuracy_given_valid), f"{r.truncation_rate:.3f}",
             f"{r.infra_rate:.3f}",
         ))  # fmt: skip
@@ -266,6 +277,10 @@ def _samples(reports: Mapping[str, EvalReport]) -> list[str]:
     if len(said) == len(reports) and len(set(said.values())) == 1:
         return [*said.values()][:1]
     return [f"{name}: {text}" for name, text in said.items()]
+
+
+def _tasks(report: EvalReport) -> str:
+    return f"{report.n} in {report.n + report.copies}" if report.copies else str(report.n)
 
 
 def _rate(value: float | None) -> str:

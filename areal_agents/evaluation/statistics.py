@@ -58,11 +58,11 @@ def clustered_interval(successes: Sequence[int], attempts: Sequence[int]) -> tup
     Wilson's score interval at the effective sample size N / deff, where deff = Var_cluster / Var_binomial is the
     design effect of the ratio estimator Σs/Σa (Kish 1965; Dean and Pagano 2015). Of few tasks that is a guess: the size
     shrinks by (z / t)², t having tasks - 1 degrees of freedom (Korn and Graubard 1998). The interval is never narrower
-    than N independent attempts would give, and never wider than one attempt a task. With one attempt a task it is
-    Wilson's own interval.
+    than N independent attempts would give. It is never wider than that of (Σa)² / Σa² tasks (Kish), whose attempts are
+    all the same; that is the number of tasks where all have as many. With one attempt a task it is Wilson's own.
 
     Args:
-        successes: how many attempts at each task succeeded.
+        successes: how many attempts at each task succeeded. Copies of one task are one task.
         attempts: how many there were at each task.
 
     Raises:
@@ -73,13 +73,14 @@ def clustered_interval(successes: Sequence[int], attempts: Sequence[int]) -> tup
         raise ValueError("no attempt was scored: there is no rate to give an interval for")
     m, total = len(pairs), sum(a for _, a in pairs)
     rate = sum(s for s, _ in pairs) / total
-    effective = float(m)
+    least = total**2 / sum(a * a for _, a in pairs)
+    effective = least
     if m > 1 and 0.0 < rate < 1.0:
         cluster = m / (m - 1) * sum((s - rate * a) ** 2 for s, a in pairs) / total**2
         binomial = rate * (1 - rate) / total
         independent = min(total * binomial / cluster, total) if cluster > 0 else float(total)
-        if independent > m:
-            effective = max(independent * (_Z95 / student_t_quantile(0.975, m - 1)) ** 2, m)
+        if independent > least:
+            effective = max(independent * (_Z95 / student_t_quantile(0.975, m - 1)) ** 2, least)
     return wilson_interval(rate, effective)
 
 
@@ -123,20 +124,27 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+def mean_interval(values: Sequence[float], weights: Sequence[int] | None = None) -> tuple[float, float] | None:
     """Return Student's t 95 % interval of the mean of independent ``values``.
 
-    None where there are fewer than two values, or all are equal. Equal means up to rounding: 0.2 - 0.1 and 0.3 - 0.2
-    are.
+    Args:
+        values: [n].
+        weights: of each, [n]: how many equal copies of it there are. The variance is that of the ratio Σwv / Σw, with n
+            values and not Σw. None: 1.
+
+    Returns:
+        None where there are fewer than two values, or all are equal. Equal means up to rounding: 0.2 - 0.1 and 0.3 -
+        0.2 are.
     """
     n = len(values)
     if n < 2 or all_same(values):
         return None
     scale = max(map(abs, values))  # squares of large numbers overflow
+    shares = [w / sum(weights) for w in weights] if weights is not None else [1 / n] * n
     parts = [v / scale for v in values]
-    mean = math.fsum(parts) / n
-    variance = math.fsum((v - mean) ** 2 for v in parts) / (n - 1)
-    half = student_t_quantile(0.975, n - 1) * math.sqrt(variance / n)
+    mean = math.fsum(w * v for w, v in zip(shares, parts, strict=True))
+    variance = n / (n - 1) * math.fsum((w * (v - mean)) ** 2 for w, v in zip(shares, parts, strict=True))
+    half = student_t_quantile(0.975, n - 1) * math.sqrt(variance)
     return (mean - half) * scale, (mean + half) * scale
 
 

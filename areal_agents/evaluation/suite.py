@@ -17,12 +17,14 @@ What decides the numbers stands in the file, so that two people who name one sui
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import importlib.resources
 import itertools
 import re
 import tomllib
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,11 @@ from areal_agents.errors import ArealError, ConfigError
 from areal_agents.settings.config import RolloutConfig
 from areal_agents.settings.describe import either
 from areal_agents.settings.section import Count, Fraction, Section
+from areal_agents.utils.foreign import contained
+from areal_agents.utils.short_text import described
 
+SUITE_GROUP = "areal_agents.suites"
+"""The entry points of suites that other packages have."""
 MEAN = "mean"
 """What the mean over the entries is called, so that no entry may be."""
 _ROLLOUT = RolloutConfig()
@@ -160,6 +166,58 @@ def shipped_suites() -> dict[str, Path]:
     return {f.name.removesuffix(".toml"): Path(str(f)) for f in root.iterdir() if f.name.endswith(".toml")}
 
 
+def installed_suites() -> dict[str, list[importlib.metadata.EntryPoint]]:
+    """Return the suites of installed packages, by name: the entry points of ``areal_agents.suites``.
+
+    An entry point is named as its suite is, and its value is the package (a folder) that holds ``NAME.toml``.
+    """
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for entry in importlib.metadata.entry_points(group=SUITE_GROUP):
+        others = found.setdefault(entry.name, [])
+        if all((other.value, _owner(other)) != (entry.value, _owner(entry)) for other in others):
+            others.append(entry)
+    return found
+
+
+def _named(text: str) -> tuple[Path, bool]:
+    """Return the file of the suite called ``text``, and whether it is an installed package's.
+
+    Raises ConfigError where there is no such suite, or two packages have one.
+    """
+    shipped, installed = shipped_suites(), installed_suites()
+    entries = installed.get(text, [])
+    if text in shipped:
+        if entries:
+            said = f"the suite {text!r} of {_owner(entries[0])} is not played, but the shipped one: rename it"
+            warnings.warn(said, stacklevel=3)
+        return shipped[text], False
+    if not entries:
+        raise ConfigError(_unknown(text, [*shipped, *installed]))
+    if len(entries) > 1:  # two people who name one suite mean the same
+        raise ConfigError(f"{' and '.join(map(_owner, entries))} each have a suite {text!r}: rename all but one")
+    return _file_of(entries[0]), True
+
+
+def _owner(entry: importlib.metadata.EntryPoint) -> str:
+    return "an unknown distribution" if entry.dist is None else entry.dist.name
+
+
+def _file_of(entry: importlib.metadata.EntryPoint) -> Path:
+    """Return the file of an installed suite. Raises ConfigError where its package cannot be imported or lacks it."""
+    where = f"suite {entry.name!r} of {_owner(entry)}"
+    try:
+        with contained():
+            path = Path(str(importlib.resources.files(entry.value) / f"{entry.name}.toml"))
+    except Exception as error:  # a boundary: the author's package may raise anything
+        raise ConfigError(
+            f"{where}: {entry.value!r} cannot be imported as a package ({described(error)}). The entry point's value "
+            f"is the one that holds {entry.name}.toml"
+        ) from error
+    if not path.is_file():
+        raise ConfigError(f"{where}: the package {entry.value!r} has no file {entry.name}.toml")
+    return path
+
+
 def is_suite(text: str) -> bool:
     """Say whether what ``eval`` was given is a suite and no environment.
 
@@ -169,18 +227,16 @@ def is_suite(text: str) -> bool:
 
 
 def load_suite(text: str) -> Suite:
-    """Read a suite, which is a ``.toml`` file or the name of a shipped one.
+    """Read a suite, which is a ``.toml`` file, or the name of a shipped or an installed one.
 
     Raises ConfigError with every problem of the file, or with the nearest names where there is no such suite.
     """
     known = shipped_suites()
-    path = Path(text).expanduser()
+    path, foreign = Path(text).expanduser(), False
     if text.endswith(".toml") and not path.is_file() and path.parent == Path() and path.stem in known:
         path = known[path.stem]
     elif not text.endswith(".toml"):
-        if text not in known:
-            raise ConfigError(_unknown(text, known))
-        path = known[text]
+        path, foreign = _named(text)
     if not path.is_file():
         near = _near(path.name, [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else [])
         said = f"did you mean {either([str(path.parent / n) for n in near])}?" if near else _shipped(known)
@@ -192,7 +248,10 @@ def load_suite(text: str) -> Suite:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        return Suite.model_validate(table)
+        suite = Suite.model_validate(table)
+        if foreign and suite.name != text:
+            raise ConfigError(f"suite {path}: its name is {suite.name!r}, and its entry point's {text!r}: write one")
+        return suite
     except ValidationError as error:
         problems = [_sentence(e) for e in error.errors()]
         if len(problems) == 1:
@@ -225,11 +284,11 @@ def _near(wrong: str, known: list[str]) -> list[str]:
     return [by_lower[n] for n in difflib.get_close_matches(wrong.lower(), by_lower, n=3, cutoff=0.6)]
 
 
-def _shipped(known: Mapping[str, Path]) -> str:
-    return f"shipped suites: {', '.join(sorted(known))}"
+def _shipped(known: Iterable[str]) -> str:
+    return f"known suites: {', '.join(sorted(known))}"
 
 
-def _unknown(text: str, known: Mapping[str, Path]) -> str:
+def _unknown(text: str, known: Sequence[str]) -> str:
     """Say that ``text`` names neither a suite nor an environment, and what it may have meant."""
     near = _near(text, list(known))
     own = {re.split(r"[/:]", spec.id)[-1]: spec.id for spec in _environments()}

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import threading
+from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import CancelledError as FutureCancelled
 from functools import partial
 from typing import Any, TypeVar
 
@@ -33,6 +34,63 @@ class HostLost(InfraError):
     """
 
 
+class _End(enum.Enum):
+    """Why a call has no outcome."""
+
+    CANCELLED = "its own environment cancelled it"
+    EXPIRED = "its time is over"
+    LOST = "the host was abandoned"
+
+
+class _Lane:
+    """A way from any thread to an event loop, which is woken once for many callbacks.
+
+    A wake-up is a system call, and whoever makes one gives the interpreter's lock away: with a thousand episodes that
+    is most of what a call costs.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._acts: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._woken = False
+
+    def put(self, act: Callable[..., object], *args: Any) -> None:
+        """Let ``act(*args)``, which raises nothing, run on the loop. Nothing happens where the loop is closed."""
+        self._acts.append((act, args))
+        if not self._woken:
+            self._woken = True
+            try:
+                self.loop.call_soon_threadsafe(self._run)
+            except RuntimeError:
+                if not self.loop.is_closed():
+                    raise
+
+    def _run(self) -> None:
+        self._woken = False  # before the queue is read: what is put from here on wakes the loop again
+        for _ in range(len(self._acts)):
+            act, args = self._acts.popleft()
+            act(*args)
+
+
+class _Call:
+    """One call: its task on the host, and the future of whoever waits for it."""
+
+    def __init__(self, make: Callable[[], Awaitable[Any]], back: _Lane) -> None:
+        self.make, self.back = make, back
+        self.waiter: asyncio.Future[Outcome[Any] | _End] = asyncio.get_running_loop().create_future()
+        self.task: asyncio.Task[Outcome[Any]] | None = None
+
+    def resolve(self, end: Outcome[Any] | _End) -> None:
+        """Tell the caller, on its own loop."""
+        if not self.waiter.done():
+            self.waiter.set_result(end)
+
+    def cancel(self) -> None:
+        """Cancel the task, on the host."""
+        if self.task is not None:
+            self.task.cancel()
+
+
 class EnvHost:
     """One background loop.
 
@@ -47,7 +105,11 @@ class EnvHost:
         if event is not None:
             self._loop.set_exception_handler(partial(_tell, event))
         self._thread = threading.Thread(target=self._run, name="areal-env-host", daemon=True)
-        self._lost = asyncio.Event()
+        self._lane = _Lane(self._loop)
+        self._back: _Lane | None = None
+        """To the loop of the last caller."""
+        self._open: set[_Call] = set()
+        """Whose callers wait."""
         self._calls: set[asyncio.Task[Any]] = set()
         self._culprit: asyncio.Task[Any] | None = None
         self.wedged = False
@@ -71,50 +133,55 @@ class EnvHost:
         """
         if self.wedged:
             raise HostLost(f"{what}: the environments' loop is blocked by another environment")
-
-        mine: list[asyncio.Task[Any]] = []
-
-        async def run() -> Outcome[T]:
-            task = asyncio.current_task()
-            assert task is not None
-            mine.append(task)
-            self._calls.add(task)
-            try:
-                return await outcome_of(make)
-            finally:
-                self._calls.discard(task)
-
-        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
-        wrapped = asyncio.ensure_future(asyncio.wrap_future(future))
-        lost = asyncio.ensure_future(self._lost.wait())
+        if self._loop.is_closed():
+            raise RuntimeError(f"{what}: the environments' host is closed")
+        loop = asyncio.get_running_loop()
+        if self._back is None or self._back.loop is not loop:
+            self._back = _Lane(loop)
+        call = _Call(make, self._back)
+        clock = loop.call_later(timeout, call.resolve, _End.EXPIRED)
+        self._open.add(call)
+        self._lane.put(self._begin, call)
         try:
-            both: set[asyncio.Future[Any]] = {wrapped, lost}
-            await asyncio.wait(both, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if wrapped.done():
-                try:
-                    outcome = wrapped.result()
-                except (FutureCancelled, asyncio.CancelledError) as error:
-                    raise EnvError(f"{what} was cancelled by its own environment") from error
-                return opened(outcome)
-            if not self.wedged:
-                future.cancel()
+            end = await call.waiter
+            if end is _End.EXPIRED and not self.wedged:
+                self._lane.put(call.cancel)
                 # The loop answers: this call alone hung, and is cancelled. Else some call holds the whole thread.
                 if await self.alive():
                     raise _hung(f"{what} did not return within {timeout:g} s (env.step_timeout): it was cancelled")
-                self._abandon(mine)
-            if self._culprit in mine:
-                raise _hung(
-                    f"{what} blocked its event loop for more than {timeout:g} s (env.step_timeout): use `await` or "
-                    "asyncio.to_thread for slow work"
-                )
-            raise HostLost(f"{what}: the environments' loop is blocked by another environment")
+                self._abandon(call)
+        except asyncio.CancelledError:
+            self._lane.put(call.cancel)
+            raise
         finally:
-            lost.cancel()
-            if not wrapped.done():
-                future.cancel()
-                wrapped.cancel()
+            clock.cancel()
+            self._open.discard(call)
+        if not isinstance(end, _End):
+            return opened(end)  # type: ignore[no-any-return]
+        if end is _End.CANCELLED:
+            raise EnvError(f"{what} was cancelled by its own environment")
+        if self._culprit is not None and self._culprit is call.task:
+            raise _hung(
+                f"{what} blocked its event loop for more than {timeout:g} s (env.step_timeout): use `await` or "
+                "asyncio.to_thread for slow work"
+            )
+        raise HostLost(f"{what}: the environments' loop is blocked by another environment")
 
-    def _abandon(self, mine: list[asyncio.Task[Any]]) -> None:
+    def _begin(self, call: _Call) -> None:
+        call.task = self._loop.create_task(outcome_of(call.make))
+        self._calls.add(call.task)
+        call.task.add_done_callback(partial(self._ended, call))
+
+    def _ended(self, call: _Call, task: asyncio.Task[Outcome[Any]]) -> None:
+        self._calls.discard(task)
+        end: Outcome[Any] | _End = _End.CANCELLED
+        if not task.cancelled():
+            error = task.exception()
+            assert error is None or isinstance(error, Exception)  # the loop's tasks are guarded
+            end = task.result() if error is None else error
+        call.back.put(call.resolve, end)
+
+    def _abandon(self, mine: _Call) -> None:
         """Give the host up, and find the culprit.
 
         It is the call whose task holds the thread, or else the one that found out.
@@ -122,9 +189,10 @@ class EnvHost:
         if self.wedged:
             return
         holder = asyncio.current_task(self._loop)
-        self._culprit = holder if holder in self._calls else mine[0] if mine else None
+        self._culprit = holder if holder in self._calls else mine.task
         self.wedged = True
-        self._lost.set()
+        for call in list(self._open):
+            call.back.put(call.resolve, _End.LOST)
 
     async def _end_calls(self) -> None:
         """Cancel the calls and wait for their ends.

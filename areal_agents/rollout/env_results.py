@@ -32,6 +32,9 @@ RETURNS: Mapping[Call, tuple[str, ...]] = {
     "afinish": ("reward", "info"),
 }
 """What the calls return, in order. What ``aclose`` returns is not looked at."""
+_ROLES: tuple[str, ...] = get_args(Role)
+_PARTS = (Text, Image)
+_REASONS: tuple[str, ...] = get_args(StopReason)
 VERDICT_METRICS = {"unverifiable": "unverifiable", "timeout": "verdict_timeout"}
 """Metrics of an episode by ``info["verdict_status"]``."""
 
@@ -146,7 +149,8 @@ def read_context(env: AgentEnv, where: str) -> Context | None:
         context: object = env.context
         if context is not None and not isinstance(context, Fold | RuleSummary | Summary):
             raise EnvError(
-                f"{where}: context is {short(context)}: it must be Fold(…), RuleSummary(…), Summary(…) or None"
+                f"{where}: context is {short(context)}: it says what happens to long histories, so it must be Fold(…), "
+                "RuleSummary(…), Summary(…) or None; call anything else otherwise"
             )
         return context
 
@@ -197,18 +201,23 @@ def _read(call: Call, result: object, where: str, turns: int) -> Returned:
 
 def _read_message(message: Message, where: str) -> None:
     """Check what is inside a message, which dataclasses leave to whoever makes them."""
-    what = f"{where} returned the message {short(message)}"
-    if message.role not in get_args(Role):
-        raise EnvError(f"{what}: its role must be one of {', '.join(get_args(Role))}")
-    if not isinstance(message.parts, tuple) or not all(isinstance(p, Text | Image) for p in message.parts):
-        raise EnvError(f"{what}: its parts must be a tuple of Text and Image")
+    if wrong := _wrong_in(message):
+        raise EnvError(f"{where} returned the message {short(message)}: {wrong}")
+
+
+def _wrong_in(message: Message) -> str:
+    if message.role not in _ROLES:
+        return f"its role must be one of {', '.join(_ROLES)}"
+    if not isinstance(message.parts, tuple) or not all(isinstance(p, _PARTS) for p in message.parts):
+        return "its parts must be a tuple of Text and Image"
     for part in message.parts:
         text = part.text if isinstance(part, Text) else part.ref
         if not isinstance(text, str):
-            raise EnvError(f"{what}: {short(text)} in it is not a text")
-    for name in ("tool_call_id", "name"):
-        if not isinstance(getattr(message, name), str | None):
-            raise EnvError(f"{what}: its {name} must be a text or None")
+            return f"{short(text)} in it is not a text"
+    for name, value in (("tool_call_id", message.tool_call_id), ("name", message.name)):
+        if value is not None and not isinstance(value, str):
+            return f"its {name} must be a text or None"
+    return ""
 
 
 def _read_info(info: Any, where: str, turns: int | None) -> Returned:
@@ -220,8 +229,8 @@ def _read_info(info: Any, where: str, turns: int | None) -> Returned:
         raise EnvError(f"{where} returned info {short(info)}, which is not a dict with text keys")
     reason, key = info.get("stop_reason"), info.get("state_key")
     components = info.get("components", {})
-    if "stop_reason" in info and not (isinstance(reason, str) and reason in get_args(StopReason)):
-        raise EnvError(f"{where}: info['stop_reason'] is {short(reason)}: use {', '.join(get_args(StopReason))}")
+    if "stop_reason" in info and not (isinstance(reason, str) and reason in _REASONS):
+        raise EnvError(f"{where}: info['stop_reason'] is {short(reason)}: use {', '.join(_REASONS)}")
     if not isinstance(key, str | None):
         raise EnvError(f"{where}: info['state_key'] is {short(key)}, which is not a text")
     if not isinstance(components, Mapping) or not all(isinstance(name, str) for name in components):
@@ -231,7 +240,7 @@ def _read_info(info: Any, where: str, turns: int | None) -> Returned:
         records = ()
     return Returned(
         stop_reason=reason,
-        components={name: _finite(x, f"the component {short(name)}", where) for name, x in components.items()},
+        components={name: _component(name, x, where) for name, x in components.items()},
         turn_rewards=_read_turn_rewards(info.get("turn_rewards"), where, turns),
         state_key=key,
         tool_results=tuple(ToolOutcome(str(r["status"]), bool(r.get("truncated", False))) for r in records),
@@ -276,6 +285,13 @@ def _read_turn_rewards(rewards: Any, where: str, turns: int | None) -> tuple[flo
     if turns is not None and len(rewards) != turns:
         raise RewardError(f"{where}: turn_rewards has {len(rewards)} entries for {turns} turns")
     return tuple(_finite(x, "the turn reward", where) for x in rewards)
+
+
+def _component(name: str, value: Any, where: str) -> float:
+    try:
+        return finite(value)
+    except ValueError:
+        return _finite(value, f"the component {short(name)}", where)
 
 
 def _finite(value: Any, name: str, where: str) -> float:

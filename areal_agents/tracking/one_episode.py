@@ -20,7 +20,7 @@ from areal_agents.types import StopReason, Trajectory
 
 _LIGHT = (
     "id", "group", "task_id", "step", "reward", "stop_reason", "error", "n_turns", "n_tool_calls", "n_valid_tool_calls",
-    "sampled_tokens",
+    "sampled_tokens", "content_hash",
 )  # fmt: skip
 
 
@@ -39,6 +39,8 @@ class Summary:
     n_tool_calls: int
     n_valid_tool_calls: int
     sampled_tokens: int
+    content_hash: str
+    """Of the task."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ def finite(value: object) -> float:
 
     Raises ValueError, whose text is "not a number", "not finite" or "too large" and why.
     """
+    if type(value) is float and -LARGEST <= value <= LARGEST:  # nearly all of them
+        return value
     try:
         number = _number(value)
     except Exception as error:  # somebody else's object, which may raise anything

@@ -17,7 +17,7 @@ from tests.simulated import BENCHMARKS, benchmarks_on_path, module
 __all__ = ["benchmarks_on_path"]
 SCRIPTS = (
     "engine", "trl_step", "demo", "demo_engines", "engines", "mismatch", "async", "gpu", "busy", "verifier",
-    "same_seed", "sandboxes", "search", "credit", "staleness", "demo_algorithms", "learner",
+    "same_seed", "sandboxes", "search", "credit", "staleness", "demo_algorithms", "learner", "environments",
 )  # fmt: skip
 RECORD = {"benchmark", "commit", "machine", "samples", "checks"}
 
@@ -134,7 +134,7 @@ def test_demos_are_compared_task_by_task_over_the_attempts_of_all_seeds(
     def load(source: str) -> compare.Evaluation:
         run, label = Path(source.partition(":")[0]).name, source.partition(":")[2]
         assert label == "after_rl"
-        return compare.Evaluation(run, {("test", f"t{i}", "h"): [float(p)] for i, p in enumerate(passed[run])})
+        return compare.Evaluation(run, {("test", f"t{i}", f"h{i}"): [float(p)] for i, p in enumerate(passed[run])})
 
     monkeypatch.setattr(compare, "load", load)
     alone, both = (demo_engines.compared(tmp_path, "vllm", seeds) for seeds in ([0], [0, 1]))
@@ -157,7 +157,7 @@ def test_an_algorithm_is_compared_with_the_warm_start_that_the_first_run_evaluat
 
     def load(source: str) -> compare.Evaluation:
         found = passed[Path(source).name]
-        return compare.Evaluation(source, {("test", f"t{i}", "h"): [float(p)] for i, p in enumerate(found)})
+        return compare.Evaluation(source, {("test", f"t{i}", f"h{i}"): [float(p)] for i, p in enumerate(found)})
 
     monkeypatch.setattr(compare, "load", load)
     found = script.compared(tmp_path, "grpo, adapters")

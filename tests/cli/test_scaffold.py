@@ -14,7 +14,7 @@ import pytest
 import areal_agents
 from areal_agents import settings
 from areal_agents.cli.main import main
-from areal_agents.cli.scaffold import KINDS, PLACEHOLDER, TEMPLATE, init
+from areal_agents.cli.scaffold import KINDS, PLACEHOLDER, init
 from areal_agents.errors import ConfigError
 
 FILES = {
@@ -49,6 +49,33 @@ GAME_FILES = {
     ".gitignore", "README.md", "pyproject.toml", "train.toml", "acme_env/__init__.py", "acme_env/env.py",
     "acme_env/tasks.py", "acme_env/world.py", "tests/test_acme_env.py",
 }  # fmt: skip
+
+
+DATASET_FILES = {
+    ".gitignore", "README.md", "pyproject.toml", "train.toml", "acme_env/__init__.py", "acme_env/env.py",
+    "acme_env/questions.py", "acme_env/measures.py", "acme_env/rubric.py", "acme_env/data/__init__.py",
+    "acme_env/data/train.jsonl", "acme_env/data/test.jsonl", "acme_env/suites/__init__.py",
+    "acme_env/suites/acme_env.toml", "tests/test_acme_env.py",
+}  # fmt: skip
+GYMNASIUM_FILES = {
+    ".gitignore", "README.md", "pyproject.toml", "train.toml", "acme_env/__init__.py", "acme_env/env.py",
+    "acme_env/game.py", "tests/test_acme_env.py",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "there"), [("dataset", DATASET_FILES), ("gymnasium", GYMNASIUM_FILES)])
+def test_other_kinds(kind: str, there: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "acme_env", "--kind", kind, "--into", str(tmp_path)]) == 0
+    out, folder, template = capsys.readouterr().out, tmp_path / "acme_env", KINDS[kind]  # type: ignore[index]
+    assert f"  areal-agents check acme_env/{template.env}\n" in out
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == there
+    for path in folder.rglob("*"):
+        assert template.placeholder not in path.name
+        assert path.is_dir() or template.placeholder not in path.read_text()
+    assert settings.load(folder / "train.toml").env.id == f"acme_env/{template.env}"
+    project = tomllib.loads((folder / "pyproject.toml").read_text())
+    packages = {p.parent.relative_to(folder).as_posix().replace("/", ".") for p in folder.glob("acme_env/**/*.py")}
+    assert set(project["tool"]["setuptools"]["packages"]) == packages
 
 
 def test_a_game(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,13 +196,20 @@ def test_every_command_of_the_generated_readme_exists() -> None:
     """Their options too: each is parsed, none is run (tests/test_user_path.py runs them)."""
     from areal_agents.cli.main import _parse
 
-    readme = (TEMPLATE / "README.md").read_text()
-    commands = re.findall(r"^    areal-agents ([^#\n]+)", readme, re.MULTILINE)
-    named = [command.split()[0] for command in commands]
-    assert named == ["check", "train", "eval", "eval", "replay", "replay", "rescore", "train"]
-    for command in commands:
-        parsed, _ = _parse(command.split())
-        assert type(parsed).__name__.lower() == command.split()[0]
+    named = {}
+    for kind, template in KINDS.items():
+        readme = (template.folder / "README.md").read_text()
+        commands = re.findall(r"^    areal-agents ([^#\n]+)", readme, re.MULTILINE)
+        named[kind] = [command.split()[0] for command in commands]
+        for command in commands:
+            parsed, _ = _parse(command.split())
+            assert type(parsed).__name__.lower() == command.split()[0]
+    assert named == {
+        "tool": ["check", "train", "eval", "eval", "replay", "replay", "rescore", "train"],
+        "game": ["check", "train", "eval", "train"],
+        "dataset": ["check", "train", "eval", "rescore"],
+        "gymnasium": ["check", "train", "eval"],
+    }
 
 
 def test_the_template_is_shipped() -> None:
@@ -187,7 +221,9 @@ def test_the_template_is_shipped() -> None:
     package = root / "areal_agents" / "cli"
     shipped = {p for pattern in patterns for p in package.glob(pattern)}
     assert areal_agents.__file__ is not None
-    for kind, files in (("tools", FILES), ("game", GAME_FILES)):
+    everything = {"tool": FILES, "game": GAME_FILES, "dataset": DATASET_FILES, "gymnasium": GYMNASIUM_FILES}
+    assert set(KINDS) == set(everything)
+    for kind, files in everything.items():
         template = KINDS[kind]  # type: ignore[index]
         there = {p.relative_to(template.folder).as_posix() for p in shipped if p.is_relative_to(template.folder)}
         assert {place.replace(template.placeholder, "acme_env") for place in there} == files

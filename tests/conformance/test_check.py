@@ -292,13 +292,13 @@ class Long(Steep):
 
     @classmethod
     def expert(cls, task: Task) -> Expert | None:
-        return _patient()
+        return _patient(task)
 
 
-def _patient() -> Expert:
+def _patient(task: Task) -> Expert:
     for _ in range(15):
         yield '<tool_call>{"name": "rest", "arguments": {}}</tool_call>'
-    yield '<tool_call>{"name": "pay", "arguments": {}}</tool_call>'
+    yield checked_envs.call("pay", task)
 
 
 def test_a_long_game_is_played_to_its_end_by_the_audit() -> None:

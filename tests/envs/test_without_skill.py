@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,6 +107,20 @@ def test_what_comes_without_the_skill_is_what_the_docs_say(cls: type[AgentEnv]) 
     for difficulty, said in zip((0.0, 0.5), map(float, cell.split(", ")), strict=False):
         mean = fmean(earned(cls, task, rng) for task in cls.tasks("test", difficulty=difficulty)[:100])
         assert mean == pytest.approx(said, abs=0.13)  # 100 tasks of 0 or 1: two standard errors are 0.1
+
+
+def test_what_comes_without_the_skill_is_declared_as_chance() -> None:
+    """So that the audit knows it. Where it is a constant answer's few hundredths, the audit's slack has room for it."""
+    for id, (_, _, cell) in SAID.items():
+        said = [max(0.0, float(number)) for number in cell.split(", ")]
+        said = said * 3 if len(said) == 1 else said
+        levels = (0.0, 0.5, 1.0)
+        declared = [dataclasses.replace(registry.spec(id), difficulty=level).audit.chance for level in levels]
+        if max(said) <= 0.02:
+            assert declared == [0.0] * 3, id
+        else:
+            assert declared == said, id
+            assert registry.spec(id).audit.chance == said[1], id
 
 
 def test_the_docs_say_how_many_different_tasks_there_are() -> None:

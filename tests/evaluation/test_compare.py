@@ -11,7 +11,8 @@ import pytest
 
 from areal_agents.cli.main import main
 from areal_agents.errors import ArealError, ConfigError
-from areal_agents.evaluation.compare import Comparison, Evaluation, _pass_interval, compare, load
+from areal_agents.evaluation.compare import Comparison, Evaluation, compare, load
+from areal_agents.evaluation.paired import pass_interval
 from areal_agents.tracking.trajectories import Record, shard_path, write_shard
 from areal_agents.types import AssistantMessage, Completion, Task, Trajectory, Turn
 
@@ -291,7 +292,7 @@ def test_the_interval_of_a_few_gained_tasks_covers_their_rate(n: int, rate: floa
     """By enumeration of how many of n tasks are gained. Student's t alone holds 84 to 90 % of the first three."""
     covered, before = 0.0, 0.0
     for gained in range(n + 1):
-        low, high = _pass_interval([1.0] * gained + [0.0] * (n - gained))
+        low, high = pass_interval([1.0] * gained + [0.0] * (n - gained), [1] * n)
         chance = math.comb(n, gained) * rate**gained * (1 - rate) ** (n - gained)
         covered += chance * (low <= rate <= high)
         if gained < 20:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,9 @@ def test_wrong_files_say_where(tmp_path: Path, old: str, new: str, said: str) ->
 @pytest.mark.parametrize(
     ("argv", "code", "said"),
     [
-        (["quik", "--model", "m"], 1, "unknown suite 'quik' (did you mean quick?); shipped suites: full, quick"),
+        (["quik", "--model", "m"], 1, "unknown suite 'quik' (did you mean quick?); known suites: full, quick"),
         (["Hanoi", "--model", "m"], 1, "did you mean areal/Hanoi-v0?"),
-        (["nowhere.toml", "--model", "m"], 1, "no such suite: nowhere.toml. Shipped suites: full, quick"),
+        (["nowhere.toml", "--model", "m"], 1, "no such suite: nowhere.toml. Known suites: full, quick"),
         (["quick"], 2, "--model is missing: name the models to evaluate on quick"),
         (["quick", "--model", "a", "--model", "a"], 2, "--model a is given twice"),
         (["quick", "--model", "a", "--n", "3"], 2, "--n is what a suite says of each entry"),
@@ -145,6 +146,68 @@ def test_entries_that_cannot_be_played_are_told_before_anything_is(
     assert "greedy: tests.letters_env:Letters:test has 8 tasks, but eval.n = 40" in said
     assert "often: tests.letters_env:Letters has no split 'tset'" in said
     assert not out.exists()
+
+
+def install(folder: Path, name: str, value: str, owner: str = "acme", text: str = "", code: str = "") -> None:
+    """Install a package that has one suite."""
+    package = folder / value.replace(".", "/")
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").write_text(code)
+    if text:
+        (package / f"{name}.toml").write_text(text)
+    info = folder / f"{owner}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {owner}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[areal_agents.suites]\n{name} = {value}\n")
+
+
+MINE = 'name = "acme-hard"\nversion = 2\n[[entries]]\nenv = "areal/Hanoi-v0"\nn = 4\n'
+
+
+def test_a_suite_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "acme-hard", "acme_suites_whole", text=MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    suite = load_suite("acme-hard")
+    assert (str(suite), suite.entries[0].env) == ("acme-hard v2", "areal/Hanoi-v0")
+    with pytest.raises(ConfigError, match=r"unknown suite 'acme-hart' \(did you mean acme-hard\?\); known suites: "):
+        load_suite("acme-hart")
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "code", "said"),
+    [
+        ("acme_suites_empty", "", "", "suite 'acme-hard' of acme: the package 'acme_suites_empty' has no file acme-ha"),
+        ("acme_suites_raises", MINE, "raise OSError('no disk')", "cannot be imported as a package (OSError: no disk)"),
+        ("acme_suites_exits", MINE, "import sys; sys.exit(3)", "(RuntimeError: it called sys.exit(3))"),
+        (
+            "acme_suites_other",
+            MINE.replace("acme-hard", "acme"),
+            "",
+            "its name is 'acme', and its entry point's 'acme",
+        ),
+        ("acme_suites_wrong", "name = ", "", "is not valid TOML"),
+    ],
+)
+def test_an_installed_suite_that_cannot_be_read(
+    value: str, text: str, code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "acme-hard", value, text=text, code=code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_suite("acme-hard")
+    assert load_suite("quick").name == "quick"  # a broken package costs only itself
+
+
+def test_a_name_that_two_packages_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path / "a", "twice", "acme_suites_a", "acme")
+    install(tmp_path / "b", "twice", "acme_suites_b", "bcme")
+    install(tmp_path / "c", "quick", "acme_suites_c", "ccme")
+    for name in "abc":
+        monkeypatch.syspath_prepend(str(tmp_path / name))
+    with pytest.raises(ConfigError, match=r"[ab]cme and [ab]cme each have a suite 'twice': rename all but one"):
+        load_suite("twice")
+    with pytest.warns(UserWarning, match="the suite 'quick' of ccme is not played, but the shipped one"):
+        assert len(load_suite("quick").entries) == 4
 
 
 def rows(out: Path) -> dict[Path, list[Any]]:

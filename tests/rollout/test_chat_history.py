@@ -13,11 +13,13 @@ from areal_agents.chat_model import ChatReply
 from areal_agents.context import HEAD, Context
 from areal_agents.engine import Sampling
 from areal_agents.errors import ConfigError
+from areal_agents.finetune.episodes import _rows
+from areal_agents.finetune.messages import RowRefused
 from areal_agents.rollout.chat_policy import ChatPolicy
 from areal_agents.rollout.episode import Limits
 from areal_agents.types import AssistantMessage, Message, Trajectory, user
 from tests.pages_env import PAGES, Pages, call
-from tests.pages_played import FMT, KINDS, LIMITS, TURN, messages_of, play, rule_of, small
+from tests.pages_played import FMT, KINDS, LIMITS, TURN, Reader, messages_of, play, rule_of, small
 
 
 class Model:
@@ -79,3 +81,13 @@ def test_without_reported_tokens_nothing_is_rewritten_and_it_is_counted() -> Non
 def test_limits_that_cannot_be_kept_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"Fold\(at=0.9\) of model.max_context = 60"):
         chat(Model(), rule_of("fold"), replace(LIMITS, max_context=60))
+
+
+def test_imitation_leaves_it_out_for_it_has_no_prompts() -> None:
+    t = chat(Model(), rule_of("fold", at=0.75), small(pages=4.5))
+    with pytest.raises(RowRefused, match="its history was rewritten"):
+        _rows(t, FMT, None, last=False)  # type: ignore[arg-type]  # the run is not asked
+    policy = Reader(limits=small())
+    played = play(policy, rule_of("fold"))
+    rows = _rows(played, FMT, None, last=False)  # type: ignore[arg-type]
+    assert sum(int(row.mask.sum()) for row in rows) == played.sampled_tokens

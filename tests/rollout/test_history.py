@@ -17,11 +17,11 @@ from areal_agents.chat.conversation import Conversation
 from areal_agents.chat.format import ChatFormat
 from areal_agents.context import EMPTY, HEAD, Fold, RuleSummary, applied, folded, note, summed_up
 from areal_agents.errors import ConfigError, EnvError
-from areal_agents.rollout.episode import Limits
+from areal_agents.rollout.episode import EpisodeDriver, Limits
 from areal_agents.rollout.history import COUNTED
 from areal_agents.rollout.player import PlayerSpec, require_prompts
 from areal_agents.tracking.trajectories import _turn, _turn_row
-from areal_agents.types import Completion, Ids, Message, Task, Trajectory, Turn, user
+from areal_agents.types import Completion, Ids, Message, Prompt, Task, Trajectory, Turn, user
 from tests import pages_env
 from tests.pages_env import PAGES, Pages, call
 from tests.pages_played import (
@@ -32,6 +32,7 @@ from tests.pages_played import (
     TASK,
     TURN,
     Reader,
+    again,
     messages_of,
     once,
     play,
@@ -210,19 +211,28 @@ def test_a_summary_without_room_or_use_is_not_asked_for() -> None:
     assert (policy.summaries, t.stop_reason) == (0, "context")
 
 
-def test_an_episode_that_ends_right_after_a_summary_pays_at_its_last_step() -> None:
-    whole = Reader(limits=small())
-    t = play(whole, rule_of("summary"))
-    s = next(k for k, turn in enumerate(t.turns) if turn.kind == "summary")
-    spent = sum(len(turn.completion.ids) for turn in t.turns[: s + 1])
-    longer = Reader(limits=small(max_episode_tokens=spent + 2), summary="page {} read" + " fox" * 60)
-    t = play(longer, rule_of("summary", max_tokens=len(t.turns[s].completion.ids)))
-    assert [turn.kind for turn in t.turns[-2:]] == ["summary", "step"], "two tokens were left for a turn"
-    exact = Reader(limits=small(max_episode_tokens=spent), summary="page {} read" + " fox" * 60)
-    t = play(exact, rule_of("summary", max_tokens=len(t.turns[s].completion.ids) - 1))
-    assert t.last_step >= 0
-    assert sum(bool(turn.components) for turn in t.turns) == 1
-    assert t.turns[t.last_step].components
+class Garbled(Reader):
+    """Sums up in bytes that are no text. Each is shown as a character of three bytes, so they are more tokens then."""
+
+    async def sample_summary(self, prompt: Prompt, max_tokens: int, asked: Any, episode: EpisodeDriver) -> Completion:
+        self.prompts.append(prompt.ids)
+        broken = next(i for i in range(400) if self.fmt.text_of(i) == "\ufffd")
+        return Completion((broken,) * max_tokens, (-1.0,) * max_tokens, (0,) * max_tokens, "length")
+
+
+def test_an_episode_that_ends_right_after_a_summary_is_paid_at_its_last_step() -> None:
+    on = Reader()
+    play(on, None)
+    page = len(on.prompts[1]) - len(on.prompts[0])
+    limits = replace(LIMITS, max_context=len(on.prompts[0]) + page + TURN + 50)
+    policy = Garbled(limits=limits)
+    t = play(policy, rule_of("summary"))
+    assert ([turn.kind for turn in t.turns], t.stop_reason) == (["step", "step", "summary"], "context")
+    assert t.last_step == 1
+    assert [turn.reward for turn in t.turns] == [0.1, 0.0, 0.0]
+    assert [bool(turn.components) for turn in t.turns] == [False, True, False]
+    once(t, policy.prompts)
+    assert again(t, rule_of("summary")).identical
 
 
 # --- any sequence of rewritings --------------------------------------------------------------------------------------
@@ -289,7 +299,7 @@ class Often(Pages):
 
 
 def test_what_is_no_rule_is_the_environments_error() -> None:
-    with pytest.raises(EnvError, match=r"areset .*: context is 3: it must be Fold\(…\), RuleSummary\(…\)"):
+    with pytest.raises(EnvError, match=r"areset .*: context is 3: it says what happens to long histories, so it must"):
         play(Reader(), None, lambda: Wrong(sandbox=None))
 
 

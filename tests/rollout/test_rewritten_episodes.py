@@ -8,24 +8,22 @@ from typing import Any
 
 import pytest
 
-from areal_agents.chat.format import ChatFormat
 from areal_agents.context import HEAD, Context, Fold, RuleSummary, Summary
-from areal_agents.env import AgentEnv
 from areal_agents.evaluation.endings import context_means, count_oddities, noted
-from areal_agents.evaluation.replay import ReplayReport, replay
+from areal_agents.evaluation.replay import replay
 from areal_agents.evaluation.rescore import with_verdict
 from areal_agents.evaluation.transcript import transcript, transcript_json
 from areal_agents.group_reward import with_group_verdict
 from areal_agents.reward import Verdict
 from areal_agents.rollout.rebuilt import rebuilt
 from areal_agents.tracking.trajectories import Record, _turn, _turn_row, read_shard, write_shard
-from areal_agents.types import Trajectory
 from tests import pages_env
 from tests.pages_env import PAGES, Pages
 from tests.pages_played import (
     FMT,
     KINDS,
     Reader,
+    again,
     play,
     rule_of,
     small,
@@ -63,13 +61,6 @@ def test_new_verdicts_go_to_the_steps() -> None:
     last = with_verdict(t, Verdict(2.5, {"c": 1.0}))
     assert [turn.reward for turn in last.turns] == [*(0.0,) * (len(t.turns) - 1), 2.5]
     assert last.turns[last.last_step].components == {"c": 1.0}
-
-
-def again(t: Trajectory, rule: Context | None, fmt: ChatFormat | None = FMT) -> ReplayReport:
-    def make() -> AgentEnv:
-        return Pages(sandbox=None, context=rule if rule is not None else {"kind": "none"})
-
-    return asyncio.run(replay(Record("train", 1, t), make, seed=7, fmt=fmt, max_turns=30))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -49,7 +49,8 @@ def test_every_episode_is_found_in_every_kind_of_file(tmp_path: Path, records: l
         ]  # fmt: skip
         assert read_earned(path, "g7") == []
         assert read_earned(path) == [Earned.of(r.trajectory) for r in records]
-    assert read_summaries(new)[3] == Summary("g1/1", "g1", "t1", 1, 0.75, "answer", None, 2, 0, 0, 6)
+    content = records[3].trajectory.task.content_hash
+    assert read_summaries(new)[3] == Summary("g1/1", "g1", "t1", 1, 0.75, "answer", None, 2, 0, 0, 6, content)
 
 
 def test_only_its_row_group_is_read(tmp_path: Path, records: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:

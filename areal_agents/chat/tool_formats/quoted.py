@@ -32,7 +32,8 @@ def without_quoted(
         tools: what it may call.
         thinking: the prompt already opened ``<think>``.
     """
-    if not any(block.status == "ok" for block in blocks):
+    last = max((block.start for block in blocks if block.status == "ok"), default=0)
+    if not text[:last].strip():  # nothing stands before the calls that could hold them
         return list(blocks)
     zones = list(_values(text))
     for other in FORMATS.values():

@@ -1,0 +1,1 @@
+"""The questions: a file a split, a JSON object a line."""
