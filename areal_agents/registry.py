@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import importlib.util
 import inspect
 import re
 import warnings
@@ -63,6 +64,13 @@ class EnvSpec:
     description: str = ""
     difficulty: float | None = None
     """The difficulty of ``tasks`` where none is named. None is the environment's default."""
+    needs: str = ""
+    """A module that the user installs, without which the environment has no tasks. Empty where nothing is needed."""
+
+    @property
+    def installed(self) -> bool:
+        """Whether what it needs is there."""
+        return not self.needs or importlib.util.find_spec(self.needs) is not None
 
     def env_class(self) -> type[AgentEnv]:
         """Import the class.
@@ -239,6 +247,7 @@ def register(
     kwargs: Mapping[str, Any] | None = None,
     splits: Sequence[str] | None = None,
     description: str = "",
+    needs: str = "",
 ) -> EnvSpec:
     """Register an environment here and with Gymnasium, so that ``gymnasium.make(id)`` works too.
 
@@ -250,6 +259,7 @@ def register(
         kwargs: arguments of the class, which ``make`` may override.
         splits: names of the task splits. None means the class's own.
         description: one line for lists of environments.
+        needs: a module that the user installs, without which there are no tasks: ``check --all`` leaves it out then.
 
     Raises:
         RegistryError: ``id`` or ``entry_point`` is malformed, or another environment has that id.
@@ -258,7 +268,8 @@ def register(
         raise RegistryError(f'environment id {id!r} must read "namespace/Name-v0"')
     if _ENTRY_POINT.fullmatch(entry_point) is None:
         raise RegistryError(f'{id}: entry point {entry_point!r} must read "package.module:Class"')
-    new = EnvSpec(id, entry_point, dict(kwargs or {}), None if splits is None else tuple(splits), description)
+    named = None if splits is None else tuple(splits)
+    new = EnvSpec(id, entry_point, dict(kwargs or {}), named, description, needs=needs)
     if id in _specs:
         if _specs[id] != new:
             taken = _specs[id].entry_point

@@ -10,7 +10,8 @@ from typing import Any
 
 from gymnasium.spaces import Space
 
-from areal_agents.types import AssistantMessage, Image, Message, Observation, Text, messages_to_json
+from areal_agents.chat.message_json import messages_to_json
+from areal_agents.types import AssistantMessage, Image, Message, Observation, Text
 
 _SAMPLE_MAX_CHARS = 48
 _SURROGATES = range(0xD800, 0xE000)

@@ -91,9 +91,6 @@ class Dispatcher:
         Raises:
             EnvError: for two tools of the same name.
         """
-        self._tools = {spec.name: spec for spec in tools}
-        if len(self._tools) != len(tools):
-            raise EnvError(f"two tools have the same name: {', '.join(spec.name for spec in tools)}")
         self._backend = sandbox
         self._sandbox_spec = sandbox_spec
         self._models = dict(models)
@@ -101,11 +98,25 @@ class Dispatcher:
         self._session: AbstractAsyncContextManager[Sandbox] | None = None
         self._sandbox: Sandbox | None = None
         self._journal: list[_Ready | Operation] = []
-        reader = next((spec.name for spec in tools if "outputs" in spec.injected.values()), None)
-        self._outputs = None if reader is None else Outputs(reader)
         self._resources = Resources()
         self.replays = 0
         """How often a fresh session saved a call in this episode."""
+        self._tools: dict[str, ToolSpec] = {}
+        self._outputs: Outputs | None = None
+        self.offer(tools)
+
+    def offer(self, tools: Sequence[ToolSpec]) -> None:
+        """Run calls of these tools from now on, and of no others.
+
+        Raises EnvError for two tools of the same name.
+        """
+        named = {spec.name: spec for spec in tools}
+        if len(named) != len(tools):
+            raise EnvError(f"two tools have the same name: {', '.join(spec.name for spec in tools)}")
+        reader = next((spec.name for spec in tools if "outputs" in spec.injected.values()), None)
+        if reader is None or self._outputs is None or self._outputs.reader != reader:
+            self._outputs = None if reader is None else Outputs(reader)
+        self._tools = named
 
     def use(self, spec: SandboxSpec) -> None:
         """Open sessions with another spec from now on."""

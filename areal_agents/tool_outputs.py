@@ -21,7 +21,7 @@ class Outputs:
 
     def __init__(self, reader: str = "read_output") -> None:
         """Name the tool that reads on, as notices do."""
-        self._reader = reader
+        self.reader = reader
         self._kept: dict[int, str] = {}
         self._last = 0
 
@@ -33,7 +33,7 @@ class Outputs:
         self._kept[self._last] = cut_middle(text, MAX_KEPT_CHARS)[0]
         while sum(map(len, self._kept.values())) > MAX_EPISODE_CHARS:
             del self._kept[next(iter(self._kept))]
-        return cut_middle(text, limit, f"{self._reader}(output={self._last}, start={{}})")
+        return cut_middle(text, limit, f"{self.reader}(output={self._last}, start={{}})")
 
     def get(self, number: int) -> str | None:
         """Return an output, or None where there is none of that number any more."""

@@ -22,12 +22,13 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from areal_agents.context import ContextLike, context_of
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError, InfraError, RewardError, SandboxUnavailable, TaskError
 from areal_agents.reward import PAID, Episode, RewardLike, TaskCheck, judge, judging_seconds, task_checks
 from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec
 from areal_agents.served_model import ModelLike, chat_models
-from areal_agents.tool import ToolResult
+from areal_agents.tool import ToolResult, ToolSpec
 from areal_agents.tool_dispatch import Dispatcher
 from areal_agents.types import (
     AssistantMessage,
@@ -82,6 +83,7 @@ class ToolEnv(AgentEnv):
         models: Mapping[str, ModelLike] | None = None,
         max_turns: int | None = None,
         system_prompt: str | None = None,
+        context: ContextLike | None = None,
     ) -> None:
         """Make an environment, whose sandbox is opened when a tool needs it.
 
@@ -90,6 +92,7 @@ class ToolEnv(AgentEnv):
             models: judges and simulated users, by name. Tools and the rubric (``Episode.models``) get them.
             max_turns: at least 1, in place of the class's own.
             system_prompt: in place of the class's own; an empty one is none.
+            context: in place of the class's own, as a rule or as ``context_of`` reads it.
         """
         super().__init__()
         self._rubric = getattr(type(self), "rubric", None)  # from the class: a function must not become a method
@@ -101,6 +104,8 @@ class ToolEnv(AgentEnv):
             raise EnvError(f"max_turns {self.max_turns} must be at least 1")
         if system_prompt is not None:
             self.system_prompt = self._text("system_prompt", system_prompt)
+        if context is not None:
+            self.context = context_of(context)
         self._models = chat_models(models or {})
         self._sandbox_missing = sandbox is None
         self._dispatcher = Dispatcher(
@@ -188,6 +193,16 @@ class ToolEnv(AgentEnv):
         for key in {PAID, f"{PAID}.{name}" if name else PAID}:
             self._paid[-1][key] = self._paid[-1].get(key, 0.0) + value
 
+    def offer(self, tools: Sequence[ToolSpec]) -> None:
+        """Let the model call these tools from now on, in place of those before.
+
+        The first prompt has shown those of ``tools_of``. It stays as it is, so a message must say what is new.
+
+        Raises EnvError for two tools of the same name.
+        """
+        self._dispatcher.offer(tools)
+        self.tools = tuple(tools)
+
     def end_episode(self, answer: str | None = None) -> None:
         """End the episode with this turn, because the game is won or lost, or because ``answer`` was submitted.
 
@@ -211,6 +226,8 @@ class ToolEnv(AgentEnv):
         if self._sandbox_missing and self._has("inspect"):
             raise EnvError(f"{type(self).__name__}.inspect needs a sandbox, but the environment has sandbox=None")
         self._dispatcher.use(self.sandbox_of(task))
+        if self._has("tools_of"):
+            self.offer(self.tools_of(task))
         try:
             self.state = copy.deepcopy(self.new_state(task))
         except (TypeError, copy.Error) as error:

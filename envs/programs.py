@@ -15,6 +15,7 @@ import ast
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from areal_agents.context import ContextLike
 from areal_agents.env import Expert
 from areal_agents.envs.assertions import program, read_assertions
 from areal_agents.envs.function_specs import spec
@@ -65,6 +66,7 @@ class Programs(ToolEnv):
         test_path: str = "",
         sandbox: SandboxBackend | str | None = "bubblewrap",
         max_turns: int | None = None,
+        context: ContextLike | None = None,
     ) -> None:
         """Make an environment on a file, or on functions that are made up.
 
@@ -73,8 +75,9 @@ class Programs(ToolEnv):
             test_path: of the file of the test split. Empty takes it from ``path``.
             sandbox: for the python tool and for the tests.
             max_turns: in place of the class's own.
+            context: as ``ToolEnv`` has it.
         """
-        super().__init__(sandbox=sandbox, max_turns=max_turns)
+        super().__init__(sandbox=sandbox, max_turns=max_turns, context=context)
         self._source: dict[str, Any] = {"path": path, "test_path": test_path}
         if sandbox is not None:
             self._rubric = WeightedSum({"correct": tested(sandbox=sandbox)})

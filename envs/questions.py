@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from areal_agents.context import ContextLike
 from areal_agents.env import Expert
 from areal_agents.errors import ConfigError
 from areal_agents.reward import sole_boxed
@@ -63,6 +64,7 @@ class Questions(ToolEnv):
         verify: Mapping[str, Any] | None = None,
         sandbox: SandboxBackend | str | None = None,
         max_turns: int | None = None,
+        context: ContextLike | None = None,
     ) -> None:
         """Make an environment on a file.
 
@@ -74,8 +76,9 @@ class Questions(ToolEnv):
             verify: options of the verifier, such as ``{"tolerance": 0.01}``.
             sandbox: for the tools of a subclass.
             max_turns: as ``ToolEnv`` has it, for a subclass with tools.
+            context: as ``ToolEnv`` has it.
         """
-        super().__init__(sandbox=sandbox, max_turns=max_turns)
+        super().__init__(sandbox=sandbox, max_turns=max_turns, context=context)
         self._source: dict[str, Any] = {"path": path, "test_path": test_path, "question": question, "answer": answer}
         if verify:
             self._rubric = boxed_math(**verify)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ import areal_agents  # noqa: F401  before any test imports torch: it sets how to
 
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+TASK_PACKAGES = Path(sys.prefix) / "task-packages"
+"""Where `make test` puts the packages whose tasks adapters play."""
+if TASK_PACKAGES.is_dir():
+    sys.path.append(str(TASK_PACKAGES))  # last: it holds nothing that is installed otherwise
 
 
 def missing(reason: str) -> None:

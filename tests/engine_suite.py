@@ -165,6 +165,23 @@ async def turns_equal_a_forward_pass(it: Served) -> None:
     await it.until(lambda now: now.kv_tokens <= health.kv_tokens - kept)
 
 
+async def rewritten_turns_equal_a_forward_pass(it: Served) -> None:
+    """The history of a session that changes behind its beginning, becomes shorter, branches and goes on."""
+    opening, ids = ids_of(40, 5), ids_of(120, 5)  # the first 40 of both are the same
+    for turn in range(2):
+        done = await it.ask(ids, 8, "rewritten", seed=turn)
+        it.check(ids, done)
+        ids = ids + done.ids + ids_of(30, turn)
+    branch = ids[:-30] + ids_of(7, 60)  # before what was shown last: it asks for a summary
+    it.check(branch, await it.ask(branch, 8, "rewritten", seed=3))
+    short = opening + ids_of(11, 61) + ids[-60:]
+    for turn in range(2):
+        done = await it.ask(short, 8, "rewritten", seed=4 + turn)
+        it.check(short, done)
+        short = short + done.ids + ids_of(5, turn)
+    await it.engine.release("rewritten")
+
+
 async def turns_end_at_stop_ids_and_limits(it: Served) -> None:
     ids = ids_of(20, 8)
     free = await it.ask(ids, 20, "free", temperature=0.0)
@@ -229,6 +246,7 @@ REQUESTS: dict[str, Check] = {
     check.__name__: check
     for check in (
         turns_equal_a_forward_pass,
+        rewritten_turns_equal_a_forward_pass,
         turns_end_at_stop_ids_and_limits,
         what_cannot_be_sampled_is_refused,
         cancelled_turns_free_their_kv,

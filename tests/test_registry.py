@@ -46,6 +46,12 @@ def test_register_makes_it_here_and_in_gymnasium() -> None:
     assert added.audit == Audit(chance=0.0, gold=False, expert=False)
 
 
+def test_what_an_environment_needs_may_be_missing() -> None:
+    assert register("mine/Plain-v0", COUNTDOWN).installed
+    assert register("mine/Needs-v0", COUNTDOWN, needs="json").installed
+    assert not register("mine/Lacks-v0", COUNTDOWN, needs="no_such_package").installed
+
+
 class ByLevel(Countdown):
     chance = {None: 0.5, 0.0: 0.8, 0.5: 0.4, 1.0: 0.0}  # noqa: RUF012  as an author writes it
 

@@ -45,6 +45,11 @@ class Conversation:
         return self._suffix is None
 
     @property
+    def last(self) -> int:
+        """The turn that was said last in this conversation, -1 where it begins with the history that it was given."""
+        return self._last
+
+    @property
     def suffix(self) -> Ids:
         """The ids shown since the parent turn's last sampled token.
 
@@ -97,8 +102,8 @@ class Conversation:
         next turn then has ``parent == turn``. With ``resample=True`` the history ends right before the completion. The
         prompt and the suffix are then the same, so the fork's next turn is a sibling of ``turn``.
 
-        This conversation is unchanged. Agent endpoints need forks, for agents that branch. The built-in episode does
-        not.
+        This conversation is unchanged. The built-in episode asks for a summary in a fork. Agents that branch need them
+        too.
         """
         if not 0 <= turn < len(self._turns):
             raise ValueError(f"turn {turn} does not exist: this conversation has {len(self._turns)} turns")
@@ -114,8 +119,7 @@ class Conversation:
     def restart(self, messages: Sequence[ChatMessage]) -> Conversation:
         """Start a fork with an edited or summarised history.
 
-        Its next turn is a new root, a whole prompt (T5). Context management needs it. The built-in episode ends where
-        its context is full.
+        Its next turn is a new root, a whole prompt (T5).
         """
         out = self._empty()
         out._start(tuple(messages))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from areal_agents.chat.message_json import messages_to_json
 from areal_agents.chat.template_facts import TemplateFacts
 from areal_agents.errors import TemplateError
-from areal_agents.types import AssistantMessage, Message, messages_to_json
+from areal_agents.types import AssistantMessage, Message
 
 ChatMessage = Message | AssistantMessage
 Row = dict[str, Any]

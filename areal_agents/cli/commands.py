@@ -49,7 +49,8 @@ class Train:
 
         config = settings.load(self.config or None, overrides)
         require_linux("training")
-        registry.spec(config.env.id)  # a typo is answered before torch is imported
+        for env in config.mixture or (config.env,):
+            registry.spec(env.id)  # a typo is answered before torch is imported
         inside = Path(self.config).expanduser().parent
         if self.resume and (inside / "commit.json").exists() and inside.resolve() != config.out.resolve():
             raise UsageError(
@@ -145,7 +146,7 @@ class Check:
     env: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID")] = ()
     """Environment ids or module:Class."""
     all: bool = False
-    """Check every registered environment."""
+    """Check every registered environment, but for those whose package is not installed."""
     difficulty: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Difficulty of the tasks that are played, from 0 to 1; the environment's default where none is given."""
     tokenizer: str = "smollm2"
@@ -181,7 +182,11 @@ class Check:
         from areal_agents import registry
         from areal_agents.conformance.check import check
 
-        ids = [*self.env, *(s.id for s in registry.specs() if self.all and s.id not in self.env)]
+        others = [s for s in (registry.specs() if self.all else ()) if s.id not in self.env]
+        ids = [*self.env, *(s.id for s in others if s.installed)]
+        for s in others:
+            if not s.installed:
+                print(f"{s.id} is left out: it needs {s.needs}, which is not installed", file=sys.stderr)
         if not ids:
             raise UsageError("name an environment (`areal-agents envs` lists them), or use --all")
         tokenizer = None if self.tokenizer.lower() == "none" else self.tokenizer

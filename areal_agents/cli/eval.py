@@ -66,6 +66,8 @@ class Eval:
     """With --power: take the variance from evaluation A. --compare A B takes it from the differences of two."""
     common: bool = False
     """With --compare: leave out the tasks that are not in both, instead of refusing."""
+    save_pass_rates: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write how often each task was passed here, for ``curriculum.pass_rates`` of a training (docs/curriculum.md)."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Also write the report as JSON here; ``-``: to standard output, and everything else to standard error."""
 
@@ -79,6 +81,8 @@ class Eval:
         """Return the report as JSON, and the exit code."""
         from areal_agents.evaluation.suite import is_suite
 
+        if self.save_pass_rates is not None and (self.power is not None or self.compare or is_suite(self.env)):
+            raise UsageError("--save-pass-rates FILE is of one evaluation: areal-agents eval ENV_ID --model MODEL")
         if self.power is not None:
             return ask_power(self, overrides)
         if self.pass_ is not None or self.earlier:
@@ -105,6 +109,8 @@ class Eval:
         if named := next(filter(None, limits), None):
             raise UsageError(f"--fail-below {named}={limits[named]:g}: only a suite has entries; write a rate alone")
         config = self.settings(overrides)
+        if (rates := self.save_pass_rates) is not None and not rates.absolute().parent.is_dir():
+            raise UsageError(f"--save-pass-rates {rates}: there is no folder {rates.parent}")
         registry.spec(config.env.id)  # a typo is answered before torch is imported
         from areal_agents.evaluation.evaluate import evaluate
         from areal_agents.evaluation.unfinished import EvaluationInterrupted
@@ -141,8 +147,14 @@ class Eval:
         print(f"files: {config.out}")
         if stopped is not None:
             print(stopped, file=sys.stderr)
-        if stopped is not None:
+            if self.save_pass_rates is not None:
+                print(f"{self.save_pass_rates} is written once all attempts are scored", file=sys.stderr)
             return report.to_json(), 130
+        if self.save_pass_rates is not None:
+            from areal_agents.evaluation.pass_rates import save_pass_rates
+
+            spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
+            print(save_pass_rates(self.save_pass_rates, config, spec))
         if limits and not reaches(report.pass_at_1, limits[""]):
             print(f"error: pass@1 {report.pass_at_1:.3f} is below {limits['']:g}", file=sys.stderr)
             return report.to_json(), 1

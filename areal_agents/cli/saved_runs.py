@@ -120,6 +120,9 @@ class Rescore:
         if len(outcome.failures) == len(outcome.episodes):
             return {"reward": self.reward, "scored": 0, "failed": len(outcome.failures), "skipped": outcome.skipped}
         algorithm = run.algorithm if self.kind == "train" else None
+        if algorithm is not None and run.mixture:
+            print("note: the run had several environments, so advantages are not compared", file=sys.stderr)
+            algorithm = None
         group = group_reward_among(reward)
         shift = compare(outcome, reward=self.reward, algorithm=algorithm, pass_at=self.pass_at, group=group)
         print(shift.table())
@@ -185,6 +188,7 @@ class Replay:
         from areal_agents.rollout.player import prove_sandbox
 
         record = run.episode(self.kind, self.episode)
+        run = run.of(record)
         seed = run.env_seed(record) if self.seed is None else self.seed
         sandbox = self.sandbox or run.sandbox
         if not self.sandbox and sandbox != "bubblewrap":  # the folder may be somebody else's, and its code a model's

@@ -34,6 +34,7 @@ from areal_agents.engines.local import supervision
 from areal_agents.registry import EnvSpec
 from areal_agents.settings.config import TrainConfig
 from areal_agents.trainer.backend import Backend, Event, engine_spec_of, engines_text, learner_settings, receivers, salt
+from areal_agents.trainer.parts import parts_of
 from areal_agents.utils.system import available_cores
 
 
@@ -47,7 +48,7 @@ async def open_ray(
 
     Args:
         config: the settings of the run.
-        spec: the environment that the rollout workers play.
+        spec: not used here, since the settings name every environment that the rollout workers play.
         model: the model's folder, which every node can read.
         event: ``event(kind, **fields)`` writes a line to the event log.
         resumed_at: the step at which the run was resumed, or 0. It changes the engines' random numbers.
@@ -78,8 +79,9 @@ async def open_ray(
             **learner_settings(config, _transport(config, joined), threads=max(1, int(c.learner_cpus))),
         )  # fmt: skip
         await stack.enter_async_context(learner)
+        first, *more = ((part.spec, part.env.sandbox) for part in parts_of(config))
         workers = RolloutWorkers(
-            pool, spec, sandbox=config.env.sandbox, workers=c.rollout_workers, num_cpus=c.worker_cpus,
+            pool, first[0], sandbox=first[1], more=more, workers=c.rollout_workers, num_cpus=c.worker_cpus,
             episodes_per_worker=math.ceil(_episodes(config) / c.rollout_workers),
             event=event, hang_seconds=hang, options={"resources": dict(c.worker_resources)},
         )  # fmt: skip

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -60,7 +60,7 @@ class RolloutWorkers(AsyncClosing):
 
     Args:
         engine: a picklable handle, of which each worker calls its own copy.
-        env, sandbox: the environment, and the sandbox backend that each worker proves before it plays.
+        env, sandbox, more: the environments, and the sandbox backend of each, that a worker proves before it plays.
         workers, episodes_per_worker: actors, and the episodes that each plays at once. Others wait their turn.
         event: is told worker_lost (worker, reason, episodes), worker_restarted (worker, seconds), worker_dropped
             (worker, reason), worker_added, worker_removed (worker, episodes), and players' reports (with worker).
@@ -78,6 +78,7 @@ class RolloutWorkers(AsyncClosing):
         env: EnvSpec,
         *,
         sandbox: str = "bubblewrap",
+        more: Sequence[tuple[EnvSpec, str]] = (),
         workers: int = 1,
         episodes_per_worker: int = 16,
         event: EventSink = no_events,
@@ -92,10 +93,9 @@ class RolloutWorkers(AsyncClosing):
     ) -> None:
         """Start nothing yet. Raises ConfigError for a number out of range."""
         if workers < 1 or min(hang_seconds, health_interval, start_seconds, drain_seconds) <= 0:
-            raise ConfigError(
-                f"rollout workers = {workers} must be at least 1, their interval and deadlines positive seconds"
-            )
-        self._engine, self._env, self._sandbox, self._event = engine, env, sandbox, event
+            said = f"rollout workers = {workers} must be at least 1, their interval and deadlines positive seconds"
+            raise ConfigError(said)
+        self._engine, self._proved, self._event = engine, [(env, sandbox), *more], event
         self._first = workers
         self._options = {
             "num_cpus": num_cpus, "max_restarts": 0, "max_concurrency": 2 * episodes_per_worker + 64,
@@ -133,8 +133,8 @@ class RolloutWorkers(AsyncClosing):
 
     def player(self, spec: PlayerSpec) -> RemotePlayer:
         """Return a player of ``spec`` on these workers. Many may be open at once and share the places."""
-        here = replace(spec, model=spec.model.absolute())  # a worker's working directory is another one
-        return RemotePlayer(self, next(self._numbers), here)
+        # A worker's working directory is another one.
+        return RemotePlayer(self, next(self._numbers), replace(spec, model=spec.model.absolute()))
 
     async def resize(self, workers: int) -> None:
         """Grow or shrink to ``workers``, and return once new workers play.
@@ -250,8 +250,9 @@ class RolloutWorkers(AsyncClosing):
         end = time.monotonic() + self._start_seconds
         try:
             await self._placed(actor)
-            left = max(end - time.monotonic(), 1.0)
-            node, pid = await actor.call("start", self._env, self._sandbox, seconds=left)
+            for env, sandbox in self._proved:
+                left = max(end - time.monotonic(), 1.0)
+                node, pid = await actor.call("start", env, sandbox, seconds=left)
         except ActorLost as error:
             await actor.end("it did not start")
             raise WorkerLost(f"{error}: `ray status` shows what is free, `ray logs` what it wrote") from error

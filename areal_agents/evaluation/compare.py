@@ -208,7 +208,7 @@ def load(source: str | Path) -> Evaluation:
         rewards.setdefault((task.split, task.id, task.content_hash), []).append(record.trajectory.reward)
     if not rewards:
         raise ConfigError(_nothing_there(folder, label))
-    return Evaluation(text, rewards, _environment(folder), partial_note(folder, label), _sample(folder, label))
+    return Evaluation(text, rewards, _environment(folder, label), partial_note(folder, label), _sample(folder, label))
 
 
 def _nothing_there(folder: Path, label: str) -> str:
@@ -223,9 +223,13 @@ def _nothing_there(folder: Path, label: str) -> str:
     return f"{folder} holds no evaluation: name a folder that `areal-agents eval` wrote, or RUN:LABEL"
 
 
-def _environment(folder: Path) -> str | None:
-    """Return the environment's id, where report.json (of an evaluation) or config.toml (of a run) says it."""
+def _environment(folder: Path, label: str) -> str | None:
+    """Return the environment's id, where report.json (of an evaluation) or reports.json (of a run) says it."""
     try:
+        if label and (folder / "reports.json").is_file():
+            reports = json.loads((folder / "reports.json").read_text(encoding="utf-8"))
+            if label in reports:
+                return str(reports[label]["env"])
         if (folder / "report.json").is_file():
             return str(json.loads((folder / "report.json").read_text(encoding="utf-8"))["env"])
         return str(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))["env"]["id"])

@@ -65,7 +65,9 @@ def _read(out: Path, name: str) -> Numbers:
         if (out / "metrics.jsonl").is_file():
             rows = read_metrics(out)
             training = tuple(row for row in rows if row["kind"] in STEPS)
-            held_out = tuple(row for row in rows if row["kind"].startswith("eval/") or row["kind"] == "holdout")
+            # Of several environments the means are drawn, not each environment's own (``before.LABEL``).
+            whole = [row for row in rows if "." not in row["kind"]]
+            held_out = tuple(row for row in whole if row["kind"].startswith("eval/") or row["kind"] == "holdout")
             if training or held_out:
                 return Numbers(out, name, training, held_out)
             raise ArealError(f"{out} has no step and no held-out evaluation yet: there is nothing to draw")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from areal_agents.rollout.history import COUNTED, REMOVED
 from areal_agents.types import Trajectory
 
 _ODD = {
@@ -15,6 +16,7 @@ _ODD = {
     "verdict_timeouts": ("verdict_timeout", "verdict timed out"),
     "sandbox_replays": ("sandbox_replays", "sandbox replays"),
     "withheld": ("reward_withheld", "not paid for a cut message"),
+    "rewritten": (REMOVED, "histories rewritten"),
 }
 """By name in reports and rows: the metric of an episode, and the words of the table."""
 
@@ -30,12 +32,24 @@ def count_finishes(episodes: Sequence[Trajectory]) -> dict[str, int]:
 
 
 def count_oddities(episodes: Sequence[Trajectory]) -> dict[str, int]:
-    """Return the turns that ended early, the episodes with an odd verdict or an unpaid reward, and sandbox replays."""
+    """Return the turns that ended early, sandbox replays, and the episodes with what else a mean would hide.
+
+    That is an odd verdict, an unpaid reward, or a history that was rewritten.
+    """
     counts = {"cut_turns": sum(turn.message.finish != "stop" for t in episodes for turn in t.turns)}
     for name, (metric, _) in _ODD.items():
         values = [t.metrics.get(metric, 0.0) for t in episodes]
         counts[name] = int(sum(values)) if name == "sandbox_replays" else sum(x != 0.0 for x in values)
     return counts
+
+
+def context_means(episodes: Sequence[Trajectory]) -> dict[str, float]:
+    """Return the means of what was rewritten (``rollout/history.py``), over the episodes whose environment has a rule.
+
+    It is empty where none has.
+    """
+    found = [t.metrics for t in episodes if REMOVED in t.metrics]
+    return {name: sum(m.get(name, 0.0) for m in found) / len(found) for name in COUNTED} if found else {}
 
 
 def noted(endings: Mapping[str, int], finishes: Mapping[str, int], oddities: Mapping[str, int]) -> str:

@@ -111,8 +111,9 @@ def _computed_again(run: SavedRun, algorithm: AlgorithmConfig, record: Record) -
     whole = estimator.over_batch or algorithm.normalize == "batch"
     path = run.shards("train", first=record.step, last=record.step)[0]
     groups: dict[str, dict[str, Earned]] = defaultdict(dict)
+    own = run.env_of(record.kind, t.group)  # each environment of a mixture is a batch of its own
     for e in read_earned(path, None if whole else t.group):
-        if e.rewards_K:
+        if e.rewards_K and run.env_of(record.kind, e.group) == own:
             groups[e.group][e.id] = e
     greedy: dict[str, float] = {}
     if estimator.baseline == "greedy":

@@ -138,8 +138,8 @@ def on_engines(config: TrainConfig, spec: EnvSpec, kept: KeptEngines | None = No
 
     folder, engine = resolve(config.model.path), config.engine
     fmt = ChatFormat.load(folder, config.model.chat)
-    require_prompts(spec, fmt)
     limits = limits_of(config)
+    require_prompts(spec, fmt, limits)
     player = PlayerSpec(
         env=spec,
         model=folder,

@@ -6,8 +6,9 @@
                        ending, rewards, components
 
 The recorded assistant messages are played however the environment answers. So only the first difference is sure to be
-a cause, and later ones may follow from it. Turns count from 0, as in the files. Not covered: whether the engine would
-sample the same tokens again.
+a cause, and later ones may follow from it. Where the record says that its history was rewritten, the environment's rule
+is asked again. Turns count from 0, as in the files. Not covered: whether the engine would sample the same tokens again,
+and whether the limits of the run would rewrite a history at the same turns.
 """
 
 from __future__ import annotations
@@ -20,21 +21,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from areal_agents.chat.conversation import Conversation
 from areal_agents.chat.format import ChatFormat
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, RewardError
 from areal_agents.rollout.env_host import EnvHost
 from areal_agents.rollout.episode import EpisodeDriver, Policy, Said
+from areal_agents.rollout.history import PlayedHistory
 from areal_agents.rollout.rebuilt import as_sampled
-from areal_agents.rollout.token_policy import continued
 from areal_agents.sandbox import backends
 from areal_agents.tracking.console import plain
 from areal_agents.tracking.trajectories import Record
 from areal_agents.types import AssistantMessage, Image, Message, Observation, StopReason, Text, ToolCall, Trajectory
 
 What = Literal[
-    "observation", "prompt tokens", "parsing", "exception", "tool results", "state key", "ending", "reward",
+    "observation", "context", "prompt tokens", "parsing", "exception", "tool results", "state key", "ending", "reward",
     "outcome", "components",
 ]  # fmt: skip
 _LIMITS: tuple[StopReason, ...] = ("context", "tokens")
@@ -138,7 +138,7 @@ class Playback(Policy):
     def __init__(self, recorded: Trajectory, fmt: ChatFormat | None, max_turns: int | None) -> None:
         self.differences: list[Difference] = []
         self._recorded, self._fmt, self._max_turns = recorded, fmt, max_turns
-        self._conversation: Conversation | None = None
+        self._history: PlayedHistory | None = None
 
     async def say(self, episode: EpisodeDriver) -> Said | StopReason:
         k = len(episode.turns)
@@ -149,22 +149,29 @@ class Playback(Policy):
         turn = self._recorded.turns[k]
         message, tokens = as_sampled(turn.message), len(turn.completion.ids)
         # Which limit cut the last message stands in the record alone.
-        last = k == len(self._recorded.turns) - 1
+        last = k == self._recorded.last_step
         cut = self._recorded.stop_reason if last and self._recorded.stop_reason in _LIMITS else None
-        if episode.observation != turn.observation:
+        request = turn.observation if turn.kind == "summary" else None
+        if request is None and episode.observation != turn.observation:
             self._differ(k, "observation", _diff(_lines(turn.observation), _lines(episode.observation)))
         if self._fmt is None:
-            return Said(message, turn.completion, turn.prompt_suffix, turn.parent, tokens, cut)
-        self._conversation = conversation = continued(self._conversation, self._fmt, episode)
+            played = turn.completion, turn.prompt_suffix, turn.parent, tokens, cut, turn.rewritten, request
+            return Said(message, *played)
+        self._history = self._history or PlayedHistory(self._fmt)
+        conversation, other = await self._history.before(turn, episode)
+        if other:
+            self._differ(k, "context", _diff(*other))
         suffix, parent = conversation.suffix, conversation.parent
         if suffix != turn.prompt_suffix:
             self._differ(k, "prompt tokens", _ids_diff(turn.prompt_suffix, suffix))
         elif parent != turn.parent:
             self._differ(k, "prompt tokens", f"recorded as a child of turn {turn.parent}, not {parent}")
         parsed = replace(conversation.add_completion(turn.completion), tokens=message.tokens)
+        if request is not None:
+            parsed = self._history.keep_summary(parsed)
         if parsed != message:
             self._differ(k, "parsing", _diff(_said(message), _said(parsed)))
-        return Said(parsed, turn.completion, suffix, parent, tokens, cut)
+        return Said(parsed, turn.completion, suffix, parent, tokens, cut, turn.rewritten, request)
 
     def ended_by_the_runner(self) -> bool:
         """Say whether the runner ended the recorded episode, so that it has to end this one too.
@@ -175,7 +182,7 @@ class Playback(Policy):
         if not t.truncated or t.terminated:
             return False
         return t.stop_reason in (*_LIMITS, "content_filter") or (
-            t.stop_reason == "max_turns" and (limit is None or len(t.turns) >= limit)
+            t.stop_reason == "max_turns" and (limit is None or len(t.steps) >= limit)
         )
 
     def _differ(self, turn: int, what: What, detail: str) -> None:

@@ -76,6 +76,8 @@ class EvalReport:
     sandbox_replays: int = 0
     withheld: int = 0
     """Lost sandboxes whose calls were run again; attempts with a reward that a cut message earned and did not get."""
+    rewritten: int = 0
+    """Attempts whose history was folded or summed up (``context.py``)."""
     pass_at_k_ci95: tuple[float, float] | None = None
     pass_hat_k_ci95: tuple[float, float] | None = None
     """Wilson's intervals over those tasks, each of which counts once. None where there is no rate, and in reports from

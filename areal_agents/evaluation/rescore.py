@@ -23,7 +23,14 @@ from areal_agents.engine import ChatModel
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, ConfigError, RegistryError
 from areal_agents.evaluation.saved_run import SavedRun
-from areal_agents.group_reward import GroupRewardLike, declaration, is_group_reward, judge_group, with_group_verdict
+from areal_agents.group_reward import (
+    GroupRewardLike,
+    declaration,
+    is_group_reward,
+    judge_group,
+    rewards_of,
+    with_group_verdict,
+)
 from areal_agents.reward import PAID, Episode, RewardLike, Verdict, judge
 from areal_agents.rollout.env_results import VERDICT_METRICS, status_metrics
 from areal_agents.rollout.group_judge import group_rubric_of
@@ -165,6 +172,9 @@ def answer_of(run: SavedRun) -> ReadAnswer:
     An environment that overrides ``ToolEnv.answer`` is made once and asked. It needs no sandbox for that. Raises
     RegistryError where there is no such environment.
     """
+    if run.mixture:
+        readers = {e.label: answer_of(run.of_env(e)) for e in run.mixture}
+        return lambda record: readers[run.env_of(record.kind, record.trajectory.group)](record)
     read = answer_reader(run.spec.env_class(), run.make_env)
     if read is spoken_answer:
         return plain_answer
@@ -173,7 +183,7 @@ def answer_of(run: SavedRun) -> ReadAnswer:
 
 def plain_answer(record: Record) -> str:
     """Return the text after the reasoning, as ``ToolEnv.answer`` does by default."""
-    return record.trajectory.turns[-1].message.spoken
+    return spoken_answer(record.trajectory, 0)
 
 
 def episode_of(record: Record, answer: ReadAnswer = plain_answer) -> Episode:
@@ -186,8 +196,7 @@ def with_verdict(trajectory: Trajectory, verdict: Verdict) -> Trajectory:
 
     What tools paid for a turn stays. Metrics say of the new verdict's status alone.
     """
-    last = len(trajectory.turns) - 1
-    rewards = verdict.turn_rewards or (*(0.0 for _ in range(last)), verdict.score)
+    last, rewards = trajectory.last_step, rewards_of(trajectory, verdict)
     paid = [{n: x for n, x in t.components.items() if n.partition(".")[0] == PAID} for t in trajectory.turns]
     turns = tuple(
         replace(

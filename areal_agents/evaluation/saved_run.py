@@ -13,7 +13,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from areal_agents.evaluation.attempts import attempt_seed
 from areal_agents.registry import EnvSpec
 from areal_agents.rollout.player import env_maker
 from areal_agents.rollout.producer import group_seed
+from areal_agents.rollout.shares import Shares
 from areal_agents.served_model import models_of
-from areal_agents.settings.config import AlgorithmConfig
+from areal_agents.settings.config import AlgorithmConfig, MixedEnv
 from areal_agents.tracking.exact_json import from_utf8
 from areal_agents.tracking.one_episode import read_episode
 from areal_agents.tracking.trajectories import Record, read_shard, shards, step_of
@@ -54,6 +55,8 @@ class SavedRun:
     """None for an evaluation, which trains nothing."""
     chat: ChatOptions = field(default_factory=ChatOptions)
     """How the run's prompts were made."""
+    mixture: tuple[MixedEnv, ...] = ()
+    """Where the run had several environments: these. ``of_env`` and ``of`` choose one."""
 
     @classmethod
     def open(cls, out: Path) -> SavedRun:
@@ -69,7 +72,7 @@ class SavedRun:
             algorithm = None if evaluated else c.algorithm
             return cls(
                 out, c.env.id, c.seed, c.model.path, c.env.sandbox, c.env.kwargs, c.env.step_timeout,
-                c.rollout.max_turns, algorithm, c.model.chat,
+                c.rollout.max_turns, algorithm, c.model.chat, c.mixture,
             )  # fmt: skip
         try:
             row = json.loads((out / "report.json").read_text(encoding="utf-8"))
@@ -83,8 +86,38 @@ class SavedRun:
 
     @property
     def spec(self) -> EnvSpec:
-        """The run's environment. Raises RegistryError."""
+        """The run's environment. Raises RegistryError, and ArealError where it had several."""
+        if self.mixture:
+            labels = ", ".join(e.label for e in self.mixture)
+            raise ArealError(f"{self.out} has several environments ({labels}), and this is asked of one alone")
         return registry.spec(self.env_id).with_kwargs(self.env_kwargs)
+
+    def env_of(self, kind: str, group: str) -> str:
+        """Return the label of the environment of a group of episodes. Empty where the run had one environment.
+
+        Of an evaluation and a demonstration, ``group`` or ``kind`` has it. Of a training it follows from the group's
+        number. Raises ArealError for a group that this package does not name.
+        """
+        if not self.mixture:
+            return ""
+        labels = [e.label for e in self.mixture]
+        if kind in ("train", "greedy") and (found := _TRAIN_GROUP.fullmatch(group)):
+            return labels[Shares([e.weight for e in self.mixture], seed=self.seed).at(int(found[1]))]
+        said = (kind if "." in kind else group.partition("/")[0]).rpartition(".")[2]
+        if said not in labels:
+            raise ArealError(f"which environment of {self.out} the group {group!r} was of cannot be told from its id")
+        return said
+
+    def of(self, record: Record) -> SavedRun:
+        """Return the run as if the environment of an episode were its only one."""
+        label = self.env_of(record.kind, record.trajectory.group)
+        return next((self.of_env(e) for e in self.mixture if e.label == label), self)
+
+    def of_env(self, env: MixedEnv) -> SavedRun:
+        """Return the run as if ``env`` were its only environment."""
+        return replace(
+            self, env_id=env.id, sandbox=env.sandbox, env_kwargs=env.kwargs, step_timeout=env.step_timeout, mixture=()
+        )
 
     @property
     def env_models(self) -> dict[str, ChatModel]:
@@ -94,17 +127,20 @@ class SavedRun:
             RegistryError: there is no such environment.
             ConfigError: one of them is no model.
         """
-        return models_of({**self.spec.kwargs, **self.env_kwargs})
+        found: dict[str, ChatModel] = {}
+        for one in map(self.of_env, self.mixture) if self.mixture else (self,):
+            found |= models_of({**one.spec.kwargs, **one.env_kwargs})
+        return found
 
     def make_env(self, *, sandbox: str | None = None) -> AgentEnv:
         """Make a new environment as the run made its own, with ``sandbox`` in place of the run's where it is given.
 
         Raises RegistryError.
         """
-        kwargs = dict(self.env_kwargs)
+        spec, kwargs = self.spec, dict(self.env_kwargs)
         if sandbox and "sandbox" in kwargs:
             kwargs["sandbox"] = sandbox
-        return env_maker(self.spec, sandbox=sandbox or self.sandbox, kwargs=kwargs)()
+        return env_maker(spec, sandbox=sandbox or self.sandbox, kwargs=kwargs)()
 
     def env_seed(self, record: Record) -> int:
         """Return the seed that the episode's environment was reset with.

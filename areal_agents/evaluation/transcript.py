@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from areal_agents.chat.message_json import messages_to_json
 from areal_agents.tracking.console import plain
 from areal_agents.tracking.trajectories import Record
-from areal_agents.types import Image, Message, Part, ToolCall, Trajectory, Turn, messages_to_json
+from areal_agents.types import Image, Message, Part, Rewritten, ToolCall, Trajectory, Turn
 
 Style = Literal["title", "head", "text", "quiet", "good", "bad"]
 Line = tuple[Style, str]
@@ -38,12 +39,15 @@ def transcript(
     t = record.trajectory
     yield from _head(record, note)
     for k, turn in enumerate(t.turns):
+        if turn.rewritten is not None:
+            yield from _rewritten(turn.rewritten, chars)
         yield from _messages(turn.observation, chars)
         yield "text", ""
         gained = [f"reward {turn.reward:.4g}"] + ([] if advantages is None else [f"advantage {advantages[k]:+.4g}"])
         cut = [] if turn.message.finish == "stop" else [f"cut: {turn.message.finish}"]
         length = [_count(len(turn.completion.ids), "token")] if turn.completion.ids else []
-        yield "head", "  ".join([f"assistant, turn {k}", *gained, *length, *cut])
+        what = f"assistant, turn {k}" + (", a summary" if turn.kind == "summary" else "")
+        yield "head", "  ".join([what, *gained, *length, *cut])
         yield from _said(turn, chars)
     yield from _messages(t.final_observation, chars)
     yield "text", ""
@@ -71,7 +75,12 @@ def _turn_json(turn: Turn, advantage: float | None) -> dict[str, Any]:
         "finish": said.finish, "tokens": len(turn.completion.ids), "tool_calls": calls,
         "tool_results": [{"status": r.status, "truncated": r.truncated} for r in turn.tool_results],
         "reward": turn.reward, "components": dict(turn.components), "advantage": advantage, "parent": turn.parent,
+        "kind": turn.kind, "rewritten": None if turn.rewritten is None else _rewritten_json(turn.rewritten),
     }  # fmt: skip
+
+
+def _rewritten_json(rewritten: Rewritten) -> list[Any]:
+    return [entry if isinstance(entry, int) else messages_to_json([entry])[0] for entry in rewritten]
 
 
 # --- parts -------------------------------------------------------------------------------------------------------
@@ -141,6 +150,16 @@ def _messages(messages: Sequence[Message], chars: int | None) -> Iterator[Line]:
         yield "text", ""
         yield "head", f"{message.role}{name}"
         yield from _block(_text(message.parts), chars)
+
+
+def _rewritten(rewritten: Rewritten, chars: int | None) -> Iterator[Line]:
+    """Yield what took the place of the history: how many messages, and those that are new."""
+    new = [entry for entry in rewritten if not isinstance(entry, int)]
+    # The last message is what the turn answers, which always stays.
+    before = 1 + max((entry for entry in rewritten if isinstance(entry, int)), default=-1)
+    yield "text", ""
+    yield "head", f"history rewritten  {_count(before, 'message')} became {len(rewritten)}, {len(new)} of them new"
+    yield from _messages(new, chars)
 
 
 def _block(text: str, chars: int | None, *, indent: int = 4, style: Style = "text") -> Iterator[Line]:

@@ -120,6 +120,8 @@ def _rows(t: Trajectory, fmt: ChatFormat, served: ServedEpisodes, *, last: bool)
     played = [bool(turn.prompt_suffix or turn.completion.ids) for turn in t.turns]
     if any(played) and not all(played):
         raise RowRefused("some of it has tokens and some has none")
+    if not any(played) and any(turn.rewritten for turn in t.turns):
+        raise RowRefused("its history was rewritten (context), and a server's model played it: there are no prompts")
     rows = trained_rows(rows_of(t, [1.0] * len(played), episode=0)) if all(played) else served.rows(t)
     return last_turn(rows) if last else rows
 

@@ -11,12 +11,13 @@ from functools import cached_property
 
 from areal_agents.algorithms.batch import Row
 from areal_agents.chat.format import ChatFormat
+from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, ConfigError
 from areal_agents.evaluation.saved_run import SavedRun
 from areal_agents.finetune.messages import RowRefused, Said, Spoken
 from areal_agents.finetune.render import render
 from areal_agents.tool import ToolSpec
-from areal_agents.types import AssistantMessage, Trajectory
+from areal_agents.types import AssistantMessage, Task, Trajectory
 
 _HERMES = ("hermes", "api")
 """Formats whose calls stand in a saved text as Hermes blocks."""
@@ -30,20 +31,23 @@ class ServedEpisodes:
         self.rendered = 0
 
     @cached_property
-    def tools(self) -> tuple[ToolSpec, ...]:
-        """What the model was shown. Raises ConfigError where the run's environment cannot be made."""
-        make: Callable[[], object] = self._run.make_env
+    def _env(self) -> AgentEnv:
+        make: Callable[[], AgentEnv] = self._run.make_env
         try:
-            return tuple(getattr(make(), "tools", ()))
+            return make()
         except ArealError as error:
             raise ConfigError(
                 f"{self._run.out} was played by a chat server's model, and its environment, which has the tools, "
                 f"cannot be made: {error}"
             ) from error
 
+    def tools_of(self, task: Task) -> tuple[ToolSpec, ...]:
+        """Return what the model was shown. Raises ConfigError where the run's environment cannot be made."""
+        return tuple(self._env.tools_of(task))
+
     def rows(self, t: Trajectory) -> list[Row]:
         """Render an episode. Raises RowRefused."""
-        rows = render(self._fmt, self._spoken(t), self.tools)
+        rows = render(self._fmt, self._spoken(t), self.tools_of(t.task))
         self.rendered += 1
         return rows
 

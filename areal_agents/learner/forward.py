@@ -55,7 +55,7 @@ class Decoder:
     """A causal language model that runs over packs.
 
     ``shared`` says whether it takes the tree layout. Raises ModelError where the model's logits are not
-    hidden · Wᵀ (+ b) of its base model.
+    hidden · Wᵀ (+ b) of its base model, or no finite numbers.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -121,7 +121,7 @@ class Decoder:
     def _probe(self) -> None:
         """Choose the layout, after a proof on a few tokens that it gives the model's own log-probabilities.
 
-        Raises ModelError where not even the padded layout gives them.
+        Raises ModelError where not even the padded layout gives them, or they are no finite numbers.
         """
         vocab = int(self.model.config.vocab_size)
         rows: list[Ints] = [np.asarray(r, np.int64) % vocab for r in ([5, 6, 7, 8, 9], [5, 6, 7, 11, 3, 2], [5, 6, 7])]
@@ -130,6 +130,8 @@ class Decoder:
             for row in rows:
                 logits = self.model(self._put(row)[None], use_cache=False).logits[0].float()
                 expected.append(torch.log_softmax(logits, -1)[:-1].gather(1, self._put(row[1:, None]))[:, 0])
+        if not all(bool(torch.isfinite(e).all()) for e in expected):
+            raise ModelError(_not_finite(self.model))
         if not self._agrees(rows, expected):
             raise ModelError(
                 f"{type(self.model).__name__} computes its logits in a way this learner does not know (scaling, "
@@ -160,6 +162,21 @@ class Decoder:
         finally:
             self.dtype = dtype
         return True
+
+
+def _not_finite(model: PreTrainedModel) -> str:
+    """Say what is wrong with a model whose log-probabilities are no finite numbers."""
+    where = model.name_or_path or type(model).__name__
+    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if not bad:
+        return (
+            f"{where} computes log-probabilities that are no finite numbers, from weights that are: its config.json "
+            "does not fit them, or they are too large for fp32"
+        )
+    return (
+        f"{where} has weights that are no finite numbers (NaN or infinite) in {len(bad)} tensors, first {bad[0]!r}: "
+        "its training broke down, or the file is damaged; give an earlier checkpoint, or fetch it again"
+    )
 
 
 def _widen(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -231,10 +231,12 @@ def _targets(model: nn.Module, base: nn.Module, config: LoraConfig) -> dict[str,
     small = {n: min(m.weight.shape) for n, m in found.items() if min(m.weight.shape) < config.rank}
     if small:
         name = min(small, key=lambda n: small[n])
+        larger = ", ".join(n for n in _leaves(found) if n not in _leaves(small))
+        instead = f"name larger layers in learner.lora.targets ({larger})" if larger else "train all weights"
         raise ModelError(
             f"learner.lora.rank = {config.rank} is more than {name} can have, which is "
-            f"{' x '.join(map(str, found[name].weight.shape))} ({len(small)} layers are too small): lower it, or "
-            "name larger layers in learner.lora.targets"
+            f"{' x '.join(map(str, found[name].weight.shape))} ({len(small)} layers are too small): lower it to "
+            f"{small[name]}, or {instead}"
         )
     return found
 

@@ -77,7 +77,10 @@ class _Tree:
         self.pieces: list[Ints] = []
         self.offsets: list[int] = []
         self.paths: dict[int, tuple[int, ...]] = {}
-        self._grow(list(range(len(rows))), 0, ())
+        # A stack, and no recursion: rows that leave a common path one by one make a tree as deep as they are many.
+        todo: list[tuple[list[int], int, tuple[int, ...]]] = [(list(range(len(rows))), 0, ())]
+        while todo:
+            todo += self._grow(*todo.pop())[::-1]
 
     def _emit(self, tokens: Ints, depth: int, path: tuple[int, ...]) -> tuple[int, ...]:
         self.segments.append(Segment(self.size, self.size + len(tokens), path))
@@ -86,8 +89,13 @@ class _Tree:
         self.size += len(tokens)
         return (*path, len(self.segments) - 1)
 
-    def _grow(self, members: list[int], depth: int, path: tuple[int, ...]) -> None:
-        """Place the tokens from ``depth`` on of rows that agree on everything before it."""
+    def _grow(
+        self, members: list[int], depth: int, path: tuple[int, ...]
+    ) -> list[tuple[list[int], int, tuple[int, ...]]]:
+        """Place what rows that agree on everything before ``depth`` have in common from it on.
+
+        Returns the arguments of the calls that place the rest, in order.
+        """
         first, last = self.rows[members[0]], self.rows[members[-1]]
         # They are sorted, so what the first and the last have in common, all have in common.
         common = len(first) if len(members) == 1 else _common(first, last)
@@ -103,8 +111,7 @@ class _Tree:
                 self.paths[m] = self._emit(self.rows[m][depth:], depth, path)
             else:
                 children.setdefault(int(self.rows[m][common]), []).append(m)
-        for group in children.values():
-            self._grow(group, depth, path)
+        return [(group, depth, path) for group in children.values()]
 
     def at(self, member: int) -> Ints:
         parts = [np.arange(self.segments[s].start, self.segments[s].stop) for s in self.paths[member]]
@@ -203,16 +210,27 @@ def _parts(rows: Sequence[Ints], order: Sequence[int], budget: int, min_shared: 
 
 def _filled(order: Sequence[int], budget: int, make: Callable[[Sequence[int]], Pack]) -> list[Pack]:
     """Make packs of as many of these rows, one after the other, as the budget takes."""
-    packs: list[Pack] = []
-    chosen: list[int] = []
-    last: Pack | None = None
     if order and (whole := make(order)).tokens <= budget:
         return [whole]
-    for i in order:
-        trial = make([*chosen, i])
-        if last is not None and trial.tokens > budget:
-            packs.append(last)
-            chosen, last = [i], make([i])
+    packs: list[Pack] = []
+    done = 0
+    while done < len(order):
+        packs.append(_largest(order[done:], budget, make))
+        done += len(packs[-1].rows)
+    return packs
+
+
+def _largest(order: Sequence[int], budget: int, make: Callable[[Sequence[int]], Pack]) -> Pack:
+    """Make the pack of the most first rows that the budget takes, at least one.
+
+    Their number is doubled, then bisected: a pack of n rows takes log n trials, for a trial's cost is that of its rows.
+    """
+    found, fits, over = make(order[:1]), 1, len(order) + 1
+    while over - fits > 1:
+        n = min(2 * fits, (fits + over) // 2)
+        trial = make(order[:n])
+        if trial.tokens <= budget:
+            found, fits = trial, n
         else:
-            chosen, last = [*chosen, i], trial
-    return packs if last is None else [*packs, last]
+            over = n
+    return found

@@ -33,6 +33,7 @@ a deadline (η ≥ 2; ``tests/rollout/test_buffer.py`` holds the counter-example
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,6 +67,7 @@ class BufferState:
     buffered: tuple[Group, ...]
     refilled: int = 0
     refilled_now: int = 0
+    dropped_of: tuple[tuple[str, int], ...] = ()
 
 
 class Buffer:
@@ -116,6 +118,8 @@ class Buffer:
         self.discarded = 0
         self.dropped: list[str] = []
         """Task ids of the groups that were too old (``drop``)."""
+        self.dropped_of: Counter[str] = Counter()
+        """How many these are by the labels of their environments."""
         self.refilled = 0
         """Groups given up by ``refill``."""
         self._refilled_now = 0
@@ -149,6 +153,7 @@ class Buffer:
             tuple(self._buffered),
             self.refilled,
             self._refilled_now,
+            tuple(self.dropped_of.items()),
         )
 
     def restore(self, state: BufferState) -> None:
@@ -164,6 +169,7 @@ class Buffer:
         self._running, self._ended, self._over = {t.order: t for t in state.running}, {}, 0
         self._buffered = list(state.buffered)
         self.refilled, self._refilled_now = state.refilled, state.refilled_now
+        self.dropped_of = Counter(dict(state.dropped_of))
 
     @property
     def consumed(self) -> int:
@@ -278,6 +284,7 @@ class Buffer:
         oldest = self.version - self.max_staleness
         stale = [g for g in self._buffered if min((t.min_version for t in g.trajectories), default=oldest) < oldest]
         self.dropped += [g.task.id for g in stale]
+        self.dropped_of.update(g.env for g in stale)
         orders = {g.order for g in stale}
         self._buffered = [g for g in self._buffered if g.order not in orders]
 

@@ -3,6 +3,10 @@
 Environment, tools, rewards, limits and seeds are those of training. How many tokens a turn sampled is known as far as
 the server reports it (``metrics["completion_tokens"]``, ``metrics["prompt_tokens"]``). No turn has token ids, so no
 training row can be made of such an episode (``batch.rows_of`` refuses it).
+
+Whether a history comes near the limit (``context.py``) is known as far as the server reports it too: from its last
+prompt and reply, without what the environment showed since. Where it says nothing, no history is rewritten, and the
+metric ``context_unknown`` counts the replies.
 """
 
 from __future__ import annotations
@@ -19,12 +23,14 @@ from areal_agents.chat_model import (
     RequestRefused,
     reply_of,
 )
+from areal_agents.context import Messages
 from areal_agents.engine import ChatModel, Sampling
 from areal_agents.errors import EngineError, TaskError
+from areal_agents.rollout.chat_history import ChatHistory
 from areal_agents.rollout.env_faults import refused
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy, Said
 from areal_agents.rollout.seeds import request_seed
-from areal_agents.types import AssistantMessage, Message, StopReason
+from areal_agents.types import StopReason
 
 _REPORTED = ("prompt_tokens", "completion_tokens")
 
@@ -52,16 +58,17 @@ class ChatPolicy(Policy):
             seen: is called with every reply.
         """
         self._model, self._sampling, self._limits, self._seen = model, sampling, limits, seen
-        self._messages: list[Message | AssistantMessage] = []
-        self._context = 0  # tokens of the last prompt and its reply, as reported
+        self._history = ChatHistory(limits)
 
     async def say(self, episode: EpisodeDriver) -> Said | StopReason:
-        room = self._limits.room(used=self._context, spent=episode.tokens)
+        history, steps = self._history, episode.steps
+        now = await history.next(episode)
+        room = self._limits.room(used=history.tokens, spent=episode.tokens)
         if isinstance(room, str):
             return room
-        self._messages += episode.observation
+        most = min(room, self._sampling.max_tokens) if now.request is None else min(room, now.most)
         try:
-            reply = await self._reply(episode, min(room, self._sampling.max_tokens))
+            reply = await self._reply(episode, now.messages, most)
         except ContextLengthError as error:
             if episode.turns:
                 return "context"
@@ -75,18 +82,22 @@ class ChatPolicy(Policy):
         message, tokens = replace(reply.message, tokens=reply.completion_tokens), reply.completion_tokens or 0
         if message.finish == "stop" and not message.text.strip() and not message.tool_calls:
             message = replace(message, finish="empty")
-        self._messages.append(message)
+        turn = 1 + max(steps, default=-1)
+        if now.request is not None:
+            message = history.keep_summary(message)
+            return Said.as_text(message, turn, tokens=tokens, request=now.request)
+        history.keep(message, reply, episode)
         spent = episode.tokens + tokens
-        cut = self._limits.met(used=self._context, spent=spent) if message.finish == "length" else None
-        return Said.as_text(message, len(episode.turns), tokens=tokens, cut=cut)
+        cut = self._limits.met(used=history.tokens, spent=spent) if message.finish == "length" else None
+        return Said.as_text(message, turn, tokens=tokens, cut=cut, rewritten=now.rewritten)
 
-    async def _reply(self, episode: EpisodeDriver, room: int) -> ChatReply:
+    async def _reply(self, episode: EpisodeDriver, messages: Messages, room: int) -> ChatReply:
         limit = self._limits.request_timeout
         sampling = replace(self._sampling, max_tokens=room, seed=request_seed(episode))
         try:
             async with asyncio.timeout(limit):
                 with episode.timed("generate_seconds"):
-                    reply = await reply_of(self._model, self._messages, episode.tools, sampling)
+                    reply = await reply_of(self._model, messages, episode.tools, sampling)
         except TimeoutError as error:
             raise EngineError(f"task {episode.task.id}: the model did not answer within {limit:g} s") from error
         except RequestRefused as error:
@@ -96,7 +107,5 @@ class ChatPolicy(Policy):
             value: int | None = getattr(reply, name)
             if value is not None:
                 episode.count(name, value)
-        if reply.prompt_tokens is not None:
-            self._context = reply.prompt_tokens + (reply.completion_tokens or 0)
         self._seen(reply)
         return reply

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from areal_agents.context import Context, Fold, RuleSummary, Summary
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError, RewardError
 from areal_agents.reward import Verdict
@@ -137,6 +138,21 @@ def read_seconds(env: AgentEnv, where: str) -> float:
         if seconds < 0:
             raise EnvError(f"{where}: step_seconds is {short(declared)}, which is no number of seconds")
         return seconds
+
+
+def read_context(env: AgentEnv, where: str) -> Context | None:
+    """Return what the environment lets happen to long histories.
+
+    Raises EnvError where that is no rule of ``context.py``.
+    """
+    with _reading("context", where):
+        context: object = env.context
+        if context is not None and not isinstance(context, Fold | RuleSummary | Summary):
+            raise EnvError(
+                f"{where}: context is {short(context)}: it says what happens to long histories, so it must be Fold(…), "
+                "RuleSummary(…), Summary(…) or None; call anything else otherwise"
+            )
+        return context
 
 
 def read(call: Call, result: object, where: str, turns: int) -> Returned:

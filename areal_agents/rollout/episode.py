@@ -18,11 +18,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar, get_args
 
+from areal_agents.context import Context
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, EnvError, InfraError, RewardError
 from areal_agents.rollout.cut_messages import after_cut, withheld
 from areal_agents.rollout.env_faults import located, raised, says_whose
-from areal_agents.rollout.env_results import Call, Returned, read, read_scores_cut, read_seconds, read_tools
+from areal_agents.rollout.env_results import (
+    Call,
+    Returned,
+    read,
+    read_context,
+    read_scores_cut,
+    read_seconds,
+    read_tools,
+)
+from areal_agents.rollout.limits import Limits as Limits  # its place for those who drive episodes
 from areal_agents.tool import ToolSpec
 from areal_agents.tool_dispatch import seconds_of
 from areal_agents.types import (
@@ -31,57 +41,19 @@ from areal_agents.types import (
     Ids,
     Info,
     Observation,
+    Rewritten,
     StopReason,
     Tail,
     Task,
     Trajectory,
     Turn,
+    steps_of,
 )
 from areal_agents.utils.exits import no_exit
 from areal_agents.utils.short_text import cut, described, short
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The limits that the runner sets for one episode.
-
-    Tokens are sampled tokens unless said otherwise.
-    """
-
-    max_context: int
-    """Prompt and completion together."""
-    max_turn_tokens: int
-    max_episode_tokens: int
-    max_turns: int
-    step_timeout: float
-    """Seconds for one reset or step, beside what its tool calls may take."""
-    request_timeout: float
-    """Seconds for one generation."""
-
-    def room(self, *, used: int, spent: int) -> int | StopReason:
-        """Return how many tokens the next turn may sample, or why there is none.
-
-        Args:
-            used: tokens of the turn's prompt.
-            spent: tokens sampled in the turns before it.
-        """
-        if used >= self.max_context:
-            return "context"
-        if spent >= self.max_episode_tokens:
-            return "tokens"
-        return min(self.max_turn_tokens, self.max_context - used, self.max_episode_tokens - spent)
-
-    def met(self, *, used: int, spent: int) -> StopReason:
-        """Return which limit cut a turn.
-
-        Args:
-            used: tokens of its prompt and its own.
-            spent: tokens sampled in the episode, with its own.
-        """
-        full = self.room(used=used, spent=spent)
-        return full if isinstance(full, str) else "length"
+F = TypeVar("F", bound=ArealError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +70,34 @@ class Said:
     """Sampled tokens, as far as anybody knows."""
     cut: StopReason | None = None
     """Which limit cut the message, where one did. None leaves that to ``message.finish``."""
+    rewritten: Rewritten | None = None
+    """As ``Turn.rewritten``."""
+    request: Observation | None = None
+    """What asked for a summary, where the message is one: the environment does not see it."""
 
     @classmethod
-    def as_text(cls, message: AssistantMessage, turn: int, *, tokens: int = 0, cut: StopReason | None = None) -> Said:
-        """Make the turn with index ``turn`` of a policy that gives no token ids."""
-        return cls(message, Completion((), (), (), message.finish), (), turn - 1 if turn else None, tokens, cut)
+    def as_text(
+        cls,
+        message: AssistantMessage,
+        turn: int,
+        *,
+        tokens: int = 0,
+        cut: StopReason | None = None,
+        rewritten: Rewritten | None = None,
+        request: Observation | None = None,
+    ) -> Said:
+        """Make a turn of a policy that gives no token ids.
+
+        Args:
+            message: what it says.
+            turn: one more than the index of the turn that it follows; 0 where it follows none.
+            tokens: as the field of that name, and so are the others.
+            cut: see there.
+            rewritten: see there. Such a turn follows none.
+            request: see there.
+        """
+        parent = turn - 1 if turn and rewritten is None else None
+        return cls(message, Completion((), (), (), message.finish), (), parent, tokens, cut, rewritten, request)
 
 
 class Policy:
@@ -167,6 +162,8 @@ class EpisodeDriver:
     """The environment's ``scores_cut_messages``."""
     step_seconds: float = field(default=0.0, init=False)
     """As the environment declares it."""
+    context: Context | None = field(default=None, init=False)
+    """The environment's: what happens to a history that comes near the model's context."""
     turns: list[Turn] = field(default_factory=list, init=False)
     tokens: int = field(default=0, init=False)
     """Sampled in ``turns``, as far as anybody knows."""
@@ -188,6 +185,11 @@ class EpisodeDriver:
     @property
     def ended(self) -> bool:
         return self.terminated or self.truncated
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The indices of the turns that the environment saw."""
+        return steps_of(self.turns)
 
     async def play(self) -> None:
         """Play the whole episode and close it, however it ends.
@@ -229,9 +231,11 @@ class EpisodeDriver:
             if said not in get_args(StopReason):
                 raise TypeError(f"{type(self.policy).__name__}.say returned {short(said)}: no Said, no stop reason")
             await self.finish(said)
+        elif said.request is not None:
+            self._keep_summary(said, said.request)
         else:
             await self._step(said)
-            if not self.ended and len(self.turns) == self.max_turns:
+            if not self.ended and len(self.steps) == self.max_turns:
                 await self.finish("max_turns")
         if self.truncated and not self.terminated:
             self.tail = self.policy.tail(self)
@@ -245,7 +249,7 @@ class EpisodeDriver:
         self.turns.append(
             Turn(
                 said.suffix, said.completion, got.marked(said.message), got.reward, got.components, said.parent, shown,
-                self.state_key, got.tool_results,
+                self.state_key, got.tool_results, rewritten=said.rewritten,
             )
         )  # fmt: skip
         self.tokens += said.tokens
@@ -256,8 +260,17 @@ class EpisodeDriver:
             self.stop_reason, self.outcome = got.ending, got.outcome
             self._credit(got)
 
+    def _keep_summary(self, said: Said, request: Observation) -> None:
+        """Add a turn that the environment does not see. What it showed last is still to be answered."""
+        self.turns.append(
+            Turn(
+                said.suffix, said.completion, said.message, parent=said.parent, observation=request, kind="summary"
+            )
+        )  # fmt: skip
+        self.tokens += said.tokens
+
     def _after_cut(self, got: Returned, reason: StopReason) -> Returned:
-        paid = after_cut(got, reason, [turn.reward for turn in self.turns], scored=self.scores_cut)
+        paid = after_cut(got, reason, [self.turns[k].reward for k in self.steps], scored=self.scores_cut)
         if amount := withheld(got, paid):
             self.count("reward_withheld", amount)
         return paid
@@ -265,7 +278,7 @@ class EpisodeDriver:
     async def finish(self, reason: StopReason) -> None:
         """End the episode for ``reason`` and let the environment score what exists.
 
-        The score is added to the last turn's reward. Raises InfraError where there is no turn.
+        The score is added to the last step's reward. Raises InfraError where there is none.
         """
         if not self.turns:
             raise InfraError(f"task {cut(self.task.id, 120)}: the policy stopped before its first turn ({reason})")
@@ -273,17 +286,17 @@ class EpisodeDriver:
         got = await self.call("afinish", lambda: env.afinish(reason), self.step_seconds)
         self.truncated, self.stop_reason, self.outcome = True, reason, got.outcome
         self.metrics |= got.metrics
-        last = self.turns[-1]
-        self.turns[-1] = replace(
-            last, reward=last.reward + got.reward, components={**last.components, **got.components}
-        )
+        k = self.steps[-1]
+        last = self.turns[k]
+        self.turns[k] = replace(last, reward=last.reward + got.reward, components={**last.components, **got.components})
         self._credit(got)
 
     def _credit(self, got: Returned) -> None:
         """Give every turn the reward that the environment assigns to it now that the episode is over."""
         if got.turn_rewards is None:
             return
-        self.turns = [replace(turn, reward=r) for turn, r in zip(self.turns, got.turn_rewards, strict=True)]
+        for k, reward in zip(self.steps, got.turn_rewards, strict=True):
+            self.turns[k] = replace(self.turns[k], reward=reward)
         self.credited = True
 
     async def close(self) -> None:
@@ -331,18 +344,19 @@ class EpisodeDriver:
         at_end = call in ("afinish", "aclose")  # which belong to the last turn
         turn = max(0, len(self.turns) - at_end)
         where = f"{call} (task {cut(self.task.id, 120)}, turn {turn})"
-        turns = len(self.turns) + (call == "astep")
+        steps = len(self.steps) + (call == "astep")
 
         async def guarded() -> Returned | EnvError | RewardError:
             with no_exit():  # which would end the event loop, and with it every other episode
                 result = await make()
                 self.saw(call, result)
                 try:
-                    got = read(call, result, where, turns)
+                    got = read(call, result, where, steps)
                     if call == "areset":
                         self.tools = read_tools(self._opened(), where)
                         self.scores_cut = read_scores_cut(self._opened(), where)
                         self.step_seconds = read_seconds(self._opened(), where)
+                        self.context = read_context(self._opened(), where)
                 except (EnvError, RewardError) as error:  # returned, so that the host does not take it for one it met
                     return error
                 return got
@@ -352,13 +366,29 @@ class EpisodeDriver:
         except Exception as error:  # third-party code: recorded, attached, counted
             if isinstance(error, ArealError) and says_whose(error):
                 raise located(error, call, where)  # noqa: B904  the same error
-            failed = raised(error, where)
-            self.faults[failed] = turn
-            raise failed from error
+            raise self.fault(raised(error, where), turn) from error
         if isinstance(got, Returned):
             return got
-        self.faults[got] = turn
-        raise got
+        raise self.fault(got, turn)
+
+    async def ask(self, make: Callable[[], Awaitable[object]], where: str) -> object:
+        """Call a function of the environment's author that is none of the contract's calls, as ``call`` does."""
+
+        async def guarded() -> object:
+            with no_exit():
+                return await make()
+
+        try:
+            return await self.host.call(guarded, timeout=self.step_timeout + self.step_seconds, what=where)
+        except Exception as error:  # third-party code, as in ``call``
+            if isinstance(error, ArealError) and says_whose(error):
+                raise located(error, "astep", where)  # noqa: B904  the same error
+            raise self.fault(raised(error, where), len(self.turns)) from error
+
+    def fault(self, error: F, turn: int) -> F:
+        """Note what the environment's own code did wrong at a turn, and return it."""
+        self.faults[error] = turn
+        return error
 
     def seconds_for(self, message: AssistantMessage) -> float:
         """Return the seconds beyond ``step_timeout`` that a step may take: its own, and those of its tool calls."""

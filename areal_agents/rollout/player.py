@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 from areal_agents.chat.format import ChatFormat
 from areal_agents.chat.options import ChatOptions
 from areal_agents.chat.toolcalls import MAX_CALLS
+from areal_agents.context import context_of
 from areal_agents.engine import Engine, Sampling, shortest_context
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError
@@ -25,6 +26,7 @@ from areal_agents.registry import EnvSpec
 from areal_agents.rollout.demonstrations import ExpertPolicy
 from areal_agents.rollout.env_host import EnvHost, HostLost
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy
+from areal_agents.rollout.history import require_room
 from areal_agents.rollout.script import expert_of
 from areal_agents.rollout.token_policy import EnginePolicy
 from areal_agents.sandbox import Preparing, SandboxBackend, SandboxSpec, backends
@@ -232,8 +234,19 @@ def limits_of(config: TrainConfig) -> Limits:
     )
 
 
-def require_prompts(spec: EnvSpec, fmt: ChatFormat) -> None:
-    """Raise TemplateError, before anything slow starts, where the environment's system prompt cannot be shown."""
+def require_prompts(spec: EnvSpec, fmt: ChatFormat, limits: Limits) -> None:
+    """Look, before anything slow starts, at what the environment would have the model shown.
+
+    Raises TemplateError where its system prompt cannot be shown, and ConfigError where its rule for long histories
+    cannot keep to ``limits``.
+    """
+    cls = spec.env_class()
+    given = spec.kwargs.get("context") if issubclass(cls, ToolEnv) else None
+    given = cls.context if given is None else given
+    # A property of the instances tells nothing here.
+    rule = None if given is None or isinstance(given, property) else context_of(given)
+    if rule is not None:
+        require_room(rule, limits, fmt)
     text = spec.kwargs.get("system_prompt", getattr(spec.env_class(), "system_prompt", ""))
     if isinstance(text, str) and text:
         fmt.first_prompt([system(text), user("")])

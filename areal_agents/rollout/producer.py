@@ -1,9 +1,9 @@
 """Many episodes at once: tasks in, whole groups out, failures counted.
 
-    TaskStream ─▶ admit (buffer.py) ─▶ G × play (player.py) ─▶ finish_group ─▶ complete ─▶ next_batch ─▶ learner
-                     ▲                        │ InfraError: retried; too few left: discarded, task queued once more
-                     │                        │ TaskError: the task is left out (task_faults.py)
-                     └────────────────────────┘ no signal, and refills are left (``has_signal``): another task
+    Source ─▶ admit (buffer.py) ─▶ G × play (player.py) ─▶ finish_group ─▶ complete ─▶ next_batch ─▶ learner
+                 ▲                        │ InfraError: retried; too few left: discarded, task queued once more
+                 │                        │ TaskError: the task is left out (task_faults.py)
+                 └────────────────────────┘ no signal, and refills are left (``has_signal``): another task
 
 Waits for / unblocked by: the producer waits for ``Buffer.can_admit`` and is unblocked by completions, discards,
 batches and acknowledgements; ``next_batch`` waits for ``Buffer.take`` and is unblocked by completions. Neither holds
@@ -15,13 +15,14 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from areal_agents.errors import TaskError
 from areal_agents.rollout.buffer import Buffer, BufferState, Ticket
 from areal_agents.rollout.player import EventSink, no_events
 from areal_agents.rollout.retries import EpisodeRunner
+from areal_agents.rollout.sources import Drawn, Source
 from areal_agents.rollout.tasks import StreamState, TaskStream
 from areal_agents.types import Group, Task, Trajectory
 from areal_agents.utils.short_text import text_of
@@ -48,6 +49,13 @@ class OpenGroup:
     ticket: Ticket
     task: Task
     finished: dict[int, Trajectory | None] = field(default_factory=dict)
+    env: str = ""
+    level: float | None = None
+
+    @property
+    def drawn(self) -> Drawn:
+        """The task and where it is from."""
+        return Drawn(self.task, self.env, self.level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +77,8 @@ class Rollouts:
     def __init__(
         self,
         buffer: Buffer,
-        tasks: TaskStream,
-        runner: EpisodeRunner,
+        tasks: TaskStream | Source,
+        runner: EpisodeRunner | Mapping[str, EpisodeRunner],
         *,
         seed: int,
         event: EventSink = no_events,
@@ -81,9 +89,10 @@ class Rollouts:
 
         Args:
             buffer: says which groups may start, and holds those that have finished.
-            tasks: gives each new group its task.
+            tasks: gives each new group its task. A stream is of one environment.
             runner: plays one episode, retries included; closed by ``close``. Where it has a greedy player, each group
-                has one more episode of it, and counts one more in the buffer's ``group_size``.
+                has one more episode of it, and counts one more in the buffer's ``group_size``. Of several environments
+                each has its own, by its label.
             seed: the run's; each group's seed follows from it (``group_seed``).
             event: told of each group that is discarded or refilled.
             has_signal: says of a finished group whether it would train anything. One that would not is refilled, as far
@@ -91,8 +100,8 @@ class Rollouts:
             say: shows a line to people, where refills are spent for the first time.
         """
         self.buffer = buffer
-        self.tasks = tasks
-        self.runner = runner
+        self.tasks = Source.of(tasks) if isinstance(tasks, TaskStream) else tasks
+        self._runners = runner if isinstance(runner, Mapping) else {"": runner}
         self.tasks_lost: list[str] = []
         self._seed = seed
         self._event = event
@@ -114,11 +123,11 @@ class Rollouts:
         """Admit whatever may start now."""
         while not self._closed and not self._failed.done() and self.buffer.can_admit():
             try:
-                task = self.tasks.next()
+                drawn = self.tasks.draw(self.buffer.admitted)
             except TaskError as error:  # none is left; ``start`` is called from where nobody would hear of it
                 self._failed.set_exception(error)
                 return self._notify()
-            self._launch(OpenGroup(self.buffer.admit(), task))
+            self._launch(OpenGroup(self.buffer.admit(), drawn.task, env=drawn.env, level=drawn.level))
         return None
 
     def state(self) -> RolloutState:
@@ -126,7 +135,7 @@ class Rollouts:
 
         Episodes that finish later are not in it.
         """
-        groups = tuple(OpenGroup(g.ticket, g.task, dict(g.finished)) for g in self._open.values())
+        groups = tuple(replace(g, finished=dict(g.finished)) for g in self._open.values())
         return RolloutState(self.buffer.state(), groups, self.tasks.state(), tuple(self.tasks_lost))
 
     def restore(self, state: RolloutState) -> None:
@@ -140,7 +149,7 @@ class Rollouts:
         for group in state.open:
             for _ in group.finished:
                 self.buffer.episode_ended(group.ticket)
-            self._launch(OpenGroup(group.ticket, group.task, dict(group.finished)))
+            self._launch(replace(group, finished=dict(group.finished)))
 
     def _launch(self, group: OpenGroup) -> None:
         self._open[group.ticket.order] = group
@@ -186,6 +195,10 @@ class Rollouts:
         while self.buffer.running:
             await self._changed.wait()
 
+    def consumed(self, groups: Sequence[Group]) -> None:
+        """Let curricula learn of a batch, before the version that it made is acknowledged."""
+        self.tasks.consume(groups)
+
     def acknowledge(self, version: int) -> None:
         """Note that every engine serves ``version``, and start the groups that may start now."""
         self.buffer.acknowledge(version)
@@ -200,14 +213,15 @@ class Rollouts:
         self.start()
 
     async def _group(self, open: OpenGroup) -> None:
-        ticket, task, greedy = open.ticket, open.task, self.runner.has_greedy
+        ticket, task, runner = open.ticket, open.task, self._runners[open.env]
+        greedy = runner.has_greedy
         size = self.buffer.group_size - greedy
         group = f"g{ticket.order}"
         seed = group_seed(self._seed, ticket.order)
 
         async def play(index: int) -> None:
             id, alone = (f"{group}/greedy", True) if index == GREEDY else (f"{group}/{index}", False)
-            open.finished[index] = await self.runner.run(task, id=id, group=group, seed=seed, greedy=alone)
+            open.finished[index] = await runner.run(task, id=id, group=group, seed=seed, greedy=alone)
             self.buffer.episode_ended(ticket)
             self.start()
 
@@ -222,25 +236,26 @@ class Rollouts:
                     raise error from error.__cause__
         played = tuple(t for i, t in sorted(open.finished.items()) if t is not None and i != GREEDY)
         compared = open.finished.get(GREEDY)
-        reason, finished = self.runner.settle(task, group=group, played=bool(played)), len(played)
+        reason, finished = runner.settle(task, group=group, played=bool(played)), len(played)
         # Two at least, because advantages compare the episodes of a group.
         enough = finished >= max(2, math.ceil(size / 2)) and (compared is not None or not greedy)
         done: tuple[Trajectory, ...] | None = None
         if reason is None and enough:  # until it is judged the group runs, as the bound's proof counts it
             try:
-                done = await self.runner.finish_group(task, played, group=group, seeds=[seed] * finished)
+                done = await runner.finish_group(task, played, group=group, seeds=[seed] * finished)
             except TaskError as error:
                 reason = text_of(error)
         del self._open[ticket.order]
         if reason is not None:
             self.buffer.discard(ticket)
-            self.tasks.leave_out(task.id, reason)
+            self.tasks.leave_out(open.drawn, reason)
             return
         if done is not None:
-            self._finish(ticket, Group(group, task, done, ticket.version, ticket.order, compared))
+            found = Group(group, task, done, ticket.version, ticket.order, compared, open.env, open.level)
+            self._finish(ticket, found)
             return
         self.buffer.discard(ticket)
-        again = self.tasks.requeue(task)
+        again = self.tasks.requeue(open.drawn)
         if not again:
             self.tasks_lost.append(task.id)
         self._event("group_discarded", group=group, task=task.id, finished=finished, of=size, requeued=again)
@@ -253,6 +268,7 @@ class Rollouts:
         facts = {"group": group.id, "task": group.task.id, "rewards": [t.reward for t in group.trajectories]}
         if self.buffer.can_refill():
             self.buffer.refill(ticket)
+            self.tasks.give_up(group)
             self._event("group_refilled", **facts)
         else:
             self.buffer.complete(group)
@@ -274,4 +290,5 @@ class Rollouts:
         await asyncio.gather(*running, return_exceptions=True)
         if self._failed.done() and not self._failed.cancelled():
             self._failed.exception()  # retrieved: a failure seen by nobody must not warn at garbage collection
-        await self.runner.close()
+        for runner in self._runners.values():
+            await runner.close()

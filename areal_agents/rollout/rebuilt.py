@@ -15,7 +15,7 @@ from areal_agents.errors import RewardError
 from areal_agents.reward import Episode
 from areal_agents.tool import ToolResult
 from areal_agents.toolenv import SUBMITTED, ToolEnv
-from areal_agents.types import AssistantMessage, Cut, Message, ToolCall, Trajectory
+from areal_agents.types import AssistantMessage, Cut, Message, ToolCall, Trajectory, Turn
 
 _FOUND_LATE = ("unknown_tool", "invalid_arguments")
 SeededAnswer = Callable[[Trajectory, int], str]
@@ -42,7 +42,7 @@ class NotSaved:
 
 def spoken_answer(trajectory: Trajectory, seed: int) -> str:
     """Return the text after the reasoning, as ``ToolEnv.answer`` does by default."""
-    return trajectory.turns[-1].message.spoken
+    return _last(trajectory).message.spoken
 
 
 def answer_reader(cls: type[AgentEnv], make_env: Callable[[], AgentEnv]) -> SeededAnswer:
@@ -58,17 +58,18 @@ def answer_reader(cls: type[AgentEnv], make_env: Callable[[], AgentEnv]) -> Seed
         if not made:
             made.append(cast(ToolEnv, make_env()))
         made[0].begin(seed, {"task": trajectory.task})
-        return made[0].answer(as_sampled(trajectory.turns[-1].message))
+        return made[0].answer(as_sampled(_last(trajectory).message))
 
     return answer
 
 
 def rebuilt(trajectory: Trajectory, answer: Callable[[Trajectory], str]) -> Episode:
-    """Rebuild the Episode that the environment's rubric saw when the episode ended."""
-    shown = [*(turn.observation for turn in trajectory.turns), trajectory.final_observation]
+    """Rebuild the Episode that the environment's rubric saw when the episode ended. It sees no summaries."""
+    steps = [trajectory.turns[k] for k in trajectory.steps]
+    shown = [*(turn.observation for turn in steps), trajectory.final_observation]
     messages: list[Message | AssistantMessage] = []
     results: list[ToolResult] = []
-    for k, turn in enumerate(trajectory.turns):
+    for k, turn in enumerate(steps):
         messages += [*turn.observation, as_sampled(turn.message)]
         texts = {m.tool_call_id: m.text for m in shown[k + 1] if m.role == "tool"}
         for call, outcome in zip(turn.message.tool_calls, turn.tool_results, strict=False):
@@ -77,7 +78,7 @@ def rebuilt(trajectory: Trajectory, answer: Callable[[Trajectory], str]) -> Epis
     reason, final = trajectory.stop_reason, None
     if (cut := _cut_answer(trajectory)) is not None:
         reason = "answer" if trajectory.terminated else cut  # an environment does not see which limit it was
-    if trajectory.final_observation and trajectory.turns[-1].tool_results:  # a tool ended it
+    if trajectory.final_observation and steps[-1].tool_results:  # a tool ended it
         last = trajectory.final_observation[-1]
         final = last.text if last.name == SUBMITTED and reason == "answer" else None
     elif reason == "answer":
@@ -87,9 +88,14 @@ def rebuilt(trajectory: Trajectory, answer: Callable[[Trajectory], str]) -> Epis
     )
 
 
+def _last(trajectory: Trajectory) -> Turn:
+    """Return the last turn that the environment saw."""
+    return trajectory.turns[trajectory.last_step]
+
+
 def _cut_answer(trajectory: Trajectory) -> Cut | None:
     """Return why the last message ended early, where the episode ended by it."""
-    last = trajectory.turns[-1]
+    last = _last(trajectory)
     by_limit = trajectory.truncated and trajectory.stop_reason in ("context", "tokens", *get_args(Cut))
     answered = bool(trajectory.final_observation or last.tool_results)  # then it was a turn as any other
     return last.message.cut([call.name for call in last.message.tool_calls]) if by_limit and not answered else None

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from areal_agents.errors import ArealError, ConfigError, TaskError
 from areal_agents.rollout.task_faults import reasons
@@ -34,6 +35,15 @@ class StreamState:
     """Ids of tasks that cannot be played, each with the reason."""
     known: int = 0
     """How many of these, the first ones, were known before the stream began."""
+    parts: tuple[tuple[str, StreamState], ...] = ()
+    """Of several streams (``sources.py``): the state of each by its environment's label, or by its level."""
+    curriculum: Mapping[str, Any] | None = None
+    """What a curriculum knows, as JSON has it."""
+
+    @property
+    def bad(self) -> int:
+        """Tasks that are left out, those of all parts together."""
+        return len(self.left_out) + sum(part.bad for _, part in self.parts)
 
 
 def task_at(tasks: Sequence[Task], index: int) -> Task | str:
@@ -111,6 +121,8 @@ class TaskStream:
         if not tasks:
             raise ConfigError("the training split has no tasks")
         self._tasks = tasks
+        self.place: int | None = None
+        """Where in the split the task is that ``next`` returned. None for one that was queued again."""
         self._rng = random.Random(seed)
         self._drawn = 0
         self._recent: deque[int] = deque(maxlen=16)
@@ -124,12 +136,18 @@ class TaskStream:
         Raises TaskError where all are left out.
         """
         for _ in range(len(self._again) + 2 * len(self._tasks)):  # the rest of this epoch, and the next one
-            task = self._again.popleft() if self._again else self._made(self._draw())
+            self.place = None if self._again else self._draw()
+            task = self._again.popleft() if self.place is None else self._made(self.place)
             if task is not None and task.id not in self.left_out:
                 return task
         raise TaskError(
             f"none of the split's {len(self._tasks)} tasks can be played or scored:{reasons(self.left_out)}"
         )
+
+    def at(self, place: int) -> Task | None:
+        """Return the task at a place of the split, or None where one waits that was queued again, or it is left out."""
+        task = None if self._again else self._made(place)
+        return None if task is None or task.id in self.left_out else task
 
     @property
     def seen(self) -> int:

@@ -25,10 +25,12 @@ from areal_agents.chat.options import ChatOptions, ToolFormatName
 from areal_agents.engine_kind import KindName, engine_kind, owner_of
 from areal_agents.errors import ConfigError
 from areal_agents.settings.batch_rules import require_batch
-from areal_agents.settings.cluster import ClusterConfig
+from areal_agents.settings.cluster import ClusterConfig, require_placement
 from areal_agents.settings.critic import CriticConfig
+from areal_agents.settings.curriculum import CurriculumConfig
 from areal_agents.settings.kl import KlConfig
 from areal_agents.settings.lora import LoraConfig
+from areal_agents.settings.mixture import label_of, require_labels
 from areal_agents.settings.presets import expand
 from areal_agents.settings.section import Count, Fraction, Positive, Section
 from areal_agents.settings.teacher import TeacherConfig
@@ -58,7 +60,7 @@ class ModelConfig(Section):
 
 class EnvConfig(Section):
     id: str = "areal/Arithmetic-v0"
-    """A registered environment id, or ``module:Class``."""
+    """A registered environment id, or ``module:Class``. Several in one run: tables ``[[env]]`` (docs/curriculum.md)."""
     split: str = "train"
     """The split that training draws its tasks from."""
     difficulty: float | None = None
@@ -69,6 +71,21 @@ class EnvConfig(Section):
     """The sandbox backend that tools run in. ``bubblewrap?python=FOLDER`` gives code the packages of a venv."""
     step_timeout: Positive = 60.0
     """Seconds one ``reset`` or ``step`` may take before it counts as an infrastructure error."""
+
+
+class MixedEnv(EnvConfig):
+    id: str
+    """As of a single environment."""
+    label: str = ""
+    """What the environment is called in metrics and evaluations; empty: its name."""
+    weight: Positive = 1.0
+    """Of its share of the groups, which is its weight over the sum of all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _label(cls, data: Any) -> Any:
+        named = isinstance(data, Mapping) and isinstance(data.get("id"), str) and not data.get("label")
+        return {**data, "label": label_of(data["id"])} if named else data
 
 
 class EngineConfig(Section):
@@ -316,6 +333,9 @@ class TrainConfig(Section):
     """The folder of all that is left behind; made if absent, refused if it holds another run."""
     model: ModelConfig = ModelConfig()
     env: EnvConfig = EnvConfig()
+    mixture: tuple[MixedEnv, ...] = ()
+    """Several environments in place of ``env``: the tables ``[[env]]`` of a file."""
+    curriculum: CurriculumConfig = CurriculumConfig()
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -329,6 +349,10 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(env := data.get("env"), list | tuple):
+            if not env or data.get("mixture"):
+                raise ValueError("env is an empty list, or given beside mixture: name the environments once")
+            data = {**{name: value for name, value in data.items() if name != "env"}, "mixture": env}
         try:
             return expand(data) if isinstance(data, Mapping) else data
         except ConfigError as error:
@@ -336,25 +360,13 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        on_ray, c = self.cluster.backend == "ray", self.cluster
-        if self.engine.transport == "nccl" and not (
-            on_ray
-            and engine_kind(self.engine.kind).takes_gpus
-            and c.engine_gpus
-            and c.learner_gpus
-            and self.learner.device != "cpu"
-        ):
-            raise ValueError(
-                "engine.transport = 'nccl' is a broadcast between GPUs of their own: it needs cluster.backend = 'ray', "
-                "engine.kind = 'vllm', cluster.engine_gpus and cluster.learner_gpus; use 'shm', 'disk' or 'gloo'"
-            )
-        if on_ray and 0 < c.engine_gpus < self.engine.tensor_parallel:
-            raise ValueError(
-                f"engine.tensor_parallel = {self.engine.tensor_parallel} needs as many GPUs, but cluster.engine_gpus = "
-                f"{c.engine_gpus:g}: raise it"
-            )
-        if on_ray and self.learner.device == "cuda" and not c.learner_gpus:
-            raise ValueError("learner.device = 'cuda' on Ray needs cluster.learner_gpus, which is 0: set it to 1")
+        require_placement(
+            self.cluster, transport=self.engine.transport, tensor_parallel=self.engine.tensor_parallel,
+            on_gpus=engine_kind(self.engine.kind).takes_gpus, device=self.learner.device,
+        )  # fmt: skip
+        require_labels([e.label for e in self.mixture], tuple(MixedEnv.model_fields))
+        if self.mixture and self.env != EnvConfig():
+            raise ValueError("env and mixture ([env] and [[env]] in a file) are both given: give one of them")
         a = self.algorithm
         combination = Combination(
             loss=a.loss, correction=a.correction, mask=a.mask, aggregation=a.aggregation, constant=a.constant,

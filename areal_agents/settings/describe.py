@@ -124,7 +124,7 @@ def _walk(model: type[Section], prefix: str) -> Iterator[Setting]:
     for name, info in model.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
             nested.append((info.annotation, f"{prefix}{name}."))
-        else:
+        elif prefix + name != "mixture":  # tables of a file, which no one flag sets (settings/mixture.py)
             yield Setting(prefix + name, info)
     for section, path in nested:
         yield from _walk(section, path)

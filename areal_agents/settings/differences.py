@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from areal_agents.settings.config import TrainConfig
+from areal_agents.settings.config import MixedEnv, TrainConfig
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -15,8 +15,23 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
 
 
 def values(config: TrainConfig) -> dict[str, Any]:
-    """Return every setting by its dotted key, as JSON has it."""
-    return _flat(config.model_dump(mode="json"))
+    """Return every setting by its dotted key, as JSON has it.
+
+    Those of several environments are ``env.LABEL.NAME``, and ``env.labels`` has their order.
+    """
+    tree = config.model_dump(mode="json")
+    mixture = tree.pop("mixture")
+    if not mixture:
+        return _flat(tree)
+    del tree["env"]
+    mixed = {f"env.{one['label']}.{name}": value for one in mixture for name, value in one.items() if name != "label"}
+    return _flat(tree) | {"env.labels": [one["label"] for one in mixture]} | mixed
+
+
+def plain_key(key: str) -> str:
+    """Return what a setting of one of several environments is of a single one: ``env.split`` of ``env.math.split``."""
+    parts = key.split(".")
+    return f"env.{parts[2]}" if len(parts) == 3 and parts[0] == "env" and parts[2] in MixedEnv.model_fields else key
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -48,6 +48,8 @@ TRAINING_ONLY = {
     "checkpoint.": "it trains nothing",
     "cluster.": "it runs on this machine",
     "track.": "it writes a report and trajectories, no metrics of steps",
+    "mixture": "it plays one environment, ENV_ID",
+    "curriculum.": "it trains nothing",
     "env.split": "its split is eval.split, or ENV_ID:SPLIT",
     "engine.transport": _WEIGHTS,
     "engine.update_mode": _WEIGHTS,

@@ -23,9 +23,10 @@ from pydantic import ValidationError
 from areal_agents.algorithms.registry import REGISTRIES
 from areal_agents.errors import ConfigError
 from areal_agents.settings.choices import choose, override_choice
-from areal_agents.settings.config import TrainConfig
+from areal_agents.settings.config import MixedEnv, TrainConfig
 from areal_agents.settings.describe import either, nearest, sections, settings
 from areal_agents.settings.elsewhere import meaning_of
+from areal_agents.settings.mixture import sentence, take_tables
 from areal_agents.settings.presets import PRESETS, derived, preset, take_preset
 from areal_agents.settings.tables import contradictions, inner_path, setting_of
 from areal_agents.settings.values import Origins, how_to_write, mismatch, none_of, show, value_of
@@ -94,6 +95,7 @@ def load(
     problems: list[str] = []
     table: dict[str, Any] = {}
     origin = ""
+    mixture: list[Any] | None = None
     if path is not None:
         file = find(path)
         origin = str(file)
@@ -103,7 +105,10 @@ def load(
             raise ConfigError(f"{file} is not valid TOML: {error}") from error
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+        mixture = take_tables(table, origin, tuple(MixedEnv.model_fields), problems)
         table, unused = _split(table, without)
+        if mixture is not None and without("mixture") is not None:
+            unused, mixture = [*unused, "env"], None
         if left_out is not None:
             left_out += sorted(unused)
     said: dict[str, tuple[str, str | None]] = {}
@@ -123,6 +128,12 @@ def load(
             problems.append(f"{other} {value} and {flag} {raw} are one setting, {key}: give one of them")
         _override(tree, origins, problems, key, raw, flag, without)
     problems += _booleans(tree, origins)
+    if mixture is not None:
+        if "env" in tree:
+            flags = ", ".join(o for key, o in origins.items() if key.startswith("env.")) or "env"
+            problems.append(f"{flags}: {origin} has several environments ([[env]]), of which this names none: edit it")
+            del tree["env"]
+        tree["mixture"] = [_none_in(one) for one in mixture]
     for key in REGISTRIES:
         problems += choose(tree, origins, key)
     try:
@@ -208,6 +219,12 @@ def _merge(
             problems += [_unknown(leaf, origin) for leaf in _leaves(value, key)]
         else:
             problems.append(_unknown(key, origin))
+
+
+def _none_in(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the word ``none`` in a table ``[[env]]`` as in ``[env]``."""
+    known = settings()
+    return {n: none_of(v, known[f"env.{n}"]) if f"env.{n}" in known else v for n, v in table.items()}
 
 
 def _booleans(tree: dict[str, Any], origins: Origins) -> list[str]:
@@ -359,6 +376,8 @@ def _unknown(key: str, origin: str, without: Without = _all) -> str:
 
 def _sentence(error: Any, origins: Origins) -> str:
     """Say one pydantic error in plain words."""
+    if len(error["loc"]) > 1 and error["loc"][0] == "mixture":
+        return sentence(error)
     key = ".".join(str(part) for part in error["loc"])
     while key and key not in settings() and key not in sections():
         key = key.rpartition(".")[0]  # an element of a list, or a branch of a union

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ def dump(config: TrainConfig, *, leave_out: Callable[[str], object] = lambda key
     tree = config.model_dump(mode="python")
     lines: list[str] = []
     for section, names in sections().items():
+        if section == "env" and config.mixture:
+            lines += _mixture(tree["mixture"])
+            continue
         names = tuple(n for n in names if not leave_out(f"{section}.{n}" if section else n))
         if section and names:
             lines += ["", f"[{section}]"]
@@ -35,6 +38,14 @@ def dump(config: TrainConfig, *, leave_out: Callable[[str], object] = lambda key
                 lines.append(f"{name} = {_toml(table[name])}")
         lines += tables
     return "\n".join(lines) + "\n"
+
+
+def _mixture(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Write the tables ``[[env]]``."""
+    lines: list[str] = []
+    for table in tables:
+        lines += ["", "[[env]]", *(f"{name} = {_toml(value)}" for name, value in table.items())]
+    return lines
 
 
 def _toml(value: Any) -> str:

@@ -29,6 +29,7 @@ NOTED = (
     ("verdict_timeouts", "verdict timeouts {:.0f}"),
     ("sandbox_replays", "sandbox replays {:.0f}"),
     ("withheld", "cut answers unpaid {:.0f}"),
+    ("rewritten", "histories rewritten {:.0f}"),
 )
 """Metrics that it shows where they are not 0."""
 STEPS = ("train", "sft", "dpo")

@@ -26,6 +26,7 @@ from areal_agents.types import (
     Image,
     Message,
     Part,
+    Rewritten,
     Tail,
     Task,
     Text,
@@ -270,6 +271,8 @@ def _turn_row(turn: Turn) -> ParquetRow:
         "tool_results": [{"status": _text(r.status), "truncated": r.truncated} for r in turn.tool_results],
         "own_reward": turn.own_reward,
         "own_components": None if turn.own_components is None else dumps(turn.own_components),
+        "kind": turn.kind,
+        "rewritten": None if turn.rewritten is None else _rewritten_row(turn.rewritten),
     }
 
 
@@ -293,6 +296,8 @@ def _turn(row: ParquetRow) -> Turn:
         tool_results=tuple(ToolOutcome(_exact(r["status"]), r["truncated"]) for r in row["tool_results"]),
         own_reward=row.get("own_reward"),  # files of before groups were judged lack both columns
         own_components=None if row.get("own_components") is None else loads(row["own_components"]),
+        kind=row.get("kind") or "step",  # files of before histories were rewritten lack both columns
+        rewritten=None if row.get("rewritten") is None else _rewritten(row["rewritten"]),
     )
 
 
@@ -300,6 +305,15 @@ def _tokens(row: ParquetRow) -> int | None:
     """Return the tokens of a turn's message, also from a file of before they were kept."""
     kept = row.get("message_tokens")
     return len(row["ids"]) or None if kept is None else int(kept)
+
+
+def _rewritten_row(rewritten: Rewritten) -> str:
+    """Write a rewritten history: the index of each message that was kept, and the others as they are."""
+    return dumps([entry if isinstance(entry, int) else _message_row(entry) for entry in rewritten])
+
+
+def _rewritten(text: str) -> Rewritten:
+    return tuple(entry if isinstance(entry, int) else _message(entry) for entry in loads(text))
 
 
 def _call_row(call: ToolCall) -> ParquetRow:

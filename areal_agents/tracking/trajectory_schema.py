@@ -36,6 +36,7 @@ def schema() -> Any:
         tool_calls=pa.list_(call), reward=pa.float64(), components=text, parent=pa.int32(),
         observation=pa.list_(message), state_key=text,
         tool_results=pa.list_(struct(status=text, truncated=pa.bool_())), own_reward=pa.float64(), own_components=text,
+        kind=text, rewritten=text,
     )  # fmt: skip
     row = struct(
         schema_version=pa.int32(), kind=text, step=pa.int64(), id=text, group=text, task_id=text, task_split=text,

@@ -10,7 +10,7 @@ What is in brackets is for estimators that read a critic or ratios, for a KL ter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -176,13 +176,34 @@ def _of_rewards(
             [replace(view, values_K=v.values_K, tail_value=v.tail) for view, v in zip(group, told, strict=False)]
             for group in views
         ]
-    found = estimator.of_batch(views)
+    found = _by_env(groups, lambda places: estimator.of_batch([views[i] for i in places]))
     targets: list[Columns] = [{} for group in found for _ in group]
     if asked.values is not None:  # V is fitted to what the estimator found, before anything is normalised
         every = [a for group in found for a in group]
         targets = [target_columns(a, v.values_K) for a, v in zip(every, asked.values, strict=True)]
-    refinement = refined(found, views, overlong=algorithm.overlong, normalize=algorithm.normalize)
+    refinement = _by_env(
+        groups,
+        lambda places: refined(
+            [found[i] for i in places], [views[i] for i in places], overlong=algorithm.overlong,
+            normalize=algorithm.normalize,
+        ),
+    )  # fmt: skip
     return [a for group in refinement for a in group], targets
+
+
+def _by_env(
+    groups: Sequence[Group], of_batch: Callable[[Sequence[int]], list[list[Advantages]]]
+) -> list[list[Advantages]]:
+    """Call ``of_batch`` with the places of the groups of each environment, as if they were a batch of their own.
+
+    Rewards of different environments have different sizes: with one mean and one deviation for all, the one with the
+    larger rewards would train, and the other's episodes would be alike.
+    """
+    found: dict[int, list[Advantages]] = {}
+    for env in dict.fromkeys(group.env for group in groups):
+        places = [i for i, group in enumerate(groups) if group.env == env]
+        found |= dict(zip(places, of_batch(places), strict=True))
+    return [found[i] for i in range(len(groups))]
 
 
 def _paying(

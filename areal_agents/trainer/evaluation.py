@@ -23,10 +23,11 @@ from areal_agents.evaluation.unfinished import MUST_STAY, fingerprint, read_epis
 from areal_agents.rollout.group_judge import group_reward_of
 from areal_agents.rollout.tasks import require_few_bad
 from areal_agents.settings.config import TrainConfig
-from areal_agents.settings.differences import values
+from areal_agents.settings.differences import plain_key, values
 from areal_agents.tracking.journal import Journal
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import Record, shard_path
+from areal_agents.trainer.parts import Part, mean_numbers, means_text, split_label
 from areal_agents.trainer.resume import MAY_CHANGE
 from areal_agents.trainer.run_folder import Commit
 from areal_agents.types import Task, Trajectory
@@ -49,24 +50,26 @@ def measured(config: TrainConfig, weights: str, model: Path) -> str:
         weights: their name.
         model: the folder of the base model.
     """
-    kept = {k: v for k, v in values(config).items() if k in MUST_STAY or not k.startswith(MAY_CHANGE)}
+    plain = {k: plain_key(k) for k in values(config)}
+    kept = {k: v for k, v in values(config).items() if plain[k] in MUST_STAY or not plain[k].startswith(MAY_CHANGE)}
     said = json.dumps([weights, fingerprint(model), kept], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()
 
 
-async def evaluate_weights(run: Run, label: str, *, step: int) -> EvalReport:
+async def evaluate_weights(run: Run, part: Part, label: str, *, step: int) -> EvalReport:
     """Evaluate the weights that the engine serves, and record the report and every episode.
 
     Args:
         run: the run, which updates no weights meanwhile.
+        part: the environment to evaluate on.
         label: the evaluation's name.
         step: the learner steps that are done, for the records.
     """
-    config, e, kind = run.config, run.config.eval, f"eval-{label}"
+    config, e, kind = part.settings(run.config), run.config.eval, f"eval-{label}"
     bad: dict[str, str] = {}
-    tasks, sample = held_out(run.spec, e, difficulty=config.env.difficulty, tell=bad.__setitem__)
+    tasks, sample = held_out(part.spec, e, difficulty=config.env.difficulty, tell=bad.__setitem__)
     require_few_bad(bad, tried=e.n, share=config.rollout.max_bad_tasks)
-    of = measured(config, run.weights, run.model)
+    of = measured(run.config, run.weights, run.model)
     journal = Journal(shard_path(config.out, kind, step).with_suffix(".jsonl"))
     try:
         saved, before = _earlier(run, journal, tasks, label=label, step=step)
@@ -76,9 +79,9 @@ async def evaluate_weights(run: Run, label: str, *, step: int) -> EvalReport:
             record = Record(kind, step, trajectory)
             run.tracker.trajectories.append(journal, record, elapsed=watch.seconds, of=of)
 
-        runner = run.runner_of(run.engine_player(e.temperature), group_reward=group_reward_of(run.spec))
+        runner = run.runner_of(part, run.engine_player(part, e.temperature), group_reward=group_reward_of(part.spec))
         try:
-            for id, reason in (bad | run.held_out_bad).items():
+            for id, reason in (bad | run.held_out_bad.get(part.label, {})).items():
                 runner.leave_out(id, reason)
             results = await run_attempts(
                 runner, tasks, k=e.k, concurrency=config.engine.max_batch * config.engine.replicas, seed=config.seed,
@@ -135,10 +138,22 @@ def log_kept(run: Run) -> None:
     there = {row["kind"] for row in read_metrics(run.config.out)} if path.exists() else set()
     for label, report in run.commit.reports.items():
         if label.startswith("step_") and f"eval/{label}" not in there:
-            step = int(label.removeprefix("step_"))
+            step = int(split_label(label)[0].removeprefix("step_"))
             run.tracker.log(step, numbers(report), kind=f"eval/{label}", show=False)
             run.tracker.event("evaluation_kept", label=label, step=step)
             run.tracker.message(f"the evaluation after step {step}, which was the last, is kept as {label}")
+    for what in dict.fromkeys(split_label(label)[0] for label in run.commit.reports if label.startswith("step_")):
+        if f"eval/{what}" not in there:
+            log_means(run, what, step=int(what.removeprefix("step_")))
+
+
+def log_means(run: Run, label: str, *, step: int) -> None:
+    """Log the means over the environments of a mixture, of the evaluation ``label`` of each."""
+    reports = [run.reports.get(part.evaluation(label)) for part in run.parts]
+    if run.parts[0].label and None not in reports:
+        found = mean_numbers(run.parts, [report for report in reports if report is not None])
+        run.tracker.log(step, found, kind=f"eval/{label}", show=False)
+        run.tracker.message(f"held-out, {label}, mean: {means_text(found)}")
 
 
 def numbers(report: EvalReport) -> dict[str, float]:

@@ -21,27 +21,25 @@ from pathlib import Path
 from areal_agents import settings
 from areal_agents.algorithms.token_credit import teacher_metrics
 from areal_agents.errors import Interrupted, LearnerLost
-from areal_agents.evaluation.endings import count_oddities
 from areal_agents.evaluation.held_out import as_begun
 from areal_agents.evaluation.progress import Stopwatch
-from areal_agents.evaluation.report import EvalReport, calls_of, compare_table
+from areal_agents.evaluation.report import EvalReport, compare_table
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.producer import Rollouts
-from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import TrainConfig
 from areal_agents.trainer.batches import batch_for
 from areal_agents.trainer.credit import credit_metrics, signal_of
 from areal_agents.trainer.evaluation import log_kept
+from areal_agents.trainer.parts import means_table, source_of
 from areal_agents.trainer.preflight import Looks, look_at_tasks, require_runnable
 from areal_agents.trainer.resize import answering
 from areal_agents.trainer.resume import begin, rate_change, refuse_evaluation
-from areal_agents.trainer.reward_watch import component_means, same_answers
+from areal_agents.trainer.rollout_metrics import env_metrics, rollout_metrics
 from areal_agents.trainer.run import Run, open_run
 from areal_agents.trainer.run_folder import Commit, RunFolder, require_shared
 from areal_agents.trainer.teacher import require_teacher
 from areal_agents.types import Group
 from areal_agents.utils.signals import Stop, StopRequested, stop_on_signals
-from areal_agents.utils.tolerance import all_same, reaches
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +50,15 @@ class RunResult:
     model: Path
     """The folder of the trained model, which transformers loads."""
     reports: dict[str, EvalReport]
-    """Held-out evaluations: ``before``, ``warm_start`` (where there was one), ``after_rl``, ``step_N``."""
+    """Held-out evaluations: ``before``, ``warm_start`` (where there was one), ``after_rl``, ``step_N``. Of several
+    environments each has its own, ``before.LABEL``."""
     seconds: float
+    means: str = ""
+    """What the evaluations of several environments are in the mean, as text for people."""
 
     def table(self) -> str:
         """Return the evaluations side by side, as text for people."""
-        return compare_table(self.reports)
+        return compare_table(self.reports) + self.means
 
 
 async def train(config: TrainConfig, *, resume: bool = False, console: bool = True) -> RunResult:
@@ -110,7 +111,7 @@ async def train(config: TrainConfig, *, resume: bool = False, console: bool = Tr
             commit, changes = begin(folder, lives.config, resume=True)
         else:  # the commit says that nothing is left to do
             reports = dict(commit.reports)
-    return RunResult(config.out, config.out / "model", reports, watch.seconds)
+    return RunResult(config.out, config.out / "model", reports, watch.seconds, means_table(config, reports))
 
 
 @dataclass
@@ -146,7 +147,9 @@ async def _run(
         stop.at_once = False
         try:
             folder.write_settings(settings.dump(run.config))  # a resize may have come while it was opened
-            run.leave_out(lives.looks.train, lives.looks.held_out, tell=commit is None)
+            for part in run.parts:
+                look = lives.looks.parts[part.label]
+                run.leave_out(part, look.train, look.held_out, tell=commit is None)
             if commit is None:
                 lives.looks.tell(run.tracker)
             if commit is not None:
@@ -196,23 +199,20 @@ async def learn(run: Run) -> None:
     config, r, every = run.config, run.config.rollout, run.config.checkpoint.every
     if run.learner.version >= config.steps:
         return
+    compares = any(runner.has_greedy for runner in run.runners.values())
     buffer = Buffer(
-        groups=r.groups, group_size=r.group_size + run.runner.has_greedy, max_staleness=r.staleness,
+        groups=r.groups, group_size=r.group_size + compares, max_staleness=r.staleness,
         concurrency=r.concurrency, on_exceed=r.on_exceed, order=r.order, total_batches=config.steps,
         max_refills=r.max_refills if r.dynamic_sampling else 0,
     )  # fmt: skip
-    tasks = TaskStream(
-        run.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed, max_bad=r.max_bad_tasks,
-        left_out=run.left_out, tell=run.runner.leave_out,
-    )  # fmt: skip
-    has_signal = signal_of(config.algorithm) if r.dynamic_sampling else None
+    tell = {label: runner.leave_out for label, runner in run.runners.items()}
     rollouts = Rollouts(
         buffer,
-        tasks,
-        run.runner,
+        source_of(config, run.parts, left_out=run.left_out, tell=tell),
+        run.runners,
         seed=config.seed,
         event=run.tracker.event,
-        has_signal=has_signal,
+        has_signal=signal_of(config.algorithm) if r.dynamic_sampling else None,
         say=run.tracker.message,
     )
     try:
@@ -249,7 +249,7 @@ def _restore(run: Run, rollouts: Rollouts) -> None:
         open=len(state.open),
         finished=sum(len(g.finished) for g in state.open),
         restarted=sum(size - len(g.finished) for g in state.open),
-        left_out=len(state.tasks.left_out),
+        left_out=state.tasks.bad,
     )
 
 
@@ -271,6 +271,7 @@ async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, wa
     metrics = dict(await run.learner.step(batch))
     update = await run.publish()
     run.renew_weights()
+    rollouts.consumed(groups)
     rollouts.acknowledge(run.learner.version)
     metrics |= (
         rollout_metrics(groups, batch.version)
@@ -286,8 +287,9 @@ async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, wa
             "dropped": float(len(rollouts.buffer.dropped)),
             "refilled": float(rollouts.buffer.refilled),
             "failed_attempts": float(run.budget.kinds.total()),
-            "tasks_left_out": float(len(rollouts.tasks.left_out)),
+            "tasks_left_out": float(rollouts.tasks.left_out),
         }
+        | env_metrics(run.parts, groups, batch.version, rollouts, passes=run.config.curriculum.passes)
     )
     metrics["tokens_per_second"] = metrics["sampled_tokens"] / watch.seconds
     run.tracker.trajectories.write([t for g in groups for t in g.trajectories], step=step, kind="train")
@@ -295,34 +297,3 @@ async def _step(run: Run, step: int, groups: list[Group], rollouts: Rollouts, wa
         run.tracker.trajectories.write(greedy, step=step, kind="greedy")
     run.tracker.log(step, metrics)
     run.look_at_rewards(step, metrics, groups)
-
-
-def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
-    """Return means over *episodes*, never over turns or rows (T6).
-
-    Ages are over tokens. ``version`` is the learner's.
-    """
-    episodes = [t for g in groups for t in g.trajectories]
-    n = len(episodes)
-    calls = [calls_of(t) for t in episodes]
-    ages = [version - v for t in episodes for turn in t.turns for v in turn.completion.versions]
-    rewards, alike = [t.reward for t in episodes], same_answers(groups)
-    means = [sum(t.reward for t in g.trajectories) / len(g.trajectories) for g in groups]
-    return {
-        "reward": sum(rewards) / n,
-        "groups_with_signal": sum(not all_same([t.reward for t in g.trajectories]) for g in groups) / len(groups),
-        "groups_solved": sum(reaches(m) for m in means) / len(groups),
-        "valid_call_rate": sum(made > 0 and made == ok for made, ok in calls) / n,
-        "truncation_rate": sum(t.truncated for t in episodes) / n,
-        "turns": sum(len(t.turns) for t in episodes) / n,
-        "age": sum(ages) / max(len(ages), 1),
-        "age_max": float(max(ages, default=0)),
-        "sampled_tokens": float(sum(t.sampled_tokens for t in episodes)),
-        "episodes": float(n),
-        "generate_seconds": sum(t.metrics.get("generate_seconds", 0.0) for t in episodes) / n,
-        "env_seconds": sum(t.metrics.get("env_seconds", 0.0) for t in episodes) / n,
-        "same_answer_share": alike.share,
-        "same_answer_tasks": float(alike.tasks),
-        **{name: float(count) for name, count in count_oddities(episodes).items()},
-        **component_means(episodes),
-    }  # fmt: skip

@@ -15,11 +15,13 @@ from typing import Any, Literal
 
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.held_out import settings_of
+from areal_agents.evaluation.report import EvalReport
 from areal_agents.learner.optim import learning_rate
 from areal_agents.settings.config import TrainConfig
-from areal_agents.settings.differences import differences
+from areal_agents.settings.differences import differences, plain_key
 from areal_agents.settings.values import show
 from areal_agents.tracking.trajectories import Record, read_shard, shard_path, write_shard
+from areal_agents.trainer.parts import split_label
 from areal_agents.trainer.run_folder import Commit, RunFolder
 
 MAY_CHANGE = (
@@ -47,6 +49,7 @@ USED_BY: Mapping[str, tuple[User, ...]] = {
     "rollout.dynamic_sampling": ("a step",), "rollout.max_refills": ("a step",),
     "rollout.temperature": ("a step",), "rollout.group_reward": ("a step",),
     "learner.": ("the checkpoint",), "warm_start.": ("the checkpoint",), "env.split": ("the checkpoint",),
+    "curriculum.": ("a step",),
 }  # fmt: skip
 """Of the other settings, what uses them, by the longest name that fits. Those that are not here are used by evaluations
 and checkpoints alike: the model, the environment, the seed and the limits of an episode."""
@@ -98,7 +101,7 @@ def begin(folder: RunFolder, config: TrainConfig, *, resume: bool) -> tuple[Comm
     changes = differences(settings_of(config.out), config)
     commit = folder.read_commit() or Commit()
     goes_on = commit.complete and commit.step < config.steps
-    others = {label: r for label, r in commit.reports.items() if not (goes_on and label == "after_rl")}
+    others = {label: r for label, r in commit.reports.items() if not (goes_on and split_label(label)[0] == "after_rl")}
     used = dataclasses.replace(commit, reports=others)  # the end is measured anew, by other settings too
     uses = {key: _uses(key, used) for key in changes}
     if any(uses.values()):
@@ -127,22 +130,35 @@ def _end_as_any_step(out: Path, commit: Commit) -> Commit:
     Its episodes are written under that name. They are in the returned commit's mark, and the old ones, which are not,
     are removed by whoever cuts the files back to it. Doing it twice is doing it once.
     """
-    old, new = "eval-after_rl", f"eval-step_{commit.step}"
-    reports = {f"step_{commit.step}" if label == "after_rl" else label: r for label, r in commit.reports.items()}
-    mark, shard = dict(commit.mark), shard_path(out, old, commit.step)
-    if shard.exists():
-        episodes = [record.trajectory for record in read_shard(shard)]
-        renamed = [
-            dataclasses.replace(t, id=new + t.id.removeprefix(old), group=new + t.group.removeprefix(old))
-            for t in episodes
-        ]
-        write_shard(shard_path(out, new, commit.step), [Record(new, commit.step, t) for t in renamed])
-        mark["shards"] = {**mark.get("shards", {}), new: [[commit.step, commit.step]]}
+    reports, mark = dict[str, EvalReport](), dict(commit.mark)
+    for label, report in commit.reports.items():
+        what, part = split_label(label)
+        if what != "after_rl":
+            reports[label] = report
+            continue
+        new = f"step_{commit.step}" + (f".{part}" if part else "")
+        reports[new] = report
+        if _rename(out, f"eval-{label}", f"eval-{new}", commit.step):
+            mark["shards"] = {**mark.get("shards", {}), f"eval-{new}": [[commit.step, commit.step]]}
     return dataclasses.replace(commit, complete=False, reports=reports, mark=mark)
+
+
+def _rename(out: Path, old: str, new: str, step: int) -> bool:
+    """Write the episodes of kind ``old`` as those of kind ``new``. Returns False where there are none."""
+    shard = shard_path(out, old, step)
+    if not shard.exists():
+        return False
+    episodes = [record.trajectory for record in read_shard(shard)]
+    renamed = [
+        dataclasses.replace(t, id=new + t.id.removeprefix(old), group=new + t.group.removeprefix(old)) for t in episodes
+    ]
+    write_shard(shard_path(out, new, step), [Record(new, step, t) for t in renamed])
+    return True
 
 
 def _uses(key: str, commit: Commit) -> list[str]:
     """Return what in ``commit`` was made with the setting ``key``, so that the setting has to stay as it was."""
+    key = plain_key(key)
     if key.startswith(MAY_CHANGE):
         return []
     warm = commit.step == 0 and commit.warm_started  # a checkpoint from before the first episode of a step

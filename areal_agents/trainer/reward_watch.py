@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, variance
 from typing import Any
 
+from areal_agents.tracking.tracker import Tracker
 from areal_agents.types import Group, Trajectory
 from areal_agents.utils.short_text import cut, short
 
@@ -68,6 +69,11 @@ def component_means(episodes: Sequence[Trajectory]) -> dict[str, float]:
     return {PREFIX + name: fmean(found) for name, found in sorted(values.items())}
 
 
+def without_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """Return the metrics whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): x for name, x in metrics.items() if name.startswith(prefix)}
+
+
 def same_answers(groups: Sequence[Group]) -> SameAnswers:
     """Find the answer that most tasks share. An episode that ended without a text has none."""
     by_task: dict[str, list[Trajectory]] = {}
@@ -85,7 +91,7 @@ def same_answers(groups: Sequence[Group]) -> SameAnswers:
 
 
 def _answer(episode: Trajectory) -> str:
-    last = episode.turns[-1].message if episode.turns else None
+    last = episode.turns[episode.last_step].message if episode.turns else None
     return last.spoken.strip() if last is not None and not last.tool_calls else ""
 
 
@@ -170,6 +176,39 @@ class RewardWatch:
             f"{short(self.correct)} fell from {fell[0]:.3g} to {fell[1]:.3g} (steps {first} to {step}): read the "
             f"episodes of step {step} with the highest reward; where it is paid for wrong answers, gate it",
         )
+
+
+def tell_signs(
+    watch: RewardWatch,
+    step: int,
+    metrics: Mapping[str, float],
+    groups: Sequence[Group],
+    tracker: Tracker,
+    *,
+    env: str = "",
+) -> None:
+    """Tell of the signs that begin with a step, and once where nothing says which answers are right.
+
+    Args:
+        watch: takes the step in.
+        step: the learner's.
+        metrics: of the step's groups.
+        groups: those of one environment.
+        tracker: gets events, and lines for people.
+        env: the environment's label, where the run has several.
+    """
+    where, said = ({"env": env}, f"env {env!r}: ") if env else ({}, "")
+    if not watch.knows_correct(metrics):
+        others = sorted(name.removeprefix(PREFIX) for name in metrics if name.startswith(PREFIX))
+        tracker.event("correctness_unknown", step=step, looked_for=watch.correct, components=others, **where)
+        if len(others) > 1:  # one alone has nothing to be compared with
+            tracker.message(
+                f"{said}the reward has no component {watch.correct!r}, so the watch cannot tell whether another rises "
+                f"while right answers fall: set track.watch_correct to one of {', '.join(others)}"
+            )
+    for found in watch.look(step, metrics, same_answers(groups)):
+        tracker.event("reward_hack_suspected", step=step, sign=found.sign, **found.facts, look_at=found.text, **where)
+        tracker.message(f"warning: {said}{found.text}")
 
 
 def _told_alike(step: int, alike: SameAnswers) -> Suspicion:

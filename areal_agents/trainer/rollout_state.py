@@ -35,10 +35,11 @@ def write_rollouts(folder: Path, state: RolloutState | None) -> None:
         "dropped": state.buffer.dropped,
         "refilled": state.buffer.refilled,
         "refilled_now": state.buffer.refilled_now,
+        "dropped_of": dict(state.buffer.dropped_of),
         "tasks_lost": state.tasks_lost,
         "places": [(order, index) for order, index, _ in [*buffered, *finished]],
         "buffered": [
-            {"id": g.id, "order": g.order, "version": g.admitted_version, "task": _task(g.task)}
+            {"id": g.id, "order": g.order, "version": g.admitted_version, "task": _task(g.task)} | _from(g)
             for g in state.buffer.buffered
         ],
         "open": [
@@ -48,17 +49,10 @@ def write_rollouts(folder: Path, state: RolloutState | None) -> None:
                 "task": _task(g.task),
                 "failed": [i for i, t in g.finished.items() if t is None],
             }
+            | _from(g)
             for g in state.open
         ],
-        "stream": {
-            "size": state.tasks.size,
-            "drawn": state.tasks.drawn,
-            "again": [_task(t) for t in state.tasks.again],
-            "requeued": state.tasks.requeued,
-            "recent": state.tasks.recent,
-            "left_out": dict(state.tasks.left_out),
-            "known": state.tasks.known,
-        },
+        "stream": _stream(state.tasks),
     }
     (folder / "rollouts.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
 
@@ -76,6 +70,8 @@ def rollouts_from_json(row: Mapping[str, Any], records: list[Record]) -> Rollout
             g["version"],
             g["order"],
             episodes[g["order"]].get(GREEDY),
+            g.get("env", ""),  # not there before a run could have several
+            g.get("level"),
         )
         for g in row["buffered"]
     )
@@ -84,10 +80,11 @@ def rollouts_from_json(row: Mapping[str, Any], records: list[Record]) -> Rollout
             Ticket(g["order"], g["version"]),
             _task_of(g["task"]),
             {**dict.fromkeys(g["failed"]), **episodes.get(g["order"], {})},
+            g.get("env", ""),
+            g.get("level"),
         )
         for g in row["open"]
     )
-    stream = row["stream"]
     return RolloutState(
         BufferState(
             row["version"],
@@ -98,18 +95,47 @@ def rollouts_from_json(row: Mapping[str, Any], records: list[Record]) -> Rollout
             groups,
             row.get("refilled", 0),  # not there before groups could be refilled
             row.get("refilled_now", 0),
+            tuple(row.get("dropped_of", {}).items()),
         ),
         open,
-        StreamState(
-            stream["size"],
-            stream["drawn"],
-            tuple(_task_of(t) for t in stream["again"]),
-            tuple(stream["requeued"]),
-            tuple(stream["recent"]),
-            tuple(stream.get("left_out", {}).items()),  # not there before a task could be left out
-            stream.get("known", 0),
-        ),
+        _stream_of(row["stream"]),
         tuple(row["tasks_lost"]),
+    )
+
+
+def _from(group: Group | OpenGroup) -> dict[str, Any]:
+    """Return where a group's task is from, as far as that is not plain."""
+    return ({"env": group.env} if group.env else {}) | ({} if group.level is None else {"level": group.level})
+
+
+def _stream(state: StreamState) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "size": state.size,
+        "drawn": state.drawn,
+        "again": [_task(t) for t in state.again],
+        "requeued": state.requeued,
+        "recent": state.recent,
+        "left_out": dict(state.left_out),
+        "known": state.known,
+    }
+    if state.parts:
+        row["parts"] = {name: _stream(part) for name, part in state.parts}
+    if state.curriculum is not None:
+        row["curriculum"] = dict(state.curriculum)
+    return row
+
+
+def _stream_of(row: Mapping[str, Any]) -> StreamState:
+    return StreamState(
+        row["size"],
+        row["drawn"],
+        tuple(_task_of(t) for t in row["again"]),
+        tuple(row["requeued"]),
+        tuple(row["recent"]),
+        tuple(row.get("left_out", {}).items()),  # not there before a task could be left out
+        row.get("known", 0),
+        tuple((name, _stream_of(part)) for name, part in row.get("parts", {}).items()),
+        row.get("curriculum"),
     )
 
 

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from areal_agents import registry
 from areal_agents.algorithms.estimator import Estimator
 from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Sampling
@@ -37,8 +36,9 @@ from areal_agents.rollout.tasks import TaskStream
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import Tracker, read_metrics
 from areal_agents.trainer.backend import Backend, OpenBackend
-from areal_agents.trainer.evaluation import evaluate_weights, measured, weights_of
-from areal_agents.trainer.reward_watch import PREFIX, RewardWatch, same_answers
+from areal_agents.trainer.evaluation import evaluate_weights, log_means, measured, weights_of
+from areal_agents.trainer.parts import Part, parts_of, shares_of
+from areal_agents.trainer.reward_watch import RewardWatch, tell_signs, without_prefix
 from areal_agents.trainer.run_folder import Commit, RunFolder
 from areal_agents.trainer.telling import Telling
 from areal_agents.types import Group, Task, Trajectory
@@ -58,13 +58,15 @@ async def open_run(
         commit: where a resumed run goes on. None for a new one.
         console: show progress.
     """
-    spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
+    parts = parts_of(config)
     if config.cluster.backend == "local":  # a cluster's workers prove theirs
-        await prove_sandbox(spec, config.env.sandbox)
+        for part in parts:
+            await prove_sandbox(part.spec, part.env.sandbox)
     model = resolve(config.model.path)
     _require_room(config, folder, model, commit or Commit())
     fmt = ChatFormat.load(model, config.model.chat)
-    require_prompts(spec, fmt)
+    for part in parts:
+        require_prompts(part.spec, fmt, limits_of(part.settings(config)))
     async with contextlib.AsyncExitStack() as stack:
         tracker = stack.enter_context(_tracker(config, commit, model, console=console))
         telling = Telling(tracker)
@@ -72,10 +74,11 @@ async def open_run(
         done = commit or Commit()
         async with telling.start():
             backend = await stack.enter_async_context(
-                _backend_of(config)(config, spec, model, event=telling.event, resumed_at=done.step)
+                _backend_of(config)(config, parts[0].spec, model, event=telling.event, resumed_at=done.step)
             )
-        run = Run(config, spec, fmt, backend, tracker, folder, stop, done, model)
-        stack.push_async_callback(run.runner.close)  # pushed after the backend: players end before their engine does
+        run = Run(config, parts, fmt, backend, tracker, folder, stop, done, model)
+        for runner in run.runners.values():  # pushed after the backend: players end before their engine does
+            stack.push_async_callback(runner.close)
         if done.checkpoint is not None:
             await run.learner.load(folder.learner_folder(done))
             await run.publish()
@@ -131,7 +134,8 @@ class Run:
     """The parts of one run and what it does with them."""
 
     config: TrainConfig
-    spec: registry.EnvSpec
+    parts: Sequence[Part]
+    """Its environments."""
     fmt: ChatFormat
     backend: Backend
     tracker: Tracker
@@ -152,31 +156,36 @@ class Run:
         self.budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
         self.budget.kinds.update(self.commit.failures)
         compares = Estimator(self.config.algorithm.advantage).baseline == "greedy"
-        self.runner = self.runner_of(
-            self.engine_player(r.temperature),
-            group_reward=group_reward_of(self.spec, r.group_reward),
-            greedy=self.engine_player(0.0) if compares else None,
-        )
+        self.runners = {
+            part.label: self.runner_of(
+                part,
+                self.engine_player(part, r.temperature),
+                group_reward=group_reward_of(part.spec, r.group_reward),
+                greedy=self.engine_player(part, 0.0) if compares else None,
+            )
+            for part in self.parts
+        }
+        """Of the training's episodes, by the labels of their environments."""
         t = self.config.algorithm.teacher
         self.teacher = ServedTeacher(t, known=len(self.fmt.tokenizer)) if t.url else None
         """The teacher that a server has, if that is where it is."""
-        self.left_out: dict[str, str] = {}
+        self.left_out: dict[str, dict[str, str]] = {part.label: {} for part in self.parts}
         """Training tasks that cannot be scored or that the warm start could not play, each with the reason."""
-        self.held_out_bad: dict[str, str] = {}
+        self.held_out_bad: dict[str, dict[str, str]] = {}
         """Held-out tasks that cannot be scored, each with the reason."""
         self.rollouts: Rollouts | None = None
         """While it learns."""
-        self.reward_watch: RewardWatch | None = None
+        self.watches: dict[str, RewardWatch] = {}
 
-    def leave_out(self, train: Look, held_out: Look, *, tell: bool) -> None:
+    def leave_out(self, part: Part, train: Look, held_out: Look, *, tell: bool) -> None:
         """Leave out the tasks that looks found bad. ``tell`` names those of the training split now."""
-        self.held_out_bad = dict(held_out.bad)
+        self.held_out_bad[part.label] = dict(held_out.bad)
         if tell and train.seen < train.total and train.seen:
             self.tracker.message(f"looked at {train} training tasks: {len(train.bad)} cannot be scored")
         for id, reason in train.bad.items():
-            self.left_out[id] = reason
+            self.left_out[part.label][id] = reason
             if tell:
-                self.runner.leave_out(id, reason)
+                self.runners[part.label].leave_out(id, reason)
 
     async def publish(self) -> float:
         """Hand the learner's weights to the engine, and return the seconds in which it could not sample."""
@@ -207,19 +216,28 @@ class Run:
         self.warm_started = True
 
     async def _demonstrations(self) -> list[Trajectory]:
+        """Have the experts play, of each environment its share, in the order in which groups would."""
+        count = self.config.warm_start.demonstrations
+        places = [shares_of(self.config, self.parts).at(i) for i in range(count)]
+        played = [iter(await self._demonstrated(part, places.count(i))) for i, part in enumerate(self.parts)]
+        return [next(played[i]) for i in places]
+
+    async def _demonstrated(self, part: Part, count: int) -> list[Trajectory]:
         """Have the expert play. A task that cannot be played is left out, and another one takes its place."""
-        config, count = self.config, self.config.warm_start.demonstrations
-        runner = self.runner_of(replace(self.engine_player(1.0), policy="expert"))
+        config, label = self.config, part.label
+        if not count:
+            return []
+        runner = self.runner_of(part, replace(self.engine_player(part, 1.0), policy="expert"))
         tasks = TaskStream(
-            self.spec.tasks(config.env.split, difficulty=config.env.difficulty), seed=config.seed + 1,
-            max_bad=config.rollout.max_bad_tasks, left_out=self.left_out, tell=runner.leave_out,
+            part.spec.tasks(part.env.split, difficulty=part.env.difficulty), seed=config.seed + 1,
+            max_bad=config.rollout.max_bad_tasks, left_out=self.left_out[label], tell=runner.leave_out,
         )  # fmt: skip
         found: list[Trajectory | None] = []
         try:
             for turn in itertools.count():
                 played = await run_attempts(
                     runner, [tasks.next() for _ in range(count - len(found))], k=1, concurrency=16, seed=config.seed,
-                    label=f"demonstration{turn or ''}",
+                    label=part.evaluation(f"demonstration{turn or ''}"),
                 )  # fmt: skip
                 for task, tries in played:
                     if task.id in runner.left_out:
@@ -230,7 +248,7 @@ class Run:
                     break
         finally:
             await runner.close()
-        self.left_out |= tasks.left_out
+        self.left_out[label] |= tasks.left_out
         return require_all(found, runner.first_given_up)
 
     def watch_rewards(self) -> None:
@@ -238,29 +256,23 @@ class Run:
         track = self.config.track
         if not track.watch:
             return
-        correct = track.watch_correct or correct_part(getattr(self.spec.env_class(), "rubric", None)) or "correct"
-        self.reward_watch = RewardWatch(correct, track.watch_window, track.watch_same_answers)
         self.tracker.flush()
         rows = read_metrics(self.config.out, kind="train") if (self.config.out / "metrics.jsonl").exists() else []
-        for row in rows:
-            self.reward_watch.look(row["step"], {k: x for k, x in row.items() if isinstance(x, int | float)})
+        for part in self.parts:
+            correct = track.watch_correct or correct_part(getattr(part.spec.env_class(), "rubric", None)) or "correct"
+            watch = self.watches[part.label] = RewardWatch(correct, track.watch_window, track.watch_same_answers)
+            for row in rows:
+                numbers = {k: x for k, x in row.items() if isinstance(x, int | float)}
+                if (of_part := without_prefix(numbers, part.prefix)) or not part.prefix:
+                    watch.look(row["step"], of_part)
 
     def look_at_rewards(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
         """Tell of the signs that begin with this step, and once where nothing says which answers are right."""
-        watch = self.reward_watch
-        if watch is None:
-            return
-        if not watch.knows_correct(metrics):
-            others = sorted(name.removeprefix(PREFIX) for name in metrics if name.startswith(PREFIX))
-            self.tracker.event("correctness_unknown", step=step, looked_for=watch.correct, components=others)
-            if len(others) > 1:  # one alone has nothing to be compared with
-                self.tracker.message(
-                    f"the reward has no component {watch.correct!r}, so the watch cannot tell whether another rises "
-                    f"while right answers fall: set track.watch_correct to one of {', '.join(others)}"
-                )
-        for found in watch.look(step, metrics, same_answers(groups)):
-            self.tracker.event("reward_hack_suspected", step=step, sign=found.sign, **found.facts, look_at=found.text)
-            self.tracker.message(f"warning: {found.text}")
+        for part in self.parts:
+            own = [group for group in groups if group.env == part.label]
+            if part.label in self.watches and own:
+                of_part = without_prefix(metrics, part.prefix)
+                tell_signs(self.watches[part.label], step, of_part, own, self.tracker, env=part.label)
 
     async def save(self, rollouts: Rollouts | None) -> None:
         """Checkpoint and commit the state between two steps.
@@ -289,30 +301,37 @@ class Run:
         await asyncio.to_thread(self.tracker.mark)  # for what it raises and syncs: that evaluation's files
         self._commit(replace(self.commit, reports=dict(self.reports), complete=True))
 
-    async def evaluate(self, label: str, *, step: int = 0) -> EvalReport:
-        """Evaluate on the held-out split, or return the committed report of ``label``.
+    async def evaluate(self, label: str, *, step: int = 0) -> None:
+        """Evaluate on the held-out split of each environment, except where the committed reports have ``label``.
 
         Nothing updates the weights meanwhile, so one version is measured.
         """
-        if label in self.reports:
-            return self.reports[label]
-        report = await evaluate_weights(self, label, step=step)
-        self.reports[label] = report
-        # A report waits for the commit of the weights that it measured, since a resumed run trains and measures them
-        # again. The last report is committed by ``finish``, which keeps the mark before it.
-        if self.commit.step == self.learner.version and label != "after_rl":
-            mark = await asyncio.to_thread(self.tracker.mark)
-            self._commit(replace(self.commit, mark=mark, reports=dict(self.reports)))
-        return report
+        for part in self.parts:
+            name = part.evaluation(label)
+            if name in self.reports:
+                continue
+            self.reports[name] = await evaluate_weights(self, part, name, step=step)
+            if part is self.parts[-1]:
+                log_means(self, label, step=step)
+            # A report waits for the commit of the weights that it measured, since a resumed run trains and measures
+            # them again. The last report is committed by ``finish``, which keeps the mark before it.
+            if self.commit.step == self.learner.version and label != "after_rl":
+                mark = await asyncio.to_thread(self.tracker.mark)
+                self._commit(replace(self.commit, mark=mark, reports=dict(self.reports)))
 
     def renew_weights(self) -> None:
         """Note that the engine serves other weights now than all before."""
         self.weights = uuid.uuid4().hex
 
     def runner_of(
-        self, spec: PlayerSpec, *, group_reward: NamedGroupReward | None = None, greedy: PlayerSpec | None = None
+        self,
+        part: Part,
+        spec: PlayerSpec,
+        *,
+        group_reward: NamedGroupReward | None = None,
+        greedy: PlayerSpec | None = None,
     ) -> EpisodeRunner:
-        """Make a runner that counts and retries what a new player of ``spec`` plays.
+        """Make a runner that counts and retries what a new player of ``spec`` plays, in the environment of ``part``.
 
         The player is here or on the cluster's workers, and so is that of the greedy episodes. The group reward is asked
         here.
@@ -321,27 +340,30 @@ class Run:
         return EpisodeRunner(
             make(spec), self.budget, max_retries=self.config.rollout.max_retries, event=self.tracker.event,
             say=self.tracker.message,
-            group_judge=open_judge(group_reward, self.spec, self.config, self.tracker.event),
+            group_judge=open_judge(group_reward, part.spec, part.settings(self.config), self.tracker.event),
             greedy=None if greedy is None else make(greedy),
         )  # fmt: skip
 
     def _local_player(self, spec: PlayerSpec) -> EpisodePlayer:
         return spec.build(self.engine, fmt=self.fmt, event=self.tracker.event)
 
-    def engine_player(self, temperature: float) -> PlayerSpec:
-        config, limits = self.config, limits_of(self.config)
+    def engine_player(self, part: Part, temperature: float) -> PlayerSpec:
+        limits = limits_of(part.settings(self.config))
         return PlayerSpec(
-            env=self.spec,
+            env=part.spec,
             model=self.model,
             limits=limits,
             sampling=Sampling(limits.max_turn_tokens, temperature=temperature, stop_ids=self.fmt.stop_ids),
-            sandbox=config.env.sandbox,
-            kwargs=config.env.kwargs,
-            chat=config.model.chat,
+            sandbox=part.env.sandbox,
+            kwargs=part.env.kwargs,
+            chat=self.config.model.chat,
         )
 
 
-def demonstrated(tasks: Sequence[Task], config: TrainConfig) -> list[Task]:
-    """Return those of ``tasks``, the training split's, that the warm start draws, before it replaces bad ones."""
+def demonstrated(tasks: Sequence[Task], config: TrainConfig, count: int | None = None) -> list[Task]:
+    """Return those of ``tasks``, the training split's, that the warm start draws, before it replaces bad ones.
+
+    ``count`` are those of one environment of several. None is all that the settings ask for.
+    """
     stream = TaskStream(tasks, seed=config.seed + 1)
-    return [stream.next() for _ in range(config.warm_start.demonstrations)]
+    return [stream.next() for _ in range(config.warm_start.demonstrations if count is None else count)]

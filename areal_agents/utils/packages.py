@@ -14,6 +14,8 @@ _INSTALL = {
     ),
     "wandb": "the wandb package, which is not installed: pip install 'areal-agents[wandb]'",
     "tensorboard": "the tensorboard package, which is not installed: pip install tensorboard",
+    "reasoning_gym": "the reasoning-gym package, which is not installed: pip install 'areal-agents[reasoning-gym]'",
+    "textarena": "the textarena package, which is not installed: pip install 'areal-agents[textarena]'",
     "matplotlib": "the matplotlib package, which is not installed: pip install matplotlib",
 }
 

@@ -79,6 +79,9 @@ def test_opob_by_hand() -> None:
     far = [replace(e, log_ratio=x) for e, x in zip(even, (-500.0, 500.0), strict=True)]
     assert opob(far)[1].tolist() == pytest.approx([0.0], abs=1e-6)
     assert opob(far)[0].tolist() == pytest.approx([2.0] * 2)
+    # Past the bound of 20 all count alike.
+    past = [replace(e, log_ratio=x) for e, x in zip(even, (30.0, 500.0), strict=True)]
+    assert [a.tolist() for a in opob(past)] == [a.tolist() for a in opo(even)]
     with pytest.raises(ValueError, match="this group has no ratios"):
         opob(views((1.0,), (0.0,)))
 

@@ -209,6 +209,30 @@ def test_check_reports_and_sets_the_exit_code(
     assert "'test-path'; write test_path for test-path" in capsys.readouterr().err
 
 
+def test_check_all_leaves_out_and_names_what_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import areal_agents.conformance.check as module
+    from areal_agents import registry
+    from areal_agents.conformance.check import CheckReport
+
+    checked: list[str] = []
+
+    def check(id: str, **_: Any) -> CheckReport:
+        checked.append(id)
+        return CheckReport(id, ())
+
+    monkeypatch.setattr(module, "check", check)
+    there = registry.EnvSpec("a/There-v0", "x:Y")
+    lacks = registry.EnvSpec("a/Lacks-v0", "x:Y", needs="no_such_package")
+    monkeypatch.setattr(registry, "specs", lambda: [there, lacks])
+    assert main(["check", "--all"]) == 0
+    assert checked == ["a/There-v0"]
+    assert capsys.readouterr().err == "a/Lacks-v0 is left out: it needs no_such_package, which is not installed\n"
+    assert main(["check", "--all", "a/Lacks-v0"]) == 0  # named, it is checked, and says what is missing
+    assert checked[1:] == ["a/Lacks-v0", "a/There-v0"]
+
+
 def test_check_takes_arguments_and_level_of_an_environment(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,7 @@ from tests.rewards.judges.scripted import gives, slot
 
 pytest.importorskip("ray")
 from areal_agents.cluster.rollout_workers import RolloutWorkers, episode_seconds
-from tests.cluster.fleet import LIMITS, Fleet, count, log, said, spec, tasks
+from tests.cluster.fleet import ENV, LIMITS, Fleet, count, log, said, spec, tasks
 
 pytestmark = pytest.mark.ray
 
@@ -188,10 +188,13 @@ def test_the_expert_plays_in_the_workers_own_sandbox(fleet: Fleet) -> None:
     assert played.turns[1].observation[-1].text.strip() == task.payload["answer"]
 
 
-def test_a_worker_proves_its_sandbox_first(fleet: Fleet) -> None:
+@pytest.mark.parametrize("mixture", [False, True], ids=["one environment", "the second of a mixture"])
+def test_a_worker_proves_its_sandboxes_first(fleet: Fleet, mixture: bool) -> None:
     async def start() -> None:
-        env = registry.spec("areal/Arithmetic-v0")
-        async with RolloutWorkers(fleet.engine, env, sandbox="tests.cluster.worker_envs:Refuses", num_cpus=0):
+        env, refuses = registry.spec("areal/Arithmetic-v0"), "tests.cluster.worker_envs:Refuses"
+        first, sandbox = (registry.spec(ENV), "bubblewrap") if mixture else (env, refuses)
+        more = [(env, refuses)] if mixture else []
+        async with RolloutWorkers(fleet.engine, first, sandbox=sandbox, more=more, num_cpus=0):
             pass
 
     with pytest.raises(SandboxUnavailable, match=r"process \d+ has a network. unplug it") as refused:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from areal_agents.evaluation.endings import count_endings, count_finishes, count_oddities, noted
-from areal_agents.trainer.loop import rollout_metrics
+from areal_agents.trainer.rollout_metrics import rollout_metrics
 from areal_agents.types import AssistantMessage, Completion, Finish, Group, StopReason, Task, Trajectory, Turn
 
 TASK = Task.make("t", split="test", seed=0, payload={})
@@ -32,6 +32,7 @@ def test_counts_by_hand() -> None:
     assert count_finishes(EPISODES) == {"stop": 3, "length": 2, "content_filter": 1, "empty": 1}
     assert count_oddities(EPISODES) == {
         "cut_turns": 4, "unverifiable": 1, "verdict_timeouts": 1, "sandbox_replays": 3, "withheld": 1,
+        "rewritten": 0,
     }  # fmt: skip
 
 

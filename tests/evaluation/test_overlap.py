@@ -134,11 +134,12 @@ def trained(tmp_path: Path, **evaluation: Any) -> TrainConfig:
 def test_a_training_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train-5 is test-2, but for case[^\n]*\n[^\n]*eval\.overlap = 'tell'$"):
         asyncio.run(look_at_tasks(trained(tmp_path)))
-    told = asyncio.run(look_at_tasks(trained(tmp_path, overlap="tell"))).overlap
+    (told,) = asyncio.run(look_at_tasks(trained(tmp_path, overlap="tell"))).overlaps
     assert told is not None
     assert told.pairs == (("train-5", "test-2", False),)
     asyncio.run(look_at_tasks(trained(tmp_path, n=1)))  # test-2 is not among the evaluated
-    assert asyncio.run(look_at_tasks(trained(tmp_path, split="train"))).overlap is None
+    looks = asyncio.run(look_at_tasks(trained(tmp_path, split="train")))
+    assert (looks.overlaps, looks.not_held_out) == ((), ("",))
 
 
 def test_the_command_refuses_it_before_a_folder_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from areal_agents.chat.toolcalls import parse_text
 from areal_agents.errors import ArealError, ConfigError
 from areal_agents.finetune.episodes import run_examples, run_pairs
 from areal_agents.finetune.examples import Limits
-from areal_agents.types import Completion, Image, Message, Text, Turn, user
+from areal_agents.tool import ToolSpec
+from areal_agents.types import Completion, Image, Message, Task, Text, Turn, user
 from tests.chat_families import family_tokenizer
 from tests.finetune.world import dpo, fmt, record, run_folder, sft, targets, turn
+from tests.saved_runs import Mixed, echo
 
 LIMITS = Limits(256, 1000)
 END = "<|im_end|>"
@@ -162,6 +165,26 @@ def test_a_servers_episodes_are_rendered_with_the_environments_tools(
     assert form.tokenizer.decode(found[1].said.rows[0].ids[found[1].said.rows[0].mask]) == f"why\n</think>\n\n{said}"
     with pytest.raises(ConfigError, match=r"its environment, which has the tools, cannot be made"):
         chosen(run_folder(tmp_path / "other", [record("g0/0", first)], env="nowhere:Env"))
+
+
+class OwnTools(Mixed):
+    """Each task has its tools by itself, and the class has none."""
+
+    tools: Sequence[ToolSpec] = ()  # type: ignore[assignment]  # Mixed has one
+
+    def tools_of(self, task: Task) -> tuple[ToolSpec, ...]:
+        return (echo,) if task.id == "with" else ()
+
+
+def test_a_servers_episodes_are_rendered_with_the_tools_of_their_tasks(
+    tmp_path: Path, smollm2: Path, shared_data: Path
+) -> None:
+    said = served("done", user("go"))
+    rows = [record("g0/0", said, task="with", kind="eval"), record("g0/1", said, task="without", kind="eval")]
+    run = run_folder(tmp_path / "run", rows, env="tests.finetune.test_episodes:OwnTools")
+    form = ChatFormat(family_tokenizer(smollm2, shared_data / "chat_templates", "qwen3_5_think"), history="append")
+    found, _ = run_examples(run, sft(run, Path("m"), Path("o")), form, Limits(2000, 100_000))
+    assert ['"name": "echo"' in form.tokenizer.decode(example.said.rows[0].ids) for example in found] == [True, False]
 
 
 def pairs(folder: Path, **changes: Any) -> tuple[list[tuple[str, str]], dict[str, int]]:

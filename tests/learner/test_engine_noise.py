@@ -77,8 +77,13 @@ def test_tokens_of_other_versions_are_no_measure(tmp_path: Path) -> None:
         it._noise.load({})  # as of a checkpoint that holds none
         old = await it.step(replace(make_batch(model, seed=1, versions=(0,)), version=1))
         assert "engine_noise" not in old
-        mixed = await it.step(replace(make_batch(model, seed=2, versions=(0, 2)), version=2))
-        assert mixed["engine_noise"] > 0.0
+        batch = replace(make_batch(model, seed=2, versions=(0, 2)), version=2)
+        found = [
+            np.abs(logprobs - row.logprobs)[row.mask & (row.versions == 2)]
+            for row, logprobs in zip(batch.rows, await it.logprobs(batch), strict=True) if row.episode != 1
+        ]  # fmt: skip
+        mixed = await it.step(batch)
+        assert mixed["engine_noise"] == pytest.approx(float(np.concatenate(found).mean()), rel=1e-5)
 
     run(made, job)
 

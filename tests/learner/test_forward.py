@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ from torch import nn
 
 from areal_agents.errors import ModelError
 from areal_agents.learner import forward
-from areal_agents.learner.forward import Decoder, Scores
+from areal_agents.learner.forward import Decoder, Scores, load_model
 from areal_agents.learner.packing import Ints, pack_rows
 from areal_agents.learner.tree_attention import TREE
-from tests.tiny_models import tiny_model
+from tests.tiny_models import save_tiny, tiny_model
 
 
 def rows_with_shared_prefixes(vocabulary: int = 96) -> list[Ints]:
@@ -111,6 +112,29 @@ def test_logits_that_are_not_a_linear_head_are_refused() -> None:
     torch.manual_seed(0)
     with pytest.raises(ModelError, match="computes its logits in a way"):
         Decoder(transformers.CohereForCausalLM(config).eval(), torch.float32)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named_and_their_folder_is(tmp_path: Path, number: float) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = number
+        model.model.norm.weight[0] = number
+    save_tiny(tmp_path / "broken", model)
+    with pytest.raises(
+        ModelError, match=r"no finite numbers .* in 2 tensors, first 'model\.layers\.1\.mlp\.up_proj"
+    ) as it:
+        Decoder(load_model(tmp_path / "broken"), torch.float32)
+    assert str(tmp_path / "broken") in str(it.value)
+    assert "computes its logits" not in str(it.value)
+
+
+def test_a_model_that_overflows_is_not_blamed_on_its_weights() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)
+    with pytest.raises(ModelError, match="no finite numbers, from weights that are"):
+        Decoder(model, torch.float32)
 
 
 @pytest.mark.parametrize("bias", [True, False])

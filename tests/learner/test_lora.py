@@ -13,7 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from areal_agents.algorithms.batch import Batch
 from areal_agents.errors import ModelError
@@ -325,3 +325,24 @@ def test_the_seed_decides_a_and_no_other_random_number(tmp_path: Path) -> None:
 def test_what_makes_no_sense_is_refused_by_its_name(tmp_path: Path, lora: LoraConfig, match: str) -> None:
     with pytest.raises(ModelError, match=match):
         learner(tiny_model(), tmp_path / "m", changed(lora=lora))
+
+
+def test_layers_that_are_too_small_are_told_with_those_that_are_not(tmp_path: Path) -> None:
+    # Each layer has a gate of one output for the expert that all tokens go through.
+    sizes: dict[str, Any] = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes))
+    larger = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    with pytest.raises(ModelError) as it:
+        learner(model, tmp_path / "m")
+    assert "model.layers.0.mlp.shared_expert_gate can have, which is 1 x 32 (2 layers are too small)" in str(it.value)
+    assert f"lower it to 1, or name larger layers in learner.lora.targets ({', '.join(larger)})" in str(it.value)
+    made = learner(model, tmp_path / "m", changed(lora=LoraConfig(rank=4, targets=larger)))
+    assert made.lora is not None
+    assert len(made.lora.layers) == 2 * (4 + 3)
+    asyncio.run(made.close())
+    with pytest.raises(ModelError, match="lower it to 1, or train all weights"):
+        learner(model, tmp_path / "m", changed(lora=LoraConfig(rank=4, targets=("shared_expert_gate",))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from areal_agents.learner import packing
 from areal_agents.learner.packing import PACK_COST, Ints, Pack, Segment, pack_rows
 
 
@@ -120,3 +122,30 @@ def test_no_rows_and_empty_rows() -> None:
     assert pack_rows([], token_budget=10) == []
     with pytest.raises(ValueError, match="without tokens"):
         pack_rows([ids(1), ids()], token_budget=10)
+
+
+def test_rows_that_leave_a_common_path_one_after_the_other_make_a_deep_tree() -> None:
+    rows = [ids(*range(n), 10_000) for n in range(20, 1120)]
+    (pack,) = pack_rows(rows, token_budget=10**6, min_shared=1)
+    assert pack.tokens == 1119 + len(rows), "the common path once, and each row's last token"
+    assert max(len(s.path) for s in pack.segments) == len(rows) - 1
+
+
+def test_a_pack_of_many_rows_takes_few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rows that begin alike, by less than is shared, are more tokens than a pack was cut for: how many fit is tried.
+    tried: list[int] = []
+    make = packing._tree_pack
+
+    def counted(rows: Sequence[Ints], chosen: Sequence[int], min_shared: int) -> Pack:
+        tried.append(len(chosen))
+        return make(rows, chosen, min_shared)
+
+    monkeypatch.setattr(packing, "_tree_pack", counted)
+    rng = np.random.default_rng(0)
+    prompt, begun = rng.integers(0, 1000, 100), rng.integers(0, 1000, 15)
+    rows = [np.concatenate([prompt, begun[: k % 16], rng.integers(1000, 2000, 5)]) for k in range(512)]
+    packs = pack_rows(rows, token_budget=4000)
+    assert [p.tokens <= 4000 for p in packs] == [True] * len(packs)
+    assert len(packs) <= 3
+    assert max(len(p.rows) for p in packs) > 200
+    assert len(tried) < 20 * len(packs)

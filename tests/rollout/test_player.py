@@ -267,10 +267,10 @@ class Instructed(Talks):
 def test_a_system_prompt_that_the_template_cannot_show_is_refused_before_anything_starts() -> None:
     spec = registry.spec("tests.rollout.test_player:Instructed")
     with pytest.raises(TemplateError, match=r"set model\.merge_system = true"):
-        require_prompts(spec, ChatFormat(tiny(NO_SYSTEM)))
-    require_prompts(spec, ChatFormat(tiny(NO_SYSTEM), merge_system=True))
-    require_prompts(spec, ChatFormat(tiny(CHATML)))
-    require_prompts(registry.spec("tests.rollout.test_player:Talks"), ChatFormat(tiny(NO_SYSTEM)))
+        require_prompts(spec, ChatFormat(tiny(NO_SYSTEM)), LIMITS)
+    require_prompts(spec, ChatFormat(tiny(NO_SYSTEM), merge_system=True), LIMITS)
+    require_prompts(spec, ChatFormat(tiny(CHATML)), LIMITS)
+    require_prompts(registry.spec("tests.rollout.test_player:Talks"), ChatFormat(tiny(NO_SYSTEM)), LIMITS)
 
 
 def test_a_player_is_built_with_the_chat_options_of_its_spec(tmp_path: Path) -> None:

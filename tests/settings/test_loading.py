@@ -184,7 +184,7 @@ def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
         (["--model.max_context", "100"], "rollout.max_turn_tokens = 160 must be under model.max_context = 100"),
         (
             ["--foo", "1"],
-            "sections: model, env, engine, cluster, rollout, algorithm, algorithm.kl, algorithm.critic, "
+            "sections: model, env, curriculum, engine, cluster, rollout, algorithm, algorithm.kl, algorithm.critic, "
             "algorithm.teacher, learner, learner.lora, warm_start, eval, checkpoint, track;",
         ),
     ],

@@ -134,9 +134,9 @@ shorter = kimi_length(solved, weight=0.5)
 
 def test_the_tasks_are_looked_at_for_what_a_group_reward_asks_too() -> None:
     looks = asyncio.run(look_at_tasks(of(rollout={"group_reward": f"{HERE}:shorter", "max_bad_tasks": 1.0})))
-    assert looks.train.bad
-    assert set(looks.train.bad.values()) == {"odd"}
-    assert not looks.held_out.bad
+    assert looks.parts[""].train.bad
+    assert set(looks.parts[""].train.bad.values()) == {"odd"}
+    assert not looks.parts[""].held_out.bad
     assert [*Shorter.task_checks()] == [solved.require_scorable]
 
 

@@ -17,8 +17,9 @@ from areal_agents.settings.config import AlgorithmConfig, EngineConfig, TrainCon
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.trainer.batches import batch_of
-from areal_agents.trainer.loop import rollout_metrics, train
+from areal_agents.trainer.loop import train
 from areal_agents.trainer.resume import refuse_taken
+from areal_agents.trainer.rollout_metrics import rollout_metrics
 from areal_agents.trainer.run_folder import RunFolder
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Trajectory, Turn
 from tests.letters_env import Letters

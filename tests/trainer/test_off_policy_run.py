@@ -8,15 +8,31 @@ from pathlib import Path
 import pytest
 
 from areal_agents.errors import ConfigError
+from areal_agents.learner.checkpoint import count_parameters
 from areal_agents.learner.proximal import PROXIMAL
+from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.trainer.loop import train
+from areal_agents.trainer.run import _require_room
+from areal_agents.trainer.run_folder import Commit, RunFolder
+from tests.tiny_models import tiny_chat_model
 from tests.trainer.test_greedy_and_refills import config
 
 CHOSEN = {
     "advantage": "opob", "overlong": "mask", "entropy": 0.01,
     "correction": {"kind": "kept", "decay": 0.5}, "mask": "geometric",
 }  # fmt: skip
+
+
+def test_room_is_asked_for_the_kept_policy_too(tmp_path: Path) -> None:
+    model = tiny_chat_model(tmp_path / "model")
+    n, sizes = count_parameters(model), []
+    for kind in ("bypass", "kept"):
+        c = TrainConfig.model_validate({"algorithm": {"correction": kind}})
+        with RunFolder(tmp_path / kind) as folder:
+            _require_room(c, folder, model, Commit())
+            sizes.append(folder.checkpoint_bytes)
+    assert sizes == [12 * n, 12 * n + 12 * (n // 3)]
 
 
 @pytest.mark.slow

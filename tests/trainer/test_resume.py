@@ -24,7 +24,6 @@ import torch
 from areal_agents import settings
 from areal_agents.cli.demo import claim
 from areal_agents.errors import ArealError, ConfigError, Interrupted, LearnerLost
-from areal_agents.evaluation.report import EvalReport
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking import trajectories
 from areal_agents.tracking.tracker import read_metrics
@@ -308,12 +307,12 @@ def test_a_signal_during_an_evaluation_or_the_last_one_saves_all_steps(tmp_path:
     usual = Run.evaluate
     stop_at = ["step_2", "after_rl"]
 
-    async def interrupted(self: Run, label: str, *, step: int = 0) -> EvalReport:
+    async def interrupted(self: Run, label: str, *, step: int = 0) -> None:
         if stop_at and label == stop_at[0]:
             stop_at.pop(0)
             self.stop.request(signal.SIGINT)
             await asyncio.Event().wait()
-        return await usual(self, label, step=step)
+        await usual(self, label, step=step)
 
     monkeypatch.setattr(Run, "evaluate", interrupted)
     for step in (2, 4):

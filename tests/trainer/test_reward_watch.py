@@ -21,8 +21,14 @@ from areal_agents.toolenv import ToolEnv
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import read_records
 from areal_agents.trainer.loop import train
-from areal_agents.trainer.reward_watch import RewardWatch, SameAnswers, Suspicion, component_means, same_answers
-from areal_agents.trainer.run import Run
+from areal_agents.trainer.reward_watch import (
+    RewardWatch,
+    SameAnswers,
+    Suspicion,
+    component_means,
+    same_answers,
+    tell_signs,
+)
 from areal_agents.types import AssistantMessage, Completion, Group, Task, Text, ToolCall, Trajectory, Turn
 from tests.letters_env import share_of_letters
 from tests.tiny_models import tiny_chat_model
@@ -234,10 +240,10 @@ def test_an_unknown_correctness_is_told_once_where_there_is_something_to_compare
 ) -> None:
     events: list[str] = []
     lines: list[str] = []
-    tracker = SimpleNamespace(event=lambda kind, **facts: events.append(kind), message=lines.append)
-    run: Any = SimpleNamespace(reward_watch=watch(), tracker=tracker)
+    tracker: Any = SimpleNamespace(event=lambda kind, **facts: events.append(kind), message=lines.append)
+    watched = watch()
     for step in (1, 2):
-        Run.look_at_rewards(run, step, {f"component/{name}": 0.5 for name in components}, [])
+        tell_signs(watched, step, {f"component/{name}": 0.5 for name in components}, [], tracker)
     assert events == ([] if says is None else ["correctness_unknown"])
     assert len(lines) == bool(says)
     assert all(line.endswith(says or "") for line in lines)

@@ -3,7 +3,8 @@
     ForkServer.fork ── a socket for the worker ──▶ worker.py, once a pool ── fork ──▶ a worker, which reads that socket
               .end  ── its number ───────────────▶           kills it, and waits for its end
 
-Workers share the memory of what was imported. They end with their server, and it ends with its host.
+Workers share the memory of what was imported. They end with their server, and it ends with its host. Another module
+that calls ``worker.serve`` may stand in worker.py's place, for code of others that must be ended by a deadline too.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import areal_agents
 from areal_agents.errors import InfraError
@@ -50,7 +53,20 @@ class _Gone(Exception):
 class ForkServer:
     """One process, started when it is first needed and again after its end. Threads may share it."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        module: str = "areal_agents.rewards.mathematics.worker",
+        what: str = "the mathematics verifier",
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            module: whose ``__main__`` calls ``worker.serve``.
+            what: begins the messages.
+            environment: variables of the process, over those of this one.
+        """
+        self._module, self._what, self._environment = module, what, environment
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -62,7 +78,7 @@ class ForkServer:
                 with contextlib.suppress(_Gone):
                     return self._forked()
                 self._close()
-        raise InfraError("the mathematics verifier's process did not start: its message stands on stderr")
+        raise InfraError(f"{self._what}'s process did not start: its message stands on stderr")
 
     def end(self, worker: Forked) -> None:
         """Kill a worker, and wait for its end."""
@@ -92,7 +108,7 @@ class ForkServer:
             raise
         if pid < 0:
             mine.close()
-            raise InfraError(f"the mathematics verifier cannot fork a worker: {os.strerror(-pid)}")
+            raise InfraError(f"{self._what} cannot fork a worker: {os.strerror(-pid)}")
         return Forked(pid, mine, self._process)
 
     def _asked(self, what: int, passed: socket.socket | None = None) -> int:
@@ -117,10 +133,12 @@ class ForkServer:
         self._control, other = socket.socketpair()
         with other:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "areal_agents.rewards.mathematics.worker"],
+                [sys.executable, "-P", "-m", self._module],
                 stdin=other.fileno(),
                 stdout=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                env=os.environ
+                | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+                | dict(self._environment),
                 start_new_session=True,  # Ctrl-C is the run's
             )
         self._control.settimeout(_START_SECONDS)

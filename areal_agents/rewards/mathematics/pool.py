@@ -64,9 +64,9 @@ class MathPool:
         """Workers that were killed or lost."""
         self._room = threading.BoundedSemaphore(waiting)
         self._server = ForkServer()
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for _ in range(self.workers):
-            self._idle.put(_Worker(self._server))
+            self._idle.put(Worker(self._server))
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="verifier")
         self._cache: OrderedDict[tuple[Any, ...], MathVerdict] = OrderedDict()
         self._lock = threading.Lock()
@@ -141,7 +141,7 @@ class MathPool:
             for _ in range(2):
                 try:
                     reply = worker.ask(request, self.deadline)
-                except _Lost:
+                except Lost:
                     self.replaced += 1
                     continue
                 except InfraError as error:
@@ -155,11 +155,11 @@ class MathPool:
             self._idle.put(worker)
 
 
-class _Lost(Exception):
+class Lost(Exception):
     """The worker's process ended while it was asked."""
 
 
-class _Worker:
+class Worker:
     """One process, replaced when it is asked after its end. One thread uses it at a time."""
 
     def __init__(self, server: ForkServer) -> None:
@@ -171,10 +171,10 @@ class _Worker:
     def pid(self) -> int | None:
         return self._forked.pid if self._forked else None
 
-    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, str] | None:
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
         """Return the reply, or None where there is none in time: the process is then killed.
 
-        Raises _Lost where it ended or somebody stopped it, InfraError where none can be started.
+        Raises Lost where it ended or somebody stopped it, InfraError where none can be started.
         """
         if self._forked is not None and _is_readable(self._forked.socket, 0):  # it says nothing unasked, but its end
             self.end()
@@ -185,14 +185,14 @@ class _Worker:
             line = self._exchanged(self._forked.socket, json.dumps(request).encode() + b"\n", end)
         except (OSError, EOFError) as error:
             self.end()
-            raise _Lost from error
+            raise Lost from error
         if line is None:
             stopped = _is_stopped(self._forked.pid)
             self.end()
             if stopped:
-                raise _Lost
+                raise Lost
             return None
-        reply: dict[str, str] = json.loads(line)
+        reply: dict[str, Any] = json.loads(line)
         return reply
 
     def end(self) -> None:

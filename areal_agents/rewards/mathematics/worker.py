@@ -14,6 +14,7 @@ import resource
 import signal
 import socket
 import traceback
+from collections.abc import Callable
 from math import ceil
 from typing import Any
 
@@ -24,12 +25,31 @@ MEMORY = 1 << 30
 """Bytes of address space."""
 
 
+Answer = Callable[[dict[str, Any]], dict[str, Any]]
+"""What a worker replies to a request. Both are JSON."""
+
+
 def main() -> None:
-    control = socket.socket(fileno=os.dup(0))
-    os.dup2(2, 1)  # a library that prints
+    serve(_prepare, answer, MEMORY)
+
+
+def _prepare() -> None:
     from areal_agents.rewards.mathematics.verify import verify
 
     verify("x+1", r"\sqrt{2}")  # imports and first uses are not the first answer's
+
+
+def serve(prepare: Callable[[], None], answer: Answer, memory: int) -> None:
+    """Fork workers as the host's ``ForkServer`` asks, until the host is gone.
+
+    Args:
+        prepare: imports what the workers share.
+        answer: replies to a request, in a worker. A request names the ``seconds`` that it may take.
+        memory: bytes of a worker's address space.
+    """
+    control = socket.socket(fileno=os.dup(0))
+    os.dup2(2, 1)  # a library that prints
+    prepare()
     gc.freeze()  # a collection in a worker would copy what it shares with the others
     control.sendall(number(READY))
     workers: set[int] = set()
@@ -39,7 +59,7 @@ def main() -> None:
             return
         asked = int.from_bytes(message, "big", signed=True)
         if asked == FORK:
-            reply = _fork(passed[0], control)
+            reply = _fork(passed[0], control, lambda asked: _work(asked, answer, memory))
             workers |= {reply} if reply > 0 else set()
         else:
             reply = 0
@@ -50,7 +70,7 @@ def main() -> None:
         control.sendall(number(reply))
 
 
-def _fork(worker_socket: int, control: socket.socket) -> int:
+def _fork(worker_socket: int, control: socket.socket, work: Callable[[socket.socket], None]) -> int:
     """Return the number of a new worker, or the system's error below zero."""
     server = os.getpid()
     try:
@@ -62,7 +82,7 @@ def _fork(worker_socket: int, control: socket.socket) -> int:
             control.close()
             end_with_parent()
             if os.getppid() == server:  # else it ended before this process asked to end with it
-                _work(socket.socket(fileno=worker_socket))
+                work(socket.socket(fileno=worker_socket))
         except BaseException:  # noqa: BLE001  a forked process must not go on as its parent
             traceback.print_exc()
         finally:
@@ -71,8 +91,8 @@ def _fork(worker_socket: int, control: socket.socket) -> int:
     return pid
 
 
-def _work(asked: socket.socket) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+def _work(asked: socket.socket, answer: Answer, memory: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     with asked.makefile("rw", encoding="utf-8", newline="\n") as lines:
         for line in lines:
             request = json.loads(line)
