@@ -42,7 +42,7 @@ from areal_agents.algorithms.registry import REGISTRIES
 from areal_agents.cli.main import _parse, main
 from areal_agents.env import Expert
 from areal_agents.evaluation.report import EvalReport
-from areal_agents.evaluation.suite import is_suite, load_suite
+from areal_agents.evaluation.suite import SUITE_GROUP, is_suite, load_suite
 from areal_agents.reward import Episode, judge
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import read_metrics
@@ -214,7 +214,7 @@ def test_toml_and_json_blocks_load(block: Block, tmp_path: Path) -> None:
     if block.language == "json":
         json.loads(block.text)
     elif block.file == "pyproject.toml":
-        groups = {registry.ENTRY_POINT_GROUP, *(r.group for r in REGISTRIES.values())}
+        groups = {registry.ENTRY_POINT_GROUP, SUITE_GROUP, *(r.group for r in REGISTRIES.values())}
         assert set(tomllib.loads(block.text)["project"]["entry-points"]) <= groups
     else:
         (tmp_path / "block.toml").write_text(block.text)

@@ -56,6 +56,8 @@ class Subject:
     chat: ChatOptions = field(default_factory=ChatOptions)
     tools: dict[str, bool] = field(default_factory=dict)
     """The tools that scripts were offered, and whether one of them called it as it must be called."""
+    at_once: int = 1
+    """Episodes that may play together where nothing is compared: more than one once they were seen to be isolated."""
     _sample: tuple[Task, ...] = ()
     _alone: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
     _children: list[dict[str, Any]] = field(default_factory=list)

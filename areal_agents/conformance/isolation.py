@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 
 from areal_agents.conformance.contract import Subject
-from areal_agents.conformance.scripted_episode import ScriptedEpisode, ScriptName, plain, spoil, trace_difference
+from areal_agents.conformance.scripted_episode import (
+    AT_ONCE,
+    ScriptedEpisode,
+    ScriptName,
+    plain,
+    spoil,
+    trace_difference,
+)
 from areal_agents.errors import ArealError, CheckError
 from areal_agents.utils.outcomes import unheard
 
@@ -45,6 +52,7 @@ async def isolation(subject: Subject) -> str:
     error = await _rest(*twins)
     for episode, trace in zip(twins, (alone[0], clumsy), strict=True):
         _require_same(trace, episode, error, "an episode differs beside another one of the same task", "")
+    subject.at_once = AT_ONCE
     return f"{len(alone)} concurrent episodes equal one by one"
 
 

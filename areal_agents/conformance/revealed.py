@@ -69,7 +69,8 @@ async def hidden(subject: Subject) -> str:
     known = [(t, found) for t in (pool[i] for i in range(min(len(pool), TASKS))) if (found := answers(t, spec.gold(t)))]
     if len({found[0] for _, found in known}) < 2:
         raise Skipped("fewer than two different answers are known: no gold(), and none in the payloads")
-    shown = await in_turns([partial(_shown, subject, task, seed) for seed, (task, _) in enumerate(known)])
+    looks = [partial(_shown, subject, task, seed) for seed, (task, _) in enumerate(known)]
+    shown = await in_turns(looks, subject.at_once)
     for where in dict.fromkeys(name for texts in shown for name in texts):
         rows = [(texts[where], found) for texts, (_, found) in zip(shown, known, strict=True) if where in texts]
         rule = copier(rows) if len(rows) >= FEWEST else None

@@ -119,7 +119,7 @@ async def _mean(subject: Subject, tasks: Sequence[Task], policy: Unskilled) -> f
     count = policy.episodes or len(tasks)
     numbers = [(n, n % len(tasks)) for n in range(count)]
     plays = [partial(_play, subject, tasks[i], n, policy.script(i, n), policy.turns, policy.random) for n, i in numbers]
-    return math.fsum(await in_turns(plays)) / count
+    return math.fsum(await in_turns(plays, subject.at_once)) / count
 
 
 async def _play(
@@ -143,12 +143,12 @@ async def _skilled(subject: Subject, tasks: Sequence[Task], gold: Sequence[str |
     golden = [(t, g) for t, g in zip(tasks, gold, strict=True) if g is not None][:GOLD_TASKS]
     if golden:
         plays = [partial(_play, subject, task, i, repeat(answer)) for i, (task, answer) in enumerate(golden)]
-        earned = list(zip((task for task, _ in golden), await in_turns(plays), strict=True))
+        earned = list(zip((task for task, _ in golden), await in_turns(plays, subject.at_once), strict=True))
         scored.append(_all_full(earned, "gold answers", "gold()"))
     experts = [(i, task) for i, task in enumerate(tasks[:EXPERT_TASKS]) if spec.expert(task) is not None]
     if experts:
         plays = [partial(_play, subject, t, i, script_for(spec, t, "main"), EXPERT_TURNS) for i, t in experts]
-        earned = list(zip((task for _, task in experts), await in_turns(plays), strict=True))
+        earned = list(zip((task for _, task in experts), await in_turns(plays, subject.at_once), strict=True))
         scored.append(_all_full(earned, "expert episodes", "expert()"))
     return scored
 

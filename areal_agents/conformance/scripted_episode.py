@@ -40,7 +40,7 @@ ScriptName = Literal["main", "clumsy"]
 MAX_TURNS = 12
 """Turns of an episode, where no more are asked for: enough to compare episodes, and an end of scripts without one."""
 AT_ONCE = 8
-"""Episodes that play together where nothing is compared."""
+"""Episodes that play together where nothing is compared, of environments that keep them apart."""
 CLUMSY = (
     '<tool_call>{"name": "no_such_tool", "arguments": {}}</tool_call><tool_call>{"name": </tool_call>',
     "<tool_call>{",
@@ -144,12 +144,12 @@ class ScriptedEpisode(EpisodeDriver):
         return math.fsum(turn.reward for turn in self.turns)
 
 
-async def in_turns(works: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
-    """Do ``works``, ``AT_ONCE`` at a time, and return what each gave.
+async def in_turns(works: Sequence[Callable[[], Awaitable[T]]], at_once: int) -> list[T]:
+    """Do ``works``, ``at_once`` at a time, and return what each gave.
 
     The first error ends the others, and is raised.
     """
-    slots = asyncio.Semaphore(AT_ONCE)
+    slots = asyncio.Semaphore(at_once)
 
     async def one(work: Callable[[], Awaitable[T]]) -> T:
         async with slots:

@@ -28,8 +28,8 @@ def run(out: Path) -> Path:
         tracker.log(2, {"reward": 1.0, "loss": 2.0, "off_policy/ess": 0.5})
         tracker.log(3, {"reward": 0.25, "loss": 3.0, "off_policy/ess": 0.5})
     rewards = ((0.0, 0.0), (0.5, 0.5), (0.0, 2.0))  # means of the groups: 0, 0.5, 1
-    first = [record(g, i, r, step=1) for g, pair in enumerate(rewards) for i, r in enumerate(pair)]
-    second = [record(10 + g, i, 1.0, step=2) for g in range(3) for i in range(2)]
+    first = [record(g, i, r, task=g, step=1) for g, pair in enumerate(rewards) for i, r in enumerate(pair)]
+    second = [record(10 + g, i, 1.0, task=g, step=2) for g in range(3) for i in range(2)]
     save(out, TrainConfig(out=out), [*first, *second, record(20, 0, 0.25, step=3)])
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import gymnasium
@@ -13,7 +14,7 @@ HIGHEST, GUESSES = 100, 8
 class GuessGame(gymnasium.Env[str, str]):
     """Find a hidden number: each guess is answered with higher or lower."""
 
-    observation_space = action_space = Text(1000)
+    observation_space = action_space = Text(1000, min_length=0, charset=string.printable)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
