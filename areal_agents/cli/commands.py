@@ -43,11 +43,18 @@ class Train:
     """TOML file, or the name of a shipped configuration; left out: all defaults."""
     resume: bool = False
     """Go on with the run in --out, from its last commit; start it where there is none."""
+    show: bool = False
+    """Print the settings as TOML, with what a preset stands for, and train nothing."""
 
     def run(self, overrides: Sequence[str]) -> int:
         from areal_agents import registry, settings
 
+        if self.show and self.resume:
+            raise UsageError("--show prints settings and --resume trains with them: give one of them")
         config = settings.load(self.config or None, overrides)
+        if self.show:
+            print(settings.dump(config), end="")
+            return 0
         require_linux("training")
         for env in config.mixture or (config.env,):
             registry.spec(env.id)  # a typo is answered before torch is imported
@@ -184,9 +191,6 @@ class Check:
 
         others = [s for s in (registry.specs() if self.all else ()) if s.id not in self.env]
         ids = [*self.env, *(s.id for s in others if s.installed)]
-        for s in others:
-            if not s.installed:
-                print(f"{s.id} is left out: it needs {s.needs}, which is not installed", file=sys.stderr)
         if not ids:
             raise UsageError("name an environment (`areal-agents envs` lists them), or use --all")
         tokenizer = None if self.tokenizer.lower() == "none" else self.tokenizer
@@ -195,6 +199,9 @@ class Check:
             raise UsageError(f"{overrides[0]} is an argument of one environment: check that alone")
         for id in ids if env.kwargs else ():
             registry.spec(id).require_arguments(env.kwargs)
+        for s in others:
+            if not s.installed:
+                print(f"{s.id} is left out: it needs {s.needs}, which is not installed", file=sys.stderr)
         reports = []
         for id in ids:
             reports.append(check(id, tokenizer=tokenizer, chat=options, kwargs=env.kwargs, difficulty=env.difficulty))

@@ -105,7 +105,8 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
         from areal_agents.settings.loading import split_overrides
 
         evaluates = args[0] == "eval"
-        options = [a for a in args if not evaluation.is_setting(a)] if evaluates else ["--help", "--resume"]
+        own = ["--help", "--resume", *(["--show"] if args[0] == "train" else [])]
+        options = [a for a in args if not evaluation.is_setting(a)] if evaluates else own
         args, overrides = split_overrides(args, keep=options)
         if "-h" in args or "--help" in args:
             try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from areal_agents import registry
+from areal_agents import registry, settings
 from areal_agents.cli.main import main
 from areal_agents.errors import EngineError, RegistryError
 from areal_agents.settings.config import TrainConfig
@@ -58,6 +58,21 @@ def test_train_passes_file_and_overrides(
     )
     assert main(["train", "--seed", "4"]) == 0
     assert recorder.calls[1] == TrainConfig(seed=4)
+
+
+def test_show_prints_what_a_preset_stands_for_and_trains_nothing(
+    recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--algorithm", "gspo", "--learner.lr", "3e-6", "--show"]) == 0
+    shown = capsys.readouterr().out
+    asked = settings.load(None, ["--algorithm", "gspo", "--learner.lr", "3e-6"])
+    (tmp_path / "shown.toml").write_text(shown)
+    assert settings.load(tmp_path / "shown.toml") == asked
+    assert 'kind = "gspo"' in shown
+    assert not recorder.calls
+    assert main(["train", "--show", "--resume"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert main(["train", "--show", "--algorithm", "gspo2"]) == 1
 
 
 def test_train_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +228,7 @@ def test_check_all_leaves_out_and_names_what_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import areal_agents.conformance.check as module
-    from areal_agents import registry
+    from areal_agents import registry, settings
     from areal_agents.conformance.check import CheckReport
 
     checked: list[str] = []
