@@ -108,6 +108,7 @@ class Bfcl(Dialogue):
     def tasks(
         cls, split: str, *, difficulty: float | None = None, category: str = "base", all_for_test: bool = False
     ) -> Sequence[Task]:
+        require_category(category)
         return category_tasks(category, split, all_for_test=all_for_test)
 
     def training_tasks(self) -> Sequence[Task]:

@@ -29,8 +29,8 @@ from areal_agents.utils.short_text import cut, short
 
 ID: Final = "areal/ReasoningGym-v0"
 SIZES: Final[Mapping[str, int]] = MappingProxyType({"train": 4096, "validation": 256, "test": 512})
-MAX_CHARS: Final = 1 << 14
-"""Of an answer. The longest right one, a large grid, has a few thousand."""
+MAX_CHARS: Final = 1 << 15
+"""Of an answer. The longest right one is a grid of 20,000."""
 MAKE_SECONDS: Final = 120.0
 SCORE_SECONDS: Final = 20.0
 """For making the entry once more, and for its scorer."""
@@ -88,7 +88,8 @@ class ReasoningGym(ToolEnv):
     An agent must learn to follow a procedure in words, exactly and to its end, and to give the answer in the form that
     is asked for. The reward is 1 for an answer to which the generator's own scorer gives the full score.
     ``difficulty`` moves all levels of a generator's own curriculum together, from the lowest to the highest; by default
-    there is the generator's own setting, and four have no levels at all.
+    there is the generator's own setting. A few have no levels, or none that can be used (``LEVELLESS``): they stay as
+    they are.
     """
 
     system_prompt = (

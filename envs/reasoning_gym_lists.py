@@ -50,6 +50,19 @@ GOLDS: Final[Mapping[str, str]] = MappingProxyType({
 ``boxnet`` and ``rush_hour`` have none at all.
 """
 
+_REFUSED, _SLOW = "some of its levels are refused by its own settings", "a task of some levels takes many seconds"
+LEVELLESS: Final[Mapping[str, str]] = MappingProxyType({
+    "bf": _SLOW,
+    "caesar_cipher": _REFUSED,
+    "jugs": _SLOW,
+    "knight_swap": _REFUSED,
+    "rubiks_cube": _REFUSED,
+    "sokoban": _SLOW,
+    "survo": _REFUSED,
+    "zebra_puzzles": _SLOW,
+})  # fmt: skip
+"""Generators whose own curricula are not used, each with the reason: a difficulty leaves them as they are."""
+
 COUNTED: Final = frozenset({"ab", "acre", "gsm_symbolic", "list_functions", "word_ladder"})
 """Generators whose datasets choose for each of their entries when they are made, or have a limited number of them."""
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Final
 
-from areal_agents.envs.reasoning_gym_lists import COUNTED, EXACT, GOLDS, SUMS
+from areal_agents.envs.reasoning_gym_lists import COUNTED, EXACT, GOLDS, LEVELLESS, SUMS
 from areal_agents.rewards.mathematics.worker import serve
 from areal_agents.utils.short_text import described
 
@@ -147,7 +147,7 @@ def _dataset(name: str, difficulty: float | None, config: str, seed: int, size: 
     make, settings = factory.DATASETS[name]
     given = {**json.loads(config), "seed": seed, "size": size}
     try:
-        levels = difficulty is not None and factory.has_curriculum(name)
+        levels = difficulty is not None and name not in LEVELLESS and factory.has_curriculum(name)
         return make(config=_at(name, float(difficulty or 0), given) if levels else settings(**given))
     except (TypeError, AssertionError, ValueError) as error:
         raise Refused(f"{name!r} does not take config = {config} at difficulty {difficulty}: {error}") from error

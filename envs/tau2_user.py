@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib.resources
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -87,7 +88,8 @@ class ScriptedUser:
         """Read what stands between a tool's parentheses: literals, by name or in order. Nothing is evaluated."""
         names = list(self._tools[name].parameters.get("properties", {}))
         try:
-            call = ast.parse(f"f({text})", mode="eval").body
+            with warnings.catch_warnings(action="ignore"):  # of an escape that is none, say
+                call = ast.parse(f"f({text})", mode="eval").body
             assert isinstance(call, ast.Call)
             given = {n: ast.literal_eval(value) for n, value in zip(names, call.args, strict=False)}
             return given | {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg in names}

@@ -17,8 +17,7 @@ class Shares:
         n·p_i − x_i ≥ 1 / (2k − 2)      for which      (1 − 1/(2k − 2) − (n·p_i − x_i)) / p_i      is least.
 
     Then |x_i(n) − n·p_i| ≤ 1 − 1/(2k − 2) < 1 for every i and n: the first n groups have each environment's share to
-    within one group. So any n groups in a row have it to within two, and with two environments to within one. (More
-    cannot be had: for three environments or more no sequence has every window within one, for most weights.) Where two
+    within one group. So any n groups in a row have it to within two, and with two environments to within one. Where two
     are equal, the seed decides.
 
     It is computed in whole numbers, so that it is the same on every machine.

@@ -207,6 +207,8 @@ def test_rows_of_one_scenario_are_in_one_split() -> None:
 def test_what_there_is_not_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="no category 'live_simple': there are base, miss_func, miss_param, long_con"):
         Bfcl(category="live_simple")
+    with pytest.raises(ConfigError, match=r"no category \['base'\]: there are base,"):
+        registry.spec("areal/Bfcl-v0").with_kwargs({"category": ["base"]}).tasks("test")
     with pytest.raises(ConfigError, match="no split 'dev': its splits are train, validation, test"):
         Bfcl.tasks("dev")
 

@@ -152,8 +152,8 @@ HASHED = ("isomorphic_strings", "ransom_note")
 """Generators that draw from sets of texts, whose order is another in each process."""
 
 
-def drawn(pool: WorkerPool, names: Sequence[str]) -> dict[str, str]:
-    request = {"do": "make", "difficulty": None, "config": "{}", "split": "train", "salt": "a"}
+def drawn(pool: WorkerPool, names: Sequence[str], difficulty: float | None = None) -> dict[str, str]:
+    request = {"do": "make", "difficulty": difficulty, "config": "{}", "split": "train", "salt": "a"}
     return {name: json.dumps(pool.ask({**request, "generator": name}, 60)) for name in names}
 
 
@@ -178,6 +178,13 @@ def test_a_task_is_the_same_in_every_process() -> None:
     with elsewhere("7") as pool:  # so the pool sets PYTHONHASHSEED
         other = drawn(pool, HASHED)
     assert [name for name in HASHED if first[name] == other[name]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("difficulty", [0.0, 1.0])
+def test_every_generator_has_tasks_at_every_difficulty(difficulty: float) -> None:
+    made = drawn(reasoning_gym_env._pool(), INCLUDED, difficulty)
+    assert [name for name in INCLUDED if "question" not in made[name]] == []
 
 
 def test_no_question_is_in_two_splits() -> None:

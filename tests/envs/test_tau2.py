@@ -90,6 +90,7 @@ def test_a_scripted_user_runs_the_tools_that_a_message_names() -> None:
         "Please look: `check_network_mode_preference()`, then check_sim_status.",
         'Please use set_network_mode_preference(mode="2g_only"), and check_network_mode_preference().',
         "set_network_mode_preference('4g_5g_preferred') please",
+        'set_network_mode_preference("\\d") please',
         "set_network_mode_preference(mode=__import__('os').getpid())",
         "set_network_mode_preference(**{'mode': 1})",
         "I recheck_sim_status and check_sim_statuses.",
@@ -100,9 +101,10 @@ def test_a_scripted_user_runs_the_tools_that_a_message_names() -> None:
     )
     assert "check_network_mode_preference: Network Mode Preference: 2g_only" in replies[1]
     assert replies[2].startswith("set_network_mode_preference: Preferred Network Mode set to: 4g_5g_preferred")
-    assert all("missing 1 required positional argument: 'mode'" in reply for reply in replies[3:5])
-    assert replies[5].startswith("I am John Smith")  # no tool was named
-    assert [call.side for call in env.state.world.calls] == ["user"] * 7
+    assert r"'\d' is not a valid option" in replies[3]
+    assert all("missing 1 required positional argument: 'mode'" in reply for reply in replies[4:6])
+    assert replies[6].startswith("I am John Smith")  # no tool was named
+    assert [call.side for call in env.state.world.calls] == ["user"] * 8
     env.close()
 
 

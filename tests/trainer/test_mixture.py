@@ -16,6 +16,7 @@ from areal_agents import settings
 from areal_agents.algorithms.registry import Choice
 from areal_agents.errors import ArealError, ConfigError
 from areal_agents.evaluation.compare import compare
+from areal_agents.evaluation.curves import read_numbers
 from areal_agents.evaluation.look import advantages_of
 from areal_agents.evaluation.report import EvalReport
 from areal_agents.evaluation.saved_run import SavedRun
@@ -119,6 +120,8 @@ def test_each_environment_is_evaluated_and_the_mean_is_told(whole: RunResult) ->
         assert (row["n"], row["step"]) == (6, 0 if label == "before" else STEPS)
         assert len(list(read_records(whole.out, kind=f"eval-{label}.a"))) == 3
         assert f"mean, {label}: pass@1 {row['pass_at_1']:.3f}" in whole.table()
+    (drawn,) = read_numbers([whole.out])
+    assert [row["kind"] for row in drawn.held_out] == ["eval/before", "eval/after_rl"]  # one point a step
     found = compare_labels(whole.out, "before.a", "after_rl.a")
     assert found.n == 3
     with pytest.raises(ConfigError, match="before"):

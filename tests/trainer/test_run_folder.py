@@ -61,12 +61,12 @@ def episode(order: int, index: int, version: int = 2) -> Trajectory:
 
 
 def state() -> RolloutState:
-    buffered = Group("g3", task(3), (episode(3, 0), episode(3, 1)), 1, 3)
-    running = OpenGroup(Ticket(4, 2), task(4), {1: episode(4, 1), 0: None})
+    buffered = Group("g3", task(3), (episode(3, 0), episode(3, 1)), 1, 3, None, "b", 0.3)
+    running = OpenGroup(Ticket(4, 2), task(4), {1: episode(4, 1), 0: None}, "a", 0.0)
     empty = OpenGroup(Ticket(5, 2), task(5), {})
     odd = Task.make("t7", split="train", seed=7, payload={"board": ((1, 2), (3,)), "by": {5: "int key"}})
     return RolloutState(
-        BufferState(2, 6, 1, ("t9",), (running.ticket, empty.ticket), (buffered,)),
+        BufferState(2, 6, 1, ("t9",), (running.ticket, empty.ticket), (buffered,), dropped_of=(("a", 1),)),
         (running, empty),
         StreamState(8, 6, (odd,), ("t1", "t7"), (task(2).content_hash, task(6).content_hash)),
         ("t1",),
