@@ -44,11 +44,20 @@ def ask(script: str, asked: Row) -> Row:
         return side.ask(asked) | {"peak_pss_mib": side.memory.peak_mib()}
 
 
-def environments() -> list[str]:
-    """Return the ids of the environments that are timed."""
+def environments() -> tuple[list[str], dict[str, str]]:
+    """Return the ids of the environments that are timed, and why others cannot be played here."""
     from areal_agents import registry
+    from areal_agents.errors import ArealError
 
-    return [s.id for s in registry.specs() if s.id.startswith("areal/") and s.id not in NOT_TIMED]
+    found, left_out = [], {}
+    for spec in registry.specs():
+        if spec.id.startswith("areal/") and spec.id not in NOT_TIMED:
+            try:
+                spec.tasks(spec.splits[-1])
+                found.append(spec.id)
+            except ArealError as error:
+                left_out[spec.id] = str(error)
+    return found, left_out
 
 
 def ours(episodes: int, turns: int, think: float) -> Row:
@@ -78,7 +87,8 @@ def scripted(id: str, at_once: int, seconds: float, sandbox: str) -> Row:
 def work_of(*, quick: bool, turns: int, seconds: float, sandbox: str) -> dict[str, Callable[[], Any]]:
     """Return the parts of the record by name."""
     work: dict[str, Callable[[], Any]] = {f"turn {i}": partial(turn, quick) for i in range(turns)}
-    for id in environments()[:3] if quick else environments():
+    ids, _ = environments()
+    for id in ids[:3] if quick else ids:
         for at_once in AT_ONCE[-1:] if quick else AT_ONCE:
             work[f"{id}, {at_once} at a time"] = partial(scripted, id, at_once, seconds, sandbox)
     return work
@@ -166,7 +176,7 @@ def main() -> int:
     ]))  # fmt: skip
     found = checks(rows, box, timing=not quick)
     write(options.json, "environments", rows + box, found, summary=summarize(rows), loads=loads(parts),
-          tool_seconds=TOOL, think_seconds=THINK, **sizes)  # fmt: skip
+          left_out=environments()[1], tool_seconds=TOOL, think_seconds=THINK, **sizes)  # fmt: skip
     kept.end()
     return 0 if all(check.holds for check in found) else 1
 

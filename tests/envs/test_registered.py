@@ -25,8 +25,10 @@ def test_passes_every_check(id: str, smollm2: Path) -> None:
     require(*([f"module:{needs}"] if needs else []))
     report = check(id, tokenizer=str(smollm2), kwargs=KWARGS.get(id))
     assert report.passed, str(report)
-    # Nothing unaudited, and nothing skipped but the look at tasks, where no task can be wrong: those are drawn.
-    assert {r.name: r.status for r in report.results if r.status != "passed"} in ({}, {"golds": "skipped"})
+    # Nothing unaudited. The look at tasks is skipped where none can be wrong, because they are drawn, and the look for
+    # answers that are shown where a task is played and not answered.
+    left = {r.name: r.status for r in report.results if r.status != "passed"}
+    assert left.items() <= {"golds": "skipped", "hidden": "skipped"}.items()
 
 
 def test_there_is_something_to_check() -> None:
