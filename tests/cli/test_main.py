@@ -228,7 +228,7 @@ def test_check_all_leaves_out_and_names_what_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import areal_agents.conformance.check as module
-    from areal_agents import registry, settings
+    from areal_agents import registry
     from areal_agents.conformance.check import CheckReport
 
     checked: list[str] = []
