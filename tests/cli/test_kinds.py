@@ -47,10 +47,17 @@ def test_it_trains_one_step(kind: Kind, tmp_path: Path, monkeypatch: pytest.Monk
     """``tool`` is trained by tests/test_user_path.py, ``dataset`` as a wheel."""
     name = f"acme_{kind}"
     folder, tiny = init(name, tmp_path, kind), tiny_chat_model(tmp_path / "tiny")
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 1024})
+    )  # a game's history is long
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     env = f"{name}.env:{KINDS[kind].env.removesuffix('-v0')}"  # it is not installed, so no entry point names its id
-    assert main(["train", "train.toml", "--model.path", str(tiny), "--env.id", env, *SMALL]) == 0
+    assert (
+        main(["train", "train.toml", "--model.path", str(tiny), "--env.id", env, *SMALL, "--model.max_context", "1000"])
+        == 0
+    )
     steps = [json.loads(line) for line in (folder / "runs/first/metrics.jsonl").read_text().splitlines()]
     assert {"warm_start", "train"} <= {row["kind"] for row in steps}
 

@@ -68,7 +68,7 @@ def test_a_good_environment_passes_everything(tokenizer: Path) -> None:
         ("IgnoresSeed", "seeds", "episode 0 differs between two processes with one seed, call 1 (astep), observation"),
         ("HashSeedDependent", "seeds", "call 0 (areset), observation[0].parts[0].text: 'Double"),
         ("HashSeedTasks", "tasks", "task 0 of split 'train' differs between processes"),
-        ("OverlappingSplits", "tasks", "task test-0 of split 'test' has the same content as one of 'train'"),
+        ("OverlappingSplits", "tasks", "task test-100 of split 'test' has the same content as one of 'train'"),
         ("AliasesHistory", "aliasing", "call 1 returned an object that changed later, call 0 (astep), info.history[1]"),
         ("ReadsBackItsInfo", "aliasing", "writing into what an earlier call returned changes the episode, call 2"),
         ("LeaksBetweenEpisodes", "isolation", "give another episode after other episodes, call 0 (areset)"),
