@@ -1,6 +1,6 @@
 """Draw the pictures of docs/ from the records of ``credit.py`` and ``staleness.py``, with nothing but what they hold.
 
-python benchmarks/figures.py [--results benchmarks/results] [--out docs]
+python benchmarks/figures.py [--only credit] [--results benchmarks/results] [--out docs]
 """
 
 from __future__ import annotations
@@ -73,11 +73,12 @@ DRAWN: dict[str, Callable[[Record], Figure]] = {"credit": credit, "staleness": s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=list(DRAWN), help="draw this one")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs")
     options = parser.parse_args()
-    for name, draw in DRAWN.items():
-        figure = draw(json.loads((options.results / f"{name}.json").read_text()))
+    for name in options.only or DRAWN:
+        figure = DRAWN[name](json.loads((options.results / f"{name}.json").read_text()))
         figure.savefig(options.out / f"{name}.png", dpi=110)
         plt.close(figure)
         print(options.out / f"{name}.png")
