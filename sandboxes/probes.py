@@ -72,11 +72,22 @@ print(json.dumps({
 
 # One process after the other touches its share and keeps it; what the living hold is printed as it grows.
 HOLD: Final = r"""
-import os, sys, time
+import os, sys
 count, size = int(sys.argv[1]), int(sys.argv[2])
 children = []
+
+def alive(child):
+    # One that was killed for memory may not have ended yet, but it can no longer answer.
+    ask, answer = child
+    try:
+        os.write(ask, b"?")
+    except BrokenPipeError:
+        return False
+    return os.read(answer, 1) == b"h"
+
 for _ in range(count):
-    read, write = os.pipe()
+    asked, ask = os.pipe()
+    answer, answered = os.pipe()
     try:
         pid = os.fork()
     except OSError as error:
@@ -89,15 +100,17 @@ for _ in range(count):
                 block[i] = 1
         except MemoryError:
             os._exit(1)
-        os.write(write, b"h")
-        time.sleep(600)
-    os.close(write)
-    children.append(pid)
-    os.read(read, 1)
-    dead = [child for child in children if os.waitpid(child, os.WNOHANG)[0]]
-    children = [child for child in children if child not in dead]
-    print(len(children) * size, flush=True)
-    if dead:
+        os.write(answered, b"h")
+        while os.read(asked, 1):
+            os.write(answered, b"h")
+        os._exit(0)
+    os.close(asked)
+    os.close(answered)
+    os.read(answer, 1)
+    children.append((ask, answer))
+    living = sum([alive(child) for child in children])
+    print(living * size, flush=True)
+    if living < len(children):
         break
 """
 

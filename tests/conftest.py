@@ -6,6 +6,8 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take long, so that no worker is left alone with one at the end."""
     long = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long)
+
+
+@contextmanager
+def _registry_restored() -> Iterator[None]:
+    """Take back what is registered, and the user's packages that are imported, inside the block."""
+    import gymnasium
+
+    from areal_agents import registry
+
+    registry.specs()  # the built-in collection registers at its first import only
+    specs, loaded, errors = dict(registry._specs), set(registry._loaded), dict(registry._load_errors)
+    known, modules = set(gymnasium.registry), set(sys.modules)
+    yield
+    registry._specs.clear()
+    registry._specs.update(specs)
+    registry._load_errors.clear()
+    registry._load_errors.update(errors)
+    registry._loaded.clear()
+    registry._loaded.update(loaded)
+    for id in set(gymnasium.registry) - known:
+        del gymnasium.registry[id]
+    for name in set(sys.modules) - modules:
+        if name.startswith("acme"):
+            del sys.modules[name]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registry_of_a_module() -> Iterator[None]:
+    """Keep what one file's tests register from the files that the same worker runs later."""
+    with _registry_restored():
+        yield
+
+
+@pytest.fixture
+def restored_registry() -> Iterator[None]:
+    """Take back after one test what it registers."""
+    with _registry_restored():
+        yield
 
 
 @pytest.fixture(scope="session")

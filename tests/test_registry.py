@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,22 +16,7 @@ from tests.test_env import Countdown
 COUNTDOWN = "tests.test_env:Countdown"
 
 
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    specs()  # the built-in collection registers at its first import only
-    monkeypatch.setattr(registry, "_specs", dict(registry._specs))
-    monkeypatch.setattr(registry, "_loaded", set(registry._loaded))
-    errors = dict(registry._load_errors)
-    known = set(gymnasium.registry)
-    modules = set(sys.modules)
-    yield
-    registry._load_errors.clear()
-    registry._load_errors.update(errors)
-    for id in set(gymnasium.registry) - known:
-        del gymnasium.registry[id]
-    for name in set(sys.modules) - modules:
-        if name.startswith("acme"):
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("restored_registry")
 
 
 def test_register_makes_it_here_and_in_gymnasium() -> None:
