@@ -33,7 +33,7 @@ def credit(record: Record) -> Figure:
                 at = [s["episodes"] for s in runs if s["reached"] == reached]
                 axes.scatter(at, [height] * len(at), s=22, facecolors=face, edgecolors="tab:blue", alpha=0.7)
             axes.scatter([row["episodes"]], [height], marker="|", s=260, color="black", linewidths=1.5)
-        axes.set(title=world, xlabel="episodes until the mean score is 0.8", xlim=(0, None))
+        axes.set(title=world, xlabel="episodes until the threshold", xlim=(0, None))
         axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
         axes.grid(axis="x", alpha=0.3)
     panels[0].invert_yaxis()
