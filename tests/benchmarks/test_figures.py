@@ -49,7 +49,7 @@ def test_an_interval_of_staleness_is_that_of_the_deficit_turned_round() -> None:
     assert (list(ours.get_ydata()), list(theirs.get_ydata())) == ([1.0, 0.889], [1.0])
 
 
-@pytest.mark.parametrize("name", ["credit"])
+@pytest.mark.parametrize("name", ["credit", "staleness"])
 def test_it_draws_from_the_committed_record(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["figures.py", "--only", name, "--out", str(tmp_path)])
     assert module("figures").main() == 0
