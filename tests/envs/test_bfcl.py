@@ -8,6 +8,7 @@ import importlib
 import json
 import pickle
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,6 +213,23 @@ def test_what_a_call_is_given_does_not_become_the_state() -> None:
     before = copy.deepcopy(t.payload)
     assert score(t, t.payload["gold"]) == 1.0
     assert t.payload == before
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "same"),
+    [
+        ({"balance": 3}, {"balance": 3.0}, True),  # as Python compares them, and not as they are written
+        ({"orders": {"a": 1, "b": 2}}, {"orders": {"b": 2, "a": 1}}, True),
+        ({"ids": {1, 2}}, {"ids": {2, 1}}, True),
+        ({"balance": "3"}, {"balance": 3}, False),
+        ({"balance": float("nan")}, {"balance": float("nan")}, False),
+        ({"list": [1, 2]}, {"list": [2, 1]}, False),
+        ({}, {"list": []}, False),
+        ({"more": 1, "_own": 1}, {"_own": 2}, True),
+    ],
+)
+def test_states_are_compared_by_value(found: dict[str, Any], wanted: dict[str, Any], same: bool) -> None:
+    assert bfcl_apis.same_state({"x": SimpleNamespace(**found)}, {"x": SimpleNamespace(**wanted)}) is same
 
 
 def parts(value: Any, found: dict[int, Any]) -> dict[int, Any]:
