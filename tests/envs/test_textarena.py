@@ -7,7 +7,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -28,6 +28,15 @@ Policy = Callable[[str, random.Random], str]
 @pytest.fixture(scope="module", autouse=True)
 def _package() -> None:
     require("module:textarena")
+
+
+@pytest.fixture
+def _a_process_of_its_own() -> Iterator[None]:
+    """Restore what a game changes of the whole process, for tests that play one in this one."""
+    digits, drawn = sys.get_int_max_str_digits(), random.getstate()
+    yield
+    sys.set_int_max_str_digits(digits)
+    random.setstate(drawn)
 
 
 def play(env: TextArena, policy: Policy, task: int = 0, split: str = "train") -> list[tuple[Any, ...]]:
@@ -108,6 +117,7 @@ def test_a_seed_alone_decides_a_game(game: str) -> None:
 @pytest.mark.parametrize(
     ("game", "count"), [("FrozenLake", 60), ("LightsOut", 20), ("LogicPuzzle", 40), ("Sokoban", 4)]
 )
+@pytest.mark.usefixtures("_a_process_of_its_own")
 def test_no_puzzle_that_a_game_shows_is_in_two_splits(game: str, count: int) -> None:
     """Of FrozenLake there are about 330, and every one of the test split was trained on."""
     from areal_agents.envs.textarena_game import TextArenaGame
