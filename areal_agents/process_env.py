@@ -37,7 +37,7 @@ from areal_agents.utils.short_text import described, short
 
 _MAX_LINE_BYTES = 16 << 20
 _STDERR_TAIL_BYTES = 2000
-_KILLED = (-9, -15)
+KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 """SIGKILL and SIGTERM: ends that somebody else gives a process, such as a machine that runs out of memory."""
 _TEST_SEEDS_FROM = 1 << 30
 """Train seeds count from 0, those of every other split from here on, so that splits share no seed."""
@@ -158,10 +158,7 @@ class TextProcessEnv(AgentEnv):
                     await writer.drain()
                 line = await reader.readline()
             if not line:
-                ended = EnvError(f"the process of {self.entry_point} ended{await self._last_words()}")
-                if self._child.returncode in _KILLED:
-                    ended.blame = "outside"
-                raise ended
+                raise ConnectionResetError
             reply: dict[str, Any] = json.loads(line)
             if "error" in reply:
                 failed = EnvError(f"{self.entry_point} failed: {reply['error']}")
@@ -173,7 +170,12 @@ class TextProcessEnv(AgentEnv):
             hung = EnvError(f"{self.entry_point} did not answer within {timeout:g} s and was killed")
             hung.blame = "hang"
             raise hung from error
-        except (ConnectionError, ValueError) as error:  # ValueError: no JSON, or a line over the limit
+        except ConnectionError:
+            ended = EnvError(f"the process of {self.entry_point} ended{await self._last_words()}")
+            if self._child.returncode in KILLED:
+                ended.blame = "outside"
+            raise ended from None  # the broken connection is this process's own
+        except ValueError as error:  # no JSON, or a line over the limit
             raise EnvError(f"{self.entry_point} broke off: {error!r}{await self._last_words()}") from error
         finally:
             if not answered:  # a late answer would be taken for the next one's; cancellation ends here too
@@ -291,9 +293,11 @@ def checked_return(call: str, returned: object) -> dict[str, Any]:
 def main() -> None:
     """Serve the environment named by the arguments over the original stdin and stdout."""
     end_with_parent()
-    replies = os.fdopen(os.dup(1), "wb")
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    with open(os.devnull, "rb") as nothing:  # what the environment reads must not be the requests
+        os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)  # what the environment prints must not mix with the replies
-    _serve(sys.argv[1], json.loads(sys.argv[2]), sys.stdin.buffer, replies)
+    _serve(sys.argv[1], json.loads(sys.argv[2]), requests, replies)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,8 @@ def opened(apis: Sequence[str], scenario: Mapping[str, Any], *, long_context: bo
         made[api] = getattr(importlib.import_module(f"{_SOURCE}.{APIS[api][0]}"), api)()
         if hasattr(made[api], "_load_scenario"):  # the mathematical functions have no state
             made[api]._load_scenario(copy.deepcopy(scenario.get(api, {})), long_context=long_context)
+            # Once more: cards and bookings of long_context are the package's own objects, which calls would change.
+            made[api] = copy.deepcopy(made[api])
     return made
 
 
@@ -163,9 +165,14 @@ def _require_bounded(name: str, arguments: Mapping[str, Any]) -> None:
 def too_large(files: Any) -> bool:
     """Say whether a walk through a file system meets more than ``MOST_NODES``: folders can be made to hold themselves.
 
-    Their own functions, and a comparison, would walk for ever.
+    Their own functions, and a comparison, would walk for ever. They begin at the root or at the folder that one is in,
+    which need not be in the root's any more: ``cd ..`` leads back into one that was removed.
     """
-    left, waiting = MOST_NODES, [files.root]
+    return any(_has_too_many(folder) for folder in (files.root, files._current_dir))
+
+
+def _has_too_many(folder: Any) -> bool:
+    left, waiting = MOST_NODES, [folder]
     while waiting:
         contents = getattr(waiting.pop(), "contents", {})
         left -= 1 + len(contents)

@@ -49,14 +49,16 @@ def converted(value: Any, schema: Mapping[str, Any]) -> Any:
     kind = str(schema.get("type"))
     if kind not in _JSON_TYPES or _is(value, kind):
         return value
-    if isinstance(value, float) and kind == "integer" and math.isfinite(value) and value == int(value):
-        return int(value)
-    if not isinstance(value, str):
+    read = value
+    if isinstance(value, str):
+        try:
+            read = json.loads(value.lower() if kind == "boolean" else value)
+        except (ValueError, RecursionError):
+            return value
+    if isinstance(read, float) and not math.isfinite(read):  # JSON has no such number
         return value
-    try:
-        read = json.loads(value.lower() if kind == "boolean" else value)
-    except (ValueError, RecursionError):
-        return value
+    if isinstance(read, float) and kind == "integer" and read == int(read):
+        read = int(read)
     return read if _is(read, kind) else value
 
 

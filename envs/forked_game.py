@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 from areal_agents.env import AgentEnv
 from areal_agents.envs.forked_game_worker import ENTRY, MAX_REPLY
 from areal_agents.errors import ConfigError, EnvError
+from areal_agents.process_env import KILLED
 from areal_agents.rewards.mathematics.fork_server import Forked, ForkServer
 from areal_agents.types import AssistantMessage, Info, Observation, system, user
 
@@ -77,8 +78,9 @@ class ForkedGame(AgentEnv):
         await self.aclose()
         self._turns = 0
         self._session = await Session.start(self._entry)
-        await self._ask({"make": [self._entry, self._arguments]}, MAKE_SECONDS)
-        reply = await self._settled(await self._ask({"reset": task.payload["seed"]}, self._step_timeout))
+        seed = task.payload["seed"]
+        await self._ask({"make": [self._entry, self._arguments], "seed": seed}, MAKE_SECONDS)
+        reply = await self._settled(await self._ask({"reset": seed}, self._step_timeout))
         opening = (system(self._system_prompt),) if self._system_prompt else ()
         return (*opening, user(reply["observation"])), {}
 
@@ -130,6 +132,7 @@ class Session:
 
     def __init__(self, server: ForkServer, forked: Forked, entry: str) -> None:
         self._server, self._forked, self._entry = server, forked, entry
+        self._ended = False
         self._read = b""
         forked.socket.setblocking(False)
 
@@ -147,7 +150,8 @@ class Session:
     async def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """Send a request and wait for its reply.
 
-        Raises EnvError where there is none within ``seconds``, or the process ended.
+        Raises EnvError where there is none within ``seconds``, or the process ended. One that was killed, as by a
+        machine without memory, is not to blame.
         """
         loop, mine = asyncio.get_running_loop(), self._forked.socket
         try:
@@ -156,25 +160,40 @@ class Session:
                 while b"\n" not in self._read:
                     chunk = await loop.sock_recv(mine, 1 << 16)
                     if not chunk:
-                        raise ConnectionResetError("its process ended")
+                        raise ConnectionResetError
                     self._read += chunk
                     if len(self._read) > 2 * MAX_REPLY:
-                        raise ConnectionResetError("its reply is too long")
+                        raise EnvError(f"{self._entry} broke off: its reply is too long")
         except TimeoutError as error:
             hung = EnvError(f"{self._entry} did not answer within {seconds:g} s and was ended")
             hung.blame = "hang"
             raise hung from error
-        except OSError as error:
-            raise EnvError(f"{self._entry} broke off: {error} (what it said stands on stderr)") from error
+        except OSError:
+            status = await self._end(hung_up=True)
+            how = "hung up" if status is None else f"ended with status {status}"
+            ended = EnvError(f"{self._entry} broke off: its process {how} (what it said stands on stderr)")
+            if status in KILLED:
+                ended.blame = "outside"
+            raise ended from None  # the broken connection is this process's own
         line, _, self._read = self._read.partition(b"\n")
         reply: dict[str, Any] = json.loads(line)
         return reply
 
     async def end(self) -> None:
         """End the process, and what it has started."""
+        if not self._ended:
+            await self._end(hung_up=False)
+
+    async def _end(self, *, hung_up: bool) -> int | None:
+        """End the process, and return its exit status where it had ended before, as ``ForkServer.end`` does."""
+        self._ended = True
+        return await asyncio.shield(asyncio.wrap_future(_threads.submit(self._ended_group, hung_up)))
+
+    def _ended_group(self, hung_up: bool) -> int | None:
+        status = self._server.end(self._forked, hung_up=True) if hung_up else None  # before it is killed, to know how
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._forked.pid, signal.SIGKILL)
-        await asyncio.shield(asyncio.wrap_future(_threads.submit(self._server.end, self._forked)))
+        return status if hung_up else self._server.end(self._forked)
 
 
 _threads = ThreadPoolExecutor(2, thread_name_prefix="games")

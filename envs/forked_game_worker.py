@@ -1,6 +1,6 @@
 """The process in which one episode of a game of another package is played (``forked_game.py``).
 
-{"make": [entry point, arguments]} ─▶ {}      {"reset": seed}, {"step": text} ─▶ {observation, reward, …}
+{"make": [entry point, arguments], seed} ─▶ {}      {"reset": seed}, {"step": text} ─▶ {observation, reward, …}
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             return _answered(request)
-        except Exception as error:  # noqa: BLE001  the boundary: the episode ends with it
+        except (Exception, SystemExit) as error:  # noqa: BLE001  the boundary: the episode ends with it
             return {"error": described(error), "outside": from_outside(error)}
 
 
@@ -42,13 +42,12 @@ def _answered(request: dict[str, Any]) -> dict[str, Any]:
     if "make" in request:
         os.setpgid(0, 0)  # what it starts ends with it
         entry, kwargs = request["make"]
+        _seed_all(request["seed"])
         _game = make_plain(entry, kwargs)
         return {}
     if "reset" in request:
-        seed = request["reset"]
-        random.seed(seed)  # for games that draw from the global generators, whether or not they seed them
-        np.random.seed(seed % (1 << 32))
-        returned = _game.reset(seed=seed)
+        _seed_all(request["reset"])
+        returned = _game.reset(seed=request["reset"])
         reply = checked_return("reset", returned)
     else:
         returned = _game.step(request["step"])
@@ -60,6 +59,12 @@ def _answered(request: dict[str, Any]) -> dict[str, Any]:
     if size > MAX_REPLY:
         raise ValueError(f"its reply has {size / (1 << 20):.1f} MiB as JSON, more than {MAX_REPLY >> 20} MiB")
     return reply
+
+
+def _seed_all(seed: int) -> None:
+    """Seed the global generators, for games that draw from them, whether or not they seed them themselves."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
 
 
 def _prepare() -> None:

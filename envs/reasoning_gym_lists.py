@@ -41,6 +41,9 @@ The value is what a sum must have: a number, or the name of one in the metadata.
 numbers once; the scorer of ``puzzle24`` takes any four small numbers.
 """
 
+NOT_A_NUMBER: Final = frozenset({"complex_arithmetic"})
+"""Generators whose scorers give the full score to ``nan``: no distance is greater than the least one."""
+
 GOLDS: Final[Mapping[str, str]] = MappingProxyType({
     "graph_color": "possible_answer",
     "rubiks_cube": "example_correct_answer",

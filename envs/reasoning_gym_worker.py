@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Final
 
-from areal_agents.envs.reasoning_gym_lists import COUNTED, EXACT, GOLDS, LEVELLESS, SUMS
+from areal_agents.envs.reasoning_gym_lists import COUNTED, EXACT, GOLDS, LEVELLESS, NOT_A_NUMBER, SUMS
 from areal_agents.rewards.mathematics.worker import serve
 from areal_agents.utils.short_text import described
 
@@ -90,6 +90,8 @@ def _scored(request: Mapping[str, Any]) -> dict[str, Any]:
         metadata, wanted = entry["metadata"], SUMS[name]
         target = metadata[wanted] if isinstance(wanted, str) else wanted
         return {"score": float(is_sum(said, metadata["numbers"], target))}
+    if name in NOT_A_NUMBER and "nan" in said.lower().replace(" ", ""):
+        return {"score": 0.0}
     try:
         return {"score": float(dataset.score_answer(said, copy.deepcopy(entry)))}
     except Exception as error:  # noqa: BLE001  the boundary: scorers raise on texts that they cannot read

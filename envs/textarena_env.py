@@ -69,7 +69,8 @@ class TextArena(ForkedGame):
             raise ConfigError(f"opponent {opponent!r}: there are 'script' and 'model'")
         if opponent == "model" and players == 1:
             raise ConfigError(f"{game} has one player: leave opponent = 'model' out")
-        arguments = {"game": game, "players": players, "script": opponent == "script"}
+        script = opponent == "script"
+        arguments = {"game": game, "players": players, "script": script, "test_from": TEST_SEEDS_FROM}
         entry = "areal_agents.envs.textarena_game:TextArenaGame"
         super().__init__(entry, arguments, system_prompt=system_prompt, max_turns=max_turns)
         self._models = chat_models(models or {})
@@ -85,8 +86,8 @@ class TextArena(ForkedGame):
     def tasks(cls, split: str, *, difficulty: float | None = None, game: str = DEFAULT) -> Sequence[Task]:
         """Return the tasks of a split: seeds, which no two splits share.
 
-        The difficulty is that of the game's variant, whatever is asked for. Raises ConfigError for a game that is
-        unknown or excluded, with the reason.
+        Nor do they share puzzles of the games of ``SHOWN``. The difficulty is that of the game's variant, whatever is
+        asked for. Raises ConfigError for a game that is unknown or excluded, with the reason.
         """
         _players(game)
         if split not in cls.sizes:

@@ -7,12 +7,16 @@ too.
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable, Mapping
 from random import Random
 from types import MappingProxyType
 from typing import Any, Final
 
 import textarena
+
+from areal_agents.envs.textarena_lists import SHOWN
 
 Move = Callable[[Any, Random], str]
 
@@ -45,6 +49,16 @@ MOVES: Final[Mapping[str, Move]] = MappingProxyType({
     "TicTacToe": _empty_cell,
 })  # fmt: skip
 """A legal move at random, by game: the script of the other side."""
+BUCKETS: Final = 4
+"""Of first observations. One is the test split's."""
+_TRIES: Final = 1000
+_STRIDE: Final = 1 << 20
+"""Between the seeds that are tried for one task: more than the tasks of a split."""
+
+
+def is_held_out(shown: str) -> bool:
+    """Say whether a puzzle that a game shows is one of the test split."""
+    return hashlib.sha256(shown.encode()).digest()[0] % BUCKETS == 0
 
 
 class TextArenaGame:
@@ -53,26 +67,37 @@ class TextArenaGame:
     tells = True
     """Its infos say whose turn it is (``player``), and at the end what the game gave (``components``)."""
 
-    def __init__(self, game: str, players: int, script: bool) -> None:
+    def __init__(self, game: str, players: int, script: bool, test_from: int) -> None:
         """Make a game.
 
         Args:
             game: TextArena's id, with its variant.
             players: 1 or 2.
             script: whether ``MOVES`` plays the other side. Else its turns are given to ``step`` too.
+            test_from: the least seed of the test split.
         """
+        sys.set_int_max_str_digits(0)  # some games read a number of any length, and would raise for a long one
+        name = game.partition("-")[0]
         self._env = textarena.make(f"{game}-raw")
         self._actions = textarena.ObservationType.PLAYER_ACTION
-        self._move = MOVES[game.partition("-")[0]] if script and players == 2 else None
+        self._move = MOVES[name] if script and players == 2 else None
+        self._by_puzzle, self._test_from = name in SHOWN, test_from
         self._players, self._seat, self._rng = players, 0, Random()
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
-        """Begin a game. Of two players the seed chooses the seat."""
+        """Begin a game. Of two players the seed chooses the seat.
+
+        A game of ``SHOWN`` is begun again until its puzzle belongs to the split of the seed.
+        """
         self._seat = seed % self._players
         self._rng = Random(seed)
-        self._env.reset(num_players=self._players, seed=seed)
-        self._let_script_play(False)
-        return self._shown(self._player), {"player": self._player}
+        for i in range(_TRIES):
+            self._env.reset(num_players=self._players, seed=seed + i * _STRIDE)
+            self._let_script_play(False)
+            shown = self._shown(self._player)
+            if not self._by_puzzle or is_held_out(shown) == (seed >= self._test_from):
+                return shown, {"player": self._player}
+        raise RuntimeError(f"none of {_TRIES} puzzles belongs to the split of seed {seed}")
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Take the turn of the player whose turn it is. The reward is the seat's, at the end."""

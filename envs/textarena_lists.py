@@ -16,6 +16,13 @@ SINGLE: Final = (
 )  # fmt: skip
 """Games of one player."""
 
+SHOWN: Final = frozenset({"FrozenLake", "LightsOut", "LogicPuzzle", "Sokoban"})
+"""Those among them that show the whole puzzle at once and have so few that another seed may draw the same one.
+
+What they show decides the split. ``Crosswords``, ``RushHour`` and ``Sudoku`` have too many to meet one again. The
+others hide what must be found, or go on by chance: nothing in their first observation can be learned by heart.
+"""
+
 TWO: Final = (
     "ConnectFour", "IteratedMatchingPennies", "IteratedRockPaperScissors", "KuhnPoker", "Nim", "PigDice", "TicTacToe",
 )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from areal_agents import registry
 from areal_agents.chat.message_json import messages_to_json
+from areal_agents.env import AgentEnv
 from areal_agents.tool import ToolSpec, call_text
 from areal_agents.types import Task
 from areal_agents.utils.sync import run_sync
@@ -35,12 +36,14 @@ def trl_environment(env_id: str, *, split: str = "train", difficulty: float | No
 
     Raises:
         ValueError: the environment has no tools, so that TRL would play one turn, whatever the environment
-            wants, or tools whose names TRL takes for something else.
+            wants, or other ones for each task, or tools whose names TRL takes for something else.
     """
     spec = registry.spec(env_id).with_kwargs(kwargs)
     tasks = spec.tasks(split, difficulty=difficulty)
     made = spec.make()
     tools = list(made.tools)
+    if not tools and type(made).tools_of is not AgentEnv.tools_of:
+        raise ValueError(f"{env_id} has other tools for each task, and TRL asks for them before there is a task")
     if not tools:
         raise ValueError(f"{env_id} has no tools: TRL's environments are played by tools alone")
     taken = [t.name for t in tools if t.name in ("reset", "get_reward") or t.name.startswith("_")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import areal_agents
 from areal_agents import Task, ToolEnv, boxed_number, registry, tool
+from areal_agents.tool import ToolSpec
 from tests.test_examples import example
 
 
@@ -104,6 +106,13 @@ class Bare(ToolEnv):
     tasks = Shop.tasks
 
 
+class Each(Bare):
+    """Tools that are each task's own."""
+
+    def tools_of(self, task: Task) -> Sequence[ToolSpec]:
+        return Shop.tools
+
+
 def test_a_class_for_trl_keeps_its_contract() -> None:
     """As TRL 1.16 looks at it: functions of the class, their hints and docstrings, ``reset(**row)``."""
     trl = example("trl_environment")
@@ -143,6 +152,8 @@ def test_what_trl_could_not_play_is_refused() -> None:
     trl = example("trl_environment")
     with pytest.raises(ValueError, match="has no tools: TRL's environments are played by tools alone"):
         trl.trl_environment("tests.test_outwards:Bare", sandbox=None)
+    with pytest.raises(ValueError, match="has other tools for each task, and TRL asks for them before"):
+        trl.trl_environment("tests.test_outwards:Each", sandbox=None)
 
 
 def test_a_game_that_a_tool_ends_is_scored_by_its_end() -> None:

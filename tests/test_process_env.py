@@ -18,6 +18,7 @@ from areal_agents.chat.toolcalls import parse_text
 from areal_agents.env import AgentEnv
 from areal_agents.errors import EnvError
 from areal_agents.process_env import TextProcessEnv
+from areal_agents.rollout.env_faults import located
 from areal_agents.rollout.env_host import EnvHost
 from areal_agents.rollout.episode import EpisodeDriver, Policy, Said
 from areal_agents.spaces import TextSpace
@@ -78,6 +79,8 @@ class Guess(gymnasium.Env[Any, Any]):
                 return "", "1.0", False, False, {}
             case "axes":
                 return "", np.array([1.0]), False, False, {}
+            case "input":
+                return input(), 0.0, False, False, {}
             case "refused":
                 raise RuntimeError("cannot ask") from ConnectionRefusedError(111, "refused")
         hit = int(action) == self.secret
@@ -164,6 +167,7 @@ def test_a_cut_message_is_no_answer_to_a_foreign_environment_either(
             r"\(observation 'é+…*.*: return a shorter observation",
         ),
         ("quits", r"Guess ended with status 1.*GeneratorExit"),
+        ("input", "Guess failed: EOFError"),  # and does not wait for the next request
         ("nan", "reward nan, which is not finite"),
         ("list", r"the observation \[1\], which is not a text"),
         ("old gym", r"step returned \('', 0.0, False, {}\), not \(observation, reward, terminated, truncated, info\)"),
@@ -176,6 +180,8 @@ def test_a_cut_message_is_no_answer_to_a_foreign_environment_either(
 def test_what_the_environment_does_wrong_is_an_env_error(text: str, message: str) -> None:
     with pytest.raises(EnvError, match=f"(?s){message}") as caught:
         play(text)
+    assert caught.value.blame == "environment"
+    located(caught.value, "astep", "t")  # as a run asks once more
     assert caught.value.blame == "environment"
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -19,6 +21,7 @@ class Dice:
 
     def __init__(self, sides: int = 6) -> None:
         self.sides = sides
+        self.colour = random.choice(["red", "green", "blue", "black", "white"])
 
     def reset(self, seed: int | None = None) -> tuple[str, dict[str, Any]]:
         self.thrown = random.randint(1, self.sides)  # seeded by nobody here
@@ -38,6 +41,19 @@ class Dice:
                 raise KeyError("lost")
             case "die":
                 os._exit(3)
+            case "exit":
+                sys.exit("enough")
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)  # as a machine without memory does
+            case "hang up":
+                os.closerange(3, 100)
+                time.sleep(3600)
+            case "input":
+                return input(), 0.0, False, False, {}
+            case "cat":
+                return subprocess.run("cat", stdout=subprocess.PIPE, check=True).stdout.decode(), 0.0, False, False, {}
+            case "colour":
+                return self.colour, 0.0, False, False, {}
             case "spawn":
                 return str(subprocess.Popen(["sleep", "600"]).pid), 0.0, False, False, {}
             case "hash":

@@ -1,15 +1,16 @@
-"""``verifiers_rubric``: the reward functions of a rubric of the verifiers package (0.1), as one of our rubrics.
+"""``verifiers_rubric``: the reward functions of a rubric of the verifiers package, as one of our rubrics.
 
     rubric = verifiers_rubric(vf.Rubric(funcs=[exact, brief], weights=[1.0, 0.1]))
     rubric = verifiers_rubric([exact, brief], [1.0, 0.1])       # the functions alone: the package is not needed
 
 A function is given what it names of ``prompt``, ``completion``, ``answer``, ``state``, ``info``, ``task``, ``parser``,
-the rubric's own objects and the fields of the task's payload, as verifiers' ``Rubric`` does (read: 0.1.14). Three
-things differ. What a function raises is raised, where verifiers takes it for 0. A last message that was cut is no
-answer: its content is empty. And ``state`` has only what is known here: another key is an error.
+the rubric's own objects and the fields of the task's payload, as verifiers' ``Rubric`` does (read: 0.1.14). Messages
+are read as ``message["content"]`` and as ``message.content``: both are in use. Three things differ. What a function
+raises is raised, where verifiers takes it for 0. A last message that was cut is no answer: its content is empty. And
+``state`` has only what is known here: another key is an error.
 
-Functions of a whole group are refused; ``group_rubric`` is for those. So are the tasks of verifiers 0.2 and later,
-which score themselves on a trace of its own runtime.
+Functions of a whole group are refused; ``group_rubric`` is for those. So are the tasks of ``verifiers.v1``, all that
+there is from 0.4 on, which score themselves on a trace of its own runtime.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def verifiers_rubric(
     """Make a rubric of verifiers' reward functions, each a part of its own by its name.
 
     Args:
-        rubric: a ``Rubric`` or ``RubricGroup`` of verifiers 0.1, or a list of its reward functions.
+        rubric: a ``Rubric`` or ``RubricGroup`` of verifiers before 0.4, or a list of its reward functions.
         weights: of a list. None is 1 for each. A weight of 0 makes a metric.
         answer: the key of the task's payload that functions get as ``answer``.
         timeout: seconds for one call. Sync functions run on threads.
@@ -74,8 +75,8 @@ def _functions(
         rubric = getattr(rubric, "funcs", None)
         if not isinstance(rubric, list) or not isinstance(given, list):
             raise ConfigError(
-                "verifiers_rubric takes a Rubric of verifiers 0.1, which has funcs and weights, or a list of "
-                "functions: tasks of verifiers 0.2 and later score themselves on a trace of its runtime"
+                "verifiers_rubric takes a Rubric of verifiers before 0.4, which has funcs and weights, or a list of "
+                "functions: tasks of verifiers.v1 score themselves on a trace of its runtime"
             )
     if len(given) != len(rubric) or not all(callable(f) for f in rubric):
         raise ConfigError(f"there are {len(rubric)} reward functions ({short(rubric)}) and {len(given)} weights")
@@ -129,21 +130,28 @@ def _state(episode: Episode, answer: str) -> dict[str, Any]:
     }
 
 
-def _row(message: Message | AssistantMessage, *, cut: bool) -> dict[str, Any]:
-    """Write a message as a server's dictionary."""
+class _Row(dict[str, Any]):
+    """A message or a call as a dictionary whose values are attributes too. A field that it may have is None."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self and name not in ("content", "reasoning_content", "thinking_blocks", "tool_calls"):
+            raise AttributeError(f"the message has {', '.join(self)}, and no {name!r}")
+        return self.get(name)
+
+
+def _row(message: Message | AssistantMessage, *, cut: bool) -> _Row:
+    """Write a message as a server's dictionary. A call has its name and its arguments as servers and verifiers do."""
     if isinstance(message, Message):
-        return messages_to_json([message])[0]
+        return _Row(messages_to_json([message])[0])
     text = message.text
     for call in message.tool_calls:
         text = text.replace(call.raw, "", 1)
-    row: dict[str, Any] = {"role": "assistant", "content": "" if cut and message.finish != "stop" else text.strip()}
+    row = _Row(role="assistant", content="" if cut and message.finish != "stop" else text.strip())
     if message.reasoning:
         row["reasoning_content"] = message.reasoning
     if message.tool_calls:
-        row["tool_calls"] = [
-            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": json.dumps(dict(c.arguments))}}
-            for c in message.tool_calls
-        ]
+        called = [(c.id, _Row(name=c.name, arguments=json.dumps(dict(c.arguments)))) for c in message.tool_calls]
+        row["tool_calls"] = [_Row(id=id, type="function", function=named, **named) for id, named in called]
     return row
 
 

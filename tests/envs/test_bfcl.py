@@ -8,6 +8,7 @@ import importlib
 import json
 import pickle
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,6 +155,34 @@ def test_a_file_system_that_holds_itself_ends_what_can_be_done() -> None:
     env.close()
 
 
+def test_a_removed_folder_that_one_is_still_in_is_bounded_too() -> None:
+    t = first_task("GorillaFileSystem")
+    # b/c is the same folder as a/c, so ".." leads from there into a, which no folder holds any more.
+    calls: list[tuple[str, dict[str, Any]]] = [
+        ("mkdir", {"dir_name": "a"}), ("cd", {"folder": "a"}), ("mkdir", {"dir_name": "c"}), ("cd", {"folder": ".."}),
+        ("cp", {"source": "a", "destination": "b"}), ("rm", {"file_name": "a"}), ("cd", {"folder": "b"}),
+        ("cd", {"folder": "c"}), ("cd", {"folder": ".."}), ("mkdir", {"dir_name": "x0"}),
+    ]  # fmt: skip
+    for i in range(16):  # each folder holds the one before it twice: 2 ** 16 in all
+        x, y = f"x{i}", f"x{i + 1}"
+        calls += [("mkdir", {"dir_name": y})]
+        for name in ("left", "right"):
+            calls += [
+                ("cp", {"source": x, "destination": name}),
+                ("mv", {"source": name, "destination": y}),
+            ]
+        calls += [("rm", {"file_name": x})]
+    env = Bfcl(max_turns=99)
+    env.reset(seed=0, options={"task": t})
+    shown: list[str] = []
+    for first in range(0, len(calls), 60):
+        message = "\n".join(call_text(name, **arguments) for name, arguments in calls[first : first + 60])
+        shown += [m.text for m in env.step(message)[0]]
+    assert "error: the file system has become too large" not in shown[: 10 + 6 * 11]
+    assert shown[-1] == "error: the file system has become too large"
+    env.close()
+
+
 def test_arguments_nested_deeper_than_any_task_are_an_error_of_the_call() -> None:
     t = first_task("TicketAPI")
     deep: Any = "x"
@@ -184,6 +213,66 @@ def test_what_a_call_is_given_does_not_become_the_state() -> None:
     before = copy.deepcopy(t.payload)
     assert score(t, t.payload["gold"]) == 1.0
     assert t.payload == before
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "same"),
+    [
+        ({"balance": 3}, {"balance": 3.0}, True),  # as Python compares them, and not as they are written
+        ({"orders": {"a": 1, "b": 2}}, {"orders": {"b": 2, "a": 1}}, True),
+        ({"ids": {1, 2}}, {"ids": {2, 1}}, True),
+        ({"balance": "3"}, {"balance": 3}, False),
+        ({"balance": float("nan")}, {"balance": float("nan")}, False),
+        ({"list": [1, 2]}, {"list": [2, 1]}, False),
+        ({}, {"list": []}, False),
+        ({"more": 1, "_own": 1}, {"_own": 2}, True),
+    ],
+)
+def test_states_are_compared_by_value(found: dict[str, Any], wanted: dict[str, Any], same: bool) -> None:
+    assert bfcl_apis.same_state({"x": SimpleNamespace(**found)}, {"x": SimpleNamespace(**wanted)}) is same
+
+
+def parts(value: Any, found: dict[int, Any]) -> dict[int, Any]:
+    """Everything that can change in a value, by its identity."""
+    if id(value) not in found and (isinstance(value, dict | list | set) or hasattr(value, "__dict__")):
+        found[id(value)] = value
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | set) else ()
+        for each in [*inner, *vars(value).values()] if hasattr(value, "__dict__") else inner:
+            parts(each, found)
+    return found
+
+
+@pytest.mark.parametrize("category", ["base", "long_context"])
+@pytest.mark.parametrize("api", bfcl_apis.APIS)
+def test_the_interfaces_of_two_episodes_share_nothing(api: str, category: str) -> None:
+    t = next(t for t in tasks_of(category) if api in t.payload["apis"])
+    one, two = (
+        bfcl_apis.opened([api], t.payload["scenario"], long_context=category == "long_context") for _ in range(2)
+    )
+    assert parts(one, {}).keys() & parts(two, {}).keys() == set()
+    assert parts(one, {}).keys() & parts(t.payload, {}).keys() == set()
+
+
+def test_what_one_episode_pays_no_other_has_paid() -> None:
+    """Most cards of long_context are not the scenario's own, but the package's."""
+    t = next(t for t in tasks_of("long_context") if "TravelAPI" in t.payload["apis"])
+    one, two = Bfcl(category="long_context"), Bfcl(category="long_context")
+    for env in (one, two):
+        env.reset(seed=0, options={"task": t})
+    travel = one.state.instances["TravelAPI"]
+    card, booking = list(travel.credit_card_list)[-1], list(travel.booking_record)[-1]
+    assert card not in t.payload["scenario"]["TravelAPI"].get("credit_card_list", {})
+    travel.access_token, travel.budget_limit = "x", None
+    paid = call_text(
+        "purchase_insurance", access_token="x", insurance_type="a", insurance_cost=7.5, booking_id=booking, card_id=card
+    )
+    before = [env.state.instances["TravelAPI"].credit_card_list[card]["balance"] for env in (one, two)]
+    assert '"insurance_status": true' in one.step(paid)[0][0].text
+    after = [env.state.instances["TravelAPI"].credit_card_list[card]["balance"] for env in (one, two)]
+    assert after == [before[0] - 7.5, before[1]]
+    assert not bfcl_apis.same_state(one.state.instances, one.state.wanted)  # nor have the gold calls
+    one.close()
+    two.close()
 
 
 # ── tasks ────────────────────────────────────────────────────────────────────────────────────────────────────────────

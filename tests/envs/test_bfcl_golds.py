@@ -6,18 +6,18 @@ import asyncio
 import copy
 import importlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
-from areal_agents.chat.toolcalls import parse_text
 from areal_agents.envs import bfcl_data
 from areal_agents.envs.bfcl import Bfcl
 from areal_agents.envs.bfcl_data import EXCLUDED, SPLITS
 from areal_agents.tool import call_text
 from areal_agents.types import Task
 from tests.conftest import require
+from tests.envs.golds import play, play_again
 
 Calls = list[list[list[Any]]]
 """Of each request: its calls, each a name and arguments."""
@@ -39,19 +39,6 @@ def texts_of(calls: Calls) -> Iterator[str]:
         yield "Done."
 
 
-async def play(env: Bfcl, task: Task, texts: Iterable[str]) -> tuple[float, list[str]]:
-    """Return the reward and all that was shown."""
-    observation, _ = await env.areset(seed=0, options={"task": task})
-    shown, total = [m.text for m in observation], 0.0
-    for text in texts:
-        observation, reward, terminated, truncated, _ = await env.astep(parse_text(text, tools=env.tools))
-        shown += [m.text for m in observation]
-        total += reward
-        if terminated or truncated:
-            return total, shown
-    raise AssertionError("the episode did not end")
-
-
 def score(task: Task, calls: Calls) -> float:
     return asyncio.run(play(Bfcl(), task, texts_of(calls)))[0]
 
@@ -64,14 +51,9 @@ def task(id: str) -> Task:
     ("category", "rows"), [("base", 200), ("miss_func", 199), ("miss_param", 200), ("long_context", 200)]
 )
 def test_every_gold_trajectory_earns_1_and_leaves_nothing_behind(category: str, rows: int) -> None:
-    async def main() -> list[list[tuple[float, list[str]]]]:
-        env = Bfcl()
-        found = tasks_of(category)
-        assert len(found) == rows
-        # Some again, in the same process: what an episode did to shared objects would be seen.
-        return [[await play(env, t, texts_of(t.payload["gold"])) for t in order] for order in (found, found[::4])]
-
-    first, second = asyncio.run(main())
+    found = tasks_of(category)
+    assert len(found) == rows
+    first, second = asyncio.run(play_again(Bfcl(), found, lambda t: texts_of(t.payload["gold"])))
     assert [reward for reward, _ in first] == [1.0] * rows
     assert first[::4] == second
 

@@ -14,6 +14,7 @@ from areal_agents.chat.toolcalls import parse_text
 from areal_agents.env import AgentEnv
 from areal_agents.envs.gymnasium_text import GymnasiumText
 from areal_agents.errors import ConfigError, EnvError
+from areal_agents.rollout.env_faults import located
 from areal_agents.types import Task, system, user
 from tests.processes import wait_gone
 
@@ -62,7 +63,11 @@ def test_an_own_limit_truncates_what_has_not_ended() -> None:
     [
         ("done", r"step returned \('', 0.0, True, \{\}\), not \(observation, reward, terminated", "environment"),
         ("raise", "KeyError: 'lost'", "environment"),
-        ("die", "its process ended", "environment"),
+        ("die", "its process ended with status 3", "environment"),
+        ("exit", "SystemExit: enough", "environment"),
+        ("killed", "its process ended with status -9", "outside"),
+        ("hang up", "its process hung up", "environment"),
+        ("input", "EOFError", "environment"),
         ("hang", "did not answer within 1 s and was ended", "hang"),
     ],
 )
@@ -70,6 +75,8 @@ def test_a_failure_ends_its_episode_alone_and_says_why(text: str, said: str, bla
     env = dice(step_timeout=1.0 if text == "hang" else 60.0)
     with pytest.raises(EnvError, match=said) as raised:
         play(env, text)
+    assert raised.value.blame == blame
+    located(raised.value, "astep", "t")  # as a run asks once more
     assert raised.value.blame == blame
     with pytest.raises(EnvError, match="no episode is running"):
         asyncio.run(env.astep(parse_text("0")))
@@ -79,6 +86,18 @@ def test_a_failure_ends_its_episode_alone_and_says_why(text: str, said: str, bla
 def test_what_an_environment_starts_ends_with_its_episode() -> None:
     started = int(play(dice(), "spawn")[1][0][0].text)
     assert wait_gone([started], 60) == []
+
+
+def test_what_it_starts_reads_nothing() -> None:
+    """Least of all the messages of the process that forks the episodes."""
+    assert play(dice(step_timeout=60.0), "cat")[1][0] == (user(""),)
+
+
+def test_what_is_drawn_where_a_game_is_made_goes_by_the_seed_too() -> None:
+    for seed in range(3):
+        random.seed(seed)
+        colour = random.choice(["red", "green", "blue", "black", "white"])
+        assert play(dice(), "colour", task=seed)[1][0] == (user(colour),)
 
 
 def test_texts_hash_alike_in_every_episode_and_the_host_draws_what_it_would() -> None:

@@ -123,6 +123,7 @@ def skilless(task: Task, others: list[Task]) -> dict[str, str]:
         "junk": "asdf 7 ;; {} qwer",
         "echo": p["question"],
         "number": "987654",
+        "no number": "nan",
         "several": f"{others[0].payload['answer']}\n{p['answer']}\n{others[1].payload['answer']}",
     }
 
@@ -286,6 +287,12 @@ def test_texts_that_a_scorer_cannot_read_or_end_with_earn_nothing(monkeypatch: p
     assert scored(cube, "R9999999") == Verdict(0.0, {"correct": 0.0}, status="timeout")
     assert scored(cube, "R" * 99).score == 0.0
     assert scored(cube, cube.payload["answer"]).score == 1.0  # another process took its place
+
+
+@pytest.mark.parametrize("answer", ["nan", "NaN", "-nan", "(nan)", "nan + nani", "1 + n ani"])
+def test_what_is_no_number_is_no_answer(answer: str) -> None:
+    """The generator's scorer takes min(1, exp(-nan)), which is 1."""
+    assert scored(tasks(generators="complex_arithmetic")[0], answer).score == 0.0
 
 
 def test_a_task_of_another_version_is_said_to_be_one() -> None:

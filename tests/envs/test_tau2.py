@@ -189,7 +189,10 @@ def test_what_one_episode_writes_no_other_sees() -> None:
     assert '"amount": 77' in shown(one, look)[0]
     assert '"amount": 77' not in shown(two, look)[0]
     assert not one.state.world.same(two.state.world)
+    assert not two.state.world.same(one.state.world)
     assert one.state.world.env.tools.db.users.own == {"emma_kim_9957"}  # and nothing else was copied
+    shown(one, call_text("search_direct_flight", origin="JFK", destination="SEA", date="2024-05-20"))
+    assert one.state.world.env.tools.db.flights.own == set()  # by a look at all of them neither
     assert shown(two, gift) != [""]
     assert one.state.world.same(two.state.world)
     one.close()
@@ -274,6 +277,16 @@ def test_the_tenth_call_that_fails_ends_the_talk_unpaid() -> None:
     wrong = call_text("get_user_details", user_id="nobody")
     ends = [env.step(wrong)[1:4] for _ in range(tau2.MAX_ERRORS)]
     assert ends == [(0.0, False, False)] * 9 + [(0.0, True, False)]
+    env.close()
+
+
+def test_what_fails_in_the_users_hands_does_not_end_the_talk() -> None:
+    env = Tau2Telecom()
+    env.reset(seed=0, options={"task": Tau2Telecom.tasks("small")[3]})
+    for _ in range(2):  # eight tools a message, each without its argument
+        assert "missing 1 required positional argument" in shown(env, "set_network_mode_preference() " * 8)[0]
+    assert sum(call.failed for call in env.state.world.calls) == 16
+    assert env.step(call_text("get_details_by_id", id="nothing"))[1:4] == (0.0, False, False)
     env.close()
 
 

@@ -6,17 +6,17 @@ import asyncio
 import copy
 import importlib
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from areal_agents.chat.toolcalls import parse_text
 from areal_agents.envs.tau2 import Tau2, Tau2Airline, Tau2Retail, Tau2Telecom, Tau2TelecomSolo
 from areal_agents.envs.tau2_data import gold_actions
 from areal_agents.envs.tau2_world import base_of, declared_of
 from areal_agents.types import AssistantMessage, Task
 from tests.conftest import require
+from tests.envs.golds import play, play_again
 
 DOMAINS: dict[type[Tau2], dict[str, int]] = {
     Tau2Airline: {"train": 30, "test": 20},
@@ -37,19 +37,6 @@ def tasks_of(cls: type[Tau2]) -> list[Task]:
     return [t for split in cls.splits for t in cls.tasks(split)]
 
 
-async def play(env: Tau2, task: Task, texts: Iterable[str]) -> tuple[float, list[str]]:
-    """Return the reward and all that was shown."""
-    observation, _ = await env.areset(seed=0, options={"task": task})
-    shown, total = [m.text for m in observation], 0.0
-    for text in texts:
-        observation, reward, terminated, truncated, _ = await env.astep(parse_text(text, tools=env.tools))
-        shown += [m.text for m in observation]
-        total += reward
-        if terminated or truncated:
-            return total, shown
-    raise AssertionError("the episode did not end")
-
-
 def texts_of(cls: type[Tau2], task: Task, actions: list[Action], told: list[str] | None = None) -> list[str]:
     """The expert's texts, with other actions."""
     other = copy.deepcopy(task.payload)
@@ -63,14 +50,8 @@ def texts_of(cls: type[Tau2], task: Task, actions: list[Action], told: list[str]
 def test_every_gold_trajectory_earns_1_and_leaves_nothing_behind(cls: type[Tau2]) -> None:
     base = base_of(cls.domain)
     before = (base.get_db_hash(), base.get_user_db_hash())
-
-    async def main() -> list[list[tuple[float, list[str]]]]:
-        env, found = cls(), tasks_of(cls)
-        assert {split: len(cls.tasks(split)) for split in cls.splits} == DOMAINS[cls]
-        # Some again, in the same process: what an episode did to shared objects would be seen.
-        return [[await play(env, t, cls.expert(t)) for t in order] for order in (found, found[::4])]
-
-    first, second = asyncio.run(main())
+    assert {split: len(cls.tasks(split)) for split in cls.splits} == DOMAINS[cls]
+    first, second = asyncio.run(play_again(cls(), tasks_of(cls), cls.expert))
     assert {reward for reward, _ in first} == {1.0}
     assert first[::4] == second
     assert (base.get_db_hash(), base.get_user_db_hash()) == before

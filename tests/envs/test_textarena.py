@@ -7,7 +7,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,8 +15,9 @@ import pytest
 from areal_agents import registry
 from areal_agents.chat.toolcalls import parse_text
 from areal_agents.engine import Sampling
+from areal_agents.envs.forked_game import TEST_SEEDS_FROM
 from areal_agents.envs.textarena_env import TextArena
-from areal_agents.envs.textarena_lists import EXCLUDED, SINGLE, TWO
+from areal_agents.envs.textarena_lists import EXCLUDED, SHOWN, SINGLE, TWO
 from areal_agents.errors import ConfigError
 from areal_agents.types import AssistantMessage, Message, Text, user
 from tests.conftest import require
@@ -27,6 +28,15 @@ Policy = Callable[[str, random.Random], str]
 @pytest.fixture(scope="module", autouse=True)
 def _package() -> None:
     require("module:textarena")
+
+
+@pytest.fixture
+def _a_process_of_its_own() -> Iterator[None]:
+    """Restore what a game changes of the whole process, for tests that play one in this one."""
+    digits, drawn = sys.get_int_max_str_digits(), random.getstate()
+    yield
+    sys.set_int_max_str_digits(digits)
+    random.setstate(drawn)
 
 
 def play(env: TextArena, policy: Policy, task: int = 0, split: str = "train") -> list[tuple[Any, ...]]:
@@ -59,6 +69,7 @@ def test_every_game_is_listed_once() -> None:
     registered = json.loads(done.stdout.splitlines()[-1])
     assert set(registered) <= {*SINGLE, *TWO, *EXCLUDED}
     assert set(SINGLE) | set(TWO) <= set(registered)
+    assert set(SINGLE) >= SHOWN
     assert not {*SINGLE, *TWO} & set(EXCLUDED)
     assert set(MOVES) == set(TWO)
 
@@ -101,6 +112,28 @@ def test_a_seed_alone_decides_a_game(game: str) -> None:
     assert first[-1][1] in (0.0, 1.0)
     games = [play(TextArena(game=f"{game}-v0", max_turns=6), says(game), task) for task in range(2, 8, 2)]
     assert len({str([step[0] for step in steps]) for steps in [first, *games]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("game", "count"), [("FrozenLake", 60), ("LightsOut", 20), ("LogicPuzzle", 40), ("Sokoban", 4)]
+)
+@pytest.mark.usefixtures("_a_process_of_its_own")
+def test_no_puzzle_that_a_game_shows_is_in_two_splits(game: str, count: int) -> None:
+    """Of FrozenLake there are about 330, and every one of the test split was trained on."""
+    from areal_agents.envs.textarena_game import TextArenaGame
+
+    assert game in SHOWN
+    made = TextArenaGame(f"{game}-v0", 1, True, TEST_SEEDS_FROM)
+    shown = [{made.reset(seed=first + i)[0] for i in range(count)} for first in (0, TEST_SEEDS_FROM)]
+    assert shown[0] & shown[1] == set()
+    assert all(len(puzzles) > count / 4 for puzzles in shown)
+
+
+@pytest.mark.parametrize("game", ["TicTacToe", "GuessTheNumber", "ConnectFour"])
+def test_a_number_of_any_length_is_an_illegal_move_and_no_fault_of_the_game(game: str) -> None:
+    steps = play(TextArena(game=f"{game}-v0"), lambda shown, rng: f"[{'9' * 5000}]")
+    assert (len(steps), steps[-1][1:3]) == (3, (0.0, True))  # one more try is given
+    assert steps[-1][4]["components"]["invalid_move/own"] == 1.0
 
 
 def test_a_game_that_is_solved_earns_1_and_shows_its_last_words() -> None:

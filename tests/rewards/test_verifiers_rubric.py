@@ -96,13 +96,30 @@ def test_the_prompt_and_the_completion_are_rows_as_servers_have_them() -> None:
     assert seen["completion"] == [
         {
             "role": "assistant", "content": "I compute.",
-            "tool_calls": [{"id": "call-1", "type": "function", "function": function}],
+            "tool_calls": [{"id": "call-1", "type": "function", "function": function, **function}],
         },
         {"role": "tool", "content": "42", "tool_call_id": "call-1", "name": "python"},
         {"role": "assistant", "content": "<think>so</think>42", "reasoning_content": "hm"},
     ]  # fmt: skip
     state = seen["state"]
     assert (state["answer"], state["is_truncated"], state["stop_condition"]) == ("42", False, "answer")
+
+
+def test_messages_are_read_by_attributes_too() -> None:
+    """As verifiers' own functions do since its messages are models: what is not there is None."""
+
+    def look(prompt: Any, completion: Any) -> float:
+        first, result, last = completion
+        assert (prompt[0].role, prompt[1].content, first.role) == ("system", "6 * 7?", "assistant")
+        [call] = first.tool_calls
+        assert (call.id, call.name, call.arguments) == ("call-1", "python", '{"code": "6 * 7"}')
+        assert (call.function.name, call["name"]) == ("python", "python")
+        assert (result.tool_call_id, last.content, last.reasoning_content) == ("call-1", "<think>so</think>42", "hm")
+        assert last.tool_calls is None
+        assert "tool_calls" not in last
+        return float(not hasattr(last, "tool_call"))
+
+    assert judged([look]).score == 1.0
 
 
 def test_a_cut_message_is_no_answer() -> None:
@@ -152,14 +169,14 @@ def test_what_cannot_be_had_is_refused() -> None:
         return []
 
     class Later:
-        """A task of verifiers 0.2: it scores a trace."""
+        """A task of verifiers.v1: it scores a trace."""
 
         async def score(self, trace: Any) -> None: ...
 
     for rubric, said in (
         ([ranked], "'ranked' scores a whole group"),
         ([], "has no reward function"),
-        (Later(), "takes a Rubric of verifiers 0.1"),
+        (Later(), "takes a Rubric of verifiers before 0.4"),
         (Rubric([exact], [1.0, 2.0]), "there are 1 reward functions"),
         (["exact"], "there are 1 reward functions"),
     ):

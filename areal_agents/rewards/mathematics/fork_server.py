@@ -1,7 +1,7 @@
 """A process that has imported SymPy, and forks the verifier's workers in milliseconds: as the host sees it.
 
     ForkServer.fork ── a socket for the worker ──▶ worker.py, once a pool ── fork ──▶ a worker, which reads that socket
-              .end  ── its number ───────────────▶           kills it, and waits for its end
+              .end  ── its number ───────────────▶           kills it, and says how it ended if it had ended before
 
 Workers share the memory of what was imported. They end with their server, and it ends with its host. Another module
 that calls ``worker.serve`` may stand in worker.py's place, for code of others that must be ended by a deadline too.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +28,8 @@ NUMBER = 8
 """Bytes of each message between the two: a process's number, or one of those below."""
 FORK = 0
 READY = 0
+ENDED_HERE = 1 << 32
+"""No exit status: the worker lived until it was ended."""
 _START_SECONDS = 120.0
 _REPLY_SECONDS = 30.0
 """A server that was stopped answers nothing."""
@@ -80,15 +83,20 @@ class ForkServer:
                 self._close()
         raise InfraError(f"{self._what}'s process did not start: its message stands on stderr")
 
-    def end(self, worker: Forked) -> None:
-        """Kill a worker, and wait for its end."""
+    def end(self, worker: Forked, *, hung_up: bool = False) -> int | None:
+        """Kill a worker, and return the exit status with which it had ended before, below zero for a signal.
+
+        None where it had not. ``hung_up`` says that its socket is closed, so that it is about to end.
+        """
         worker.socket.close()
         with self._lock:
-            if worker.server is self._process:  # else it ended with its server
+            if worker.server is self._process:
                 try:
-                    self._asked(worker.pid)
+                    status = self._asked(-worker.pid if hung_up else worker.pid)
+                    return None if status == ENDED_HERE else status
                 except _Gone:
                     self._close()
+        return -signal.SIGKILL  # it ended with its server
 
     def close(self) -> None:
         """End the server, and with it its workers."""

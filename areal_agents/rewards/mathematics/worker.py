@@ -13,16 +13,19 @@ import os
 import resource
 import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from math import ceil
 from typing import Any
 
-from areal_agents.rewards.mathematics.fork_server import FORK, NUMBER, READY, number
+from areal_agents.rewards.mathematics.fork_server import ENDED_HERE, FORK, NUMBER, READY, number
 from areal_agents.utils.parent import end_with_parent
 
 MEMORY = 1 << 30
 """Bytes of address space."""
+_DYING_SECONDS = 1.0
+"""For the end of a worker whose socket is closed already."""
 
 
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
@@ -48,6 +51,8 @@ def serve(prepare: Callable[[], None], answer: Answer, memory: int) -> None:
         memory: bytes of a worker's address space.
     """
     control = socket.socket(fileno=os.dup(0))
+    with open(os.devnull, "rb") as nothing:  # what reads from here would take the host's messages
+        os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)  # a library that prints
     prepare()
     gc.freeze()  # a collection in a worker would copy what it shares with the others
@@ -62,12 +67,26 @@ def serve(prepare: Callable[[], None], answer: Answer, memory: int) -> None:
             reply = _fork(passed[0], control, lambda asked: _work(asked, answer, memory))
             workers |= {reply} if reply > 0 else set()
         else:
-            reply = 0
-            if asked in workers:
-                workers.remove(asked)
-                os.kill(asked, signal.SIGKILL)
-                os.waitpid(asked, 0)
+            reply = ENDED_HERE
+            if abs(asked) in workers:
+                workers.remove(abs(asked))
+                reply = _end(abs(asked), _DYING_SECONDS if asked < 0 else 0.0)
         control.sendall(number(reply))
+
+
+def _end(worker: int, seconds: float) -> int:
+    """End a worker, and return how it had ended by itself within so many seconds, or ``ENDED_HERE``."""
+    until = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(worker, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= until:
+            break
+        time.sleep(0.002)
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    return ENDED_HERE
 
 
 def _fork(worker_socket: int, control: socket.socket, work: Callable[[socket.socket], None]) -> int:
