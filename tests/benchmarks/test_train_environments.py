@@ -92,7 +92,7 @@ def test_quick_trains_evaluates_and_goes_on_with_a_finished_run(tmp_path: Path) 
     model, runs, record = tiny_chat_model(tmp_path / "model"), tmp_path / "runs", tmp_path / "record.json"
     sizes = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 2048}
     (model / "config.json").write_text(json.dumps(sizes))
-    command = [sys.executable, BENCHMARKS / "train_environments.py", "--quick", "--only", "number"]
+    command: list[str | Path] = [sys.executable, BENCHMARKS / "train_environments.py", "--quick", "--only", "number"]
     command += ["--runs", runs, "--json", record, "--model.path", model, "--model.max_context", "1536"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
