@@ -18,6 +18,7 @@ __all__ = ["benchmarks_on_path"]
 SCRIPTS = (
     "engine", "trl_step", "demo", "demo_engines", "engines", "mismatch", "async", "gpu", "busy", "verifier",
     "same_seed", "sandboxes", "search", "credit", "staleness", "demo_algorithms", "learner", "environments",
+    "train_environments",
 )  # fmt: skip
 RECORD = {"benchmark", "commit", "machine", "samples", "checks"}
 

@@ -1,0 +1,166 @@
+"""Training on three environments in the box: how much does RL add to the warm start?
+
+    python benchmarks/train_environments.py --runs FOLDER --json benchmarks/results/train_environments.json
+    python benchmarks/train_environments.py --quick     # two steps of each on few tasks
+
+A database asked by SQL, a game that pays each turn, and function calling with a user who answers: the shipped
+configurations ``sql``, ``number`` and ``booking``, as ``areal-agents train NAME --seed S`` runs them. Each run starts
+from SmolLM2, imitates the environment's expert on some tasks, and goes on with reinforcement. The gain is the held-out
+score (greedy) after reinforcement less that of the same run after its warm start, task by task.
+
+Three kinds of 95 % intervals, in points: of each seed, over its tasks; of all seeds together, over the tasks, where a
+task's attempts are those of all seeds (clustered by task: it says nothing of other seeds); and over the seeds' gains
+(Student's t, three of them), which has the difference between trainings in it.
+
+A run that is finished in ``--runs`` is not run again, one that was cut goes on. What else the machine does changes
+only the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from demo import QUICK
+from demo_engines import read
+from measure import Progress, table
+from record import ROOT, Check, commit, write
+
+RUNS = {"sql": "math or SQL", "number": "a game that pays each turn", "booking": "function calling"}
+"""Shipped configurations, and the kind that each stands for."""
+SEEDS = (0, 1, 2)
+GOAL = 5.0
+"""Points that the lower bound of the gain must reach."""
+LEAST = 256
+"""Different held-out tasks."""
+
+
+def run(name: str, seed: int, out: Path, flags: Sequence[str]) -> dict[str, Any]:
+    """Train, or go on; what it evaluated and how its training went. It stays in ``out/sample.json``.
+
+    Raises SystemExit where a run with other ``flags`` is finished there.
+    """
+    sample = out / "sample.json"
+    if sample.exists():
+        found = dict(json.loads(sample.read_text()))
+        if found["flags"] != list(flags):
+            raise SystemExit(f"{out} is a run with the flags {found['flags']}, not {list(flags)}: name another --runs")
+        return found
+    command = [sys.executable, "-m", "areal_agents", "train", name, *flags]
+    start = time.perf_counter()
+    subprocess.run([*command, "--seed", str(seed), "--out", str(out), "--resume"], cwd=ROOT, check=True)
+    wall = round(time.perf_counter() - start, 1)
+    found = read(name, seed, out) | {
+        "flags": list(flags), "commit": commit(), "wall_seconds_of_the_last_sitting": wall,
+    }  # fmt: skip
+    sample.write_text(json.dumps(found))
+    return found
+
+
+def folder(name: str, seed: int) -> str:
+    return f"{name}-{seed}"
+
+
+def compared(runs: Path, name: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """The scores after RL less those after the warm start, over the attempts of ``seeds``, task by task."""
+    from areal_agents.evaluation.compare import Evaluation, compare, load
+
+    def merged(label: str) -> Evaluation:
+        rewards: dict[Any, list[float]] = {}
+        for seed in seeds:
+            for task, found in load(f"{runs / folder(name, seed)}:{label}").rewards.items():
+                rewards.setdefault(task, []).extend(found)
+        return Evaluation(f"{name}, {label}", rewards)
+
+    found = compare(merged("warm_start"), merged("after_rl")).to_json()
+    return {"run": name, "seeds": list(seeds)} | found
+
+
+def over_seeds(gains: Sequence[float]) -> tuple[float, float]:
+    """Student's t 95 % interval of the mean gain over two or more trainings; of equal gains it is one point."""
+    from areal_agents.evaluation.statistics import mean_interval
+
+    return mean_interval(gains) or (gains[0], gains[0])
+
+
+def points(interval: Sequence[float]) -> list[float]:
+    return [round(100 * bound, 2) for bound in interval]
+
+
+def checks(comparisons: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[Check]:
+    """Of each configuration the lower bounds of all its intervals, and how many tasks and seeds they are of."""
+    found = [Check("seeds", len(seeds), ">= 3", len(seeds) >= 3)]
+    goal = f"lower bound >= +{GOAL:g}"
+    for name in dict.fromkeys(c["run"] for c in comparisons):
+        own = [c for c in comparisons if c["run"] == name]
+        n = min(c["n"] for c in own)
+        found.append(Check(f"{name}: different held-out tasks", n, f">= {LEAST}", n >= LEAST))
+        for c in own:
+            bounds = points(c["pass_at_1"]["ci95"])
+            of = f"seed {c['seeds'][0]}" if len(c["seeds"]) == 1 else "all seeds, clustered by task"
+            found.append(Check(f"{name}, {of}: pass@1 gained by RL, points", bounds, goal, bounds[0] >= GOAL))
+        gains = [c["pass_at_1"]["difference"] for c in own if len(c["seeds"]) == 1]
+        if len(gains) > 1:
+            bounds = points(over_seeds(gains))
+            found.append(Check(f"{name}, over the seeds: pass@1 gained by RL, points", bounds, goal, bounds[0] >= GOAL))
+    return found
+
+
+def quick_checks(samples: Sequence[dict[str, Any]]) -> list[Check]:
+    """What must hold whatever the timing and the luck."""
+    labels = {"before", "warm_start", "after_rl"}
+    return [
+        check
+        for s in samples
+        for check in (
+            Check(f"{s['run']}: learner steps", len(s["step_seconds"]), "== 2", len(s["step_seconds"]) == 2),
+            Check(f"{s['run']}: evaluations", sorted(s["held_out"]), "all three", set(s["held_out"]) == labels),
+        )
+    ]
+
+
+def shown(comparisons: Sequence[dict[str, Any]]) -> str:
+    """The comparisons as a table for people."""
+    return table([{
+        "run": c["run"], "seeds": " ".join(map(str, c["seeds"])), "tasks": c["n"],
+        "warm start": round(c["pass_at_1"]["a"], 3), "after RL": round(c["pass_at_1"]["b"], 3),
+        "gain, points": round(100 * c["pass_at_1"]["difference"], 1),
+        "95 %": points(c["pass_at_1"]["ci95"]),
+    } for c in comparisons])  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=tuple(RUNS), default=list(RUNS), help="of these configurations")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="keep the runs here, and go on with what it has")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options, more = parser.parse_known_args()  # further settings are those of `train`: --model.path MINE
+    flags = [*(QUICK.split() if options.quick else ()), *more]
+    seeds = options.seeds[:1] if options.quick else options.seeds
+    progress = Progress(len(options.only) * len(seeds))
+    samples: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="areal-train-") as temporary:
+        runs = (options.runs or Path(temporary)).absolute()
+        for seed in seeds:
+            for name in options.only:
+                samples.append(run(name, seed, runs / folder(name, seed), flags))
+                progress(f"{name}, seed {seed}: {samples[-1]['held_out']}")
+        groups = [[seed] for seed in seeds] + ([seeds] if len(seeds) > 1 else [])
+        comparisons = [compared(runs, name, group) for name in options.only for group in groups]
+    print(shown(comparisons))
+    found = quick_checks(samples) if options.quick else checks(comparisons, seeds)
+    write(options.json, "train_environments", samples, found, comparisons=comparisons)
+    return 0 if all(c.holds for c in found) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
