@@ -8,15 +8,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytest
 
-from areal_agents.reward import Episode
+from areal_agents.reward import Episode, boxed
 from areal_agents.tool import ToolError, tool
 from areal_agents.toolenv import ToolEnv
-from areal_agents.types import Info, Observation, Task, user
+from areal_agents.types import Info, Observation, StopReason, Task, user
 from tests.conformance.planted import Choice, Sums, refused, run
 
 
@@ -25,7 +25,7 @@ def test_without_a_hole_nothing_is_found() -> None:
     assert run(Sums, "isolation") == "4 concurrent episodes equal one by one"
     assert run(Sums, "hidden").startswith("12 gold answers stand at no fixed place of ")
     said = run(Sums, "reward")
-    assert said.startswith("16 gold answers and 4 expert episodes earn 1; empty 0.00, junk 0.00, long 0.00, echo 0.00")
+    assert said.startswith("16 gold answers and 4 expert episodes earn 1; empty 0.00, junk 0.00, long 0.00, stopped")
     assert "random 0.00 (chance 0)" in said
 
 
@@ -37,11 +37,69 @@ class PaysAnyAnswer(Sums):
 
 
 class PaysLength(Sums):
-    rubric = lambda episode: min(1.0, len(episode.answer or "") / 2000)  # noqa: E731
+    rubric = lambda episode: min(1.0, len((episode.answer or "").split()) / 300)  # noqa: E731
 
 
 class PaysThePrompt(Sums):
     rubric = lambda episode: float("What is" in (episode.answer or ""))  # noqa: E731
+
+
+def _near(episode: Episode) -> float:
+    try:
+        said = float(boxed(episode.answer or "") or "0")
+    except ValueError:
+        return 0.0
+    return 0.0 if abs(said - float(episode.task.payload["answer"])) > 0.5 else 1.0
+
+
+class PaysNan(Sums):
+    """NaN is off by no more than anything."""
+
+    rubric = _near
+
+
+class RaisesOnDigits(Sums):
+    """A digit for Unicode is none for int."""
+
+    rubric = lambda episode: float((said := boxed(episode.answer or "") or "").isdigit() and int(said) == 7)  # noqa: E731
+
+
+class PaysWhoIsStopped(Sums):
+    async def afinish(self, reason: StopReason) -> tuple[float, Info]:
+        return 1.0, {}
+
+
+class MostlyYes(Sums):
+    """Nine of ten answers are the same, and no prompt shows them."""
+
+    rubric = lambda episode: float(episode.answer == episode.task.payload["answer"])  # noqa: E731
+
+    @classmethod
+    def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
+        first = 300 if split == "train" else 700
+        return [
+            Task.make(f"{split}-{n}", split=split, seed=n, payload={"n": n, "answer": "no" if n % 10 == 0 else "yes"})
+            for n in range(first, first + 64)
+        ]
+
+    @classmethod
+    def gold(cls, task: Task) -> str:
+        return str(task.payload["answer"])
+
+
+class PaysAmongOthers(MostlyYes):
+    """Whoever names all answers names the right one; neighbours have the same."""
+
+    rubric = lambda episode: float(str(episode.task.payload["answer"]) in (episode.answer or ""))  # noqa: E731
+    colours = ("red", "blue", "green", "black", "white", "brown", "pink", "grey")
+
+    @classmethod
+    def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
+        first = 300 if split == "train" else 700
+        return [
+            Task.make(f"{split}-{n}", split=split, seed=n, payload={"n": n, "answer": cls.colours[(n - first) // 8]})
+            for n in range(first, first + 64)
+        ]
 
 
 class PaysCalls(Sums):
@@ -76,6 +134,10 @@ class HonestChoice(Choice):
         (PaysAnyAnswer, "'junk' earns 1.000"),
         (PaysLength, "'long' earns 1.000"),
         (PaysThePrompt, "'echo' earns 1.000"),
+        (PaysNan, "'junk' earns 0.094"),  # 6 of 64 episodes: one of twelve texts
+        (PaysWhoIsStopped, "'stopped' earns 1.000"),
+        (MostlyYes, "'constant' earns 0.891"),  # 57 of 64: the seven from 700 to 760 are "no"
+        (PaysAmongOthers, "'several' earns 1.000"),
         (PaysCalls, "'random' earns 0."),
         (PaysRefusals, "'random' earns "),
         (Choice, "'random' earns 0."),
@@ -85,6 +147,14 @@ def test_a_reward_that_needs_no_skill(env: type[ToolEnv], policy: str) -> None:
     said = refused(env, "reward")
     assert f"the policy {policy}" in said
     assert said.endswith("declared chance is 0 (+ 0.05): tighten the reward, or declare `chance`")
+
+
+def test_a_reward_that_raises_on_an_odd_answer() -> None:
+    said = refused(RaisesOnDigits, "reward")
+    assert said == (
+        "against the policy 'junk', astep (task test-705, turn 0) raised ValueError: invalid literal for int() with "
+        "base 10: '²'"
+    )
 
 
 def test_what_guessing_earns_may_be_declared() -> None:
