@@ -67,9 +67,8 @@ class Mathematics(ToolEnv):
         super().__init__(sandbox=sandbox, max_turns=max_turns, context=context)
         self._source: dict[str, Any] = {"path": path, "test_path": test_path}
         if path or verify:  # a file's own gold answers may be such that something is left to compute
-            self._rubric = WeightedSum(
-                {"correct": boxed_math(**({} if path else {"worked_out": True}), **verify or {})}
-            )
+            options: dict[str, Any] = {"worked_out": not path, **(verify or {})}
+            self._rubric = WeightedSum({"correct": boxed_math(**options)})
 
     @classmethod
     def tasks(
