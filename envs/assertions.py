@@ -1,7 +1,7 @@
 """The assertions of unit tests, read as calls with what they must return.
 
     assert candidate([3, 1]) == [1, 3]      ─▶ input "sort_list([3, 1])", output "[1, 3]"
-    assert abs(candidate(3.5) - 0.5) < 1e-6 ─▶ input "sort_list(3.5)", output "0.5", with a tolerance
+    assert abs(candidate(3.5) - 0.5) < 1e-6 ─▶ input "sort_list(3.5)", output "0.5", within 1e-6
 
 A test runs the call inside the sandbox, behind the submission, and prints its value. What is expected stays outside.
 So a test that computes what it expects (a loop, another program) cannot be read, and its row is left out.
@@ -10,10 +10,10 @@ So a test that computes what it expects (a loop, another program) cannot be read
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,16 +39,6 @@ out.flush()
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Asserted:
-    """The assertions of one problem."""
-
-    tests: list[dict[str, str]]
-    """Each with ``input``, an expression, and ``output``, the canonical text of its value."""
-    tolerance: float
-    """How far numbers may be off, 0 where no assertion says so."""
-
-
 def program(source: str, setup: str) -> str:
     """Return a submission that evaluates the expression of a test, after ``setup`` and itself."""
     future = "\n".join(_FUTURE.findall(f"{setup}\n{source}"))
@@ -61,10 +51,11 @@ def _driver() -> str:
     return Path(__file__).with_name("canonical_inside.py").read_text() + _AFTER
 
 
-def read_assertions(source: str, function: str) -> Asserted:
+def read_assertions(source: str, function: str) -> list[dict[str, Any]]:
     """Read assertions on ``function``, also where they call it ``candidate``, within ``check`` or not.
 
-    Raises LeftOut where one of them cannot be read.
+    Each has ``input``, an expression, and ``output``, the canonical text of its value; and ``within``, where that is a
+    number that may be off by so much. Raises LeftOut where one of them cannot be read.
     """
     try:
         body = ast.parse(source).body
@@ -72,20 +63,19 @@ def read_assertions(source: str, function: str) -> Asserted:
         raise LeftOut(f"its tests are no Python: {type(error).__name__}") from error
     checks = [s for s in body if isinstance(s, ast.FunctionDef) and s.name == "check"]
     statements = checks[0].body if checks else body
-    tests: list[dict[str, str]] = []
-    tolerance = 0.0
+    tests: list[dict[str, Any]] = []
     for statement in statements:
         if isinstance(statement, ast.Assert):
             if not (isinstance(statement.test, ast.Constant) and statement.test.value):
                 call, expected, off = _read(statement.test, function)
                 text = ast.unparse(_Named(function).visit(call))
-                tests.append({"input": text, "output": canonical(expected)})
-                tolerance = max(tolerance, off)
+                near = {"within": off} if off else {}
+                tests.append({"input": text, "output": _written(expected), **near})
         elif not _says_nothing(statement):
             raise LeftOut(f"its tests have a statement that is no assertion ({type(statement).__name__})")
     if not tests:
         raise LeftOut("it has no test")
-    return Asserted(tests, tolerance)
+    return tests
 
 
 def _says_nothing(statement: ast.stmt) -> bool:
@@ -99,12 +89,15 @@ def _read(test: ast.expr, function: str) -> tuple[ast.expr, Any, float]:
     if isinstance(test, ast.Compare) and len(test.ops) == 1:
         left, op, right = test.left, test.ops[0], test.comparators[0]
         if isinstance(op, ast.Lt | ast.LtE) and (near := _difference(left)):
-            return _sides(*near, function, _number(right))
+            call, value, off = _sides(*near, function, _number(right))
+            _finite(value)
+            return call, value, off
         if isinstance(op, ast.Eq | ast.Is):
             return _sides(left, right, function, 0.0)
     elif isinstance(test, ast.Call) and ast.unparse(test.func) in ("math.isclose", "isclose") and len(test.args) == 2:
-        named = {k.arg: _number(k.value) for k in test.keywords}
-        return _sides(test.args[0], test.args[1], function, max([*named.values(), 1e-9]))
+        named = {str(k.arg): _number(k.value) for k in test.keywords}
+        call, value, _ = _sides(test.args[0], test.args[1], function, 0.0)
+        return call, value, max(named.get("rel_tol", 1e-9) * abs(_finite(value)), named.get("abs_tol", 0.0))
     elif isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) and _calls(test.operand, function):
         return _bool(test.operand), False, 0.0
     elif isinstance(test, ast.Call) and _calls(test, function):
@@ -148,6 +141,28 @@ def _value(expression: ast.expr) -> Any:
         return ast.literal_eval(_Folded().visit(expression))
     except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
         raise LeftOut(f"a test computes what it expects: {ast.unparse(expression)[:80]}") from error
+
+
+def _written(value: Any) -> str:
+    """Write a value as text. One that says no more than its type would be like every other of that type."""
+    text = canonical(value)
+    if _says_a_type(value):
+        raise LeftOut(f"a test expects a value that cannot be compared: {text[:80]}")
+    return text
+
+
+def _says_a_type(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_says_a_type, [*value, *value.values()]))
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(map(_says_a_type, value))
+    return value is not None and not isinstance(value, int | float | complex | str | bytes)
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    raise LeftOut(f"a test says how far {value!r:.40} may be off")
 
 
 def _number(expression: ast.expr) -> float:

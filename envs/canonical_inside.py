@@ -6,6 +6,9 @@ This file runs inside it too, behind a submission, and imports nothing.
 
 def canonical(value: object) -> str:
     """Write a value of numbers, texts, None, lists, tuples, sets and dictionaries, or the type of anything else."""
+    if isinstance(value, complex):
+        parts = [canonical(part) for part in (value.real, value.imag)]
+        return parts[0] if value.imag == 0 else f"({' + '.join(parts)}j)"
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, float) and value.is_integer():

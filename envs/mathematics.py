@@ -33,14 +33,15 @@ class Mathematics(ToolEnv):
     r"""Solve a problem of mathematics with python; the answer in ``\boxed{}`` is compared by SymPy.
 
     An agent must learn what to leave to a program, to read what it printed, and to say the answer in its exact form.
-    Without ``path`` the problems are made up. ``difficulty``: divisors, remainders and equations below 1/3, powers,
+    Without ``path`` the problems are made up, and what says the question again, such as gcd(84, 36), is no answer.
+    ``difficulty``: divisors, remainders and equations below 1/3, powers,
     pairs of equations, sequences and square roots below 2/3 (0.5 is the default), congruences, counting, three
     equations and recurrences above.
     """
 
     system_prompt = r"Work it out, with python where it helps. Then answer \boxed{answer}, exactly."
     tools = (python,)
-    rubric = WeightedSum({"correct": boxed_math()})
+    rubric = WeightedSum({"correct": boxed_math(worked_out=True)})
     max_turns = 4
 
     def __init__(
@@ -65,8 +66,9 @@ class Mathematics(ToolEnv):
         """
         super().__init__(sandbox=sandbox, max_turns=max_turns, context=context)
         self._source: dict[str, Any] = {"path": path, "test_path": test_path}
-        if verify:
-            self._rubric = WeightedSum({"correct": boxed_math(**verify)})
+        if path or verify:  # a file's own gold answers may be such that something is left to compute
+            options: dict[str, Any] = {"worked_out": not path, **(verify or {})}
+            self._rubric = WeightedSum({"correct": boxed_math(**options)})
 
     @classmethod
     def tasks(

@@ -162,9 +162,7 @@ def _mbpp(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _asserted(tests: str, function: str, question: str) -> dict[str, Any]:
-    found = read_assertions(tests, function)
-    rules = {"float_tolerance": found.tolerance} if found.tolerance else {}
-    return {"question": question, "tests": found.tests, **rules}
+    return {"question": question, "tests": read_assertions(tests, function)}
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:

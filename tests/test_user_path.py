@@ -129,7 +129,8 @@ def new_package(user: User) -> User:
     install(user.bin.parent, "-e", inside.folder)
     listed = user.areal_agents("envs").splitlines()  # by its entry point, from anywhere
     assert [ID, "follow a trail of boxes to the code at its end"] in [line.split(maxsplit=1) for line in listed]
-    assert "8 passed" in inside.python("-W", "error", "-m", "pytest", "-q")
+    # What is deselected runs the check, which the command does next; tests/cli/test_scaffold.py runs it.
+    assert "7 passed" in inside.python("-W", "error", "-m", "pytest", "-q", "-k", "not keeps_the_contract")
     return inside
 
 

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,7 +277,9 @@ def _in_two_processes(subject: Subject) -> list[dict[str, Any]]:
                 env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )  # fmt: skip
             children.append((child, json.dumps(request), answer))
-        return [_answer(*child, timeout=4 * subject.timeout + 60) for child in children]
+        wait = partial(_answer, timeout=4 * subject.timeout + 60)
+        with ThreadPoolExecutor(len(children)) as threads:  # each is sent its request at once, so both work meanwhile
+            return list(threads.map(lambda child: wait(*child), children))
 
 
 def _answer(child: subprocess.Popen[str], request: str, answer: Path, *, timeout: float) -> dict[str, Any]:

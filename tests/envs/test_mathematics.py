@@ -48,6 +48,21 @@ def test_answers_are_what_the_programs_find() -> None:
     assert sum(scores(*wrong)) == 0.0
 
 
+def test_what_says_the_question_again_is_no_answer() -> None:
+    """Each restates its problem with the problem's own numbers, and is equal to the answer."""
+    restated = {
+        "greatest common divisor of 48 and 36": ("12", r"\gcd(48, 36)"),
+        "the remainder of 5 · 7 by 3": ("2", r"5 \cdot 7 - 3 \lfloor 5 \cdot 7 / 3 \rfloor"),
+        "the remainder of 7^5 by 4": ("3", r"7^5 - 4 \lfloor 7^5 / 4 \rfloor"),
+        "3x + 1 = x + 6": (r"\frac{5}{2}", r"\frac{6 - 1}{3 - 1}"),
+        "all divisors of 12": ("28", "1 + 2 + 3 + 4 + 6 + 12"),
+        "2x + y = 4, x - y = -1": ("(1, 2)", r"(\frac{-4 + 1}{-2 - 1}, \frac{-2 - 4}{-3})"),
+    }
+    tasks = [task_of({"question": question, "answer": answer}) for question, (answer, _) in restated.items()]
+    assert scores(*zip(tasks, (said for _, said in restated.values()), strict=True)) == [0.0] * 6
+    assert scores(*((task, str(task.payload["answer"])) for task in tasks)) == [1.0] * 6
+
+
 def test_parts_of_problems_by_hand() -> None:
     assert problems.latex(Fraction(-7, 3)) == r"-\frac{7}{3}"
     assert problems.latex(Fraction(6, 3)) == "2"

@@ -17,6 +17,7 @@ from areal_agents.envs.programs import Programs, payload_of
 from areal_agents.envs.questions import LeftOut
 from areal_agents.errors import ConfigError
 from areal_agents.reward import Episode, judge
+from areal_agents.rewards.code.problem import Problem
 from areal_agents.types import Task
 from tests.conftest import require
 from tests.envs.test_games import task_of
@@ -51,13 +52,28 @@ MBPP = {
         ("assert f(1) == {'b': 1, 'a': None}", "f(1)", "{'a': None, 'b': 1}"),
         ("assert f(1) == 3 * 5 + 1", "f(1)", "16"),
         ("assert f([0] * 9) == -1", "f([0] * 9)", "-1"),
-        ("assert math.isclose(f(2), 0.25, rel_tol=0.001)", "f(2)", "0.25"),
+        ("assert f(1) == 1 + 2j", "f(1)", "(1 + 2j)"),
+        ("assert f(1) == {2j, -0.5j}", "f(1)", "{(0 + -0.5j), (0 + 2j),}"),
     ],
 )
 def test_an_assertion_is_a_call_and_a_value_that_stays_outside(line: str, given: str, output: str) -> None:
-    found = read_assertions(line, "f")
-    assert found.tests == [{"input": given, "output": output}]
-    assert found.tolerance == (0.001 if "isclose" in line else 0.0)
+    assert read_assertions(line, "f") == [{"input": given, "output": output}]
+
+
+def test_each_assertion_says_how_far_its_own_number_may_be_off() -> None:
+    lines = [
+        "assert math.isclose(f(2), 200, rel_tol=0.001)", "assert math.isclose(f(3), 4.0, abs_tol=0.5)",
+        "assert abs(f(4) - 1000) < 0.5", "assert f(5) == 30",
+    ]  # fmt: skip
+    found = read_assertions("\n".join(lines), "f")
+    assert [test.get("within") for test in found] == [0.2, 0.5, 0.5, None]
+    problem = Problem.of({"tests": found})
+    judged = {
+        0: {"200.2": True, "199.7": False}, 1: {"4.5": True, "3.4": False},
+        2: {"1000.4": True, "600": False, "1001": False, "1000.4 1000": False, "nan": False, "inf": False},
+        3: {"30": True, "30.4": False},
+    }  # fmt: skip
+    assert {i: {text: problem.passes(problem.tests[i], text) for text in some} for i, some in judged.items()} == judged
 
 
 @pytest.mark.parametrize(
@@ -71,6 +87,10 @@ def test_an_assertion_is_a_call_and_a_value_that_stays_outside(line: str, given:
         ("assert f(1) != 2", "no comparison with a value"),
         ("assert f(f(1)) == f(1)", "does not compare a call of f with a value"),
         ("assert abs(f(1) - 2) < 5", "tolerance is 5"),
+        ("assert abs(f(1) - 1e999) < 0.5", "how far inf may be off"),
+        ("assert math.isclose(f(1), 'a')", "how far 'a' may be off"),
+        ("assert f(1) == ...", "cannot be compared: <ellipsis>"),
+        ("assert f(1) == {'a': [1, ...]}", "cannot be compared: {'a': "),
         ("import os", r"no assertion \(Import\)"),
         ("assert True", "it has no test"),
         ("assert (", "no Python"),
@@ -84,10 +104,10 @@ def test_tests_that_compute_are_left_out(source: str, why: str) -> None:
 
 def test_equal_values_have_one_text() -> None:
     equal: list[tuple[Any, Any]] = [
-        (1, True), (2, 2.0), ({2, 1}, frozenset((1, 2))), ({1: 2, 0: 1}, {0: 1, 1: 2}), (0, -0.0),
+        (1, True), (2, 2.0), ({2, 1}, frozenset((1, 2))), ({1: 2, 0: 1}, {0: 1, 1: 2}), (0, -0.0), (2, 2 + 0j),
     ]  # fmt: skip
     other: list[tuple[Any, Any]] = [
-        ([1], (1,)), ("1", 1), ((1,), 1), (None, "None"), ([], ()), (b"a", "a"), ({1}, {1: 1}),
+        ([1], (1,)), ("1", 1), ((1,), 1), (None, "None"), ([], ()), (b"a", "a"), ({1}, {1: 1}), (1j, 2j), (1j, 1),
     ]  # fmt: skip
     for one, two in equal:
         assert canonical(one) == canonical(two)
@@ -122,14 +142,15 @@ def test_human_evals_rows() -> None:
         str(task.payload["solution"]),
         f"from __future__ import annotations\nprint('hello')\n{body}",  # helpers and imports of the prompt are there
         "list = eval = print = open = None\n" + body,  # names of its own do not matter
+        body + " + 5e-7 * (len(xs) == 1)",  # of the one test that allows it
+        body + " + 1e-3 * (len(xs) == 1)",
         body + " + 5e-7",
-        body + " + 1e-3",
         "def near(xs):\n    return 1.5",
         "raise SystemExit(0)",
         "import sys\nprint('1.5')\nsys.exit(0)\n" + body,
         "def near(xs): return",
         "def near(xs:",
-    ) == [1.0, 1.0, 1.0, 1.0, *[0.0] * 6]
+    ) == [1.0, 1.0, 1.0, 1.0, *[0.0] * 7]
 
 
 def test_mbpps_rows() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from areal_agents import registry
+from areal_agents.conformance import contract, golds, reward_audit, unskilled
 from areal_agents.conformance.check import check
 from tests.conftest import require
 
@@ -17,7 +18,19 @@ KWARGS: dict[str, dict[str, Any]] = {"areal/ReasoningGym-v0": {"generators": ["c
 """Of environments whose every part would take long: tests/envs/test_reasoning_gym.py looks at all generators."""
 
 
+@pytest.fixture
+def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at fewer tasks than the command does: a hash of its content says of which split each drawn task is."""
+    monkeypatch.setattr(contract, "MAX_TASKS", 512)
+    monkeypatch.setattr(contract, "PROCESS_TASKS", 64)
+    monkeypatch.setattr(golds, "MOST", 256)
+    monkeypatch.setattr(reward_audit, "COSTLY_TASKS", 12)  # as many as there are odd answers; one paid is too much
+    monkeypatch.setattr(unskilled, "COSTLY_EPISODES", 12)
+    monkeypatch.setattr(reward_audit, "GOLD_TASKS", 8)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("fewer")
 @pytest.mark.parametrize("id", sorted(spec.id for spec in registry.specs()))
 def test_passes_every_check(id: str, smollm2: Path) -> None:
     require("bwrap")

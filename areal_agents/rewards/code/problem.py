@@ -26,6 +26,8 @@ class CodeTest:
     arguments: Sequence[Any] | None = None
     """Of the function. None runs the whole program with ``stdin``."""
     weight: float = 1.0
+    within: float = 0.0
+    """How far the number that a whole program prints may be off, absolutely. It is this test's alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,10 @@ class Problem:
     def _check_test(self, who: str, test: CodeTest) -> None:
         if not 0 <= _real(f"{who}: weight", test.weight) < math.inf:
             raise ValueError(f"{who}: the weight {test.weight} is not at least 0 and finite")
+        if not 0 <= _real(f"{who}: within", test.within) < math.inf:
+            raise ValueError(f"{who}: within = {test.within} is not at least 0 and finite")
+        if test.within and (test.arguments is not None or not _NUMBER.fullmatch(str(test.expected))):
+            raise ValueError(f"{who}: within = {test.within} goes with an output that is a number")
         if test.arguments is None:
             for what, text in (("input", test.stdin), ("output", test.expected)):
                 if not isinstance(text, str):
@@ -104,25 +110,27 @@ class Problem:
         """Read a problem from a task's payload.
 
         ``tests`` is a list of {"input": TEXT, "output": TEXT}, or of {"arguments": [...], "expected": VALUE} for
-        ``function``, each with a ``weight`` or without.
+        ``function``, each with a ``weight`` or without. An output that is a number may have a ``within``.
 
         Raises ValueError, TypeError or KeyError where it is none.
         """
         tests = []
         for i, row in enumerate(given["tests"]):
             names = {"arguments", "expected"} if "arguments" in row else {"input", "output"}
-            wrong = not isinstance(row, Mapping) or set(row) - {"weight"} not in (names, {"output"})
+            wrong = not isinstance(row, Mapping) or set(row) - {"weight", "within"} not in (names, {"output"})
             if wrong or row.get("arguments", ()) is None:  # None would run the whole program
                 raise ValueError(f"test {i} is neither an input with an output, nor arguments with what is expected")
             expected = row["expected"] if "arguments" in row else row["output"]
-            tests.append(CodeTest(expected, row.get("input", ""), row.get("arguments"), row.get("weight", 1.0)))
+            counts = row.get("weight", 1.0), row.get("within", 0.0)
+            tests.append(CodeTest(expected, row.get("input", ""), row.get("arguments"), *counts))
         taken = {n: given[n] for n in cls.__dataclass_fields__ if n in given and n not in ("tests", "checker")}
         return cls(tuple(tests), **{**taken, **rules})
 
     def passes(self, test: CodeTest, output: str) -> bool:
         """Say whether the output is the one that the test expects, by all rules but the checker."""
         if test.arguments is None:
-            return same_text(test.expected, output, self.whitespace, self.float_tolerance)
+            near = test.within > 0 and _within(test.expected, output.strip(), test.within)
+            return near or same_text(test.expected, output, self.whitespace, self.float_tolerance)
         try:
             return same_value(json.loads(json.dumps(test.expected)), json.loads(output), self.float_tolerance)
         except (ValueError, RecursionError):
@@ -174,6 +182,11 @@ _NUMBER = re.compile(
     r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf|infinity|nan)", re.ASCII | re.IGNORECASE
 )
 """What C, Python and JavaScript print for a number."""
+
+
+def _within(expected: str, output: str, off: float) -> bool:
+    """Say whether one finite number stands there, at most ``off`` from the expected one."""
+    return _NUMBER.fullmatch(output) is not None and abs(float(output) - float(expected)) <= off
 
 
 def _near(a: float, b: float, tolerance: float) -> bool:

@@ -58,7 +58,7 @@ def readings(text: str, options: Options) -> list[t.Node]:
     if re.fullmatch(r"\s*\d{4}-\d\d-\d\d\s*", text):
         return [t.Words(text)]  # a date, and no difference
     commas: list[Commas] = ["thousands"]
-    if re.search(r"\d,\s?\d{3}", text):
+    if re.search(r"\d,\d{3}", text):
         commas = ["list"] if _GROUPED.search(text) else [*commas, "list"]
     if options.decimal_comma or re.fullmatch(r"[\s$+-]*\d+,(?:\d{1,2}|\d{4,})[\s$]*", text):
         commas.append("decimal")

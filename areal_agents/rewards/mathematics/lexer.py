@@ -349,8 +349,8 @@ class Lexer:
             digits = self._text[match.end() : match.end() + 4]
             if not (len(digits) >= 3 and digits[:3].isdigit()) or digits[3:4].isdigit():
                 break
-            if kind == "," and self._commas != "thousands" and match.group() == ",":
-                break
+            if kind == "," and "\\" not in match.group() and (self._commas != "thousands" or match.group() != ","):
+                break  # 84, 210 are two; 84,210 is one in a reading with thousands, 84,\! 210 in every one
             if kind == "," and self._text[self._pos - 1] == "0" and not self._text[: self._pos - 1][-1:].isdigit():
                 break  # (0,100)
             if (kind == "\\" and match.group() == "\\ ") or (kind == "'" and not digits[:3].isdigit()):

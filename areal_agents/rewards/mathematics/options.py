@@ -28,6 +28,8 @@ class Options:
     """1 ≤ x ≤ 2 is [1, 2]."""
     names: bool = True
     """x = 5 is 5."""
+    worked_out: bool = False
+    """Nothing may be left to compute: gcd(4, 6), 2^10 and 2 · 3 are no answer."""
     choices: Choices = ()
     """The choices of a question: (B), B. 12 cm and 12 cm are B where B is declared as 12 cm."""
     dates: bool = False

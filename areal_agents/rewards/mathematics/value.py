@@ -7,6 +7,7 @@ factorials, binomials. Nothing here simplifies, solves or parses text.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from itertools import permutations
 from typing import Any
 
@@ -161,7 +162,8 @@ def _applied(name: str, args: tuple[t.Node, ...]) -> sympy.Expr:
     if name in ("gcd", "lcm"):
         numbers = [value(a) for a in args]
         if all(n.is_Integer for n in numbers):
-            return sympy.Integer((sympy.igcd if name == "gcd" else sympy.ilcm)(*numbers))
+            # SymPy's take two or more, and (154, 231) is read as one number too.
+            return sympy.Integer(reduce(sympy.igcd, numbers, 0) if name == "gcd" else reduce(sympy.ilcm, numbers, 1))
     if name in _FUNCTIONS:
         found = [value(a) for a in args]
         if name not in ("max", "min") and len(found) != 1:

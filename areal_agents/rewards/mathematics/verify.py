@@ -16,6 +16,7 @@ from areal_agents.rewards.mathematics.errors import ParseError
 from areal_agents.rewards.mathematics.extract import Slot, bare, extract, gold_answer
 from areal_agents.rewards.mathematics.options import Options
 from areal_agents.rewards.mathematics.verdict import MathVerdict
+from areal_agents.rewards.mathematics.worked_out import worked_out
 
 _GAP = re.compile(r"(?<=\d) +(?=[A-Za-z])")
 
@@ -41,6 +42,8 @@ def verify(
         problem = ""
     except ParseError as error:
         said, problem = [], str(error)
+    if options.worked_out:
+        said = [reading for reading in said if worked_out(reading)]
     errors = []
     for text in golds:
         wanted = gold_answer(text)

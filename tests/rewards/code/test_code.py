@@ -215,5 +215,12 @@ def test_wrong_choices_are_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             code(**rules)
+    for row, message in (
+        ({"output": "a", "within": 0.1}, "goes with an output that is a number"),
+        ({"arguments": [1], "expected": 2, "within": 0.1}, "goes with an output that is a number"),
+        ({"output": "1", "within": -1}, "within = -1"), ({"output": "1", "within": "1"}, "within = '1' is no number"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Problem.of({"function": "f", "tests": [row]})
     with pytest.raises(ConfigError, match="problem= makes whole problems"):
         code(problem=lambda episode: DOUBLE, seconds=1.0)
