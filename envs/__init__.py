@@ -65,7 +65,7 @@ register(
 register(
     "areal/Facts-v0",
     "areal_agents.envs.facts:Facts",
-    description="questions over several documents of a searched corpus that is made up",
+    description="questions over several documents that are searched; of your own files (env.kwargs.path), or made up",
 )
 register(
     "areal/Assistant-v0",

@@ -24,6 +24,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import sys
 import tomllib
@@ -294,6 +295,8 @@ def _check(command: Command, w: Workshop) -> list[str] | None:
         return None
     rows = ({"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(40))
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if "documents.jsonl" in command.words:
+        runpy.run_path("documents.py")  # writes it
     return replaced(list(command.words[1:]), tokenizer=str(w.model))
 
 
