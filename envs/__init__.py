@@ -83,6 +83,12 @@ register(
     description="work on a folder's files with a shell, graded by the files that are left",
 )
 register(
+    "areal/Warehouse-v0",
+    "areal_agents.envs.warehouse:Warehouse",
+    description="bring a web service over a database to a wanted state; it runs beside the sandbox, in docker",
+    sandbox="docker",
+)
+register(
     "areal/Programs-v0",
     "areal_agents.envs.programs:Programs",
     description="write a Python function for hidden tests; of your own JSONL file (env.kwargs.path), or made up",
