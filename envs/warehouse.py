@@ -288,7 +288,8 @@ class Warehouse(ToolEnv):
 
     @classmethod
     def expert(cls, task: Task) -> Expert:
-        yield call_text("python", code=f'import urllib.request\nprint(urllib.request.urlopen("{URL}").read().decode())')
+        read = f'import urllib.request; print(urllib.request.urlopen("{URL}").read().decode())'
+        yield call_text("bash", command=f"python3 -c '{read}'")
         for program in task.payload["programs"]:
             yield call_text("python", code=HELPERS + program)
         yield "All is done."

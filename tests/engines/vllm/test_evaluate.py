@@ -1,4 +1,4 @@
-"""``areal-agents eval --engine.kind vllm``: greedy answers are the other engine's, and a kill costs what was running."""
+"""``areal-agents eval --engine.kind vllm``: greedy answers are the other engine's, and a kill costs what ran."""
 
 from __future__ import annotations
 
