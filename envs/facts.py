@@ -19,6 +19,7 @@ from areal_agents.envs.search_questions import search_tasks
 from areal_agents.errors import ConfigError, EnvError
 from areal_agents.rewards.boxed_text import boxed_text
 from areal_agents.sandbox import SandboxBackend
+from areal_agents.served_model import ModelLike
 from areal_agents.tool import ToolSpec, call_text
 from areal_agents.toolenv import ToolEnv
 from areal_agents.tools.search import search_tools
@@ -121,7 +122,9 @@ class Facts(ToolEnv):
         corpus: str = "",
         test_path: str = "",
         sandbox: SandboxBackend | str | None = None,
+        models: Mapping[str, ModelLike] | None = None,
         max_turns: int | None = None,
+        system_prompt: str | None = None,
         context: ContextLike | None = None,
     ) -> None:
         """Make an environment on a file and its documents, or on facts that are made up.
@@ -131,14 +134,18 @@ class Facts(ToolEnv):
             corpus: of the documents: a JSONL file, a folder of texts, or an index.
             test_path: of the file of the test split. Empty takes it from ``path``.
             sandbox: for the tools of a subclass.
+            models: as ``ToolEnv`` has it, and so the rest.
             max_turns: in place of the class's own.
-            context: as ``ToolEnv`` has it.
+            system_prompt: in place of the class's own.
+            context: in place of the class's own.
         """
         self._source: dict[str, Any] = {"path": path, "corpus": corpus, "test_path": test_path}
         _require_both(**self._source)
         if path:
             self.tools = _tools_on(open_index(corpus))
-        super().__init__(sandbox=sandbox, max_turns=max_turns, context=context)
+        super().__init__(
+            sandbox=sandbox, models=models, max_turns=max_turns, system_prompt=system_prompt, context=context
+        )
 
     @classmethod
     def tasks(

@@ -27,6 +27,7 @@ from areal_agents.errors import SandboxError
 from areal_agents.reward import Episode, Verdict
 from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec, Service
 from areal_agents.sandboxes.docker_image import IMAGE
+from areal_agents.served_model import ModelLike
 from areal_agents.tool import call_text
 from areal_agents.toolenv import ToolEnv
 from areal_agents.tools.bash import bash
@@ -254,17 +255,23 @@ class Warehouse(ToolEnv):
         self,
         *,
         sandbox: SandboxBackend | str | None = "docker",
+        models: Mapping[str, ModelLike] | None = None,
         max_turns: int | None = None,
+        system_prompt: str | None = None,
         context: ContextLike | None = None,
     ) -> None:
         """Make an environment, whose service starts with its sandbox.
 
         Args:
             sandbox: one with services.
+            models: as ``ToolEnv`` has it, and so the rest.
             max_turns: in place of the class's own.
-            context: as ``ToolEnv`` has it.
+            system_prompt: in place of the class's own.
+            context: in place of the class's own.
         """
-        super().__init__(sandbox=sandbox, max_turns=max_turns, context=context)
+        super().__init__(
+            sandbox=sandbox, models=models, max_turns=max_turns, system_prompt=system_prompt, context=context
+        )
 
     @classmethod
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
