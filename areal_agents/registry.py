@@ -27,10 +27,12 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from areal_agents.errors import ArealError, ConfigError, RegistryError
+from areal_agents.errors import ArealError, ConfigError, RegistryError, SandboxUnavailable
+from areal_agents.sandbox import SandboxBackend, backends
 from areal_agents.utils.exits import no_exit
 from areal_agents.utils.foreign import contained, import_foreign
-from areal_agents.utils.short_text import described, short
+from areal_agents.utils.short_text import described, short, text_of
+from areal_agents.utils.sync import run_sync
 
 if TYPE_CHECKING:
     from areal_agents.env import AgentEnv, Expert
@@ -66,11 +68,24 @@ class EnvSpec:
     """The difficulty of ``tasks`` where none is named. None is the environment's default."""
     needs: str = ""
     """A module that the user installs, without which the environment has no tasks. Empty where nothing is needed."""
+    sandbox: str = ""
+    """The one sandbox backend that can play it. Empty where others can, or none is needed."""
 
     @property
     def installed(self) -> bool:
         """Whether what it needs is there."""
         return not self.needs or importlib.util.find_spec(self.needs) is not None
+
+    def lacks(self) -> str:
+        """Say why it cannot be played on this machine, or return "". The sandbox that it needs is probed."""
+        if not self.installed:
+            return f"it needs {self.needs}, which is not installed"
+        if self.sandbox:
+            try:
+                run_sync(_probe(self.sandbox))
+            except SandboxUnavailable as error:
+                return text_of(error)
+        return ""
 
     def env_class(self) -> type[AgentEnv]:
         """Import the class.
@@ -184,6 +199,15 @@ def _chance(declared: float | Mapping[float | None, float], difficulty: float | 
     return declared[low] + (declared[high] - declared[low]) * (difficulty - low) / (high - low)
 
 
+async def _probe(sandbox: str) -> None:
+    """Raise SandboxUnavailable where a backend cannot be used here."""
+    backend: SandboxBackend = backends().get(sandbox)
+    try:
+        await backend.probe()
+    finally:
+        await backend.aclose()
+
+
 def tasks_of(
     cls: type[AgentEnv], id: str, split: str, difficulty: float | None, kwargs: Mapping[str, Any] = MappingProxyType({})
 ) -> Sequence[Task]:
@@ -248,6 +272,7 @@ def register(
     splits: Sequence[str] | None = None,
     description: str = "",
     needs: str = "",
+    sandbox: str = "",
 ) -> EnvSpec:
     """Register an environment here and with Gymnasium, so that ``gymnasium.make(id)`` works too.
 
@@ -260,6 +285,7 @@ def register(
         splits: names of the task splits. None means the class's own.
         description: one line for lists of environments.
         needs: a module that the user installs, without which there are no tasks: ``check --all`` leaves it out then.
+        sandbox: the one backend that can play it: ``check --all`` leaves it out where that cannot be used.
 
     Raises:
         RegistryError: ``id`` or ``entry_point`` is malformed, or another environment has that id.
@@ -269,7 +295,7 @@ def register(
     if _ENTRY_POINT.fullmatch(entry_point) is None:
         raise RegistryError(f'{id}: entry point {entry_point!r} must read "package.module:Class"')
     named = None if splits is None else tuple(splits)
-    new = EnvSpec(id, entry_point, dict(kwargs or {}), named, description, needs=needs)
+    new = EnvSpec(id, entry_point, dict(kwargs or {}), named, description, needs=needs, sandbox=sandbox)
     if id in _specs:
         if _specs[id] != new:
             taken = _specs[id].entry_point

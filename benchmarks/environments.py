@@ -52,6 +52,9 @@ def environments() -> tuple[list[str], dict[str, str]]:
     found, left_out = [], {}
     for spec in registry.specs():
         if spec.id.startswith("areal/") and spec.id not in NOT_TIMED:
+            if why := spec.lacks():
+                left_out[spec.id] = why
+                continue
             try:
                 spec.tasks(spec.splits[-1])
                 found.append(spec.id)
@@ -80,7 +83,10 @@ def turn(quick: bool) -> list[Row]:
 
 
 def scripted(id: str, at_once: int, seconds: float, sandbox: str) -> Row:
-    asked = {"side": "box", "env": id, "at_once": at_once, "seconds": seconds, "sandbox": sandbox}
+    from areal_agents import registry
+
+    own = registry.spec(id).sandbox or sandbox
+    asked = {"side": "box", "env": id, "at_once": at_once, "seconds": seconds, "sandbox": own}
     return ask("environments_sides.py", asked)
 
 

@@ -65,7 +65,7 @@ register(
 register(
     "areal/Facts-v0",
     "areal_agents.envs.facts:Facts",
-    description="questions over several documents of a searched corpus that is made up",
+    description="questions over several documents that are searched; of your own files (env.kwargs.path), or made up",
 )
 register(
     "areal/Assistant-v0",
@@ -81,6 +81,12 @@ register(
     "areal/Folder-v0",
     "areal_agents.envs.folder:Folder",
     description="work on a folder's files with a shell, graded by the files that are left",
+)
+register(
+    "areal/Warehouse-v0",
+    "areal_agents.envs.warehouse:Warehouse",
+    description="bring a web service over a database to a wanted state; it runs beside the sandbox, in docker",
+    sandbox="docker",
 )
 register(
     "areal/Programs-v0",

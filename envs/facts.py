@@ -1,4 +1,4 @@
-"""``areal/Facts-v0``: questions over several documents of a corpus that is searched."""
+"""``areal/Facts-v0``: questions over several documents of a corpus that is searched, made up or a user's own."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from random import Random
 from types import MappingProxyType
 from typing import Any, Final
 
+from areal_agents.context import ContextLike
 from areal_agents.env import Expert
 from areal_agents.envs.generated_files import generated_folder
 from areal_agents.envs.procedural import drawn_tasks
-from areal_agents.errors import EnvError
+from areal_agents.envs.search_questions import search_tasks
+from areal_agents.errors import ConfigError, EnvError
 from areal_agents.rewards.boxed_text import boxed_text
-from areal_agents.tool import call_text
+from areal_agents.sandbox import SandboxBackend
+from areal_agents.served_model import ModelLike
+from areal_agents.tool import ToolSpec, call_text
 from areal_agents.toolenv import ToolEnv
 from areal_agents.tools.search import search_tools
+from areal_agents.tools.search_index import open_index
 from areal_agents.types import Task
+from areal_agents.utils.short_text import short
 
 DEFAULT_DIFFICULTY = 0.5
 SIZES: Final = {"train": 2048, "test": 256}
@@ -100,8 +106,8 @@ class Facts(ToolEnv):
     r"""Answer a question whose answer takes several documents, in ``\boxed{}``.
 
     An agent must learn to take a question apart from the inside, to search for one thing after the other, and to say no
-    more than it read. The corpus is made up, so nothing of it is known from elsewhere. ``difficulty``: one document at
-    0, two at 0.5 (the default), four at 1.
+    more than it read. Without ``path`` the corpus is made up, so nothing of it is known from elsewhere. ``difficulty``:
+    one document at 0, two at 0.5 (the default), four at 1. Of a file all questions are asked by default.
     """
 
     system_prompt = r"Find out with search and read_document, one fact after the other. Then answer \boxed{name}."
@@ -109,28 +115,93 @@ class Facts(ToolEnv):
     rubric = boxed_text()
     max_turns = 12
 
+    def __init__(
+        self,
+        *,
+        path: str = "",
+        corpus: str = "",
+        test_path: str = "",
+        sandbox: SandboxBackend | str | None = None,
+        models: Mapping[str, ModelLike] | None = None,
+        max_turns: int | None = None,
+        system_prompt: str | None = None,
+        context: ContextLike | None = None,
+    ) -> None:
+        """Make an environment on a file and its documents, or on facts that are made up.
+
+        Args:
+            path: of the JSONL file of questions (``search_questions.py``). Empty makes questions up.
+            corpus: of the documents: a JSONL file, a folder of texts, or an index.
+            test_path: of the file of the test split. Empty takes it from ``path``.
+            sandbox: for the tools of a subclass.
+            models: as ``ToolEnv`` has it, and so the rest.
+            max_turns: in place of the class's own.
+            system_prompt: in place of the class's own.
+            context: in place of the class's own.
+        """
+        self._source: dict[str, Any] = {"path": path, "corpus": corpus, "test_path": test_path}
+        _require_both(**self._source)
+        if path:
+            self.tools = _tools_on(open_index(corpus))
+        super().__init__(
+            sandbox=sandbox, models=models, max_turns=max_turns, system_prompt=system_prompt, context=context
+        )
+
     @classmethod
-    def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
+    def tasks(
+        cls, split: str, *, difficulty: float | None = None, path: str = "", corpus: str = "", test_path: str = ""
+    ) -> Sequence[Task]:
+        _require_both(path, corpus, test_path)
+        if path:
+            return search_tasks(split, path, corpus, test_path, difficulty=difficulty)
         level = DEFAULT_DIFFICULTY if difficulty is None else float(difficulty)
         hops = round(4**level)
         return drawn_tasks("areal/Facts-v0", split, level, lambda rng: _asked(rng, hops), SIZES)
+
+    def training_tasks(self) -> Sequence[Task]:
+        return self.tasks("train", **self._source)
 
     def prompt(self, task: Task) -> str:
         return str(task.payload["question"])
 
     @classmethod
     def gold(cls, task: Task) -> str:
-        return rf"\boxed{{{task.payload['answer']}}}"
+        answer = task.payload["answer"]
+        return rf"\boxed{{{answer if isinstance(answer, str) else answer[0]}}}"
 
     @classmethod
-    def expert(cls, task: Task) -> Expert:
-        for name in task.payload["path"][:-1]:
-            observation = yield call_text("search", query=name, top=10)
-            shown = re.search(rf"\[(d\d+)\] {name}$", observation[-1].text, re.MULTILINE)
-            if shown is None:
-                raise EnvError(f"the search for {name} does not show its document")
-            yield call_text("read_document", id=shown[1])
-        yield cls.gold(task)
+    def expert(cls, task: Task) -> Expert | None:
+        """Read one document after the other, or return None where a file does not say which, or more than fit."""
+        passages = [(name, rf"\[(d\d+)\] {re.escape(name)}$") for name in task.payload.get("path", ())[:-1]]
+        passages += [(title, rf"^\d+\. \[({re.escape(id)})\]") for id, title in task.payload.get("passages", ())]
+        return _looked_up(task, passages, cls.gold(task)) if 0 < 2 * len(passages) < cls.max_turns else None
+
+
+def _require_both(path: str, corpus: str, test_path: str) -> None:
+    if bool(path) != bool(corpus) or (test_path and not path):
+        raise ConfigError(
+            f"env.kwargs: path = {path!r}, corpus = {corpus!r}, test_path = {test_path!r}: questions of your own go "
+            "with documents of your own. Give path and corpus, or neither"
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _tools_on(index: Path) -> tuple[ToolSpec, ToolSpec]:
+    """Return the tools on an index, which all environments of a process share."""
+    return search_tools(index)
+
+
+def _looked_up(task: Task, passages: Sequence[tuple[str, str]], gold: str) -> Expert:
+    """Search for each document by its title, with the question's words where others come first, and read it."""
+    for title, pattern in passages:
+        for query in (title, f"{title} {task.payload['question']}"):
+            observation = yield call_text("search", query=query, top=10)
+            if shown := re.search(pattern, observation[-1].text, re.MULTILINE):
+                break
+        else:
+            raise EnvError(f"two searches for {short(title)} do not show its document")
+        yield call_text("read_document", id=shown[1])
+    yield gold
 
 
 def _asked(rng: Random, hops: int) -> dict[str, Any]:

@@ -145,9 +145,9 @@ def file_tasks(
     Raises:
         ConfigError: a row cannot be read, rows contradict each other, or a question is in both files.
     """
-    found = _rows(make, _key(test_path if split == "test" and test_path else path), question, answer)
+    found = _rows(make, file_key(test_path if split == "test" and test_path else path), question, answer)
     if test_path and split == "test":
-        others = {t.payload["question"] for t in _rows(make, _key(path), question, answer)}
+        others = {t.payload["question"] for t in _rows(make, file_key(path), question, answer)}
         if shared := next((t for t in found if t.payload["question"] in others), None):
             raise ConfigError(f"{test_path}: {shared.payload['question']!r:.80} is a question of {path} too")
     return [
@@ -178,7 +178,7 @@ def _spaced(text: str) -> str:
     return " ".join(text.split())
 
 
-def _key(path: str) -> tuple[str, int, int]:
+def file_key(path: str) -> tuple[str, int, int]:
     """Return a path with what changes when its file does. Raises ConfigError where there is none."""
     file = Path(path).expanduser()
     try:
@@ -197,7 +197,7 @@ def _key(path: str) -> tuple[str, int, int]:
 def _rows(make: Payload, key: tuple[str, int, int], question: str, answer: str) -> tuple[Task, ...]:
     """Read every row of a file, once."""
     path, tasks, left_out = key[0], list[Task](), list[str]()
-    for number, row in _lines(Path(path)):
+    for number, row in json_lines(Path(path)):
         try:
             payload = make(row, question, answer)
             if not isinstance(payload["question"], str) or not payload["question"].strip():
@@ -269,7 +269,8 @@ async def _contradictions(pairs: Sequence[tuple[Task, Task]]) -> list[tuple[Task
     return [pair for pair, wrong in zip(pairs, answers, strict=True) if wrong]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Read the objects of a JSONL file, with their lines. Raises ConfigError for anything else in it."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):

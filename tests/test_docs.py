@@ -24,6 +24,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import sys
 import tomllib
@@ -279,6 +280,8 @@ def _eval(command: Command, w: Workshop) -> list[str] | None:
         return None
     if needs_sandbox(config.env.id) and shutil.which("bwrap") is None:
         return None
+    if registry.spec(config.env.id).sandbox:  # an engine: tests/sandboxes plays those
+        return None
     model = config.model.path if Path(config.model.path).is_dir() else str(w.model)
     small = replaced(list(command.words[1:]), model=model, n="2", max_turn_tokens="8", max_turns="2")
     return replaced(small, out=f"out-{command.line}")
@@ -294,6 +297,8 @@ def _check(command: Command, w: Workshop) -> list[str] | None:
         return None
     rows = ({"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(40))
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if "documents.jsonl" in command.words:
+        runpy.run_path("documents.py")  # writes it
     return replaced(list(command.words[1:]), tokenizer=str(w.model))
 
 

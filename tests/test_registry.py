@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,6 +35,16 @@ def test_what_an_environment_needs_may_be_missing() -> None:
     assert register("mine/Plain-v0", COUNTDOWN).installed
     assert register("mine/Needs-v0", COUNTDOWN, needs="json").installed
     assert not register("mine/Lacks-v0", COUNTDOWN, needs="no_such_package").installed
+
+
+def test_what_lacks_its_package_or_its_sandbox_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert register("mine/Plain-v0", COUNTDOWN).lacks() == ""
+    lacks = register("mine/Lacks-v0", COUNTDOWN, needs="no_such_package").lacks()
+    assert lacks == "it needs no_such_package, which is not installed"
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+    where = register("mine/Beside-v0", COUNTDOWN, sandbox="docker").lacks()
+    assert where.startswith("sandbox 'docker' is unavailable: ")
+    assert re.search(r"Start it \(systemctl start docker\)|pip install 'areal-agents\[docker\]'", where)
 
 
 class ByLevel(Countdown):

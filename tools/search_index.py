@@ -3,7 +3,8 @@
     corpus (JSONL, or a folder of texts) ─▶ documents + words ─▶ one file, named after what it was made of
 
 A JSONL line is an object with ``text``, and perhaps ``id`` and ``title``; the number of the line is the id where there
-is none. In a folder each ``.txt`` and ``.md`` file is a document, and its path the id.
+is none. In a folder each ``.txt`` and ``.md`` file is a document, and its path the id. The index also has a hash of all
+documents, by which a corpus is known wherever it lies.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import sqlite3
@@ -25,7 +27,7 @@ from areal_agents.models import cache_dir
 
 WORDS: Final = "porter unicode61 remove_diacritics 2"
 """English stems of words. For languages without spaces between words: ``trigram``."""
-_FORMAT: Final = "2"
+_FORMAT: Final = "3"
 _HEADER: Final = b"SQLite format 3\0"
 _BATCH: Final = 1000
 
@@ -106,15 +108,20 @@ def _build(path: Path, source: Path, files: list[Path], tokenizer: str, advance:
             )
         except sqlite3.OperationalError as error:
             raise ConfigError(f"search: tokenizer {tokenizer!r}: {error}") from error
+        connection.execute("CREATE TABLE corpus (digest TEXT)")
         connection.execute("BEGIN")
-        count = 0
+        count, digest = 0, hashlib.sha256()
         for count, (name, title, text) in enumerate(documents, 1):
             try:
                 connection.execute("INSERT INTO documents VALUES (?, ?, ?, ?)", (count, name, title, text))
             except sqlite3.IntegrityError:
-                raise ConfigError(f"the search corpus {str(source)!r} has two documents {name!r}") from None
+                raise ConfigError(
+                    f"the search corpus {str(source)!r} has two documents {name!r}{_where(source, name)}"
+                ) from None
+            digest.update(json.dumps([name, title, text]).encode())
         if not count:
             raise ConfigError(f"the search corpus {str(source)!r} has no document")
+        connection.execute("INSERT INTO corpus VALUES (?)", (digest.hexdigest(),))
         connection.execute("INSERT INTO words (words) VALUES ('rebuild')")
         connection.execute("INSERT INTO words (words) VALUES ('optimize')")
         connection.execute("INSERT INTO words (words, rank) VALUES ('rank', 'bm25(2.0, 1.0)')")  # a title counts twice
@@ -131,14 +138,24 @@ def _lines(source: Path, advance: Callable[[int], None]) -> Iterator[Document]:
             where = f"{source}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{where} is no JSON: {error}") from None
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 raise ConfigError(f"{where} is no document: an object with a `text` is needed")
             name, title = row.get("id", number), row.get("title") or ""
-            if not isinstance(name, str | int) or not isinstance(title, str):
+            if isinstance(name, bool) or not isinstance(name, str | int) or not isinstance(title, str):
                 raise ConfigError(f"{where}: `id` and `title` must be texts")
             yield _clean(str(name)), _clean(title), _clean(row["text"])
+
+
+def _where(source: Path, name: str) -> str:
+    """Say on which lines of a JSONL file the documents of one id are."""
+    if source.is_dir():
+        return ""
+    with source.open("rb") as file:
+        rows = ((number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip())
+        found = (str(number) for number, row in rows if _clean(str(row.get("id", number))) == name)
+        return ": lines " + " and ".join(itertools.islice(found, 2))  # those after it were not read yet
 
 
 def _texts(source: Path, files: list[Path], advance: Callable[[int], None]) -> Iterator[Document]:

@@ -153,7 +153,7 @@ class Check:
     env: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ENV_ID")] = ()
     """Environment ids or module:Class."""
     all: bool = False
-    """Check every registered environment, but for those whose package is not installed."""
+    """Check every registered environment, but for those whose package or sandbox is not there."""
     difficulty: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Difficulty of the tasks that are played, from 0 to 1; the environment's default where none is given."""
     tokenizer: str = "smollm2"
@@ -190,7 +190,8 @@ class Check:
         from areal_agents.conformance.check import check
 
         others = [s for s in (registry.specs() if self.all else ()) if s.id not in self.env]
-        ids = [*self.env, *(s.id for s in others if s.installed)]
+        left_out = {s.id: why for s in others if (why := s.lacks())}
+        ids = [*self.env, *(s.id for s in others if s.id not in left_out)]
         if not ids:
             raise UsageError("name an environment (`areal-agents envs` lists them), or use --all")
         tokenizer = None if self.tokenizer.lower() == "none" else self.tokenizer
@@ -199,9 +200,8 @@ class Check:
             raise UsageError(f"{overrides[0]} is an argument of one environment: check that alone")
         for id in ids if env.kwargs else ():
             registry.spec(id).require_arguments(env.kwargs)
-        for s in others:
-            if not s.installed:
-                print(f"{s.id} is left out: it needs {s.needs}, which is not installed", file=sys.stderr)
+        for id, why in left_out.items():
+            print(f"{id} is left out: {why}", file=sys.stderr)
         reports = []
         for id in ids:
             reports.append(check(id, tokenizer=tokenizer, chat=options, kwargs=env.kwargs, difficulty=env.difficulty))

@@ -178,7 +178,9 @@ def test_trigrams_find_parts_of_words(tmp_path: Path) -> None:
         ('{"text": "a"}\n[1]', "line 2 is no document"),
         ('{"title": "a"}', "line 1 is no document"),
         ('{"text": "a", "id": {}}', "must be texts"),
-        ('{"text": "a", "id": 1}\n{"text": "b", "id": "1"}', "two documents '1'"),
+        ('{"text": "a", "id": true}', "must be texts"),
+        ("[" * 200_000, "line 1 is no JSON"),
+        ('{"text": "a", "id": 1}\n{"text": "b", "id": "1"}', "two documents '1': lines 1 and 2"),
     ],
 )
 def test_what_is_no_corpus_is_refused_and_leaves_nothing(tmp_path: Path, cache: Path, text: str, says: str) -> None:

@@ -1,4 +1,4 @@
-"""``areal-agents eval --engine.kind vllm``: greedy answers are those of the other engine."""
+"""``areal-agents eval --engine.kind vllm``: greedy answers are the other engine's, and a kill costs what ran."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from areal_agents.cli.main import main
-from areal_agents.tracking.trajectories import read_records
+from areal_agents.tracking.trajectories import read_records, row_of
 from tests.conftest import require
 from tests.engines.vllm.test_server import served_model
+from tests.unfinished import started, until_saved
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -31,3 +32,57 @@ def test_greedy_answers_are_those_of_the_other_engine(tmp_path: Path) -> None:
     by_vllm = answers(tmp_path / "model", tmp_path / "vllm", "vllm")
     assert len(by_vllm) == 4
     assert by_vllm == answers(tmp_path / "model", tmp_path / "ours", "transformers")
+
+
+SHORT = """
+name = "short"
+version = 1
+[[entries]]
+env = "areal/Doors-v0"
+difficulty = 0.0
+n = 4
+k = 2
+max_turns = 3
+sampling = { temperature = 0.7, max_turn_tokens = 16 }
+[[entries]]
+name = "after it"
+env = "areal/HiddenNumber-v0"
+difficulty = 0.0
+n = 2
+max_turns = 2
+sampling = { max_turn_tokens = 16 }
+"""
+
+
+def rows(cell: Path) -> dict[tuple[str, str], bytes]:
+    """Each episode that is on the disk, as bytes, by its task and its number."""
+    found = [(r.trajectory, json.dumps(row_of(r), default=str).encode()) for r in read_records(cell, kind="eval")]
+    kept = {(t.task.id, t.id): row for t, row in found}
+    assert len(kept) == len(found)
+    return kept
+
+
+def test_a_killed_suite_goes_on_and_leaves_finished_rows_as_they_are(
+    tmp_path: Path, smollm2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite, out = tmp_path / "short.toml", tmp_path / "out"
+    suite.write_text(SHORT)
+    command = ["eval", str(suite), "--model", str(smollm2), "--out", str(out), "--engine.kind", "vllm"]
+    command += ["--engine.max_batch", "1", "--engine.kv_tokens", "4096"]
+    with started(*command) as process:
+        while not list((out / "cells").glob("*")):
+            assert process.poll() is None, process.communicate()
+        (cell,) = (out / "cells").iterdir()
+        until_saved(cell, 3)
+        process.kill()
+        process.communicate()
+    before = rows(cell)
+    assert 3 <= len(before) < 8
+    assert not (cell / "report.json").exists()
+    assert main(command) == 0
+    assert f"{len(before)} of 8 attempts are played already" in capsys.readouterr().out
+    after = rows(cell)
+    assert {id: after[id] for id in before} == before
+    assert len(after) == 8
+    assert sorted(len(rows(one)) for one in (out / "cells").iterdir()) == [2, 8]
+    assert json.loads((out / "short-v1" / "leaderboard.json").read_text())["complete"]
