@@ -53,8 +53,8 @@ class TasksNeeded:
     def __str__(self) -> str:
         attempts = "1 attempt" if self.k == 1 else f"{self.k} attempts"
         lines = [
-            f"{self.tasks} different tasks with {attempts} each show a difference of {100 * self.difference:g} points in "
-            f"pass@1 between two models on the same tasks (80 % power, p < 0.05 in two-sided paired tests)",
+            f"{self.tasks} different tasks with {attempts} each show a difference of {100 * self.difference:g} points "
+            f"in pass@1 between two models on the same tasks (80 % power, p < 0.05 in two-sided paired tests)",
             f"variance of a task's difference: {self.variance:.4f}, {self.source}",
         ]
         if self.by_k:

@@ -59,8 +59,8 @@ def clustered_interval(successes: Sequence[int], attempts: Sequence[int]) -> tup
 
     Wilson's score interval at the effective sample size N / deff, where deff = Var_cluster / Var_binomial is the
     design effect of the ratio estimator Σs/Σa (Kish 1965; Dean and Pagano 2015), its variance made unbiased for unequal
-    tasks (``_unequal``). Of few tasks that is a guess: the size shrinks by (z / t)², t having as many degrees of freedom
-    as equal tasks would (Korn and Graubard 1998). Where fewer than ``FEW_MIXED`` tasks ever passed, or ever failed, the
+    tasks (``_unequal``). Of few tasks that is a guess: the size shrinks by (z / t)², t having the degrees of freedom of
+    as many equal tasks (Korn and Graubard 1998). Where fewer than ``FEW_MIXED`` tasks ever passed, or ever failed, the
     variance between tasks was hardly seen: the size lies between that one and the least, by the share of these seen.
 
     The interval is never narrower than N independent attempts would give. It is never wider than that of (Σa)² / Σa²
