@@ -180,6 +180,9 @@ def test_only_tasks_within_the_bounds_train(folder: Path, tmp_path: Path) -> Non
     rates_file(Path(path), passes | {2: 8})  # the file changes between two sittings
     with pytest.raises(ConfigError, match="the training split has 6 tasks, the checkpoint was made with 7"):
         asyncio.run(train(c.model_copy(update={"steps": 3}), resume=True, console=False))
+    rates_file(Path(path), passes | {2: 8, 4: 4})  # as many, and not the same ones
+    with pytest.raises(ConfigError, match=r"curriculum\.pass_rates leaves other tasks than those that the checkpoint"):
+        asyncio.run(train(c.model_copy(update={"steps": 3}), resume=True, console=False))
 
 
 def trained(c: TrainConfig) -> list[Trajectory]:
