@@ -111,7 +111,7 @@ def test_a_comparison_of_uneven_copies_by_hand() -> None:
 
 
 def test_a_task_with_most_of_the_copies_does_not_make_the_interval_narrow() -> None:
-    """One content fifty times, four others once: without the weights' own variance 0.07 to 0.43 of them held the mean."""
+    """One content fifty times, four others once: without the weights' own variance 7 to 43 % held the mean."""
     rng, copies, held, held_mean = np.random.default_rng(0), np.array([50, 1, 1, 1, 1]), 0, 0
     for _ in range(500):
         wins = rng.binomial(4 * copies, rng.random(5))  # rates are uniform
