@@ -244,8 +244,8 @@ def filtered(
     easy = {place for place, rate in rates.items() if rate > settings.max}
     kept = [i for i in range(len(tasks)) if (i in rates or settings.missing == "keep") and i not in hard | easy]
     models = tuple(dict.fromkeys(row.model for row in own))
-    there = [row for row in own if row.content_hash in places]
-    others = {row.content_hash for row in there if dict(row.kwargs) != plain_arguments(kwargs)}
+    used = [row for row in own if row.content_hash in places]
+    others = {row.content_hash for row in used if dict(row.kwargs) != plain_arguments(kwargs)}
     key = sha256(repr(kept).encode()).hexdigest()
     found = Filtered(some(tasks, kept), len(tasks), len(hard), len(easy), missing, models, len(others), key)
     if not kept:
