@@ -29,7 +29,7 @@ CURRICULA = Registry(
 
 
 class CurriculumConfig(Section):
-    kind: str = "none"
+    kind: Literal["none", "level", "learnability"] | str = "none"
     """``level``: ``difficulty`` follows the recent pass rate. ``learnability``: tasks or levels are drawn by p(1 − p).
     ``module:function``, or an installed package's name: your own. Each environment has one (docs/curriculum.md)."""
     passes: Positive = 1.0

@@ -27,9 +27,13 @@ class Counts(Curriculum):
 
     def __init__(self, seed: str = "", difficulty: float | None = None) -> None:
         self.seed, self.difficulty, self.batches = seed, difficulty, 0
+        self.places: list[tuple[str, int]] = []
 
     def task_again(self, order: int) -> int | None:
         return self.batches or None
+
+    def drawn(self, task: Task, place: int) -> None:
+        self.places.append((task.id, place))
 
     def note(self, batch: Sequence[Attempts]) -> None:
         self.batches += 1
@@ -96,8 +100,12 @@ def test_it_is_told_of_the_run_and_of_its_environment(monkeypatch: pytest.Monkey
         return seen[-1]
 
     monkeypatch.setattr(sys.modules[HERE], "keeps", keeps, raising=False)
-    source("keeps")
+    found = source("keeps")
     assert [(c.seed, c.difficulty) for c in seen] == [("4/x", 0.3)]
+    first = found.draw(0).task
+    found.consume([])
+    assert found.draw(1).task.id == "t1"
+    assert seen[0].places == [(first.id, first.payload["i"]), ("t1", 1)]  # of tasks that it chose itself too
 
 
 def test_its_levels_are_known_before_the_run() -> None:
