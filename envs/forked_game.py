@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ClassVar
 
+from areal_agents.context import ContextLike, context_of
 from areal_agents.env import AgentEnv
 from areal_agents.envs.forked_game_worker import ENTRY, MAX_REPLY
 from areal_agents.errors import ConfigError, EnvError
@@ -46,6 +47,7 @@ class ForkedGame(AgentEnv):
         system_prompt: str = "",
         max_turns: int | None = None,
         step_timeout: float = 30.0,
+        context: ContextLike | None = None,
     ) -> None:
         """Make an environment, whose process starts at each reset.
 
@@ -55,11 +57,14 @@ class ForkedGame(AgentEnv):
             system_prompt: shown before the first observation. Empty is none.
             max_turns: after which an episode is truncated, besides the game's own limit.
             step_timeout: seconds for one reset or step.
+            context: as ``ToolEnv`` has it. A game's boards are shown as a user: ``Fold(roles=("user",))``.
 
         Raises:
             ConfigError: an argument is out of range, or no JSON.
         """
         super().__init__()
+        if context is not None:
+            self.context = context_of(context)
         if max_turns is not None and max_turns < 1:
             raise ConfigError(f"max_turns = {max_turns} must be at least 1")
         try:

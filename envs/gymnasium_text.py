@@ -18,6 +18,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from areal_agents.context import ContextLike
 from areal_agents.env import LazyTasks
 from areal_agents.envs.forked_game import TEST_SEEDS_FROM, ForkedGame
 from areal_agents.errors import ConfigError
@@ -56,6 +57,7 @@ class GymnasiumText(ForkedGame):
         system_prompt: str = "",
         max_turns: int | None = None,
         step_timeout: float = 30.0,
+        context: ContextLike | None = None,
     ) -> None:
         """Make an environment.
 
@@ -65,10 +67,12 @@ class GymnasiumText(ForkedGame):
             system_prompt: shown before the first observation. Empty is none.
             max_turns: after which an episode is truncated, besides the environment's own limit.
             step_timeout: seconds for one reset or step.
+            context: as ``ForkedGame`` has it.
         """
         super().__init__(
-            env, env_kwargs or {}, system_prompt=system_prompt, max_turns=max_turns, step_timeout=step_timeout
-        )
+            env, env_kwargs or {}, system_prompt=system_prompt, max_turns=max_turns, step_timeout=step_timeout,
+            context=context,
+        )  # fmt: skip
         self._source: dict[str, Any] = {"env": env, "env_kwargs": env_kwargs}
 
     @classmethod

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any, Literal
 
+from areal_agents.context import ContextLike
 from areal_agents.engine import Sampling
 from areal_agents.env import Expert, LazyTasks
 from areal_agents.envs.forked_game import TEST_SEEDS_FROM, ForkedGame
@@ -50,6 +51,7 @@ class TextArena(ForkedGame):
         partial: bool = False,
         system_prompt: str = "",
         max_turns: int | None = None,
+        context: ContextLike | None = None,
     ) -> None:
         """Make a game.
 
@@ -60,6 +62,7 @@ class TextArena(ForkedGame):
             partial: pay what TextArena gives to games that are not won.
             system_prompt: shown before the first observation. Empty is none.
             max_turns: after which an episode is truncated, besides the game's own limit.
+            context: as ``ForkedGame`` has it.
 
         Raises:
             ConfigError: the game is unknown or excluded, the package is not installed, or the model is not given.
@@ -72,7 +75,7 @@ class TextArena(ForkedGame):
         script = opponent == "script"
         arguments = {"game": game, "players": players, "script": script, "test_from": TEST_SEEDS_FROM}
         entry = "areal_agents.envs.textarena_game:TextArenaGame"
-        super().__init__(entry, arguments, system_prompt=system_prompt, max_turns=max_turns)
+        super().__init__(entry, arguments, system_prompt=system_prompt, max_turns=max_turns, context=context)
         self._models = chat_models(models or {})
         if opponent == "model" and "opponent" not in self._models:
             raise ConfigError("opponent 'model' needs a model of that name: models = { opponent = 'openai:NAME@URL' }")

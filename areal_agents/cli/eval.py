@@ -19,7 +19,6 @@ import tyro
 from areal_agents.cli.common import UsageError, write_json
 from areal_agents.cli.suite import ask_power, limits_of, play
 from areal_agents.tracking.console import plain
-from areal_agents.utils.tolerance import reaches
 
 if TYPE_CHECKING:
     from areal_agents.settings.config import TrainConfig
@@ -155,8 +154,8 @@ class Eval:
 
             spec = registry.spec(config.env.id).with_kwargs(config.env.kwargs)
             print(save_pass_rates(self.save_pass_rates, config, spec))
-        if limits and not reaches(report.pass_at_1, limits[""]):
-            print(f"error: pass@1 {report.pass_at_1:.3f} is below {limits['']:g}", file=sys.stderr)
+        if limits and (below := report.below(limits[""])):
+            print(f"error: {below}", file=sys.stderr)
             return report.to_json(), 1
         return report.to_json(), 0
 

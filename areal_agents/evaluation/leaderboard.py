@@ -19,7 +19,7 @@ from typing import Any
 from areal_agents.evaluation.compare import Evaluation, TaskKey, compare
 from areal_agents.evaluation.copies import by_content, effective
 from areal_agents.evaluation.paired import LEVEL
-from areal_agents.evaluation.report import EvalReport
+from areal_agents.evaluation.report import EvalReport, without_score
 from areal_agents.evaluation.statistics import (
     clustered_interval,
     holm,
@@ -70,6 +70,10 @@ class Score:
     """Where its evaluations are, one a seed."""
     copies: int = 0
     """Tasks with a scored attempt besides, whose content is that of another one. They are in all rates."""
+    unscored: int = 0
+    """Attempts that were made and have no score, in no rate: infrastructure failed them, or they are ``failed``."""
+    failed: int = 0
+    """Attempts that the reward or the environment failed by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +131,7 @@ class Leaderboard:
         }
 
     def below(self, limits: Mapping[str, float]) -> list[str]:
-        """Say which scores are below their limit, or are missing.
+        """Say which scores are below their limit, are missing, or would be below if attempts without a score failed.
 
         Args:
             limits: the least pass@1 by entry. ``mean`` is the mean over the entries, an empty name each entry.
@@ -146,7 +150,21 @@ class Leaderboard:
                         found.append(f"{entry}, {score.model}: not complete, so not known to reach {limit:g}")
                     elif not reaches(score.pass_at_1, limit):
                         found.append(f"{entry}, {score.model}: pass@1 {score.pass_at_1:.3f} is below {limit:g}")
+                    else:
+                        found += self._not_known(score, limit)
         return list(dict.fromkeys(found))
+
+    def _not_known(self, score: Score, limit: float) -> list[str]:
+        """Say which entries of a score have too many attempts without one."""
+        if score.entry != MEAN:
+            said = without_score(score.pass_at_1 or 0.0, score.attempts, score.unscored, limit)
+            return [f"{score.entry}, {score.model}: {said}"] if said else []
+        own = [s for s in self.scores if s.model == score.model and s.attempts]
+        least = math.fsum((s.pass_at_1 or 0.0) * s.attempts / (s.attempts + s.unscored) for s in own) / len(own)
+        if reaches(least, limit):
+            return []
+        lost = sum(s.unscored for s in own)
+        return [f"{MEAN}, {score.model}: {lost} attempts have no score, so it is not known to reach {limit:g}"]
 
 
 def leaderboard_of(
@@ -234,6 +252,8 @@ def _score(entry: SuiteEntry, model: str, cells: Sequence[Cell], rewards: Reward
         truncation_rate=_weighted(there, "truncation_rate"),
         infra_rate=_weighted(there, "infra_rate"),
         left_out=len({id for r in there for id in r.left_out}),
+        unscored=sum(r.unscored for r in there),
+        failed=sum(r.failed for r in there),
         **of_k,
     )
 
@@ -307,6 +327,10 @@ def _notes(score: Score) -> list[str]:
         found.append(f"{where}: partial, {score.attempts} attempts at {tasks} tasks; the same command plays the rest")
     if score.left_out:
         found.append(f"{where}: {score.left_out} tasks could not be played or scored, and count nowhere")
+    if score.failed:
+        found.append(
+            f"{where}: reward or environment failed {score.failed} attempts by itself, and they are in no rate"
+        )
     if score.infra_rate:
         found.append(f"{where}: infrastructure failed {100 * score.infra_rate:.1f} % of the attempts; the same command "
                      "plays them again")  # fmt: skip

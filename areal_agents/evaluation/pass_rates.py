@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,10 @@ class Filtered:
     """Tasks that the file does not have."""
     models: tuple[str, ...] = ()
     """Whose pass rates they are."""
+    other_arguments: int = 0
+    """Of these tasks, those with a row that was measured with other ``env.kwargs``."""
+    chosen: str = ""
+    """A hash of the places of the tasks that are left. Empty where nothing was filtered."""
 
     def text(self, settings: CurriculumConfig) -> str:
         """Say what is left, for people."""
@@ -179,6 +184,8 @@ class Filtered:
         if self.missing:
             done = "kept" if settings.missing == "keep" else "left out"
             beside = f"; {self.missing} that the file does not have are {done}"
+        if self.other_arguments:
+            beside += f"; {self.other_arguments} were measured with other env.kwargs than these"
         return (
             f"{len(self.tasks)} of {self.of} training tasks are kept, with pass rates of {bounds} by "
             f"{settings.pass_rates}, of {', '.join(self.models)} ({gone}{beside})"
@@ -237,7 +244,10 @@ def filtered(
     easy = {place for place, rate in rates.items() if rate > settings.max}
     kept = [i for i in range(len(tasks)) if (i in rates or settings.missing == "keep") and i not in hard | easy]
     models = tuple(dict.fromkeys(row.model for row in own))
-    found = Filtered(some(tasks, kept), len(tasks), len(hard), len(easy), missing, models)
+    used = [row for row in own if row.content_hash in places]
+    others = {row.content_hash for row in used if dict(row.kwargs) != plain_arguments(kwargs)}
+    key = sha256(repr(kept).encode()).hexdigest()
+    found = Filtered(some(tasks, kept), len(tasks), len(hard), len(easy), missing, models, len(others), key)
     if not kept:
         raise ConfigError(f"{where}: no task is left. {found.text(settings)}: widen curriculum.min and curriculum.max")
     return found

@@ -3,7 +3,8 @@
     n = (z(1 - α/2) + z(power))² · Var(d) / δ²        with α = 0.05 and power = 0.8: 7.8489 · Var(d) / δ²
 
 d is a task's difference of the two models' mean pass over k attempts, and δ the mean difference to be seen, paired by
-task (the normal approximation of the paired test). Its variance has two parts,
+task (the normal approximation of the paired test). Tasks are different tasks: copies are attempts at one of them
+(``copies.py``). Its variance has two parts,
 
     Var(d) = ω² + σ²A / kA + σ²B / kB
 
@@ -21,6 +22,7 @@ from typing import Any
 
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.compare import FEW_TASKS, Evaluation, TaskKey, compare, load
+from areal_agents.evaluation.copies import by_content
 from areal_agents.utils.tolerance import reaches
 
 LEVEL, POWER = 0.05, 0.8
@@ -36,6 +38,7 @@ class TasksNeeded:
     difference: float
     k: int
     tasks: int
+    """Different ones, by their content: copies of a task count as one."""
     variance: float
     """Var(d) at ``k`` attempts."""
     source: str
@@ -50,12 +53,12 @@ class TasksNeeded:
     def __str__(self) -> str:
         attempts = "1 attempt" if self.k == 1 else f"{self.k} attempts"
         lines = [
-            f"{self.tasks} tasks with {attempts} each show a difference of {100 * self.difference:g} points in pass@1 "
-            f"between two models on the same tasks (80 % power, p < 0.05 in two-sided paired tests)",
+            f"{self.tasks} different tasks with {attempts} each show a difference of {100 * self.difference:g} points "
+            f"in pass@1 between two models on the same tasks (80 % power, p < 0.05 in two-sided paired tests)",
             f"variance of a task's difference: {self.variance:.4f}, {self.source}",
         ]
         if self.by_k:
-            lines.append("attempts a task → tasks: " + ", ".join(f"{k} → {n}" for k, n in self.by_k))
+            lines.append("attempts a task → different tasks: " + ", ".join(f"{k} → {n}" for k, n in self.by_k))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -73,13 +76,13 @@ class _Parts:
     """ω²."""
     within: float | None
     """σ²A + σ²B. None where one attempt a task does not tell it."""
-    total: float
-    """As it was measured, with ``k`` attempts on either side."""
+    total: float | None
+    """As it was measured, with ``k`` attempts on either side at every task. None where copies had more."""
     k: tuple[int, int]
 
     def at(self, k: int) -> float | None:
         """Return the variance with ``k`` attempts on both sides, or None where it cannot be told."""
-        if self.k == (k, k):
+        if self.k == (k, k) and self.total is not None:
             return self.total
         return None if self.within is None else self.between + self.within / k
 
@@ -108,15 +111,16 @@ def tasks_needed(
         notes.append("models that agree need fewer: --compare A B takes the variance of two evaluations")
     elif len(earlier) == 1:
         one = load(earlier[0])
-        parts = _of_one(one)
-        source = f"from {len(one.rewards)} tasks of {one.name}, for a model that does not agree on which are hard"
-        notes += [one.partial] if one.partial else []
+        parts, keys = _of_one(one), list(one.rewards)
+        source = f"from {_counted(keys)} of {one.name}, for a model that does not agree on which are hard"
+        notes += [*([one.partial] if one.partial else []), *_of_copies(keys)]
     else:
         a, b = load(earlier[0]), load(earlier[1])
-        pair = compare(a, b, common=common)
-        parts = _of_two(a, b, [key for key in a.rewards if key in b.rewards])
-        source = f"from the differences of {b.name} and {a.name} at {pair.n} tasks"
-        notes += dict.fromkeys(e.partial for e in (a, b) if e.partial)
+        compare(a, b, common=common)  # refuses what cannot be compared
+        keys = [key for key in a.rewards if key in b.rewards]
+        parts = _of_two(a, b, keys)
+        source = f"from the differences of {b.name} and {a.name} at {_counted(keys)}"
+        notes += [*dict.fromkeys(e.partial for e in (a, b) if e.partial), *_of_copies(keys)]
     asked = k or (max(parts.k) if earlier else 1)
     variance = parts.at(asked)
     if variance is None:
@@ -132,7 +136,7 @@ def tasks_needed(
     others = [(o, v) for o in sorted({1, 2, 4, 8, 16, asked}) if (v := parts.at(o)) is not None and v > 0.0]
     tasks = tasks_for(difference, variance)
     if tasks < FEW_TASKS:
-        notes.append(f"fewer than {FEW_TASKS} tasks are few for any interval: play {FEW_TASKS}")
+        notes.append(f"fewer than {FEW_TASKS} tasks are few for any interval: play {FEW_TASKS} different ones")
     return TasksNeeded(
         difference, asked, tasks, variance, source,
         tuple((o, tasks_for(difference, v)) for o, v in others) if len(others) > 1 else (), tuple(notes),
@@ -146,35 +150,74 @@ def _guessed(rate: float) -> _Parts:
     return _Parts(between, within, between + within, (1, 1))
 
 
+def _counted(keys: Sequence[TaskKey]) -> str:
+    return f"{len({content for _, _, content in keys})} different tasks"
+
+
+def _of_copies(keys: Sequence[TaskKey]) -> list[str]:
+    """Say, where there are copies, that the answer does not count them."""
+    n = len({content for _, _, content in keys})
+    if n == len(keys):
+        return []
+    return [
+        f"the {len(keys)} tasks that were played have {n} different contents: copies are attempts at one task, and the "
+        "number of tasks is of different ones. A split that has fewer shows no such difference, however many are drawn"
+    ]
+
+
 def _of_one(one: Evaluation) -> _Parts:
-    shares, within, k = _task_rates(one, list(one.rewards))
-    total = 2.0 * _variance(shares, one.name)
-    return _parts(total, None if within is None else 2.0 * within, None if within is None else 2.0 * within / k, (k, k))
+    found = _rates_of(one, list(one.rewards))
+    total = 2.0 * _variance(found.shares, one.name)
+    within = None if found.within is None else 2.0 * found.within
+    noise = None if within is None else within * found.per_attempt
+    return _parts(total, within, noise, (found.k, found.k), even=found.even)
 
 
 def _of_two(a: Evaluation, b: Evaluation, shared: Sequence[TaskKey]) -> _Parts:
-    (of_a, within_a, k_a), (of_b, within_b, k_b) = _task_rates(a, shared), _task_rates(b, shared)
-    total = _variance([y - x for x, y in zip(of_a, of_b, strict=True)], f"{a.name} and {b.name}")
-    if within_a is None or within_b is None:
-        return _parts(total, None, None, (k_a, k_b))
-    return _parts(total, within_a + within_b, within_a / k_a + within_b / k_b, (k_a, k_b))
+    one, two = _rates_of(a, shared), _rates_of(b, shared)
+    total = _variance([y - x for x, y in zip(one.shares, two.shares, strict=True)], f"{a.name} and {b.name}")
+    k, even = (one.k, two.k), one.even and two.even
+    if one.within is None or two.within is None:
+        return _parts(total, None, None, k, even=even)
+    noise = one.within * one.per_attempt + two.within * two.per_attempt
+    return _parts(total, one.within + two.within, noise, k, even=even)
 
 
-def _parts(total: float, within: float | None, noise: float | None, k: tuple[int, int]) -> _Parts:
+def _parts(total: float, within: float | None, noise: float | None, k: tuple[int, int], *, even: bool) -> _Parts:
     """Part ``total`` into ω² and the rest, ``noise``, where that is known."""
-    return _Parts(max(0.0, total - (noise or 0.0)), within, total, k)
+    return _Parts(max(0.0, total - (noise or 0.0)), within, total if even or within is None else None, k)
 
 
-def _task_rates(one: Evaluation, keys: Sequence[TaskKey]) -> tuple[list[float], float | None, int]:
-    """Return the share of attempts that passed of each task, σ² where it can be told, and the attempts a task.
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    """What an evaluation says of its different tasks."""
 
-    σ² is unbiased: p(1 - p) of a attempts is a / (a - 1) times too small.
+    shares: tuple[float, ...]
+    """Of the attempts at each, at its copies too, that passed."""
+    within: float | None
+    """σ². None where no task had two attempts."""
+    per_attempt: float
+    """The mean of 1 / attempts: that times σ² is in the variance of the shares."""
+    even: bool
+    """Whether each had ``k`` attempts."""
+    k: int
+    """Most attempts at one task as it was drawn."""
+
+
+def _rates_of(one: Evaluation, keys: Sequence[TaskKey]) -> _Rates:
+    """Return the pass rates of the different tasks among ``keys``.
+
+    σ² is unbiased: p(1 - p) of a attempts is a / (a - 1) times too small. It is over all tasks with two attempts, each
+    counting by a - 1.
     """
-    counts = [len(one.rewards[key]) for key in keys]
-    shares = [sum(map(reaches, one.rewards[key])) / c for key, c in zip(keys, counts, strict=True)]
-    several = [(p, c) for p, c in zip(shares, counts, strict=True) if c > 1]
-    within = math.fsum(p * (1 - p) * c / (c - 1) for p, c in several) / len(several) if several else None
-    return shares, within, max(counts)
+    contents = [key[2] for key in keys]
+    wins, _ = by_content(contents, [float(sum(map(reaches, one.rewards[key]))) for key in keys])
+    counts, _ = by_content(contents, [float(len(one.rewards[key])) for key in keys])
+    shares = tuple(w / c for w, c in zip(wins, counts, strict=True))
+    known = math.fsum(c - 1 for c in counts)
+    within = math.fsum(p * (1 - p) * c for p, c in zip(shares, counts, strict=True)) / known if known else None
+    k = max(len(one.rewards[key]) for key in keys)
+    return _Rates(shares, within, math.fsum(1 / c for c in counts) / len(counts), all(c == k for c in counts), k)
 
 
 def _variance(values: Sequence[float], name: str) -> float:

@@ -103,6 +103,17 @@ class EvalReport:
         pairs = {name: tuple(row[name]) for name in _INTERVALS if row.get(name) is not None}
         return cls(**{**row, **pairs, "sample": Sample.of_report(row)})
 
+    @property
+    def unscored(self) -> int:
+        """Attempts that were made and have no score, since infrastructure, the reward or the environment failed."""
+        return round(self.attempts / (1.0 - self.infra_rate)) - self.attempts + self.failed
+
+    def below(self, limit: float) -> str:
+        """Say that pass@1 is below ``limit``, or may be if its attempts without a score failed; nothing if not."""
+        if not reaches(self.pass_at_1, limit):
+            return f"pass@1 {self.pass_at_1:.3f} is below {limit:g}"
+        return without_score(self.pass_at_1, self.attempts, self.unscored, limit)
+
     def line(self, label: str) -> str:
         """Return the report as one line for a log."""
         low, high = self.ci95
@@ -120,13 +131,13 @@ class EvalReport:
         """Say what makes the numbers less than they look."""
         notes = []
         if self.unplayed:
-            made = round(self.attempts / (1.0 - self.infra_rate)) + self.failed
+            made = self.attempts + self.unscored
             notes.append(
                 f"partial: {made} of {made + self.unplayed} attempts were played, at {self.n + self.copies} tasks with "
                 "a score"
             )
         if self.failed:
-            tried = round(self.attempts / (1.0 - self.infra_rate)) + self.failed
+            tried = self.attempts + self.unscored
             notes.append(f"{self.failed} of {tried} attempts failed, in no rate: {cut(self.first_failed, 300)}")
         if self.k > 1 and self.temperature == 0.0:
             notes.append(same_attempts(self.k))
@@ -134,6 +145,17 @@ class EvalReport:
             all_tasks = self.n + self.copies
             notes.append(f"{all_tasks} tasks have {self.n} different contents: copies count as one in intervals")
         return notes
+
+
+def without_score(pass_at_1: float, attempts: int, unscored: int, limit: float) -> str:
+    """Say that a pass@1 of so many attempts is below ``limit`` if the ones without a score failed; nothing if not."""
+    total = attempts + unscored
+    if not unscored or reaches(pass_at_1 * attempts / total, limit):
+        return ""
+    return (
+        f"pass@1 {pass_at_1:.3f} is of {attempts} of {total} attempts, and with {unscored} that have no score it is "
+        f"not known to reach {limit:g}"
+    )
 
 
 def calls_of(trajectory: Trajectory) -> tuple[int, int]:

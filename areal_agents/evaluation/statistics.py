@@ -30,6 +30,8 @@ _MOST_SIGNS = 18
 """Up to so many differences, all 2^n signs are tried."""
 _DENOMINATOR = 10_000
 """Largest one that a float's share of the largest difference is taken to have."""
+FEW_MIXED = 10
+"""With fewer tasks that passed, or fewer that failed, their variance says little of what none showed."""
 
 
 def pass_at_k(n: int, c: int, k: int) -> Fraction:
@@ -56,10 +58,14 @@ def clustered_interval(successes: Sequence[int], attempts: Sequence[int]) -> tup
     """Return the 95 % interval of a success rate whose attempts are clustered by task.
 
     Wilson's score interval at the effective sample size N / deff, where deff = Var_cluster / Var_binomial is the
-    design effect of the ratio estimator Σs/Σa (Kish 1965; Dean and Pagano 2015). Of few tasks that is a guess: the size
-    shrinks by (z / t)², t having tasks - 1 degrees of freedom (Korn and Graubard 1998). The interval is never narrower
-    than N independent attempts would give. It is never wider than that of (Σa)² / Σa² tasks (Kish), whose attempts are
-    all the same; that is the number of tasks where all have as many. With one attempt a task it is Wilson's own.
+    design effect of the ratio estimator Σs/Σa (Kish 1965; Dean and Pagano 2015), its variance made unbiased for unequal
+    tasks (``_unequal``). Of few tasks that is a guess: the size shrinks by (z / t)², t having the degrees of freedom of
+    as many equal tasks (Korn and Graubard 1998). Where fewer than ``FEW_MIXED`` tasks ever passed, or ever failed, the
+    variance between tasks was hardly seen: the size lies between that one and the least, by the share of these seen.
+
+    The interval is never narrower than N independent attempts would give. It is never wider than that of (Σa)² / Σa²
+    tasks (Kish), whose attempts are all the same; that is the number of tasks where all have as many. With one attempt
+    a task it is Wilson's own.
 
     Args:
         successes: how many attempts at each task succeeded. Copies of one task are one task.
@@ -76,12 +82,29 @@ def clustered_interval(successes: Sequence[int], attempts: Sequence[int]) -> tup
     least = total**2 / sum(a * a for _, a in pairs)
     effective = least
     if m > 1 and 0.0 < rate < 1.0:
-        cluster = m / (m - 1) * sum((s - rate * a) ** 2 for s, a in pairs) / total**2
+        larger, freedom = _unequal([a for _, a in pairs])
+        cluster = larger * sum((s - rate * a) ** 2 for s, a in pairs) / total**2
         binomial = rate * (1 - rate) / total
         independent = min(total * binomial / cluster, total) if cluster > 0 else float(total)
         if independent > least:
-            effective = max(independent * (_Z95 / student_t_quantile(0.975, m - 1)) ** 2, least)
+            size = max(independent * (_Z95 / student_t_quantile(0.975, freedom)) ** 2, least)
+            mixed = min(sum(s > 0 for s, _ in pairs), sum(s < a for s, a in pairs))
+            effective = least + (size - least) * min(1.0, mixed / min(FEW_MIXED, m))
     return wilson_interval(rate, effective)
+
+
+def _unequal(weights: Sequence[int]) -> tuple[float, int]:
+    """Return by what the weighted variance of two or more values is too small, and its degrees of freedom.
+
+        Σh² / (Σh²·(1 + Σh²) - 2Σh³)      with h = w / Σw; m / (m - 1) of m equal weights
+
+    Of independent values with one variance σ², that of the mean Σhv is σ²·Σh², and Σh²(v - Σhv)² expects the
+    denominator times σ²: a value that is most of the mean is near it, whatever it is. The degrees of freedom are those
+    of 1 / Σh² equal weights (Kish), rounded up.
+    """
+    total, squares, cubes = (sum(w**power for w in weights) for power in (1, 2, 3))
+    of_mean = squares * total**2
+    return of_mean / (of_mean + squares**2 - 2 * cubes * total), math.ceil(total**2 / squares - TOLERANCE) - 1
 
 
 def wilson_interval(rate: float, n: float) -> tuple[float, float]:
@@ -130,7 +153,7 @@ def mean_interval(values: Sequence[float], weights: Sequence[int] | None = None)
     Args:
         values: [n].
         weights: of each, [n]: how many equal copies of it there are. The variance is that of the ratio Σwv / Σw, with n
-            values and not Σw. None: 1.
+            values and not Σw, made unbiased for unequal ones (``_unequal``). None: 1.
 
     Returns:
         None where there are fewer than two values, or all are equal. Equal means up to rounding: 0.2 - 0.1 and 0.3 -
@@ -140,11 +163,12 @@ def mean_interval(values: Sequence[float], weights: Sequence[int] | None = None)
     if n < 2 or all_same(values):
         return None
     scale = max(map(abs, values))  # squares of large numbers overflow
-    shares = [w / sum(weights) for w in weights] if weights is not None else [1 / n] * n
+    given = [1] * n if weights is None else weights
+    shares, (larger, freedom) = [w / sum(given) for w in given], _unequal(given)
     parts = [v / scale for v in values]
     mean = math.fsum(w * v for w, v in zip(shares, parts, strict=True))
-    variance = n / (n - 1) * math.fsum((w * (v - mean)) ** 2 for w, v in zip(shares, parts, strict=True))
-    half = student_t_quantile(0.975, n - 1) * math.sqrt(variance)
+    variance = larger * math.fsum((w * (v - mean)) ** 2 for w, v in zip(shares, parts, strict=True))
+    half = student_t_quantile(0.975, freedom) * math.sqrt(variance)
     return (mean - half) * scale, (mean + half) * scale
 
 

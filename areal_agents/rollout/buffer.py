@@ -120,6 +120,7 @@ class Buffer:
         """Task ids of the groups that were too old (``drop``)."""
         self.dropped_of: Counter[str] = Counter()
         """How many these are by the labels of their environments."""
+        self._just_dropped: list[Group] = []
         self.refilled = 0
         """Groups given up by ``refill``."""
         self._refilled_now = 0
@@ -285,8 +286,14 @@ class Buffer:
         stale = [g for g in self._buffered if min((t.min_version for t in g.trajectories), default=oldest) < oldest]
         self.dropped += [g.task.id for g in stale]
         self.dropped_of.update(g.env for g in stale)
+        self._just_dropped += stale
         orders = {g.order for g in stale}
         self._buffered = [g for g in self._buffered if g.order not in orders]
+
+    def take_dropped(self) -> list[Group]:
+        """Return the groups that were dropped since the last call."""
+        found, self._just_dropped = self._just_dropped, []
+        return found
 
     def _oldest(self) -> list[Group] | None:
         """Choose the B groups admitted first, or None while one of them still runs."""

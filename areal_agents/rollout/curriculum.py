@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from areal_agents.rollout.own_curriculum import OwnCurriculum
 from areal_agents.settings.curriculum import CurriculumConfig
 from areal_agents.types import Group, Task
 from areal_agents.utils.tolerance import reaches
@@ -78,34 +79,44 @@ def learnability(passed: float, failed: float) -> float:
 
 
 class Curriculum(Protocol):
-    """What chooses the tasks of one environment."""
+    """What chooses the tasks of one environment. By itself it chooses none: each is the split's next one."""
+
+    levels: Sequence[float] | None = None
+    """All difficulties that it may choose, from 0 to 1. None: it leaves the difficulty as the settings have it."""
 
     def level(self, order: int) -> float | None:
         """Return the difficulty of group ``order``. None is the one of the settings."""
-        ...
+        return None
 
     def task_again(self, order: int) -> int | None:
-        """Return the place in the split of a task that group ``order`` plays again. None is the split's next one."""
-        ...
+        """Return the place in the split of a task that group ``order`` plays again. None is the split's next one.
+
+        Of a curriculum with levels it is the split of that level, which is chosen first.
+        """
+        return None
 
     def drawn(self, task: Task, place: int) -> None:
         """Learn the place of a task that a group plays."""
-        ...
+        return
 
     def note(self, batch: Sequence[Attempts]) -> None:
         """Learn how the groups of one batch ended, in the order in which they were begun."""
-        ...
+        return
 
     def state(self) -> dict[str, Any]:
         """Return all that it knows, as JSON has it."""
-        ...
+        raise NotImplementedError
 
-    def restore(self, state: Mapping[str, Any]) -> None: ...
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Know what ``state`` returned, and nothing else."""
+        raise NotImplementedError
 
-    def metrics(self) -> dict[str, float]: ...
+    def metrics(self) -> dict[str, float]:
+        """Return what it knows, for people."""
+        return {}
 
 
-class LevelCurriculum:
+class LevelCurriculum(Curriculum):
     """One difficulty, which follows the recent pass rate (``moved_level``)."""
 
     def __init__(self, settings: CurriculumConfig, *, start: float) -> None:
@@ -115,12 +126,6 @@ class LevelCurriculum:
 
     def level(self, order: int) -> float | None:
         return self._level
-
-    def task_again(self, order: int) -> int | None:
-        return None
-
-    def drawn(self, task: Task, place: int) -> None:
-        """Forget it: levels have no memory of tasks."""
 
     def note(self, batch: Sequence[Attempts]) -> None:
         c = self._settings
@@ -164,7 +169,7 @@ class _Counts:
         self.passed, self.failed, self.at = passed + seen.passed, failed + seen.n - seen.passed, now
 
 
-class _Learnable:
+class _Learnable(Curriculum):
     """Passes and failures by a key, and a draw among the keys by their learnability."""
 
     def __init__(self, settings: CurriculumConfig, *, seed: str) -> None:
@@ -205,9 +210,6 @@ class TaskLearnability(_Learnable):
     A share ``explore`` of the groups, and all before the first batch, play the split's next task.
     """
 
-    def level(self, order: int) -> float | None:
-        return None
-
     def task_again(self, order: int) -> int | None:
         explores, rng = self._explores(order)
         known = [c for c in self._counts.values() if c.passed + c.failed > 0]
@@ -241,12 +243,6 @@ class LevelLearnability(_Learnable):
         weights = [1.0 if explores else self._weight(self._counts[key]) for key in keys]
         return self._levels[rng.choices(keys, weights)[0]]
 
-    def task_again(self, order: int) -> int | None:
-        return None
-
-    def drawn(self, task: Task, place: int) -> None:
-        """Forget it: levels have no memory of tasks."""
-
     def note(self, batch: Sequence[Attempts]) -> None:
         self._note([(f"{seen.level:g}", seen) for seen in batch if seen.level is not None])
 
@@ -254,7 +250,7 @@ class LevelLearnability(_Learnable):
         return {f"level_{key}/pass_rate": self._rate(counts) for key, counts in self._counts.items()}
 
 
-CURRICULA: Mapping[str, Callable[[CurriculumConfig, float, str], Curriculum]] = {
+_OURS: Mapping[str, Callable[[CurriculumConfig, float, str], Curriculum]] = {
     "level": lambda settings, start, seed: LevelCurriculum(settings, start=start),
     "learnability of a task": lambda settings, start, seed: TaskLearnability(settings, seed=seed),
     "learnability of a level": lambda settings, start, seed: LevelLearnability(settings, seed=seed),
@@ -272,6 +268,9 @@ def grid(step: float) -> list[float]:
 
 def levels_of(settings: CurriculumConfig, difficulty: float | None) -> list[float | None]:
     """Return all difficulties that a run may play, from the lowest. Without levels it is that of the environment."""
+    if settings.own:
+        levels = _own(settings, difficulty=difficulty, seed="").levels
+        return [difficulty] if levels is None else [*levels]
     if not settings.leveled:
         return [difficulty]
     if settings.kind == "learnability":
@@ -298,8 +297,14 @@ def curriculum_of(settings: CurriculumConfig, *, difficulty: float | None, seed:
     """
     if settings.kind == "none":
         return None
+    if settings.own:
+        return _own(settings, difficulty=difficulty, seed=f"{seed}/{label}")
     name = settings.kind if settings.kind == "level" else f"{settings.kind} of a {settings.by}"
-    return CURRICULA[name](settings, start_of(settings, difficulty), f"{seed}/{label}")
+    return _OURS[name](settings, start_of(settings, difficulty), f"{seed}/{label}")
+
+
+def _own(settings: CurriculumConfig, *, difficulty: float | None, seed: str) -> OwnCurriculum:
+    return OwnCurriculum(settings.kind, difficulty=difficulty, seed=seed, digits=_DIGITS)
 
 
 def start_of(settings: CurriculumConfig, difficulty: float | None) -> float:

@@ -241,7 +241,8 @@ def require_prompts(spec: EnvSpec, fmt: ChatFormat, limits: Limits) -> None:
     cannot keep to ``limits``.
     """
     cls = spec.env_class()
-    given = spec.kwargs.get("context") if issubclass(cls, ToolEnv) else None
+    takes_one = issubclass(cls, ToolEnv) or "context" in inspect.signature(cls).parameters
+    given = spec.kwargs.get("context") if takes_one else None
     given = cls.context if given is None else given
     # A property of the instances tells nothing here.
     rule = None if given is None or isinstance(given, property) else context_of(given)

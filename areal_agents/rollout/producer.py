@@ -18,7 +18,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from areal_agents.errors import TaskError
+from areal_agents.errors import ArealError, TaskError
 from areal_agents.rollout.buffer import Buffer, BufferState, Ticket
 from areal_agents.rollout.player import EventSink, no_events
 from areal_agents.rollout.retries import EpisodeRunner
@@ -124,7 +124,7 @@ class Rollouts:
         while not self._closed and not self._failed.done() and self.buffer.can_admit():
             try:
                 drawn = self.tasks.draw(self.buffer.admitted)
-            except TaskError as error:  # none is left; ``start`` is called from where nobody would hear of it
+            except ArealError as error:  # none is left, say; ``start`` is called from where nobody would hear of it
                 self._failed.set_exception(error)
                 return self._notify()
             self._launch(OpenGroup(self.buffer.admit(), drawn.task, env=drawn.env, level=drawn.level))
@@ -179,6 +179,8 @@ class Rollouts:
                 self._failed.result()
             dropped = len(self.buffer.dropped)
             batch = self.buffer.take()
+            for group in self.buffer.take_dropped():  # what was slow is often what failed: it counts too
+                self.tasks.give_up(group)
             # Groups that were taken, or dropped as too old, make room for new ones.
             if batch is not None or len(self.buffer.dropped) > dropped:
                 self.start()

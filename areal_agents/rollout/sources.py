@@ -64,6 +64,8 @@ class EnvTasks:
         stream, task = self._stream(level), None
         if c is not None and (place := c.task_again(order)) is not None:
             task = stream.at(place)
+            if task is not None:
+                c.drawn(task, place)
         if task is None:
             task = stream.next()
             if c is not None and stream.place is not None:

@@ -39,6 +39,8 @@ class StreamState:
     """Of several streams (``sources.py``): the state of each by its environment's label, or by its level."""
     curriculum: Mapping[str, Any] | None = None
     """What a curriculum knows, as JSON has it."""
+    chosen: str = ""
+    """As the stream was given it."""
 
     @property
     def bad(self) -> int:
@@ -101,6 +103,7 @@ class TaskStream:
         max_bad: float = 1.0,
         left_out: Mapping[str, str] = MappingProxyType({}),
         tell: Callable[[str, str], None] = lambda name, reason: None,
+        chosen: str = "",
     ) -> None:
         """Take the tasks.
 
@@ -111,13 +114,14 @@ class TaskStream:
             left_out: tasks that are known to be bad, each with the reason. They do not count against ``max_bad``,
                 because those beside which they were found are not drawn here.
             tell: is given name and reason of a task that cannot even be made.
+            chosen: stands for the choice of these tasks among those of the split. Empty: they are all.
 
         Raises:
             ConfigError: there are none.
         """
         self.left_out = dict(left_out)
         """Ids of tasks that cannot be played, each with the reason."""
-        self._max_bad, self._known, self._tell = max_bad, len(left_out), tell
+        self._max_bad, self._known, self._tell, self._chosen = max_bad, len(left_out), tell, chosen
         if not tasks:
             raise ConfigError("the training split has no tasks")
         self._tasks = tasks
@@ -145,7 +149,12 @@ class TaskStream:
         )
 
     def at(self, place: int) -> Task | None:
-        """Return the task at a place of the split, or None where one waits that was queued again, or it is left out."""
+        """Return the task at a place of the split, or None where one waits that was queued again, or it is left out.
+
+        Raises ConfigError for a place that the split does not have.
+        """
+        if not 0 <= place < len(self._tasks):
+            raise ConfigError(f"a curriculum chose the task at place {place} of a split with {len(self._tasks)} tasks")
         task = None if self._again else self._made(place)
         return None if task is None or task.id in self.left_out else task
 
@@ -202,7 +211,7 @@ class TaskStream:
         recent = tuple(map(self._content, self._recent))
         return StreamState(
             len(self._tasks), self._drawn, tuple(self._again), tuple(sorted(self._requeued)), recent,
-            tuple(self.left_out.items()), self._known,
+            tuple(self.left_out.items()), self._known, chosen=self._chosen,
         )  # fmt: skip
 
     def restore(self, state: StreamState) -> None:
@@ -214,6 +223,11 @@ class TaskStream:
             raise ConfigError(
                 f"the training split has {len(self._tasks)} tasks, the checkpoint was made with {state.size}: "
                 "resume with the same tasks, or start a new run"
+            )
+        if state.chosen and state.chosen != self._chosen:  # not there before it was kept
+            raise ConfigError(
+                "curriculum.pass_rates leaves other tasks than those that the checkpoint was made with: resume with "
+                "the file as it was, or start a new run"
             )
         # Drawing again brings the generator and the order of this epoch to where they were.
         for _ in range(state.drawn):

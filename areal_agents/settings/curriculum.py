@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from areal_agents.algorithms.registry import Registry
+from areal_agents.errors import ConfigError
 from areal_agents.settings.section import Count, Fraction, Positive, Section
 
 _OF_KIND: Mapping[str, tuple[str, ...]] = {
@@ -15,17 +17,26 @@ _OF_KIND: Mapping[str, tuple[str, ...]] = {
 }
 """The settings that one kind alone reads. ``level_step`` is read by all that have levels."""
 _OF_RATES = ("min", "max", "missing")
+CURRICULA = Registry(
+    "curriculum",
+    "curriculum",
+    group="areal_agents.curricula",
+    builtin={"none": "", "level": "", "learnability": ""},  # rollout/curriculum.py makes them
+    given=("seed", "difficulty"),
+    required=("seed",),
+)
+"""Names of ours, and what finds a function of somebody else's (``rollout/own_curriculum.py``)."""
 
 
 class CurriculumConfig(Section):
-    kind: Literal["none", "level", "learnability"] = "none"
+    kind: Literal["none", "level", "learnability"] | str = "none"
     """``level``: ``difficulty`` follows the recent pass rate. ``learnability``: tasks or levels are drawn by p(1 − p).
-    Each environment has its own (docs/curriculum.md)."""
+    ``module:function``, or an installed package's name: your own. Each environment has one (docs/curriculum.md)."""
     passes: Positive = 1.0
     """An episode with at least this reward has passed."""
     start: Fraction | None = None
     """``level``: the difficulty to begin with; none: ``env.difficulty``, or 0 where that is none too."""
-    level_step: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    level_step: Annotated[float, Field(ge=0.001, le=1.0)] = 0.1
     """From one level to the next."""
     low: Fraction = 0.3
     """``level``: a pass rate of at most this lowers the level."""
@@ -52,12 +63,21 @@ class CurriculumConfig(Section):
     """What to do with a task that the file does not have."""
 
     @property
+    def own(self) -> bool:
+        """Whether it is somebody's own."""
+        return self.kind not in CURRICULA.builtin()
+
+    @property
     def leveled(self) -> bool:
-        """Whether it chooses the difficulty of tasks."""
+        """Whether it chooses the difficulty of tasks, as far as the settings say: not of somebody's own."""
         return self.kind == "level" or (self.kind == "learnability" and self.by == "level")
 
     @model_validator(mode="after")
     def _check(self) -> CurriculumConfig:
+        try:
+            CURRICULA.require(self.kind)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         changed = {n for n, info in type(self).model_fields.items() if getattr(self, n) != info.default}
         for kind, names in _OF_KIND.items():
             if kind != self.kind and (found := sorted(changed & set(names))):
@@ -74,6 +94,11 @@ class CurriculumConfig(Section):
             raise ValueError("curriculum.passes is read by a curriculum, and curriculum.kind is 'none': leave it out")
         if not self.pass_rates and (found := sorted(changed & set(_OF_RATES))):
             raise ValueError(f"curriculum.{found[0]} filters by curriculum.pass_rates, which is empty: name a file")
+        if self.kind == "learnability" and self.by == "task" and not self.explore:
+            raise ValueError(
+                "curriculum.explore = 0 with by = 'task' plays the tasks of the first batches for ever, and no other "
+                "one: set it above 0"
+            )
         if not self.low < self.high:
             raise ValueError(f"curriculum.low = {self.low:g} must be under curriculum.high = {self.high:g}")
         if self.min > self.max:

@@ -144,10 +144,10 @@ def source_of(
 
     def env_tasks(part: Part) -> EnvTasks:
         def stream_of(level: float | None) -> TaskStream:
-            tasks = tasks_of(config, part, part.env.difficulty if level is None else level).tasks
+            found = tasks_of(config, part, part.env.difficulty if level is None else level)
             return TaskStream(
-                tasks, seed=part.seed(config, level), max_bad=r.max_bad_tasks, left_out=left_out[part.label],
-                tell=tell[part.label],
+                found.tasks, seed=part.seed(config, level), max_bad=r.max_bad_tasks, left_out=left_out[part.label],
+                tell=tell[part.label], chosen=found.chosen,
             )  # fmt: skip
 
         of_part = curriculum_of(c, difficulty=part.env.difficulty, seed=config.seed, label=part.label)

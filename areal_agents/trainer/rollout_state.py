@@ -118,6 +118,8 @@ def _stream(state: StreamState) -> dict[str, Any]:
         "left_out": dict(state.left_out),
         "known": state.known,
     }
+    if state.chosen:
+        row["chosen"] = state.chosen
     if state.parts:
         row["parts"] = {name: _stream(part) for name, part in state.parts}
     if state.curriculum is not None:
@@ -136,6 +138,7 @@ def _stream_of(row: Mapping[str, Any]) -> StreamState:
         row.get("known", 0),
         tuple((name, _stream_of(part)) for name, part in row.get("parts", {}).items()),
         row.get("curriculum"),
+        row.get("chosen", ""),
     )
 
 

@@ -11,12 +11,15 @@ import pytest
 
 from areal_agents import registry
 from areal_agents.chat.toolcalls import parse_text
+from areal_agents.context import Fold
 from areal_agents.env import AgentEnv
 from areal_agents.envs.gymnasium_text import GymnasiumText
 from areal_agents.errors import ConfigError, EnvError
 from areal_agents.rollout.env_faults import located
+from areal_agents.rollout.player import require_prompts
 from areal_agents.types import Task, system, user
 from tests.processes import wait_gone
+from tests.scripted import FMT, LIMITS
 
 GAMES = "tests.text_games"
 
@@ -48,6 +51,17 @@ def test_flags_rewards_and_the_last_observation_are_passed_on() -> None:
     assert play(dice(), "limit")[1] == ((user("too long"),), 0.25, False, True, {"stop_reason": "max_turns"})
     assert play(dice(), "both")[1][2:] == (True, True, {"stop_reason": "answer"})
     assert play(dice(), "print")[1][0] == (user("quiet"),)
+
+
+def test_a_game_takes_a_rule_for_long_histories() -> None:
+    boards = {"kind": "fold", "roles": ["user"]}
+    assert dice(context=boards).context == Fold(roles=("user",))
+    assert dice(context={"kind": "none"}).context is dice().context is None
+    given = {"env": f"{GAMES}:Dice", "context": {**boards, "at": 0.01}}
+    spec = registry.spec("areal/GymnasiumText-v0").with_kwargs(given)
+    spec.require_arguments({})
+    with pytest.raises(ConfigError, match=r"Fold\(at=0\.01\) .* every history would be rewritten"):
+        require_prompts(spec, FMT, LIMITS)
 
 
 def test_an_own_limit_truncates_what_has_not_ended() -> None:

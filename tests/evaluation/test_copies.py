@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from areal_agents.evaluation.compare import Evaluation, compare
@@ -100,11 +102,40 @@ def test_a_comparison_of_uneven_copies_by_hand() -> None:
     found = compare(evaluation("A", "aabc", [0, 0, 0, 0]), evaluation("B", "aabc", [1, 1, 0, 0]))
     assert found.pass_at_1.difference == 0.5
     assert found.p_value == 1.0  # one coin
-    # 3/2 · ((2/4 · 1/2)² + 2 · (1/4 · 1/2)²) = 9/64; t(0.975; 2) = 4.30265
-    half = 4.30265 * 3 / 8
+    # h = 1/2, 1/4, 1/4: Σh² = 3/8, Σh³ = 5/32; Σh² / (Σh²(1 + Σh²) - 2Σh³) = (3/8) / (13/64) = 24/13, and not 3/2.
+    # 24/13 · ((2/4 · 1/2)² + 2 · (1/4 · 1/2)²) = 9/52; 8/3 equal tasks, rounded up 3: t(0.975; 2) = 4.30265
+    half = 4.30265 * 3 / math.sqrt(52)
     assert mean_interval([1.0, 0.0, 0.0], [2, 1, 1]) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)
     assert found.pass_at_1.ci95 == (-1.0, 1.0)
     assert pass_interval([0.0, 0.0], [3, 1]) == pytest.approx((-(1 - 0.025 ** (1 / 1.6)), 1 - 0.025 ** (1 / 1.6)))
+
+
+def test_a_task_with_most_of_the_copies_does_not_make_the_interval_narrow() -> None:
+    """One content fifty times, four others once: without the weights' own variance 7 to 43 % held the mean."""
+    rng, copies, held, held_mean = np.random.default_rng(0), np.array([50, 1, 1, 1, 1]), 0, 0
+    for _ in range(500):
+        wins = rng.binomial(4 * copies, rng.random(5))  # rates are uniform
+        low, high = clustered_interval(wins.tolist(), (4 * copies).tolist())
+        held += low <= 0.5 <= high
+        ends = mean_interval(rng.normal(size=5).tolist(), copies.tolist())
+        assert ends is not None
+        held_mean += ends[0] <= 0.0 <= ends[1]
+    assert min(held, held_mean) >= 475
+
+
+def test_few_that_ever_passed_do_not_tell_how_alike_attempts_are() -> None:
+    """Thirty tasks with 40 attempts each, all of them failed, or all but one."""
+    none, one = (clustered_interval([first] + [0] * 29, [40] * 30) for first in (0, 1))
+    assert none == wilson_interval(0.0, 30)
+    # Var_cluster is 30/29 · 29/30 / 1200², Var_binomial 1/1200 · 1199/1200 / 1200: N / deff = 1199, times
+    # (1.95996 / 2.04523)² = 1101.1. One task of the ten that would tell: 30 + 1071.1 / 10 = 137.1.
+    assert one == pytest.approx(wilson_interval(1 / 1200, 137.1), abs=1e-4)
+    assert one[1] > 0.025  # 0.006 as of 1,101 tasks, where a single success would make less of all that failed
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(500):  # rates are Beta(0.04, 1.96), 0.02 in the mean; 0.8 of the intervals held it
+        low, high = clustered_interval(rng.binomial(40, rng.beta(0.04, 1.96, 30)).tolist(), [40] * 30)
+        held += low <= 0.02 <= high
+    assert held >= 460
 
 
 def test_a_leaderboard_counts_different_tasks() -> None:
@@ -131,6 +162,7 @@ def test_a_curves_interval_is_over_different_tasks(tmp_path: Path) -> None:
     rows = [("a", 0, 1.0), ("a", 1, 1.0), ("b", 2, 0.0)]
     records = [Record("train", 4, attempt(c, n, r, f"g{n}")) for c, n, r in rows]
     write_shard(shard_path(tmp_path, "train", 4), records)
-    # 2 · ((2/3 · 1/3)² + (1/3 · 2/3)²) = 16/81; t(0.975; 1) = 12.7062
-    half = 12.7062 * 4 / 9
+    # h = 2/3, 1/3: Σh² = 5/9, Σh³ = 1/3; (5/9) / (70/81 - 2/3) = 45/16. 45/16 · ((2/3 · 1/3)² + (1/3 · 2/3)²) = 5/18;
+    # t(0.975; 1) = 12.7062
+    half = 12.7062 * math.sqrt(5 / 18)
     assert _reward_interval(tmp_path, 4) == pytest.approx((2 / 3 - half, 2 / 3 + half), abs=1e-3)

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from areal_agents.errors import RewardError
 from areal_agents.evaluation.leaderboard import Leaderboard, Rewards, Score, _difference, _mean_difference
 from areal_agents.evaluation.leaderboard_tables import as_html, as_markdown, as_text, save
+from areal_agents.evaluation.report import summarize
 from areal_agents.evaluation.statistics import holm, mean_of_intervals, wilson_interval
 from areal_agents.evaluation.suite import Suite
+from areal_agents.types import AssistantMessage, Completion, Task, Trajectory, Turn
 
 
 def test_holm() -> None:
@@ -119,3 +122,28 @@ def test_what_is_below() -> None:
     part = replace(plain, scores=(replace(plain.scores[0], complete=False), *plain.scores[1:]))
     assert part.below({"": 0.1}) == ["one, first: not complete, so not known to reach 0.1"]
     assert not math.isnan(plain.score("mean", "first").pass_at_1 or math.nan)
+
+
+def test_attempts_without_a_score_do_not_lift_a_model_over_a_limit() -> None:
+    """Two of four passed, and one more failed for itself: 2 of 5 if it had not passed; of the mean (2/5 + 2/4) / 2."""
+    plain = board(model="second")
+    lost = replace(plain, scores=(replace(plain.scores[0], unscored=1, failed=1), *plain.scores[1:]))
+    assert lost.below({"": 0.4, "mean": 0.45}) == []
+    assert lost.below({"": 0.41}) == [
+        "one, first: pass@1 0.500 is of 4 of 5 attempts, and with 1 that have no score it is not known to reach 0.41"
+    ]
+    assert lost.below({"mean": 0.46}) == ["mean, first: 1 attempts have no score, so it is not known to reach 0.46"]
+    task = Task.make("a", split="test", seed=0, payload={})
+    turn = Turn((1,), Completion((2,), (-1.0,), (0,), "stop"), AssistantMessage(()), 1.0)
+    played = Trajectory("x", task, "g", (turn,), True, False, "answer")
+    # Of four attempts two passed, infrastructure failed one, and the reward itself one.
+    found = summarize(
+        [(task, [played, played, None, None])], env="e", split="test", model="m", version=0, temperature=0.0, seed=0,
+        seconds=0.0, own_failures=[("a", RewardError("broken"))],
+    )  # fmt: skip
+    assert (found.pass_at_1, found.attempts, found.failed, found.unscored) == (1.0, 2, 1, 2)
+    assert found.below(0.5) == ""
+    assert found.below(0.51) == (
+        "pass@1 1.000 is of 2 of 4 attempts, and with 2 that have no score it is not known to reach 0.51"
+    )
+    assert replace(found, pass_at_1=0.5).below(0.51) == "pass@1 0.500 is below 0.51"

@@ -112,6 +112,9 @@ def test_a_file_of_other_tasks_is_refused(write: Callable[..., CurriculumConfig]
     # Of the same environment with other arguments, rows may be of tasks that are not here.
     mixed = [*rows, row(9, 0, kwargs={"path": "other.jsonl"})]
     assert len(kept(write(*mixed))) == 6
+    turns = [*rows[:4], row(4, 5, kwargs={"max_turns": 1}), row(5, 5, kwargs={"max_turns": 1}), row(5, 6)]
+    found = filtered(TASKS, write(*turns), env="acme/Shop-v0", split="train", difficulty=None, kwargs={})
+    assert "; 2 were measured with other env.kwargs than these" in found.text(write(*turns))
     with pytest.raises(ConfigError, match="6 of its 6 tasks"):
         kept(write(*rows), [task(i) for i in range(20, 26)], kwargs={"path": "x"})
 

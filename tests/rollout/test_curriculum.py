@@ -121,7 +121,7 @@ def test_what_is_known_of_a_task_fades() -> None:
 
 
 def test_a_task_that_plays_for_the_first_time_is_not_drawn_again_before_it_has_ended() -> None:
-    c = TaskLearnability(CurriculumConfig(kind="learnability", explore=0.0), seed="0/")
+    c = TaskLearnability(CurriculumConfig(kind="learnability", explore=1e-9), seed="0/")
     c.drawn(Task.make("a", split="train", seed=0, payload={}), 3)
     assert [c.task_again(order) for order in range(20)] == [None] * 20
     c.note([seen(1, task="never drawn here")])  # of another life, say: there is no place to find it at

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError, TaskError
 from areal_agents.rollout.buffer import Buffer
+from areal_agents.rollout.curriculum import Attempts, Curriculum
 from areal_agents.rollout.episode import EpisodeDriver
 from areal_agents.rollout.player import LocalPlayer
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
+from areal_agents.rollout.shares import Shares
+from areal_agents.rollout.sources import EnvTasks, Source
 from areal_agents.rollout.tasks import TaskStream
 from areal_agents.types import Completion, Group, Prompt, Task
 from tests.scripted import FMT, LIMITS, Script, ScriptedEnv, ScriptedPolicy, broken_sandbox, task
@@ -44,6 +47,7 @@ def batches(
     events: Events | None = None,
     policy: Callable[[Task], ScriptedPolicy] = lambda task: ScriptedPolicy(SAY),
     inspect: Callable[[Rollouts], None] = lambda rollouts: None,
+    tasks: Source | None = None,
     **buffer: Any,
 ) -> list[list[Group]]:
     """Run ``n`` batches to their end, acknowledging each at once."""
@@ -54,7 +58,7 @@ def batches(
         runner = EpisodeRunner(player, FailureBudget(window=window, share=share), max_retries=2, event=log)
         settings: dict[str, Any] = {"groups": 2, "max_staleness": 1, "concurrency": 16, "total_batches": n} | buffer
         rollouts = Rollouts(
-            Buffer(group_size=group_size, **settings), TaskStream(TASKS, seed=0), runner, seed=0, event=log
+            Buffer(group_size=group_size, **settings), tasks or TaskStream(TASKS, seed=0), runner, seed=0, event=log
         )
         try:
             rollouts.start()
@@ -201,6 +205,41 @@ def test_over_age_groups_are_dropped_and_replaced_without_a_stall() -> None:
     assert [len(b) for b in out] == [2, 2]
     assert dropped == [4]
     assert all(t.min_version == 1 for g in out[1] for t in g.trajectories)
+
+
+class Notes(Curriculum):
+    """It keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Attempts] = []
+
+    def note(self, batch: Sequence[Attempts]) -> None:
+        self.told += batch
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.told = []
+
+
+def test_a_curriculum_learns_from_groups_that_were_dropped_for_their_age() -> None:
+    """What is slow is often what fails: pass rates of the quick groups alone would be too high."""
+    calls, notes = 0, Notes()
+
+    def aged(task: Any) -> ScriptedPolicy:
+        nonlocal calls
+        calls += 1
+        return ScriptedPolicy(SAY, version=0 if calls <= 24 else 1)
+
+    tasks = Source(
+        [EnvTasks(lambda level: TaskStream(TASKS, seed=0), curriculum=notes)], Shares([1.0], seed=0), groups=2
+    )
+    out = batches(Script(), n=2, policy=aged, max_staleness=0, on_exceed="drop", tasks=tasks)
+    tasks.consume([])
+    tasks.draw(10**6)  # which knows of all
+    assert [g.order for batch in out for g in batch] == [0, 1, 6, 7]
+    assert [(seen.order, seen.n, seen.passed) for seen in notes.told] == [(k, 4, 4) for k in (2, 3, 4, 5)]
 
 
 def test_tasks_come_in_seeded_epochs() -> None:

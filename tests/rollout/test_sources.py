@@ -176,7 +176,7 @@ def saved(of: Source, folder: Path) -> StreamState:
 
 
 def test_a_task_whose_learnability_is_high_comes_again_before_the_epoch_is_over() -> None:
-    settings = CurriculumConfig(kind="learnability", explore=0.0)
+    settings = CurriculumConfig(kind="learnability", explore=1e-9)
     found = source(settings, ("a",), (1.0,))
     first = [found.draw(order) for order in range(2)]
     found.consume([ended(first[0], 0, 2), ended(first[1], 1, 4)])

@@ -129,7 +129,7 @@ def test_an_evaluation_has_no_use_for_a_mixture_and_a_curriculum(tmp_path: Path)
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"kind": "levels"}, "'none', 'level' or 'learnability'"),
+        ({"kind": "levels"}, "'levels': no such curriculum; did you mean 'level'"),
         ({"by": "level"}, "curriculum.by is a setting of curriculum.kind = 'learnability', and kind is 'none'"),
         ({"kind": "level", "explore": 0.1}, "curriculum.explore is a setting of curriculum.kind = 'learnability'"),
         ({"kind": "learnability", "window": 8}, "curriculum.window is a setting of curriculum.kind = 'level'"),
@@ -142,9 +142,11 @@ def test_an_evaluation_has_no_use_for_a_mixture_and_a_curriculum(tmp_path: Path)
         ({"kind": "learnability", "by": "level", "pass_rates": "f"}, "of one difficulty"),
         ({"passes": 0.5}, "curriculum.passes is read by a curriculum"),
         ({"kind": "level", "passes": 0.0}, "greater than 0"),
-        ({"kind": "level", "level_step": 0.0}, "greater than 0"),
+        ({"kind": "level", "level_step": 0.0}, "greater than or equal to 0.001"),
         ({"kind": "learnability", "prior": [0.0, 1.0]}, "greater than 0"),
         ({"kind": "learnability", "explore": 1.5}, "less than or equal to 1"),
+        ({"kind": "learnability", "explore": 0.0}, "plays the tasks of the first batches for ever"),
+        ({"kind": "level", "level_step": 1e-10}, "greater than or equal to 0.001"),
     ],
 )
 def test_a_curriculum_reads_its_own_settings(tree: dict[str, Any], message: str) -> None:
@@ -156,7 +158,7 @@ def test_curricula_that_are_taken() -> None:
     for tree, leveled in (
         ({}, False),
         ({"kind": "level", "start": 0.0, "level_step": 0.2, "low": 0.2, "high": 0.8, "window": 32}, True),
-        ({"kind": "learnability", "explore": 0.0, "pass_rates": "f", "min": 0.2}, False),
+        ({"kind": "learnability", "explore": 0.1, "pass_rates": "f", "min": 0.2}, False),
         ({"kind": "learnability", "by": "level", "level_step": 0.5, "prior": [2, 3], "half_life": 4}, True),
         ({"pass_rates": "f", "missing": "keep"}, False),
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.pass_rates import PassRate
+from areal_agents.rollout.curriculum import Attempts, Curriculum
 from areal_agents.settings.config import TrainConfig
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import read_records
@@ -52,11 +53,12 @@ def chosen(out: Path) -> list[tuple[int, str, str, float]]:
     [
         {"kind": "level", "window": B * G, "level_step": 0.25, "start": 0.5, "low": 0.4, "high": 0.45, "passes": 0.5},
         {"kind": "learnability", "explore": 0.2, "passes": 0.5},
+        {"kind": f"{HERE}:harder", "passes": 0.5},
     ],
-    ids=["level", "learnability"],
+    ids=["level", "learnability", "own"],
 )
 def test_a_cut_run_chooses_the_tasks_of_the_run_that_was_never_cut(folder: Path, curriculum: dict[str, Any]) -> None:
-    name = curriculum["kind"]
+    name = curriculum["kind"].rpartition(":")[2]
     asyncio.run(train(config(folder, f"{name}-whole", curriculum), console=False))
     asyncio.run(train(config(folder, f"{name}-cut", curriculum, steps=3), console=False))
     asyncio.run(train(config(folder, f"{name}-cut", curriculum), resume=True, console=False))
@@ -72,6 +74,10 @@ def test_a_cut_run_chooses_the_tasks_of_the_run_that_was_never_cut(folder: Path,
         require_levels_follow(whole, 0.5)
         held = [r.trajectory.task for r in read_records(whole, kind="eval-after_rl")]
         assert {task.payload["level"] for task in held} == {0.0}  # of the settings, whatever the training plays now
+    elif name == "harder":
+        levels = [level for step, _, _, level in chosen(whole)]
+        assert levels == [min(step - 1, 4) / 4 for step, *_ in chosen(whole)]  # a batch later, a level higher
+        assert [row["curriculum/noted"] for row in rows[:-1]] == [B * (step + 1) for step in range(len(rows) - 1)]
     else:
         assert {level for *_, level in chosen(whole)} == {0.0}
         assert len({task for _, _, task, _ in chosen(whole)[:12]}) < 12  # some came again within the epoch of 12 tasks
@@ -101,6 +107,34 @@ def test_each_environment_of_a_mixture_has_its_own_level(folder: Path) -> None:
     assert rows[0]["env/b/curriculum/level"] > rows[0]["env/a/curriculum/level"]
     held = [r.trajectory.task.payload["level"] for r in read_records(c.out, kind="eval-after_rl.b")]
     assert set(held) == {0.5}
+
+
+class Harder(Curriculum):
+    """A level more with each batch."""
+
+    levels = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+    def __init__(self) -> None:
+        self.batches = self.noted = 0
+
+    def level(self, order: int) -> float | None:
+        return self.levels[min(self.batches, 4)]
+
+    def note(self, batch: Sequence[Attempts]) -> None:
+        self.batches, self.noted = self.batches + 1, self.noted + len(batch)
+
+    def state(self) -> dict[str, int]:
+        return {"batches": self.batches, "noted": self.noted}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.batches, self.noted = state["batches"], state["noted"]
+
+    def metrics(self) -> dict[str, float]:
+        return {"noted": self.noted}
+
+
+def harder(seed: str, difficulty: float | None) -> Harder:
+    return Harder()
 
 
 class Generous(Letters):
@@ -179,6 +213,9 @@ def test_only_tasks_within_the_bounds_train(folder: Path, tmp_path: Path) -> Non
     Path(path).unlink()
     rates_file(Path(path), passes | {2: 8})  # the file changes between two sittings
     with pytest.raises(ConfigError, match="the training split has 6 tasks, the checkpoint was made with 7"):
+        asyncio.run(train(c.model_copy(update={"steps": 3}), resume=True, console=False))
+    rates_file(Path(path), passes | {2: 8, 4: 4})  # as many, and not the same ones
+    with pytest.raises(ConfigError, match=r"curriculum\.pass_rates leaves other tasks than those that the checkpoint"):
         asyncio.run(train(c.model_copy(update={"steps": 3}), resume=True, console=False))
 
 
