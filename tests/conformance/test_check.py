@@ -74,7 +74,7 @@ def test_a_good_environment_passes_everything(tokenizer: Path) -> None:
         ("LeaksBetweenEpisodes", "isolation", "give another episode after other episodes, call 0 (areset)"),
         ("SharesState", "isolation", "episode 0 of 4 differs when they run together, call 1 (astep), observation"),
         ("SeedsGlobally", "rng", "uses the global generator of random: use self.np_random"),
-        ("TakesAnyAnswer", "reward", "the policy 'several' earns 1.000 on 8 tasks of 'test'; declared chance is 0"),
+        ("TakesAnyAnswer", "reward", "the policy 'junk' earns 0.875 on 8 tasks of 'test'; declared chance is 0"),
         ("FindsTheAnswerAnywhere", "reward", "the policy 'several' earns 1.000"),
         ("RewardsSilence", "reward", "the policy 'empty' earns 1.000"),
         ("WrongGold", "reward", "8 of 8 gold answers earn less than 1 (0 on task test-200, 0 on task test-201, 0 on"),
