@@ -50,6 +50,7 @@ from areal_agents.types import (
     steps_of,
 )
 from areal_agents.utils.exits import no_exit
+from areal_agents.utils.outcomes import to_its_end
 from areal_agents.utils.short_text import cut, described, short
 
 T = TypeVar("T")
@@ -302,15 +303,14 @@ class EpisodeDriver:
     async def close(self) -> None:
         """Close the policy, and the environment where there is one.
 
-        A failing ``aclose`` is counted and kept in ``close_error``. It is not raised, because it must not hide why the
-        episode ended.
+        A failing ``aclose`` is counted and kept in ``close_error``. It is not raised: why the episode ended counts.
         """
         try:
             await self.policy.close(self)
         finally:
             if self._env is not None:
                 try:
-                    await self.call("aclose", self._env.aclose)
+                    await to_its_end(lambda: self.call("aclose", self._opened().aclose))
                 except ArealError as error:
                     self.close_error = error
                     self.count("close_errors")

@@ -28,6 +28,21 @@ async def outcome_of(make: Callable[[], Awaitable[T]]) -> Outcome[T]:
         return error
 
 
+async def to_its_end(make: Callable[[], Awaitable[T]]) -> T:
+    """Await ``make()``, and go on to its end where the caller is cancelled meanwhile: that is raised afterwards.
+
+    What closes something must not be cut before it began. A second cancellation ends the wait, not the work.
+    """
+    task = asyncio.ensure_future(make())
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        unheard(task)
+        if not task.done():
+            await asyncio.wait({task})
+        raise
+
+
 def opened(outcome: Outcome[T]) -> T:
     """Return the result, or raise the exception."""
     if isinstance(outcome, Exception):

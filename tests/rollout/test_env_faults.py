@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -168,3 +169,54 @@ def test_a_failing_aclose_costs_no_episode_and_is_told() -> None:
     ((kind, fields),) = told
     assert (kind, fields["episode"], fields["task"]) == ("env_close_failed", "e", "t")
     assert "aclose (task t, turn 0) raised RuntimeError: still open" in str(fields["detail"])
+
+
+def test_an_episode_that_is_cancelled_while_it_closes_closes_its_environment() -> None:
+    """Where one failure ends the run, others have failed too and are closing: what they hold must not stay open."""
+    closed: list[str] = []
+
+    class Env(AgentEnv):
+        async def areset(
+            self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+        ) -> tuple[Observation, Info]:
+            self.begin(seed, options)
+            return HI, {}
+
+        async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
+            return (), 1.0, True, False, {}
+
+        async def aclose(self) -> None:
+            await begun()
+            closed.append("begun")
+            await asyncio.sleep(0.0)
+            closed.append("closed")
+
+    async def begun() -> None:
+        """Tell the other loop, and wait until it has cancelled the episode."""
+        loop.call_soon_threadsafe(cut)
+        await asyncio.to_thread(cancelled.wait)
+
+    def cut() -> None:
+        playing.cancel()
+        asked.set()
+
+    loop: asyncio.AbstractEventLoop
+    asked: asyncio.Event
+    playing: asyncio.Task[Any]
+    cancelled = threading.Event()
+
+    async def main() -> None:
+        nonlocal loop, playing, asked
+        loop, asked = asyncio.get_running_loop(), asyncio.Event()
+        player = LocalPlayer(Env, sample, LIMITS)
+        task = Task.make("t", split="test", seed=0, payload={})
+        playing = asyncio.create_task(player.play(task, id="e", group="g", seed=0))
+        await asked.wait()
+        await asyncio.sleep(0)  # the cancellation has reached whoever waits for the environment
+        cancelled.set()
+        with pytest.raises(asyncio.CancelledError):
+            await playing
+        await player.close()
+
+    asyncio.run(main())
+    assert closed == ["begun", "closed"]

@@ -33,14 +33,22 @@ def _blocks(n: int) -> int:
     return -(-n // BLOCK)
 
 
+def _packs(dtype: torch.dtype) -> bool:
+    """Say whether oneDNN has a blocked layout for weights in ``dtype`` here: for bf16 it needs AVX-512."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):  # type: ignore[no-untyped-call]
+        return False
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def pack_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
     """Return the function x ↦ x Wᵀ + b in ``dtype``.
 
-    ``weight`` is W [out, in] and ``bias`` is b [out]. W lies in oneDNN's blocked layout where this torch has it.
+    ``weight`` is W [out, in] and ``bias`` is b [out]. W lies in oneDNN's blocked layout where this torch has it, and
+    this processor takes it in ``dtype``.
     """
     weight = weight.to(dtype).contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):  # type: ignore[no-untyped-call]
+    if not _packs(dtype):
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
     product = torch.ops.mkldnn._linear_pointwise.default
