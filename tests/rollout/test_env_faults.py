@@ -141,17 +141,19 @@ def test_an_error_of_the_settings_ends_the_run_at_once(error: ArealError) -> Non
         play(sample, act=raising(error))
 
 
+class OneStep(AgentEnv):
+    async def areset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Observation, Info]:
+        self.begin(seed, options)
+        return HI, {}
+
+    async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
+        return (), 1.0, True, False, {}
+
+
 def test_a_failing_aclose_costs_no_episode_and_is_told() -> None:
-    class Env(AgentEnv):
-        async def areset(
-            self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-        ) -> tuple[Observation, Info]:
-            self.begin(seed, options)
-            return HI, {}
-
-        async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
-            return (), 1.0, True, False, {}
-
+    class Env(OneStep):
         async def aclose(self) -> None:
             raise RuntimeError("still open")
 
@@ -175,16 +177,7 @@ def test_an_episode_that_is_cancelled_while_it_closes_closes_its_environment() -
     """Where one failure ends the run, others have failed too and are closing: what they hold must not stay open."""
     closed: list[str] = []
 
-    class Env(AgentEnv):
-        async def areset(
-            self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-        ) -> tuple[Observation, Info]:
-            self.begin(seed, options)
-            return HI, {}
-
-        async def astep(self, action: AssistantMessage) -> tuple[Observation, float, bool, bool, Info]:
-            return (), 1.0, True, False, {}
-
+    class Env(OneStep):
         async def aclose(self) -> None:
             await begun()
             closed.append("begun")
