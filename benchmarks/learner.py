@@ -3,11 +3,11 @@
     python benchmarks/learner.py [--json benchmarks/results/learner.json]
     python benchmarks/learner.py --quick      # gradients, counts, and the memory of one case
 
-Forward, loss, backward and AdamW on given episodes: the same model folder, tokens, advantages and threads on every
-side, three lengths in groups of 4 and of 8. Each sample is a fresh process, in turns A B C. Before anything is timed,
-the gradients of all sides must agree in fp32, on ragged rows of a small model and on a batch of the model itself. The
-floor (``learner_floor.py``) is measured beside every turn of a case. TRL lives in the virtual environment of
-``trl_step.py``.
+Forward, loss, backward and AdamW on given episodes: the same model folder, tokens, advantages, threads and precision
+on every side, three lengths in groups of 4 and of 8. Each sample is a fresh process, in turns A B C. Before anything
+is timed, the gradients of all sides must agree in fp32, on ragged rows of a small model and on a batch of the model
+itself. The floor (``learner_floor.py``) is measured beside every turn of a case. TRL lives in the virtual environment
+of ``trl_step.py``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FLOOR, SPEED, MEMORY, LORA_MEMORY = 0.75, 3.0, 0.7, 0.5
 AGREE = {"a small model, ragged rows": 1e-4, "the model, a batch of the benchmark": 1e-3}
 """The relative difference of two gradients in fp32."""
 COUNTED = 0.1
-"""What the norms of two bf16 gradients may differ by, relatively."""
+"""What the norms of two gradients in the precision of the benchmark may differ by, relatively."""
 
 SIDES = ("ours", "trl", "plain")
 LEAN: dict[str, dict[str, Any]] = {
@@ -69,9 +69,9 @@ Row = dict[str, Any]
 class Sides:
     """Asks the sides, each time in a fresh process."""
 
-    def __init__(self, trl: Path, threads: int, tokenizer: str) -> None:
+    def __init__(self, trl: Path, threads: int, tokenizer: str, precision: str) -> None:
         self._python = {"trl": str(trl), "ours": sys.executable, "plain": sys.executable}
-        self._threads, self._tokenizer = threads, tokenizer
+        self._threads, self._tokenizer, self.precision = threads, tokenizer, precision
 
     def ask(self, side: str, model: str, groups: list[Row], **more: Any) -> Row:
         """One sample of ``side``, which is the first word of a longer name."""
@@ -79,7 +79,7 @@ class Sides:
         command = [self._python[name], HERE / "learner_sides.py", name]
         asked = {
             "model": model, "tokenizer": self._tokenizer, "groups": groups, "threads": self._threads, "lr": LR,
-            "steps": 1, "micro_batch": MICRO_BATCH, "precision": "bf16", "checkpointing": False, "lora": 0,
+            "steps": 1, "micro_batch": MICRO_BATCH, "precision": self.precision, "checkpointing": False, "lora": 0,
             "gradients": "", "dtype": "float32",
         }  # fmt: skip
         env = environment(self._threads)
@@ -93,7 +93,7 @@ class Sides:
 
     def floor(self, model: str) -> Row:
         """The machine's rate of the model's products now."""
-        command = [sys.executable, str(HERE / "learner_floor.py"), model, str(self._threads)]
+        command = [sys.executable, str(HERE / "learner_floor.py"), model, str(self._threads), self.precision]
         env = environment(self._threads)
         found: Row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
         return found
@@ -157,10 +157,10 @@ def lean(sides: Sides, model: str) -> list[Row]:
         sides.ask(f"{side}, {name}", model, groups, **changes)
         for name, changes in LEAN.items() for side in ("ours", "trl")
     ]  # fmt: skip
-    return [
-        *rows, sides.ask(f"trl, {FEW_ROWS} rows a micro-batch", model, groups, micro_batch=FEW_ROWS),
-        sides.ask(FROZEN, model, groups, lora=RANK, dtype="bfloat16"),
-    ]  # fmt: skip
+    rows.append(sides.ask(f"trl, {FEW_ROWS} rows a micro-batch", model, groups, micro_batch=FEW_ROWS))
+    if sides.precision == "bf16":  # in fp32 ours keeps its frozen weights in fp32 as well
+        rows.append(sides.ask(FROZEN, model, groups, lora=RANK, dtype="bfloat16"))
+    return rows
 
 
 def by_vocabulary(sides: Sides) -> list[Row]:
@@ -238,7 +238,7 @@ def counts(rows: Sequence[Row]) -> list[Check]:
         for side in SIDES[1:]:
             pairs = zip(ours, of(rows, case, side), strict=True)
             apart = max([apart, *(abs(t["grad_norm"][0] / o["grad_norm"][0] - 1) for o, t in pairs)])
-    name = "norm of the bf16 gradient, relative difference from ours at most"
+    name = "norm of the gradient, relative difference from ours at most"
     return [*found, Check(name, round(apart, 4), f"<= {COUNTED}", apart <= COUNTED)]
 
 
@@ -263,7 +263,9 @@ def memory_checks(rows: Sequence[Row], lean_rows: Sequence[Row]) -> list[Check]:
     check("longest case, LoRA and checkpointing on both", peak[f"ours, {both}"], peak[f"trl, {both}"], LORA_MEMORY)
     check("longest case, our LoRA, all of TRL's weights", peak["ours, lora"],
           middle(of(rows, LONG.name, "trl"), "peak_pss_mib"), None)  # fmt: skip
-    check("longest case, LoRA on both sides, TRL's frozen weights in bf16 too", peak["ours, lora"], peak[FROZEN], None)
+    if FROZEN in peak:
+        check("longest case, LoRA on both sides, TRL's frozen weights in bf16 too", peak["ours, lora"], peak[FROZEN],
+              None)  # fmt: skip
     few = f"trl, {FEW_ROWS} rows a micro-batch"
     check(f"longest case, TRL with {FEW_ROWS} rows a micro-batch", middle(of(rows, LONG.name, "ours"), "peak_pss_mib"),
           peak[few], None)  # fmt: skip
@@ -304,16 +306,23 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--venv", type=Path, default=Path("/tmp/trl-venv"), help="TRL's virtual environment")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the processor has it"
+    )
     parser.add_argument("--turns", type=int, default=2, help="processes of each side and case")
     parser.add_argument("--steps", type=int, default=1, help="measured steps a process")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no part later; the next run goes on. 0: all")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     from areal_agents.models import resolve
+    from areal_agents.utils.precision import number_format
 
     model, quick = str(resolve(options.model)), options.quick
-    sides = Sides(trl_python(options.venv), options.threads, model)
-    sizes = {"model": model, "turns": options.turns, "steps": options.steps, "quick": quick}
+    precision = number_format(options.precision)
+    sides = Sides(trl_python(options.venv), options.threads, model, precision)
+    sizes = {
+        "model": model, "turns": options.turns, "steps": options.steps, "quick": quick, "precision": precision,
+    }  # fmt: skip
     kept = Kept(options.json, sizes | {"threads": options.threads})
     small, own = AGREE
     gradients = {
@@ -337,7 +346,7 @@ def main() -> int:
     print(table(grown))
     write(options.json, "learner", rows, found, gradients=gradients, summary=summarize(rows), growth=grown,
           saving_memory=lean_rows, by_vocabulary=vocabularies, loads=loads(parts), threads=options.threads,
-          learning_rate=LR, micro_batch=MICRO_BATCH, lora_rank=RANK)  # fmt: skip
+          precision=precision, learning_rate=LR, micro_batch=MICRO_BATCH, lora_rank=RANK)  # fmt: skip
     kept.end()
     return 0 if all(check.holds for check in found) else 1
 

@@ -1,12 +1,12 @@
 """What a learner's step could not go below: its matrix products at the best rate that this machine has for them.
 
-    python learner_floor.py MODEL THREADS          # one JSON object
+    python learner_floor.py MODEL THREADS bf16|fp32          # one JSON object
 
 Counted are the products of all linear layers: forward, and in the backward pass the gradient of the input and that of
 the weight, 6 operations a weight and token in all. A decoder's layers see every token that must be computed, a prompt
-that rows share once and no padding; the head sees the tokens that train. Each product is timed in bf16 as PyTorch
-computes it alone, in the model's own shapes, and its best rate counts. Not counted, so that the floor is below what can
-be reached: attention, norms, activations, the softmax, casts of weights, clipping and AdamW.
+that rows share once and no padding; the head sees the tokens that train. Each product is timed in the given precision
+as PyTorch computes it alone, in the model's own shapes, and its best rate counts. Not counted, so that the floor is
+below what can be reached: attention, norms, activations, the softmax, casts of weights, clipping and AdamW.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def best(work: Callable[[], object]) -> tuple[float, float]:
     return min(taken), min(used)
 
 
-def seconds_a_token(layers: Sequence[Linear], rows: Sequence[int]) -> tuple[float, float]:
+def seconds_a_token(layers: Sequence[Linear], rows: Sequence[int], precision: str) -> tuple[float, float]:
     """Return the seconds of one token in these layers, forward and backward, at the best rate of each product.
 
     They are those of the clock, and those of all processors.
@@ -72,12 +72,13 @@ def seconds_a_token(layers: Sequence[Linear], rows: Sequence[int]) -> tuple[floa
     import torch
     from torch.nn.functional import linear
 
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     totals = [0.0, 0.0]
     for n, inputs, outputs in layers:
         found = []
         for m in rows:
-            x, g = (torch.randn(m, size, dtype=torch.bfloat16) for size in (inputs, outputs))
-            w = torch.randn(outputs, inputs, dtype=torch.bfloat16)
+            x, g = (torch.randn(m, size, dtype=dtype) for size in (inputs, outputs))
+            w = torch.randn(outputs, inputs, dtype=dtype)
             products: list[Callable[[], object]] = [
                 lambda x=x, w=w: linear(x, w), lambda g=g, w=w: g @ w, lambda g=g, x=x: g.t() @ x
             ]  # type: ignore[misc]  # fmt: skip
@@ -93,8 +94,8 @@ def main() -> None:
     torch.set_num_threads(int(sys.argv[2]))
     body, head = linears(json.loads((Path(sys.argv[1]) / "config.json").read_text()))
     (decoder, decoder_cpu), (scoring, scoring_cpu) = (
-        seconds_a_token(body, BODY_ROWS),
-        seconds_a_token([head], HEAD_ROWS),
+        seconds_a_token(body, BODY_ROWS, sys.argv[3]),
+        seconds_a_token([head], HEAD_ROWS, sys.argv[3]),
     )
     print(json.dumps({
         "body_seconds_a_token": decoder, "head_seconds_a_token": scoring,

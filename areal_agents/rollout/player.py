@@ -118,8 +118,9 @@ class LocalPlayer:
             blocked = self._blocking.get(task.id, [])
             if len(blocked) >= _MAX_BLOCKED:  # each costs a thread that nobody can end, and all others their turns
                 raise copy(blocked[0])
+            host = self._healthy_host()
             episode = EpisodeDriver(
-                self._make_env, task, self._policy(task), self._healthy_host(), id=id, seed=seed,
+                self._make_env, task, self._policy(task), host, id=id, seed=seed,
                 step_timeout=self._limits.step_timeout, max_turns=self._limits.max_turns,
             )  # fmt: skip
             try:
@@ -128,7 +129,8 @@ class LocalPlayer:
             except HostLost:  # another environment blocked the thread: this episode is innocent and starts again
                 self._event("host_lost", episode=id, task=task.id)
             except EnvError as error:
-                if error.blame == "environment" and self._host.wedged and not episode.observation:
+                # Its own host: an innocent that heard of it first may have replaced the player's by now.
+                if error.blame == "environment" and host.wedged and not episode.observation:
                     self._blocking.setdefault(task.id, []).append(error)
                 raise
             finally:

@@ -27,7 +27,7 @@ def test_the_floor_counts_every_weight_of_a_linear_layer_once_a_token() -> None:
     assert floor.floor_seconds(rates, tokens=100, scored=50) == pytest.approx(0.2 + 0.05)
     rates["head_cpu_seconds_a_token"] = 0.002
     assert floor.floor_seconds(rates, tokens=100, scored=50, of="cpu_seconds") == pytest.approx(0.4 + 0.1)
-    assert all(seconds > 0 for seconds in floor.seconds_a_token([(2, 8, 16)], (4,)))
+    assert all(seconds > 0 for seconds in floor.seconds_a_token([(2, 8, 16)], (4,), "fp32"))
 
 
 def test_a_prompt_must_be_computed_once_a_group() -> None:
@@ -76,7 +76,7 @@ def test_our_gradient_is_the_plain_loop_s_and_another_batch_s_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = module("learner")
-    sides = learner.Sides(tmp_path, 1, "")
+    sides = learner.Sides(tmp_path, 1, "", "fp32")
     asks, told = sides.ask, dict[str, Any]()
 
     def recorded(side: str, *asked: Any, **more: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -221,6 +222,45 @@ def test_a_reset_that_blocks_its_thread_costs_few_threads(monkeypatch: pytest.Mo
     _, runner = train(world, tasks(wrong=1), limits=replace(LIMITS, step_timeout=2.0), fewest=4)
     assert "blocked its event loop" in runner.left_out[f"t-{BAD}"]
     assert 2 <= len(world.of("host_replaced")) < 8  # two, though the group has eight
+
+
+def test_a_reset_that_blocks_is_noted_though_an_innocent_replaces_the_host_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("areal_agents.rollout.env_host._HEARTBEAT_SECONDS", 0.2)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        waits, over = asyncio.Event(), threading.Event()
+
+        async def hang() -> None:
+            loop.call_soon_threadsafe(waits.set)
+            await asyncio.Event().wait()
+
+        def reset(task: Task) -> Any:
+            if "wrong" in task.payload:
+                over.wait()  # it holds the thread of its host
+            return hang() if world.resets[task.id] == 1 else None
+
+        limits = replace(LIMITS, step_timeout=1.0)
+        world = World(reset=reset)
+        player = LocalPlayer(world.env, lambda task: ScriptedPolicy(SAY, limits=limits), limits, event=world.event)
+        (good, bad) = tasks(2, bad=lambda i: i == 1, wrong=1)
+        try:
+            # Its time is over first, so it finds out, and starts again at once: the culprit hears of it later.
+            innocent = asyncio.create_task(player.play(good, id="good", group="g", seed=0))
+            await waits.wait()
+            for attempt in range(3):
+                with pytest.raises(EnvError, match="blocked its event loop"):
+                    await player.play(bad, id=f"bad-{attempt}", group="b", seed=0)
+                await innocent  # which is played to its end before the next attempt
+            assert [e["episode"] for e in world.of("host_lost")] == ["good"]
+            assert world.resets == {good.id: 2, bad.id: 2}  # the third attempt is refused: it would cost a thread
+        finally:
+            over.set()
+            await player.close()
+
+    asyncio.run(main())
 
 
 def test_a_flaky_backend_is_infrastructure() -> None:
