@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,9 +151,9 @@ def compared(sides: Sides, model: str, case: Case, turn: int, steps: int) -> lis
     return rows
 
 
-def lean(sides: Sides, model: str) -> list[Row]:
-    """Seconds and memory of settings that save memory, on the longest case."""
-    groups = episodes(LONG, text_tokens(model))
+def lean(sides: Sides, model: str, count: int) -> list[Row]:
+    """Seconds and memory of settings that save memory, on the longest case with so many rows."""
+    groups = episodes(replace(LONG, rows=count), text_tokens(model))
     rows = [
         sides.ask(f"{side}, {name}", model, groups, **changes)
         for name, changes in LEAN.items() for side in ("ours", "trl")
@@ -289,15 +290,17 @@ def speed_checks(rows: Sequence[Row]) -> list[Check]:
     return found
 
 
-def work_of(sides: Sides, model: str, *, turns: int, steps: int, quick: bool) -> dict[str, Callable[[], Any]]:
-    """The parts of the record by name, after the gradients."""
+def work_of(
+    sides: Sides, model: str, *, turns: int, steps: int, count: int, quick: bool
+) -> dict[str, Callable[[], Any]]:
+    """The parts of the record by name, after the gradients, with ``count`` rows a case."""
     if quick:
         return {"turn 0": partial(compared, sides, model, QUICK, 0, 1)}
     work: dict[str, Callable[[], Any]] = {
-        f"{case.name}, turn {turn}": partial(compared, sides, model, case, turn, steps)
+        f"{case.name}, turn {turn}": partial(compared, sides, model, replace(case, rows=count), turn, steps)
         for turn in range(turns) for case in CASES
     }  # fmt: skip
-    return work | {"saving memory": partial(lean, sides, model), "vocabulary": partial(by_vocabulary, sides)}
+    return work | {"saving memory": partial(lean, sides, model, count), "vocabulary": partial(by_vocabulary, sides)}
 
 
 def main() -> int:
@@ -311,6 +314,7 @@ def main() -> int:
     )
     parser.add_argument("--turns", type=int, default=2, help="processes of each side and case")
     parser.add_argument("--steps", type=int, default=1, help="measured steps a process")
+    parser.add_argument("--rows", type=int, choices=(8, 16, 32), default=16, help="rows of a case")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no part later; the next run goes on. 0: all")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
@@ -322,6 +326,7 @@ def main() -> int:
     sides = Sides(trl_python(options.venv), options.threads, model, precision)
     sizes = {
         "model": model, "turns": options.turns, "steps": options.steps, "quick": quick, "precision": precision,
+        "rows": options.rows,
     }  # fmt: skip
     kept = Kept(options.json, sizes | {"threads": options.threads})
     small, own = AGREE
@@ -334,7 +339,7 @@ def main() -> int:
         write(None, "learner", [], found)
         print("The sides do not compute the same: nothing else is measured.")
         return 1
-    work = work_of(sides, model, turns=options.turns, steps=options.steps, quick=quick)
+    work = work_of(sides, model, turns=options.turns, steps=options.steps, count=options.rows, quick=quick)
     parts = do_parts(work, kept, Patience(0.0 if quick else 120.0), options.minutes)
     if parts is None:
         return 2
@@ -346,7 +351,8 @@ def main() -> int:
     print(table(grown))
     write(options.json, "learner", rows, found, gradients=gradients, summary=summarize(rows), growth=grown,
           saving_memory=lean_rows, by_vocabulary=vocabularies, loads=loads(parts), threads=options.threads,
-          precision=precision, learning_rate=LR, micro_batch=MICRO_BATCH, lora_rank=RANK)  # fmt: skip
+          precision=precision, rows_a_case=options.rows, learning_rate=LR, micro_batch=MICRO_BATCH,
+          lora_rank=RANK)  # fmt: skip
     kept.end()
     return 0 if all(check.holds for check in found) else 1
 
