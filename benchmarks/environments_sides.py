@@ -22,7 +22,7 @@ from areal_agents.conformance.scripted_episode import script_for
 from areal_agents.env import Expert
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Said
 from areal_agents.rollout.player import LocalPlayer, env_maker
-from areal_agents.rollout.script import ScriptPolicy
+from areal_agents.rollout.script import ScriptPolicy, expert_of
 from areal_agents.tool import call_text
 from areal_agents.types import Observation, Trajectory
 from areal_agents.utils.tolerance import reaches
@@ -141,9 +141,13 @@ async def thousand(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 async def scripted(asked: dict[str, Any]) -> dict[str, Any]:
-    """Play an environment's experts, ``at_once`` at a time, for so many seconds."""
+    """Play an environment's experts, ``at_once`` at a time, for so many seconds.
+
+    Tasks with neither an expert nor a gold answer, as two generators of reasoning-gym make them, are left out.
+    """
     spec = registry.spec(asked["env"])
     pool, numbers = spec.tasks(spec.splits[-1]), itertools.count()
+    unanswered: set[str] = set()
     player = LocalPlayer(
         env_maker(spec, sandbox=asked["sandbox"], kwargs={}),
         lambda task: ScriptPolicy(script_for(spec, task, "main"), task), LIMITS,
@@ -153,7 +157,11 @@ async def scripted(asked: dict[str, Any]) -> dict[str, Any]:
     async def worker(more: Callable[[int], bool]) -> list[Trajectory]:
         played: list[Trajectory] = []
         while more(i := next(numbers)):
-            played.append(await player.play(pool[i % len(pool)], id=f"e{i}", group="g", seed=i))
+            task = pool[i % len(pool)]
+            if expert_of(spec, task) is None and spec.gold(task) is None:
+                unanswered.add(task.id)
+            else:
+                played.append(await player.play(task, id=f"e{i}", group="g", seed=i))
         return played
 
     async def round_of(seconds: float) -> list[Trajectory]:
@@ -172,7 +180,7 @@ async def scripted(asked: dict[str, Any]) -> dict[str, Any]:
     return {
         "env": asked["env"], "at_once": asked["at_once"], "episodes": len(played), "seconds": wall, "cpu_seconds": used,
         "episodes_per_second": len(played) / wall, "turns_per_second": turns / wall,
-        "solved": sum(reaches(t.reward) for t in played),
+        "solved": sum(reaches(t.reward) for t in played), "tasks_without_answer": sorted(unanswered),
         "players_lag_ms_p99": round(1000 * percentile(late, 0.99), 2) if late else 0.0,
     }  # fmt: skip
 

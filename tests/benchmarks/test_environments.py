@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from areal_agents.env import Expert
+from areal_agents.types import Task
+from tests.letters_env import Letters
 from tests.simulated import benchmarks_on_path, module
 
 __all__ = ["benchmarks_on_path"]
@@ -43,6 +46,11 @@ def test_goals_are_of_medians_and_say_why_they_are_missed() -> None:
     )
     held = found["share of the ideal, 1000 episodes (ours, 450 ms a thought)"]
     assert (held.value, held.holds, held.reason) == (0.9, True, "")
+    (slow,) = (
+        check for check in environments.checks([*rows[:1], *[ours(0.5, think=0.45)] * 3, theirs("async", 50.0)], BOX,
+                                               timing=True) if "thought" in check.name
+    )  # fmt: skip
+    assert slow.reason.endswith("the ideal asks for 2000, 500 µs of one core a turn")
     faster = found["episodes a second over the faster vector environment's"]
     assert (faster.value, faster.holds) == (5.0, True)
     assert len(found) == 5
@@ -64,6 +72,21 @@ def test_the_sides_play_what_they_are_asked_for() -> None:
     asked = {"side": "box", "env": "areal/Hanoi-v0", "at_once": 4, "seconds": 0.05, "sandbox": "bubblewrap"}
     found = asyncio.run(sides.scripted(asked))
     assert found["solved"] == found["episodes"] >= 4
+    assert found["tasks_without_answer"] == []
     found = vector.played({"side": "sync", "episodes": 2, "turns": 3, "tool_seconds": 0.001})
     assert (found["episodes"], found["turns"]) == (2, 3)
     assert found["seconds"] >= 6 * 0.001
+
+
+def test_a_task_that_nobody_can_answer_is_named_and_not_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = module("environments_sides")
+
+    def expert(cls: type[Letters], task: Task) -> Expert | None:
+        return None if task.seed % 2 else (text for text in ("abc", "de"))
+
+    monkeypatch.setattr(Letters, "expert", classmethod(expert))
+    asked = {"side": "box", "env": "tests.letters_env:Letters", "at_once": 2, "seconds": 0.0, "sandbox": "unsafe_local"}
+    found = asyncio.run(sides.scripted(asked))
+    assert found["solved"] == found["episodes"] >= 1
+    assert found["tasks_without_answer"]
+    assert {int(id.rpartition("-")[2]) % 2 for id in found["tasks_without_answer"]} == {1}
