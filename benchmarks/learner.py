@@ -2,6 +2,7 @@
 
     python benchmarks/learner.py [--json benchmarks/results/learner.json]
     python benchmarks/learner.py --quick      # gradients, counts, and the memory of one case
+    python benchmarks/learner.py --profile    # only: what our step on the longest case spends its time on
 
 Forward, loss, backward and AdamW on given episodes: the same model folder, tokens, advantages, threads and precision
 on every side, three lengths in groups of 4 and of 8. Each sample is a fresh process, in turns A B C. Before anything
@@ -164,6 +165,12 @@ def lean(sides: Sides, model: str, count: int) -> list[Row]:
     return rows
 
 
+def profiled(sides: Sides, model: str, count: int) -> None:
+    """Print what our step on the longest case spends its time on."""
+    found = sides.ask("ours", model, episodes(replace(LONG, rows=count), text_tokens(model)), profile=True)
+    print(table([{"of the step": kind, "share": share} for kind, share in found["profile"].items()]))
+
+
 def by_vocabulary(sides: Sides) -> list[Row]:
     """Seconds and memory of one small model by the size of its vocabulary."""
     rows = []
@@ -306,6 +313,7 @@ def work_of(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--venv", type=Path, default=Path("/tmp/trl-venv"), help="TRL's virtual environment")
     parser.add_argument("--threads", type=int, default=2)
@@ -323,6 +331,9 @@ def main() -> int:
 
     model, quick = str(resolve(options.model)), options.quick
     precision = number_format(options.precision)
+    if options.profile:
+        profiled(Sides(Path(), options.threads, model, precision), model, options.rows)
+        return 0
     sides = Sides(trl_python(options.venv), options.threads, model, precision)
     sizes = {
         "model": model, "turns": options.turns, "steps": options.steps, "quick": quick, "precision": precision,

@@ -19,6 +19,8 @@ from typing import Any
 
 from measured_process import pss_mib, serve, tree
 
+KINDS = {"aten::mm": "products", "aten::addmm": "products", "scaled_dot_product": "attention", "adamw": "AdamW"}
+"""What a kind of operation is called, by a part of PyTorch's name for it. The rest is mostly one number at a time."""
 CUT = 16
 """Tokens of a prompt and of a completion in the warm-up step."""
 
@@ -129,13 +131,16 @@ def ours(asked: dict[str, Any]) -> dict[str, Any]:
     made._optimizer.register_step_pre_hook(
         lambda *_: keep_gradients(asked["gradients"], made._model.named_parameters())
     )
-    meter, found = Meter(), []
+    meter, found, kinds = Meter(), [], dict[str, float]()
 
     async def run() -> None:
         for groups in [cut(asked["groups"]), *[asked["groups"]] * asked["steps"]]:
             batch = await with_logprobs(made, rows_of(groups, made.version))
             with meter.step():
                 found.append(await made.step(batch))
+        if asked.get("profile"):
+            batch = await with_logprobs(made, rows_of(asked["groups"], made.version))
+            kinds.update(await made._run(lambda: by_kind(lambda: made._step(batch))))
         await made.close()
 
     asyncio.run(run())
@@ -144,7 +149,21 @@ def ours(asked: dict[str, Any]) -> dict[str, Any]:
     return meter.answer(
         tokens_forward=int(found[-1]["tokens_forward"]), trained=int(found[-1]["tokens"]),
         grad_norm=[metrics["grad_norm"] for metrics in found[1:]], settings=made.config.model_dump(mode="json"),
+        **({"profile": kinds} if kinds else {}),
     )  # fmt: skip
+
+
+def by_kind(work: Callable[[], object]) -> dict[str, float]:
+    """Return the share of the seconds of ``work``, which runs in this thread, by the kind of operation."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
+        work()
+    seconds = dict.fromkeys(("products", "attention", "AdamW", "all else"), 0.0)
+    for event in found.key_averages():
+        kind = next((k for name, k in KINDS.items() if name in event.key), "all else")
+        seconds[kind] += event.self_cpu_time_total / 1e6
+    return {kind: round(value / sum(seconds.values()), 3) for kind, value in seconds.items()}
 
 
 def rows_of(groups: list[dict[str, Any]], version: int) -> Any:

@@ -81,8 +81,12 @@ def test_the_sides_play_what_they_are_asked_for() -> None:
 def test_a_task_that_nobody_can_answer_is_named_and_not_played(monkeypatch: pytest.MonkeyPatch) -> None:
     sides = module("environments_sides")
 
+    def letters() -> Expert:
+        yield "abc"
+        yield "de"
+
     def expert(cls: type[Letters], task: Task) -> Expert | None:
-        return None if task.seed % 2 else (text for text in ("abc", "de"))
+        return None if task.seed % 2 else letters()
 
     monkeypatch.setattr(Letters, "expert", classmethod(expert))
     asked = {"side": "box", "env": "tests.letters_env:Letters", "at_once": 2, "seconds": 0.0, "sandbox": "unsafe_local"}

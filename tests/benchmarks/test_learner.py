@@ -72,6 +72,21 @@ def test_a_warm_up_is_short_and_the_measured_steps_alone_are_told() -> None:
     assert sides.figure("VmPeak:  5 kB\nVmHWM:  2048 kB\n", "VmHWM") == 2.0
 
 
+def test_a_profile_parts_operations_by_kind() -> None:
+    import torch
+
+    sides = module("learner_sides")
+    x = torch.ones(600, 600)
+    found = sides.by_kind(lambda: x @ x)
+    assert found["products"] > 0.5
+    assert found["attention"] == found["AdamW"] == 0.0
+    assert sum(found.values()) == pytest.approx(1.0, abs=0.002)
+    q = torch.ones(1, 4, 200, 64)
+    found = sides.by_kind(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    assert found["attention"] > 0.5
+    assert found["products"] == 0.0
+
+
 def test_our_gradient_is_the_plain_loop_s_and_another_batch_s_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
