@@ -190,18 +190,20 @@ endef
 	pip install -q -e '.[dev,ray]'
 	touch $@
 
+# An SSH server is installed in CI alone: the package starts one that every network reaches.
 .venv/.docker: pyproject.toml .venv/.setup-dev
 	@$(FUNCTIONS)
 	missing=()
 	[[ -n "$${DOCKER_HOST:-}" ]] || PATH=$$PATH:/usr/sbin command -v dockerd >/dev/null || missing+=(docker.io)
 	command -v docker-registry >/dev/null || missing+=(docker-registry)
+	[[ "$${CI:-}" != true ]] || PATH=$$PATH:/usr/sbin command -v sshd >/dev/null || missing+=(openssh-server)
 	if ((! $${#missing[@]})); then :
 	elif [[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null; then
 	  echo "setup: installing $${missing[*]}"
 	  apt-get update -qq
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null
 	elif [[ "$${missing[*]}" == *docker.io* ]]; then fail "there is no Docker engine: install docker.io, or set DOCKER_HOST"
-	else echo "setup: there is no docker-registry: tests of pulled images are skipped" >&2
+	else echo "setup: tests are skipped that need what is not there: $${missing[*]}" >&2
 	fi
 	echo "setup: installing the Docker SDK"
 	pip install -q -e '.[dev,docker]'
@@ -226,12 +228,12 @@ docker: .venv/.docker
 
 vllm: .venv/.vllm
 	@.venv/bin/areal-agents model pull smollm2 >/dev/null
-	$(PY) -m pytest -m "vllm and not ray and not gpu" --durations=15 tests
+	$(PY) -m pytest -m "vllm and not ray and not gpu" --durations=15 tests/engines/vllm
 
 ray: .venv/.ray
 	@.venv/bin/areal-agents model pull smollm2 >/dev/null
 	$(PY) -c 'import ray'  # its test modules skip themselves without: here that would be a failure
-	$(PY) -m pytest -m "ray and not gpu" --durations=15 tests
+	$(PY) -m pytest -m "ray and not gpu" --durations=15 tests/cluster
 
 # One after the other, also with make -j: two heavy suites at once would starve each other. Set-up is timed on its own.
 ci:

@@ -16,6 +16,9 @@ import areal_agents  # noqa: F401  before any test imports torch: it sets how to
 
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+TESTS = Path(__file__).resolve().parent
+FOLDERS = {"ray": "cluster", "vllm": "engines/vllm", "docker": "sandboxes"}
+"""Where the Makefile looks for tests by marker. Of two markers the first counts."""
 TASK_PACKAGES = Path(sys.prefix) / "task-packages"
 """Where `make test` puts the packages whose tasks adapters play."""
 if TASK_PACKAGES.is_dir():
@@ -40,7 +43,14 @@ def require(*dependencies: str) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take long, so that no worker is left alone with one at the end."""
+    """Begin with the files that take long, so that no worker is left alone with one at the end.
+
+    Raises UsageError for a test outside the folder of its marker, where ``make ci`` would never run it.
+    """
+    for item in items:
+        folder = next((folder for marker, folder in FOLDERS.items() if item.get_closest_marker(marker)), "")
+        if not item.path.is_relative_to(TESTS / folder):
+            raise pytest.UsageError(f"{item.nodeid} must be below tests/{folder}, where the Makefile looks for it")
     long = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long)
 

@@ -1,5 +1,8 @@
-"""Python as other systems than Linux have it, for a process of its own: ``python -m tests.other_systems macos ARGV…``.
+"""Python as other systems than Linux have it, for a process of its own.
 
+    python -m tests.other_systems macos '[["envs"], ["train", "--help"]]'
+
+runs one command after the other, and ends what each wrote to its two streams with a line ``ENDED`` and its exit code.
 What Linux alone has is deleted before any module of this package is imported. ``windows`` has no POSIX either.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 # Modules of others have versions for other systems. These are Linux's, which need what is deleted, so they come first.
 import asyncio  # noqa: F401
 import ctypes
+import json
 import multiprocessing.connection  # noqa: F401
 import os
 import signal
@@ -18,6 +22,7 @@ import sys
 import tempfile  # noqa: F401
 from typing import Any
 
+ENDED = "--- ended with"
 LINUX = (
     "sched_getaffinity", "sched_setaffinity", "memfd_create", "MFD_CLOEXEC", "pidfd_open", "P_PIDFD", "pipe2",
     "eventfd", "posix_fadvise", "posix_fallocate", "copy_file_range", "splice", "O_TMPFILE", "O_PATH", "O_DIRECT",
@@ -30,10 +35,10 @@ MODULES = ("fcntl", "resource", "pwd", "grp", "termios", "pty")
 SIGNALS = ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGCHLD")
 
 
-def become(system: str) -> None:
+def become(system: str, *, evaluates: bool) -> None:
     """Take from this process what ``system`` (``macos`` or ``windows``) lacks."""
     if system == "windows":
-        if "eval" in sys.argv:  # which loads it late; it takes seconds
+        if evaluates:  # which loads it late; it takes seconds
             from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: F401
 
         usual = ctypes.CDLL
@@ -52,8 +57,20 @@ def become(system: str) -> None:
             delattr(os, name)
 
 
-if __name__ == "__main__":
-    become(sys.argv[1])
+def run(argv: list[str]) -> object:
+    """The exit code of one command."""
     from areal_agents.cli.main import main
 
-    sys.exit(main(sys.argv[2:]))
+    try:
+        return main(argv)
+    except SystemExit as end:  # of --help
+        return end.code or 0
+
+
+if __name__ == "__main__":
+    commands = json.loads(sys.argv[2])
+    become(sys.argv[1], evaluates=any(argv[0] == "eval" for argv in commands))
+    for argv in commands:
+        code = run(argv)
+        for stream in (sys.stdout, sys.stderr):
+            print(f"\n{ENDED} {code}", file=stream, flush=True)

@@ -3,23 +3,24 @@
 build the wheel ─▶ install it with all dependencies ─▶ init ─▶ its tests ─▶ edit the reward ─▶ check ─▶ train ─▶ eval
 ─▶ eval --compare ─▶ edit the reward ─▶ rescore ─▶ replay
 
-Real throughout: pip, the embedded model, the engine's process, the learner. Only the numbers are small. Most of the
-time goes into installing (torch alone is 200 MB) and training.
+Real throughout: pip, the embedded model, the engine's process, the learner. Only the numbers are small, and torch
+alone is not installed again (``lend_torch``). Most of the time goes into training.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -28,7 +29,6 @@ from areal_agents.types import Trajectory
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("areal_agents", "envs", "tools", "sandboxes", "configs", "pyproject.toml", "README.md", "LICENSE")
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 ID = "scales_env/Boxes-v0"
 TURNS = ("--max-turn-tokens", "40", "--max-turns", "4", "--max-context", "384")
 SMALL = (
@@ -36,10 +36,19 @@ SMALL = (
     "--rollout.group_size", "2", "--rollout.concurrency", "4", "--rollout.max_turn_tokens", "40",
 )  # fmt: skip
 
+EACH = """
+import json, sys
+from areal_agents.cli.main import main
+for argv in json.loads(sys.argv[1]):
+    code = main(argv)
+    print(f"\\n{sys.argv[2]} {code}", flush=True)
+"""
+MARK = "--- ended with"
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
-def run(command: Sequence[str | Path], cwd: Path, *, code: int = 0) -> str:
+def run(command: Sequence[str | Path], cwd: Path) -> str:
     """The standard output of ``command``, in an environment that knows nothing of the checkout."""
     hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONDONTWRITEBYTECODE")
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
@@ -48,7 +57,7 @@ def run(command: Sequence[str | Path], cwd: Path, *, code: int = 0) -> str:
         [str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900
     )
     print(f"{time.perf_counter() - started:6.1f} s  {' '.join(str(c) for c in command)}")  # for `pytest -s`
-    assert done.returncode == code, f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
@@ -62,8 +71,15 @@ class User:
     def python(self, *args: str) -> str:
         return run([self.bin / "python", *args], self.folder)
 
-    def areal_agents(self, *args: str | Path, code: int = 0) -> str:
-        return run([self.bin / "areal-agents", *args], self.folder, code=code)
+    def areal_agents(self, *args: str | Path) -> str:
+        return run([self.bin / "areal-agents", *args], self.folder)
+
+    def each(self, *commands: Sequence[str]) -> list[tuple[str, int]]:
+        """What each command prints, and its exit code. One process runs all of them: a start takes seconds."""
+        said = run([self.bin / "python", "-P", "-c", EACH, json.dumps(commands), MARK], self.folder)
+        parts = re.split(rf"\n{MARK} (\d+)\n", said)
+        assert (len(parts), parts[-1]) == (2 * len(commands) + 1, ""), said
+        return list(zip(parts[:-1:2], map(int, parts[1::2]), strict=True))
 
     def edit(self, file: str, old: str, new: str) -> None:
         path = self.folder / file
@@ -90,34 +106,43 @@ def user(tmp_path: Path, smollm2: Path) -> Iterator[User]:
     (wheel,) = dist.glob("areal_agents-*.whl")
     run([sys.executable, "-m", "venv", "--without-pip", venv], tmp_path)
     try:
+        lend_torch(venv)
         install(venv, wheel, "pytest")
         (tmp_path / "work").mkdir()
         yield User(tmp_path / "work", venv / "bin")
     finally:
-        shutil.rmtree(venv)  # 1.5 GB, and checkpoints of as much: pytest would keep them for three runs
+        shutil.rmtree(venv)  # 1 GB, and checkpoints of as much: pytest would keep them for three runs
         shutil.rmtree(tmp_path / "work", ignore_errors=True)
 
 
+def lend_torch(venv: Path) -> None:
+    """Link torch as it is installed here into ``venv``, where pip finds it and installs what it needs.
+
+    It is the half of all files, which `make setup` has just unpacked.
+    """
+    torch = distribution("torch")
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(venv)}))
+    assert torch.files is not None
+    for name in {file.parts[0] for file in torch.files} - {"..", "__pycache__"}:
+        (site / name).symlink_to(Path(str(torch.locate_file(name))).resolve(strict=True))
+
+
 def install(venv: Path, *what: str | Path) -> None:
-    """pip install into ``venv``, with the same torch build as outside: a CUDA build would add gigabytes."""
+    """pip install into ``venv``, and leave torch as it is: another one would be removed from where it lies."""
     command: list[str | Path] = [sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "-q"]
-    command += ["--no-compile", f"torch=={version('torch')}", *what]
-    index = os.environ.get("TORCH_INDEX", "")  # as in the Makefile, which goes on to PyTorch's own index too
-    try:
-        run([*command, *(("--extra-index-url", index) if index else ())], venv)
-    except AssertionError:
-        run([*command, "--extra-index-url", CPU_INDEX], venv)
+    run([*command, "--no-compile", f"torch=={version('torch')}", *what], venv)
 
 
 def test_the_users_path(user: User) -> None:
-    home = user.python("-c", "import areal_agents; print(areal_agents.__file__)").strip()
+    code = "import areal_agents; print(areal_agents.__file__, *requires('areal-agents'), sep='\\n')"
+    home, *needs = user.python("-c", f"from importlib.metadata import requires; {code}").splitlines()
     assert Path(home).is_relative_to(user.bin.parent / "lib")
+    assert any(re.match(r"torch\W", need) for need in needs)  # which was there before it was asked for
     user = new_package(user)
     change_the_reward(user)
     train_it(user)
     evaluate_it(user)
-    compare_them(user)
-    replay_it(user)
+    compare_and_replay(user)
     rescore_it(user)
 
 
@@ -168,9 +193,20 @@ def evaluate_it(user: User) -> None:
     assert (report["env"], report["n"], report["k"], report["infra_rate"]) == (ID, 4, 1, 0.0)
 
 
-def compare_them(user: User) -> None:
-    """The same four held-out tasks before training, and with the trained model from its folder."""
-    row = json.loads(user.areal_agents("eval", "--compare", "runs/first:before", "runs/eval", "--json", "-"))
+def compare_and_replay(user: User) -> None:
+    """The same four held-out tasks before training, and with the trained model from its folder.
+
+    An episode of the run plays again exactly as it was.
+    """
+    episode = user.saved("train")[0].id
+    (compared, *_), (said, *_), (listed, *_), (replayed, *_) = found = user.each(
+        ["eval", "--compare", "runs/first:before", "runs/eval", "--json", "-"],
+        ["eval", "--compare", "runs/first:before", "runs/first:after_rl"],
+        ["replay", "runs/first", "--list"],
+        ["replay", "runs/first", "--episode", episode],
+    )
+    assert [code for _, code in found] == [0] * 4, found
+    row = json.loads(compared)
     report = json.loads((user.folder / "runs" / "eval" / "report.json").read_text())
     before = user.saved("eval-before")
     assert (row["n"], row["attempts"], row["left_out"]) == (4, [1, 1], [0, 0])
@@ -179,35 +215,26 @@ def compare_them(user: User) -> None:
     assert row["reward"]["difference"] == pytest.approx(report["reward"] - sum(t.reward for t in before) / 4)
     assert len(row["gained"]) + len(row["lost"]) + row["ties"] == 4
     assert "4 tasks are few" in row["notes"][0]
-    said = user.areal_agents("eval", "--compare", "runs/first:before", "runs/first:after_rl")
     assert "4 tasks, 1 and 1 attempts a task, paired by task" in said
-
-
-def replay_it(user: User) -> None:
-    """An episode of the run plays again exactly as it was."""
-    episode = user.saved("train")[0].id
-    assert episode in user.areal_agents("replay", "runs/first", "--list")
-    assert "identical" in user.areal_agents("replay", "runs/first", "--episode", episode)
+    assert episode in listed
+    assert "identical" in replayed
 
 
 def rescore_it(user: User) -> None:
     """Another edit, on the saved episodes: a right answer now pays 0.9. A replay notices it too."""
     user.edit("scales_env/rubric.py", "max(solved,", "max(0.9 * solved,")
-    demonstrations = rescored(user, "demonstration")
+    rescore = ("rescore", "runs/first", "--reward", "scales_env.rubric:rubric", "--json", "-", "--kind")
+    replay = ("replay", "runs/first", "--kind", "demonstration", "--episode", user.saved("demonstration")[0].id)
+    one, two, replayed = user.each((*rescore, "demonstration"), (*rescore, "train"), replay)
+    assert (one[1], two[1]) == (0, 0)
+    demonstrations, now = json.loads(one[0]), json.loads(two[0])
     assert (demonstrations["scored"], demonstrations["failed"]) == (8, 0)
     assert (demonstrations["mean_old"], demonstrations["mean_new"]) == (1.0, pytest.approx(0.9))
     assert (demonstrations["pass_old"], demonstrations["pass_new"], demonstrations["episodes_flipped"]) == (1.0, 0, 8)
-    trained, now = user.saved("train"), rescored(user, "train")
+    trained = user.saved("train")
     expected = [0.9 if t.reward == 1.0 else t.reward for t in trained]
     assert now["mean_old"] == pytest.approx(sum(t.reward for t in trained) / 8)
     assert now["mean_new"] == pytest.approx(sum(expected) / 8)
     assert now["changed"] == sum(t.reward == 1.0 for t in trained) / 8
-    command = ("replay", "runs/first", "--kind", "demonstration", "--episode", user.saved("demonstration")[0].id)
-    assert "recorded 1.0, replayed 0.9" in user.areal_agents(*command, code=1)
-
-
-def rescored(user: User, kind: str) -> dict[str, Any]:
-    reward = "scales_env.rubric:rubric"
-    said = user.areal_agents("rescore", "runs/first", "--reward", reward, "--kind", kind, "--json", "-")
-    found: dict[str, Any] = json.loads(said)
-    return found
+    assert replayed[1] == 1
+    assert "recorded 1.0, replayed 0.9" in replayed[0]

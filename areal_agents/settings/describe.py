@@ -177,13 +177,14 @@ def nearest(key: str, *, without: Callable[[str], object] = lambda key: None) ->
     return found[:3]
 
 
-def _parameter_keys() -> list[str]:
+@cache
+def _parameter_keys() -> tuple[str, ...]:
     """Return the dotted keys of the parameters of our algorithms."""
     keys: dict[str, None] = {}
     for key, registry in REGISTRIES.items():
         for kind in registry.builtin():  # a package may be broken, and a typo is no reason to import it
             keys |= dict.fromkeys(s.key for s in parameters(key, kind).values())
-    return list(keys)
+    return tuple(keys)
 
 
 def either(names: Sequence[str]) -> str:

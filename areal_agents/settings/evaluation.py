@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ SERVED = {
 """The same, of a model behind a chat server."""
 
 
+@cache
 def training_only(key: str, *, served: bool = False) -> str | None:
     """Return why the setting ``key`` means nothing for an evaluation, or None where it means something.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def test_our_gradient_is_the_plain_loop_s_and_another_batch_s_is_not(
 
     def recorded(side: str, *asked: Any, **more: Any) -> Any:
         told[side] = asks(side, *asked, **more)
+        shutil.copy(more["gradients"], tmp_path / side)
         return told[side]
 
     monkeypatch.setattr(sides, "ask", recorded)
@@ -110,8 +112,10 @@ def test_our_gradient_is_the_plain_loop_s_and_another_batch_s_is_not(
     assert told["plain"]["tokens_forward"] == 8 * (40 + 32)
 
     def other(side: str, model: str, groups: list[dict[str, Any]], **more: Any) -> Any:
-        if side == "plain":
-            groups[0]["advantages"][0] = -1.4
+        if side == "ours":  # nothing of its batch is another, and it said already what its gradient is
+            shutil.copy(tmp_path / side, more["gradients"])
+            return told[side]
+        groups[0]["advantages"][0] = -1.4
         return asks(side, model, groups, **more)
 
     monkeypatch.setattr(sides, "ask", other)

@@ -89,18 +89,30 @@ def test_a_game(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert settings.load(folder / "train.toml").env.id == "acme_env/Cellar-v0"
 
 
+def checked(
+    folder: Path, env: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What the command that checks an environment prints, in the package's folder."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    assert main(["check", f"acme_env.env:{env}", "--tokenizer", str(model)]) == 0, capsys.readouterr()
+    return capsys.readouterr().out
+
+
 @pytest.mark.slow
-def test_a_games_tests_pass_and_so_does_its_check(tmp_path: Path, smollm2: Path) -> None:
+@pytest.mark.usefixtures("restored_registry")
+def test_a_games_tests_pass_and_so_does_its_check(
+    tmp_path: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = init("acme_env", tmp_path, "game")
     # What is deselected runs the check, as the command does below.
     without = ("-k", "not keeps_the_contract")
     done = run(folder, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", *without)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "7 passed" in done.stdout
-    done = run(folder, "-m", "areal_agents", "check", "acme_env.env:Cellar", "--tokenizer", str(smollm2))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not re.findall("FAILED|unaudited", done.stdout)
-    assert "4 expert episodes (up to 1.1) earn 1" in done.stdout
+    said = checked(folder, "Cellar", smollm2, monkeypatch, capsys)
+    assert not re.findall("FAILED|unaudited", said)
+    assert "4 expert episodes (up to 1.1) earn 1" in said
 
 
 @pytest.mark.slow
@@ -120,13 +132,14 @@ def test_its_tests_pass_and_fail_with_a_broken_reward(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_check_of_the_command_line_passes(tmp_path: Path, smollm2: Path) -> None:
-    folder = init("acme_env", tmp_path)
-    done = run(folder, "-m", "areal_agents", "check", "acme_env.env:Boxes", "--tokenizer", str(smollm2))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not re.findall("FAILED|unaudited", done.stdout)
-    assert re.findall(r"skipped +(\w+)", done.stdout) == ["golds"]  # the rubric is a function of the package's own
-    assert "16 gold answers and 4 expert episodes earn 1" in done.stdout
+@pytest.mark.usefixtures("restored_registry")
+def test_the_check_of_the_command_line_passes(
+    tmp_path: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = checked(init("acme_env", tmp_path), "Boxes", smollm2, monkeypatch, capsys)
+    assert not re.findall("FAILED|unaudited", said)
+    assert re.findall(r"skipped +(\w+)", said) == ["golds"]  # the rubric is a function of the package's own
+    assert "16 gold answers and 4 expert episodes earn 1" in said
 
 
 @pytest.mark.parametrize(

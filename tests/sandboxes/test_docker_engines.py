@@ -24,6 +24,7 @@ from areal_agents.sandboxes.docker_backend import DockerBackend
 from areal_agents.sandboxes.docker_tunnel import Tunnel
 from areal_agents.sandboxes.subject import run
 from tests.sandboxes.engines import containers, play
+from tests.sandboxes.test_backends import need
 from tests.sandboxes.test_docker_services import ask, web
 
 
@@ -32,8 +33,9 @@ def ssh_host(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     """An ssh server on the loopback with a key of its own, beside the tests' engine; yields its address."""
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
     socket_path = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
-    if sshd is None or os.geteuid() != 0 or not socket_path.startswith("unix://"):
-        pytest.skip("needs sshd (openssh-server), root, and an engine on a unix socket")
+    here = sshd is not None and os.geteuid() == 0 and socket_path.startswith("unix://")
+    need(here, "sshd (openssh-server), root, and an engine on a unix socket")
+    assert sshd is not None
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
     with socket.socket() as free:

@@ -174,18 +174,20 @@ def test_twenty_kills_lose_nothing_and_train_nothing_twice(tmp_path: Path) -> No
     path.write_text(settings.dump(c))
     rng = random.Random(7)
     steps_at: list[int] = []
+    start = 4.0  # seconds from a launch until its run goes on, as the last one needed them
     with zygote(str(tmp_path)) as process:
         for kill in range(20):
             before, started = train_rows(c.out), time.monotonic()
             pid = launch(process, path)
             if kill % 5 == 0:  # while it starts: imports are done, so this is the model, the engine, the resuming
-                delay = rng.uniform(0.0, 4.0)
+                delay = rng.uniform(0.0, start)
                 wait_for(lambda: time.monotonic() - started > delay, pid)  # noqa: B023
             else:
                 goal = rng.randint(2, 5)
                 resumed = c.out / "events.jsonl"
                 seen = resumed.read_bytes().count(b'"resumed"') if resumed.exists() else 0
                 wait_for(lambda: not before or resumed.read_bytes().count(b'"resumed"') > seen, pid)  # noqa: B023
+                start = time.monotonic() - started if before else start
                 base = train_rows(c.out)
                 wait_for(lambda: train_rows(c.out) >= base + goal, pid)  # noqa: B023
                 time.sleep(rng.uniform(0.0, 0.15))  # any moment will do: between, in and after the writes of a step
