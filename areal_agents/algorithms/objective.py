@@ -155,8 +155,13 @@ class PolicyObjective:
 
     @property
     def needs_noise(self) -> bool:
-        """Whether the mask reads the distance between engine and learner on policy: a forward pass, once in a run."""
-        return "noise_T" in self._mask.takes
+        """Whether the mask reads the distance between engine and learner on policy: a forward pass, once in a run.
+
+        What a mask declares by ``masks.leaves_noise`` is held to its parameters.
+        """
+        unread: Mapping[str, object] = getattr(self._mask.function, "leaves_noise", {})
+        options = self._mask.options
+        return "noise_T" in self._mask.takes and not any(options.get(name) == at for name, at in unread.items())
 
     def _parts(
         self, logprobs_T: Tensor, tokens: Tokens, *, version: int, noise: float
@@ -266,7 +271,8 @@ class _Chosen:
         self.where = f"{registry.key}.kind = {choice.kind!r}"
         self.takes = registry.takes(choice)
         self._function = registry.bound(choice)
-        self.scope = scope_of(registry.function(choice.kind), self.where, registry.options(choice))
+        self.function, self.options = registry.function(choice.kind), registry.options(choice)
+        self.scope = scope_of(self.function, self.where, self.options)
 
     def __call__(self, columns: Mapping[str, Tensor], expected: type[Found]) -> Found:
         found = self._function(**{name: columns[name] for name in self.takes})

@@ -295,7 +295,7 @@ MASKS = Registry(
     given=("logprobs_T", "behaviour_T", "advantages_T", "ages_T", "episodes_T", "turns_T", "noise_T"),
 )
 """From the distance between the current policy and the sampler to what is kept, bool [T]: ``masks.py``. One that takes
-``noise_T`` costs a forward pass without gradient once in a run."""
+``noise_T`` costs a forward pass without gradient once in a run, unless it says that it leaves it (``leaves_noise``)."""
 
 NO_MASK = Choice("none")
 READ_VALUES = ("gae", "turn_gae", "bilevel_gae")
