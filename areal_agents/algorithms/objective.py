@@ -17,7 +17,7 @@ from torch import Tensor
 from areal_agents.algorithms import losses, offpolicy
 from areal_agents.algorithms.batch import LEFT_OUT, Batch, Row
 from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
-from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, MASKS, NO_MASK, Choice, Registry
+from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, MASKS, NO_MASK, Choice, Registry, kept_decay
 from areal_agents.algorithms.scope import Scope, scope_of, widest
 from areal_agents.errors import ConfigError
 
@@ -136,8 +136,7 @@ class PolicyObjective:
         self._mask = _Chosen(MASKS, mask)
         self.scope: Scope = widest(*(f.scope for f in (self._loss, self._correction, self._mask)))
         self._masks = mask.kind != NO_MASK.kind
-        decay = getattr(CORRECTIONS.function(correction.kind), "proximal_decay", None)
-        self.proximal_decay: float | None = None if decay is None else CORRECTIONS.options(correction)[decay]
+        self.proximal_decay = kept_decay(correction)
         """β of the average of policies that p is. None: p is recomputed, or there is none."""
         self._aggregation, self._constant, self._max_staleness = aggregation, constant, max_staleness
         trial_T = torch.tensor([-0.5, -1.0])

@@ -312,5 +312,22 @@ def needs_critic(kind: str) -> bool:
     return bool(getattr(ADVANTAGES.function(kind), "reads_values", False))
 
 
+def kept_decay(correction: Choice) -> float | None:
+    """Return β of the average of policies that the correction has kept as p, or None where nothing is kept.
+
+    A correction declares it by ``offpolicy.keeps_proximal``. Raises ConfigError where it names no parameter of its own.
+    """
+    name = getattr(CORRECTIONS.function(correction.kind), "proximal_decay", None)
+    if name is None:
+        return None
+    options = CORRECTIONS.options(correction)
+    if name not in options:
+        raise ConfigError(
+            f"{CORRECTIONS.key}.kind = {correction.kind!r}: @keeps_proximal({name!r}) names none of its parameters, "
+            f"which are {', '.join(options) or 'none'}"
+        )
+    return float(options[name])
+
+
 REGISTRIES = {r.key: r for r in (ADVANTAGES, LOSSES, CORRECTIONS, MASKS)}
 """By the setting that chooses."""
