@@ -101,7 +101,7 @@ def test_where_no_mask_reads_it_nothing_is_measured_and_no_pass_is_made(tmp_path
             rows.append(len(given))
             return usual(given, *rest)
 
-        made._passes.logprobs = counted  # type: ignore[method-assign]
+        made._passes.logprobs = counted  # type: ignore[method-assign,assignment]
         return rows, dict(run(made, lambda it: it.step(batch)))
 
     read, metrics = passes(Choice("geometric"), "read")

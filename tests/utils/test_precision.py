@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from areal_agents.errors import ConfigError
-from areal_agents.utils.precision import Precision, cpu_flags, has_bf16_cpu, is_slow, resolve_precision, slow_format_note
+from areal_agents.utils.precision import (
+    Precision,
+    cpu_flags,
+    has_bf16_cpu,
+    is_slow,
+    resolve_precision,
+    slow_format_note,
+)
 
 OLD, NEW, UNKNOWN = frozenset({"fpu", "avx2"}), frozenset({"fpu", "amx_bf16"}), frozenset[str]()
 
