@@ -82,11 +82,11 @@ def compared(runs: Path, name: str) -> dict[str, Any]:
 
 
 def gained(comparison: dict[str, Any]) -> Check:
-    low, high = (round(100 * bound, 2) for bound in comparison["pass_at_1"]["ci95"])
-    return Check(
-        f"{comparison['run']}: pass@1 gained from the warm start, n = {comparison['n']}, 95 % interval in points",
-        [low, high], "above 0", low > 0,
-    )  # fmt: skip
+    name = f"{comparison['run']}: pass@1 gained from the warm start, n = {comparison['n']}, 95 % interval in points"
+    if (ci95 := comparison["pass_at_1"]["ci95"]) is None:
+        return Check(name, None, "above 0", False, "the comparison has no interval")
+    low, high = (round(100 * bound, 2) for bound in ci95)
+    return Check(name, [low, high], "above 0", low > 0)
 
 
 def main() -> int:

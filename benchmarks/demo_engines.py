@@ -89,15 +89,18 @@ def folder(name: str, seed: int) -> str:
 
 def checks(comparisons: list[dict[str, Any]]) -> list[Check]:
     """Of each comparison, that its interval lies inside the margin."""
+    return [_check(comparison) for comparison in comparisons]
+
+
+def _check(c: dict[str, Any]) -> Check:
+    name = (
+        f"pass@1 of {c['b']} less that of {c['a']}, seed{'s' * (len(c['seeds']) > 1)} "
+        f"{', '.join(map(str, c['seeds']))}, n = {c['n']}: 95 % interval in points"
+    )
     goal = f"inside ±{100 * MARGIN:g} points"
-    return [
-        Check(
-            f"pass@1 of {c['b']} less that of {c['a']}, seed{'s' * (len(c['seeds']) > 1)} "
-            f"{', '.join(map(str, c['seeds']))}, n = {c['n']}: 95 % interval in points",
-            [round(100 * bound, 2) for bound in c["pass_at_1"]["ci95"]], goal, c["within"],
-        )
-        for c in comparisons
-    ]  # fmt: skip
+    if (ci95 := c["pass_at_1"]["ci95"]) is None:
+        return Check(name, None, goal, False, "the comparison has no interval")
+    return Check(name, [round(100 * bound, 2) for bound in ci95], goal, c["within"])
 
 
 def quick_checks(samples: list[dict[str, Any]]) -> list[Check]:

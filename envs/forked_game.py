@@ -27,7 +27,7 @@ from areal_agents.envs.forked_game_worker import ENTRY, MAX_REPLY
 from areal_agents.errors import ConfigError, EnvError
 from areal_agents.process_env import KILLED
 from areal_agents.rewards.mathematics.fork_server import Forked, ForkServer
-from areal_agents.types import AssistantMessage, Info, Observation, system, user
+from areal_agents.types import AssistantMessage, Info, Observation, Task, system, user
 
 MAKE_SECONDS = 60.0
 TEST_SEEDS_FROM = 1 << 30
@@ -76,11 +76,15 @@ class ForkedGame(AgentEnv):
         self._session: Session | None = None
         self._turns = 0
 
+    def require_own(self, task: Task) -> None:
+        """Raise TaskError where ``task`` belongs to another game. Here any task may be played."""
+
     async def areset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[Observation, Info]:
         task = self.begin(seed, options)
         await self.aclose()
+        self.require_own(task)
         self._turns = 0
         self._session = await Session.start(self._entry)
         seed = task.payload["seed"]

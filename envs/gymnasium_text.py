@@ -12,6 +12,7 @@ observation is shown. An environment that only says ``done`` is refused, since n
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,9 +22,10 @@ import numpy as np
 from areal_agents.context import ContextLike
 from areal_agents.env import LazyTasks
 from areal_agents.envs.forked_game import TEST_SEEDS_FROM, ForkedGame
-from areal_agents.errors import ConfigError
+from areal_agents.errors import ConfigError, TaskError
 from areal_agents.spaces import TextSpace
 from areal_agents.types import Task
+from areal_agents.utils.short_text import short
 
 ID = "areal/GymnasiumText-v0"
 SAMPLE = "areal_agents.envs.gymnasium_text:Repeat"
@@ -102,6 +104,14 @@ class GymnasiumText(ForkedGame):
     def training_tasks(self) -> Sequence[Task]:
         return self.tasks("train", **self._source)
 
+    def require_own(self, task: Task) -> None:
+        other = task.payload.get("env"), json.loads(json.dumps(task.payload.get("env_kwargs") or {}))
+        if other != (self._entry, self._arguments):
+            raise TaskError(
+                f"task {task.id!r} belongs to {_named(*other)}, and this environment plays "
+                f"{_named(self._entry, self._arguments)}"
+            )
+
     @classmethod
     def gold(cls, task: Task) -> str | None:
         """Return what the sample wants to hear. Of others nobody knows it."""
@@ -109,6 +119,10 @@ class GymnasiumText(ForkedGame):
             return None
         word = _word(gymnasium.utils.seeding.np_random(task.payload["seed"])[0])
         return f"{word} {word}"
+
+
+def _named(env: object, arguments: Mapping[str, Any]) -> str:
+    return short(env) + (f" with {short(arguments)}" if arguments else "")
 
 
 def _word(rng: np.random.Generator) -> str:

@@ -21,11 +21,12 @@ from areal_agents.envs.dialogue import Dialogue
 from areal_agents.envs.tau2_data import SPLITS, domain_tasks, gold_actions, graded
 from areal_agents.envs.tau2_user import GREETING, ModelUser, ScriptedUser, parts_of
 from areal_agents.envs.tau2_world import Declared, Side, World, declared_of, policy_of
-from areal_agents.errors import ConfigError, EngineError
+from areal_agents.errors import ConfigError, EngineError, TaskError
 from areal_agents.reward import Episode, Verdict
 from areal_agents.served_model import ModelLike
 from areal_agents.tool import ToolSpec, call_text
 from areal_agents.types import AssistantMessage, Info, Observation, Task, user
+from areal_agents.utils.short_text import short
 
 MAX_ERRORS = 10
 """Calls that may fail. The last of them ends the talk, and nothing is paid."""
@@ -111,6 +112,8 @@ class Tau2(Dialogue):
         return [_tool(self.domain, side, tool.name) for side in sides for tool in declared_of(self.domain, side)]
 
     def new_state(self, task: Task) -> Desk:
+        if (other := task.payload.get("domain")) != self.domain:
+            raise TaskError(f"task {task.id!r} belongs to the domain {short(other)}, and this is {self.domain!r}")
         row = task.payload["row"]
         world = World(self.domain, row)
         if self.solo:

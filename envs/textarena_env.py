@@ -21,7 +21,7 @@ from areal_agents.engine import Sampling
 from areal_agents.env import Expert, LazyTasks
 from areal_agents.envs.forked_game import TEST_SEEDS_FROM, ForkedGame
 from areal_agents.envs.textarena_lists import EXCLUDED, SINGLE, TWO
-from areal_agents.errors import ConfigError, EnvError
+from areal_agents.errors import ConfigError, EnvError, TaskError
 from areal_agents.served_model import ModelLike, chat_models
 from areal_agents.tools.ask_user import ANSWER_SECONDS, answered
 from areal_agents.types import AssistantMessage, Info, Message, Observation, Task, user
@@ -104,6 +104,10 @@ class TextArena(ForkedGame):
 
     def training_tasks(self) -> Sequence[Task]:
         return self.tasks("train", game=self._game)
+
+    def require_own(self, task: Task) -> None:
+        if (other := task.payload.get("game")) != self._game:
+            raise TaskError(f"task {task.id!r} belongs to {short(other)}, and this environment plays {self._game!r}")
 
     @classmethod
     def expert(cls, task: Task) -> Expert | None:

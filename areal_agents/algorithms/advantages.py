@@ -204,36 +204,47 @@ def opo(group: Group) -> list[Tensor]:
 
 @reads_ratios
 @compares_with("group")
-def opob(group: Group) -> list[Tensor]:
+def opob(
+    group: Group,
+    *,
+    truncate: Annotated[
+        float | None,
+        Field(gt=0.0, description="Cap on a trajectory's weight: that of algorithm.correction.truncate; none: no cap."),
+    ] = 2.0,
+) -> list[Tensor]:
     """Compare each episode's return with the group's mean, weighted by squared importance weights and lengths.
 
-        A_i = R_i − b,  b = Σ_j w_j² L_j R_j / Σ_j w_j² L_j,  w_j = ∏ π/μ,  the same for every turn of trajectory i
+        A_i = R_i − b,  b = Σ_j w_j² L_j R_j / Σ_j w_j² L_j,  w_j = min(∏ π/μ, C),  the same for every turn of i
 
     The baseline of least variance of an off-policy gradient Σ_i w_i (R_i − b) ∇log π(τ_i): each trajectory counts by
     the square of its term. w_j is the ratio of the policy that trains to the sampler over the trajectory's tokens, its
-    logarithm bounded to ±20. L_j, the sampled tokens, stands for ‖∇log π(τ_j)‖², as in ``opo``: this is ``opo`` where
-    all w are 1.
+    logarithm bounded to ±20. The weight of a term is the one that the correction gives it, so C is the correction's
+    own (both are 2 by default). Without it a trajectory whose gradient is cut would still decide the baseline. L_j, the
+    sampled tokens, stands for ‖∇log π(τ_j)‖², as in ``opo``: this is ``opo`` where all w are the same.
 
     Paper: VCPO, 2602.17616 (OPOB; read in a public implementation, not in the paper). It takes the norms of the
     trajectories' own gradients, for which each needs a backward pass of its own and a step a second buffer of
-    gradients: that is not here. Its other half is ``learner.ess_step``.
+    gradients: that is not here. C is ours. Its other half is ``learner.ess_step``.
 
-    Bias: that of ``opo``. With far-off trajectories b is the return of few of them.
+    Bias: that of ``opo``. Without C, and with far-off trajectories, b is the return of few of them.
 
     Use it: off policy, with weights of whole trajectories: ``reinforce`` with ``importance`` of ``scope =
     "trajectory"``. It costs a forward pass a batch.
 
     Returns one float32 tensor [K_i] per episode. Raises ValueError for a group of fewer than two episodes, without a
-    sampled token, or without ratios.
+    sampled token, or without ratios, and for C ≤ 0.
     """
     require_two(group, "opob")
+    if truncate is not None and not truncate > 0:
+        raise ValueError(f"truncate = {truncate} must be positive, or None for no truncation")
     logs = [e.log_ratio for e in group]
     if any(x is None for x in logs):
         raise ValueError("opob weights returns by π/μ, and this group has no ratios")
     lengths_G = torch.tensor([float(sum(e.tokens_K)) for e in group], dtype=torch.float64)
     if not bool(lengths_G.sum() > 0):
         raise ValueError("opob weights returns by sampled tokens, and this group has none")
-    logs_G = torch.tensor(logs, dtype=torch.float64).clamp(-LARGEST_LOG, LARGEST_LOG)
+    most = LARGEST_LOG if truncate is None else min(math.log(truncate), LARGEST_LOG)
+    logs_G = torch.tensor(logs, dtype=torch.float64).clamp(-LARGEST_LOG, most)
     weights_G = lengths_G * torch.exp(2.0 * (logs_G - logs_G.max()))
     returns_G = returns_of(group)
     return spread(snapped(returns_G - (weights_G * returns_G).sum() / weights_G.sum(), group), group)

@@ -13,7 +13,8 @@ c that covers the noise which the learner measured at the start (``noise_T``).
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -22,6 +23,22 @@ from torch import Tensor
 from areal_agents.algorithms.offpolicy import Bounds, around_one, check_same_shape, log_ratio
 from areal_agents.algorithms.scope import sees
 from areal_agents.algorithms.spans import Spans
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def leaves_noise(**values: object) -> Callable[[F], F]:
+    """Make a decorator that declares when a mask leaves ``noise_T`` unread: at any of these values of its parameters.
+
+    What is measured costs a forward pass, and need not be then.
+    """
+
+    def declare(function: F) -> F:
+        function.leaves_noise = values  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
 
 Over = Annotated[
     Literal["turn", "trajectory"], Field(description="What is kept or masked as one: a turn, or a whole episode.")
@@ -78,6 +95,7 @@ def sequence(
     return spans.spread((total_N >= low) & (total_N <= high))
 
 
+@leaves_noise(measured=False, shrink=False)
 @sees("episode")
 def geometric(
     logprobs_T: Tensor,

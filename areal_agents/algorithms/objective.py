@@ -17,7 +17,7 @@ from torch import Tensor
 from areal_agents.algorithms import losses, offpolicy
 from areal_agents.algorithms.batch import LEFT_OUT, Batch, Row
 from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
-from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, MASKS, NO_MASK, Choice, Registry
+from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, MASKS, NO_MASK, Choice, Registry, kept_decay
 from areal_agents.algorithms.scope import Scope, scope_of, widest
 from areal_agents.errors import ConfigError
 
@@ -136,8 +136,7 @@ class PolicyObjective:
         self._mask = _Chosen(MASKS, mask)
         self.scope: Scope = widest(*(f.scope for f in (self._loss, self._correction, self._mask)))
         self._masks = mask.kind != NO_MASK.kind
-        decay = getattr(CORRECTIONS.function(correction.kind), "proximal_decay", None)
-        self.proximal_decay: float | None = None if decay is None else CORRECTIONS.options(correction)[decay]
+        self.proximal_decay = kept_decay(correction)
         """β of the average of policies that p is. None: p is recomputed, or there is none."""
         self._aggregation, self._constant, self._max_staleness = aggregation, constant, max_staleness
         trial_T = torch.tensor([-0.5, -1.0])
@@ -155,8 +154,13 @@ class PolicyObjective:
 
     @property
     def needs_noise(self) -> bool:
-        """Whether the mask reads the distance between engine and learner on policy: a forward pass, once in a run."""
-        return "noise_T" in self._mask.takes
+        """Whether the mask reads the distance between engine and learner on policy: a forward pass, once in a run.
+
+        What a mask declares by ``masks.leaves_noise`` is held to its parameters.
+        """
+        unread: Mapping[str, object] = getattr(self._mask.function, "leaves_noise", {})
+        options = self._mask.options
+        return "noise_T" in self._mask.takes and not any(options.get(name) == at for name, at in unread.items())
 
     def _parts(
         self, logprobs_T: Tensor, tokens: Tokens, *, version: int, noise: float
@@ -266,7 +270,8 @@ class _Chosen:
         self.where = f"{registry.key}.kind = {choice.kind!r}"
         self.takes = registry.takes(choice)
         self._function = registry.bound(choice)
-        self.scope = scope_of(registry.function(choice.kind), self.where, registry.options(choice))
+        self.function, self.options = registry.function(choice.kind), registry.options(choice)
+        self.scope = scope_of(self.function, self.where, self.options)
 
     def __call__(self, columns: Mapping[str, Tensor], expected: type[Found]) -> Found:
         found = self._function(**{name: columns[name] for name in self.takes})

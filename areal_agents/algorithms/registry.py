@@ -295,7 +295,7 @@ MASKS = Registry(
     given=("logprobs_T", "behaviour_T", "advantages_T", "ages_T", "episodes_T", "turns_T", "noise_T"),
 )
 """From the distance between the current policy and the sampler to what is kept, bool [T]: ``masks.py``. One that takes
-``noise_T`` costs a forward pass without gradient once in a run."""
+``noise_T`` costs a forward pass without gradient once in a run, unless it says that it leaves it (``leaves_noise``)."""
 
 NO_MASK = Choice("none")
 READ_VALUES = ("gae", "turn_gae", "bilevel_gae")
@@ -310,6 +310,23 @@ def needs_critic(kind: str) -> bool:
     if kind in ADVANTAGES.builtin():
         return kind in READ_VALUES
     return bool(getattr(ADVANTAGES.function(kind), "reads_values", False))
+
+
+def kept_decay(correction: Choice) -> float | None:
+    """Return β of the average of policies that the correction has kept as p, or None where nothing is kept.
+
+    A correction declares it by ``offpolicy.keeps_proximal``. Raises ConfigError where it names no parameter of its own.
+    """
+    name = getattr(CORRECTIONS.function(correction.kind), "proximal_decay", None)
+    if name is None:
+        return None
+    options = CORRECTIONS.options(correction)
+    if name not in options:
+        raise ConfigError(
+            f"{CORRECTIONS.key}.kind = {correction.kind!r}: @keeps_proximal({name!r}) names none of its parameters, "
+            f"which are {', '.join(options) or 'none'}"
+        )
+    return float(options[name])
 
 
 REGISTRIES = {r.key: r for r in (ADVANTAGES, LOSSES, CORRECTIONS, MASKS)}

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from areal_agents import registry
 from areal_agents.chat_model import remote_name
@@ -40,7 +41,7 @@ from areal_agents.evaluation.unfinished import (
 )
 from areal_agents.models import resolve
 from areal_agents.rollout.group_judge import group_reward_of, open_judge, require_attempts
-from areal_agents.rollout.player import prove_sandbox
+from areal_agents.rollout.player import EventSink, prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.rollout.task_looks import look_at
 from areal_agents.rollout.tasks import require_few_bad
@@ -52,6 +53,7 @@ from areal_agents.tracking.tracker import Tracker
 from areal_agents.tracking.trajectories import Record
 from areal_agents.types import Task, Trajectory
 from areal_agents.utils.files import save_whole
+from areal_agents.utils.precision import slow_format_note
 from areal_agents.utils.signals import Stop, stop_on_signals
 from areal_agents.utils.system import require_linux
 
@@ -253,7 +255,7 @@ async def _play(
         judge = open_judge(group_reward_of(spec), spec, config, tracker.event)
         if had < planned or (judge is not None and not all(map(is_judged, earlier.episodes.values()))):
             budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
-            async with opener(tracker.event) as player:
+            async with opener(_telling(tracker)) as player:
                 runner = EpisodeRunner(
                     player, budget, max_retries=r.max_retries, event=tracker.event, say=tracker.message,
                     group_judge=judge,
@@ -286,6 +288,17 @@ async def _play(
     if report.unplayed:
         raise EvaluationInterrupted(f"stopped by {stop.name}; {how_to_go_on(out, len(episodes), planned)}", report)
     return report
+
+
+def _telling(tracker: Tracker) -> EventSink:
+    """Return what records an event, and shows the one that people should know of before they wait."""
+
+    def event(kind: str, **fields: Any) -> None:
+        tracker.event(kind, **fields)
+        if kind == "slow_format":
+            tracker.message(slow_format_note(fields["settings"]))
+
+    return event
 
 
 def _leave_out(runner: EpisodeRunner, bad: Mapping[str, str], *, tried: int, share: float) -> None:

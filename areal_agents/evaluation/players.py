@@ -27,7 +27,7 @@ from areal_agents.rollout.player import (
 )
 from areal_agents.settings.config import EngineConfig, TrainConfig
 from areal_agents.types import Task
-from areal_agents.utils.precision import number_format
+from areal_agents.utils.precision import is_slow, number_format
 
 if TYPE_CHECKING:
     from areal_agents.engines.spec import EngineSpec
@@ -120,6 +120,7 @@ class KeptEngines:
         try:
             if self._engines is None or self._spec != spec:
                 await self.close()
+                _tell_slow_format(engine, event)
                 opened = open_engines(engine, spec, seed=seed, event=lambda *a, **k: self._event(*a, **k))
                 self._engines, self._spec = await self._stack.enter_async_context(opened), spec
             yield self._engines
@@ -132,8 +133,6 @@ def on_engines(config: TrainConfig, spec: EnvSpec, kept: KeptEngines | None = No
 
     Raises ModelError or TemplateError at once.
     """
-    import torch  # heavy, as the engines: a served model needs neither
-
     from areal_agents.engines.local import engine_spec, engine_threads, open_engines
 
     folder, engine = resolve(config.model.path), config.engine
@@ -149,7 +148,7 @@ def on_engines(config: TrainConfig, spec: EnvSpec, kept: KeptEngines | None = No
         kwargs=config.env.kwargs,
         chat=config.model.chat,
     )
-    on_gpu = engine_kind(engine.kind).takes_gpus and torch.cuda.is_available()
+    on_gpu = _on_gpu(engine)
     number = number_format(engine.precision, gpu=on_gpu)
     one = engine_spec(
         engine, folder, max_context=limits.max_context, threads=engine_threads(engine), format=number, on_gpu=on_gpu
@@ -159,6 +158,7 @@ def on_engines(config: TrainConfig, spec: EnvSpec, kept: KeptEngines | None = No
     async def open(event: EventSink) -> AsyncIterator[EpisodePlayer]:
         lent: contextlib.AbstractAsyncContextManager[Engine]
         if kept is None:
+            _tell_slow_format(engine, event)
             lent = open_engines(engine, one, seed=config.seed, event=event)
         else:
             lent = kept.lent(engine, one, seed=config.seed, event=event)
@@ -166,6 +166,18 @@ def on_engines(config: TrainConfig, spec: EnvSpec, kept: KeptEngines | None = No
             yield player.build(engines, fmt=fmt, event=event)
 
     return open
+
+
+def _on_gpu(engine: EngineConfig) -> bool:
+    import torch  # heavy, as the engines: a served model needs neither
+
+    return engine_kind(engine.kind).takes_gpus and torch.cuda.is_available()
+
+
+def _tell_slow_format(engine: EngineConfig, event: EventSink) -> None:
+    """Tell that engines which start now compute in a format that this processor has in software alone."""
+    if is_slow(engine.precision, gpu=_on_gpu(engine)):
+        event("slow_format", settings=["engine.precision"])
 
 
 def on_server(config: TrainConfig, spec: EnvSpec, name: str, server: Server, served: Served) -> Opener:

@@ -43,6 +43,7 @@ from areal_agents.models import resolve
 from areal_agents.tracking.tracker import RESERVED, Tracker, read_metrics
 from areal_agents.trainer.run_folder import Commit, RunFolder
 from areal_agents.utils.openmp import warn_where_threads_spin
+from areal_agents.utils.precision import is_slow, resolve_device, slow_format_note
 from areal_agents.utils.signals import Stop, StopRequested, stop_on_signals
 
 _AT_ONCE = 32
@@ -171,6 +172,9 @@ async def _open(
     ) as tracker:  # fmt: skip
         for line in data.lines():
             tracker.message(line)
+        if is_slow(config.precision, gpu=resolve_device(config.device).type == "cuda"):
+            tracker.event("slow_format", settings=["--precision"])
+            tracker.message(slow_format_note(["--precision"]))
         learner = await asyncio.to_thread(
             FinetuneLearner,
             model,

@@ -1,7 +1,7 @@
 """The distance between an engine's log-probabilities and the learner's for one and the same policy.
 
 Rounding alone makes it. It is measured once, in a run's first step with tokens of the learner's own version, before the
-policy moves, for masks that take ``noise_T``. Nothing is measured for others.
+policy moves, for masks that read ``noise_T``. Nothing is measured for others.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class EngineConfig(Section):
     replicas: Count = 1
     """Engines; a conversation stays with one of them. Locally they share the machine's cores."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """``auto``: bf16 where the processor computes in it (AVX512-BF16, AMX), else fp32."""
+    """``auto``: bf16 where the processor computes in it (AVX512-BF16, AMX), else fp32; bf16 is slow elsewhere."""
     max_batch: Count = 48
     """Most sequences decoded at once."""
     kv_tokens: Count = 65_536

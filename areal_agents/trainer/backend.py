@@ -29,7 +29,7 @@ from areal_agents.rollout.player import EpisodePlayer, PlayerSpec
 from areal_agents.settings.config import TrainConfig
 from areal_agents.settings.lora import MAX_SERVED_RANK
 from areal_agents.trainer.teacher import with_teacher_found
-from areal_agents.utils.precision import Format, resolve_precision
+from areal_agents.utils.precision import Format, is_slow, resolve_device, resolve_precision
 
 Event = Callable[..., None]
 
@@ -126,6 +126,22 @@ def engine_dtype(config: TrainConfig) -> torch.dtype:
     It is decided here, once, since their nodes may differ from this one.
     """
     return resolve_precision(config.engine.precision, gpu=_on_gpu(config))
+
+
+def slow_formats(config: TrainConfig) -> list[str]:
+    """Name the settings that ask for a number format which the processor computes in software.
+
+    It is this machine's processor that is looked at, as for ``auto``.
+    """
+    if config.cluster.backend == "ray":
+        on_gpu = config.cluster.learner_gpus > 0 and config.learner.device != "cpu"
+    else:
+        on_gpu = resolve_device(config.learner.device).type == "cuda"
+    asked = {
+        "engine.precision": is_slow(config.engine.precision, gpu=_on_gpu(config)),
+        "learner.precision": is_slow(config.learner.precision, gpu=on_gpu),
+    }
+    return [name for name, slow in asked.items() if slow]
 
 
 def receivers(config: TrainConfig, replicas: int) -> int:

@@ -27,6 +27,7 @@ from areal_agents.evaluation.report import EvalReport, compare_table
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.producer import Rollouts
 from areal_agents.settings.config import TrainConfig
+from areal_agents.trainer.backend import slow_formats
 from areal_agents.trainer.batches import batch_for
 from areal_agents.trainer.credit import credit_metrics, signal_of
 from areal_agents.trainer.evaluation import log_kept
@@ -39,6 +40,7 @@ from areal_agents.trainer.run import Run, open_run
 from areal_agents.trainer.run_folder import Commit, RunFolder, require_shared
 from areal_agents.trainer.teacher import require_teacher
 from areal_agents.types import Group
+from areal_agents.utils.precision import slow_format_note
 from areal_agents.utils.signals import Stop, StopRequested, stop_on_signals
 
 
@@ -150,6 +152,9 @@ async def _run(
             for part in run.parts:
                 look = lives.looks.parts[part.label]
                 run.leave_out(part, look.train, look.held_out, tell=commit is None)
+            if not lives.lost and (slow := slow_formats(run.config)):  # once, and not for each learner
+                run.tracker.event("slow_format", settings=slow)
+                run.tracker.message(slow_format_note(slow))
             if commit is None:
                 lives.looks.tell(run.tracker)
             if commit is not None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from areal_agents.algorithms.estimator import Estimator
+from areal_agents.algorithms.registry import kept_decay
 from areal_agents.chat.format import ChatFormat
 from areal_agents.engine import Sampling
 from areal_agents.engines.openai.teacher import ServedTeacher
@@ -91,7 +92,7 @@ def _require_room(config: TrainConfig, folder: RunFolder, model: Path, commit: C
     parameters, rank = count_parameters(model), config.learner.lora.rank
     trained = min(parameters, count_adapters(model, rank)) if rank else parameters
     critic = parameters if config.algorithm.critic.kind == "own" else 0
-    kept = trained // 3 if config.algorithm.correction.kind == "kept" else 0  # weights without moments
+    kept = 0 if kept_decay(config.algorithm.correction) is None else trained // 3  # weights without moments
     folder.require_room(parameters, trained=trained + critic + kept, checkpoint=not done)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "bf16", "fp32"]
 Format = Literal["bf16", "fp32"]
 
+SLOWER = "3 to 30 times"
+"""How much slower bf16 is than fp32 where it is computed in software."""
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 
@@ -37,6 +40,23 @@ def has_bf16_cpu(flags: frozenset[str] | None = None) -> bool:
     Only then are they faster than in float32.
     """
     return not _BF16_FLAGS.isdisjoint(cpu_flags() if flags is None else flags)
+
+
+def is_slow(precision: Precision, *, gpu: bool = False) -> bool:
+    """Say whether bf16 was asked for by name where the CPU computes it in software.
+
+    Where the kernel does not list what the CPU has (one that is no x86), nothing is known, and this is False.
+    """
+    return precision == "bf16" and not gpu and bool(cpu_flags()) and not has_bf16_cpu()
+
+
+def slow_format_note(settings: Sequence[str]) -> str:
+    """Write, as a line for people, what the ``settings`` cost that ask for bf16 where ``is_slow`` says so."""
+    named, verb = " and ".join(settings), "is" if len(settings) == 1 else "are"
+    return (
+        f"note: {named} {verb} bf16, which this processor computes in software (it has neither AVX512-BF16 nor "
+        f"AMX-BF16), {SLOWER} slower than fp32: set it to auto, which is fp32 here, or to fp32"
+    )
 
 
 def number_format(precision: Precision = "auto", *, gpu: bool = False) -> Format:

@@ -79,18 +79,31 @@ def test_opob_by_hand() -> None:
     far = [replace(e, log_ratio=x) for e, x in zip(even, (-500.0, 500.0), strict=True)]
     assert opob(far)[1].tolist() == pytest.approx([0.0], abs=1e-6)
     assert opob(far)[0].tolist() == pytest.approx([2.0] * 2)
-    # Past the bound of 20 all count alike.
+    # Past the bound of 20, and past C, all count alike.
     past = [replace(e, log_ratio=x) for e, x in zip(even, (30.0, 500.0), strict=True)]
+    assert [a.tolist() for a in opob(past, truncate=None)] == [a.tolist() for a in opo(even)]
     assert [a.tolist() for a in opob(past)] == [a.tolist() for a in opo(even)]
     with pytest.raises(ValueError, match="this group has no ratios"):
         opob(views((1.0,), (0.0,)))
 
 
-def test_the_baseline_of_opob_has_the_least_variance() -> None:
-    # Σ w²·L·(R − b)², the second moment of the gradient's terms, over shifts of b.
+def test_the_weight_of_opob_is_cut_where_the_corrections_is() -> None:
+    # Weights 4 and 1, lengths 1, returns 1 and 0: b = 16/17; with C = 2 it is 4/5, with C = 1 or less the mean.
+    group = weighed(((1.0,), (1,), 4.0), ((0.0,), (1,), 1.0))
+    for truncate, baseline in ((None, 16 / 17), (5.0, 16 / 17), (2.0, 4 / 5), (1.0, 1 / 2), (0.25, 1 / 2)):
+        assert -float(opob(group, truncate=truncate)[1]) == pytest.approx(baseline)
+    assert [a.tolist() for a in opob(group)] == [a.tolist() for a in opob(group, truncate=2.0)]
+    with pytest.raises(ValueError, match="truncate = 0"):
+        opob(group, truncate=0)
+
+
+@pytest.mark.parametrize("truncate", [None, 1.5])
+def test_the_baseline_of_opob_has_the_least_variance(truncate: float | None) -> None:
+    # Σ min(w, C)²·L·(R − b)², the second moment of the gradient's terms, over shifts of b.
     group = weighed(((1.0,), (3,), 2.0), ((0.0,), (1,), 0.5), ((0.25,), (7,), 1.25))
-    advantages = [float(a[0]) for a in opob(group)]
-    weights = [math.exp(2 * (e.log_ratio or 0.0)) * e.tokens_K[0] for e in group]
+    advantages = [float(a[0]) for a in opob(group, truncate=truncate)]
+    cut = [min(math.exp(e.log_ratio or 0.0), truncate or math.inf) for e in group]
+    weights = [w**2 * e.tokens_K[0] for w, e in zip(cut, group, strict=True)]
 
     def moment(shift: float) -> float:
         return sum(w * (a - shift) ** 2 for w, a in zip(weights, advantages, strict=True))

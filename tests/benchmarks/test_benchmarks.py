@@ -147,6 +147,8 @@ def test_demos_are_compared_task_by_task_over_the_attempts_of_all_seeds(
     assert (check.value, check.goal, check.holds) == ([-1.23, 2.0], "inside ±5 points", True)
     assert "seeds 0, 1, n = 512" in check.name
     assert not demo_engines.checks([alone])[0].holds
+    (check,) = demo_engines.checks([many | {"within": False, "pass_at_1": {"ci95": None}}])
+    assert (check.value, check.holds, check.reason) == (None, False, "the comparison has no interval")
 
 
 def test_an_algorithm_is_compared_with_the_warm_start_that_the_first_run_evaluated(
@@ -165,7 +167,9 @@ def test_an_algorithm_is_compared_with_the_warm_start_that_the_first_run_evaluat
     assert (found["run"], found["n"], round(found["pass_at_1"]["difference"], 4)) == ("grpo, adapters", 3, 0.6667)
     for ci95, value, holds in (((0.001, 0.5), [0.1, 50.0], True), ((0.0, 0.5), [0.0, 50.0], False)):
         check = script.gained(found | {"pass_at_1": {"ci95": ci95}})
-        assert (check.value, check.holds) == (value, holds)
+        assert (check.value, check.holds, check.reason) == (value, holds, "")
+    check = script.gained(found | {"pass_at_1": {"ci95": None}})
+    assert (check.value, check.holds, check.reason) == (None, False, "the comparison has no interval")
 
 
 def test_the_long_tail_is_deterministic_and_within_its_bounds() -> None:

@@ -14,7 +14,7 @@ from areal_agents.chat.toolcalls import parse_text
 from areal_agents.context import Fold
 from areal_agents.env import AgentEnv
 from areal_agents.envs.gymnasium_text import GymnasiumText
-from areal_agents.errors import ConfigError, EnvError
+from areal_agents.errors import ConfigError, EnvError, TaskError
 from areal_agents.rollout.env_faults import located
 from areal_agents.rollout.player import require_prompts
 from areal_agents.types import Task, system, user
@@ -145,6 +145,18 @@ def test_tasks_are_seeds_that_no_two_splits_share() -> None:
         GymnasiumText.tasks("dev")
     with pytest.raises(ConfigError, match="are no JSON"):
         GymnasiumText(env_kwargs={"x": object()})
+
+
+def test_a_task_of_another_game_or_of_other_arguments_is_refused() -> None:
+    two = GymnasiumText.tasks("train", env=f"{GAMES}:make_dice", env_kwargs={"sides": 2})[0]
+    with pytest.raises(TaskError, match=r"task 'train-0' belongs to '.*:make_dice' with .*'sides': 2.* plays '.*Dice'"):
+        play(dice(), task=two)
+    with pytest.raises(TaskError, match=r"'sides': 2}, and this environment plays '.*:make_dice' with {'sides': 3}"):
+        play(GymnasiumText(env=f"{GAMES}:make_dice", env_kwargs={"sides": 3}), task=two)
+    assert play(GymnasiumText(env=f"{GAMES}:make_dice", env_kwargs={"sides": 2}), task=two)[0][0] == (user("1 to 2?"),)
+    unnamed = Task.make("mine", split="train", seed=0, payload={"seed": 0})
+    with pytest.raises(TaskError, match=r"task 'mine' belongs to None, and this environment plays '.*:Dice'"):
+        play(dice(), task=unnamed)
 
 
 def test_the_gold_of_the_sample_is_right_and_of_others_nobody_knows_one() -> None:

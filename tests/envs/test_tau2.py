@@ -17,7 +17,7 @@ from areal_agents.chat.toolcalls import parse_text
 from areal_agents.envs import tau2, tau2_data, tau2_user, tau2_world
 from areal_agents.envs.tau2 import Tau2, Tau2Airline, Tau2Retail, Tau2Telecom, Tau2TelecomSolo
 from areal_agents.envs.tau2_user import GREETING, first_person
-from areal_agents.errors import ConfigError, EngineError
+from areal_agents.errors import ConfigError, EngineError, TaskError
 from areal_agents.tool import call_text
 from areal_agents.types import AssistantMessage, Task
 from areal_agents.utils.sync import run_sync
@@ -329,6 +329,14 @@ def test_what_there_is_not_is_refused_by_name() -> None:
     row = {"id": "x", "evaluation_criteria": {"reward_basis": ["NL_ASSERTION"]}}
     with pytest.raises(ConfigError, match=r"is graded by NL_ASSERTION, which needs a judge"):
         tau2_data.graded(row, tau2_world.World("airline", row), [])
+
+
+def test_a_task_of_another_domain_is_refused() -> None:
+    flight = Tau2Airline.tasks("test")[0]
+    with pytest.raises(TaskError, match=rf"task '{flight.id}' belongs to the domain 'airline', and this is 'retail'"):
+        Tau2Retail().reset(options={"task": flight})
+    phone = Tau2Telecom.tasks("small")[0]
+    Tau2TelecomSolo().reset(options={"task": phone})  # of one domain
 
 
 def test_a_missing_package_is_refused_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

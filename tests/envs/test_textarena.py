@@ -18,7 +18,7 @@ from areal_agents.engine import Sampling
 from areal_agents.envs.forked_game import TEST_SEEDS_FROM
 from areal_agents.envs.textarena_env import TextArena
 from areal_agents.envs.textarena_lists import EXCLUDED, SHOWN, SINGLE, TWO
-from areal_agents.errors import ConfigError
+from areal_agents.errors import ConfigError, TaskError
 from areal_agents.types import AssistantMessage, Message, Text, user
 from tests.conftest import require
 
@@ -233,6 +233,13 @@ def test_a_game_that_the_other_side_gives_away_is_not_won() -> None:
 def test_what_cannot_be_played_is_refused(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         TextArena(**arguments)
+
+
+def test_a_task_of_another_game_is_refused() -> None:
+    sudoku = TextArena.tasks("train", game="Sudoku-v0")[0]
+    said = "task 'train-0' belongs to 'Sudoku-v0', and this environment plays 'Sudoku-v0-easy'"
+    with pytest.raises(TaskError, match=said):
+        TextArena(game="Sudoku-v0-easy").reset(options={"task": sudoku})
 
 
 def test_without_the_package_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

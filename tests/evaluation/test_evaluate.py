@@ -22,8 +22,9 @@ from areal_agents.errors import (
     SandboxUnavailable,
     TemplateError,
 )
-from areal_agents.evaluation.evaluate import evaluate
+from areal_agents.evaluation.evaluate import evaluate, evaluation_config, until_stopped
 from areal_agents.evaluation.held_out import held_out
+from areal_agents.evaluation.players import KeptEngines
 from areal_agents.evaluation.progress import Progress
 from areal_agents.evaluation.report import EvalReport, compare_table, summarize
 from areal_agents.evaluation.saved_run import SavedRun
@@ -233,6 +234,28 @@ def test_a_real_engine_leaves_report_and_trajectories(tmp_path: Path) -> None:
     assert (run.env_id, run.model, run.step_timeout, run.max_turns, run.algorithm) == (
         "tests.letters_env:Letters", str(model), 33.0, 16, None,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_format_that_the_processor_computes_in_software_is_told_when_engines_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("areal_agents.utils.precision.cpu_flags", lambda: frozenset({"avx2"}))
+    model = ModelConfig(path=str(tiny_chat_model(tmp_path / "model")), max_context=256)
+
+    async def two_cells() -> None:
+        async with KeptEngines() as kept:
+            for name in ("a", "b"):
+                config = evaluation_config(
+                    EnvConfig(id="tests.letters_env:Letters"), model, EvalConfig(n=1), seed=0, out=tmp_path / name,
+                    engine=EngineConfig(precision="bf16", max_batch=2), rollout=RolloutConfig(max_turn_tokens=4),
+                )  # fmt: skip
+                await until_stopped(config, None, resume=True, kept=kept)
+
+    asyncio.run(two_cells())
+    assert capsys.readouterr().out.count("note: engine.precision is bf16, which this processor computes in") == 1
+    assert (tmp_path / "a" / "events.jsonl").read_text().count('"slow_format"') == 1
+    assert not (tmp_path / "b" / "events.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -126,6 +126,19 @@ def test_the_held_out_loss_is_a_mean_over_its_targets(tmp_path: Path, model: Pat
     assert found["loss"] == pytest.approx(total / sum(e.said.tokens for e in held), rel=1e-5)
 
 
+def test_a_format_that_the_processor_computes_in_software_is_told(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("areal_agents.utils.precision.cpu_flags", lambda: frozenset({"avx2"}))
+    data = jsonl(tmp_path / "d.jsonl", chat(*TALK[0]))
+    for precision, times in (("bf16", 1), ("auto", 0)):
+        config = sft(data, model, tmp_path / precision, precision=precision, device="cpu")
+        asyncio.run(finetune(config))
+        assert capsys.readouterr().out.count("note: --precision is bf16, which this processor computes in") == times
+        events = (tmp_path / precision / "events.jsonl").read_text()
+        assert events.count('"kind": "slow_format"') == times
+
+
 def test_a_stop_before_the_first_step_measures_once(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

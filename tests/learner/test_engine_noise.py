@@ -88,11 +88,28 @@ def test_tokens_of_other_versions_are_no_measure(tmp_path: Path) -> None:
     run(made, job)
 
 
-def test_where_no_mask_reads_it_nothing_is_measured(tmp_path: Path) -> None:
+def test_where_no_mask_reads_it_nothing_is_measured_and_no_pass_is_made(tmp_path: Path) -> None:
     model = tiny_model()
     batch = make_batch(model)
-    plain = run(learner(model, tmp_path / "a"), lambda it: it.step(batch))
-    assert "engine_noise" not in plain
-    chosen = AlgorithmConfig(mask=Choice("trust_region"))
-    found = run(learner(model, tmp_path / "b", algorithm=chosen), lambda it: it.step(batch))
-    assert "engine_noise" not in found
+
+    def passes(mask: Choice, folder: str) -> tuple[list[int], dict[str, float]]:
+        """The rows of each forward pass without gradient in one step, and its metrics."""
+        made, rows = learner(model, tmp_path / folder, algorithm=AlgorithmConfig(mask=mask)), list[int]()
+        usual = made._passes.logprobs
+
+        def counted(given: Any, *rest: Any) -> Any:
+            rows.append(len(given))
+            return usual(given, *rest)
+
+        made._passes.logprobs = counted  # type: ignore[method-assign,assignment]
+        return rows, dict(run(made, lambda it: it.step(batch)))
+
+    read, metrics = passes(Choice("geometric"), "read")
+    assert (len(read), "engine_noise" in metrics) == (1, True)
+    forwarded = metrics["tokens_forward"]
+    for i, options in enumerate(({"measured": False}, {"shrink": False}, {"measured": False, "shrink": False})):
+        unread, metrics = passes(Choice("geometric", options), f"unread{i}")
+        assert (unread, "engine_noise" in metrics) == ([], False)
+        assert metrics["tokens_forward"] < forwarded
+    others, metrics = passes(Choice("trust_region"), "other")
+    assert (others, "engine_noise" in metrics) == ([], False)

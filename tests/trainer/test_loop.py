@@ -16,6 +16,7 @@ from areal_agents.rollout.demonstrations import demonstration_rows, require_all
 from areal_agents.settings.config import AlgorithmConfig, EngineConfig, TrainConfig
 from areal_agents.tracking.tracker import read_metrics
 from areal_agents.tracking.trajectories import read_records
+from areal_agents.trainer.backend import slow_formats
 from areal_agents.trainer.batches import batch_of
 from areal_agents.trainer.loop import train
 from areal_agents.trainer.resume import refuse_taken
@@ -170,6 +171,42 @@ def test_without_a_baseline_only_the_end_is_evaluated(tmp_path: Path) -> None:
     result = asyncio.run(train(TrainConfig.model_validate(tree), console=False))
     assert set(result.reports) == {"after_rl"}
     assert "before" not in result.table()
+
+
+def test_formats_that_a_processor_lacks_are_named_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_agents.utils.precision.cpu_flags", lambda: frozenset({"avx2"}))
+
+    def slow(engine: str, learner: str, **cluster: object) -> list[str]:
+        tree = {"engine": {"precision": engine}, "learner": {"precision": learner, "device": "cpu"}}
+        return slow_formats(TrainConfig.model_validate(tree | {"cluster": cluster}))
+
+    assert slow("bf16", "bf16") == ["engine.precision", "learner.precision"]
+    assert slow("fp32", "bf16") == ["learner.precision"]
+    assert slow("auto", "auto") == []
+    on_ray = {"backend": "ray", "engine_gpus": 1, "learner_gpus": 1}
+    tree = {"engine": {"kind": "vllm", "precision": "bf16"}, "learner": {"precision": "bf16"}, "cluster": on_ray}
+    assert slow_formats(TrainConfig.model_validate(tree)) == []
+    assert slow("bf16", "bf16", backend="ray") == ["engine.precision", "learner.precision"]
+
+
+@pytest.mark.slow
+def test_a_format_that_the_processor_computes_in_software_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("areal_agents.utils.precision.cpu_flags", lambda: frozenset({"avx2"}))
+    tree = {
+        "steps": 1, "out": tmp_path / "run", "env": {"id": "tests.test_docs:Spelled"},
+        "model": {"path": str(tiny_chat_model(tmp_path / "m")), "max_context": 128},
+        "engine": {"precision": "bf16"}, "learner": {"precision": "bf16", "device": "cpu"},
+        "rollout": {"groups": 1, "group_size": 2, "concurrency": 2, "max_turn_tokens": 4},
+        "eval": {"n": 2, "baseline": False},
+    }  # fmt: skip
+    asyncio.run(train(TrainConfig.model_validate(tree)))
+    said = capsys.readouterr().out
+    assert said.count("note: engine.precision and learner.precision are bf16, which this processor computes in") == 1
+    rows = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    told = [r["settings"] for r in rows if r["kind"] == "slow_format"]
+    assert told == [["engine.precision", "learner.precision"]]
 
 
 @pytest.mark.slow

@@ -6,7 +6,10 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+from areal_agents.algorithms.offpolicy import Correction, keeps_proximal, kept
+from areal_agents.algorithms.registry import Choice, kept_decay
 from areal_agents.errors import ConfigError
 from areal_agents.learner.checkpoint import count_parameters
 from areal_agents.learner.proximal import PROXIMAL
@@ -24,15 +27,34 @@ CHOSEN = {
 }  # fmt: skip
 
 
-def test_room_is_asked_for_the_kept_policy_too(tmp_path: Path) -> None:
+@keeps_proximal("beta")
+def own_average(proximal_T: Tensor, behaviour_T: Tensor, *, beta: float = 0.9) -> Correction:
+    """Keep a policy by a rule that is not ours."""
+    return kept(proximal_T, behaviour_T, decay=beta, scope=None)
+
+
+@keeps_proximal("gamma")
+def no_such_parameter(proximal_T: Tensor, behaviour_T: Tensor, *, beta: float = 0.9) -> Correction:
+    return own_average(proximal_T, behaviour_T, beta=beta)
+
+
+def test_room_is_asked_for_the_kept_policy_too_whoever_keeps_it(tmp_path: Path) -> None:
     model = tiny_chat_model(tmp_path / "model")
     n, sizes = count_parameters(model), []
-    for kind in ("bypass", "kept"):
-        c = TrainConfig.model_validate({"algorithm": {"correction": kind}})
-        with RunFolder(tmp_path / kind) as folder:
+    for i, kind in enumerate(("bypass", "decoupled", "kept", f"{__name__}:own_average")):
+        tree = {"algorithm": {"correction": kind}, "learner": {"minibatches": 2}}
+        c = TrainConfig.model_validate(tree)
+        with RunFolder(tmp_path / str(i)) as folder:
             _require_room(c, folder, model, Commit())
             sizes.append(folder.checkpoint_bytes)
-    assert sizes == [12 * n, 12 * n + 12 * (n // 3)]
+    keeps = 12 * n + 12 * (n // 3)
+    assert sizes == [12 * n, 12 * n, keeps, keeps]
+
+
+def test_a_rule_that_keeps_names_its_own_parameter() -> None:
+    assert kept_decay(Choice(f"{__name__}:own_average", {"beta": 0.25})) == 0.25
+    with pytest.raises(ConfigError, match=r"@keeps_proximal\('gamma'\) names none of its parameters, which are beta"):
+        kept_decay(Choice(f"{__name__}:no_such_parameter"))
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ from areal_agents.engines.vllm.server_process import CALLS_BEGIN, MIDDLEWARE, RE
 from areal_agents.engines.vllm.server_process import __name__ as SERVER_PROCESS
 from areal_agents.errors import ConfigError, EngineError
 from areal_agents.utils.packages import require_package
-from areal_agents.utils.precision import Precision, number_format
+from areal_agents.utils.precision import Precision, is_slow, number_format, slow_format_note
 
 START_SECONDS = 900.0
 """Compiling for a GPU may take minutes the first time."""
@@ -234,6 +234,8 @@ async def serve(serving: Serving, *, say: Callable[[str], None] = print, start_s
     require_servable(serving)
     fmt = ChatFormat.load(serving.model, serving.chat)
     cpu = is_cpu_build()
+    if is_slow(serving.precision, gpu=not cpu):
+        say(slow_format_note(["--precision"]))
     serving = replace(serving, port=free_port(serving.host, serving.port))
     with tempfile.TemporaryDirectory(prefix="areal-serve-", ignore_cleanup_errors=True) as folder, _signals() as stop:
         files = Path(folder)

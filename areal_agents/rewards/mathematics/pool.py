@@ -5,7 +5,8 @@
 
 SymPy cannot be interrupted inside one process: a signal reaches the main thread alone, and a thread cannot be killed.
 So each answer is verified in a process of its own kind, with bounded memory. A worker that is killed by somebody else
-costs nothing: its answer is verified again. An answer that ends its worker twice has itself to blame.
+costs nothing: its answer is verified again. An answer that ends its worker twice has itself to blame. An exception that
+nobody expected is told as what it is, and ends no worker.
 
 Waits for / unblocked by: ``verify`` waits for a place in the queue, and is unblocked by a verdict or by its deadline,
 which starts when a worker takes the answer up.
@@ -23,7 +24,7 @@ import select
 import socket
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -62,6 +63,8 @@ class MathPool:
         self.deadline = deadline
         self.replaced = 0
         """Workers that were killed or lost."""
+        self.raised = Counter[str]()
+        """Exceptions that nobody expected of SymPy, by their kind. Their answers are ``parse_error``."""
         self._room = threading.BoundedSemaphore(waiting)
         self._server = ForkServer()
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
@@ -149,7 +152,10 @@ class MathPool:
                 if reply is None:
                     self.replaced += 1
                     return MathVerdict("timeout", f"not verified within {self.deadline:g} s", _since(start))
-                return MathVerdict(cast(Status, reply["status"]), reply["detail"], _since(start))
+                if raised := reply.get("raised", ""):
+                    with self._lock:
+                        self.raised[raised] += 1
+                return MathVerdict(cast(Status, reply["status"]), reply["detail"], _since(start), raised)
             return MathVerdict("timeout", "it ended the verifier's process twice", _since(start))
         finally:
             self._idle.put(worker)

@@ -18,6 +18,8 @@ class MathVerdict:
     status: Status
     detail: str = ""
     elapsed_ms: float = 0.0
+    raised: str = ""
+    """The kind of an exception that the verifier raised on it and that nobody expected of it, as ``ValueError``."""
 
     @property
     def score(self) -> int:

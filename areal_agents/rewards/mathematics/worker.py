@@ -1,8 +1,8 @@
 """The process that forks the verifier's workers, and what a worker does until its socket ends.
 
 One JSON line in, {gold, pred, slot, options, seconds}, without ``pred`` to look at a gold answer; one out,
-{status, detail}. A worker's memory is bounded, and so is the processor time of each answer: it ends by itself where
-nobody can kill it any more.
+{status, detail}, with ``raised`` where an unexpected exception was. A worker's memory is bounded, and so is the
+processor time of each answer: it ends by itself where nobody can kill it any more.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from typing import Any
 
 from areal_agents.rewards.mathematics.fork_server import ENDED_HERE, FORK, NUMBER, READY, number
 from areal_agents.utils.parent import end_with_parent
+from areal_agents.utils.short_text import cut, described
 
 MEMORY = 1 << 30
 """Bytes of address space."""
 _DYING_SECONDS = 1.0
 """For the end of a worker whose socket is closed already."""
+_told: set[str] = set()
+"""The kinds of unexpected exceptions that stand on stderr already."""
 
 
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
@@ -135,6 +138,13 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
         return {"status": "timeout", "detail": f"it took more than {MEMORY >> 20} MiB"}
     except RecursionError:
         return {"status": "parse_error", "detail": "it nests too deep"}
+    except Exception as error:  # noqa: BLE001  a boundary: SymPy raises errors of any kind, and the worker goes on
+        kind = type(error).__name__
+        if kind not in _told:  # a model may write a thousand such answers
+            _told.add(kind)
+            traceback.print_exception(error)
+        status = "gold_error" if request.get("pred") is None else "parse_error"
+        return {"status": status, "detail": f"the verifier raised {cut(described(error), 300)}", "raised": kind}
     return {"status": found.status, "detail": found.detail}
 
 

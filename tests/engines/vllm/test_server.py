@@ -31,6 +31,7 @@ from areal_agents.engine import Sampling
 from areal_agents.engines.openai.client import OpenAIChat
 from areal_agents.engines.openai.messages import request_messages, request_tools
 from areal_agents.engines.openai.teacher import ServedTeacher
+from areal_agents.engines.vllm.cpu_build import is_cpu_build
 from areal_agents.engines.vllm.server import free_port
 from areal_agents.errors import ConfigError
 from areal_agents.evaluation.evaluate import evaluate
@@ -339,9 +340,15 @@ def mapped(pid: int) -> list[str]:
     return [line for line in lines if line.count("/") and not line.endswith("(deleted)")]
 
 
-def test_an_argument_that_vllm_refuses_is_one_sentence(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--model", str(model), "--port", "0", "--vllm-args=--max-num-seqss 4"]) == 2
-    err = capfd.readouterr().err
+def test_an_argument_that_vllm_refuses_is_one_sentence(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("areal_agents.utils.precision.cpu_flags", lambda: frozenset({"avx2"}))
+    asked = ["serve", "--model", str(model), "--port", "0", "--precision", "bf16", "--vllm-args=--max-num-seqss 4"]
+    assert main(asked) == 2
+    out, err = capfd.readouterr()
+    if is_cpu_build():
+        assert out.count("note: --precision is bf16, which this processor computes in software") == 1
     assert "error: --vllm-args: unrecognized arguments: --max-num-seqss; did you mean --max-num-seqs?" in err
     assert err.count("\n") < 10, err
 

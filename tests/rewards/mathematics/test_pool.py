@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import subprocess
@@ -14,10 +15,14 @@ import psutil
 import pytest
 
 from areal_agents.errors import ConfigError
+from areal_agents.reward import Verdict, judge
+from areal_agents.rewards import boxed_math
 from areal_agents.rewards.mathematics.extract import Slot
+from areal_agents.rewards.mathematics.fork_server import ForkServer
 from areal_agents.rewards.mathematics.pool import MathPool
 from tests.processes import wait_gone
 from tests.rewards.mathematics.hostile import HOSTILE
+from tests.rewards.mathematics.test_reward import episode
 
 SLOW = "+".join(rf"\sqrt{{{n}+\sqrt{{{n + 1}+\pi^{{{n}}}}}}}" for n in range(2, 120))
 """Takes longer than the deadline that the tests set."""
@@ -158,6 +163,33 @@ def test_a_worker_that_is_killed_costs_nothing() -> None:
             os.kill(pid, signal.SIGKILL)
             assert (await asked).status == "ok"
             assert pool.replaced == 1
+        finally:
+            pool.close()
+
+    asyncio.run(work())
+
+
+def test_an_exception_that_nobody_expected_is_told_as_what_it_is_and_ends_no_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raising = functools.partial(ForkServer, "tests.rewards.mathematics.raising_worker")
+    monkeypatch.setattr("areal_agents.rewards.mathematics.pool.ForkServer", raising)
+
+    async def work() -> None:
+        pool = MathPool(1, deadline=60.0)
+        try:
+            assert (await pool.verify("1", "1")).status == "ok"
+            before = pids(pool)
+            found = await pool.verify("5", "zeta")
+            assert (found.status, found.raised) == ("parse_error", "ZeroDivisionError")
+            assert found.detail == "the verifier raised ZeroDivisionError: of zeta"
+            gold = await pool.look("2 zeta")
+            assert (gold.status, gold.raised) == ("gold_error", "ZeroDivisionError")
+            assert await judge(boxed_math(pool=pool), episode(r"\boxed{3 zeta}", "5")) == Verdict(
+                0.0, {"math(boxed)": 0.0, "raised/ZeroDivisionError": 1.0}, status="unverifiable"
+            )
+            assert (await pool.verify("2", "2")).status == "ok"
+            assert (pids(pool), pool.replaced, pool.raised) == (before, 0, {"ZeroDivisionError": 3})
         finally:
             pool.close()
 
