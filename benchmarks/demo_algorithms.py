@@ -8,7 +8,7 @@ model that it exports. Each algorithm then trains from that model with the demo'
 its score on the held-out tasks is compared with that of the warm start, task by task. The interval is over tasks:
 that two trainings of one configuration differ is not in it.
 
-A run that is finished in ``--runs`` is not run again, one that was cut goes on.
+A run that is finished in ``--runs`` is not run again, one that was cut goes on, one with other settings is refused.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from demo import QUICK
-from demo_engines import HELD_OUT, read
+from demo_engines import HELD_OUT, read, require_same
 from measure import Progress, table
-from record import ROOT, Check, commit, write
+from record import ROOT, Check, commit, save, write
 
 WARM = "warm start"
 FIRST = "grpo"
@@ -58,14 +58,16 @@ def warm_start(out: Path, *, quick: bool) -> Path:
 def run(name: str, model: Path, out: Path, *, quick: bool) -> dict[str, Any]:
     """Train with one algorithm; what it evaluated and how its training went. It stays in ``out/sample.json``."""
     sample = out / "sample.json"
-    if sample.exists():
-        return dict(json.loads(sample.read_text()))
     flags = QUICK.split() if quick else ["--eval.n", str(HELD_OUT)]
     flags += ["--warm_start.demonstrations", "0", "--model.path", str(model)]
+    flags += [*RUNS[name], "--eval.baseline", str(name == FIRST).lower()]
+    require_same(out, ["demo", *flags])
+    if sample.exists():
+        return dict(json.loads(sample.read_text()))
     start = time.perf_counter()
-    train(out, *flags, *RUNS[name], "--eval.baseline", str(name == FIRST).lower())
+    train(out, *flags)
     found = read(name, 0, out) | {"commit": commit(), "wall_seconds": round(time.perf_counter() - start, 1)}
-    sample.write_text(json.dumps(found))
+    save(sample, found)
     return found
 
 

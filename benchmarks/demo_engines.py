@@ -8,8 +8,8 @@ engine that it was trained with. A run with vLLM is compared with the ``transfor
 the difference of pass@1 with its 95 % interval. With several seeds there is one more row, in which a task's attempts
 are those of all seeds. The interval is over tasks: that two trainings of one configuration differ is not in it.
 
-A run that is finished in ``--runs`` is not run again, one that was cut goes on. Times are recorded, and mean something
-only where the machine did nothing else.
+A run that is finished in ``--runs`` is not run again, one that was cut goes on, one with other settings is refused.
+Times are recorded, and mean something only where the machine did nothing else.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from demo import QUICK
 from measure import Progress
-from record import ROOT, Check, commit, write
+from record import ROOT, Check, commit, save, write
 
 REFERENCE = "transformers"
 RUNS: dict[str, list[str]] = {
@@ -40,15 +41,34 @@ HELD_OUT = 512
 def run(name: str, seed: int, out: Path, *, quick: bool) -> dict[str, Any]:
     """One demo; what it evaluated and how its training went. It stays in ``out/sample.json``."""
     sample = out / "sample.json"
+    settings = QUICK.split() if quick else ["--eval.n", str(HELD_OUT)]
+    arguments = [*RUNS[name], "--eval.baseline", "false", *settings, "--seed", str(seed)]
+    require_same(out, arguments)
     if sample.exists():
         return dict(json.loads(sample.read_text()))
-    settings = QUICK.split() if quick else ["--eval.n", str(HELD_OUT)]
-    command = [sys.executable, "-m", "areal_agents", "train", *RUNS[name], "--eval.baseline", "false", *settings]
     start = time.perf_counter()
-    subprocess.run([*command, "--seed", str(seed), "--out", str(out), "--resume"], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "areal_agents", "train", *arguments, "--out", str(out), "--resume"]
+    subprocess.run(command, cwd=ROOT, check=True)
     found = read(name, seed, out) | {"commit": commit(), "wall_seconds": round(time.perf_counter() - start, 1)}
-    sample.write_text(json.dumps(found))
+    save(sample, found)
     return found
+
+
+def require_same(out: Path, arguments: Sequence[str]) -> None:
+    """Raise SystemExit where ``out`` holds a training of other settings than ``train *arguments`` has now.
+
+    The shipped file may have changed since, and a run that goes on may change some settings in its middle.
+    """
+    from areal_agents.evaluation.held_out import settings_of
+    from areal_agents.settings import load
+    from areal_agents.settings.differences import differences
+
+    if not (out / "config.toml").exists():
+        return
+    name, *flags = arguments
+    if changed := differences(settings_of(out), load(name, flags)):
+        lines = "\n".join(f"  {key} was {was!r} and is {now!r} now" for key, (was, now) in changed.items())
+        raise SystemExit(f"{out} is a run with other settings:\n{lines}\nname another --runs")
 
 
 def read(name: str, seed: int, out: Path) -> dict[str, Any]:

@@ -43,6 +43,14 @@ def commit() -> str:
     return head + ("+changes" if dirty else "")
 
 
+def save(path: Path, row: Any, *, indent: int | None = None) -> None:
+    """Write JSON, whole or not at all: whoever is killed while it writes leaves what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(row, indent=indent) + "\n")
+    part.replace(path)
+
+
 def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
@@ -81,8 +89,7 @@ class Kept:
         if name not in self._parts:
             self._parts[name] = work()
             if self._path is not None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.write_text(json.dumps({"of": self._of, "parts": self._parts}))
+                save(self._path, {"of": self._of, "parts": self._parts})
         return self._parts[name]
 
     def end(self) -> None:
@@ -102,6 +109,5 @@ def write(path: Path | None, name: str, samples: list[Any], checks: list[Check],
             "benchmark": name, "commit": commit(), "machine": machine(), "samples": samples,
             "checks": [asdict(c) for c in checks], **more,
         }  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(row, indent=2) + "\n")
+        save(path, row, indent=2)
         print(f"written: {path}")

@@ -10,10 +10,12 @@ score (greedy) after reinforcement less that of the same run after its warm star
 
 Three kinds of 95 % intervals, in points: of each seed, over its tasks; of all seeds together, over the tasks, where a
 task's attempts are those of all seeds (clustered by task: it says nothing of other seeds); and over the seeds' gains
-(Student's t, three of them), which has the difference between trainings in it.
+(Student's t, three of them), which has the difference between trainings in it (and says nothing of other tasks, which
+are the same for all seeds). A task that has no score in one of the two evaluations is in no interval, and a goal of its
+own.
 
-A run that is finished in ``--runs`` is not run again, one that was cut goes on. What else the machine does changes
-only the times.
+A run that is finished in ``--runs`` is not run again, one that was cut goes on, and one with other settings, because
+flags or the shipped file have changed, is refused. What else the machine does changes only the times.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from demo import QUICK
-from demo_engines import read
+from demo_engines import read, require_same
 from measure import Progress, table
-from record import ROOT, Check, commit, write
+from record import ROOT, Check, commit, save, write
 
 RUNS = {"sql": "math or SQL", "number": "a game that pays each turn", "booking": "function calling"}
 """Shipped configurations, and the kind that each stands for."""
@@ -45,22 +47,20 @@ LEAST = 256
 def run(name: str, seed: int, out: Path, flags: Sequence[str]) -> dict[str, Any]:
     """Train, or go on; what it evaluated and how its training went. It stays in ``out/sample.json``.
 
-    Raises SystemExit where a run with other ``flags`` is finished there.
+    Raises SystemExit where a run with other settings is there.
     """
-    sample = out / "sample.json"
+    sample, arguments = out / "sample.json", [name, *flags, "--seed", str(seed)]
+    require_same(out, arguments)
     if sample.exists():
-        found = dict(json.loads(sample.read_text()))
-        if found["flags"] != list(flags):
-            raise SystemExit(f"{out} is a run with the flags {found['flags']}, not {list(flags)}: name another --runs")
-        return found
-    command = [sys.executable, "-m", "areal_agents", "train", name, *flags]
+        return dict(json.loads(sample.read_text()))
     start = time.perf_counter()
-    subprocess.run([*command, "--seed", str(seed), "--out", str(out), "--resume"], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "areal_agents", "train", *arguments, "--out", str(out), "--resume"]
+    subprocess.run(command, cwd=ROOT, check=True)
     wall = round(time.perf_counter() - start, 1)
     found = read(name, seed, out) | {
         "flags": list(flags), "commit": commit(), "wall_seconds_of_the_last_sitting": wall,
     }  # fmt: skip
-    sample.write_text(json.dumps(found))
+    save(sample, found)
     return found
 
 
@@ -69,7 +69,10 @@ def folder(name: str, seed: int) -> str:
 
 
 def compared(runs: Path, name: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """The scores after RL less those after the warm start, over the attempts of ``seeds``, task by task."""
+    """The scores after RL less those after the warm start, over the attempts of ``seeds``, task by task.
+
+    Of the tasks that have a score in both; ``left_out`` has how many have one in one of them alone.
+    """
     from areal_agents.evaluation.compare import Evaluation, compare, load
 
     def merged(label: str) -> Evaluation:
@@ -79,7 +82,7 @@ def compared(runs: Path, name: str, seeds: Sequence[int]) -> dict[str, Any]:
                 rewards.setdefault(task, []).extend(found)
         return Evaluation(f"{name}, {label}", rewards)
 
-    found = compare(merged("warm_start"), merged("after_rl")).to_json()
+    found = compare(merged("warm_start"), merged("after_rl"), common=True).to_json()
     return {"run": name, "seeds": list(seeds)} | found
 
 
@@ -94,22 +97,30 @@ def points(interval: Sequence[float]) -> list[float]:
     return [round(100 * bound, 2) for bound in interval]
 
 
+def reached(interval: Sequence[float]) -> bool:
+    """Whether the lower bound reaches the goal: before it is rounded."""
+    return 100 * interval[0] >= GOAL
+
+
 def checks(comparisons: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[Check]:
     """Of each configuration the lower bounds of all its intervals, and how many tasks and seeds they are of."""
-    found = [Check("seeds", len(seeds), ">= 3", len(seeds) >= 3)]
+    found = [Check("different seeds", len(set(seeds)), ">= 3", len(set(seeds)) >= 3)]
     goal = f"lower bound >= +{GOAL:g}"
     for name in dict.fromkeys(c["run"] for c in comparisons):
         own = [c for c in comparisons if c["run"] == name]
         n = min(c["n"] for c in own)
         found.append(Check(f"{name}: different held-out tasks", n, f">= {LEAST}", n >= LEAST))
+        alone = sum(sum(c["left_out"]) for c in own if len(c["seeds"]) == 1)
+        found.append(Check(f"{name}: tasks with a score in one of the two alone, all seeds", alone, "== 0", alone == 0))
         for c in own:
-            bounds = points(c["pass_at_1"]["ci95"])
+            interval = c["pass_at_1"]["ci95"]
             of = f"seed {c['seeds'][0]}" if len(c["seeds"]) == 1 else "all seeds, clustered by task"
-            found.append(Check(f"{name}, {of}: pass@1 gained by RL, points", bounds, goal, bounds[0] >= GOAL))
+            found.append(Check(f"{name}, {of}: pass@1 gained by RL, points", points(interval), goal, reached(interval)))
         gains = [c["pass_at_1"]["difference"] for c in own if len(c["seeds"]) == 1]
         if len(gains) > 1:
-            bounds = points(over_seeds(gains))
-            found.append(Check(f"{name}, over the seeds: pass@1 gained by RL, points", bounds, goal, bounds[0] >= GOAL))
+            interval = over_seeds(gains)
+            what = f"{name}, over the seeds: pass@1 gained by RL, points"
+            found.append(Check(what, points(interval), goal, reached(interval)))
     return found
 
 
@@ -127,13 +138,15 @@ def quick_checks(samples: Sequence[dict[str, Any]]) -> list[Check]:
 
 
 def shown(comparisons: Sequence[dict[str, Any]]) -> str:
-    """The comparisons as a table for people."""
-    return table([{
+    """The comparisons as a table for people, with what makes their numbers less certain than they look."""
+    rows = table([{
         "run": c["run"], "seeds": " ".join(map(str, c["seeds"])), "tasks": c["n"],
         "warm start": round(c["pass_at_1"]["a"], 3), "after RL": round(c["pass_at_1"]["b"], 3),
         "gain, points": round(100 * c["pass_at_1"]["difference"], 1),
         "95 %": points(c["pass_at_1"]["ci95"]),
     } for c in comparisons])  # fmt: skip
+    notes = [f"{c['run']}, seeds {' '.join(map(str, c['seeds']))}: {note}" for c in comparisons for note in c["notes"]]
+    return "\n".join([rows, *notes])
 
 
 def main() -> int:
@@ -144,6 +157,10 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="keep the runs here, and go on with what it has")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options, more = parser.parse_known_args()  # further settings are those of `train`: --model.path MINE
+    if len(set(options.seeds)) < len(options.seeds):
+        parser.error("--seeds: a seed that is given twice is one training")
+    if options.runs is None and not options.quick:
+        parser.error("name a folder by --runs: these are hours of training, and go on from there where they are cut")
     flags = [*(QUICK.split() if options.quick else ()), *more]
     seeds = options.seeds[:1] if options.quick else options.seeds
     progress = Progress(len(options.only) * len(seeds))

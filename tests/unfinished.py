@@ -62,6 +62,16 @@ def started(*argv: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+def until_begun(cells: Path, process: subprocess.Popen[str]) -> Path:
+    """Wait for the first folder in ``cells``, with the processor left to whoever makes it."""
+    end = time.monotonic() + SECONDS
+    while not (found := list(cells.glob("*"))):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found[0]
+
+
 def until_saved(out: Path, episodes: int) -> None:
     end = time.monotonic() + SECONDS
     while count_saved(out) < episodes:

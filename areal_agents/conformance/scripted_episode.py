@@ -32,7 +32,7 @@ from areal_agents.rollout.script import Script, ScriptPolicy, expert_of
 from areal_agents.sandbox import backends
 from areal_agents.types import AssistantMessage, Task, ToolCall
 from areal_agents.utils.exits import guard_tasks, no_exit
-from areal_agents.utils.outcomes import unheard
+from areal_agents.utils.outcomes import to_its_end, unheard
 from areal_agents.utils.short_text import described, short
 
 T = TypeVar("T")
@@ -86,12 +86,15 @@ class OwnLoop:
         """
         guard_tasks(asyncio.get_running_loop())
         task = asyncio.ensure_future(make())
-        # Not asyncio.timeout, which would wait on where the cancellation is ignored.
-        await asyncio.wait({task}, timeout=timeout)
-        if not task.done():
-            task.cancel()
-            unheard(task)
-            raise EnvError(f"{what} did not return within {timeout:g} s")
+        try:
+            # Not asyncio.timeout, which would wait on where the cancellation is ignored.
+            await asyncio.wait({task}, timeout=timeout)
+            if not task.done():
+                raise EnvError(f"{what} did not return within {timeout:g} s")
+        finally:
+            if not task.done():  # the caller may be cancelled too
+                task.cancel()
+                unheard(task)
         try:
             return task.result()
         except asyncio.CancelledError as error:
@@ -130,14 +133,14 @@ class ScriptedEpisode(EpisodeDriver):
             self.trace.append({"call": call, "returned": plain(result)})
 
     async def close(self) -> None:
-        """Close the environment, also one that was never opened.
+        """Close the environment, also one that was never opened, and where another check's failure cancels this one.
 
         Raises CheckError where that fails, because it is a finding.
         """
         try:
             await self.script.close(self)
         finally:
-            await self.call("aclose", self.env.aclose)
+            await to_its_end(lambda: self.call("aclose", self.env.aclose))
 
     @property
     def total(self) -> float:

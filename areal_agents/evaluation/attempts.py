@@ -159,12 +159,12 @@ class _Attempts:
     """All attempts that count, saved ones among them."""
 
     def __post_init__(self) -> None:
-        self._done = len(self.saved)
         self._begun = {index for index, _ in self.saved}
         self._open = [sum((index, i) not in self.saved for i in range(self.k)) for index in range(len(self.tasks))]
         self._known = frozenset(self.runner.left_out)
         known = [task.id in self._known for task in self.tasks]
         self.planned = tuple((i, j) for i in range(len(self.tasks)) if not known[i] for j in range(self.k))
+        self._done = sum(place in self.saved for place in self.planned)
 
     async def play(self, place: Place) -> Trajectory | None:
         """Play one attempt, and note its end."""

@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from areal_agents.evaluation.attempts import FINISH_SECONDS, is_judged, run_atte
 from areal_agents.evaluation.held_out import Sample, as_begun, held_out
 from areal_agents.evaluation.players import KeptEngines, Opener, Served, Server, on_engines, on_server
 from areal_agents.evaluation.progress import Progress, Stopwatch
-from areal_agents.evaluation.report import EvalReport, summarize
+from areal_agents.evaluation.report import EvalReport, Lost, summarize
 from areal_agents.evaluation.unfinished import (
     KIND,
     STEP,
@@ -40,7 +40,7 @@ from areal_agents.evaluation.unfinished import (
     tell,
 )
 from areal_agents.models import resolve
-from areal_agents.rollout.group_judge import group_reward_of, open_judge, require_attempts
+from areal_agents.rollout.group_judge import GroupJudge, group_reward_of, open_judge, require_attempts
 from areal_agents.rollout.player import EventSink, prove_sandbox
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.rollout.task_looks import look_at
@@ -80,17 +80,15 @@ async def evaluate(
         print(report.table())
 
     report.json, config.toml and every trajectory go to the folder ``out``. An episode is there for good as soon as it
-    ends: what was interrupted or killed goes on with ``resume``.
-
-    After one SIGINT or SIGTERM running episodes have a minute, and the error has a report. After two it ends at once.
+    ends: what was interrupted or killed goes on with ``resume``. After one SIGINT or SIGTERM running episodes have a
+    minute, and the error has a report. After two it ends at once.
 
     The sections are those of ``TrainConfig``, so a run is evaluated as it was trained with ``engine=config.engine,
     rollout=config.rollout``. What they say of training alone (batches, staleness, how weights travel) is not used.
 
     Args:
         env: a registered id or ``module:Class``. As a section it has difficulty, kwargs, sandbox and step_timeout too.
-        model: ``smollm2``, a folder, a hub id, or ``openai:MODEL``, which ``server`` serves. As a section it has
-            max_context too.
+        model: ``smollm2``, a folder, a hub id, or ``openai:MODEL`` of ``server``. As a section it has max_context too.
         split: the environment's split to take tasks from.
         n: tasks.
         task_seed: of which tasks, a sample that is the same for every model and ``seed``. None takes the first ones.
@@ -100,8 +98,7 @@ async def evaluate(
         out: the folder. It is runs/eval-TIME where none is given.
         engine: which engine, how many, and its timeouts. Of a served model, request_timeout alone is used.
         rollout: limits of an episode, retries, the failure budget and the share of bad tasks.
-        server: of a model called ``openai:MODEL``. Its episodes have no token ids, and their limits on tokens are kept
-            as far as the server reports what it sampled.
+        server: of ``openai:MODEL``. Its episodes have no token ids, and keep limits on tokens where it reports them.
         resume: go on with the evaluation in ``out``, if there is one, with the same settings and the same model.
 
     Returns:
@@ -212,9 +209,9 @@ async def _evaluate(
         sitting = Sitting(model, None if server is None else dataclasses.asdict(server))
         try:
             with leaving_nothing(out):
-                return await _play(
+                return await _Play(
                     config, tasks, journal, earlier, sitting, opener, concurrency, served, stop, bad, sample
-                )
+                ).report()
         except (Interrupted, ConfigError):  # of settings, which going on with the same ones would not mend
             raise
         except ArealError as error:
@@ -223,71 +220,82 @@ async def _evaluate(
             raise
 
 
-async def _play(
-    config: TrainConfig,
-    tasks: Sequence[Task],
-    journal: Journal,
-    earlier: Earlier,
-    sitting: Sitting,
-    opener: Opener,
-    concurrency: int,
-    served: Served,
-    stop: Stop,
-    bad: Mapping[str, str],
-    sample: Sample,
-) -> EvalReport:
-    """Play what no earlier sitting played, with each episode on the disk as it ends, and write the report."""
-    out, e, r, watch = config.out, config.eval, config.rollout, Stopwatch(before=earlier.seconds)
-    planned, had = e.k * sum(task.id not in bad for task in tasks), len(earlier.episodes)
-    reopen(out, journal)  # before the tracker, which writes no shard that is there already
-    with Tracker(out, tensorboard=False) as tracker:
-        save_whole(out / "config.toml", dump(config, leave_out=training_only))
-        replace(sitting, served=earlier.served, seconds=earlier.seconds).write(out)
-        tell(tracker, config, had=had, planned=planned, torn=journal.torn)
+@dataclass(frozen=True, slots=True)
+class _Play:
+    """One sitting of an evaluation."""
+
+    config: TrainConfig
+    tasks: Sequence[Task]
+    journal: Journal
+    earlier: Earlier
+    sitting: Sitting
+    opener: Opener
+    concurrency: int
+    served: Served
+    stop: Stop
+    bad: Mapping[str, str]
+    sample: Sample
+
+    async def report(self) -> EvalReport:
+        """Play what no earlier sitting played, with each episode on the disk as it ends, and write the report."""
+        config, out, e, watch = self.config, self.config.out, self.config.eval, Stopwatch(before=self.earlier.seconds)
+        planned = e.k * sum(task.id not in self.bad for task in self.tasks)
+        had = sum(self.tasks[index].id not in self.bad for index, _ in self.earlier.episodes)
+        reopen(out, self.journal)  # before the tracker, which writes no shard that is there already
+        with Tracker(out, tensorboard=False) as tracker:
+            save_whole(out / "config.toml", dump(config, leave_out=training_only))
+            replace(self.sitting, served=self.earlier.served, seconds=self.earlier.seconds).write(out)
+            tell(tracker, config, had=had, planned=planned, torn=self.journal.torn)
+            spec = registry.spec(config.env.id)
+            judge = open_judge(group_reward_of(spec), spec, config, tracker.event)
+            results, lost = saved_rows(self.tasks, self.earlier.episodes, k=e.k), Lost(left_out=self.bad)
+            if had < planned or (judge is not None and not all(map(is_judged, self.earlier.episodes.values()))):
+                results, lost = await self._rest(tracker, judge, watch, had)
+            episodes = [t for _, tries in results for t in tries if t is not None]
+            if self.stop.requested and not episodes:
+                raise Interrupted(f"stopped by {self.stop.name} before an attempt was scored")
+            shown = summarize(
+                results, env=config.env.id, split=e.split, model=config.model.path, version=0,
+                temperature=e.temperature, seed=config.seed, seconds=watch.seconds, k=e.k, lost=lost,
+                planned=e.k * sum(task.id not in lost.left_out for task in self.tasks), sample=self.sample,
+            )  # fmt: skip
+            if not shown.unplayed:
+                tracker.trajectories.write(episodes, step=STEP, kind=KIND)
+                tracker.flush()
+        report = replace(shown, served=self.served.text())
+        _save(report, replace(self.sitting, served=tuple(sorted(self.served.names)), seconds=watch.seconds), out)
+        if report.unplayed:
+            left = how_to_go_on(out, len(episodes), planned)
+            raise EvaluationInterrupted(f"stopped by {self.stop.name}; {left}", report)
+        return report
+
+    async def _rest(
+        self, tracker: Tracker, judge: GroupJudge | None, watch: Stopwatch, had: int
+    ) -> tuple[list[tuple[Task, list[Trajectory | None]]], Lost]:
+        """Play the attempts beside the ``had`` ones that are there, and return all of them."""
+        e, r = self.config.eval, self.config.rollout
 
         def scored(trajectory: Trajectory) -> None:
             record = Record(KIND, STEP, trajectory)
-            tracker.trajectories.append(journal, record, elapsed=watch.seconds, served=sorted(served.names))
+            told = {"elapsed": watch.seconds, "served": sorted(self.served.names)}
+            tracker.trajectories.append(self.journal, record, **told)
 
-        results, failure, left_out = saved_rows(tasks, earlier.episodes, k=e.k), None, dict(bad)
-        own: list[tuple[str, ArealError]] = []
-        spec = registry.spec(config.env.id)
-        judge = open_judge(group_reward_of(spec), spec, config, tracker.event)
-        if had < planned or (judge is not None and not all(map(is_judged, earlier.episodes.values()))):
-            budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
-            async with opener(_telling(tracker)) as player:
-                runner = EpisodeRunner(
-                    player, budget, max_retries=r.max_retries, event=tracker.event, say=tracker.message,
-                    group_judge=judge,
+        budget = FailureBudget(window=r.failure_window, share=r.failure_budget)
+        async with self.opener(_telling(tracker)) as player:
+            runner = EpisodeRunner(
+                player, budget, max_retries=r.max_retries, event=tracker.event, say=tracker.message, group_judge=judge
+            )
+            _leave_out(runner, self.bad, tried=e.n, share=r.max_bad_tasks)
+            self.stop.at_once = False
+            try:
+                results = await run_attempts(
+                    runner, self.tasks, k=e.k, concurrency=self.concurrency, seed=self.config.seed, label=e.split,
+                    progress=Progress(tracker.message, before=had), saved=self.earlier.episodes, scored=scored,
+                    max_bad=r.max_bad_tasks, stop=self.stop,
                 )  # fmt: skip
-                _leave_out(runner, bad, tried=e.n, share=r.max_bad_tasks)
-                stop.at_once = False
-                try:
-                    results = await run_attempts(
-                        runner, tasks, k=e.k, concurrency=concurrency, seed=config.seed, label=e.split,
-                        progress=Progress(tracker.message, before=had), saved=earlier.episodes, scored=scored,
-                        max_bad=r.max_bad_tasks, stop=stop,
-                    )  # fmt: skip
-                finally:
-                    await runner.close()
-                failure, left_out, own = runner.first_given_up, runner.left_out, runner.own_failures
-        episodes = [t for _, tries in results for t in tries if t is not None]
-        if stop.requested and not episodes:
-            raise Interrupted(f"stopped by {stop.name} before an attempt was scored")
-        shown = summarize(
-            results, env=config.env.id, split=e.split, model=config.model.path, version=0, temperature=e.temperature,
-            seed=config.seed, seconds=watch.seconds, k=e.k, first_failure=failure, left_out=left_out,
-            planned=e.k * sum(task.id not in left_out for task in tasks),
-            own_failures=own, sample=sample,
-        )  # fmt: skip
-        if not shown.unplayed:
-            tracker.trajectories.write(episodes, step=STEP, kind=KIND)
-            tracker.flush()
-    report = replace(shown, served=served.text())
-    _save(report, replace(sitting, served=tuple(sorted(served.names)), seconds=watch.seconds), out)
-    if report.unplayed:
-        raise EvaluationInterrupted(f"stopped by {stop.name}; {how_to_go_on(out, len(episodes), planned)}", report)
-    return report
+            finally:
+                await runner.close()
+        return results, Lost(runner.first_given_up, runner.own_failures, runner.left_out)
 
 
 def _telling(tracker: Tracker) -> EventSink:

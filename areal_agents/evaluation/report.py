@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from areal_agents.errors import ArealError, ConfigError, InfraError
@@ -20,6 +19,35 @@ from areal_agents.utils.short_text import cut, text_of
 from areal_agents.utils.tolerance import reaches
 
 _INTERVALS = ("ci95", "pass_at_k_ci95", "pass_hat_k_ci95")
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What an evaluation has no score of, and why."""
+
+    first: BaseException | None = None
+    """Why the first attempt was given up, of those that were."""
+    own: Sequence[tuple[str, ArealError]] = ()
+    """Task and error of the attempts given up because reward or environment failed by themselves."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Tasks that cannot be played or scored, each with the reason. Their attempts count nowhere."""
+
+    @property
+    def failures(self) -> list[ArealError]:
+        """The errors in ``own``, but for those of tasks that are left out."""
+        return [error for task, error in self.own if task not in self.left_out]
+
+    def all_of(self, env: str, attempts: int) -> InfraError:
+        """Make the error of an evaluation on ``env`` that has no score of any of its attempts."""
+        itself, infra = "its own reward or environment failed every attempt", "infrastructure failed every attempt"
+        what = itself if len(self.failures) >= attempts else infra
+        said = f" First failure: {text_of(self.first)}" if self.first is not None else ""
+        return InfraError(
+            f"evaluation of {env}: {what}, so that there is nothing to score.{said}{reasons(self.left_out)}"
+        )
+
+
+NOTHING_LOST = Lost()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +204,7 @@ def summarize(
     seconds: float,
     k: int | None = None,
     planned: int | None = None,
-    first_failure: BaseException | None = None,
-    own_failures: Sequence[tuple[str, ArealError]] = (),
-    left_out: Mapping[str, str] = MappingProxyType({}),
+    lost: Lost = NOTHING_LOST,
     sample: Sample | None = None,
 ) -> EvalReport:
     """Report what ``results`` show.
@@ -194,43 +220,31 @@ def summarize(
         seconds: that the evaluation took.
         k: attempts a task that were asked for; None means the most that there are.
         planned: attempts that were asked for; None means those that there are.
-        first_failure: why the first attempt was given up, of those that were.
-        own_failures: task and error of the attempts given up because reward or environment failed by themselves.
-        left_out: tasks that cannot be played or scored, each with the reason. Their attempts count nowhere.
+        lost: what has no score.
         sample: which tasks of the split these are.
 
     Raises:
         ConfigError: every task is left out.
         InfraError: no attempt was scored.
     """
-    results = [(task, tries) for task, tries in results if task.id not in left_out]
+    results = [(task, tries) for task, tries in results if task.id not in lost.left_out]
     if not results:
-        raise ConfigError(f"evaluation of {env}: no task can be played or scored:{reasons(left_out)}")
+        raise ConfigError(f"evaluation of {env}: no task can be played or scored:{reasons(lost.left_out)}")
     scored = [(task, kept) for task, tries in results if (kept := [t for t in tries if t is not None])]
+    played = sum(len(tries) for _, tries in results)
     if not scored:
-        own_alone = len(own_failures) >= sum(len(tries) for _, tries in results)
-        itself, infra = "its own reward or environment failed every attempt", "infrastructure failed every attempt"
-        what = itself if own_alone else infra
-        said = f" First failure: {text_of(first_failure)}" if first_failure is not None else ""
-        raise InfraError(
-            f"evaluation of {env}: {what}, so that there is nothing to score.{said}{reasons(left_out)}"
-        ) from first_failure
+        raise lost.all_of(env, played) from lost.first
     k = k or max(len(tries) for _, tries in results)
-    everything = [t for _, tries in scored for t in tries]
-    own = [error for task, error in own_failures if task not in left_out]
+    everything, own = [t for _, tries in scored for t in tries], lost.failures
     different = len({task.content_hash for task, _ in scored})
     return EvalReport(
         env, split, model, version, temperature, seed, different, k, len(everything),
-        infra_rate=1.0 - len(everything) / (sum(len(tries) for _, tries in results) - len(own)),
-        seconds=seconds,
-        left_out=dict(left_out),
-        unplayed=0 if planned is None else planned - sum(len(tries) for _, tries in results),
+        infra_rate=1.0 - len(everything) / (played - len(own)), seconds=seconds, left_out=dict(lost.left_out),
+        unplayed=0 if planned is None else planned - played,
         failed=len(own),
         first_failed=f"{type(own[0]).__name__}: {text_of(own[0])}" if own else "",
-        endings=count_endings(everything),
-        finishes=count_finishes(everything),
-        sample=sample,
-        copies=len(scored) - different,
+        endings=count_endings(everything), finishes=count_finishes(everything),
+        sample=sample, copies=len(scored) - different,
         **_passes(scored, k),
         **_means(everything),
         **dict[str, Any](count_oddities(everything)),

@@ -79,8 +79,13 @@ def learnability(passed: float, failed: float) -> float:
 
 
 class Curriculum(Protocol):
-    """What chooses the tasks of one environment. By itself it chooses none: each is the split's next one."""
+    """What chooses the tasks of one environment. By itself it chooses none: each is the split's next one.
 
+    A task that is queued again, because its group was discarded, comes before what is chosen, at its own level.
+    """
+
+    name: str = "a curriculum"
+    """What messages call it."""
     levels: Sequence[float] | None = None
     """All difficulties that it may choose, from 0 to 1. None: it leaves the difficulty as the settings have it."""
 
@@ -91,7 +96,8 @@ class Curriculum(Protocol):
     def task_again(self, order: int) -> int | None:
         """Return the place in the split of a task that group ``order`` plays again. None is the split's next one.
 
-        Of a curriculum with levels it is the split of that level, which is chosen first.
+        Of a curriculum with levels it is the split of that level, which is chosen first. Where the task is left out,
+        because it cannot be played, the split's next one takes its place.
         """
         return None
 
@@ -266,10 +272,13 @@ def grid(step: float) -> list[float]:
     return found
 
 
-def levels_of(settings: CurriculumConfig, difficulty: float | None) -> list[float | None]:
-    """Return all difficulties that a run may play, from the lowest. Without levels it is that of the environment."""
+def levels_of(settings: CurriculumConfig, difficulty: float | None, *, seed: int, label: str) -> list[float | None]:
+    """Return all difficulties that a run may play, from the lowest. Without levels it is that of the environment.
+
+    The arguments are those of ``curriculum_of``: levels of somebody's own may follow from the seed.
+    """
     if settings.own:
-        levels = _own(settings, difficulty=difficulty, seed="").levels
+        levels = _own(settings, difficulty=difficulty, seed=f"{seed}/{label}").levels
         return [difficulty] if levels is None else [*levels]
     if not settings.leveled:
         return [difficulty]

@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from areal_agents.errors import ArealError, EnvError, InfraError
 from areal_agents.utils.exits import guard_tasks
@@ -25,6 +25,14 @@ from areal_agents.utils.short_text import described
 T = TypeVar("T")
 _HEARTBEAT_SECONDS = 5.0
 _ENDING_SECONDS = 10.0
+
+
+class Host(Protocol):
+    """A place where an environment's coroutines run, such as ``EnvHost``."""
+
+    async def call(self, make: Callable[[], Awaitable[T]], *, timeout: float, what: str) -> T:
+        """Await ``make()`` for at most ``timeout`` seconds. ``what`` names the call in errors."""
+        ...
 
 
 class HostLost(InfraError):

@@ -12,17 +12,19 @@ to mend. A mistake of the *model* is no error: the environment answers it.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from areal_agents.context import Context
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ArealError, EnvError, InfraError, RewardError
 from areal_agents.rollout.cut_messages import after_cut, withheld
 from areal_agents.rollout.env_faults import located, raised, says_whose
+from areal_agents.rollout.env_host import Host
 from areal_agents.rollout.env_results import (
     Call,
     Returned,
@@ -53,7 +55,6 @@ from areal_agents.utils.exits import no_exit
 from areal_agents.utils.outcomes import to_its_end
 from areal_agents.utils.short_text import cut, described, short
 
-T = TypeVar("T")
 F = TypeVar("F", bound=ArealError)
 
 
@@ -113,22 +114,7 @@ class Policy:
         return None
 
     async def close(self, episode: EpisodeDriver) -> None:
-        """Free what the policy holds for the episode.
-
-        It is called once or more, also where nothing was said.
-        """
-
-
-class Host(Protocol):
-    """A place where an environment's coroutines run, such as ``EnvHost``."""
-
-    async def call(self, make: Callable[[], Awaitable[T]], *, timeout: float, what: str) -> T:
-        """Await ``make()`` for at most ``timeout`` seconds. ``what`` names the call in errors."""
-        ...
-
-
-def _unseen(call: Call, result: object) -> None:
-    """Look at nothing, where an episode has no observer."""
+        """Free what the policy holds for the episode. It is called once or more, also where nothing was said."""
 
 
 @dataclass(eq=False)
@@ -150,7 +136,7 @@ class EpisodeDriver:
     """Seconds for one call into the environment, beside what ``seconds_for`` adds."""
     max_turns: int | None = None
     """After so many turns the episode is finished. None leaves that to environment and policy."""
-    saw: Callable[[Call, object], None] = _unseen
+    saw: Callable[[Call, object], None] = lambda call, result: None
     """Is given each call and what it returned, before anything reads it, on the host. It gets the very object."""
 
     observation: Observation = field(default=(), init=False)
@@ -182,6 +168,7 @@ class EpisodeDriver:
     """What the environment's own code did wrong (it raised, or broke the contract), and at which turn."""
     close_error: ArealError | None = field(default=None, init=False)
     _env: AgentEnv | None = field(default=None, init=False)
+    _cut_open: bool = field(default=False, init=False)
 
     @property
     def ended(self) -> bool:
@@ -222,7 +209,11 @@ class EpisodeDriver:
             self._env = self.make_env()
             return await self._env.areset(seed=self.seed, options={"task": self.task})
 
-        got = await self.call("areset", create)
+        try:
+            got = await self.call("areset", create)
+        except asyncio.CancelledError:
+            self._cut_open = True  # the environment may still be made
+            raise
         self.observation, self.state_key = got.observation, got.state_key
 
     async def turn(self) -> None:
@@ -301,19 +292,26 @@ class EpisodeDriver:
         self.credited = True
 
     async def close(self) -> None:
-        """Close the policy, and the environment where there is one.
+        """Close the policy, and the environment where there is one, also where the caller is cancelled meanwhile.
 
         A failing ``aclose`` is counted and kept in ``close_error``. It is not raised: why the episode ended counts.
         """
         try:
-            await self.policy.close(self)
+            await to_its_end(lambda: self.policy.close(self))
         finally:
-            if self._env is not None:
-                try:
-                    await to_its_end(lambda: self.call("aclose", self._opened().aclose))
-                except ArealError as error:
-                    self.close_error = error
-                    self.count("close_errors")
+            if self._env is not None or self._cut_open:
+                await to_its_end(self._close_env)
+
+    async def _close_env(self) -> None:
+        async def aclose() -> None:
+            if self._env is not None:  # asked on the host, where it may have been made after ``open`` was cancelled
+                await self._env.aclose()
+
+        try:
+            await self.call("aclose", aclose)
+        except ArealError as error:
+            self.close_error = error
+            self.count("close_errors")
 
     def trajectory(self, group: str) -> Trajectory:
         """Return the episode as it is now."""

@@ -7,9 +7,12 @@ It is foreign code that runs where the run's tasks are drawn. Whatever is wrong 
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from areal_agents.algorithms.signature import positional
 from areal_agents.errors import ConfigError
@@ -17,12 +20,14 @@ from areal_agents.settings.curriculum import CURRICULA
 from areal_agents.types import Task
 from areal_agents.utils.foreign import contained
 from areal_agents.utils.real_number import finite
-from areal_agents.utils.short_text import described, short
+from areal_agents.utils.short_text import described, short, text_of
 
 if TYPE_CHECKING:
     from areal_agents.rollout.curriculum import Attempts, Curriculum
 
 METHODS = ("level", "task_again", "drawn", "note", "state", "restore", "metrics")
+OF_THE_BATCH = "pass_rate"
+"""The metric beside a curriculum's own that is of the batch (``trainer/rollout_metrics.py``)."""
 
 
 class OwnCurriculum:
@@ -40,13 +45,13 @@ class OwnCurriculum:
         Raises:
             ConfigError: there is no such function, it makes no curriculum, or its state is not JSON.
         """
-        self._where, self._digits = f"curriculum.kind = {kind!r}", digits
+        self.name, self._digits = f"curriculum.kind = {kind!r}", digits
         make, given = CURRICULA.function(kind), {"seed": seed, "difficulty": difficulty}
         wanted = {name: given[name] for name in positional(make)}
         self._own: Curriculum = self._call("making it", lambda: make(**wanted))
         if missing := [name for name in METHODS if not callable(getattr(self._own, name, None))]:
             raise ConfigError(
-                f"{self._where} returned {short(self._own)}, which has no method {', '.join(missing)}: derive it from "
+                f"{self.name} returned {short(self._own)}, which has no method {', '.join(missing)}: derive it from "
                 "areal_agents.rollout.curriculum.Curriculum"
             )
         self.levels: Sequence[float] | None = self._levels()
@@ -68,9 +73,14 @@ class OwnCurriculum:
     def task_again(self, order: int) -> int | None:
         """Return a place in the split, or None. Who draws the task knows which places there are."""
         found: Any = self._ask("task_again", order)
-        if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 0):
+        if found is None:
+            return None
+        place = -1
+        if isinstance(found, int | np.integer) and not isinstance(found, bool):
+            place = int(found)
+        if place < 0:
             raise self._wrong("task_again", order, found, "a place in the split, from 0, or None")
-        return found
+        return place
 
     def drawn(self, task: Task, place: int) -> None:
         self._ask("drawn", task, place)
@@ -81,45 +91,81 @@ class OwnCurriculum:
     def state(self) -> dict[str, Any]:
         found: Any = self._ask("state")
         try:
-            copy: Any = json.loads(json.dumps(found, allow_nan=False))
-        except (TypeError, ValueError, RecursionError) as error:
-            told = f"{self._where}: state() is not JSON, as a checkpoint is: {described(error)}"
+            with contained():
+                copy: Any = json.loads(json.dumps(found, allow_nan=False))
+        except Exception as error:  # the author's own values
+            told = f"{self.name}: state() is not JSON, as a checkpoint is: {described(error)}"
             raise ConfigError(told) from error
         if not isinstance(copy, dict):
-            raise ConfigError(f"{self._where}: state() returned {short(found)}: expected a dictionary")
+            raise ConfigError(f"{self.name}: state() returned {short(found)}: expected a dictionary")
+        if odd := [key for key in _keys(found) if not isinstance(key, str)]:
+            raise ConfigError(
+                f"{self.name}: state() has the key {short(odd[0])}, which comes back from JSON as a text: use texts as "
+                "keys"
+            )
         return copy
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Let it know what ``state`` returned. Raises ConfigError where it does not say the same afterwards."""
         self._ask("restore", dict(state))
+        found, nothing = self.state(), object()
+        if other := [key for key in {**state, **found} if state.get(key, nothing) != found.get(key, nothing)]:
+            raise ConfigError(
+                f"{self.name}: after restore(), state() has {other[0]!r} = {short(found.get(other[0]))}: expected "
+                f"{short(state.get(other[0]))}, as it was saved. A run that was cut would go on as another one (sort "
+                "what has no order)"
+            )
 
     def metrics(self) -> dict[str, float]:
         found: Any = self._ask("metrics")
         try:
-            return {str(name): finite(value) for name, value in dict(found).items()}
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{self._where}: metrics() returned {short(found)}: {error}") from error
+            with contained():
+                numbers = {str(name): finite(value) for name, value in dict(found).items()}
+        except Exception as error:  # the author's own mapping
+            raise ConfigError(f"{self.name}: metrics() returned {short(found)}: {text_of(error)}") from error
+        if OF_THE_BATCH in numbers:
+            raise ConfigError(f"{self.name}: metrics() has {OF_THE_BATCH!r}, which is the batch's: call it otherwise")
+        return numbers
 
     def _levels(self) -> list[float] | None:
         found: Any = self._call("levels", lambda: getattr(self._own, "levels", None))
         if found is None:
             return None
         try:
-            levels = sorted({round(finite(level), self._digits) for level in found})
-        except (TypeError, ValueError):
+            with contained():
+                levels = sorted({round(finite(level), self._digits) for level in found})
+        except Exception:  # noqa: BLE001  the author's own sequence
             levels = []
         if not levels or not 0.0 <= levels[0] <= levels[-1] <= 1.0:
-            raise ConfigError(f"{self._where}: levels is {short(found)}: expected numbers from 0 to 1, or None")
+            raise ConfigError(f"{self.name}: levels is {short(found)}: expected numbers from 0 to 1, or None")
         return levels
 
     def _ask(self, name: str, *given: Any) -> Any:
-        return self._call(f"{name}()", lambda: getattr(self._own, name)(*given))
+        found = self._call(f"{name}()", lambda: getattr(self._own, name)(*given))
+        if inspect.isawaitable(found) or inspect.isgenerator(found) or inspect.isasyncgen(found):
+            if inspect.iscoroutine(found):
+                found.close()
+            raise ConfigError(
+                f"{self.name}: {name}() is a {type(found).__name__}, which nobody runs: write `def` without `async` "
+                "and `yield`"
+            )
+        return found
 
     def _call(self, what: str, call: Callable[[], Any]) -> Any:
         try:
             with contained():
                 return call()
         except Exception as error:  # a boundary: the author's code may raise anything
-            raise ConfigError(f"{self._where}: {what} raised {described(error)}") from error
+            raise ConfigError(f"{self.name}: {what} raised {described(error)}") from error
 
     def _wrong(self, name: str, order: int, found: object, expected: str) -> ConfigError:
-        return ConfigError(f"{self._where}: {name}({order}) returned {short(found)}: expected {expected}")
+        return ConfigError(f"{self.name}: {name}({order}) returned {short(found)}: expected {expected}")
+
+
+def _keys(value: object) -> Iterator[object]:
+    """Return the keys of all dictionaries in a value that is JSON."""
+    if isinstance(value, dict):
+        yield from value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    for one in inner:
+        yield from _keys(one)

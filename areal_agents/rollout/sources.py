@@ -9,6 +9,9 @@ batches up to max(0, ⌊n/B⌋ − η) were over and no later one. It cannot be 
 which task a group plays follows from what was learned, and never from how fast it was learned: a run that is stopped
 and goes on draws as one that was not. Groups that were discarded or replaced count in n; where they make it run ahead,
 what is over counts.
+
+**Second chances.** A task that was queued again comes before all that a curriculum chooses, at its own difficulty: the
+curriculum may have left that one for good.
 """
 
 from __future__ import annotations
@@ -59,11 +62,14 @@ class EnvTasks:
 
     def draw(self, order: int) -> Drawn:
         """Return the task of group ``order``. Raises TaskError where all are left out."""
+        for was, waiting in self._streams.items():
+            if (again := waiting.again()) is not None:
+                return Drawn(again, self.label, was)
         c = self.curriculum
         level = None if c is None else c.level(order)
         stream, task = self._stream(level), None
         if c is not None and (place := c.task_again(order)) is not None:
-            task = stream.at(place)
+            task = stream.at(place, by=c.name)
             if task is not None:
                 c.drawn(task, place)
         if task is None:

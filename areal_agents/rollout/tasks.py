@@ -139,23 +139,33 @@ class TaskStream:
 
         Raises TaskError where all are left out.
         """
-        for _ in range(len(self._again) + 2 * len(self._tasks)):  # the rest of this epoch, and the next one
-            self.place = None if self._again else self._draw()
-            task = self._again.popleft() if self.place is None else self._made(self.place)
+        self.place = None
+        if (waiting := self.again()) is not None:
+            return waiting
+        for _ in range(2 * len(self._tasks)):  # the rest of this epoch, and the next one
+            self.place = self._draw()
+            task = self._made(self.place)
             if task is not None and task.id not in self.left_out:
                 return task
         raise TaskError(
             f"none of the split's {len(self._tasks)} tasks can be played or scored:{reasons(self.left_out)}"
         )
 
-    def at(self, place: int) -> Task | None:
-        """Return the task at a place of the split, or None where one waits that was queued again, or it is left out.
+    def again(self) -> Task | None:
+        """Return a task that was queued again and not left out since, or None where none waits."""
+        while self._again:
+            if (task := self._again.popleft()).id not in self.left_out:
+                return task
+        return None
 
-        Raises ConfigError for a place that the split does not have.
+    def at(self, place: int, *, by: str) -> Task | None:
+        """Return the task at a place of the split, or None where it is left out.
+
+        Raises ConfigError for a place that the split does not have. ``by`` says who chose it.
         """
         if not 0 <= place < len(self._tasks):
-            raise ConfigError(f"a curriculum chose the task at place {place} of a split with {len(self._tasks)} tasks")
-        task = None if self._again else self._made(place)
+            raise ConfigError(f"{by} chose the task at place {place} of a split with {len(self._tasks)} tasks")
+        task = self._made(place)
         return None if task is None or task.id in self.left_out else task
 
     @property

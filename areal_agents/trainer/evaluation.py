@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from areal_agents.evaluation.attempts import Place, run_attempts
 from areal_agents.evaluation.held_out import held_out
 from areal_agents.evaluation.progress import Progress, Stopwatch
-from areal_agents.evaluation.report import EvalReport, summarize
+from areal_agents.evaluation.report import EvalReport, Lost, summarize
 from areal_agents.evaluation.unfinished import MUST_STAY, fingerprint, read_episodes
 from areal_agents.rollout.group_judge import group_reward_of
 from areal_agents.rollout.tasks import require_few_bad
@@ -92,8 +92,8 @@ async def evaluate_weights(run: Run, part: Part, label: str, *, step: int) -> Ev
             await runner.close()
         report = summarize(
             results, env=config.env.id, split=e.split, model=config.model.path, version=run.learner.version,
-            temperature=e.temperature, seed=config.seed, seconds=watch.seconds, k=e.k, left_out=runner.left_out,
-            first_failure=runner.first_given_up, own_failures=runner.own_failures, sample=sample,
+            temperature=e.temperature, seed=config.seed, seconds=watch.seconds, k=e.k, sample=sample,
+            lost=Lost(runner.first_given_up, runner.own_failures, runner.left_out),
         )  # fmt: skip
         episodes = [t for _, tries in results for t in tries if t is not None]
         run.tracker.trajectories.write(episodes, step=step, kind=kind)

@@ -108,7 +108,7 @@ def all_tasks(config: TrainConfig, part: Part) -> Sequence[Task]:
 
     Raises ConfigError where a difficulty has none, or where the tasks are the same at each.
     """
-    levels = levels_of(config.curriculum, part.env.difficulty)
+    levels = levels_of(config.curriculum, part.env.difficulty, seed=config.seed, label=part.label)
     found = [tasks_of(config, part, level).tasks for level in levels]
     if len(levels) > 1 and _contents(found[0]) == _contents(found[-1]):
         raise ConfigError(

@@ -225,6 +225,17 @@ def test_a_record_holds_the_commit_the_machine_and_the_goals(tmp_path: Path) -> 
     assert row["checks"] == [{"name": "a", "value": 2, "goal": ">= 1", "holds": True, "reason": ""}]
 
 
+def test_a_record_takes_the_place_of_another_one_at_once(tmp_path: Path) -> None:
+    """Whoever is killed while it is written, or reads it meanwhile, has the earlier one."""
+    save, path = module("record").save, tmp_path / "new" / "x.json"
+    save(path, {"a": 1})
+    with path.open() as before:
+        save(path, {"b": 2})
+        assert json.loads(before.read()) == {"a": 1}
+    assert json.loads(path.read_text()) == {"b": 2}
+    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
 def test_a_benchmark_that_is_cut_goes_on_with_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record, path, done = module("record"), tmp_path / "x.json", []
 

@@ -16,9 +16,17 @@ from areal_agents.chat.options import ChatOptions
 from areal_agents.conformance import reward_audit
 from areal_agents.conformance.check import CHECKS, CheckReport, CheckResult, check
 from areal_agents.conformance.contract import Subject
-from areal_agents.conformance.scripted_episode import difference, plain, spoil, trace_difference
+from areal_agents.conformance.scripted_episode import (
+    ScriptedEpisode,
+    difference,
+    in_turns,
+    plain,
+    repeat,
+    spoil,
+    trace_difference,
+)
 from areal_agents.env import Expert
-from areal_agents.errors import RegistryError
+from areal_agents.errors import CheckError, RegistryError
 from areal_agents.reward import Episode, WeightedSum
 from areal_agents.rewards.shaping import overlong
 from areal_agents.toolenv import ToolEnv
@@ -299,6 +307,34 @@ def _patient(task: Task) -> Expert:
     for _ in range(15):
         yield '<tool_call>{"name": "rest", "arguments": {}}</tool_call>'
     yield checked_envs.call("pay", task)
+
+
+def test_an_episode_that_another_ones_failure_cancels_while_it_closes_is_closed() -> None:
+    done: list[str] = []
+    closing = asyncio.Event()
+
+    class Slow(Steep):
+        async def aclose(self) -> None:
+            closing.set()
+            for _ in range(20):  # the other one fails meanwhile, and this one is cancelled
+                await asyncio.sleep(0)
+            await super().aclose()
+            done.append("closed")
+
+    async def plays() -> None:
+        task = Slow.tasks("test")[0]
+        await ScriptedEpisode(Slow, task, 0, repeat(""), 60.0, 1).play()
+
+    async def fails() -> None:
+        await closing.wait()
+        raise CheckError("a finding")
+
+    async def main() -> None:
+        with pytest.raises(CheckError, match="a finding"):
+            await in_turns([plays, fails], 2)
+        assert done == ["closed"]  # here, and not when the loop ends
+
+    asyncio.run(main())
 
 
 def test_a_long_game_is_played_to_its_end_by_the_audit() -> None:

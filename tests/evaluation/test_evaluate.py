@@ -26,7 +26,7 @@ from areal_agents.evaluation.evaluate import evaluate, evaluation_config, until_
 from areal_agents.evaluation.held_out import held_out
 from areal_agents.evaluation.players import KeptEngines
 from areal_agents.evaluation.progress import Progress
-from areal_agents.evaluation.report import EvalReport, compare_table, summarize
+from areal_agents.evaluation.report import EvalReport, Lost, compare_table, summarize
 from areal_agents.evaluation.saved_run import SavedRun
 from areal_agents.settings.config import EngineConfig, EnvConfig, EvalConfig, ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records
@@ -105,8 +105,10 @@ def test_a_reward_that_fails_now_and_then_is_said_and_is_no_infrastructure() -> 
     ]
     made = summarize(
         rows, env="e", split="test", model="m", version=0, temperature=1.0, seed=0, seconds=1.0,
-        own_failures=[(_task(0).id, RewardError("reward 'r' returned nan")), ("gone", RewardError("another task's"))],
-        left_out={"gone": "no score"},
+        lost=Lost(
+            own=[(_task(0).id, RewardError("reward 'r' returned nan")), ("gone", RewardError("another task's"))],
+            left_out={"gone": "no score"},
+        ),
     )  # fmt: skip
     assert (made.failed, made.attempts) == (1, 6)
     assert made.infra_rate == pytest.approx(1 / 7)
@@ -115,7 +117,13 @@ def test_a_reward_that_fails_now_and_then_is_said_and_is_no_infrastructure() -> 
     with pytest.raises(InfraError, match="e: its own reward or environment failed every attempt"):
         summarize(
             [(_task(0), [None])], env="e", split="test", model="m", version=0, temperature=1.0, seed=0, seconds=1.0,
-            own_failures=[(_task(0).id, RewardError("nan"))],
+            lost=Lost(own=[(_task(0).id, RewardError("nan"))]),
+        )  # fmt: skip
+    # The reward failed attempts at a task that is left out, and infrastructure the one that counts.
+    with pytest.raises(InfraError, match="e: infrastructure failed every attempt"):
+        summarize(
+            [(_task(0), [None])], env="e", split="test", model="m", version=0, temperature=1.0, seed=0, seconds=1.0,
+            lost=Lost(own=[("gone", RewardError("nan"))], left_out={"gone": "no score"}),
         )  # fmt: skip
 
 

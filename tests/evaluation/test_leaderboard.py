@@ -12,7 +12,7 @@ import pytest
 from areal_agents.errors import RewardError
 from areal_agents.evaluation.leaderboard import Leaderboard, Rewards, Score, _difference, _mean_difference
 from areal_agents.evaluation.leaderboard_tables import as_html, as_markdown, as_text, save
-from areal_agents.evaluation.report import summarize
+from areal_agents.evaluation.report import Lost, summarize
 from areal_agents.evaluation.statistics import holm, mean_of_intervals, wilson_interval
 from areal_agents.evaluation.suite import Suite
 from areal_agents.types import AssistantMessage, Completion, Task, Trajectory, Turn
@@ -139,7 +139,7 @@ def test_attempts_without_a_score_do_not_lift_a_model_over_a_limit() -> None:
     # Of four attempts two passed, infrastructure failed one, and the reward itself one.
     found = summarize(
         [(task, [played, played, None, None])], env="e", split="test", model="m", version=0, temperature=0.0, seed=0,
-        seconds=0.0, own_failures=[("a", RewardError("broken"))],
+        seconds=0.0, lost=Lost(own=[("a", RewardError("broken"))]),
     )  # fmt: skip
     assert (found.pass_at_1, found.attempts, found.failed, found.unscored) == (1.0, 2, 1, 2)
     assert found.below(0.5) == ""

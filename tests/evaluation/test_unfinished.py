@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 
 from areal_agents.cli.main import main
-from areal_agents.errors import ArealError, ConfigError
+from areal_agents.errors import ArealError, ConfigError, TaskError
 from areal_agents.evaluation.compare import compare
 from areal_agents.evaluation.evaluate import evaluate
 from areal_agents.evaluation.players import Server
 from areal_agents.evaluation.unfinished import count_saved, fingerprint
 from areal_agents.settings.config import EngineConfig, ModelConfig, RolloutConfig
 from areal_agents.tracking.trajectories import read_records
+from areal_agents.types import Task
+from tests.chat_envs import Sums
 from tests.chat_server import Answer, Hang, Json, Step, chat_server
 from tests.small_disk import fill, small_disk
 from tests.tiny_models import tiny_chat_model
@@ -194,6 +196,29 @@ def test_what_infrastructure_failed_is_played_again(tmp_path: Path, capsys: pyte
         assert main(["eval", "--resume", str(out)]) == 0
         assert len(server.requests) == 9
         assert numbers(out) == numbers(uninterrupted(tmp_path, server.url))
+
+
+def test_a_task_that_has_become_bad_does_not_stand_for_one_that_was_not_played(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of eight tasks seven were played, and one of these cannot be scored any more: one is left to play, of seven."""
+    out = tmp_path / "out"
+
+    def refuse(task: Task) -> None:
+        if task.id == "test-0":
+            raise TaskError("its answer was withdrawn")
+
+    with chat_server(answers) as server:
+        assert main(command(tmp_path / "whole", server.url)) == 0
+        partial_of(tmp_path / "whole", out, 7)
+        monkeypatch.setattr(Sums, "task_checks", lambda: (refuse,))
+        asked = len(server.requests)
+        assert main(["eval", "--resume", str(out)]) == 0, capsys.readouterr().err
+        assert len(server.requests) == asked + 1
+    assert "6 of 7 attempts are played already" in capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    assert (report["attempts"], report["unplayed"], list(report["left_out"])) == (7, 0, ["test-0"])
+    assert report["pass_at_1"] == pytest.approx(3 / 7)  # 2, 4 and 6 of 1 to 7
 
 
 @pytest.mark.slow

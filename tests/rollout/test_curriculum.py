@@ -144,14 +144,17 @@ def test_levels_are_drawn_by_their_learnability() -> None:
 
 
 def test_the_levels_that_a_run_may_play() -> None:
+    def levels(settings: CurriculumConfig, difficulty: float | None) -> list[float | None]:
+        return levels_of(settings, difficulty, seed=0, label="")
+
     assert grid(0.3) == [0.0, 0.3, 0.6, 0.9, 1.0]
-    assert levels_of(CurriculumConfig(), 0.4) == [0.4]
-    assert levels_of(CurriculumConfig(), None) == [None]
-    assert levels_of(CurriculumConfig(kind="learnability"), None) == [None]
-    assert levels_of(CurriculumConfig(kind="learnability", by="level", level_step=0.5), 0.3) == [0.0, 0.5, 1.0]
-    assert levels_of(CurriculumConfig(kind="level", level_step=0.5), 0.5) == [0.0, 0.5, 1.0]
+    assert levels(CurriculumConfig(), 0.4) == [0.4]
+    assert levels(CurriculumConfig(), None) == [None]
+    assert levels(CurriculumConfig(kind="learnability"), None) == [None]
+    assert levels(CurriculumConfig(kind="learnability", by="level", level_step=0.5), 0.3) == [0.0, 0.5, 1.0]
+    assert levels(CurriculumConfig(kind="level", level_step=0.5), 0.5) == [0.0, 0.5, 1.0]
     # From 0.2 in halves: 0.2, 0.7, and at 1 the way back is by halves too.
-    assert levels_of(CurriculumConfig(kind="level", level_step=0.5, start=0.2), None) == [0.0, 0.2, 0.5, 0.7, 1.0]
+    assert levels(CurriculumConfig(kind="level", level_step=0.5, start=0.2), None) == [0.0, 0.2, 0.5, 0.7, 1.0]
 
 
 @pytest.mark.parametrize("settings", [

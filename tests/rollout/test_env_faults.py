@@ -28,7 +28,7 @@ from areal_agents.errors import (
 )
 from areal_agents.evaluation.attempts import run_attempts
 from areal_agents.rollout.chat_policy import ChatPolicy
-from areal_agents.rollout.episode import Policy
+from areal_agents.rollout.episode import EpisodeDriver, Policy
 from areal_agents.rollout.player import LocalPlayer
 from areal_agents.rollout.retries import EpisodeRunner, FailureBudget
 from areal_agents.tool import ToolSpec
@@ -39,6 +39,7 @@ HI: Observation = (user("hi"),)
 GO_ON: Observation = (user("go on"),)
 PICTURE = (Message("user", (Image("/tmp/x.png"),)),)
 Act = Callable[[], None]
+TASK = Task.make("t", split="test", seed=0, payload={})
 
 
 class Chat:
@@ -162,8 +163,7 @@ def test_a_failing_aclose_costs_no_episode_and_is_told() -> None:
     async def main() -> float:
         player = LocalPlayer(Env, sample, LIMITS, event=lambda kind, **fields: told.append((kind, fields)))
         try:
-            task = Task.make("t", split="test", seed=0, payload={})
-            return (await player.play(task, id="e", group="g", seed=0)).reward
+            return (await player.play(TASK, id="e", group="g", seed=0)).reward
         finally:
             await player.close()
 
@@ -202,8 +202,7 @@ def test_an_episode_that_is_cancelled_while_it_closes_closes_its_environment() -
         nonlocal loop, playing, asked
         loop, asked = asyncio.get_running_loop(), asyncio.Event()
         player = LocalPlayer(Env, sample, LIMITS)
-        task = Task.make("t", split="test", seed=0, payload={})
-        playing = asyncio.create_task(player.play(task, id="e", group="g", seed=0))
+        playing = asyncio.create_task(player.play(TASK, id="e", group="g", seed=0))
         await asked.wait()
         await asyncio.sleep(0)  # the cancellation has reached whoever waits for the environment
         cancelled.set()
@@ -213,3 +212,106 @@ def test_an_episode_that_is_cancelled_while_it_closes_closes_its_environment() -
 
     asyncio.run(main())
     assert closed == ["begun", "closed"]
+
+
+def test_an_episode_that_is_cancelled_while_its_policy_closes_closes_both() -> None:
+    """An engine of somebody else's may need a round trip to free a session, and the environment comes after it."""
+    done: list[str] = []
+
+    class Env(OneStep):
+        async def aclose(self) -> None:
+            done.append("environment")
+
+    class Slow(ScriptedPolicy):
+        async def close(self, episode: EpisodeDriver) -> None:
+            playing.cancel()
+            await asyncio.sleep(0)  # a cancellation is raised here, in whoever is cancelled
+            done.append("session")
+
+    playing: asyncio.Task[Any]
+
+    async def main() -> None:
+        nonlocal playing
+        player = LocalPlayer(Env, lambda task: Slow(FMT.encode_turn("hello")), LIMITS)
+        playing = asyncio.create_task(player.play(TASK, id="e", group="g", seed=0))
+        with pytest.raises(asyncio.CancelledError):
+            await playing
+        await player.close()
+
+    asyncio.run(main())
+    assert done == ["session", "environment"]
+
+
+def test_an_environment_that_is_made_while_its_episode_is_cancelled_is_closed() -> None:
+    """Its constructor holds the host's thread, so that nobody can cancel it, and the driver has no environment yet."""
+    done: list[str] = []
+    cancelled = threading.Event()
+    going_on: list[asyncio.Task[None]] = []
+
+    class Env(OneStep):
+        def __init__(self) -> None:
+            super().__init__()
+            loop.call_soon_threadsafe(cut)
+            cancelled.wait()
+            done.append("made")
+
+        async def aclose(self) -> None:
+            done.append("closed")
+
+    class Policed(ScriptedPolicy):
+        async def close(self, episode: EpisodeDriver) -> None:
+            going_on.append(asyncio.create_task(go_on()))
+
+    def cut() -> None:
+        playing.cancel()
+
+    async def go_on() -> None:
+        for _ in range(20):  # the driver looks for an environment meanwhile
+            await asyncio.sleep(0)
+        cancelled.set()
+
+    loop: asyncio.AbstractEventLoop
+    playing: asyncio.Task[Any]
+
+    async def main() -> None:
+        nonlocal loop, playing
+        loop = asyncio.get_running_loop()
+        player = LocalPlayer(Env, lambda task: Policed(FMT.encode_turn("hello")), LIMITS)
+        playing = asyncio.create_task(player.play(TASK, id="e", group="g", seed=0))
+        with pytest.raises(asyncio.CancelledError):
+            await playing
+        await asyncio.gather(*going_on)
+        await player.close()
+
+    asyncio.run(main())
+    assert done == ["made", "closed"]
+
+
+def test_a_failing_aclose_is_told_also_where_the_episode_is_cancelled_meanwhile() -> None:
+    told: list[str] = []
+
+    class Env(OneStep):
+        async def aclose(self) -> None:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(cut(), loop))
+            raise RuntimeError("still open")
+
+    async def cut() -> None:
+        playing.cancel()
+        await asyncio.sleep(0)
+
+    loop: asyncio.AbstractEventLoop
+    playing: asyncio.Task[Any]
+
+    async def main() -> None:
+        nonlocal loop, playing
+        loop = asyncio.get_running_loop()
+        player = LocalPlayer(
+            Env, sample, LIMITS, event=lambda kind, **fields: told.append(f"{kind}: {fields['detail']}")
+        )
+        playing = asyncio.create_task(player.play(TASK, id="e", group="g", seed=0))
+        with pytest.raises(asyncio.CancelledError):
+            await playing
+        await player.close()
+
+    asyncio.run(main())
+    assert told == ["env_close_failed: aclose (task t, turn 0) raised RuntimeError: still open"]

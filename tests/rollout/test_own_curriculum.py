@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from areal_agents.errors import ConfigError
@@ -51,7 +52,7 @@ class Counts(Curriculum):
 class Climbs(Counts):
     """A level more a batch."""
 
-    levels = (0.0, 0.5, 1)
+    levels: Sequence[float] = (0.0, 0.5, 1)
 
     def level(self, order: int) -> float | None:
         return self.levels[min(self.batches, 2)]
@@ -66,6 +67,13 @@ def counts(seed: str, difficulty: float | None) -> Counts:
 
 def climbs(seed: str) -> Climbs:
     return Climbs()
+
+
+def sown(seed: str) -> Climbs:
+    """Its levels follow from the seed of the run and the environment."""
+    found = Climbs()
+    found.levels = (0.25,) if seed == "4/x" else (0.75,)
+    return found
 
 
 def settings(name: str) -> CurriculumConfig:
@@ -88,7 +96,8 @@ def test_it_chooses_tasks_and_goes_on_from_its_state() -> None:
     assert second.draw(3).task.id == "t1"
     for _ in range(5):
         second.consume([])
-    with pytest.raises(ConfigError, match="a curriculum chose the task at place 6 of a split with 6 tasks"):
+    said = f"curriculum.kind = '{HERE}:counts' chose the task at place 6 of a split with 6 tasks"
+    with pytest.raises(ConfigError, match=said):
         second.draw(9)
 
 
@@ -109,8 +118,9 @@ def test_it_is_told_of_the_run_and_of_its_environment(monkeypatch: pytest.Monkey
 
 
 def test_its_levels_are_known_before_the_run() -> None:
-    assert levels_of(settings("climbs"), 0.3) == [0.0, 0.5, 1.0]
-    assert levels_of(settings("counts"), 0.3) == [0.3]
+    assert levels_of(settings("climbs"), 0.3, seed=4, label="x") == [0.0, 0.5, 1.0]
+    assert levels_of(settings("counts"), 0.3, seed=4, label="x") == [0.3]
+    assert levels_of(settings("sown"), 0.3, seed=4, label="x") == [0.25]
     found = source("climbs")
     levels = [found.draw(0).level]
     for order in (1, 2):
@@ -127,6 +137,27 @@ def broken(**methods: Callable[..., Any] | object) -> Any:
 
 def exits(self: object, *given: object) -> None:
     sys.exit(3)
+
+
+async def awaits(self: object, *given: object) -> None:
+    """Somebody wrote `async def`."""
+
+
+def yields(self: object, *given: object) -> Iterator[int]:
+    yield 1
+
+
+class Unreadable:
+    """What cannot be looked into."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise LookupError("closed")
+
+    def keys(self) -> Iterator[Any]:
+        sys.exit(4)
+
+    def __repr__(self) -> str:
+        return "Unreadable"
 
 
 WRONG: Mapping[str, tuple[Any, str]] = {
@@ -148,7 +179,59 @@ WRONG: Mapping[str, tuple[Any, str]] = {
     "above": (broken(levels=[0, 2]), r"levels is \[0, 2\]: expected numbers from 0 to 1, or None"),
     "word": (broken(levels="high"), r"levels is 'high'"),
     "metrics": (broken(metrics=lambda self: {"x": "y"}), r"metrics\(\) returned {'x': 'y'}: not a number"),
+    "odd metrics": (
+        broken(metrics=lambda self: Unreadable()),
+        r"metrics\(\) returned Unreadable: it called sys.exit\(4\)",
+    ),
+    "ours": (
+        broken(metrics=lambda self: {"pass_rate": 0.5}),
+        r"metrics\(\) has 'pass_rate', which is the batch's: call it otherwise",
+    ),
+    "odd levels": (broken(levels=Unreadable()), "levels is Unreadable: expected numbers from 0 to 1, or None"),
+    "number": (
+        broken(state=lambda self: {"passes": [{7: 1}]}),
+        r"state\(\) has the key 7, which comes back from JSON as a text: use texts as keys",
+    ),
+    "async": (broken(note=awaits), r"note\(\) is a coroutine, which nobody runs: write `def` without `async`"),
+    "generator": (broken(drawn=yields), r"drawn\(\) is a generator, which nobody runs"),
+    "truth": (broken(task_again=lambda self, order: np.bool_(True)), r"task_again\(1\) returned .*True.*: expected"),
 }
+
+
+def test_what_restore_forgets_is_said_where_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch was consumed, and after ``restore`` it knows of none: it would play other tasks than it did."""
+    made = broken(restore=lambda self, state: None)
+
+    def forgets(seed: str) -> Any:
+        return made(seed)
+
+    monkeypatch.setattr(sys.modules[HERE], "forgets", forgets, raising=False)
+    first, second = source("forgets"), source("forgets")
+    first.draw(0)
+    first.consume([])
+    first.draw(1)
+    said = r"after restore\(\), state\(\) has 'batches' = 0: expected 1, as it was saved"
+    with pytest.raises(ConfigError, match=said):
+        second.restore(first.state())
+
+
+def test_numbers_of_numpy_are_places_and_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    methods: dict[str, Any] = {
+        "levels": np.array([0.5, 1.0]),
+        "level": lambda self, order: np.float64(0.5),
+        "task_again": lambda self, order: np.int64(2),
+        "drawn": lambda self, task, place: drawn.append(place),
+    }
+    made = type("OfNumpy", (Counts,), methods)
+
+    def of_numpy(seed: str) -> Any:
+        return made()
+
+    monkeypatch.setattr(sys.modules[HERE], "of_numpy", of_numpy, raising=False)
+    found = source("of_numpy").draw(0)
+    assert (found.task.id, found.level) == ("t2", 0.5)
+    assert [(place, type(place)) for place in drawn] == [(2, int)]
 
 
 @pytest.mark.parametrize("name", WRONG)

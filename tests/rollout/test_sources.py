@@ -88,6 +88,32 @@ def test_tasks_that_are_queued_again_or_left_out_are_so_in_their_own_environment
     assert found.left_out == found.state().bad == 1
 
 
+def test_a_task_that_is_queued_again_is_played_although_its_level_was_left(tmp_path: Path) -> None:
+    """The level rises to 0.5 meanwhile, and never falls: the task's second chance must not wait for that."""
+    found = source(LEVELS, ("a",), (1.0,))
+    lost, other, bad = (found.draw(order) for order in range(3))
+    assert {d.level for d in (lost, other, bad)} == {0.0}
+    assert found.requeue(lost)
+    assert found.requeue(bad)
+    found.leave_out(bad, "broken")  # another group of it said so
+    found.consume([ended(other, 1, 4)])
+    resumed = source(LEVELS, ("a",), (1.0,))
+    resumed.restore(saved(found, tmp_path))
+    for each in (found, resumed):
+        assert each.draw(3) == lost  # at its own level
+        assert each.draw(4).level == 0.5
+        assert each.requeue(lost) is False
+
+
+def test_a_task_that_is_queued_again_comes_before_one_that_a_curriculum_chooses() -> None:
+    settings = CurriculumConfig(kind="learnability", explore=1e-9)
+    found = source(settings, ("a",), (1.0,))
+    first, lost = found.draw(0), found.draw(1)
+    found.consume([ended(first, 0, 2)])
+    assert found.requeue(lost)
+    assert [found.draw(order).task.id for order in (2, 3, 4)] == [lost.task.id, first.task.id, first.task.id]
+
+
 def test_an_environment_without_a_task_left_says_so() -> None:
     found = Source([EnvTasks(lambda level: TaskStream(tasks("a", level, 1), seed=0))], Shares([1.0], seed=0))
     found.leave_out(found.draw(0), "broken")

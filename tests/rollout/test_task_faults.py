@@ -17,7 +17,7 @@ import pytest
 from areal_agents.env import LazyTasks
 from areal_agents.errors import EnvError, FailureBudgetError, RewardError, SandboxError, TaskError, TemplateError
 from areal_agents.evaluation.attempts import run_attempts
-from areal_agents.evaluation.report import summarize
+from areal_agents.evaluation.report import Lost, summarize
 from areal_agents.reward import Episode, RewardLike, boxed_number
 from areal_agents.rollout.buffer import Buffer
 from areal_agents.rollout.episode import Limits
@@ -378,7 +378,7 @@ def test_an_evaluation_names_counts_and_goes_on() -> None:
     assert sorted(runner.left_out) == ["t-27", "t-7"]
     report = summarize(
         results, env="e", split="test", model="m", version=0, temperature=0.0, seed=0, seconds=1.0,
-        left_out=runner.left_out,
+        lost=Lost(left_out=runner.left_out),
     )  # fmt: skip
     assert (report.n, report.attempts, report.k) == (38, 76, 2)
     assert (report.pass_at_1, report.infra_rate) == (1.0, 0.0)  # out of every denominator: no zero, no failure

@@ -11,7 +11,7 @@ from areal_agents.cli.main import main
 from areal_agents.tracking.trajectories import read_records, row_of
 from tests.conftest import require
 from tests.engines.vllm.test_server import served_model
-from tests.unfinished import started, until_saved
+from tests.unfinished import started, until_begun, until_saved
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -70,9 +70,7 @@ def test_a_killed_suite_goes_on_and_leaves_finished_rows_as_they_are(
     command = ["eval", str(suite), "--model", str(smollm2), "--out", str(out), "--engine.kind", "vllm"]
     command += ["--engine.max_batch", "1", "--engine.kv_tokens", "4096"]
     with started(*command) as process:
-        while not list((out / "cells").glob("*")):
-            assert process.poll() is None, process.communicate()
-        (cell,) = (out / "cells").iterdir()
+        cell = until_begun(out / "cells", process)
         until_saved(cell, 3)
         process.kill()
         process.communicate()
