@@ -154,7 +154,7 @@ class EnvSpec:
         """Raise RegistryError where the class does not take the arguments ``given``, over the registered ones."""
         cls = self.env_class()
         signature, merged = inspect.signature(cls), {**self.kwargs, **given}
-        if "sandbox" in signature.parameters:  # a run gives it where nobody else does
+        if takes(cls, "sandbox"):  # a run gives it where nobody else does
             merged.setdefault("sandbox", None)
         try:
             signature.bind(**merged)
@@ -197,6 +197,15 @@ def _chance(declared: float | Mapping[float | None, float], difficulty: float | 
         raise RegistryError(f"{id}: chance names no level {difficulty}: it has {', '.join(map(str, declared))}")
     low, high = below[-1], above[0]
     return declared[low] + (declared[high] - declared[low]) * (difficulty - low) / (high - low)
+
+
+def takes(cls: type, name: str) -> bool:
+    """Say whether a class is made with an argument ``name``: its own, or its base's where it hands ``**kwargs`` on."""
+    for init in (vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)):
+        parameters = inspect.signature(init).parameters
+        if name in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return name in parameters
+    return False
 
 
 async def _probe(sandbox: str) -> None:

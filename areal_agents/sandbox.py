@@ -130,8 +130,8 @@ class Service:
     """It has started when this program, run inside it, ends with 0; empty is not tried."""
     command: tuple[str, ...] = ()
     """The program and its arguments, in place of the image's own."""
-    environment: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Variables besides the image's own."""
+    environment: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
+    """Variables besides the image's own. What is secret among them is in no message."""
     writable: tuple[str, ...] = ()
     """Folders that it must be able to write to."""
     user: str = ""
@@ -151,7 +151,8 @@ class Service:
                 f"service {self.name!r}: its name must be a host name: small letters, digits, '-', and no number."
             )
         if not isinstance(self.environment, Mapping):
-            raise ConfigError(f"service {self.name!r}: environment must be names with values: {self.environment!r}.")
+            given = type(self.environment).__name__
+            raise ConfigError(f"service {self.name!r}: environment must be names with values, not a {given}.")
         object.__setattr__(self, "environment", dict(self.environment))
         lists = {"ready": self.ready, "command": self.command, "writable": self.writable}
         texts = [part for parts in lists.values() if isinstance(parts, tuple) for part in parts]

@@ -85,6 +85,7 @@ register(
 register(
     "areal/Warehouse-v0",
     "areal_agents.envs.warehouse:Warehouse",
+    kwargs={"sandbox": "docker"},
     description="bring a web service over a database to a wanted state; it runs beside the sandbox, in docker",
     sandbox="docker",
 )

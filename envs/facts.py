@@ -11,19 +11,17 @@ from random import Random
 from types import MappingProxyType
 from typing import Any, Final
 
-from areal_agents.context import ContextLike
 from areal_agents.env import Expert
 from areal_agents.envs.generated_files import generated_folder
 from areal_agents.envs.procedural import drawn_tasks
 from areal_agents.envs.search_questions import search_tasks
 from areal_agents.errors import ConfigError, EnvError
 from areal_agents.rewards.boxed_text import boxed_text
-from areal_agents.sandbox import SandboxBackend
-from areal_agents.served_model import ModelLike
 from areal_agents.tool import ToolSpec, call_text
 from areal_agents.toolenv import ToolEnv
+from areal_agents.tools.read_output import read_output
 from areal_agents.tools.search import search_tools
-from areal_agents.tools.search_index import open_index
+from areal_agents.tools.search_index import open_index, summary
 from areal_agents.types import Task
 from areal_agents.utils.short_text import short
 
@@ -111,41 +109,26 @@ class Facts(ToolEnv):
     """
 
     system_prompt = r"Find out with search and read_document, one fact after the other. Then answer \boxed{name}."
-    tools = search_tools(corpus() / "corpus.jsonl", progress=False)
+    tools: Sequence[ToolSpec] = search_tools(corpus() / "corpus.jsonl", progress=False)
     rubric = boxed_text()
     max_turns = 12
 
-    def __init__(
-        self,
-        *,
-        path: str = "",
-        corpus: str = "",
-        test_path: str = "",
-        sandbox: SandboxBackend | str | None = None,
-        models: Mapping[str, ModelLike] | None = None,
-        max_turns: int | None = None,
-        system_prompt: str | None = None,
-        context: ContextLike | None = None,
-    ) -> None:
+    def __init__(self, *, path: str = "", corpus: str = "", test_path: str = "", **more: Any) -> None:
         """Make an environment on a file and its documents, or on facts that are made up.
 
         Args:
             path: of the JSONL file of questions (``search_questions.py``). Empty makes questions up.
             corpus: of the documents: a JSONL file, a folder of texts, or an index.
             test_path: of the file of the test split. Empty takes it from ``path``.
-            sandbox: for the tools of a subclass.
-            models: as ``ToolEnv`` has it, and so the rest.
-            max_turns: in place of the class's own.
-            system_prompt: in place of the class's own.
-            context: in place of the class's own.
+            more: of ``ToolEnv``.
         """
         self._source: dict[str, Any] = {"path": path, "corpus": corpus, "test_path": test_path}
         _require_both(**self._source)
-        if path:
-            self.tools = _tools_on(open_index(corpus))
-        super().__init__(
-            sandbox=sandbox, models=models, max_turns=max_turns, system_prompt=system_prompt, context=context
-        )
+        if path:  # in place of the two on the made-up corpus; a subclass's own stay
+            found = _tools_on(open_index(corpus))
+            named = {tool.name for tool in (*found, *Facts.tools)}
+            self.tools = (*found, *(tool for tool in self.tools if tool.name not in named))
+        super().__init__(**more)
 
     @classmethod
     def tasks(
@@ -172,8 +155,8 @@ class Facts(ToolEnv):
     @classmethod
     def expert(cls, task: Task) -> Expert | None:
         """Read one document after the other, or return None where a file does not say which, or more than fit."""
-        passages = [(name, rf"\[(d\d+)\] {re.escape(name)}$") for name in task.payload.get("path", ())[:-1]]
-        passages += [(title, rf"^\d+\. \[({re.escape(id)})\]") for id, title in task.payload.get("passages", ())]
+        passages = [(name, name, rf"\[(d\d+)\] {re.escape(name)}$") for name in task.payload.get("path", ())[:-1]]
+        passages += [(id, title, rf"^\d+\. \[({re.escape(id)})\]") for id, title in task.payload.get("passages", ())]
         return _looked_up(task, passages, cls.gold(task)) if 0 < 2 * len(passages) < cls.max_turns else None
 
 
@@ -186,20 +169,25 @@ def _require_both(path: str, corpus: str, test_path: str) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _tools_on(index: Path) -> tuple[ToolSpec, ToolSpec]:
-    """Return the tools on an index, which all environments of a process share."""
-    return search_tools(index)
+def _tools_on(index: Path) -> tuple[ToolSpec, ...]:
+    """Return the tools on an index, which all environments of a process share.
+
+    Where a document is longer than ``read_document`` shows of one, ``read_output`` is among them.
+    """
+    search, read_document = search_tools(index)
+    cut = summary(index)[1] + len("\n\n") > read_document.max_output_chars
+    return (search, read_document, read_output) if cut else (search, read_document)
 
 
-def _looked_up(task: Task, passages: Sequence[tuple[str, str]], gold: str) -> Expert:
+def _looked_up(task: Task, passages: Sequence[tuple[str, str, str]], gold: str) -> Expert:
     """Search for each document by its title, with the question's words where others come first, and read it."""
-    for title, pattern in passages:
+    for name, title, pattern in passages:
         for query in (title, f"{title} {task.payload['question']}"):
             observation = yield call_text("search", query=query, top=10)
             if shown := re.search(pattern, observation[-1].text, re.MULTILINE):
                 break
         else:
-            raise EnvError(f"two searches for {short(title)} do not show its document")
+            raise EnvError(f"two searches for {short(title)} do not show the document {short(name)}")
         yield call_text("read_document", id=shown[1])
     yield gold
 

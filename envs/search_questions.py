@@ -24,7 +24,8 @@ from areal_agents.errors import ConfigError
 from areal_agents.evaluation.overlap import normalised
 from areal_agents.reward import sole_boxed
 from areal_agents.rewards.boxed_text import MAX_CHARS, plain_words
-from areal_agents.tools.search_index import open_index
+from areal_agents.tools.search import terms_of
+from areal_agents.tools.search_index import open_index, summary
 from areal_agents.types import Task
 from areal_agents.utils.short_text import short
 
@@ -132,8 +133,8 @@ def _of_level(rows: Sequence[tuple[Row, str]], difficulty: float, path: str) -> 
 def _rows(file: tuple[str, int, int], index: tuple[str, int, int]) -> tuple[Row, ...]:
     """Read every row of a file, once."""
     path, rows = file[0], list[Row]()
+    digest = summary(Path(index[0]))[0][:16]  # with other documents a task is another one
     with contextlib.closing(sqlite3.connect(f"{Path(index[0]).as_uri()}?immutable=1", uri=True)) as connection:
-        digest = _digest(connection, index[0])
         for number, row in json_lines(Path(path)):
             try:
                 payload = {**_payload(row, connection), "corpus": digest}
@@ -145,16 +146,6 @@ def _rows(file: tuple[str, int, int], index: tuple[str, int, int]) -> tuple[Row,
         raise ConfigError(f"{path}: it has no question")
     _look_for_repeats(path, rows)
     return tuple(rows)
-
-
-def _digest(connection: sqlite3.Connection, index: str) -> str:
-    """Return the hash of a corpus: with other documents a task is another one."""
-    try:
-        return str(connection.execute("SELECT digest FROM corpus").fetchone()[0])[:16]
-    except sqlite3.DatabaseError as error:
-        raise ConfigError(
-            f"env.kwargs.corpus: {index!r} is no index of this version: name the documents it was made of"
-        ) from error
 
 
 def _payload(row: Mapping[str, Any], connection: sqlite3.Connection) -> dict[str, Any]:
@@ -170,7 +161,8 @@ def _payload(row: Mapping[str, Any], connection: sqlite3.Connection) -> dict[str
     answers = found if isinstance(found, list) else [found]
     for answer in answers or [None]:
         if not isinstance(answer, str) or not plain_words(answer):
-            raise ValueError(f"{named[0]!r} = {short(found)} is no text with a word in it, nor a list of them")
+            quoted = ": write a number in quotes" if isinstance(answer, int | float) else ""
+            raise ValueError(f"{named[0]!r} = {short(found)} is no text with a word in it, nor a list of them{quoted}")
         if len(answer) > MAX_CHARS or plain_words(sole_boxed(rf"\boxed{{{answer}}}") or "") != plain_words(answer):
             raise ValueError(
                 f"{named[0]!r}: {short(answer)} cannot stand in \\boxed{{}}: it is longer than {MAX_CHARS} characters, "
@@ -193,7 +185,9 @@ def _split(row: Mapping[str, Any]) -> str:
 
 
 def _refuse_misspelt(row: Mapping[str, Any]) -> None:
-    """Raise ValueError for a name that is nearly one that may be left out: it would be left out."""
+    """Raise ValueError for a name that is nearly one that may be left out, or has answers: it would be left out."""
+    if aliases := next((name for name in row if "alias" in name.lower()), None):
+        raise ValueError(f"it has {aliases!r}: other right answers belong into the list 'answers'; or rename it")
     for name in row.keys() - set(_OPTIONAL):
         near = difflib.get_close_matches(name.lower(), _OPTIONAL, n=1, cutoff=0.75)
         if near and near[0] not in row:
@@ -220,7 +214,10 @@ def _query(name: str, connection: sqlite3.Connection) -> str:
     if row is None:
         raise ValueError(f"'supporting' names {short(name)}, and no document of the corpus has this id")
     title, text = (" ".join(part.split()) for part in row)
-    return title or " ".join(text.split()[:_QUERY_WORDS])
+    query = title or " ".join(text.split()[:_QUERY_WORDS])
+    if not terms_of(query):
+        raise ValueError(f"'supporting' names {short(name)}, a document whose beginning has no word to search for")
+    return query
 
 
 def _look_for_repeats(path: str, rows: Sequence[Row]) -> None:

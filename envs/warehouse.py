@@ -19,20 +19,18 @@ from random import Random
 from typing import Any, Final
 from urllib.parse import quote
 
-from areal_agents.context import ContextLike
 from areal_agents.env import Expert
 from areal_agents.envs import warehouse_inside
 from areal_agents.envs.procedural import drawn_tasks
 from areal_agents.errors import SandboxError
 from areal_agents.reward import Episode, Verdict
-from areal_agents.sandbox import Sandbox, SandboxBackend, SandboxSpec, Service
+from areal_agents.sandbox import Sandbox, SandboxSpec, Service
 from areal_agents.sandboxes.docker_image import IMAGE
-from areal_agents.served_model import ModelLike
 from areal_agents.tool import call_text
 from areal_agents.toolenv import ToolEnv
 from areal_agents.tools.bash import bash
 from areal_agents.tools.python import python
-from areal_agents.types import Task
+from areal_agents.types import Info, Observation, Task
 
 DEFAULT_DIFFICULTY = 0.5
 SIZES: Final = {"train": 2048, "test": 256}
@@ -251,32 +249,16 @@ class Warehouse(ToolEnv):
         )
     )  # fmt: skip
 
-    def __init__(
-        self,
-        *,
-        sandbox: SandboxBackend | str | None = "docker",
-        models: Mapping[str, ModelLike] | None = None,
-        max_turns: int | None = None,
-        system_prompt: str | None = None,
-        context: ContextLike | None = None,
-    ) -> None:
-        """Make an environment, whose service starts with its sandbox.
-
-        Args:
-            sandbox: one with services.
-            models: as ``ToolEnv`` has it, and so the rest.
-            max_turns: in place of the class's own.
-            system_prompt: in place of the class's own.
-            context: in place of the class's own.
-        """
-        super().__init__(
-            sandbox=sandbox, models=models, max_turns=max_turns, system_prompt=system_prompt, context=context
-        )
-
     @classmethod
     def tasks(cls, split: str, *, difficulty: float | None = None) -> Sequence[Task]:
         level = DEFAULT_DIFFICULTY if difficulty is None else float(difficulty)
         return drawn_tasks("areal/Warehouse-v0", split, level, lambda rng: _drawn(rng, level), SIZES)
+
+    async def areset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Observation, Info]:
+        self._doubted = False
+        return await super().areset(seed=seed, options=options)
 
     async def prepare(self, sandbox: Sandbox) -> None:
         problem = (await asked(sandbox, "load", self.task.payload["before"]))["problem"]
@@ -285,6 +267,10 @@ class Warehouse(ToolEnv):
 
     async def inspect(self, sandbox: Sandbox) -> Any:
         found = await asked(sandbox, "state")
+        if found["problem"] and not self._doubted:
+            # Whose failure is it? The episode's calls run again beside a fresh service: the model's happens again.
+            self._doubted = True
+            raise SandboxError(f"the warehouse did not say its state: {found['problem']}")
         return {"items": [], "orders": [], **found}
 
     def prompt(self, task: Task) -> str:

@@ -233,8 +233,20 @@ class Handler(BaseHTTPRequestHandler):
     def do_DELETE(self) -> None:
         self._do("DELETE")
 
+    def do_PUT(self) -> None:
+        self._do("PUT")
+
+    def do_HEAD(self) -> None:
+        self._do("HEAD")
+
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing: what is printed is kept by the sandbox's host."""
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what is no request, or of another method, as all else is: without a date."""
+        self.close_connection = True
+        text = "this is not done here: GET / lists what is" if code == 501 else message or "this is no request"
+        self._send(code, json.dumps({"error": text}) + "\n")
 
     def _do(self, method: str) -> None:
         try:
@@ -288,7 +300,8 @@ class Handler(BaseHTTPRequestHandler):
         if signature:
             self.send_header("X-Sign", signature)
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
 
 class Server(ThreadingHTTPServer):

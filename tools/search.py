@@ -6,9 +6,9 @@ A query is a list of words, whatever it looks like: operators and quotes of FTS5
 from __future__ import annotations
 
 import asyncio
-import re
 import sqlite3
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -26,6 +26,8 @@ SECONDS: Final = 10.0
 WALL_S: Final = 120.0
 MAX_RANKED: Final = 20_000
 """Documents that one search ranks, about: with rarer words in a query, its commonest ones are left out."""
+MAX_TITLE_CHARS: Final = 300
+"""That are shown: one document must not crowd out the others."""
 SNIPPET_WORDS: Final = 32
 _COMMON: Final = (
     "a an and are as at be but by did do does for from had has have he her his how i if in into is it "
@@ -110,7 +112,7 @@ class Index:
             return "(no document has any of these words)"
         lines = []
         for place, (name, title, snippet) in enumerate(rows, 1):
-            lines.append(f"{place}. [{name}] {' '.join(title.split())}".rstrip())
+            lines.append(f"{place}. [{name}] {' '.join(title.split())[:MAX_TITLE_CHARS]}".rstrip())
             lines.append("   " + " ".join(snippet.split())[: snippet_words * 40])
         return "\n".join(lines)
 
@@ -158,9 +160,15 @@ class Index:
 
 def terms_of(query: str) -> list[str]:
     """Return the words of a query, each once, without the commonest ones where others remain."""
-    words = list(dict.fromkeys(w[:MAX_TERM_CHARS].casefold() for w in re.findall(r"\w+", query[:MAX_QUERY_CHARS])))
-    rare = [word for word in words if word not in STOPWORDS]
-    return (rare or words)[:MAX_TERMS]
+    # A word stays as it is written, with its accents: the index folds it as it folded the documents, Python otherwise.
+    asked = query[:MAX_QUERY_CHARS]
+    plain = "".join(c if c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" else " " for c in asked)
+    words: dict[str, str] = {}
+    for word in plain.split():
+        if any(map(str.isalnum, word)):
+            words.setdefault(word.casefold(), word[:MAX_TERM_CHARS])
+    rare = [word for folded, word in words.items() if folded not in STOPWORDS]
+    return (rare or list(words.values()))[:MAX_TERMS]
 
 
 def _over(end: float) -> Callable[[], bool]:

@@ -4,7 +4,7 @@
 
 A JSONL line is an object with ``text``, and perhaps ``id`` and ``title``; the number of the line is the id where there
 is none. In a folder each ``.txt`` and ``.md`` file is a document, and its path the id. The index also has a hash of all
-documents, by which a corpus is known wherever it lies.
+documents, by which a corpus is known wherever it lies, and the length of the longest one.
 """
 
 from __future__ import annotations
@@ -18,16 +18,21 @@ import os
 import sqlite3
 import sys
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 from areal_agents.errors import ConfigError
 from areal_agents.models import cache_dir
+from areal_agents.utils.short_text import short
 
 WORDS: Final = "porter unicode61 remove_diacritics 2"
 """English stems of words. For languages without spaces between words: ``trigram``."""
-_FORMAT: Final = "3"
+MAX_ID_CHARS: Final = 200
+_ENDINGS: Final = (".txt", ".md")
+_FORMAT: Final = "4"
 _HEADER: Final = b"SQLite format 3\0"
 _BATCH: Final = 1000
 
@@ -46,7 +51,7 @@ def open_index(corpus: str | Path, *, tokenizer: str = WORDS, progress: bool = T
         progress: show a bar.
 
     Raises:
-        ConfigError: the corpus cannot be read, has a line that is no document, the same id twice, or no document.
+        ConfigError: the corpus cannot be read, has a line or a file that is no document, the same id twice, or none.
     """
     source = Path(corpus).expanduser().resolve()
     if not source.exists():
@@ -62,6 +67,8 @@ def open_index(corpus: str | Path, *, tokenizer: str = WORDS, progress: bool = T
     with (folder / f".{final.stem}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not final.exists():
+            if source.is_dir():
+                _tell_of_others(source, set(files))
             temporary = folder / f".{final.stem}.{os.getpid()}.new"
             try:
                 with _bar(source.name, sum(file.stat().st_size for file in files), progress) as advance:
@@ -72,18 +79,54 @@ def open_index(corpus: str | Path, *, tokenizer: str = WORDS, progress: bool = T
     return final
 
 
+def summary(index: Path) -> tuple[str, int]:
+    """Return the hash of an index's documents, and the characters of the longest one, its title among them.
+
+    Raises ConfigError where it is no index of this version.
+    """
+    with contextlib.closing(sqlite3.connect(f"{index.as_uri()}?immutable=1", uri=True)) as connection:
+        try:
+            digest, longest = connection.execute("SELECT digest, longest FROM corpus").fetchone()
+        except (sqlite3.DatabaseError, TypeError) as error:
+            raise ConfigError(
+                f"the search corpus {str(index)!r} is no index of this version: name the documents it was made of"
+            ) from error
+    return digest, longest
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"the search corpus: {str(path)!r} cannot be read: {error.strerror}") from error
+
+
 def _is_database(path: Path) -> bool:
-    with path.open("rb") as file:
+    with _reading(path), path.open("rb") as file:
         return file.read(len(_HEADER)) == _HEADER
 
 
 def _files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
-    files = sorted(p for p in source.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in _ENDINGS and p.is_file())
     if not files:
         raise ConfigError(f"the search corpus {str(source)!r} has no .txt or .md file")
     return files
+
+
+def _tell_of_others(source: Path, files: set[Path]) -> None:
+    """Warn of what lies in a folder and is no document, links to folders and to nothing among it."""
+    others = [p for p in source.rglob("*") if p not in files and (p.is_symlink() or not p.is_dir())]
+    if others:
+        endings = Counter(p.suffix.lower() or "without an ending" for p in others)
+        counted = sorted(endings.items(), key=lambda item: (-item[1], item[0]))[:5]
+        warnings.warn(
+            f"the search corpus {str(source)!r}: {len(files)} .txt and .md files are its documents; {len(others)} "
+            f"others are left out ({', '.join(f'{count} {ending}' for ending, count in counted)})",
+            stacklevel=3,
+        )
 
 
 def _fingerprint(source: Path, files: list[Path], tokenizer: str) -> str:
@@ -108,10 +151,11 @@ def _build(path: Path, source: Path, files: list[Path], tokenizer: str, advance:
             )
         except sqlite3.OperationalError as error:
             raise ConfigError(f"search: tokenizer {tokenizer!r}: {error}") from error
-        connection.execute("CREATE TABLE corpus (digest TEXT)")
+        connection.execute("CREATE TABLE corpus (digest TEXT, longest INTEGER)")
         connection.execute("BEGIN")
-        count, digest = 0, hashlib.sha256()
+        count, longest, digest = 0, 0, hashlib.sha256()
         for count, (name, title, text) in enumerate(documents, 1):
+            longest = max(longest, len(title) + len(text))
             try:
                 connection.execute("INSERT INTO documents VALUES (?, ?, ?, ?)", (count, name, title, text))
             except sqlite3.IntegrityError:
@@ -121,7 +165,7 @@ def _build(path: Path, source: Path, files: list[Path], tokenizer: str, advance:
             digest.update(json.dumps([name, title, text]).encode())
         if not count:
             raise ConfigError(f"the search corpus {str(source)!r} has no document")
-        connection.execute("INSERT INTO corpus VALUES (?)", (digest.hexdigest(),))
+        connection.execute("INSERT INTO corpus VALUES (?, ?)", (digest.hexdigest(), longest))
         connection.execute("INSERT INTO words (words) VALUES ('rebuild')")
         connection.execute("INSERT INTO words (words) VALUES ('optimize')")
         connection.execute("INSERT INTO words (words, rank) VALUES ('rank', 'bm25(2.0, 1.0)')")  # a title counts twice
@@ -130,7 +174,7 @@ def _build(path: Path, source: Path, files: list[Path], tokenizer: str, advance:
 
 
 def _lines(source: Path, advance: Callable[[int], None]) -> Iterator[Document]:
-    with source.open("rb") as file:
+    with _reading(source), source.open("rb") as file:
         for number, line in enumerate(file, 1):
             advance(len(line))
             if not line.strip():
@@ -145,7 +189,7 @@ def _lines(source: Path, advance: Callable[[int], None]) -> Iterator[Document]:
             name, title = row.get("id", number), row.get("title") or ""
             if isinstance(name, bool) or not isinstance(name, str | int) or not isinstance(title, str):
                 raise ConfigError(f"{where}: `id` and `title` must be texts")
-            yield _clean(str(name)), _clean(title), _clean(row["text"])
+            yield _id(str(name), where), _clean(title), _clean(row["text"])
 
 
 def _where(source: Path, name: str) -> str:
@@ -160,9 +204,21 @@ def _where(source: Path, name: str) -> str:
 
 def _texts(source: Path, files: list[Path], advance: Callable[[int], None]) -> Iterator[Document]:
     for file in files:
-        data = file.read_bytes()
+        with _reading(file):
+            data = file.read_bytes()
         advance(len(data))
-        yield _clean(str(file.relative_to(source))), "", data.decode("utf-8", "replace")
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file} is not UTF-8: {error}: convert it with iconv, or take it out") from None
+        yield _id(str(file.relative_to(source)), str(file)), "", text
+
+
+def _id(name: str, where: str) -> str:
+    """Return an id by which a model can read its document. Raises ConfigError where it cannot be shown as one."""
+    if len(name) > MAX_ID_CHARS or name.splitlines() != [name]:
+        raise ConfigError(f"{where}: the id {short(name)} is not one line of 1 to {MAX_ID_CHARS} characters")
+    return _clean(name)
 
 
 def _clean(text: str) -> str:

@@ -81,6 +81,8 @@ def held_out(
         ConfigError: the split has fewer tasks, or two of those chosen have one id.
     """
     tasks = spec.tasks(e.split, difficulty=difficulty)
+    if len(tasks) == 0:
+        raise ConfigError(f"{spec.id}:{e.split} has no tasks: name another split (eval.split), or give it some")
     if len(tasks) < e.n:
         raise ConfigError(f"{spec.id}:{e.split} has {len(tasks)} tasks, but eval.n = {e.n}: lower it")
     chosen = tasks_at(tasks, chosen_indices(len(tasks), e.n, seed=e.task_seed), tell)

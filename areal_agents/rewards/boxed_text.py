@@ -1,7 +1,7 @@
 r"""``boxed_text``: a reward for short answers in words, which compares names and phrases as readers do.
 
 Case, punctuation, accents' composition, spaces and English articles make no difference, as in SQuAD's exact match
-(1606.05250). Everything else does.
+(1606.05250), nor does LaTeX that dresses words (``\text{…}``). Everything else does: -5 is not 5, nor 10² 102.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ from areal_agents.utils.short_text import cut, short
 
 MAX_CHARS = 1000
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_DRESS = re.compile(r"\\(?:text[a-z]{0,6}|math(?:rm|bf|it|sf|tt)|mbox|emph)\s*(?=\{)")
+_RAISED = re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2079\u2080-\u2089\u2150-\u215f])")
+"""Where a small digit or a fraction follows a number, which would become its next digits."""
+_MINUS = re.compile(r"(?<![\w-])[-\u2010\u2012-\u2014\u2212](?=[^\w\s]?\d)")
 
 
 def plain_words(text: str) -> str:
     """Return the words of a text, without what makes no difference."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = "".join(c if unicodedata.category(c)[0] not in "PS" else " " for c in folded)
-    words = " ".join(kept.split())
+    folded = unicodedata.normalize("NFKC", _RAISED.sub(" ", _DRESS.sub("", text))).casefold()
+    minus = {found.start() for found in _MINUS.finditer(folded)}
+    kept = ("-" if i in minus else c if unicodedata.category(c)[0] not in "PS" else " " for i, c in enumerate(folded))
+    words = " ".join("".join(kept).split()).replace("- ", "-")  # -$5 is $-5
     return " ".join(_ARTICLES.sub(" ", words).split()) or words
 
 

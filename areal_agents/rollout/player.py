@@ -7,7 +7,6 @@ wherever it is opened.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -22,7 +21,7 @@ from areal_agents.context import context_of
 from areal_agents.engine import Engine, Sampling, shortest_context
 from areal_agents.env import AgentEnv
 from areal_agents.errors import ConfigError, EnvError, FailureBudgetError, InfraError
-from areal_agents.registry import EnvSpec
+from areal_agents.registry import EnvSpec, takes
 from areal_agents.rollout.demonstrations import ExpertPolicy
 from areal_agents.rollout.env_host import EnvHost, HostLost
 from areal_agents.rollout.episode import EpisodeDriver, Limits, Policy
@@ -243,8 +242,7 @@ def require_prompts(spec: EnvSpec, fmt: ChatFormat, limits: Limits) -> None:
     cannot keep to ``limits``.
     """
     cls = spec.env_class()
-    takes_one = issubclass(cls, ToolEnv) or "context" in inspect.signature(cls).parameters
-    given = spec.kwargs.get("context") if takes_one else None
+    given = spec.kwargs.get("context") if takes(cls, "context") else None
     given = cls.context if given is None else given
     # A property of the instances tells nothing here.
     rule = None if given is None or isinstance(given, property) else context_of(given)
@@ -261,7 +259,7 @@ def env_maker(spec: EnvSpec, *, sandbox: str, kwargs: Mapping[str, Any]) -> Call
     ``sandbox`` is passed where the environment takes one and ``kwargs`` hold none.
     """
     given = dict(kwargs)
-    if "sandbox" in inspect.signature(spec.env_class()).parameters:
+    if takes(spec.env_class(), "sandbox"):
         given.setdefault("sandbox", sandbox)
     return lambda: spec.make(**given)
 
@@ -275,7 +273,7 @@ async def prove_sandbox(spec: EnvSpec, sandbox: str, tasks: Sequence[Task] | Non
     Raises SandboxUnavailable, and ConfigError for sessions that the backend has not.
     """
     cls = spec.env_class()
-    if "sandbox" not in inspect.signature(cls).parameters or not any(t.needs_sandbox for t in cls.tools):
+    if not takes(cls, "sandbox") or not any(t.needs_sandbox for t in cls.tools):
         return
     backend: SandboxBackend = backends().get(sandbox)
     try:

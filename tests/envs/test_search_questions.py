@@ -13,8 +13,12 @@ import areal_agents
 from areal_agents.conformance.check import check
 from areal_agents.envs.facts import Facts
 from areal_agents.errors import ConfigError, EnvError
+from areal_agents.evaluation.held_out import held_out
 from areal_agents.evaluation.overlap import find_overlap
 from areal_agents.rollout.script import expert_of
+from areal_agents.settings.config import EvalConfig
+from areal_agents.tool import call_text
+from areal_agents.tools.calculator import calculator
 from areal_agents.types import Task
 
 ID = "areal/Facts-v0"
@@ -23,6 +27,7 @@ DOCUMENTS: list[dict[str, Any]] = [
     {"id": "ida", "title": "Ida Quent", "text": "Ida Quent was born in Selva, by the sea."},
     {"id": "selva", "title": "Selva", "text": "Selva lies in the province of Tor."},
     {"id": 7, "text": "The governor of Tor is Ana Bell, of the old family Bell."},
+    {"id": "dots", "text": "…"},
 ]
 
 
@@ -156,6 +161,8 @@ def test_difficulty_is_the_number_of_hops(tmp_path: Path, corpus: str) -> None:
         ([row("a", [])], r"'answers' = \[\] is no text with a word"), ([row("a", ["x", 7])], "no text with a word"),
         ([row("a", "?!")], "no text with a word"), ([row("a", "x{")], "line 1: .*braces that are not closed"),
         ([row("a", "x" * 1001)], "longer than 1000 characters"),
+        ([row("a", 1969)], "'answers' = 1969 is no text .*: write a number in quotes"),
+        ([row("a", supporting=["dots"])], "line 1: 'supporting' names 'dots', a document whose beginning has no word"),
         ([row("a", split="dev")], "'split' = 'dev' is neither 'train' nor 'test'"),
         ([row("a", hops=0)], "'hops' = 0 is no whole number"), ([row("a", hops=True)], "'hops' = True"),
         ([row("a", supporting=[])], r"line 1: 'supporting' = \[\] is no list"),
@@ -163,6 +170,7 @@ def test_difficulty_is_the_number_of_hops(tmp_path: Path, corpus: str) -> None:
         ([row("a", supporting=["7", 7])], "'supporting' has '7' twice"),
         ([row("a", suporting=["mill"])], "it has 'suporting': write 'supporting'"),
         ([row("a", supporting_facts=[["Mill", 0]])], "it has 'supporting_facts': write 'supporting'"),
+        ([row("a", answer_aliases=["y"])], "line 1: it has 'answer_aliases': other right answers belong into the list"),
         ([row("a b"), row("A b?", "y")], r"(?s)without an answer in common.*line 1 and .*line 2: \['x'\] and \['y'\]"),
         (['{"question": "a \\ud800", "answers": "1"}'], "line 1: .*surrogates"),
     ],
@@ -194,6 +202,43 @@ def test_with_another_corpus_a_task_is_another_one(tmp_path: Path, corpus: str) 
     assert [t.content_hash for t in tasks("train", path, changed)] != [t.content_hash for t in first]
 
 
+@pytest.mark.parametrize(("length", "reads_on"), [(6000, False), (6001, True)])
+def test_where_a_document_is_not_shown_whole_the_model_can_read_on(tmp_path: Path, length: int, reads_on: bool) -> None:
+    text = "The builder of the bridge of Oss was born in " + "x " * 1472 + "Selva." + " y" * 3000
+    long = {"id": "oss", "title": "Oss", "text": text[: length - len("Oss\n\n")]}
+    corpus = written(tmp_path / "corpus.jsonl", *DOCUMENTS, long)
+    env = areal_agents.make(ID, path=written(tmp_path / "q.jsonl", *MINE), corpus=corpus)
+    assert [tool.name for tool in env.tools] == ["search", "read_document", *(["read_output"] if reads_on else [])]
+    env.reset(seed=0)
+    observation, *_ = env.step(call_text("read_document", id="oss"))
+    assert ("Selva" in observation[-1].text) is not reads_on
+    if reads_on:
+        observation, *_ = env.step(call_text("read_output", output=1, start=2900))
+        assert "Selva." in observation[-1].text
+    env.close()
+
+
+class Reckons(Facts):
+    tools = (*Facts.tools, calculator)
+
+
+def test_a_subclass_keeps_its_own_tools_beside_those_on_the_file(tmp_path: Path, corpus: str) -> None:
+    env = Reckons(path=written(tmp_path / "q.jsonl", *MINE), corpus=corpus)
+    assert [tool.name for tool in env.tools] == ["search", "read_document", "calculator"]
+    assert env.tools[0] is not Facts.tools[0]
+    env.reset(seed=0)
+    observation, *_ = env.step(call_text("search", query="Selva") + call_text("calculator", expression="6*7"))
+    assert "Selva" in observation[0].text
+    assert "42" in observation[1].text
+    assert [tool.name for tool in Reckons().tools] == ["search", "read_document", "calculator"]
+
+
+def test_a_split_without_a_question_is_said_and_not_to_be_lowered(tmp_path: Path, corpus: str) -> None:
+    spec = areal_agents.spec(ID).with_kwargs({"path": written(tmp_path / "q", MINE[0]), "corpus": corpus})
+    with pytest.raises(ConfigError, match=r"areal/Facts-v0:test has no tasks: name another split \(eval.split\), or"):
+        held_out(spec, EvalConfig(n=1), difficulty=None, tell=print)
+
+
 def test_a_document_that_no_search_shows_is_said(tmp_path: Path) -> None:
     crowd = [{"id": str(i), "title": "Bell", "text": "Bell"} for i in range(30)]
     corpus = written(tmp_path / "corpus.jsonl", *crowd, {"id": "a", "title": "Bell", "text": "A Bell " + "is " * 50})
@@ -204,6 +249,6 @@ def test_a_document_that_no_search_shows_is_said(tmp_path: Path) -> None:
     assert speaker is not None
     observation, *_ = env.step(next(speaker))
     observation, *_ = env.step(speaker.send(observation))
-    with pytest.raises(EnvError, match="two searches for 'Bell' do not show its document"):
+    with pytest.raises(EnvError, match="two searches for 'Bell' do not show the document 'a'"):
         speaker.send(observation)
     env.close()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -23,8 +24,10 @@ from areal_agents.errors import ConfigError
 from areal_agents.reward import Episode
 from areal_agents.rollout.player import prove_sandbox
 from areal_agents.sandbox import ExecResult, Sandbox
+from areal_agents.tool import call_text
 from areal_agents.types import Task
 from tests.envs.test_games import task_of
+from tests.fake_sandbox import Script, ScriptedBackend
 
 ITEMS = [["oak chair", 900, "A1", 4], ["pine box", 100, "A1", 0], *([f"tray {i}", 10, "B1", 1] for i in range(5))]
 ORDERS = [
@@ -118,7 +121,8 @@ def test_a_client_reads_pages_and_changes_what_it_may() -> None:
             ("GET", "/items/2", None, "there is nothing with this id"),
             ("GET", "/items?colour=red", None, "unknown filter; there are: page, name, shelf"),
             ("GET", "/items?page=0", None, "page must be a number from 1"),
-            ("PUT", "/items/1", None, None), ("POST", "/orders", None, "this is not done here: GET / lists what is"),
+            *((method, path, None, "this is not done here: GET / lists what is")
+              for method, path in (("PUT", "/items/1"), ("POST", "/orders"), ("OPTIONS", "/items"), ("FOO", "/"))),
             ("GET", "/else", None, "there is no such address: GET / lists them"),
             ("POST", "/items", b"[1]", "the body is no JSON object"), ("POST", "/items", b"{", "the body is no JSON"),
             ("POST", "/items", b"[" * 50_000, "the body is no JSON"), ("POST", "/items", b"1" * 70_000, None),
@@ -138,6 +142,26 @@ def test_a_client_reads_pages_and_changes_what_it_may() -> None:
 def raise_for(answer: tuple[int, Any]) -> None:
     if answer[0] >= 400:
         raise ConnectionError(answer)
+
+
+@pytest.mark.parametrize(
+    ("sent", "first", "body"),
+    [
+        (b"PUT /items/1 HTTP/1.0\r\n\r\n", "HTTP/1.0 404 Not Found", "there is nothing with this id"),
+        (b"FOO / HTTP/1.0\r\n\r\n", "HTTP/1.0 501 Not Implemented", "this is not done here: GET / lists what is"),
+        (b"GET /".ljust(65537, b"x"), "HTTP/1.0 414 ", "this is no request"),
+        (b"HEAD / HTTP/1.0\r\n\r\n", "HTTP/1.0 404 Not Found", None),
+    ],
+)
+def test_no_answer_has_a_date_nor_a_page_of_html(sent: bytes, first: str, body: str | None) -> None:
+    with served() as url, socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+        client.sendall(sent)
+        answer = b"".join(iter(lambda: client.recv(1 << 16), b"")).decode()
+    head, _, said = answer.partition("\r\n\r\n")
+    lines = head.split("\r\n")
+    assert lines[0].startswith(first)
+    assert [line.partition(":")[0] for line in lines[1:]] == ["Content-Type", "Content-Length"]
+    assert said == ("" if body is None else json.dumps({"error": body}) + "\n")
 
 
 def test_the_state_is_the_environments_alone_and_nobody_else_can_say_what_it_is() -> None:
@@ -164,6 +188,47 @@ class ForgedService:
 
     async def exec(self, argv: Sequence[str], **_: Any) -> ExecResult:
         return ExecResult("ok", 0, json.dumps([json.dumps(BEFORE), "0" * 64]).encode(), b"", 0.0)
+
+
+def answers(unanswered: set[int]) -> Script:
+    """Play sandboxes with the service beside them, which does not say its state in these sessions."""
+
+    def said(session: int, code: str) -> str:
+        if not code.startswith("{"):
+            return ""
+        request = json.loads(code)
+        if request["url"].endswith("/state") and session in unanswered:
+            return ""
+        text = json.dumps(BEFORE if request["url"].endswith("/state") else {"loaded": True})
+        sign = warehouse_inside.sign(warehouse.KEY.encode(), "answer", request["headers"]["X-Nonce"], text)
+        return json.dumps([text, sign])
+
+    return said
+
+
+@pytest.mark.parametrize(
+    ("unanswered", "sessions", "reward", "problem"),
+    [
+        (set(), 2, 1.0, ""),
+        ({1, 3}, 4, 1.0, ""),
+        ({1, 2, 3, 4}, 4, 0.0, "it was not answered (ok)"),
+    ],
+)
+def test_a_state_that_is_not_said_is_asked_for_beside_a_fresh_service(
+    unanswered: set[int], sessions: int, reward: float, problem: str
+) -> None:
+    """A service that hangs by itself costs no reward, and one that the model's calls silence each time costs it."""
+    before = BEFORE | {"items": [["oak chair", 900, "A1", 5], *ITEMS[1:]]}
+    task = task_of({"requests": ["…"], "before": before, "after": BEFORE, "programs": []})
+    box = ScriptedBackend(answers(unanswered))
+    env = warehouse.Warehouse(sandbox=box)
+    for _ in range(2):  # each episode is given its own doubt
+        env.reset(seed=0, options={"task": task})
+        env.step(call_text("python", code="print()"))
+        _, got, over, _, info = env.step("Done.")
+        assert (got, over, info["outcome"]["problem"]) == (reward, True, problem)
+    assert box.opened == sessions
+    env.close()
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])

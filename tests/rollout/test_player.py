@@ -31,9 +31,12 @@ from areal_agents.errors import (
     TemplateError,
     WorkerLost,
 )
-from areal_agents.rollout.player import PlayerSpec, require_prompts
+from areal_agents.reward import Episode
+from areal_agents.rollout.player import PlayerSpec, env_maker, prove_sandbox, require_prompts
 from areal_agents.rollout.retries import FailureBudget
 from areal_agents.tool import ToolSpec
+from areal_agents.toolenv import ToolEnv
+from areal_agents.tools.python import python
 from areal_agents.types import Info, Observation, Task, Trajectory, user
 from tests.letters_env import Letters
 from tests.scripted import LIMITS
@@ -300,3 +303,55 @@ def test_what_a_step_may_take_is_known_from_the_class() -> None:
     assert spec.step_seconds == 64 * 60  # 64 calls of ``python``, whose limit is 60 s
     unknown = replace(spec, env=registry.spec(f"{__name__}:Instances"))
     assert unknown.step_seconds == 64 * 60 + 5
+
+
+def nothing(episode: Episode) -> float:
+    return 0.0
+
+
+class HandsOn(ToolEnv):
+    """Takes what ``ToolEnv`` takes, as docs/write-an-environment.md has it, and writes down what came."""
+
+    tools = (python,)
+    rubric = nothing
+
+    def __init__(self, *, own: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.came = {"own": own, **kwargs}
+
+
+class HandsOnAgain(HandsOn):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(own=2, **kwargs)
+
+
+class TakesNone(ToolEnv):
+    tools = (python,)
+    rubric = nothing
+
+    def __init__(self) -> None:
+        super().__init__(sandbox=None)
+
+
+def test_an_environment_that_hands_its_arguments_on_is_given_the_sandbox_of_the_run() -> None:
+    one, two, none = (registry.spec(f"{__name__}:{name}") for name in ("HandsOn", "HandsOnAgain", "TakesNone"))
+    made = env_maker(one, sandbox="unsafe_local", kwargs={"own": 1})()
+    assert isinstance(made, HandsOn)
+    assert made.came == {"own": 1, "sandbox": "unsafe_local"}
+    own = env_maker(two, sandbox="unsafe_local", kwargs={"sandbox": None})()
+    assert isinstance(own, HandsOn)
+    assert own.came == {"own": 2, "sandbox": None}
+    assert isinstance(env_maker(none, sandbox="unsafe_local", kwargs={})(), TakesNone)
+    for spec in (one, two):  # what it is given is proved before a run
+        with pytest.raises(ArealError, match="nowhere"):
+            asyncio.run(prove_sandbox(spec, "nowhere"))
+    asyncio.run(prove_sandbox(none, "nowhere"))
+
+
+def test_an_argument_is_taken_where_a_base_names_it_or_not_at_all() -> None:
+    takes = registry.takes
+    assert [takes(HandsOnAgain, name) for name in ("own", "sandbox", "context", "other")] == [True, True, True, False]
+    assert not takes(TakesNone, "sandbox")
+    assert not takes(Talks, "sandbox")  # no ToolEnv
+    plain = registry.spec("tests.text_games:Registered").env_class()  # a gymnasium.Env, whose wrapper takes anything
+    assert not takes(plain, "sandbox")

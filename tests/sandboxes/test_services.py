@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,6 +67,16 @@ def test_a_sandbox_without_images_refuses_services(name: str) -> None:
 def test_a_service_that_cannot_be(given: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         web(**given)
+
+
+def test_what_a_service_is_told_in_secret_is_in_no_message() -> None:
+    told = replace(web(), environment={"PASSWORD": "open sesame"})
+    assert SandboxSpec(services=(told,)) != SandboxSpec(services=(web(),))
+    with pytest.raises(ConfigError) as wrong:
+        SandboxSpec(services=[told])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="environment must be names with values, not a list") as also:
+        replace(told, environment=["PASSWORD=open sesame"])  # type: ignore[arg-type]
+    assert "sesame" not in f"{wrong.value} {also.value} {told} {SandboxSpec(services=(told,))}"
 
 
 def test_services_are_told_apart() -> None:

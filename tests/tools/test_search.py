@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+import re
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from areal_agents.errors import ConfigError
 from areal_agents.tool import ToolError
 from areal_agents.tools.read_output import read_output
 from areal_agents.tools.search import Index, search_tools, terms_of
-from areal_agents.tools.search_index import open_index
+from areal_agents.tools.search_index import open_index, summary
 from tests.tools.sessions import call, play
 
 DOCUMENTS = [
@@ -91,7 +94,7 @@ def test_what_looks_like_syntax_is_words(corpus: Path, query: str) -> None:
 
 
 def test_terms_are_bounded_and_common_words_are_left_out() -> None:
-    assert terms_of("What is the capital of France? the CAPITAL") == ["capital", "france"]
+    assert terms_of("What is the capital of France? the CAPITAL") == ["capital", "France"]
     assert terms_of("to be or not to be") == ["to", "be", "or", "not"]
     assert len(terms_of(" ".join(map(str, range(1000))))) == 32
     assert terms_of("x" * 10**6) == ["x" * 64]
@@ -157,11 +160,70 @@ def test_an_index_is_built_once_and_anew_for_a_changed_corpus(tmp_path: Path, ca
 def test_a_folder_of_texts(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "a.md").write_text("# Apple\n\nAn apple a day.")
-    (tmp_path / "b.txt").write_bytes(b"caf\xe9 pear")
+    (tmp_path / "B.TXT").write_bytes("\ufeffcafé pear\r\n".encode())
     (tmp_path / "c.bin").write_bytes(b"apple")
-    index = Index(open_index(tmp_path, progress=False))
+    (tmp_path / "README").write_bytes(b"apple")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    told = "2 .txt and .md files are its documents; 3 others are left out (1 .bin, 1 .txt, 1 without an ending)"
+    with pytest.warns(UserWarning, match=re.escape(f"the search corpus {str(tmp_path)!r}: {told}")):
+        index = Index(open_index(tmp_path, progress=False))
+    assert open_index(tmp_path, progress=False) == index.path  # told once, where it is built
     assert index.search("apple", 5) == "1. [d/a.md]\n   # Apple An apple a day."
-    assert index.document("b.txt") == "caf\ufffd pear"
+    assert index.document("B.TXT") == "café pear\r\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "says"),
+    [
+        ("b.txt", b"caf\xe9 pear", "b.txt is not UTF-8: 'utf-8' codec can't decode byte 0xe9 in position 3"),
+        ("b.txt", "pear".encode("utf-16"), "b.txt is not UTF-8"),
+        ("a\nb.txt", b"pear", r"the id 'a\\nb.txt' is not one line of 1 to 200 characters"),
+        ("x.txt", None, "'.*x.txt' cannot be read: Input/output error"),
+    ],
+)
+def test_a_file_that_is_no_document_is_refused_with_its_name(
+    tmp_path: Path, path: str, data: bytes | None, says: str
+) -> None:
+    if data is None:
+        (tmp_path / path).symlink_to("/proc/self/mem")
+    else:
+        (tmp_path / path).write_bytes(data)
+    with pytest.raises(ConfigError, match=says):
+        open_index(tmp_path, progress=False)
+
+
+def test_words_are_found_that_python_folds_otherwise_than_the_index(tmp_path: Path) -> None:
+    corpus = tmp_path / "c.jsonl"
+    texts = ("Die Straße nach Bern", "ΟΔΟΣ", "cafés", "हिन्दी", "द न ह", "ﬁnch", "snake_case words", "case snake")
+    corpus.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    index = Index(open_index(corpus))
+    for query, found in (
+        ("Straße", ["1"]), ("STRAßE", ["1"]), ("ΟΔΟΣ", ["2"]), ("cafe\u0301s", ["3"]), ("CAFÉS", ["3"]),
+        ("हिन्दी", ["4"]), ("ﬁnch", ["6"]), ("snake_case", ["7"]),
+    ):  # fmt: skip
+        shown = index.search(query, 5)
+        assert [line.split("]")[0].split("[")[1] for line in shown.splitlines()[::2]] == found, (query, shown)
+
+
+def test_a_long_title_leaves_room_for_the_others(tmp_path: Path) -> None:
+    corpus = tmp_path / "c.jsonl"
+    documents = [{"id": "a", "title": "pear " * 5000, "text": ""}, {"id": "b", "title": "pear", "text": "one"}]
+    corpus.write_text("\n".join(map(json.dumps, documents)))
+    lines = Index(open_index(corpus)).search("pear", 5).splitlines()
+    assert {line.split(" ", 1)[1] for line in lines[::2]} == {f"[a] {('pear ' * 60).strip()}", "[b] pear"}
+
+
+def test_an_index_knows_its_longest_document_and_another_file_does_not(tmp_path: Path) -> None:
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text('{"title": "abc", "text": "defgh"}\n{"text": "abcdefg"}')
+    digest, longest = summary(open_index(corpus))
+    assert (len(digest), longest) == (64, 8)
+    other = tmp_path / "other.sqlite"
+    for statement in ("CREATE TABLE documents (id TEXT)", "CREATE TABLE corpus (digest TEXT, longest INTEGER)"):
+        with contextlib.closing(sqlite3.connect(other)) as connection, connection:
+            connection.execute(statement)
+        with pytest.raises(ConfigError, match="is no index of this version: name the documents"):
+            summary(other)
 
 
 def test_trigrams_find_parts_of_words(tmp_path: Path) -> None:
@@ -179,6 +241,9 @@ def test_trigrams_find_parts_of_words(tmp_path: Path) -> None:
         ('{"title": "a"}', "line 1 is no document"),
         ('{"text": "a", "id": {}}', "must be texts"),
         ('{"text": "a", "id": true}', "must be texts"),
+        ('{"text": "a"}\n{"text": "a", "id": ""}', "line 2: the id '' is not one line"),
+        ('{"text": "a", "id": "a\\u2028b"}', "line 1: the id .* is not one line"),
+        (json.dumps({"text": "a", "id": "x" * 201}), "line 1: the id .* is not one line of 1 to 200 characters"),
         ("[" * 200_000, "line 1 is no JSON"),
         ('{"text": "a", "id": 1}\n{"text": "b", "id": "1"}', "two documents '1': lines 1 and 2"),
     ],
