@@ -217,8 +217,8 @@ def test_the_demos_whole_path_on_few_tasks(tmp_path: Path, smollm2: Path) -> Non
             "steps": 2,
             "out": tmp_path / "run",
             "rollout": {"groups": 1, "group_size": 4, "concurrency": 4, "max_turn_tokens": 64},
-            "warm_start": {"demonstrations": 32, "lr": 5e-5},
-            "eval": {"n": 8},
+            "warm_start": {"demonstrations": 16, "batch": 2, "lr": 5e-5},
+            "eval": {"n": 4},
         }
     )
     result = asyncio.run(train(config, console=False))
