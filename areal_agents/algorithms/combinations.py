@@ -8,6 +8,7 @@ read. So nothing here imports torch: what is ours is known by name, and what is 
     ratio dropped             reinforce off policy, without importance
     policy that nobody reads  decoupled, kept or log_linear with a loss without a ratio
     bound that never acts     a clip or truncation outside what a mask leaves; log_linear with young tokens alone
+    two caps on one weight    opob's and importance's differ, so that the baseline is that of other terms
     sequence in pieces        a function of sequences that would be called with some of their tokens
 """
 
@@ -25,6 +26,8 @@ TOKEN_MASK = (0.5, 5.0)
 """The corrections' default."""
 CLIP = {"clip_low": 0.2, "clip_high": 0.2}
 """The defaults of ``ppo``."""
+CAP = 2.0
+"""The default of ``truncate`` of ``importance`` and of ``opob``."""
 IN_RATIO = {"gspo", "gspo_token", "cispo", "sapo", "gmpo"}
 """Losses of ours that differ from ``reinforce`` by what they make of the ratio, and by nothing else."""
 TRUNCATED = ("dppo_tv", "truncate")
@@ -39,6 +42,7 @@ class Combination:
     loss: Choice
     correction: Choice
     mask: Choice = NO_MASK
+    advantage: Choice | None = None
     aggregation: str = "token"
     constant: int | None = None
     minibatches: int = 1
@@ -166,6 +170,18 @@ def _inert_truncation(c: Combination) -> Iterator[str]:
         )
 
 
+def _two_caps(c: Combination) -> Iterator[str]:
+    if c.advantage is None or (c.advantage.kind, c.correction.kind) != ("opob", "importance"):
+        return
+    own, weight = (choice.options.get("truncate", CAP) for choice in (c.advantage, c.correction))
+    if own != weight:
+        shown = ["none" if cap is None else f"{cap:g}" for cap in (own, weight)]
+        yield (
+            f"algorithm.advantage.truncate = {shown[0]} caps the weights that 'opob' has its least variance for, and "
+            f"algorithm.correction.truncate = {shown[1]} those of the gradient: set both to the same"
+        )
+
+
 def _constant(c: Combination) -> Iterator[str]:
     if c.aggregation == "constant" and c.constant is None:
         most = "" if c.episode_tokens is None else f", {c.episode_tokens}"
@@ -198,6 +214,7 @@ RULES = (
     _young_tokens,
     _inert_clip,
     _inert_truncation,
+    _two_caps,
     _constant,
     _pieces,
 )

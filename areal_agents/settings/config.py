@@ -369,8 +369,8 @@ class TrainConfig(Section):
             raise ValueError("env and mixture ([env] and [[env]] in a file) are both given: give one of them")
         a = self.algorithm
         combination = Combination(
-            loss=a.loss, correction=a.correction, mask=a.mask, aggregation=a.aggregation, constant=a.constant,
-            minibatches=self.learner.minibatches, staleness=self.rollout.staleness,
+            loss=a.loss, correction=a.correction, mask=a.mask, advantage=a.advantage, aggregation=a.aggregation,
+            constant=a.constant, minibatches=self.learner.minibatches, staleness=self.rollout.staleness,
             episode_tokens=self.rollout.episode_tokens,
         )  # fmt: skip
         if problems := combination.problems():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from areal_agents import settings
-from areal_agents.algorithms.combinations import CLIP, IN_RATIO, TOKEN_MASK, WITHOUT_RATIO, Combination
+from areal_agents.algorithms.advantages import opob
+from areal_agents.algorithms.combinations import CAP, CLIP, IN_RATIO, TOKEN_MASK, WITHOUT_RATIO, Combination
 from areal_agents.algorithms.objective import Aggregation, Denominators, PolicyObjective, Tokens
+from areal_agents.algorithms.offpolicy import importance
 from areal_agents.algorithms.offpolicy_stats import OffPolicyStats
 from areal_agents.algorithms.registry import CORRECTIONS, LOSSES, MASKS, Choice
 from areal_agents.errors import ConfigError
@@ -263,3 +266,27 @@ def test_the_settings_are_read_without_torch() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert found.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("own", "weight", "said"),
+    [
+        ({}, {}, None), ({"truncate": 5.0}, {"truncate": 5.0}, None), ({"truncate": None}, {"truncate": None}, None),
+        ({}, {"truncate": 2.0}, None), ({}, {"truncate": 5.0}, "= 2 caps .* algorithm.correction.truncate = 5 those"),
+        ({"truncate": 5.0}, {}, "= 5 caps .* algorithm.correction.truncate = 2 those"),
+        ({}, {"truncate": None}, "= 2 caps .* algorithm.correction.truncate = none those"),
+    ],
+)  # fmt: skip
+def test_opob_has_its_least_variance_for_the_weights_of_the_gradient(
+    own: dict[str, Any], weight: dict[str, Any], said: str | None
+) -> None:
+    correction = Choice("importance", {"scope": "trajectory", "token_mask": None, **weight})
+    found = Combination(Choice("reinforce"), correction, advantage=Choice("opob", own), staleness=2).problems()
+    assert len(found) == (said is not None)
+    assert said is None or re.search(said, found[0])
+    assert Combination(Choice("reinforce"), correction, advantage=Choice("grpo"), staleness=2).problems() == []
+
+
+def test_the_cap_that_both_have_by_default() -> None:
+    caps = {inspect.signature(f).parameters["truncate"].default for f in (opob, importance)}
+    assert caps == {CAP}
