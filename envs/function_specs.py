@@ -87,15 +87,19 @@ DIFFERENT = 4
 """How many different results the tests of a function expect at least: a program that always says one must fail."""
 
 
-def spec(rng: Random, steps: int) -> dict[str, Any]:
+def spec(rng: Random, steps: int, *, wanted: Callable[[str], bool] = lambda structure: True) -> dict[str, Any] | None:
     """Draw a function of ``steps`` steps: a payload with its question, its tests and a program.
 
-    Its tests follow from its steps alone.
+    Its tests follow from its steps alone. Returns None, before any test is computed, where its structure (the steps
+    without their numbers) is not ``wanted``, and where its tests tell too little.
     """
     on_words = rng.random() < 0.5
     kinds, ends = (WORDS, WORD_ENDS) if on_words else (NUMBERS, NUMBER_ENDS)
     chosen = [*rng.sample(kinds, steps - 1), rng.choice(ends)]
     drawn = [(step, rng.randint(*step.numbers)) for step in chosen]
+    structure = "\n".join(step.text for step in chosen)
+    if not wanted(structure):
+        return None
     said = [step.text.replace("K", str(k)) for step, k in drawn]
     what = "words of small letters" if on_words else "whole numbers"
     numbered = "\n".join(f"{i}. {text[0].upper()}{text[1:]}." for i, text in enumerate(said, 1))
@@ -109,10 +113,9 @@ def spec(rng: Random, steps: int) -> dict[str, Any]:
     lines = [f"    xs = {step.code.replace('K', str(k))}" for step, k in drawn[:-1]]
     last, k = drawn[-1]
     solution = "\n".join(["def f(xs):", *lines, f"    return {last.code.replace('K', str(k))}", ""])
-    structure = "\n".join(step.text for step in chosen)
     tests = [{"arguments": [[]], "expected": _done(drawn, [])}, *hidden[:TESTS]]
     if len({repr(test["expected"]) for test in tests}) < DIFFERENT:
-        return spec(rng, steps)
+        return None
     return {"question": question, "function": "f", "tests": tests, "solution": solution, "structure": structure}
 
 

@@ -24,7 +24,7 @@ _TRIES = 10_000
 
 
 def drawn_tasks(
-    env: str, split: str, difficulty: float, draw: Callable[[Random], dict[str, Any]],
+    env: str, split: str, difficulty: float, draw: Callable[[Random], dict[str, Any] | None],
     sizes: Mapping[str, int] = SIZES, *, buckets: int = TEST_BUCKETS, apart: bool = False,
     alike: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> LazyTasks:  # fmt: skip
@@ -36,7 +36,8 @@ def drawn_tasks(
         env: the environment's id, or anything else that tells its tasks from those of others.
         split: one of ``sizes``.
         difficulty: in [0, 1]; part of what a task is drawn from.
-        draw: makes a JSON-able payload. It is asked again until one belongs to the split.
+        draw: makes a JSON-able payload, or None where it sees that it will not do. It is asked again until one belongs
+            to the split.
         sizes: the number of tasks by split.
         buckets: of tasks, one of which is the test split: 2 where there are so few that an eighth would be a handful.
         apart: ``draw`` makes other payloads for each split anyway, so none is drawn again.
@@ -55,7 +56,7 @@ def drawn_tasks(
         rng = Random(seed)
         for _ in range(_TRIES):
             payload = draw(rng)
-            if apart or split_of(content_hash(alike(payload)), buckets) == split:
+            if payload is not None and (apart or split_of(content_hash(alike(payload)), buckets) == split):
                 return Task.make(f"{split}-{difficulty:g}-{index}", split=split, seed=seed, payload=payload)
         raise EnvError(f"{env}: none of {_TRIES} draws at difficulty {difficulty:g} belongs to the split {split!r}")
 

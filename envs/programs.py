@@ -19,7 +19,7 @@ from areal_agents.context import ContextLike
 from areal_agents.env import Expert
 from areal_agents.envs.assertions import program, read_assertions
 from areal_agents.envs.function_specs import spec
-from areal_agents.envs.procedural import drawn_tasks
+from areal_agents.envs.procedural import drawn_tasks, split_of
 from areal_agents.envs.questions import LeftOut, file_tasks
 from areal_agents.errors import ConfigError
 from areal_agents.reward import Episode, WeightedSum
@@ -29,7 +29,7 @@ from areal_agents.sandbox import SandboxBackend
 from areal_agents.tool import call_text
 from areal_agents.toolenv import ToolEnv
 from areal_agents.tools.python import python
-from areal_agents.types import Task
+from areal_agents.types import Task, content_hash
 from areal_agents.utils.short_text import short
 
 DEFAULT_DIFFICULTY = 0.5
@@ -94,10 +94,13 @@ class Programs(ToolEnv):
             raise ConfigError(f"env.kwargs.test_path = {test_path!r} goes with a path, which is empty")
         level = DEFAULT_DIFFICULTY if difficulty is None else float(difficulty)
         steps = round(3 + 3 * level)
+
+        def of_split(structure: str) -> bool:
+            return split_of(content_hash({"steps": structure})) == split
+
         return drawn_tasks(
-            "areal/Programs-v0", split, level, lambda rng: spec(rng, steps), SIZES,
-            alike=lambda payload: {"steps": payload["structure"]},
-        )  # fmt: skip
+            "areal/Programs-v0", split, level, lambda rng: spec(rng, steps, wanted=of_split), SIZES, apart=True
+        )
 
     def training_tasks(self) -> Sequence[Task]:
         return self.tasks("train", **self._source)

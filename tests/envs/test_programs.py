@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -214,6 +215,15 @@ def test_each_step_does_what_it_says_and_its_code_does_the_same() -> None:
                 seen += 1
     assert seen == len(STEPS) - 4
     assert STEPS[9].work([1, 2], 3) == [2, 1]
+
+
+def test_a_structure_of_the_other_split_is_not_tested_and_the_next_is_drawn_as_ever() -> None:
+    rng, again = Random(3), Random(3)
+    drawn = [function_specs.spec(rng, 3) for _ in range(20)]
+    short = [function_specs.spec(again, 3, wanted=lambda structure: structure < "m") for _ in range(20)]
+    kept = [p if p is not None and p["structure"] < "m" else None for p in drawn]
+    assert short == kept
+    assert 0 < sum(p is not None for p in kept) < sum(p is not None for p in drawn)
 
 
 @pytest.mark.parametrize(("level", "steps"), [(0.0, 3), (0.5, 4), (1.0, 6)])
