@@ -93,19 +93,21 @@ def over_seeds(gains: Sequence[float]) -> tuple[float, float]:
     return mean_interval(gains) or (gains[0], gains[0])
 
 
-def points(interval: Sequence[float]) -> list[float]:
-    return [round(100 * bound, 2) for bound in interval]
+def points(interval: Sequence[float] | None) -> list[float] | None:
+    return None if interval is None else [round(100 * bound, 2) for bound in interval]
 
 
-def reached(interval: Sequence[float]) -> bool:
-    """Whether the lower bound reaches the goal: before it is rounded."""
-    return 100 * interval[0] >= GOAL
+def gain(what: str, interval: Sequence[float] | None) -> Check:
+    """Whether the lower bound reaches the goal: before it is rounded. A comparison without an interval does not."""
+    name, goal = f"{what}: pass@1 gained by RL, points", f"lower bound >= +{GOAL:g}"
+    if interval is None:
+        return Check(name, None, goal, False, "the comparison has no interval")
+    return Check(name, points(interval), goal, 100 * interval[0] >= GOAL)
 
 
 def checks(comparisons: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[Check]:
     """Of each configuration the lower bounds of all its intervals, and how many tasks and seeds they are of."""
     found = [Check("different seeds", len(set(seeds)), ">= 3", len(set(seeds)) >= 3)]
-    goal = f"lower bound >= +{GOAL:g}"
     for name in dict.fromkeys(c["run"] for c in comparisons):
         own = [c for c in comparisons if c["run"] == name]
         n = min(c["n"] for c in own)
@@ -113,14 +115,11 @@ def checks(comparisons: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[
         alone = sum(sum(c["left_out"]) for c in own if len(c["seeds"]) == 1)
         found.append(Check(f"{name}: tasks with a score in one of the two alone, all seeds", alone, "== 0", alone == 0))
         for c in own:
-            interval = c["pass_at_1"]["ci95"]
             of = f"seed {c['seeds'][0]}" if len(c["seeds"]) == 1 else "all seeds, clustered by task"
-            found.append(Check(f"{name}, {of}: pass@1 gained by RL, points", points(interval), goal, reached(interval)))
+            found.append(gain(f"{name}, {of}", c["pass_at_1"]["ci95"]))
         gains = [c["pass_at_1"]["difference"] for c in own if len(c["seeds"]) == 1]
         if len(gains) > 1:
-            interval = over_seeds(gains)
-            what = f"{name}, over the seeds: pass@1 gained by RL, points"
-            found.append(Check(what, points(interval), goal, reached(interval)))
+            found.append(gain(f"{name}, over the seeds", over_seeds(gains)))
     return found
 
 

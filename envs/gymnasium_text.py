@@ -105,7 +105,8 @@ class GymnasiumText(ForkedGame):
         return self.tasks("train", **self._source)
 
     def require_own(self, task: Task) -> None:
-        other = task.payload.get("env"), json.loads(json.dumps(task.payload.get("env_kwargs") or {}))
+        given = task.payload.get("env_kwargs", self._arguments)
+        other = task.payload.get("env", self._entry), json.loads(json.dumps(given or {}))
         if other != (self._entry, self._arguments):
             raise TaskError(
                 f"task {task.id!r} belongs to {_named(*other)}, and this environment plays "

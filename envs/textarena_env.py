@@ -106,7 +106,7 @@ class TextArena(ForkedGame):
         return self.tasks("train", game=self._game)
 
     def require_own(self, task: Task) -> None:
-        if (other := task.payload.get("game")) != self._game:
+        if (other := task.payload.get("game", self._game)) != self._game:
             raise TaskError(f"task {task.id!r} belongs to {short(other)}, and this environment plays {self._game!r}")
 
     @classmethod

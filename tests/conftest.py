@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         folder = next((folder for marker, folder in FOLDERS.items() if item.get_closest_marker(marker)), "")
-        if not item.path.is_relative_to(TESTS / folder):
+        if not item.path.resolve().is_relative_to(TESTS / folder):
             raise pytest.UsageError(f"{item.nodeid} must be below tests/{folder}, where the Makefile looks for it")
     long = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long)

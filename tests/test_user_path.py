@@ -4,7 +4,8 @@ build the wheel ─▶ install it with all dependencies ─▶ init ─▶ its t
 ─▶ eval --compare ─▶ edit the reward ─▶ rescore ─▶ replay
 
 Real throughout: pip, the embedded model, the engine's process, the learner. Only the numbers are small, and torch
-alone is not installed again (``lend_torch``). Most of the time goes into training.
+alone is not installed again (``lend_torch``): that pip gets it for the wheel is not shown here, but that the wheel asks
+for it. Most of the time goes into training.
 """
 
 from __future__ import annotations

@@ -173,6 +173,8 @@ def _inert_truncation(c: Combination) -> Iterator[str]:
 def _two_caps(c: Combination) -> Iterator[str]:
     if c.advantage is None or (c.advantage.kind, c.correction.kind) != ("opob", "importance"):
         return
+    if c.correction.options.get("scope", "token") != "trajectory":  # a token's cap is no trajectory's
+        return
     own, weight = (choice.options.get("truncate", CAP) for choice in (c.advantage, c.correction))
     if own != weight:
         shown = ["none" if cap is None else f"{cap:g}" for cap in (own, weight)]

@@ -160,7 +160,13 @@ class PolicyObjective:
         """
         unread: Mapping[str, object] = getattr(self._mask.function, "leaves_noise", {})
         options = self._mask.options
-        return "noise_T" in self._mask.takes and not any(options.get(name) == at for name, at in unread.items())
+        if unknown := [name for name in unread if name not in options]:
+            raise ConfigError(
+                f"{self._mask.where}: @leaves_noise({unknown[0]} = …) names none of its parameters, which are "
+                f"{', '.join(options) or 'none'}"
+            )
+        left = any(type(options[name]) is type(at) and options[name] == at for name, at in unread.items())
+        return "noise_T" in self._mask.takes and not left
 
     def _parts(
         self, logprobs_T: Tensor, tokens: Tokens, *, version: int, noise: float

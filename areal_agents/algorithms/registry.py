@@ -326,7 +326,7 @@ def kept_decay(correction: Choice) -> float | None:
             f"{CORRECTIONS.key}.kind = {correction.kind!r}: @keeps_proximal({name!r}) names none of its parameters, "
             f"which are {', '.join(options) or 'none'}"
         )
-    return float(options[name])
+    return None if options[name] is None else float(options[name])
 
 
 REGISTRIES = {r.key: r for r in (ADVANTAGES, LOSSES, CORRECTIONS, MASKS)}

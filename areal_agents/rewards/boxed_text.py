@@ -20,16 +20,23 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DRESS = re.compile(r"\\(?:text[a-z]{0,6}|math(?:rm|bf|it|sf|tt)|mbox|emph)\s*(?=\{)")
 _RAISED = re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2079\u2080-\u2089\u2150-\u215f])")
 """Where a small digit or a fraction follows a number, which would become its next digits."""
-_MINUS = re.compile(r"(?<![\w-])[-\u2010\u2012-\u2014\u2212](?=[^\w\s]?\d)")
+_MINUS = re.compile(r"(?<![\w-])[-\u2010\u2012-\u2014\u2212](\s*)(?=(?:\\[a-z]+\s*)?[^\w\s]{0,2}\d)")
+"""What may be the sign of the number after it, -\\frac{1}{2} included."""
 
 
 def plain_words(text: str) -> str:
     """Return the words of a text, without what makes no difference."""
     folded = unicodedata.normalize("NFKC", _RAISED.sub(" ", _DRESS.sub("", text))).casefold()
-    minus = {found.start() for found in _MINUS.finditer(folded)}
+    minus = {found.start() for found in _MINUS.finditer(folded) if _is_sign(folded, found)}
     kept = ("-" if i in minus else c if unicodedata.category(c)[0] not in "PS" else " " for i, c in enumerate(folded))
     words = " ".join("".join(kept).split()).replace("- ", "-")  # -$5 is $-5
     return " ".join(_ARTICLES.sub(" ", words).split()) or words
+
+
+def _is_sign(text: str, found: re.Match[str]) -> bool:
+    """Say whether it is no dash, as between two numbers (1990 - 1995), and behind a word with a space on each side."""
+    before = text[: found.start()].rstrip()[-1:]
+    return not before.isdigit() and not (found[1] and before.isalnum())
 
 
 class _BoxedText:

@@ -131,16 +131,13 @@ def engine_dtype(config: TrainConfig) -> torch.dtype:
 def slow_formats(config: TrainConfig) -> list[str]:
     """Name the settings that ask for a number format which the processor computes in software.
 
-    It is this machine's processor that is looked at, as for ``auto``.
+    It is this machine's processor that is looked at, as for the engines' ``auto``. On Ray the learner's node, which is
+    another one perhaps, says nothing.
     """
-    if config.cluster.backend == "ray":
-        on_gpu = config.cluster.learner_gpus > 0 and config.learner.device != "cpu"
-    else:
+    asked = {"engine.precision": is_slow(config.engine.precision, gpu=_on_gpu(config))}
+    if config.cluster.backend == "local":
         on_gpu = resolve_device(config.learner.device).type == "cuda"
-    asked = {
-        "engine.precision": is_slow(config.engine.precision, gpu=_on_gpu(config)),
-        "learner.precision": is_slow(config.learner.precision, gpu=on_gpu),
-    }
+        asked["learner.precision"] = is_slow(config.learner.precision, gpu=on_gpu)
     return [name for name, slow in asked.items() if slow]
 
 

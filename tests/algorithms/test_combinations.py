@@ -285,6 +285,8 @@ def test_opob_has_its_least_variance_for_the_weights_of_the_gradient(
     assert len(found) == (said is not None)
     assert said is None or re.search(said, found[0])
     assert Combination(Choice("reinforce"), correction, advantage=Choice("grpo"), staleness=2).problems() == []
+    of_tokens = Choice("importance", {"truncate": 3.0})  # no cap on the weight of a trajectory
+    assert Combination(Choice("reinforce"), of_tokens, advantage=Choice("opob", own), staleness=2).problems() == []
 
 
 def test_the_cap_that_both_have_by_default() -> None:

@@ -132,10 +132,13 @@ def test_texts_are_compared_as_readers_do() -> None:
     for said, gold in (
         (r"\text{Bar} \textbf{Harbor}", "Bar Harbor"), (r"\mathrm{ H_2O }", "h 2o"), ("\u22125 °C", "-5 °c"),
         ("$-5", "-$5"), ("1990-95", "1990\u201395"), ("20 m²", "20 m2"), ("2½", "2 1/2"), ("10²", "10^2"),
-        ("a - 5", "a 5"), ("1990-95", "1990 95"),
+        ("a - 5", "a 5"), ("1990-95", "1990 95"), ("- 5", "-5"), ("1990 \u20131995", "1990\u20131995"),
     ):  # fmt: skip
         assert of(rf"\boxed{{{said}}}", gold) == of(rf"\boxed{{{gold}}}", said) == 1.0, said
-    for said, gold in (("5", "-5"), ("5 °C", "\u22125 °C"), ("10²", "102"), ("2½", "21/2"), ("text", r"\text{a b}")):
+    for said, gold in (
+        ("5", "-5"), ("5 °C", "\u22125 °C"), ("10²", "102"), ("2½", "21/2"), ("text", r"\text{a b}"), ("- 5", "5"),
+        ("- $5", "$5"), (r"-\frac{1}{2}", r"\frac{1}{2}"), ("at -5", "at 5"),
+    ):  # fmt: skip
         assert of(rf"\boxed{{{said}}}", gold) == of(rf"\boxed{{{gold}}}", said) == 0.0, said
     for bad in ([], "", "?!", 7, ["ok", ""], None):
         with pytest.raises(TaskError, match="is no text, nor a list of them"):

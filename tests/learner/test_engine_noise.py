@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from areal_agents.algorithms.batch import Batch
+from areal_agents.algorithms.masks import leaves_noise
+from areal_agents.algorithms.objective import PolicyObjective
 from areal_agents.algorithms.registry import Choice
+from areal_agents.errors import ConfigError
 from areal_agents.learner.learner import TorchLearner
 from areal_agents.settings.config import AlgorithmConfig
 from tests.learner.test_learner import SMOOTH, learner, one_thread, run
@@ -20,6 +25,29 @@ from tests.tiny_models import tiny_model
 __all__ = ["one_thread"]  # a fixture
 NARROW = AlgorithmConfig(mask=Choice("geometric", {"bounds": (0.999, 1.001)}), correction=Choice("bypass"))
 SLOW = SMOOTH.model_copy(update={"lr": 1e-3})
+
+
+@leaves_noise(cpa=None)
+def misspelt(logprobs_T: Tensor, noise_T: Tensor, *, cap: float | None = None) -> Tensor:
+    """Mask nothing, and declare a parameter that it has not."""
+    return torch.ones_like(logprobs_T, dtype=torch.bool)
+
+
+@leaves_noise(measured=False)
+def of_a_number(logprobs_T: Tensor, noise_T: Tensor, *, measured: float = 0.0) -> Tensor:
+    """Mask nothing, and read the noise at 0, which is not False."""
+    return torch.ones_like(logprobs_T, dtype=torch.bool)
+
+
+def test_a_mask_that_leaves_the_noise_names_its_own_parameter_and_value() -> None:
+    def policy(mask: str) -> PolicyObjective:
+        return PolicyObjective(
+            loss=Choice("ppo"), correction=Choice("bypass"), aggregation="token", mask=Choice(f"{__name__}:{mask}")
+        )
+
+    with pytest.raises(ConfigError, match=r"@leaves_noise\(cpa = …\) names none of its parameters, which are cap"):
+        _ = policy("misspelt").needs_noise
+    assert policy("of_a_number").needs_noise
 
 
 def apart(model: Any, batch: Batch, *, version: int) -> float:

@@ -33,6 +33,11 @@ def own_average(proximal_T: Tensor, behaviour_T: Tensor, *, beta: float = 0.9) -
     return kept(proximal_T, behaviour_T, decay=beta, scope=None)
 
 
+@keeps_proximal("beta")
+def perhaps(proximal_T: Tensor, behaviour_T: Tensor, *, beta: float | None = None) -> Correction:
+    return own_average(proximal_T, behaviour_T, beta=beta or 0.9)
+
+
 @keeps_proximal("gamma")
 def no_such_parameter(proximal_T: Tensor, behaviour_T: Tensor, *, beta: float = 0.9) -> Correction:
     return own_average(proximal_T, behaviour_T, beta=beta)
@@ -53,6 +58,7 @@ def test_room_is_asked_for_the_kept_policy_too_whoever_keeps_it(tmp_path: Path) 
 
 def test_a_rule_that_keeps_names_its_own_parameter() -> None:
     assert kept_decay(Choice(f"{__name__}:own_average", {"beta": 0.25})) == 0.25
+    assert kept_decay(Choice(f"{__name__}:perhaps")) is None  # nothing is kept, and p computed anew
     with pytest.raises(ConfigError, match=r"@keeps_proximal\('gamma'\) names none of its parameters, which are beta"):
         kept_decay(Choice(f"{__name__}:no_such_parameter"))
 

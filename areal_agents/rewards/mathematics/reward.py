@@ -21,8 +21,7 @@ class math:
         rubric = Gate({"correct": math(slot="boxed"), "brief": (brief, 0.1)}, on="correct")
 
     An answer that was not verified in time scores 0 with the status ``timeout``, one that cannot be read scores 0 with
-    the status ``unverifiable``. Both are counted. So is one that SymPy fails at, and a component ``raised/KIND`` says
-    of which kind the exception was.
+    the status ``unverifiable``, as has one that SymPy fails at. Both are counted.
     """
 
     def __init__(
@@ -70,8 +69,7 @@ class math:
             raise TaskError(f"task {episode.task.id!r}: {found.detail}")
         status = {"timeout": "timeout", "parse_error": "unverifiable"}.get(found.status, "ok")
         score = float(found.score)
-        raised = {f"raised/{found.raised}": 1.0} if found.raised else {}
-        return Verdict(score, {self.__name__: score, **raised}, status=status)  # type: ignore[arg-type]
+        return Verdict(score, {self.__name__: score}, status=status)  # type: ignore[arg-type]
 
     async def require_scorable(self, task: Task) -> None:
         """Raise TaskError where the task has no gold answer, or none that can be read."""

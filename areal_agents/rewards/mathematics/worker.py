@@ -7,12 +7,14 @@ processor time of each answer: it ends by itself where nobody can kill it any mo
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import resource
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from math import ceil
 from typing import Any
 
 from areal_agents.rewards.mathematics.fork_server import ENDED_HERE, FORK, NUMBER, READY, number
+from areal_agents.tracking.console import plain
 from areal_agents.utils.parent import end_with_parent
 from areal_agents.utils.short_text import cut, described
 
@@ -139,13 +142,22 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
     except RecursionError:
         return {"status": "parse_error", "detail": "it nests too deep"}
     except Exception as error:  # noqa: BLE001  a boundary: SymPy raises errors of any kind, and the worker goes on
-        kind = type(error).__name__
-        if kind not in _told:  # a model may write a thousand such answers
-            _told.add(kind)
-            traceback.print_exception(error)
-        status = "gold_error" if request.get("pred") is None else "parse_error"
-        return {"status": status, "detail": f"the verifier raised {cut(described(error), 300)}", "raised": kind}
+        _tell(error)
+        status = "parse_error"
+        if request.get("pred") is None or answer({**request, "pred": None})["status"] == "gold_error":
+            status = "gold_error"  # whatever was answered to it
+        detail = f"the verifier raised {cut(described(error), 300)}"
+        return {"status": status, "detail": detail, "raised": type(error).__name__}
     return {"status": found.status, "detail": found.detail}
+
+
+def _tell(error: Exception) -> None:
+    """Write where an exception came from, once of each kind: a model may write a thousand such answers, and in them."""
+    kind = type(error).__name__
+    if kind not in _told:
+        _told.add(kind)
+        with contextlib.suppress(OSError):  # nobody listens: the answer says it too
+            sys.stderr.write(plain(cut("".join(traceback.format_exception(error)), 10_000)) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from areal_agents.errors import ConfigError
+from areal_agents.errors import ConfigError, TaskError
 from areal_agents.reward import Verdict, judge
 from areal_agents.rewards import boxed_math
 from areal_agents.rewards.mathematics.extract import Slot
@@ -186,10 +186,12 @@ def test_an_exception_that_nobody_expected_is_told_as_what_it_is_and_ends_no_wor
             gold = await pool.look("2 zeta")
             assert (gold.status, gold.raised) == ("gold_error", "ZeroDivisionError")
             assert await judge(boxed_math(pool=pool), episode(r"\boxed{3 zeta}", "5")) == Verdict(
-                0.0, {"math(boxed)": 0.0, "raised/ZeroDivisionError": 1.0}, status="unverifiable"
+                0.0, {"math(boxed)": 0.0}, status="unverifiable"
             )
+            with pytest.raises(TaskError, match="raised ZeroDivisionError"):  # and no 0 for who answered to it
+                await judge(boxed_math(pool=pool), episode(r"\boxed{7}", "2 zeta"))
             assert (await pool.verify("2", "2")).status == "ok"
-            assert (pids(pool), pool.replaced, pool.raised) == (before, 0, {"ZeroDivisionError": 3})
+            assert (pids(pool), pool.replaced, pool.raised) == (before, 0, {"ZeroDivisionError": 4})
         finally:
             pool.close()
 
